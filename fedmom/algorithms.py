@@ -1,0 +1,113 @@
+"""The method, written once and for one client; the caller adds the client axis (torch.vmap) or a loop.
+
+Source: Yu, Jin, Yang, "On the Linear Speedup Analysis of Communication Efficient Momentum SGD for Distributed
+Non-Convex Optimization", ICML 2019 (arXiv 1905.03817), Algorithm 1. docs/method.md maps the symbols to names.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fedmom.state import ClientState, Tree, zeros_like
+
+# gradient(params, buffers, batch) -> (gradients, buffers after the forward pass, loss)
+Gradient = Callable[[Tree, Tree, Any], tuple[Tree, Tree, Tensor]]
+
+
+def momentum_step(state: ClientState, grads: Tree, *, lr: float, beta: float, nesterov: bool) -> ClientState:
+    """u <- βu + g;  x <- x − γu (option I, Polyak)  or  x <- x − γ(βu + g) with the new u (option II, Nesterov).
+
+    Algorithm 1 of Yu, Jin, Yang (ICML 2019). γ (`lr`) stays outside u, so that a schedule changes the step
+    and not the memory. Equal to torch.optim.SGD(momentum=β, dampening=0) without and with nesterov=True.
+    """
+    momentum = {name: beta * u + grads[name] for name, u in state.momentum.items()}
+    step = {name: beta * u + grads[name] for name, u in momentum.items()} if nesterov else momentum
+    params = {name: x - lr * step[name] for name, x in state.params.items()}
+    return ClientState(params, momentum, state.buffers)
+
+
+def local_step(
+    state: ClientState,
+    batch: Any,
+    *,
+    gradient: Gradient,
+    lr: float,
+    beta: float,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> tuple[ClientState, Tensor]:
+    """One client's step on one minibatch -> (state, loss before the step).
+
+    L2 weight decay is part of f, so it enters g: g = ∇F(x; ξ) + λx. That is linear and keeps the mean.
+    """
+    grads, buffers, loss = gradient(state.params, state.buffers, batch)
+    if weight_decay:
+        grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}
+    return momentum_step(state._replace(buffers=buffers), grads, lr=lr, beta=beta, nesterov=nesterov), loss
+
+
+def start_average(mean: Tree, own: Tree | None) -> Tree:
+    """The paper: every client restarts from û, the average."""
+    return mean
+
+
+def start_local(mean: Tree, own: Tree | None) -> Tree:
+    """Ours, to compare with: every client keeps the momentum it had."""
+    if own is None:
+        raise ValueError("momentum policy 'local' needs every client's own momentum")
+    return own
+
+
+def start_reset(mean: Tree, own: Tree | None) -> Tree:
+    """Ours, to compare with: u = 0 at the start of every round, as most federated frameworks do."""
+    return zeros_like(mean)
+
+
+class MomentumPolicy(NamedTuple):
+    start: Callable[[Tree, Tree | None], Tree]  # (û, own u or None) -> u that a client starts a round with
+    sends_momentum: bool  # whether u travels, and counts in bytes_sent
+    keeps_rows: bool  # whether every client's own u must be stored between rounds
+    summary: str
+
+
+MOMENTUM_POLICIES = {
+    "average": MomentumPolicy(start_average, True, False, "the paper: u is averaged, everyone restarts from û"),
+    "local": MomentumPolicy(start_local, False, True, "every client keeps its own u (x alone is averaged)"),
+    "reset": MomentumPolicy(start_reset, False, False, "u = 0 at the start of every round"),
+}
+
+
+class Algorithm(NamedTuple):
+    """A named member of the family, as what it fixes."""
+
+    summary: str
+    default_interval: int = 8  # I, when the config says 0
+    interval: int | None = None  # I that the name implies, whatever the config says
+    beta: float | None = None  # β that the name implies
+
+
+ALGORITHMS = {
+    "pr-sgd-m": Algorithm("Algorithm 1: I local momentum steps, then model and momentum are averaged"),
+    "parallel-sgd-m": Algorithm("large-batch momentum SGD: Algorithm 1 with I = 1", 1, interval=1),
+    "local-sgd": Algorithm("local SGD without momentum: Algorithm 1 with β = 0", beta=0.0),
+}
+
+
+def theory_interval(kind: str, num_steps: int, num_clients: int) -> int:
+    """The largest I (up to its constant) that keeps the rate O(1/√(NT)): Yu, Jin, Yang (2019).
+
+    `theory-iid` (identical data): ⌊T^{1/2} / N^{3/2}⌋; `theory-non-iid`: ⌊T^{1/4} / N^{3/4}⌋; at least 1.
+    """
+    # ⌊√q⌋ of the integer quotient q = ⌊T / N³⌋ is ⌊√(T / N³)⌋ exactly; floats would miss perfect powers.
+    quotient = num_steps // num_clients**3
+    root = math.isqrt(quotient)
+    return max(1, {"theory-iid": root, "theory-non-iid": math.isqrt(root)}[kind])
+
+
+INTERVALS = {
+    "fixed": "I = num-local-steps",
+    "theory-iid": "I = max(1, ⌊T^(1/2) / N^(3/2)⌋), for identical data; needs run.num-steps = T",
+    "theory-non-iid": "I = max(1, ⌊T^(1/4) / N^(3/4)⌋), for distinct data; needs run.num-steps = T",
+}

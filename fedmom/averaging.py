@@ -1,0 +1,93 @@
+"""The exchange: weighted means of x, u and buffers over clients, added up a chunk at a time.
+
+Memory does not grow with the number of clients, and sums are kept in float64 and taken in client order, so any
+chunk size gives the same mean to rounding. Means and squared deviations are merged as in Chan, Golub, LeVeque
+(1983), which gives exactly 0 for clients that agree, where E‖x‖² − ‖Ex‖² would give noise.
+"""
+
+import torch
+from torch import Tensor
+
+from fedmom.state import ClientState, Tree
+
+F64 = torch.float64
+_MEAN, _VAR = "running_mean", "running_var"
+
+
+class _Moments:
+    """Running weighted mean and squared deviation of one tensor; `each`: of every element, else summed."""
+
+    def __init__(self, each: bool) -> None:
+        self.weight, self.each = 0.0, each
+        self.total: Tensor | None = None  # Σ w row, float64
+        self.deviation: Tensor | None = None  # Σ w (row − mean)²
+
+    def add(self, rows: Tensor, weights: Tensor) -> None:
+        chunk = float(weights.sum())
+        total = torch.tensordot(weights, rows.to(F64), 1)
+        mean = total / chunk
+        difference = rows - mean.to(rows.dtype)
+        if self.each:
+            deviation = torch.tensordot(weights, difference.to(F64) ** 2, 1)
+        else:
+            axes = list(range(1, rows.ndim))
+            squares = torch.linalg.vector_norm(difference, dim=axes, dtype=F64) if axes else difference.to(F64)
+            deviation = weights @ squares**2
+        if self.total is None or self.deviation is None:
+            self.total, self.deviation, self.weight = total, deviation, chunk
+            return
+        between = (mean - self.total / self.weight) ** 2 * (chunk * self.weight / (chunk + self.weight))
+        self.deviation += deviation + (between if self.each else between.sum())
+        self.total += total
+        self.weight += chunk
+
+
+class WeightedMean:
+    """Σ p_i · of client states, p_i = weight_i / Σ weights: the same p_i on x, u and buffers.
+
+    Buffers: `running_mean` by weights; `running_var` pooled, Σp·var + Σp·mean² − (Σp·mean)², the variance of all
+    clients' activations together (or the plain mean with running_var="mean"); other real buffers by weights;
+    integers (num_batches_tracked) take the largest, for a mean would make them real.
+    """
+
+    def __init__(self, running_var: str = "pooled") -> None:
+        self.pooled = running_var == "pooled"
+        self.weight = 0.0
+        self.moments: dict[tuple[str, str], _Moments] = {}
+        self.integers: Tree = {}
+        self.dtypes: dict[tuple[str, str], torch.dtype] = {}
+
+    def add(self, rows: ClientState, weights: Tensor) -> None:
+        """Add K clients: tensors [K, ...] and weights [K] (float64, positive)."""
+        self.weight += float(weights.sum())
+        for part, tree in rows._asdict().items():
+            for name, value in tree.items():
+                if not value.is_floating_point():
+                    largest = value.amax(dim=0)
+                    known = self.integers.get(name)
+                    self.integers[name] = largest if known is None else torch.maximum(known, largest)
+                    continue
+                if (part, name) not in self.moments:
+                    self.moments[part, name] = _Moments(each=part == "buffers")
+                    self.dtypes[part, name] = value.dtype
+                self.moments[part, name].add(value, weights)
+
+    def mean(self) -> ClientState:
+        """The mean of all clients added, in their dtypes."""
+        means = {at: m.total / m.weight for at, m in self.moments.items() if m.total is not None}
+        if self.pooled:
+            for part, name in means:
+                partner = (part, name.removesuffix(_VAR) + _MEAN)
+                if name.endswith(_VAR) and partner in means:
+                    spread = self.moments[partner].deviation
+                    means[part, name] += 0 if spread is None else spread / self.weight
+        parts: dict[str, Tree] = {part: {} for part in ClientState._fields}
+        for (part, name), value in means.items():
+            parts[part][name] = value.to(self.dtypes[part, name])
+        parts["buffers"].update(self.integers)
+        return ClientState(**parts)
+
+    def spread(self, part: str) -> float:
+        """Σ p_i ‖·_i − mean‖² of "params" (consensus distance) or "momentum" (momentum spread)."""
+        found = [m.deviation for (p, _), m in self.moments.items() if p == part]
+        return float(sum(float(d) for d in found if d is not None)) / self.weight

@@ -1,0 +1,107 @@
+"""Which examples a client sees at which step, and how their images are augmented: addressed, never consumed.
+
+A client's examples form one endless stream, indexed by its global step t: step t reads positions tB … tB + B − 1.
+With `shuffle`, position p belongs to permutation number ⌊p/n⌋ of the client's n examples, so runs with different
+I see the same data in the same order, every example comes once per pass, and a client with n < B wraps.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmom.partition import Partition
+from fedmom.randomness import CROP, FLIP, REPLACEMENT, SHUFFLE, integers, random_bits
+
+SAMPLINGS = {
+    "shuffle": "every example once per pass over the client's data, in a new order each pass",
+    "replacement": "every draw independent and uniform over the client's data (the theory's i.i.d. samples)",
+}
+AUGMENTATIONS = {
+    "auto": "what is customary for the data set (cifar: crop-flip)",
+    "none": "images as they are",
+    "crop-flip": "random crop after padding by 4 pixels, random horizontal flip",
+}
+_KEY_BITS = 40  # of a shuffle key; the bits above hold the segment, so one sort orders all segments
+
+
+class Sampler:
+    """Addresses the minibatches of all clients; holds the partition on the device and nothing that changes."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        batch_size: int,
+        *,
+        sampling: str = "shuffle",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.batch_size, self.sampling, self.seed = batch_size, sampling, seed
+        self.indices = torch.from_numpy(np.ascontiguousarray(partition.indices)).to(device)
+        self.offsets = torch.from_numpy(np.ascontiguousarray(partition.offsets)).to(device)
+        self.sizes = self.offsets.diff()
+
+    def draw(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Tensor:
+        """Example numbers [K, num_steps, B] of clients [K], from each one's step first_steps [K] on."""
+        place = torch.arange(num_steps * self.batch_size, device=self.indices.device)
+        positions = first_steps[:, None] * self.batch_size + place  # [K, P] in each client's stream
+        sizes = self.sizes[clients][:, None]
+        if self.sampling == "replacement":
+            own = integers(sizes, REPLACEMENT, self.seed, clients[:, None], positions)
+        else:
+            own = self._shuffled(clients, positions)
+        drawn = self.indices[self.offsets[clients][:, None] + own]
+        return drawn.reshape(len(clients), num_steps, self.batch_size)
+
+    def _shuffled(self, clients: Tensor, positions: Tensor) -> Tensor:
+        """[K, P] numbers in 0 … n−1 of each client's own examples, by its permutations.
+
+        A segment is one permutation of one client; all segments that the positions touch are made in one sort
+        of random keys. Only whole segments are made, so the cost is about max(n, P) per client.
+        """
+        sizes = self.sizes[clients]  # [K]
+        first_pass = positions[:, 0] // sizes
+        num_passes = positions[:, -1] // sizes - first_pass + 1  # [K] permutations of each client
+        rows = torch.repeat_interleave(num_passes)  # [S] the client's place 0 … K−1 of every segment
+        segment_of_row = num_passes.cumsum(0) - num_passes  # [K] each client's first segment
+        which_pass = first_pass[rows] + torch.arange(len(rows), device=rows.device) - segment_of_row[rows]
+        segment = torch.repeat_interleave(sizes[rows])  # [E] the segment of every entry
+        starts = sizes[rows].cumsum(0) - sizes[rows]  # [S] each segment's first entry
+        entry = torch.arange(len(segment), device=segment.device) - starts[segment]  # [E] 0 … n−1 within it
+        bits = random_bits(SHUFFLE, self.seed, clients[rows][segment], which_pass[segment], entry)
+        keys = (segment << _KEY_BITS) | (bits & ((1 << _KEY_BITS) - 1))
+        order = entry[torch.sort(keys, stable=True).indices]
+        where = segment_of_row[:, None] + positions // sizes[:, None] - first_pass[:, None]  # [K, P] segment
+        return order[starts[where] + positions % sizes[:, None]]
+
+
+def crop_flip(images: Tensor, seed: int, clients: Tensor, steps: Tensor, pad: int = 4) -> Tensor:
+    """Random crop after zero padding by `pad`, and random horizontal flip, of images [K, B, C, H, W].
+
+    Addressed by (seed, client, the client's step, place in the batch). He et al. (2016), section 4.2.
+    """
+    K, B, _, H, W = images.shape
+    place = torch.arange(B, device=images.device)
+    address = (seed, clients[:, None], steps[:, None], place)
+    down = integers(2 * pad + 1, CROP, 0, *address) - pad  # [K, B]
+    right = integers(2 * pad + 1, CROP, 1, *address) - pad
+    flip = integers(2, FLIP, *address).bool()
+    y = down[..., None] + torch.arange(H, device=images.device)  # [K, B, H] source rows
+    x = right[..., None] + torch.arange(W, device=images.device)
+    x = torch.where(flip[..., None], x.flip(-1), x)
+    inside = ((y >= 0) & (y < H))[..., :, None] & ((x >= 0) & (x < W))[..., None, :]  # [K, B, H, W]
+    source = y.clamp(0, H - 1)[..., :, None] * W + x.clamp(0, W - 1)[..., None, :]
+    flat = images.reshape(K, B, -1, H * W)
+    moved = flat.gather(3, source.reshape(K, B, 1, H * W).expand_as(flat)).reshape(images.shape)
+    return moved * inside[:, :, None].to(images.dtype)
+
+
+def normalised(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tensor:
+    """uint8 images [..., C, H, W] -> (images / 255 − mean) / std in `dtype`; other tensors are cast if real."""
+    if images.dtype != torch.uint8:
+        return images.to(dtype) if images.is_floating_point() else images
+    shift = torch.as_tensor(mean, dtype=torch.float64, device=images.device).reshape(-1, 1, 1)
+    scale = torch.as_tensor(std, dtype=torch.float64, device=images.device).reshape(-1, 1, 1)
+    return images.to(dtype) * (1 / (255 * scale)).to(dtype) - (shift / scale).to(dtype)

@@ -1,0 +1,227 @@
+"""The command `fedmom`. Exit status: 0 done, 2 bad input (one line), 3 diverged, 130 interrupted."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import click
+import numpy as np
+import typer
+from rich.console import Console
+
+from fedmom import report as reports
+from fedmom.config import KEYS, toml_scalar, load, resolve
+from fedmom.datasets import DATASETS, download
+from fedmom.errors import InputError
+from fedmom.models import MODELS
+from fedmom.progress import callbacks
+from fedmom.records import read_rounds
+from fedmom.runner import Result, load_task_data
+from fedmom.runner import run as run_config
+
+DONE, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
+
+app = typer.Typer(
+    name="fedmom",
+    help="Federated momentum SGD: N clients take I local momentum steps, then the model AND the momentum are averaged.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the config; may be repeated."),
+]
+
+
+@app.command()
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A TOML file; configs/ holds complete ones.")
+    ] = None,
+    sets: Sets = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run folder [default: runs/NAME-TIME].")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="DIR", help="Go on with this run folder; CONFIG may be left out."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="cpu|cuda|auto", help="Overrules engine.device.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")] = False,
+) -> int:
+    """Run a configuration: train, record every round, draw the curves.
+
+    fedmom run configs/quickstart.toml
+
+    fedmom run configs/quickstart.toml --set algorithm.momentum-policy=reset --set run.num-rounds=50
+
+    fedmom run --resume runs/quickstart-20260101-120000 --set run.num-rounds=200
+
+    The run folder gets config.toml (resolved), environment.json, rounds.jsonl (a line per round), checkpoint and
+    final.safetensors and curves.png. Ctrl-C leaves a checkpoint; so does a kill, at most run.checkpoint-every
+    rounds old. `fedmom keys` explains every key of a config.
+    """
+    console = Console(highlight=False)
+    if out is None and resume is None and config is not None:
+        out = _fresh_folder(config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    result = run_config(
+        config, sets=sets or (), out=out, resume=resume, device=device, callbacks=callbacks(console, quiet=quiet)
+    )
+    return _finish(result, console, quiet)
+
+
+def _fresh_folder(config: Path) -> Path:
+    name = f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    free = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000))
+    return next(path for path in free if not path.exists())
+
+
+def _finish(result: Result, console: Console, quiet: bool) -> int:
+    """Draw the curves, print the table, say where everything is, and give the exit status."""
+    assert result.folder is not None
+    curves = result.folder / "curves.png"
+    if result.rounds:
+        run = reports.RunHistory(result.folder.name, result.rounds)
+        _draw(lambda: reports.draw_curves([run], curves))
+        if not quiet:
+            console.print(reports.as_text(*reports.summary_table([run])), soft_wrap=True, markup=False)
+    console.print(str(result.folder), soft_wrap=True, markup=False)
+    if result.status != "done":
+        print(f"fedmom: {result.message}", file=sys.stderr)
+        if result.status == "interrupted":
+            print(f"fedmom: go on with: fedmom run --resume {result.folder}", file=sys.stderr)
+    return {"done": DONE, "diverged": DIVERGED, "interrupted": INTERRUPTED}[result.status]
+
+
+def _draw(draw: Callable[[], object]) -> None:
+    """Pictures are an extra: a machine without matplotlib runs, and says what is missing."""
+    try:
+        draw()
+    except ModuleNotFoundError as error:
+        print(f"fedmom: no picture was drawn: {error.name} is not installed", file=sys.stderr)
+
+
+@app.command()
+def partition(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    sets: Sets = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture.")] = Path("partition.png"),
+) -> int:
+    """Show who would hold which data: a summary, and the class-by-client picture."""
+    settled = resolve(load(config, sets or ())).config
+    data = settled.data
+    if data.dataset == "quadratic":
+        raise InputError("data.dataset = 'quadratic': has no examples to partition")
+    dataset, split = load_task_data(settled)
+    counts = split.class_counts(dataset.y_train.numpy(), dataset.num_classes)
+    sizes, present = split.sizes, (counts > 0).sum(1)
+    title = f"{data.dataset}, {data.partition}, N = {data.num_clients}"
+    title += f", α = {data.alpha:g}" if "dirichlet" in data.partition else ""
+    rows = [
+        ["clients", f"{split.num_clients:,}"],
+        ["examples", f"{sizes.sum():,}"],
+        ["examples per client: min, median, max", f"{sizes.min():,}, {np.median(sizes):,.0f}, {sizes.max():,}"],
+        ["classes per client: min, median, max", f"{present.min()}, {np.median(present):.0f}, {present.max()}"],
+        ["share of a client's largest class, mean", f"{(counts.max(1) / sizes).mean():.3f}"],
+    ]
+    print(reports.as_text([title, ""], rows))
+    _draw(lambda: reports.draw_partition(counts, out, title=title))
+    print(out)
+    return DONE
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to write [default: the one run, or ./report].")
+    ] = None,
+) -> int:
+    """Compare runs: curves on one picture, tables at equal rounds, equal joint epochs and equal bytes."""
+    runs = []
+    for folder in folders:
+        rounds = read_rounds(folder)
+        if not rounds:
+            raise InputError(f"{folder}: is not a run folder with finished rounds (no line in rounds.jsonl)")
+        runs.append(reports.RunHistory(folder.name, rounds))
+    target = out or (folders[0] if len(folders) == 1 else Path("report"))
+    print(reports.as_text(*reports.summary_table(runs)))
+    for axis, title in reports.AXES.items():
+        print(f"\nat equal {title}")
+        print(reports.as_text(*reports.equal_table(runs, axis)))
+    _draw(lambda: [print(path) for path in reports.draw_report(runs, target).values()])
+    return DONE
+
+
+@app.command()
+def datasets(
+    fetch: Annotated[str | None, typer.Option("--download", metavar="NAME", help="Fetch it by torchvision.")] = None,
+    data_dir: Annotated[str, typer.Option("--data-dir", metavar="DIR", help="Where to put it.")] = "data",
+) -> int:
+    """List the data sets that a config can name, or download one."""
+    if fetch is not None:
+        download(fetch, data_dir)
+        print(f"{fetch} is in {data_dir}")
+        return DONE
+    rows = [[name, entry.summary] for name, entry in DATASETS.items()]
+    rows.append(["quadratic", "f_i(x) = Σ h/2 (x − c)², exact gradients: data.curvatures, centers, start, noise-sigma"])
+    rows.append(["FILE.npz", "arrays x_train, y_train, x_test, y_test (uint8 images or float features)"])
+    rows.append(["module:function", "your own: returns those four arrays"])
+    print(reports.as_text(["data.dataset", "what it is"], rows))
+    return DONE
+
+
+@app.command()
+def models() -> int:
+    """List the models that a config can name."""
+    rows = [[name, entry.summary] for name, entry in MODELS.items()]
+    rows.append(["module:function", "your own: function(input_shape, num_classes) returns a torch.nn.Module"])
+    print(reports.as_text(["model.name", "what it is"], rows))
+    return DONE
+
+
+@app.command()
+def keys(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[WORD]...", help="Only keys with such a word.")] = None,
+) -> int:
+    """Explain the keys of a config: default, meaning, and the values a key can take."""
+    rows = []
+    for name, key in KEYS.items():
+        choices = "" if callable(key.check) or not key.check else ": " + ", ".join([*key.check, key.also]).strip(", ")
+        row = [name, toml_scalar(key.default), key.doc + choices]
+        if not words or any(word in " ".join(row) for word in words):
+            rows.append(row)
+    print(reports.as_text(["key", "default", "meaning"], rows))
+    return DONE
+
+
+def call(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit status; a user's mistake costs one line on standard error."""
+    try:
+        status = app(args=arguments, standalone_mode=False)
+    except InputError as error:
+        return _complain(str(error), BAD_INPUT)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        return _complain(error.format_message(), BAD_INPUT)
+    except (KeyboardInterrupt, click.Abort):
+        return _complain("interrupted", INTERRUPTED)
+    return int(status or DONE)
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"fedmom: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    sys.exit(call())

@@ -1,0 +1,219 @@
+"""Many clients on one device: chunks of stacked clients, or a loop over one client at a time.
+
+Both paths call the same `local_step` of the same method on the same addressed minibatches; a test holds them equal.
+Which one is faster depends on model and device (stacking wins for small dense models, the loop for convolutions
+on a CPU), so `choose_path` measures both on the run's own first step.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fedmom.algorithms import MOMENTUM_POLICIES, local_step
+from fedmom.averaging import WeightedMean
+from fedmom.objective import Task
+from fedmom.state import ClientState, Tree, expand, num_bytes, stacked, where
+
+
+class Method(NamedTuple):
+    """Plain numbers of Algorithm 1 that stay the same over a run."""
+
+    beta: float
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    momentum_policy: str = "average"
+    running_var: str = "pooled"
+
+
+class Round(NamedTuple):
+    """What one round asks of the engine."""
+
+    clients: Tensor  # [C] int64, the cohort, in ascending order
+    weights: Tensor  # [C] float64, of the means; they need not sum to 1
+    first_steps: Tensor  # [C] int64, each client's global step at the start of the round
+    num_steps: Tensor  # [C] int64, local steps of each client (all I, but for local-epochs)
+    lrs: Sequence[float]  # γ of each local step, as many as the most steps
+    momentum: Tree | None = None  # [C, ...] rows of the cohort's own u, for policy "local"
+
+
+class Outcome(NamedTuple):
+    """What the clients of one round came to."""
+
+    mean: ClientState  # x̂, û and the buffers, everybody's next start
+    train_loss: float  # mean over clients (by weight) and their steps, each before the step
+    consensus_distance: float  # Σ p_i ‖x_i − x̂‖² just before the exchange
+    momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
+    path: list[Tensor]  # x̄ after every local step, for small tasks; else empty
+    momentum: Tree | None  # [C, ...] the clients' own u at the end, for policy "local"
+
+
+Step = Callable[..., tuple[ClientState, Tensor]]
+Progress = Callable[[int], None]  # client-steps done since the last call
+
+
+def vmap_step(state: ClientState, batch: Any, **method: Any) -> tuple[ClientState, Tensor]:
+    """One local step of K stacked clients at once."""
+    return torch.vmap(partial(local_step, **method))(state, batch)
+
+
+def loop_step(state: ClientState, batch: Any, **method: Any) -> tuple[ClientState, Tensor]:
+    """One local step of a stack of one client, in the plain way."""
+    after = local_step(*tree_map(lambda t: t[0], (state, batch)), **method)
+    return tree_map(lambda t: t[None], after)
+
+
+PATHS: dict[str, Step] = {"vmap": vmap_step, "loop": loop_step}
+
+
+class Engine:
+    """Runs rounds of one task by one method; `path` and `chunk_size` change the speed and not the result."""
+
+    def __init__(self, task: Task, method: Method, *, path: str, chunk_size: int) -> None:
+        self.task, self.method = task, method
+        self.step = PATHS[path]
+        # The loop keeps one client resident: a larger chunk would only hold finished rows for longer.
+        self.chunk_size = 1 if path == "loop" else chunk_size
+
+    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+        """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
+        policy = MOMENTUM_POLICIES[self.method.momentum_policy]
+        mean = WeightedMean(self.method.running_var)
+        losses = torch.zeros((), dtype=torch.float64, device=self.task.device)
+        path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.task.small else 0)
+        own: list[Tree] = []
+        for rows in torch.arange(len(job.clients)).split(self.chunk_size):
+            part = Round(*(None if v is None else v if v is job.lrs else _rows(v, rows) for v in job))
+            state = stacked(start, len(rows))
+            momentum = expand(start.momentum, len(rows))
+            state = state._replace(momentum=policy.start(momentum, part.momentum))
+            state, loss, points = self._run_chunk(state, part, progress)
+            mean.add(state, part.weights)
+            losses += part.weights @ loss
+            path = [a + b for a, b in zip(path, points, strict=True)]
+            if policy.keeps_rows:
+                own.append(state.momentum)
+        total = float(job.weights.sum())
+        return Outcome(
+            mean=mean.mean(),
+            train_loss=float(losses) / total,
+            consensus_distance=mean.spread("params"),
+            momentum_spread=mean.spread("momentum"),
+            path=[point / total for point in path],
+            momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
+        )
+
+    def _run_chunk(
+        self, state: ClientState, job: Round, progress: Progress | None
+    ) -> tuple[ClientState, Tensor, list[Tensor]]:
+        """All local steps of K stacked clients -> state, mean loss [K], Σ w x after each step."""
+        most, least = int(job.num_steps.max()), int(job.num_steps.min())
+        losses = torch.zeros(len(job.clients), dtype=torch.float64, device=self.task.device)
+        points: list[Tensor] = []
+        for s, batch in enumerate(self.task.round_batches(job.clients, job.first_steps, most)):
+            after, loss = self._one_step(state, batch, job.lrs[s])
+            if s < least:
+                state = after
+                losses += loss
+            else:
+                active = s < job.num_steps
+                state = where(active, after, state)
+                losses += torch.where(active, loss, 0)
+            if self.task.small:
+                flat = torch.cat([x.flatten(1).to(torch.float64) for x in state.params.values()], dim=1)
+                points.append(job.weights @ flat)
+            if progress:
+                progress(int((s < job.num_steps).sum()))
+        points += [points[-1]] * (len(job.lrs) - most) if points else []
+        return state, losses / job.num_steps, points
+
+    def _one_step(self, state: ClientState, batch: Any, lr: float) -> tuple[ClientState, Tensor]:
+        method = self.method
+        return self.step(
+            state,
+            batch,
+            gradient=self.task.gradient,
+            lr=lr,
+            beta=method.beta,
+            nesterov=method.nesterov,
+            weight_decay=method.weight_decay,
+        )
+
+
+def _rows(value: Any, rows: Tensor) -> Any:
+    """Rows of a tensor [C, ...] or of a tree of them."""
+    if isinstance(value, dict):
+        return {name: t[rows.to(t.device)] for name, t in value.items()}
+    return value[rows.to(value.device)]
+
+
+def bytes_per_client(task: Task, start: ClientState) -> int:
+    """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
+    # Twice the activations: backward adds a gradient to most of them.
+    return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * task.activation_bytes(start)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class Choice(NamedTuple):
+    """How the engine runs a task, and client-steps per second of every way that was tried."""
+
+    path: str
+    chunk_size: int
+    measured: dict[str, float]
+
+
+def choose(task: Task, method: Method, start: ClientState, job: Round, *, path: str, chunk_size: int) -> Choice:
+    """Settle path = "auto" and chunk_size = 0 by memory and by timing one step of `job` in each way.
+
+    Chunks are tried in several sizes because on a CPU a smaller one may fit into the cache. The timed steps are
+    thrown away: batches are addressed, so the run itself begins unchanged.
+    """
+    cohort = len(job.clients)
+    limit = max(1, min(cohort, int(0.5 * free_bytes(task.device) / bytes_per_client(task, start))))
+    if path == "loop":
+        return Choice("loop", 1, {})
+    if path == "vmap" and chunk_size:
+        return Choice("vmap", min(chunk_size, cohort), {})
+    sizes = [min(chunk_size, cohort)] if chunk_size else sorted({min(4**k, limit) for k in range(1, 8)})
+    measured: dict[tuple[str, int], float] = {("vmap", k): _rate(task, method, start, job, "vmap", k) for k in sizes}
+    if path == "auto":
+        measured["loop", 1] = _rate(task, method, start, job, "loop", 1)
+    best = max(measured, key=lambda way: measured[way])
+    return Choice(*best, {f"{name} × {k}": rate for (name, k), rate in measured.items()})
+
+
+def _rate(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int) -> float:
+    """Client-steps per second of one path with `num_rows` clients: the better of two steps after a first."""
+    rows = torch.arange(num_rows)
+    one = torch.ones(num_rows, dtype=torch.int64, device=task.device)
+    clients, first_steps = _rows(job.clients, rows), _rows(job.first_steps, rows)
+    short = Round(clients, one.to(torch.float64), first_steps, one, job.lrs[:1])
+    engine = Engine(task, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
+    best = math.inf
+    for attempt in range(3):
+        begin = _now(task.device)
+        engine.run_round(start, short)
+        seconds = _now(task.device) - begin
+        # The first step also loads kernels; a step of seconds is measured well enough by itself.
+        best = min(best, seconds) if attempt or seconds > 2 else best
+        if seconds > 2:
+            break
+    return num_rows / best
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

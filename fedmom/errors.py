@@ -1,0 +1,20 @@
+"""The two ways a run can end that are not a bug: the user's input was wrong, or training diverged."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line: the key or file, the value, and what would be right."""
+
+
+class DivergedError(ArithmeticError):
+    """The loss or the model became NaN or infinite. The message names the round and the lr."""
+
+
+def unknown(key: str, value: str, choices: Iterable[str]) -> InputError:
+    """The error for a name that is not among `choices`: the nearest ones first, then all of them."""
+    names = list(choices)
+    near = get_close_matches(value, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InputError(f"{key} = {value!r} is not known: {hint}choose one of {', '.join(names)}")

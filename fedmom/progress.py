@@ -1,0 +1,114 @@
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedmom.runner import Callback, Result, Start
+from fedmom.state import ClientState
+from fedmom.train import Record
+
+_SECONDS_BETWEEN_LINES = 2.0
+
+
+def describe(record: Record) -> str:
+    """The measurements of a round that a person follows."""
+    parts = [f"loss {record['train_loss']:.4f}"]
+    parts += [f"{name.replace('_', ' ')} {record[name]:.4g}" for name in ("test_loss", "distance") if name in record]
+    if "test_accuracy" in record:
+        parts.append(f"accuracy {100 * record['test_accuracy']:.2f} %")
+    return " · ".join(parts)
+
+
+class Bar(Callback):
+    """A bar with round, loss, accuracy, client-steps/s and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seen: Record = {}
+
+    def on_start(self, start: Start) -> None:
+        total = start.config.run.num_rounds
+        self.per_round = max(1, start.client_steps)
+        self.bar = Progress(
+            TextColumn("round {task.fields[round]}/" + str(total)),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[rate]} client-steps/s"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        done = start.first_round - 1
+        self.task = self.bar.add_task(
+            "", total=total * self.per_round, completed=done * self.per_round, round=done, text="starting", rate="–"
+        )
+        self.done = done * self.per_round
+        self.bar.start()
+
+    def on_steps(self, client_steps: int) -> None:
+        self.done += client_steps
+        self.bar.update(self.task, completed=self.done)
+
+    def on_round(self, record: Record, state: ClientState) -> None:
+        # Between evaluations the last accuracy stays in view.
+        self.seen |= record
+        self.done = record["round"] * self.per_round
+        rate = f"{record['client_steps_per_second']:,.0f}"
+        text = describe(self.seen)
+        self.bar.update(self.task, completed=self.done, round=record["round"], text=text, rate=rate)
+
+    def on_end(self, result: Result) -> None:
+        self.bar.stop()
+
+
+class Lines(Callback):
+    """One line for the first and last round, and in between at most one every two seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last = 0.0
+
+    def on_start(self, start: Start) -> None:
+        self.first, self.total = start.first_round, start.config.run.num_rounds
+        self.begin = time.monotonic()
+
+    def on_round(self, record: Record, state: ClientState) -> None:
+        now, number = time.monotonic(), record["round"]
+        if number not in (self.first, self.total) and now - self.last < _SECONDS_BETWEEN_LINES:
+            return
+        self.last = now
+        left = (now - self.begin) / (number - self.first + 1) * (self.total - number)
+        rate = f"{record['client_steps_per_second']:,.0f} client-steps/s"
+        text = f"round {number}/{self.total} · {describe(record)} · {rate} · {left:.0f} s left"
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+
+class Notes(Callback):
+    """What was overruled, chosen or should be known, before the first round."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_start(self, start: Start) -> None:
+        data, algorithm, run = start.config.data, start.config.algorithm, start.config.run
+        epochs = algorithm.local_epochs
+        steps = f"{epochs} local epochs" if epochs else f"I = {algorithm.num_local_steps}"
+        model = "" if data.dataset == "quadratic" else f", {start.config.model.name}"
+        some = f" ({algorithm.cohort_size} per round)" if algorithm.cohort_size < data.num_clients else ""
+        what = f"{algorithm.name}, option {'II' if algorithm.nesterov else 'I'}, momentum {algorithm.momentum_policy}"
+        self._say(f"{what}: N = {data.num_clients}{some}, {steps}, {run.num_rounds} rounds, {data.dataset}{model}")
+        if start.first_round > 1:
+            self._say(f"resumed after round {start.first_round - 1}")
+        for note in start.notes:
+            self._say(note)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def callbacks(console: Console, *, quiet: bool) -> list[Callback]:
+    if quiet:
+        return [Callback()]
+    return [Notes(console), Bar(console) if console.is_terminal else Lines(console)]

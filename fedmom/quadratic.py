@@ -1,0 +1,87 @@
+"""The test bench: f_i(x) = Σ_k h_ik/2 (x_k − c_ik)², whose every number can be checked by hand.
+
+Clients with different curvatures are the smallest problem on which averaging, keeping and resetting the momentum
+end at different points (docs/method.md).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmom.randomness import NOISE, normal
+from fedmom.state import ClientState, Tree, initial_state
+
+X = "x"  # the name of the one parameter
+
+
+class Sample(NamedTuple):
+    """One client's step; stacked, every field gains a leading K."""
+
+    h: Tensor  # [d] curvatures
+    c: Tensor  # [d] center
+    noise: Tensor  # [d] what is added to the exact gradient
+
+
+class Quadratic:
+    """N clients with curvatures h [N, d] and centers c [N, d]; exact gradients plus Gaussian noise of deviation σ."""
+
+    small = True
+
+    def __init__(
+        self,
+        curvatures: Sequence[Sequence[float]],
+        centers: Sequence[Sequence[float]],
+        start: Sequence[float],
+        *,
+        noise_sigma: float = 0.0,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.h = torch.tensor(curvatures, dtype=dtype, device=self.device)
+        self.c = torch.tensor(centers, dtype=dtype, device=self.device)
+        self.x0 = torch.tensor(start, dtype=dtype, device=self.device)
+        self.noise_sigma, self.seed = noise_sigma, seed
+        self.sizes = np.ones(len(self.h), dtype=np.int64)
+
+    def start(self) -> ClientState:
+        return initial_state({X: self.x0.clone()}, {})
+
+    def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Sample]:
+        h, c = self.h[clients], self.c[clients]
+        coordinate = torch.arange(h.shape[1], device=self.device)
+        for s in range(num_steps):
+            noise = torch.zeros_like(h)
+            if self.noise_sigma:
+                address = (NOISE, self.seed, clients[:, None], (first_steps + s)[:, None], coordinate)
+                noise = (self.noise_sigma * normal(*address)).to(h.dtype)
+            yield Sample(h, c, noise)
+
+    def gradient(self, params: Tree, buffers: Tree, sample: Sample) -> tuple[Tree, Tree, Tensor]:
+        """h (x − c) + noise, in that order of operations: the golden runs are compared bit for bit."""
+        away = params[X] - sample.c
+        return {X: sample.h * away + sample.noise}, buffers, (sample.h * away**2).sum() / 2
+
+    def optimum(self) -> Tensor:
+        """[d] the minimiser of the mean objective, Σ h c / Σ h."""
+        return (self.h * self.c).sum(0) / self.h.sum(0)
+
+    def evaluate(self, state: ClientState) -> dict[str, float]:
+        """At the mean model: {"loss": (1/N) Σ f_i(x̄), "optimal_loss", "distance": ‖x̄ − x_opt‖}."""
+
+        def objective(x: Tensor) -> float:
+            return float((self.h * (x - self.c) ** 2).sum() / 2 / len(self.h))
+
+        x, best = state.params[X], self.optimum()
+        return {
+            "loss": objective(x),
+            "optimal_loss": objective(best),
+            "distance": float(torch.linalg.vector_norm(x - best)),
+        }
+
+    def activation_bytes(self, start: ClientState) -> int:
+        return 4 * self.x0.numel() * self.x0.element_size()

@@ -1,0 +1,285 @@
+"""The run folder: config.toml, environment.json, rounds.jsonl, checkpoint.safetensors, final.safetensors.
+
+Every file appears whole or not at all (written aside, synced, renamed), so a run killed at any moment resumes from
+its last checkpoint, and rounds.jsonl is cut back to it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from fedmom.errors import InputError
+from fedmom.state import Tree, flatten, to_device, unflatten
+from fedmom.train import Progressed, Record
+
+CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
+CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
+_PREVIOUS_CLIENTS = "clients.previous.safetensors"
+_LOCK = ".lock"
+_COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to; when the block ends well the file is synced and takes `path`'s place, else removed.
+
+    Raises InputError in one line when the disk is full or the folder cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there is unharmed") from None
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Tree, about: dict[str, Any]) -> None:
+    """A safetensors file; the same tensors and `about` give the same bytes."""
+    content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # One metadata entry: safetensors keeps several in a hash map, whose order differs from process to process.
+    data = save(content, {"fedmom": json.dumps(about, sort_keys=True)})
+    with whole_file(path) as aside:
+        aside.write_bytes(data)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a file of `write_tensors` says of itself; InputError where the file is missing or broken."""
+    return _read(path, lambda file: {})[1]
+
+
+def read_tensors(path: Path) -> tuple[Tree, dict[str, Any]]:
+    """Tensors and `about` of a file of `write_tensors`; InputError where the file is missing or broken."""
+    return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def _read(path: Path, tensors: Callable[[Any], Tree]) -> tuple[Tree, dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tensors(file), json.loads((file.metadata() or {})["fedmom"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: is not a whole checkpoint of fedmom ({reason})") from None
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Short hash of what makes a run this run and no other."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, hardware, commit and command: what a reader needs to run it again."""
+    names = ["fedmom", "torch", "torchvision", "numpy", "scikit-learn", "safetensors", "flwr", "ray"]
+    found = {name: _version(name) for name in names}
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "versions": {name: number for name, number in found.items() if number},
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout fedmom runs from, with + if files have changed; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class RunFolder:
+    """One run on disk. `create` makes a new one, `open` one to resume; neither writes over another's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+
+    @staticmethod
+    def check_new(path: Path) -> None:
+        """InputError unless `create` may make a run folder here."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"--out {path}: exists already; use --resume {path} to go on, or another --out")
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        cls.check_new(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {path}: cannot be made ({error.strerror})") from None
+        folder = cls(path)
+        folder._acquire()
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        if not (path / CONFIG).is_file():
+            raise InputError(f"--resume {path}: is not a run folder (it has no {CONFIG})")
+        folder = cls(path)
+        folder._acquire()
+        return folder
+
+    def _acquire(self) -> None:
+        """Two processes in one folder would write over each other; the lock goes with the process, even killed."""
+        try:
+            import fcntl
+        except ImportError:  # pragma: no cover - not a POSIX system
+            return
+        try:
+            handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise InputError(f"{self.path}: another process is running it") from None
+        self._lock = handle
+
+    def close(self) -> None:
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                (self.path / _LOCK).unlink()
+            os.close(self._lock)
+            self._lock = None
+
+    def append(self, record: Record) -> None:
+        """One line of rounds.jsonl, readable at once by whoever watches the run."""
+        try:
+            with open(self.path / ROUNDS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{self.path / ROUNDS}: cannot be written ({error.strerror}); --resume continues"
+            ) from None
+
+    def save(self, done: Progressed, run_id: str) -> None:
+        """A checkpoint. Rows of clients go first, and the older rows stay until the checkpoint itself is there."""
+        with contextlib.suppress(FileNotFoundError), open(self.path / ROUNDS, "rb+") as file:
+            os.fsync(file.fileno())
+        about = self._about(done, run_id)
+        checkpoint, clients, previous = (self.path / name for name in (CHECKPOINT, CLIENTS, _PREVIOUS_CLIENTS))
+        if done.client_momentum is not None:
+            # Rows of another round than the checkpoint's were left by a kill; the ones it needs are in `previous`.
+            if clients.exists() and checkpoint.exists() and read_about(clients) == read_about(checkpoint):
+                os.replace(clients, previous)
+            write_tensors(clients, {f"momentum/{n}": u for n, u in done.client_momentum.items()}, about)
+        write_tensors(checkpoint, flatten(done.state), about)
+        previous.unlink(missing_ok=True)
+
+    def save_final(self, done: Progressed, run_id: str) -> None:
+        write_tensors(self.path / FINAL, flatten(done.state), self._about(done, run_id))
+
+    @staticmethod
+    def _about(done: Progressed, run_id: str) -> dict[str, Any]:
+        """No times: the bytes of a resumed run are those of an uninterrupted one."""
+        return {"run_id": run_id, **{name: getattr(done, name) for name in _COUNTS}}
+
+    def load(self, run_id: str, template: Progressed, device: torch.device) -> Progressed:
+        """The last checkpoint, checked against this run; `template` (round 0) where there is none yet.
+
+        Raises InputError for a checkpoint that is truncated, of another run, or without its clients' rows.
+        """
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return template
+        tensors, about = read_tensors(path)
+        if about.get("run_id") != run_id:
+            raise InputError(f"{path}: belongs to another run ({about.get('run_id')}, this one is {run_id})")
+        expected, found = flatten(template.state), tensors
+        wrong = [n for n in {**expected, **found} if n not in found or n not in expected]
+        wrong += [n for n in expected if n in found and found[n].shape != expected[n].shape]
+        if wrong:
+            raise InputError(f"{path}: does not fit this model (tensor {wrong[0]})")
+        rows = None
+        if template.client_momentum is not None:
+            candidates = [self.path / name for name in (CLIENTS, _PREVIOUS_CLIENTS)]
+            fitting = [c for c in candidates if c.exists() and read_about(c) == about]
+            if not fitting:
+                raise InputError(f"{candidates[0]}: the clients' own momentum of round {about['round']} is missing")
+            rows = {name.removeprefix("momentum/"): u for name, u in read_tensors(fitting[0])[0].items()}
+        state = to_device(unflatten(tensors), device)
+        return Progressed(state=state, client_momentum=rows, **{name: about[name] for name in _COUNTS})
+
+    def rewind(self, round_number: int) -> list[Record]:
+        """Cut rounds.jsonl back to the checkpoint's round and give the lines that stay."""
+        kept = [record for record in read_rounds(self.path) if record["round"] <= round_number]
+        if [record["round"] for record in kept] != list(range(1, round_number + 1)):
+            raise InputError(f"{self.path / ROUNDS}: lacks rounds before the checkpoint's, {round_number}")
+        write_text(self.path / ROUNDS, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
+
+
+def read_rounds(path: Path) -> list[Record]:
+    """The records of a run folder; a last line that a kill cut short is left out."""
+    file = path / ROUNDS
+    if not file.is_file():
+        return []
+    records = []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("round"), int):
+                raise ValueError("not a round's record")
+        except ValueError:
+            if number == len(lines):
+                break
+            raise InputError(f"{file}:{number}: is not a round's record") from None
+        records.append(record)
+    return records

@@ -1,0 +1,389 @@
+"""`fedmom.run`: a configuration becomes a task, a plan and an engine, and a run with records and checkpoints."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fedmom import engine as engines
+from fedmom.algorithms import MOMENTUM_POLICIES
+from fedmom.config import Config, Loaded, Scalar, flat, learning_rate, length_keys, load, resolve, to_toml
+from fedmom.datasets import Dataset, load_dataset
+from fedmom.engine import Engine, Method
+from fedmom.errors import DivergedError, InputError
+from fedmom.models import build_model
+from fedmom.objective import Classification, Task
+from fedmom.parsing import parse_numbers, parse_table
+from fedmom.partition import Partition, make_partition
+from fedmom.quadratic import Quadratic
+from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, fingerprint, write_text
+from fedmom.state import Tree, num_bytes
+from fedmom.train import Plan, Progressed, Record, beginning, round_job, run_rounds
+
+# Keys that may differ on resume without changing what is computed up to the rounds already done.
+_LENGTH = ("run.num-rounds", "run.num-steps")
+
+
+class Start(NamedTuple):
+    """What a callback learns before the first round."""
+
+    config: Config  # resolved
+    folder: Path | None
+    first_round: int  # 1, or the first after a checkpoint
+    client_steps: int  # per round, of all clients together
+    notes: tuple[str, ...]  # what was overruled, chosen or should be known
+
+
+class Callback:
+    """What happens along a run; override what you need."""
+
+    def on_start(self, start: Start) -> None:
+        """Once, before the first round."""
+
+    def on_steps(self, client_steps: int) -> None:
+        """Within a round: so many more client-steps are done."""
+
+    def on_round(self, record: Record, state: engines.ClientState) -> None:
+        """After every round: its line of rounds.jsonl, and x̂, û and the buffers."""
+
+    def on_end(self, result: "Result") -> None:
+        """Once, after the last round, an interruption or divergence."""
+
+
+class Result(NamedTuple):
+    """What a run came to."""
+
+    status: str  # "done", "interrupted" or "diverged"
+    rounds: list[Record]  # the lines of rounds.jsonl
+    state_dict: Tree  # params and buffers of the mean model, as model.load_state_dict takes them
+    momentum: Tree  # û
+    config: Config  # resolved
+    folder: Path | None
+    message: str = ""  # what went wrong, in one line
+
+
+def load_task_data(config: Config) -> tuple[Dataset, Partition]:
+    """The data set and who holds which example; InputError where a client would hold none."""
+    data = config.data
+    dataset = load_dataset(data.dataset, data.data_dir)
+    partition = make_partition(
+        data.partition,
+        dataset.y_train.numpy(),
+        data.num_clients,
+        alpha=data.alpha,
+        min_size=data.min_size,
+        shards_per_client=data.shards_per_client,
+        quantity_law=data.quantity_law,
+        sigma=data.sigma,
+        seed=config.run.seed,
+    )
+    empty = np.flatnonzero(partition.sizes == 0)
+    if len(empty):
+        raise InputError(
+            f"data.partition = {data.partition!r}: client {empty[0]} has no examples ({len(empty)} such clients); "
+            "raise data.min-size or data.alpha, or lower data.num-clients"
+        )
+    return dataset, partition
+
+
+def make_task(config: Config, device: str) -> Task:
+    """The clients' objectives of a resolved configuration, on `device`."""
+    data, run = config.data, config.run
+    dtype = getattr(torch, run.dtype)
+    if data.dataset == "quadratic":
+        return Quadratic(
+            parse_table("data.curvatures", data.curvatures),
+            parse_table("data.centers", data.centers),
+            parse_numbers("data.start", data.start),
+            noise_sigma=data.noise_sigma,
+            seed=run.seed,
+            dtype=dtype,
+            device=device,
+        )
+    dataset, partition = load_task_data(config)
+    augment = dataset.augment if data.augment == "auto" else data.augment
+    if augment != "none" and dataset.x_train.ndim != 4:
+        raise InputError(f"data.augment = {augment!r}: needs images, data.dataset = {data.dataset!r} has none")
+    model = build_model(
+        config.model.name,
+        tuple(dataset.x_train.shape[1:]),
+        dataset.num_classes,
+        seed=run.seed,
+        norm=config.model.norm,
+        hidden=config.model.hidden,
+    )
+    return Classification(
+        dataset,
+        model,
+        partition,
+        batch_size=data.batch_size,
+        sampling=data.sampling,
+        augment=augment,
+        seed=run.seed,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def make_plan(config: Config) -> Plan:
+    """The plain numbers of a resolved configuration."""
+    algorithm = config.algorithm
+    return Plan(
+        method=Method(
+            beta=algorithm.beta,
+            nesterov=algorithm.nesterov,
+            weight_decay=algorithm.weight_decay,
+            momentum_policy=algorithm.momentum_policy,
+            running_var=algorithm.running_var,
+        ),
+        rate=learning_rate(algorithm),
+        num_rounds=config.run.num_rounds,
+        cohort_size=algorithm.cohort_size,
+        batch_size=config.data.batch_size,
+        seed=config.run.seed,
+        num_local_steps=algorithm.num_local_steps,
+        local_epochs=algorithm.local_epochs,
+        client_weights=algorithm.client_weights,
+        eval_every=config.run.eval_every,
+        num_steps=config.run.num_steps,
+    )
+
+
+def resolve_device(config: Config) -> Config:
+    """engine.device = "auto" becomes cuda where there is one; InputError for a cuda that is not there."""
+    device, there = config.engine.device, torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise InputError("engine.device = 'cuda': torch finds no CUDA device here; use cpu or auto")
+    device = ("cuda" if there else "cpu") if device == "auto" else device
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, device=device))
+
+
+def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Engine, list[str]]:
+    """The engine, and the configuration with what `auto` chose, so that a resume takes the same."""
+    wanted = config.engine
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    begin = beginning(task, plan)
+    choice = engines.choose(
+        task,
+        plan.method,
+        begin.state,
+        round_job(task, plan, begin),
+        path=wanted.path,
+        chunk_size=wanted.chunk_size,
+    )
+    engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
+    settled = dataclasses.replace(
+        wanted, path=choice.path, chunk_size=choice.chunk_size, threads=torch.get_num_threads()
+    )
+    notes = []
+    if choice.measured:
+        tried = ", ".join(f"{way} {rate:,.0f}" for way, rate in choice.measured.items())
+        notes.append(f"engine: {choice.path} × {choice.chunk_size} (client-steps/s measured: {tried})")
+    return dataclasses.replace(config, engine=settled), engine, notes
+
+
+def run_identity(config: Config) -> str:
+    """Fingerprint of all that decides a run's numbers, its length aside."""
+    return fingerprint({name: value for name, value in flat(config).items() if name not in _LENGTH})
+
+
+_OPEN: dict[str, Scalar] = {"engine.device": "auto", "engine.path": "auto", "engine.chunk-size": 0, "engine.threads": 0}
+
+
+def resume_config(folder: Path, source: Any, sets: Iterable[str] | Mapping[str, Any], device: str | None) -> Config:
+    """The configuration to resume with: the recorded one, possibly longer. InputError names what changed.
+
+    `source` is the configuration given once more, or None for the recorded one; what `auto` chose is kept.
+    """
+    path = folder / CONFIG
+    recorded = resolve(load(path)).config
+    base: Any = recorded if source is None else source
+    loaded = load(base, sets)
+    if device:
+        loaded = Loaded(load(loaded.config, {"engine.device": device}).config, loaded.given | {"engine.device"})
+    kept = {name: flat(recorded)[name] for name, free in _OPEN.items() if flat(loaded.config)[name] == free}
+    given = loaded.given if source is not None else frozenset()
+    config = resolve(Loaded(load(loaded.config, kept).config, given)).config
+    old, new = flat(recorded), flat(config)
+    for name in new:
+        if name not in _LENGTH and new[name] != old[name]:
+            raise InputError(
+                f"{name} = {new[name]!r}: the run in {folder} has {old[name]!r}; only a longer run may be resumed "
+                "with another configuration"
+            )
+    longer = [name for name in _LENGTH if new[name] != old[name]]
+    if longer:
+        name = longer[0]
+        if config.run.num_rounds < recorded.run.num_rounds:
+            raise InputError(f"{name} = {new[name]}: the run in {folder} has {old[name]}; it can only become longer")
+        if reasons := length_keys(config):
+            reason = f"{reasons[0]} = {new[reasons[0]]!r}"
+            raise InputError(f"{name} = {new[name]}: {reason} depends on the length, {old[name]} in {folder}")
+    return config
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C within the block takes effect after it, so that a round's record and state stay together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held and callable(before):
+            before(*held[0])
+
+
+def run(
+    config: str | Path | Mapping[str, Any] | Config | None = None,
+    *,
+    sets: Iterable[str] | Mapping[str, Any] = (),
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    device: str | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> Result:
+    """Run Algorithm 1 as `config` says: a TOML file, a mapping ({"algorithm": {"lr": 0.1}}) or a Config.
+
+    `sets` changes keys ({"algorithm.lr": 0.1} or ["algorithm.lr=0.1"]), `out` names a run folder to write (None:
+    nothing is written), `resume` a run folder to go on with (`config` may then be left out).
+    Raises InputError for bad input. Divergence and Ctrl-C are a Result's status, and leave a checkpoint in the folder.
+    """
+    if resume is not None and out is not None:
+        raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")
+    if resume is None and config is None:
+        raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
+    folder = None
+    if out is not None:
+        RunFolder.check_new(Path(out))  # before the data are read and the engine is timed
+    try:
+        if resume is not None:
+            folder = RunFolder.open(Path(resume))
+            settled = resume_config(Path(resume), config, sets, device)
+            notes: tuple[str, ...] = ()
+        else:
+            loaded = load(config or {}, sets)
+            if device:
+                loaded = Loaded(load(loaded.config, {"engine.device": device}).config, loaded.given)
+            settled, notes = resolve(loaded)
+        settled = resolve_device(settled)
+        task, plan = make_task(settled, settled.engine.device), make_plan(settled)
+        settled, engine, more = make_engine(settled, task, plan)
+        if out is not None:
+            folder = RunFolder.create(Path(out))
+        return _Run(settled, task, plan, engine, folder, (*notes, *more), list(callbacks)).go(resume is not None)
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+class _Run:
+    """One run under way."""
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        plan: Plan,
+        engine: Engine,
+        folder: RunFolder | None,
+        notes: tuple[str, ...],
+        callbacks: list[Callback],
+    ) -> None:
+        self.config, self.task, self.plan, self.engine = config, task, plan, engine
+        self.folder, self.callbacks = folder, callbacks
+        self.notes = [*notes, *_warnings(config, task, plan)]
+        self.run_id = run_identity(config)
+        self.rounds: list[Record] = []
+
+    def go(self, resumed: bool) -> Result:
+        done = self._begin(resumed)
+        saved = done.round if resumed else -1
+        status, message = "done", ""
+        try:
+            self._tell_start(done)
+            for new, record in run_rounds(self.task, self.plan, self.engine, done, self._on_steps):
+                with interrupts_held():
+                    done = new
+                    self.rounds.append(record)
+                    if self.folder:
+                        self.folder.append(record)
+                        if done.round % self.config.run.checkpoint_every == 0:
+                            self.folder.save(done, self.run_id)
+                            saved = done.round
+                for callback in self.callbacks:
+                    callback.on_round(record, done.state)
+        except DivergedError as error:
+            status, message = "diverged", str(error)
+        except KeyboardInterrupt:
+            status, message = "interrupted", f"interrupted after round {done.round}"
+        with interrupts_held():
+            if self.folder and saved != done.round and done.round > 0:
+                self.folder.save(done, self.run_id)
+            if self.folder and status == "done":
+                self.folder.save_final(done, self.run_id)
+        result = self._result(status, done, message)
+        for callback in self.callbacks:
+            callback.on_end(result)
+        return result
+
+    def _begin(self, resumed: bool) -> Progressed:
+        done = beginning(self.task, self.plan)
+        if not self.folder:
+            return done
+        if resumed:
+            done = self.folder.load(self.run_id, done, self.task.device)
+            self.rounds = self.folder.rewind(done.round)
+            if self.rounds:
+                done = done._replace(wall_seconds=float(self.rounds[-1]["wall_seconds"]))
+        else:
+            about = environment(self.config.engine.device)
+            write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
+        write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
+        return done
+
+    def _tell_start(self, done: Progressed) -> None:
+        per_round = int(round_job(self.task, self.plan, done).num_steps.sum())
+        path = self.folder.path if self.folder else None
+        start = Start(self.config, path, done.round + 1, per_round, tuple(self.notes))
+        for callback in self.callbacks:
+            callback.on_start(start)
+        if not self.callbacks:
+            for note in _warnings(self.config, self.task, self.plan):
+                warnings.warn(note, stacklevel=4)
+
+    def _on_steps(self, client_steps: int) -> None:
+        for callback in self.callbacks:
+            callback.on_steps(client_steps)
+
+    def _result(self, status: str, done: Progressed, message: str) -> Result:
+        state = done.state
+        path = self.folder.path if self.folder else None
+        model = {**state.params, **state.buffers}
+        return Result(status, self.rounds, model, state.momentum, self.config, path, message)
+
+
+def _warnings(config: Config, task: Task, plan: Plan) -> list[str]:
+    """What a user should know before a run: memory that grows with N, a mean that is not the paper's."""
+    notes = []
+    policy = config.algorithm.momentum_policy
+    if MOMENTUM_POLICIES[policy].keeps_rows:
+        size = len(task.sizes) * num_bytes(task.start().momentum) / 1e6
+        notes.append(f"momentum-policy {policy!r} keeps u of all {len(task.sizes)} clients: {size:,.1f} MB")
+    if plan.local_epochs and len(set(plan.steps_of(task.sizes).tolist())) > 1:
+        notes.append("local-epochs gives clients unequal steps: the mean is not the paper's (num-local-steps is)")
+    return notes

@@ -1,0 +1,71 @@
+"""Learning rates γ_t, shared by all clients: a function of the step t and of nothing else."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Horizon(NamedTuple):
+    """How long the run is, in the units a schedule may be written in."""
+
+    num_steps: int  # T
+    num_clients: int  # N that take part in a round
+    steps_per_joint_epoch: float  # steps until all clients together have seen as many examples as there are
+
+    def steps(self, amount: float, unit: str) -> float:
+        """`amount` joint epochs, or that fraction of the run, in steps."""
+        return amount * (self.steps_per_joint_epoch if unit == "joint-epochs" else self.num_steps)
+
+
+class LearningRate(NamedTuple):
+    """Plain numbers of a schedule; `at(t, horizon)` is γ of step t = 0, 1, …"""
+
+    lr: float  # γ, or c of the schedule "theory"
+    schedule: str = "constant"
+    milestones: tuple[float, ...] = ()  # where "step" multiplies by `decay`
+    decay: float = 0.1
+    unit: str = "joint-epochs"  # of milestones and warmup; or "fraction" of the run
+    warmup: float = 0.0  # length of the linear warm-up, in `unit`
+    minimum: float = 0.0  # where "cosine" ends
+
+    def at(self, step: int, horizon: Horizon) -> float:
+        warmup = horizon.steps(self.warmup, self.unit)
+        ramp = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+        return ramp * SCHEDULES[self.schedule].lr(self, step, horizon)
+
+
+def constant(rate: LearningRate, step: int, horizon: Horizon) -> float:
+    return rate.lr
+
+
+def step_decay(rate: LearningRate, step: int, horizon: Horizon) -> float:
+    # A step that begins on a milestone is past it; 1e-9 forgives the division by an uneven epoch length.
+    passed = sum(step >= horizon.steps(m, rate.unit) * (1 - 1e-9) for m in rate.milestones)
+    return rate.lr * rate.decay**passed
+
+
+def cosine(rate: LearningRate, step: int, horizon: Horizon) -> float:
+    """Loshchilov and Hutter (2017), one half period from the end of the warm-up to the end of the run."""
+    warmup = min(horizon.steps(rate.warmup, rate.unit), horizon.num_steps - 1)
+    done = min(1.0, max(0.0, step - warmup) / max(1.0, horizon.num_steps - warmup))
+    return rate.minimum + (rate.lr - rate.minimum) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def theory(rate: LearningRate, step: int, horizon: Horizon) -> float:
+    """γ = c √(N / T): with it the method converges at O(1/√(NT)) (Yu, Jin, Yang, 2019)."""
+    return rate.lr * math.sqrt(horizon.num_clients / horizon.num_steps)
+
+
+class Schedule(NamedTuple):
+    lr: Callable[[LearningRate, int, Horizon], float]
+    needs_length: bool  # whether γ_t depends on how long the run will be
+    summary: str
+
+
+SCHEDULES = {
+    "constant": Schedule(constant, False, "γ"),
+    "step": Schedule(step_decay, False, "γ times lr-decay at each of lr-milestones"),
+    "cosine": Schedule(cosine, True, "half a cosine from γ to lr-min over the run"),
+    "theory": Schedule(theory, True, "c √(N / T), with c = lr"),
+}
+UNITS = {"joint-epochs": "passes of all clients together over all data", "fraction": "part of the run"}

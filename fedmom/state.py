@@ -1,0 +1,86 @@
+"""What a client carries, as a value: the model x, the momentum u and the model's buffers."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+class ClientState(NamedTuple):
+    """One client between two steps; stacked, every tensor gains a leading client axis K."""
+
+    params: Tree  # x, {name: [*shape]} or {name: [K, *shape]}
+    momentum: Tree  # u, the same names and shapes
+    buffers: Tree  # BatchNorm's statistics and other tensors that no gradient moves
+
+
+def initial_state(params: Tree, buffers: Tree) -> ClientState:
+    """The start of the method: the given x, and u = 0."""
+    return ClientState(params, zeros_like(params), buffers)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    return {name: torch.zeros_like(value) for name, value in tree.items()}
+
+
+def expand(tree: Tree, num_rows: int) -> Tree:
+    """[*shape] -> [num_rows, *shape], all rows one copy in memory: clients that restart from the same point."""
+    return {name: value.expand(num_rows, *value.shape) for name, value in tree.items()}
+
+
+def stacked(state: ClientState, num_rows: int) -> ClientState:
+    """`num_rows` clients that all stand at `state`."""
+    return ClientState(*(expand(tree, num_rows) for tree in state))
+
+
+def stack(states: list[ClientState]) -> ClientState:
+    """K states of one client each -> one state whose tensors are [K, *shape]."""
+    columns = zip(*states, strict=True)
+    return ClientState(*({name: torch.stack([t[name] for t in trees]) for name in trees[0]} for trees in columns))
+
+
+def select(state: ClientState, client: int) -> ClientState:
+    """One client of a stacked state."""
+    return ClientState(*({name: value[client] for name, value in tree.items()} for tree in state))
+
+
+def where(active: Tensor, new: ClientState, old: ClientState) -> ClientState:
+    """Rows of `new` where `active` [K] is true, rows of `old` elsewhere."""
+
+    def rows(name: str, new: Tree, old: Tree) -> Tensor:
+        return torch.where(active.reshape(-1, *[1] * (new[name].ndim - 1)), new[name], old[name])
+
+    pairs = zip(new, old, strict=True)
+    return ClientState(*({name: rows(name, a, b) for name in a} for a, b in pairs))
+
+
+def to_device(state: ClientState, device: torch.device | str) -> ClientState:
+    return ClientState(*({name: value.to(device) for name, value in tree.items()} for tree in state))
+
+
+def num_bytes(tree: Tree) -> int:
+    return sum(value.numel() * value.element_size() for value in tree.values())
+
+
+def is_finite(tree: Tree) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in tree.values() if value.is_floating_point())
+
+
+def flatten(state: ClientState) -> Tree:
+    """`params/NAME`, `momentum/NAME`, `buffers/NAME`: the form on the wire and in files."""
+    parts = state._asdict().items()
+    return {f"{part}/{name}": value for part, tree in parts for name, value in tree.items()}
+
+
+def unflatten(tensors: Mapping[str, Tensor]) -> ClientState:
+    """The inverse of `flatten`. Raises ValueError for a name without one of the three prefixes."""
+    state = ClientState({}, {}, {})
+    for key, value in tensors.items():
+        part, slash, name = key.partition("/")
+        if not slash or part not in ClientState._fields:
+            raise ValueError(f"tensor {key!r}: expected params/…, momentum/… or buffers/…")
+        getattr(state, part)[name] = value
+    return state

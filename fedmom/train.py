@@ -1,0 +1,180 @@
+"""The round loop: who takes part, from where, with which lr, and one record per round.
+
+Plain arguments in, a record and a new state out; nothing here knows of files, terminals or configurations.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fedmom.algorithms import MOMENTUM_POLICIES
+from fedmom.engine import Engine, Method, Outcome, Progress, Round
+from fedmom.errors import DivergedError
+from fedmom.objective import Task
+from fedmom.randomness import COHORT, random_bits
+from fedmom.schedules import Horizon, LearningRate
+from fedmom.state import ClientState, Tree, is_finite, num_bytes
+
+Record = dict[str, Any]
+
+
+class Plan(NamedTuple):
+    """What a whole run does, in plain numbers."""
+
+    method: Method
+    rate: LearningRate
+    num_rounds: int  # R
+    cohort_size: int  # C clients drawn per round
+    batch_size: int  # B
+    seed: int = 0
+    num_local_steps: int = 8  # I
+    local_epochs: int = 0  # instead of I, if positive
+    client_weights: str = "uniform"
+    eval_every: int = 1
+    num_steps: int = 0  # T, if it was given; else R × I
+
+    def steps_of(self, sizes: np.ndarray) -> np.ndarray:
+        """[N] local steps of each client in a round: I, or local_epochs × ⌈n_i / B⌉."""
+        if self.local_epochs:
+            return self.local_epochs * -(-sizes // self.batch_size)
+        return np.full(len(sizes), self.num_local_steps, dtype=np.int64)
+
+    def horizon(self, sizes: np.ndarray) -> Horizon:
+        per_round = float(self.steps_of(sizes).mean())
+        total = self.num_steps or math.ceil(self.num_rounds * per_round)
+        return Horizon(total, self.cohort_size, float(sizes.sum()) / (self.cohort_size * self.batch_size))
+
+
+class Progressed(NamedTuple):
+    """A run between two rounds: all that a checkpoint must hold."""
+
+    round: int  # rounds done
+    state: ClientState  # x̂, û and the buffers
+    client_momentum: Tree | None  # [N, ...] every client's own u, for policy "local"
+    steps: int = 0  # local steps t so far (with local-epochs: of each round's longest client)
+    examples: int = 0  # seen by all clients so far, repeats counted
+    bytes_sent: int = 0  # by all clients so far
+    wall_seconds: float = 0.0
+
+
+def beginning(task: Task, plan: Plan) -> Progressed:
+    """The state before the first round."""
+    start = task.start()
+    rows = None
+    if MOMENTUM_POLICIES[plan.method.momentum_policy].keeps_rows:
+        rows = {n: torch.zeros(len(task.sizes), *u.shape, dtype=u.dtype) for n, u in start.momentum.items()}
+    return Progressed(0, start, rows)
+
+
+def cohort(plan: Plan, num_clients: int, round_index: int) -> np.ndarray:
+    """[C] ascending ids of the clients of round 0, 1, …: uniform without replacement, by (seed, round) alone."""
+    if plan.cohort_size == num_clients:
+        return np.arange(num_clients)
+    keys = random_bits(COHORT, plan.seed, round_index, torch.arange(num_clients)).numpy()
+    return np.sort(np.argpartition(keys, plan.cohort_size)[: plan.cohort_size])
+
+
+def bytes_per_exchange(state: ClientState, method: Method) -> int:
+    """What one client sends per round (and receives): x, the buffers, and u where the method needs it."""
+    sends = MOMENTUM_POLICIES[method.momentum_policy].sends_momentum and method.beta > 0
+    return num_bytes(state.params) + num_bytes(state.buffers) + (num_bytes(state.momentum) if sends else 0)
+
+
+def round_job(task: Task, plan: Plan, done: Progressed) -> Round:
+    """What the engine must do in the round after `done`."""
+    ids = cohort(plan, len(task.sizes), done.round)
+    sizes = task.sizes[ids]
+    steps = plan.steps_of(task.sizes)[ids]
+    horizon, per_round = plan.horizon(task.sizes), float(plan.steps_of(task.sizes).mean())
+    first = done.round * per_round  # the schedule's clock; with local-epochs the mean client's
+    lrs = [plan.rate.at(math.floor(first + s), horizon) for s in range(int(steps.max()))]
+    clients = torch.from_numpy(ids)
+    weights = torch.from_numpy(sizes if plan.client_weights == "samples" else np.ones(len(ids)))
+    rows = done.client_momentum
+    return Round(
+        clients=clients.to(task.device),
+        weights=weights.to(task.device, torch.float64),
+        first_steps=torch.from_numpy(done.round * steps).to(task.device),
+        num_steps=torch.from_numpy(steps).to(task.device),
+        lrs=lrs,
+        momentum=None if rows is None else {n: u[clients].to(task.device) for n, u in rows.items()},
+    )
+
+
+def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: Outcome, seconds: float) -> Progressed:
+    """The state between this round and the next; `done` stays as it is."""
+    rows = done.client_momentum
+    if rows is not None and outcome.momentum is not None:
+        rows = {n: u.index_copy(0, job.clients.cpu(), outcome.momentum[n].cpu()) for n, u in rows.items()}
+    examples = int(job.num_steps.sum()) * plan.batch_size
+    return Progressed(
+        round=done.round + 1,
+        state=outcome.mean,
+        client_momentum=rows,
+        steps=done.steps + len(job.lrs),
+        examples=done.examples + examples,
+        bytes_sent=done.bytes_sent + len(job.clients) * bytes_per_exchange(outcome.mean, plan.method),
+        wall_seconds=done.wall_seconds + seconds,
+    )
+
+
+def run_rounds(
+    task: Task, plan: Plan, engine: Engine, done: Progressed, progress: Progress | None = None
+) -> Iterator[tuple[Progressed, Record]]:
+    """Rounds done.round + 1 … R, each as the state after it and its record (see docs/method.md).
+
+    Raises DivergedError, with the round and the lr, when the loss, x or u is NaN or infinite.
+    """
+    clock = time.perf_counter
+    while done.round < plan.num_rounds:
+        begin = clock()
+        job = round_job(task, plan, done)
+        outcome = engine.run_round(done.state, job, progress)
+        _check_finite(done.round + 1, job, outcome)
+        new = after_round(task, plan, done, job, outcome, 0.0)
+        steps = int(job.num_steps.sum())
+        train_seconds = clock() - begin
+        measured: Record = {}
+        if new.round % plan.eval_every == 0 or new.round == plan.num_rounds:
+            measured = task.evaluate(new.state)
+        new = new._replace(wall_seconds=done.wall_seconds + clock() - begin)
+        record = {
+            "round": new.round,
+            "steps": new.steps,
+            "joint_epochs": new.examples / int(task.sizes.sum()),
+            "lr": job.lrs[0],
+            "train_loss": outcome.train_loss,
+            **measured,
+            "consensus_distance": outcome.consensus_distance,
+            "momentum_spread": outcome.momentum_spread,
+            "bytes_sent": new.bytes_sent,
+            "wall_seconds": new.wall_seconds,
+            "client_steps_per_second": steps / train_seconds,
+            "num_clients": len(job.clients),
+        }
+        if task.small:
+            record |= _coordinates(new.state, outcome.path)
+        yield new, record
+        done = new
+
+
+def _check_finite(round_number: int, job: Round, outcome: Outcome) -> None:
+    where = f"round {round_number} at lr = {job.lrs[0]:g}"
+    if not math.isfinite(outcome.train_loss):
+        raise DivergedError(f"the training loss became {outcome.train_loss} in {where}: try a smaller lr")
+    for part, tree in outcome.mean._asdict().items():
+        if not is_finite(tree):
+            raise DivergedError(f"the {part} became NaN or infinite in {where}: try a smaller lr")
+
+
+def _coordinates(state: ClientState, path: list[torch.Tensor]) -> Record:
+    """x, u and x̄ after every step, written out: for problems small enough to read."""
+    flat = {
+        part: torch.cat([v.flatten() for v in tree.values()]).tolist()
+        for part, tree in (("x", state.params), ("u", state.momentum))
+    }
+    return {**flat, "x_path": [point.tolist() for point in path]}

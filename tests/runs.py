@@ -1,0 +1,107 @@
+"""Small runs for tests: the engine on quadratics and on tiny images, without a config or a folder."""
+
+import numpy as np
+import torch
+
+from fedmom.datasets import Dataset
+from fedmom.engine import Engine, Method
+from fedmom.models import build_model
+from fedmom.objective import Classification
+from fedmom.partition import make_partition
+from fedmom.quadratic import Quadratic
+from fedmom.schedules import LearningRate
+from fedmom.train import Plan, Progressed, beginning, run_rounds
+from laws import Problem, Runner, Trajectory
+
+F64 = torch.float64
+
+
+class WatchedEngine(Engine):
+    """The engine, writing down every client's state before every step."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list = []
+
+    def _one_step(self, state, batch, lr):
+        self.seen.append(state)
+        return super()._one_step(state, batch, lr)
+
+
+def engine_runner(path: str, chunk_size: int = 64) -> Runner:
+    """The engine as a runner of laws."""
+
+    def run(p: Problem) -> Trajectory:
+        task = Quadratic(p.h, p.c, p.start, dtype=p.dtype)
+        N, I = len(p.h), p.interval
+        engine = WatchedEngine(task, Method(p.beta, p.nesterov), path=path, chunk_size=chunk_size)
+        T = len(p.lrs)
+        assert T % I == 0
+        change = next((t for t in range(1, T) if p.lrs[t] != p.lrs[0]), T)
+        rate = LearningRate(p.lrs[0], "step", (change / T,), p.lrs[-1] / p.lrs[0], "fraction")
+        plan = Plan(engine.method, rate, T // I, N, 1, num_local_steps=I)
+        done = None
+        for done, _ in run_rounds(task, plan, engine, beginning(task, plan)):
+            pass
+        assert done is not None
+        return Trajectory(*(_series(engine, done, part, N, I) for part in ("params", "momentum")))
+
+    return run
+
+
+def _series(engine: WatchedEngine, done: Progressed, part: str, N: int, I: int) -> np.ndarray:  # noqa: E741
+    """[T + 1, N, d] from the states before each step, which come chunk by chunk within each round."""
+    rows = [getattr(state, part)["x"] for state in engine.seen]
+    chunks_per_round = -(-N // engine.chunk_size)
+    series = []
+    for begin in range(0, len(rows), chunks_per_round * I):
+        chunks = [rows[begin + k * I : begin + (k + 1) * I] for k in range(chunks_per_round)]
+        series += [torch.cat(step) for step in zip(*chunks, strict=True)]
+    last = getattr(done.state, part)["x"]
+    series.append(last.expand_as(series[0]))
+    return torch.stack(series).numpy()
+
+
+def tiny_images(num_examples: int = 60, *, channels: int = 1, side: int = 8, num_classes: int = 3) -> Dataset:
+    """Random uint8 images whose labels can be learned: each class has its own mean image."""
+    rng = np.random.default_rng(0)
+    y = torch.from_numpy(np.arange(num_examples) % num_classes)
+    prototypes = rng.integers(0, 200, (num_classes, channels, side, side))
+    noise = rng.integers(0, 56, (num_examples, channels, side, side))
+    x = torch.from_numpy((prototypes[y.numpy()] + noise).astype(np.uint8))
+    return Dataset(x, y, x[: num_examples // 2], y[: num_examples // 2], num_classes, (0.4,), (0.3,), "none")
+
+
+def image_task(
+    model: str = "mlp",
+    num_clients: int = 4,
+    *,
+    data: Dataset | None = None,
+    dtype=F64,
+    norm="batch",
+    hidden=8,
+    **options,
+) -> Classification:
+    data = data or tiny_images()
+    partition = make_partition("dirichlet-client", data.y_train.numpy(), num_clients, alpha=0.5, seed=1)
+    net = build_model(model, tuple(data.x_train.shape[1:]), data.num_classes, seed=3, norm=norm, hidden=hidden)
+    options.setdefault("batch_size", 5)
+    return Classification(data, net, partition, dtype=dtype, **options)
+
+
+def run_plan(task, plan: Plan, *, path: str = "loop", chunk_size: int = 64, done: Progressed | None = None):
+    """All rounds -> (the last state, the records)."""
+    engine = Engine(task, plan.method, path=path, chunk_size=chunk_size)
+    records = []
+    done = done or beginning(task, plan)
+    for done, record in run_rounds(task, plan, engine, done):
+        records.append(record)
+    return done, records
+
+
+def simple_plan(num_clients: int, *, num_rounds=3, lr=0.05, beta=0.9, batch_size=5, **options) -> Plan:
+    names = ("nesterov", "weight_decay", "momentum_policy", "running_var")
+    method = Method(beta, **{name: options.pop(name) for name in names if name in options})
+    options.setdefault("cohort_size", num_clients)
+    options.setdefault("num_local_steps", 3)
+    return Plan(method, LearningRate(lr), num_rounds, batch_size=batch_size, **options)
