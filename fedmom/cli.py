@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from fedmom import report as reports
-from fedmom.config import KEYS, toml_scalar, load, resolve
+from fedmom.config import KEYS, load, resolve, toml_scalar
 from fedmom.datasets import DATASETS, download
 from fedmom.errors import InputError
 from fedmom.models import MODELS

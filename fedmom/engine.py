@@ -5,7 +5,6 @@ Which one is faster depends on model and device (stacking wins for small dense m
 on a CPU), so `choose_path` measures both on the run's own first step.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -89,7 +88,7 @@ class Engine:
         path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.task.small else 0)
         own: list[Tree] = []
         for rows in torch.arange(len(job.clients)).split(self.chunk_size):
-            part = Round(*(None if v is None else v if v is job.lrs else _rows(v, rows) for v in job))
+            part = _part(job, rows)
             state = stacked(start, len(rows))
             momentum = expand(start.momentum, len(rows))
             state = state._replace(momentum=policy.start(momentum, part.momentum))
@@ -146,11 +145,11 @@ class Engine:
         )
 
 
-def _rows(value: Any, rows: Tensor) -> Any:
-    """Rows of a tensor [C, ...] or of a tree of them."""
-    if isinstance(value, dict):
-        return {name: t[rows.to(t.device)] for name, t in value.items()}
-    return value[rows.to(value.device)]
+def _part(job: Round, rows: Tensor) -> Round:
+    """The job of some clients of the cohort, given as places in it."""
+    rows = rows.to(job.clients.device)
+    momentum = None if job.momentum is None else {name: u[rows] for name, u in job.momentum.items()}
+    return Round(job.clients[rows], job.weights[rows], job.first_steps[rows], job.num_steps[rows], job.lrs, momentum)
 
 
 def bytes_per_client(task: Task, start: ClientState) -> int:
@@ -187,30 +186,27 @@ def choose(task: Task, method: Method, start: ClientState, job: Round, *, path: 
     if path == "vmap" and chunk_size:
         return Choice("vmap", min(chunk_size, cohort), {})
     sizes = [min(chunk_size, cohort)] if chunk_size else sorted({min(4**k, limit) for k in range(1, 8)})
-    measured: dict[tuple[str, int], float] = {("vmap", k): _rate(task, method, start, job, "vmap", k) for k in sizes}
-    if path == "auto":
-        measured["loop", 1] = _rate(task, method, start, job, "loop", 1)
-    best = max(measured, key=lambda way: measured[way])
-    return Choice(*best, {f"{name} × {k}": rate for (name, k), rate in measured.items()})
+    ways = [("vmap", size) for size in sizes] + ([("loop", 1)] if path == "auto" else [])
+    for name in dict(ways):  # the first step of each path also loads code and kernels
+        _seconds(task, method, start, job, name, 1)
+    rates = {}
+    for name, size in ways:
+        seconds = _seconds(task, method, start, job, name, size)
+        # A short step is noisy: the better of two. A long one is measured well enough by itself.
+        again = _seconds(task, method, start, job, name, size) if seconds < 1 else seconds
+        rates[name, size] = size / min(seconds, again)
+    best = max(rates, key=lambda way: rates[way])
+    return Choice(*best, {f"{name} × {size}": rate for (name, size), rate in rates.items()})
 
 
-def _rate(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int) -> float:
-    """Client-steps per second of one path with `num_rows` clients: the better of two steps after a first."""
-    rows = torch.arange(num_rows)
-    one = torch.ones(num_rows, dtype=torch.int64, device=task.device)
-    clients, first_steps = _rows(job.clients, rows), _rows(job.first_steps, rows)
-    short = Round(clients, one.to(torch.float64), first_steps, one, job.lrs[:1])
+def _seconds(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int) -> float:
+    """Time of one local step and exchange of the first `num_rows` clients of `job`."""
+    part = _part(job, torch.arange(num_rows))
+    short = part._replace(num_steps=torch.ones_like(part.num_steps), lrs=job.lrs[:1], momentum=None)
     engine = Engine(task, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
-    best = math.inf
-    for attempt in range(3):
-        begin = _now(task.device)
-        engine.run_round(start, short)
-        seconds = _now(task.device) - begin
-        # The first step also loads kernels; a step of seconds is measured well enough by itself.
-        best = min(best, seconds) if attempt or seconds > 2 else best
-        if seconds > 2:
-            break
-    return num_rows / best
+    begin = _now(task.device)
+    engine.run_round(start, short)
+    return _now(task.device) - begin
 
 
 def _now(device: torch.device) -> float:

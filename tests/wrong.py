@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import numpy as np
-
 from laws import Problem, Runner, Trajectory
 
 # Each mistake by name; "none" is the method itself.

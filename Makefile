@@ -1,0 +1,48 @@
+# Everything a fresh machine needs: Python 3.11+, pip, make and git. `make quickstart` and `make test` set up by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two test processes with one torch thread each: more threads than cores spin waiting for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help setup quickstart test test-slow test-container check format clean
+
+help:
+	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
+	@echo "make test         set up, run the fast tests"
+	@echo "make check        ruff, mypy and the fast tests"
+	@echo "make test-slow    the slow tests;  make test-container: those that need a Docker engine"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedmom needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+setup: $(VENV)/.ready
+
+quickstart: setup
+	$(BIN)/fedmom run configs/quickstart.toml
+
+test: setup
+	$(PYTEST)
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+# pytest's exit status 5 says that no test was collected: there is nothing to run, and that is no failure.
+test-container: setup
+	$(PYTEST) -m container || test $$? -eq 5
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
