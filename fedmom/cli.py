@@ -12,13 +12,14 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from fedmom import report as reports
+from fedmom import pictures, tables
 from fedmom.config import KEYS, load, resolve, toml_scalar
 from fedmom.datasets import DATASETS, download
 from fedmom.errors import InputError
 from fedmom.models import MODELS
 from fedmom.progress import callbacks
 from fedmom.records import read_rounds
+from fedmom.report import draw_report
 from fedmom.runner import Result, load_task_data
 from fedmom.runner import run as run_config
 
@@ -89,10 +90,10 @@ def _finish(result: Result, console: Console, quiet: bool) -> int:
     assert result.folder is not None
     curves = result.folder / "curves.png"
     if result.rounds:
-        run = reports.RunHistory(result.folder.name, result.rounds)
-        _draw(lambda: reports.draw_curves([run], curves))
+        run = tables.RunHistory(result.folder.name, result.rounds)
+        _draw(lambda: pictures.draw_curves([run], curves))
         if not quiet:
-            console.print(reports.as_text(*reports.summary_table([run])), soft_wrap=True, markup=False)
+            console.print(tables.as_text(*tables.summary_table([run])), soft_wrap=True, markup=False)
     console.print(str(result.folder), soft_wrap=True, markup=False)
     if result.status != "done":
         print(f"fedmom: {result.message}", file=sys.stderr)
@@ -132,8 +133,8 @@ def partition(
         ["classes per client: min, median, max", f"{present.min()}, {np.median(present):.0f}, {present.max()}"],
         ["share of a client's largest class, mean", f"{(counts.max(1) / sizes).mean():.3f}"],
     ]
-    print(reports.as_text([title, ""], rows))
-    _draw(lambda: reports.draw_partition(counts, out, title=title))
+    print(tables.as_text([title, ""], rows))
+    _draw(lambda: pictures.draw_partition(counts, out, title=title))
     print(out)
     return DONE
 
@@ -151,13 +152,13 @@ def report(
         rounds = read_rounds(folder)
         if not rounds:
             raise InputError(f"{folder}: is not a run folder with finished rounds (no line in rounds.jsonl)")
-        runs.append(reports.RunHistory(folder.name, rounds))
+        runs.append(tables.RunHistory(folder.name, rounds))
     target = out or (folders[0] if len(folders) == 1 else Path("report"))
-    print(reports.as_text(*reports.summary_table(runs)))
-    for axis, title in reports.AXES.items():
+    print(tables.as_text(*tables.summary_table(runs)))
+    for axis, title in tables.AXES.items():
         print(f"\nat equal {title}")
-        print(reports.as_text(*reports.equal_table(runs, axis)))
-    _draw(lambda: [print(path) for path in reports.draw_report(runs, target).values()])
+        print(tables.as_text(*tables.equal_table(runs, axis)))
+    _draw(lambda: [print(path) for path in draw_report(runs, target).values()])
     return DONE
 
 
@@ -175,7 +176,7 @@ def datasets(
     rows.append(["quadratic", "f_i(x) = Σ h/2 (x − c)², exact gradients: data.curvatures, centers, start, noise-sigma"])
     rows.append(["FILE.npz", "arrays x_train, y_train, x_test, y_test (uint8 images or float features)"])
     rows.append(["module:function", "your own: returns those four arrays"])
-    print(reports.as_text(["data.dataset", "what it is"], rows))
+    print(tables.as_text(["data.dataset", "what it is"], rows))
     return DONE
 
 
@@ -184,7 +185,7 @@ def models() -> int:
     """List the models that a config can name."""
     rows = [[name, entry.summary] for name, entry in MODELS.items()]
     rows.append(["module:function", "your own: function(input_shape, num_classes) returns a torch.nn.Module"])
-    print(reports.as_text(["model.name", "what it is"], rows))
+    print(tables.as_text(["model.name", "what it is"], rows))
     return DONE
 
 
@@ -199,7 +200,7 @@ def keys(
         row = [name, toml_scalar(key.default), key.doc + choices]
         if not words or any(word in " ".join(row) for word in words):
             rows.append(row)
-    print(reports.as_text(["key", "default", "meaning"], rows))
+    print(tables.as_text(["key", "default", "meaning"], rows))
     return DONE
 
 

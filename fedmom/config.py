@@ -1,33 +1,35 @@
 """A run's configuration: frozen dataclasses <-> TOML <-> flat `section.key` scalars, and all of its validation.
 
-TOML keys are kebab-case, Python names snake_case, and only this file translates. `load` reads and checks one
-key at a time; `resolve` settles what several keys or the algorithm's name decide together, so that the
-configuration in a run folder says exactly what ran.
+TOML keys are kebab-case, Python names snake_case, and only this file translates. Everything here looks at one key
+at a time; resolve.py settles what several of them decide together.
 """
 
 import dataclasses
 import difflib
 import json
 import math
+import os
 import tomllib
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES, theory_interval
+import numpy as np
+
+from fedmom.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
 from fedmom.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.datasets import DATASETS
 from fedmom.errors import InputError, unknown
 from fedmom.imports import is_spec
 from fedmom.models import MODELS, NORMS
-from fedmom.parsing import parse_numbers, parse_table
 from fedmom.partition import PARTITIONS, QUANTITY_LAWS
-from fedmom.schedules import SCHEDULES, UNITS, LearningRate
+from fedmom.schedules import SCHEDULES, UNITS
 
 Scalar = str | bool | int | float
 Check = Callable[[Any], str | None]  # value -> what would be right, or None where it is
+LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
 
 
 def above(low: float) -> Check:
@@ -42,9 +44,10 @@ def within(low: float, high: float) -> Check:
     return lambda value: None if low <= value < high else f"must be in [{low:g}, {high:g})"
 
 
-def key(default: Scalar, doc: str, check: Check | Collection[str] | None = None, also: str = "") -> Any:
+def key(default: Scalar, doc: str, right: Check | Iterable[str] | None = None, also: str = "") -> Any:
     """One key: its default, one line on it, and either a check or the names it may take (`also`: other forms)."""
-    return field(default=default, metadata={"doc": doc, "check": check, "also": also})
+    check, choices = (right, ()) if callable(right) else (None, tuple(right or ()))
+    return field(default=default, metadata={"doc": doc, "check": check, "choices": choices, "also": also})
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class AlgorithmConfig:
 class RunConfig:
     num_rounds: int = key(100, "R; run.num-steps overrules it", at_least(1))
     num_steps: int = key(0, "T, local steps in all, rounded up to whole rounds; 0: num-rounds × I", at_least(0))
-    seed: int = key(0, "of data split, model, batches, cohorts", within(0, 2**31))
+    seed: int = key(0, "of data split, model, batches, cohorts", at_least(0))
     eval_every: int = key(1, "rounds between two evaluations (the last round always is)", at_least(1))
     checkpoint_every: int = key(10, "rounds between two checkpoints", at_least(1))
     backend: str = key("engine", "who runs the clients", ["engine"])
@@ -112,7 +115,7 @@ class EngineConfig:
     device: str = key("auto", "where tensors live", ["auto", "cpu", "cuda"])
     path: str = key("auto", "clients stacked (vmap) or one after another", ["auto", "vmap", "loop"])
     chunk_size: int = key(0, "K, clients stacked at once; 0: by memory", at_least(0))
-    threads: int = key(0, "CPU threads; 0: torch's choice", at_least(0))
+    threads: int = key(0, "CPU threads, fewer than 1025; 0: torch's choice", within(0, 1025))
 
 
 @dataclass(frozen=True)
@@ -129,30 +132,26 @@ class Key(NamedTuple):
 
     section: str
     name: str  # snake_case
-    type: type
+    type: type[Any]
     default: Scalar
     doc: str
-    check: Check | Collection[str] | None
-    also: str
+    check: Check | None
+    choices: tuple[str, ...]  # the names it may take, if it takes names
+    also: str  # other forms of a name
 
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _all_keys() -> dict[str, Key]:
-    keys = {}
-    for section in dataclasses.fields(Config):
-        cls = typing.cast(type, section.type)
-        for f in dataclasses.fields(cls):
-            kind = typing.cast(type, f.type)
-            keys[f"{section.name}.{_kebab(f.name)}"] = Key(
-                section.name, f.name, kind, f.default, f.metadata["doc"], f.metadata["check"], f.metadata["also"]
-            )
-    return keys
-
-
-KEYS = _all_keys()  # "section.key" -> Key
+SECTIONS: dict[str, type[Any]] = {f.name: typing.cast(type[Any], f.type) for f in dataclasses.fields(Config)}
+KEYS: dict[str, Key] = {
+    f"{section}.{_kebab(f.name)}": Key(
+        section, f.name, typing.cast(type[Any], f.type), typing.cast(Scalar, f.default), **f.metadata
+    )
+    for section, cls in SECTIONS.items()
+    for f in dataclasses.fields(cls)
+}
 
 
 def flat(config: Config) -> dict[str, Scalar]:
@@ -160,41 +159,68 @@ def flat(config: Config) -> dict[str, Scalar]:
     return {name: getattr(getattr(config, k.section), k.name) for name, k in KEYS.items()}
 
 
+def replace(config: Config, section: str, **values: Scalar) -> Config:
+    """`config` with other (right) values in one section."""
+    part = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **{section: part})
+
+
+def _not_a_key(name: str) -> InputError:
+    section, _, rest = name.partition(".")
+    if section not in SECTIONS:
+        return unknown("section", section, SECTIONS)
+    near = difflib.get_close_matches(_kebab(rest), [k.partition(".")[2] for k in KEYS], n=3)
+    right = [k for k in KEYS if k.partition(".")[2] in near]
+    hint = f"did you mean {' or '.join(right)}?" if right else "`fedmom keys` lists them all"
+    return InputError(f"{name} is not a key: {hint}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes out no whole number of more than 4,300 digits
+        return "(thousands of digits)"
+
+
+def _plain(value: Any, kind: type[Any]) -> Any:
+    """What a caller from Python may pass as well: numpy's numbers, paths, whole numbers for floats."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind is float and type(value) is int:
+        return float(value) if abs(value) < 2**1000 else math.copysign(math.inf, value)
+    return value
+
+
 def _checked(name: str, value: Any) -> Scalar:
     """`value` as the key's type, or the InputError that names the key, the value and what would be right."""
     if name not in KEYS:
-        section, _, rest = name.partition(".")
-        sections = [f.name for f in dataclasses.fields(Config)]
-        if section not in sections:
-            raise unknown("section", section, sections)
-        near = difflib.get_close_matches(rest, [k.partition(".")[2] for k in KEYS], n=3)
-        right = [k for k in KEYS if k.partition(".")[2] in near]
-        hint = f"did you mean {' or '.join(right)}?" if right else "`fedmom keys` lists them all"
-        raise InputError(f"{name} is not a key: {hint}")
+        raise _not_a_key(name)
     known = KEYS[name]
-    if known.type is float and type(value) is int:
-        value = float(value)
+    value = _plain(value, known.type)
     if type(value) is not known.type:
         want = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[known.type]
-        raise InputError(f"{name} = {value!r}: must be {want}")
-    check = known.check
-    if isinstance(check, Collection):
-        own_form = known.also and (is_spec(value) or value.endswith(".npz"))
-        if value not in check and not own_form:
-            raise unknown(name, value, [*check, *([known.also] if known.also else [])])
-    elif check is not None and (wrong := check(value)):
+        raise InputError(f"{name} = {_shown(value)}: must be {want}")
+    if known.type is int and abs(value) > LARGEST:
+        raise InputError(f"{name} = {_shown(value)}: must be at most {LARGEST}")
+    if known.type is str and not value.isascii() and value.encode(errors="ignore").decode() != value:
+        raise InputError(f"{name} = {value!r}: must be valid Unicode")
+    if known.choices and value not in known.choices:
+        if not known.also:
+            raise unknown(name, value, known.choices)
+        if not is_spec(value) and not (".npz" in known.also and value.endswith(".npz")):
+            raise unknown(name, value, [*known.choices, known.also])
+    if known.check and (wrong := known.check(value)):
         raise InputError(f"{name} = {value!r}: {wrong}")
     return value
 
 
 def _build(values: Mapping[str, Any], base: Config) -> Config:
     """`base` with `values` in place of some of its keys; each is checked by itself."""
-    given: dict[str, dict[str, Scalar]] = {}
     for name, value in values.items():
         checked = _checked(name, value)
-        given.setdefault(KEYS[name].section, {})[KEYS[name].name] = checked
-    parts = {section: dataclasses.replace(getattr(base, section), **keys) for section, keys in given.items()}
-    return dataclasses.replace(base, **parts)
+        base = replace(base, KEYS[name].section, **{KEYS[name].name: checked})
+    return base
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -207,36 +233,46 @@ def parse_set(text: str) -> tuple[str, Any]:
         return name, value
     try:
         return name, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, 4,300 digits, or brackets without end
         return name, value
+
+
+def parse_sets(sets: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """{"section.key": value} of several changes, unchecked; the last one counts."""
+    return _flattened(sets) if isinstance(sets, Mapping) else dict(parse_set(text) for text in sets)
+
+
+def _flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """{"section.key": value} of {"section": {"key" (or "k_e_y"): value}} and of {"section.key": value}."""
+    values: dict[str, Any] = {}
+    for name, value in mapping.items():
+        nested = isinstance(value, Mapping)
+        values.update({f"{name}.{_kebab(k)}": v for k, v in value.items()} if nested else {name: value})
+    return values
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     """{"section.key": value} of one file, unchecked."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; configs/ holds complete examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a text file ({error})") from None
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not TOML: {error}") from None
     if not tables:
-        raise InputError(f"{path}: is empty; a config has sections {', '.join(_sections())}")
+        raise InputError(f"{path}: is empty; a config has sections {', '.join(SECTIONS)}")
     values: dict[str, Any] = {}
     for section, table in tables.items():
-        if section not in _sections():
-            raise InputError(f"{path}: {unknown('section', section, _sections())}")
+        if section not in SECTIONS:
+            raise InputError(f"{path}: {unknown('section', section, SECTIONS)}")
         if not isinstance(table, dict):
-            raise InputError(f"{path}: {section} = {table!r}: must be a section, [{section}]")
+            raise InputError(f"{path}: {section} = {_shown(table)}: must be a section, [{section}]")
         values.update({f"{section}.{name}": value for name, value in table.items()})
     return values
-
-
-def _sections() -> list[str]:
-    return [f.name for f in dataclasses.fields(Config)]
 
 
 class Loaded(NamedTuple):
@@ -255,169 +291,16 @@ def load(source: str | Path | Mapping[str, Any] | Config, sets: Iterable[str] | 
     if isinstance(source, Config):
         values = {name: value for name, value in flat(source).items() if value != KEYS[name].default}
     elif isinstance(source, Mapping):
-        values = {}
-        for name, value in source.items():
-            nested = isinstance(value, Mapping)
-            values.update({f"{name}.{_kebab(k)}": v for k, v in value.items()} if nested else {name: value})
+        values = _flattened(source)
     else:
         where = f"{source}: "
         values = _read_toml(Path(source))
-    changes = dict(sets) if isinstance(sets, Mapping) else dict(parse_set(text) for text in sets)
+    changes = parse_sets(sets)
     try:
         config = _build(values, Config())
     except InputError as error:
         raise InputError(f"{where}{error}") from None
     return Loaded(_build(changes, config), frozenset(values) | frozenset(changes))
-
-
-class Resolved(NamedTuple):
-    """A configuration in which nothing is left open but the engine's own choices, and what was overruled."""
-
-    config: Config
-    notes: tuple[str, ...]
-
-
-def resolve(loaded: Loaded) -> Resolved:
-    """Settle what keys decide together: baselines, I, T, N, the cohort, the dtype.
-
-    Resolving a resolved configuration changes nothing. Raises InputError naming the keys that disagree.
-    """
-    config, given = loaded
-    notes: list[str] = []
-    config = _resolve_data(config, given)
-    config = _resolve_algorithm(config, given, notes)
-    _check_together(config)
-    return Resolved(config, tuple(notes))
-
-
-def _replace(config: Config, section: str, **values: Scalar) -> Config:
-    part = dataclasses.replace(getattr(config, section), **values)
-    return dataclasses.replace(config, **{section: part})
-
-
-def _resolve_data(config: Config, given: frozenset[str]) -> Config:
-    data = config.data
-    quadratic = data.dataset == "quadratic"
-    if quadratic:
-        curvatures = parse_table("data.curvatures", data.curvatures)
-        centers = parse_table("data.centers", data.centers)
-        if len(curvatures) != len(centers):
-            raise InputError(
-                f"data.centers = {data.centers!r}: has {len(centers)} clients, data.curvatures {len(curvatures)}"
-            )
-        if "data.num-clients" in given and data.num_clients != len(curvatures):
-            raise InputError(
-                f"data.num-clients = {data.num_clients}: data.curvatures = {data.curvatures!r} has "
-                f"{len(curvatures)} clients, separated by ;"
-            )
-        widths = {len(row) for row in (*curvatures, *centers, parse_numbers("data.start", data.start))}
-        if len(widths) > 1:
-            raise InputError(
-                "data.curvatures, data.centers, data.start: every client and the start need the same number of "
-                f"coordinates, got {sorted(widths)}"
-            )
-        config = _replace(config, "data", num_clients=len(curvatures), batch_size=1, augment="none")
-    if config.run.dtype == "auto":
-        config = _replace(config, "run", dtype="float64" if quadratic else "float32")
-    return config
-
-
-def _resolve_algorithm(config: Config, given: frozenset[str], notes: list[str]) -> Config:
-    algorithm, run, num_clients = config.algorithm, config.run, config.data.num_clients
-    cohort = algorithm.cohort_size or num_clients
-    if cohort > num_clients:
-        raise InputError(f"algorithm.cohort-size = {cohort}: must be at most data.num-clients = {num_clients} (0: all)")
-    fixed = ALGORITHMS[algorithm.name]
-    interval, steps, beta = algorithm.interval, algorithm.num_local_steps, algorithm.beta
-    epochs = algorithm.local_epochs
-    if fixed.interval is not None:
-        said = [f"{k} = {v}" for k, v in [("num-local-steps", steps), ("local-epochs", epochs)] if v]
-        said = [s for s in said if s != f"num-local-steps = {fixed.interval}"]
-        said += [f'interval = "{interval}"'] if interval != "fixed" else []
-        if said:
-            notes.append(f"{algorithm.name} is I = {fixed.interval}: it overrules {', '.join(said)}")
-        interval, steps, epochs = "fixed", fixed.interval, 0
-    if fixed.beta is not None and beta != fixed.beta:
-        if "algorithm.beta" in given:
-            notes.append(f"{algorithm.name} is β = {fixed.beta:g}: it overrules beta = {beta:g}")
-        beta = fixed.beta
-    if epochs:
-        if steps:
-            raise InputError(f"algorithm.local-epochs = {epochs}: give it or num-local-steps = {steps}, not both")
-        if interval != "fixed":
-            raise InputError(f"algorithm.interval = {interval!r}: needs num-local-steps, not local-epochs")
-        if run.num_steps:
-            raise InputError(f"run.num-steps = {run.num_steps}: give run.num-rounds with local-epochs")
-    elif interval != "fixed":
-        if not run.num_steps:
-            raise InputError(f"algorithm.interval = {interval!r}: needs run.num-steps = T, the steps in all")
-        wanted = theory_interval(interval, run.num_steps, cohort)
-        if steps not in (0, wanted):
-            raise InputError(
-                f"algorithm.num-local-steps = {steps}: interval = {interval!r} gives I = {wanted} for "
-                f"T = {run.num_steps}, N = {cohort}; leave it 0"
-            )
-        steps = wanted
-    elif not steps:
-        steps = fixed.default_interval
-    config = _replace(
-        config,
-        "algorithm",
-        cohort_size=cohort,
-        interval=interval,
-        num_local_steps=steps,
-        local_epochs=epochs,
-        beta=beta,
-    )
-    if run.num_steps:
-        rounds = math.ceil(run.num_steps / steps)
-        if "run.num-rounds" in given and run.num_rounds != rounds:
-            notes.append(f"run.num-steps = {run.num_steps} gives {rounds} rounds: it overrules num-rounds")
-        config = _replace(config, "run", num_rounds=rounds)
-    return config
-
-
-def _check_together(config: Config) -> None:
-    algorithm = config.algorithm
-    milestones = parse_numbers("algorithm.lr-milestones", algorithm.lr_milestones)
-    if list(milestones) != sorted(milestones) or milestones[0] < 0:
-        raise InputError(f"algorithm.lr-milestones = {algorithm.lr_milestones!r}: must rise from 0")
-    if algorithm.lr_schedule == "step" and algorithm.lr_unit == "fraction" and milestones[-1] > 1:
-        raise InputError(
-            f"algorithm.lr-milestones = {algorithm.lr_milestones!r}: must be at most 1 in lr-unit = 'fraction' "
-            "(or use lr-unit = 'joint-epochs')"
-        )
-    if algorithm.lr_unit == "fraction" and algorithm.lr_warmup > 1:
-        raise InputError(f"algorithm.lr-warmup = {algorithm.lr_warmup}: must be at most 1 in lr-unit = 'fraction'")
-    if algorithm.lr_schedule == "theory" and algorithm.local_epochs:
-        raise InputError("algorithm.lr-schedule = 'theory': needs num-local-steps, not local-epochs")
-
-
-def learning_rate(algorithm: AlgorithmConfig) -> LearningRate:
-    """The schedule's plain numbers."""
-    return LearningRate(
-        lr=algorithm.lr,
-        schedule=algorithm.lr_schedule,
-        milestones=parse_numbers("algorithm.lr-milestones", algorithm.lr_milestones),
-        decay=algorithm.lr_decay,
-        unit=algorithm.lr_unit,
-        warmup=algorithm.lr_warmup,
-        minimum=algorithm.lr_min,
-    )
-
-
-def length_keys(config: Config) -> list[str]:
-    """The keys because of which lr or I depend on how long the run is; such a run cannot be made longer."""
-    algorithm = config.algorithm
-    keys = []
-    if SCHEDULES[algorithm.lr_schedule].needs_length:
-        keys.append("algorithm.lr-schedule")
-    uses_unit = algorithm.lr_schedule == "step" or algorithm.lr_warmup > 0
-    if algorithm.lr_unit == "fraction" and uses_unit:
-        keys.append("algorithm.lr-unit")
-    if algorithm.interval != "fixed":
-        keys.append("algorithm.interval")
-    return keys
 
 
 def to_toml(config: Config, comment: str = "") -> str:

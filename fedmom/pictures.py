@@ -24,9 +24,9 @@ DPI = 150
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.3)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
-PALE = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.35, "markersize": 2, "zorder": 1.5}
+PALE = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.35, "marker": "none", "zorder": 1.5}
 LIGHT, DARK = "#D9D9D9", "#404040"
-MAX_MARKED_POINTS = 20
+MAX_MARKERS = 16  # on one curve
 MAX_NAME = 40
 MAX_BUBBLES = 40  # clients, and classes; shades for more
 MAX_SINGLE_CLIENTS = 100
@@ -82,7 +82,7 @@ def _short_name(name: str) -> str:
 def draw_curves(runs: Sequence[RunHistory], path: Path) -> None:
     """PNG: a row per measure, against rounds, joint epochs and bytes sent. Pale lines are the train loss."""
     check(runs)
-    measures = [m for m in MEASURES if any(_drawn(run, m) for run in runs)] or MEASURES[:1]
+    measures = [m for m in MEASURES if any(_keys(run, m) for run in runs)] or MEASURES[:1]
     ends = {axis: [end for run in runs if (end := max(finite(run.rounds, axis), default=0.0)) > 0] for axis in AXES}
     columns = [axis for axis in AXES if ends[axis]] or ["round"]
     divisor, unit = byte_unit(max(ends["bytes_sent"], default=0.0))
@@ -106,8 +106,8 @@ def draw_curves(runs: Sequence[RunHistory], path: Path) -> None:
         elif axis == "round":
             axes.xaxis.set_major_locator(_integers(7))
 
-    lines = [line for line in panels[0, 0].get_lines() if line.get_alpha() is None]
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": names_per_line, "frameon": False}
+    lines = [panels[0, 0].plot([], [], **_style(index))[0] for index in range(len(runs))]
     legend = figure.legend(lines, names, **place, fontsize=8.5, handlelength=3.2, columnspacing=1.6)
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -116,15 +116,18 @@ def draw_curves(runs: Sequence[RunHistory], path: Path) -> None:
 
 
 def _draw_panel(axes: Any, runs: Sequence[RunHistory], measure: Measure, axis: str, divisor: float) -> None:
-    """One line a run for the measure, below it a pale one for the train loss where it belongs here."""
     for index, run in enumerate(runs):
-        for key in (measure.key, "train_loss")[: 2 if _holds_train_loss(run, measure) else 1]:
+        for key in _keys(run, measure):
             x, y = _series(run, axis, key)
-            line = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
-            line |= {"marker": MARKERS[index % len(MARKERS)] if len(x) <= MAX_MARKED_POINTS else "none"}
-            line |= {"linewidth": 1.5, "markersize": 3.5} if key == measure.key else PALE
-            axes.plot(x / divisor, measure.factor * y, **line)
+            look = _style(index) | (PALE if key == "train_loss" else {})
+            axes.plot(x / divisor, measure.factor * y, **look, markevery=ceil(len(x) / MAX_MARKERS) or 1)
     _plain(axes)
+
+
+def _style(index: int) -> dict[str, Any]:
+    """How the curve of a run looks, the same in every panel and in the legend."""
+    choices = {"color": COLOURS, "linestyle": DASHES, "marker": MARKERS}
+    return {name: looks[index % len(looks)] for name, looks in choices.items()} | {"linewidth": 1.5, "markersize": 3.5}
 
 
 def _series(run: RunHistory, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
@@ -135,16 +138,11 @@ def _series(run: RunHistory, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     return points[:, 0], points[:, 1]
 
 
-def _holds_train_loss(run: RunHistory, measure: Measure) -> bool:
-    """Whether this is the row of the run's train loss: a quadratic's `loss`, a classifier's `test_loss`."""
+def _keys(run: RunHistory, measure: Measure) -> list[str]:
+    """What a run has to draw in the row of a measure; train losses go with a quadratic's loss, else the test loss."""
     quadratic = any(finite(run.rounds, key) for key in ("loss", "distance"))
-    return measure.key == ("loss" if quadratic else "test_loss") and bool(finite(run.rounds, "train_loss"))
-
-
-def _drawn(run: RunHistory, measure: Measure) -> list[float]:
-    """Every value of a run in the row of a measure."""
-    train = finite(run.rounds, "train_loss") if _holds_train_loss(run, measure) else []
-    return finite(run.rounds, measure.key) + train
+    train = ["train_loss"] if measure.key == ("loss" if quadratic else "test_loss") else []
+    return [key for key in [*train, measure.key] if finite(run.rounds, key)]
 
 
 def _scale(axes: Any, runs: Sequence[RunHistory], measure: Measure) -> str:
@@ -152,13 +150,13 @@ def _scale(axes: Any, runs: Sequence[RunHistory], measure: Measure) -> str:
 
     One diverging run must not flatten the others: a test loss ends at twice the runs' median start.
     """
-    label = measure.label + (" (pale: train)" if any(_holds_train_loss(run, measure) for run in runs) else "")
-    curves = [values for run in runs if (values := _drawn(run, measure))]
-    values = [value for curve in curves for value in curve]
+    curves = [[finite(run.rounds, key) for key in _keys(run, measure)] for run in runs]
+    values = [value for run in curves for curve in run for value in curve]
+    label = measure.label + (" (pale: train)" if any("train_loss" in _keys(run, measure) for run in runs) else "")
     if measure.log and min(values, default=0.0) >= 0 and max(values, default=0.0) > 0:
         axes.set_yscale("log")  # an optimum that was reached exactly is a line through the floor
-    if measure.key == "test_loss" and curves:
-        top, bottom = 2 * median(curve[0] for curve in curves), min(values)
+    if measure.key == "test_loss" and values:
+        top, bottom = 2 * median(max(curve[0] for curve in run) for run in curves if run), min(values)
         if 0 < top < max(values):
             axes.set_ylim(bottom - 0.05 * (top - bottom), top)
             label += f", cut at {top:.2g}"
@@ -168,7 +166,7 @@ def _scale(axes: Any, runs: Sequence[RunHistory], measure: Measure) -> str:
 def _legend_names(names: Sequence[str]) -> list[str]:
     """Short names; where they are long, without the words that all of them begin with."""
     if len(set(names)) > 1 and max(map(len, names)) > MAX_NAME:
-        prefix = re.sub(r"[^-_ /,]*$", "", os.path.commonprefix(list(names)))  # whole words
+        prefix = re.sub(r"[^-_ /,]*$", "", os.path.commonprefix(list(names)))  # noqa: RUF071 - cut to whole words
         names = [f"…{name.removeprefix(prefix)}" if prefix else name for name in names]
     return [_short_name(name) for name in names]
 
@@ -212,15 +210,15 @@ def _draw_clients(counts: np.ndarray, title: str, class_names: Sequence[str]) ->
         image = cells.imshow(counts.T, **HEAT, vmax=largest)
         cells.set_xlabel("Client")
         _colour_bar(figure, cells, image, "Examples", format="{x:,.0f}", ticks=_integers(6))
-    cells.xaxis.set_major_locator(_integers(min(num_clients, 25)))
+    cells.xaxis.set_major_locator(_integers(26))
     _class_axis(cells, height, class_names)
     _plain(cells, grid="both" if bubbles else None)
     _title(figure, bars, title)
     return figure
 
 
-def _draw_bubbles(axes: Any, areas: np.ndarray, unit: str) -> None:
-    """Areas [N, classes] in [0, 1]; an area of 1 nearly fills one step of the axis `unit`."""
+def _draw_bubbles(axes: Any, areas: np.ndarray, unit: Any) -> None:
+    """Areas [N, classes] in [0, 1]; an area of 1 nearly fills one step of the axis `unit`, "x" or "y"."""
     from matplotlib.collections import EllipseCollection
 
     client, label = np.nonzero(areas)
@@ -267,9 +265,9 @@ def _draw_sizes(axes: Any, sizes: np.ndarray) -> None:
         bins: Any = np.unique(np.geomspace(max(low, 1), high + 1, 41).round()) - 0.5
     else:
         axes.xaxis.set_major_locator(_integers(8))
-        bins = np.arange(low, high + 2, ceil((high - low + 1) / 40)) - 0.5
-        bins = np.append(bins, high + 0.5) if bins[-1] < high else bins
-        axes.set_xlim(max(low - 5, -1), high + 5)  # equal sizes are one bar
+        step = ceil((high - low + 1) / 40)
+        bins = np.arange(low, high + 1 + step, step) - 0.5
+        axes.set_xlim(max(low - 5, -1), max(high + 5, bins[-1]))  # equal sizes are one bar, not a wall
     axes.hist(sizes, bins=bins, color=DARK, edgecolor="white", linewidth=0.5)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:,.0f}")

@@ -252,8 +252,10 @@ class RunFolder:
             fitting = [c for c in candidates if c.exists() and read_about(c) == about]
             if not fitting:
                 raise InputError(f"{candidates[0]}: the clients' own momentum of round {about['round']} is missing")
-            rows = {name.removeprefix("momentum/"): u for name, u in read_tensors(fitting[0])[0].items()}
-        state = to_device(unflatten(tensors), device)
+            found = read_tensors(fitting[0])[0]
+            rows = {name: found[f"momentum/{name}"] for name in template.client_momentum}
+        # In the model's order, which a file does not keep: sums over tensors must not depend on it.
+        state = to_device(unflatten({name: tensors[name] for name in expected}), device)
         return Progressed(state=state, client_momentum=rows, **{name: about[name] for name in _COUNTS})
 
     def rewind(self, round_number: int) -> list[Record]:

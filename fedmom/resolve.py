@@ -1,0 +1,214 @@
+"""What several keys, or the algorithm's name, decide together, so that a run folder's config.toml says what ran.
+
+`resolve` for a new run, `resume_config` for one that goes on.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedmom.algorithms import ALGORITHMS, theory_interval
+from fedmom.config import AlgorithmConfig, Config, Loaded, Scalar, flat, load, replace
+from fedmom.errors import InputError
+from fedmom.parsing import parse_numbers, parse_table
+from fedmom.records import CONFIG, fingerprint
+from fedmom.schedules import SCHEDULES
+
+# Keys that may differ on resume without changing what is computed up to the rounds already done.
+_LENGTH = ("run.num-rounds", "run.num-steps")
+# Values with which a key leaves the choice to the engine; a resumed run keeps what was chosen.
+_OPEN: dict[str, Scalar] = {"engine.device": "auto", "engine.path": "auto", "engine.chunk-size": 0, "engine.threads": 0}
+
+
+class Resolved(NamedTuple):
+    """A configuration in which nothing is left open but the engine's own choices, and what was overruled."""
+
+    config: Config
+    notes: tuple[str, ...]
+
+
+def resolve(loaded: Loaded) -> Resolved:
+    """Settle the quadratic's N, the dtype, the cohort, named baselines, I, and the number of rounds.
+
+    Resolving a resolved configuration changes nothing. Raises InputError naming the keys that disagree.
+    """
+    config, given = loaded
+    notes: list[str] = []
+    config = _settle_data(config, given)
+    config = _settle_cohort(config)
+    config = _settle_baseline(config, given, notes)
+    config = _settle_interval(config)
+    config = _settle_rounds(config, given, notes)
+    _check_schedule(config.algorithm)
+    return Resolved(config, tuple(notes))
+
+
+def _settle_data(config: Config, given: frozenset[str]) -> Config:
+    quadratic = config.data.dataset == "quadratic"
+    if quadratic:
+        num_clients = _quadratic_clients(config)
+        if "data.num-clients" in given and config.data.num_clients != num_clients:
+            raise InputError(
+                f"data.num-clients = {config.data.num_clients}: data.curvatures = {config.data.curvatures!r} has "
+                f"{num_clients} clients, separated by ;"
+            )
+        config = replace(config, "data", num_clients=num_clients, batch_size=1, augment="none")
+    if config.run.dtype == "auto":
+        config = replace(config, "run", dtype="float64" if quadratic else "float32")
+    return config
+
+
+def _quadratic_clients(config: Config) -> int:
+    """N of the quadratic, whose strings must agree with one another and have a minimiser."""
+    data = config.data
+    curvatures = parse_table("data.curvatures", data.curvatures)
+    centers = parse_table("data.centers", data.centers)
+    start = parse_numbers("data.start", data.start)
+    if len(curvatures) != len(centers):
+        raise InputError(
+            f"data.centers = {data.centers!r}: has {len(centers)} clients, data.curvatures {len(curvatures)}"
+        )
+    widths = {len(row) for row in (*curvatures, *centers, start)}
+    if len(widths) > 1:
+        raise InputError(
+            f"data.curvatures = {data.curvatures!r}, data.centers = {data.centers!r}, data.start = {data.start!r}: "
+            f"every client and the start need the same number of coordinates, got {sorted(widths)}"
+        )
+    # One client's own f_i may be flat or bend down; the mean of all must have a minimum.
+    sums = [sum(column) for column in zip(*curvatures, strict=True)]
+    if not all(0 < total < math.inf for total in sums):
+        raise InputError(
+            f"data.curvatures = {data.curvatures!r}: the clients' sum must be > 0 in every coordinate, or there is no "
+            f"minimum; got {', '.join(f'{total:g}' for total in sums)}"
+        )
+    return len(curvatures)
+
+
+def _settle_cohort(config: Config) -> Config:
+    size, num_clients = config.algorithm.cohort_size or config.data.num_clients, config.data.num_clients
+    if size > num_clients:
+        raise InputError(f"algorithm.cohort-size = {size}: must be at most data.num-clients = {num_clients} (0: all)")
+    return replace(config, "algorithm", cohort_size=size)
+
+
+def _settle_baseline(config: Config, given: frozenset[str], notes: list[str]) -> Config:
+    """A name like parallel-sgd-m fixes I or β, whatever else the configuration says."""
+    algorithm = config.algorithm
+    fixed = ALGORITHMS[algorithm.name]
+    if fixed.interval is not None:
+        said = {
+            "num-local-steps": algorithm.num_local_steps not in (0, fixed.interval) and algorithm.num_local_steps,
+            "local-epochs": algorithm.local_epochs,
+            "interval": algorithm.interval != "fixed" and f'"{algorithm.interval}"',
+        }
+        if overruled := [f"{name} = {value}" for name, value in said.items() if value]:
+            notes.append(f"{algorithm.name} is I = {fixed.interval}: it overrules {', '.join(overruled)}")
+        config = replace(config, "algorithm", interval="fixed", num_local_steps=fixed.interval, local_epochs=0)
+    if fixed.beta is not None:
+        if "algorithm.beta" in given and algorithm.beta != fixed.beta:
+            notes.append(f"{algorithm.name} is β = {fixed.beta:g}: it overrules beta = {algorithm.beta:g}")
+        config = replace(config, "algorithm", beta=fixed.beta)
+    return config
+
+
+def _settle_interval(config: Config) -> Config:
+    """I from the number, from local epochs (then it stays 0), from a theorem, or the algorithm's own."""
+    algorithm, num_steps = config.algorithm, config.run.num_steps
+    interval, steps, epochs = algorithm.interval, algorithm.num_local_steps, algorithm.local_epochs
+    if epochs:
+        if steps:
+            raise InputError(f"algorithm.local-epochs = {epochs}: give it or num-local-steps = {steps}, not both")
+        if interval != "fixed":
+            raise InputError(f"algorithm.interval = {interval!r}: needs num-local-steps, not local-epochs = {epochs}")
+        if num_steps:
+            raise InputError(f"run.num-steps = {num_steps}: give run.num-rounds with local-epochs = {epochs}")
+        return config
+    if interval == "fixed":
+        return replace(config, "algorithm", num_local_steps=steps or ALGORITHMS[algorithm.name].default_interval)
+    if not num_steps:
+        raise InputError(f"algorithm.interval = {interval!r}: needs run.num-steps = T, the steps in all")
+    wanted = theory_interval(interval, num_steps, algorithm.cohort_size)
+    if steps not in (0, wanted):
+        raise InputError(
+            f"algorithm.num-local-steps = {steps}: interval = {interval!r} gives I = {wanted} for T = {num_steps}, "
+            f"N = {algorithm.cohort_size}; leave it 0"
+        )
+    return replace(config, "algorithm", num_local_steps=wanted)
+
+
+def _settle_rounds(config: Config, given: frozenset[str], notes: list[str]) -> Config:
+    """R = ⌈T / I⌉ where T was given."""
+    run = config.run
+    if not run.num_steps:
+        return config
+    rounds = -(-run.num_steps // config.algorithm.num_local_steps)
+    if "run.num-rounds" in given and run.num_rounds != rounds:
+        notes.append(f"run.num-steps = {run.num_steps} gives {rounds} rounds: it overrules num-rounds")
+    return replace(config, "run", num_rounds=rounds)
+
+
+def _check_schedule(algorithm: AlgorithmConfig) -> None:
+    milestones = parse_numbers("algorithm.lr-milestones", algorithm.lr_milestones)
+    fraction = algorithm.lr_unit == "fraction"
+    if list(milestones) != sorted(milestones) or milestones[0] < 0:
+        raise InputError(f"algorithm.lr-milestones = {algorithm.lr_milestones!r}: must rise from 0")
+    if algorithm.lr_schedule == "step" and fraction and milestones[-1] > 1:
+        raise InputError(
+            f"algorithm.lr-milestones = {algorithm.lr_milestones!r}: must be at most 1 in lr-unit = 'fraction' "
+            "(or use lr-unit = 'joint-epochs')"
+        )
+    if fraction and algorithm.lr_warmup > 1:
+        raise InputError(f"algorithm.lr-warmup = {algorithm.lr_warmup}: must be at most 1 in lr-unit = 'fraction'")
+    if algorithm.lr_schedule == "cosine" and algorithm.lr_min > algorithm.lr:
+        raise InputError(f"algorithm.lr-min = {algorithm.lr_min}: must be at most algorithm.lr = {algorithm.lr}")
+    if algorithm.lr_schedule == "theory" and algorithm.local_epochs:
+        raise InputError("algorithm.lr-schedule = 'theory': needs num-local-steps, not local-epochs")
+
+
+def length_keys(config: Config) -> list[str]:
+    """The keys because of which lr or I depend on how long the run is; such a run cannot be made longer."""
+    algorithm = config.algorithm
+    uses_unit = algorithm.lr_schedule == "step" or algorithm.lr_warmup > 0
+    reasons = {
+        "algorithm.lr-schedule": SCHEDULES[algorithm.lr_schedule].needs_length,
+        "algorithm.lr-unit": algorithm.lr_unit == "fraction" and uses_unit,
+        "algorithm.interval": algorithm.interval != "fixed",
+    }
+    return [name for name, holds in reasons.items() if holds]
+
+
+def run_identity(config: Config) -> str:
+    """Fingerprint of all that decides a run's numbers, its length aside."""
+    return fingerprint({name: value for name, value in flat(config).items() if name not in _LENGTH})
+
+
+def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Resolved:
+    """The configuration to resume with: the recorded one, possibly longer. InputError names what changed.
+
+    `source` is the configuration given once more, or None for the recorded one; what `auto` chose is kept.
+    """
+    recorded = resolve(load(folder / CONFIG)).config
+    old = flat(recorded)
+    loaded = load(recorded if source is None else source, changes)
+    given = frozenset(changes) if source is None else loaded.given
+    asked = flat(loaded.config)
+    # A length that I or γ depends on must not even be resolved: it would look like another I.
+    length = "run.num-steps" if loaded.config.run.num_steps else "run.num-rounds"
+    if asked[length] != old[length] and (reasons := length_keys(recorded)):
+        raise InputError(
+            f"{length} = {asked[length]}: {reasons[0]} = {old[reasons[0]]!r} depends on the length, {old[length]} in "
+            f"{folder}"
+        )
+    kept = {name: old[name] for name, free in _OPEN.items() if asked[name] == free}
+    config, notes = resolve(Loaded(load(loaded.config, kept).config, given))
+    new = flat(config)
+    for name in new:
+        if name not in _LENGTH and new[name] != old[name]:
+            raise InputError(
+                f"{name} = {new[name]!r}: the run in {folder} has {old[name]!r}; only a longer run may be resumed "
+                "with another configuration"
+            )
+    if config.run.num_rounds < recorded.run.num_rounds:
+        raise InputError(f"{length} = {new[length]}: the run in {folder} has {old[length]}; it can only become longer")
+    return Resolved(config, notes)

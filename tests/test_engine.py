@@ -1,0 +1,242 @@
+"""The engine: both paths and every chunk size give one result; policies, weights, cohorts, unequal steps."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedmom.engine import Choice, Engine, choose
+from fedmom.train import beginning, cohort, round_job
+from runs import image_task, run_plan, simple_plan, tiny_images
+
+MODELS = ["logistic", "mlp", "cnn", "resnet20"]
+
+
+def assert_same(a, b, tolerance=1e-12):
+    """Two Progressed states with equal tensors."""
+    for part_a, part_b in zip(a.state, b.state, strict=True):
+        assert part_a.keys() == part_b.keys()
+        for name, value in part_a.items():
+            torch.testing.assert_close(value, part_b[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def small_task(model, **options):
+    side = 8 if model != "resnet20" else 4
+    return image_task(model, 3, data=tiny_images(side=side), **options)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_vmap_equals_loop(model, nesterov):
+    """Dropout (cnn) and BatchNorm (resnet20) included, in float64, over two rounds."""
+    plan = simple_plan(3, num_rounds=2, nesterov=nesterov, weight_decay=1e-3)
+    stacked, rows = run_plan(small_task(model), plan, path="vmap")
+    single, rows_single = run_plan(small_task(model), plan, path="loop")
+    # Convolutions of the two paths sum in different orders; two rounds of resnet20 amplify that to 1e-11.
+    assert_same(stacked, single, 1e-9)
+    for a, b in zip(rows, rows_single, strict=True):
+        for key in ("train_loss", "test_loss", "consensus_distance", "momentum_spread"):
+            assert a[key] == pytest.approx(b[key], rel=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["average", "local", "reset"])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 100])
+def test_any_chunk_size_gives_the_same_numbers(chunk_size, policy):
+    plan = simple_plan(5, momentum_policy=policy)
+    whole, rows_whole = run_plan(image_task(num_clients=5), plan, path="vmap", chunk_size=5)
+    parts, rows_parts = run_plan(image_task(num_clients=5), plan, path="vmap", chunk_size=chunk_size)
+    assert_same(whole, parts, 1e-12)
+    for a, b in zip(rows_whole, rows_parts, strict=True):
+        assert a["consensus_distance"] == pytest.approx(b["consensus_distance"], rel=1e-10)
+        assert a["momentum_spread"] == pytest.approx(b["momentum_spread"], rel=1e-10)
+
+
+def test_same_plan_same_bytes():
+    plan = simple_plan(4)
+    first, _ = run_plan(image_task("cnn"), plan)
+    again, _ = run_plan(image_task("cnn"), plan)
+    for a, b in zip(first.state, again.state, strict=True):
+        assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.mark.parametrize("num_clients", [1, 2, 3])
+def test_spreads_are_mean_squared_distances_before_the_exchange(num_clients):
+    """Against rows kept by hand: one round, every client alone."""
+    plan = simple_plan(num_clients, num_rounds=1)
+    task = image_task(num_clients=num_clients)
+    _, (record,) = run_plan(task, plan, path="vmap")
+    begin = beginning(task, plan)
+    alone = []
+    for client in range(num_clients):
+        job = round_job(task, plan, begin)
+        only = job._replace(**{n: getattr(job, n)[client : client + 1] for n in job._fields[:4]})
+        alone.append(Engine(task, plan.method, path="loop", chunk_size=1).run_round(begin.state, only).mean)
+    for key, part in (("consensus_distance", "params"), ("momentum_spread", "momentum")):
+        rows = torch.stack([torch.cat([v.flatten() for v in getattr(s, part).values()]) for s in alone])
+        want = float(((rows - rows.mean(0)) ** 2).sum(1).mean())
+        assert record[key] == pytest.approx(want, rel=1e-10, abs=1e-25)
+
+
+def test_clones_have_no_spread():
+    """Clients that agree are at distance exactly 0, in float32 and over several chunks."""
+    from fedmom.quadratic import Quadratic
+
+    task = Quadratic([[0.7, 1.3]] * 6, [[0.3, -1.1]] * 6, [1.0, 2.0], dtype=torch.float32)
+    _, records = run_plan(task, simple_plan(6, batch_size=1), path="vmap", chunk_size=4)
+    assert [r["consensus_distance"] for r in records] == [0.0] * 3
+    assert [r["momentum_spread"] for r in records] == [0.0] * 3
+
+
+def test_reset_starts_from_zero_and_local_from_its_own():
+    """Two rounds by each policy against two single rounds put together by hand."""
+    for policy in ("reset", "local"):
+        plan = simple_plan(3, num_rounds=2, momentum_policy=policy)
+        task = image_task(num_clients=3)
+        done, _ = run_plan(task, plan, path="vmap")
+        first, _ = run_plan(task, plan._replace(num_rounds=1), path="vmap")
+        if policy == "reset":
+            zero = {name: torch.zeros_like(u) for name, u in first.state.momentum.items()}
+            again = first._replace(state=first.state._replace(momentum=zero))
+            average = plan._replace(method=plan.method._replace(momentum_policy="average"))
+            by_hand, _ = run_plan(task, average, path="vmap", done=again._replace(round=1))
+            assert_same(done, by_hand)
+        else:
+            rows = first.client_momentum
+            assert all(not torch.equal(u[0], u[1]) for u in rows.values())
+            mean = {name: u.mean(0) for name, u in rows.items()}
+            for name, u in first.state.momentum.items():
+                torch.testing.assert_close(u, mean[name], rtol=1e-12, atol=1e-12)
+
+
+def test_sample_weights_weigh_model_and_momentum_alike():
+    plan = simple_plan(3, num_rounds=1, client_weights="samples")
+    task = image_task(num_clients=3)
+    task.sizes = np.array([1, 2, 5])  # what the weights are made of
+    done, _ = run_plan(task, plan, path="vmap")
+    job = round_job(task, plan, beginning(task, plan))
+    assert job.weights.tolist() == [1.0, 2.0, 5.0]
+    rows = []
+    for client in range(3):
+        only = job._replace(**{n: getattr(job, n)[client : client + 1] for n in job._fields[:4]})
+        rows.append(Engine(task, plan.method, path="loop", chunk_size=1).run_round(task.start(), only).mean)
+    for part in ("params", "momentum"):
+        for name, value in getattr(done.state, part).items():
+            want = sum(w * getattr(r, part)[name] for w, r in zip([1, 2, 5], rows, strict=True)) / 8
+            torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-12)
+
+
+def test_cohorts_are_addressed_sorted_and_fair():
+    plan = simple_plan(10, cohort_size=4, seed=5)
+    seen = np.zeros(10)
+    for index in range(500):
+        ids = cohort(plan, 10, index)
+        assert list(ids) == sorted(set(ids.tolist()))
+        assert len(ids) == 4
+        assert (ids == cohort(plan, 10, index)).all()
+        seen[ids] += 1
+    # 200 expected each, deviation √(500 · 0.4 · 0.6) = 11.
+    assert abs(seen - 200).max() < 55
+    assert (cohort(simple_plan(10), 10, 3) == np.arange(10)).all()
+
+
+def test_partial_participation_keeps_the_others_momentum_under_local():
+    plan = simple_plan(5, cohort_size=2, momentum_policy="local", num_rounds=1)
+    task = image_task(num_clients=5)
+    done, (record,) = run_plan(task, plan)
+    here = set(cohort(plan, 5, 0).tolist())
+    assert record["num_clients"] == 2
+    for client in range(5):
+        moved = any(bool(u[client].any()) for u in done.client_momentum.values())
+        assert moved == (client in here)
+
+
+def test_partial_participation_gives_the_average_momentum_to_whoever_joins():
+    plan = simple_plan(5, cohort_size=2, num_rounds=2, seed=1)
+    task = image_task(num_clients=5)
+    assert set(cohort(plan, 5, 0)) != set(cohort(plan, 5, 1))
+    first, _ = run_plan(task, plan._replace(num_rounds=1))
+    second, _ = run_plan(task, plan, done=first)
+    whole, _ = run_plan(task, plan)
+    assert_same(second, whole, 0)
+    engine = Engine(task, plan.method, path="loop", chunk_size=1)
+    by_hand = engine.run_round(first.state, round_job(task, plan, first))
+    assert_same(second, whole._replace(state=by_hand.mean), 0)
+
+
+def test_local_epochs_mask_unequal_steps_exactly():
+    """Each client takes ⌈n_i/B⌉ steps; the stacked path must equal each client run alone."""
+    task = image_task(num_clients=4)
+    task_sizes = task.sizes
+    plan = simple_plan(4, num_rounds=2, local_epochs=1, batch_size=7)
+    task = image_task(num_clients=4, batch_size=7)
+    stacked, rows = run_plan(task, plan, path="vmap")
+    alone, _ = run_plan(task, plan, path="loop")
+    assert_same(stacked, alone, 1e-11)
+    steps = -(-task_sizes // 7)
+    assert plan.steps_of(task_sizes).tolist() == steps.tolist()
+    assert rows[0]["steps"] == steps.max()
+    assert rows[0]["joint_epochs"] == steps.sum() * 7 / task_sizes.sum()
+
+
+def test_local_epochs_with_really_unequal_clients():
+    from fedmom.models import build_model
+    from fedmom.objective import Classification
+    from fedmom.partition import make_partition
+
+    data = tiny_images(60)
+    partition = make_partition("quantity", data.y_train.numpy(), 4, sigma=1.5, seed=2)
+    assert len(set(partition.sizes)) > 2
+    net = build_model("mlp", (1, 8, 8), 3, seed=0, hidden=4)
+    task = Classification(data, net, partition, batch_size=4, dtype=torch.float64)
+    plan = simple_plan(4, local_epochs=2, batch_size=4)
+    steps = plan.steps_of(task.sizes)
+    assert len(set(steps)) > 1
+    stacked, _ = run_plan(task, plan, path="vmap", chunk_size=3)
+    alone, _ = run_plan(task, plan, path="loop")
+    assert_same(stacked, alone, 1e-11)
+
+
+def test_bytes_sent_counts_what_travels():
+    task = image_task("mlp", 3)
+    d = 8 * sum(x.numel() for x in task.start().params.values())
+    for policy, beta, each in (("average", 0.9, 2 * d), ("local", 0.9, d), ("reset", 0.9, d), ("average", 0.0, d)):
+        _, rows = run_plan(task, simple_plan(3, num_rounds=2, beta=beta, momentum_policy=policy))
+        assert [r["bytes_sent"] for r in rows] == [3 * each, 6 * each]
+
+
+def test_records_say_what_they_should():
+    _, rows = run_plan(image_task(), simple_plan(4, num_rounds=3, eval_every=2))
+    assert [r["round"] for r in rows] == [1, 2, 3]
+    assert [r["steps"] for r in rows] == [3, 6, 9]
+    assert [r["joint_epochs"] for r in rows] == [4 * 3 * 5 * k / 60 for k in (1, 2, 3)]
+    assert ["test_accuracy" in r for r in rows] == [False, True, True]
+    assert all(math.isfinite(r["train_loss"]) and r["client_steps_per_second"] > 0 for r in rows)
+
+
+def test_training_learns_on_every_path():
+    for path in ("vmap", "loop"):
+        _, rows = run_plan(image_task("mlp"), simple_plan(4, num_rounds=15, lr=0.1), path=path)
+        assert rows[-1]["train_loss"] < 0.2 * rows[0]["train_loss"]
+        assert rows[-1]["test_accuracy"] > 0.9
+
+
+def test_choose_measures_both_paths_and_respects_what_is_given():
+    task, plan = image_task(), simple_plan(4)
+    begin = beginning(task, plan)
+    job = round_job(task, plan, begin)
+    auto = choose(task, plan.method, begin.state, job, path="auto", chunk_size=0)
+    assert {name.split()[0] for name in auto.measured} == {"vmap", "loop"}
+    assert auto.measured[f"{auto.path} × {auto.chunk_size}"] == max(auto.measured.values())
+    assert choose(task, plan.method, begin.state, job, path="vmap", chunk_size=2) == Choice("vmap", 2, {})
+    assert choose(task, plan.method, begin.state, job, path="loop", chunk_size=0) == Choice("loop", 1, {})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none here")
+@pytest.mark.parametrize("model", MODELS)
+def test_cuda_equals_cpu(model):
+    plan = simple_plan(3, num_rounds=2)
+    there, _ = run_plan(small_task(model, device="cuda"), plan, path="vmap")
+    here, _ = run_plan(small_task(model), plan, path="loop")
+    moved = there._replace(state=type(there.state)(*({n: v.cpu() for n, v in t.items()} for t in there.state)))
+    assert_same(moved, here, 1e-9)

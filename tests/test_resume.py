@@ -1,0 +1,240 @@
+"""Nothing that ran is lost: kills, interrupts and full disks, and the same bytes as an uninterrupted run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedmom
+from fedmom import records
+from fedmom.errors import InputError
+from fedmom.records import read_about, read_rounds, read_tensors
+
+DIGITS = {
+    "data": {"dataset": "digits", "num_clients": 6, "batch_size": 8},
+    "model": {"name": "mlp", "hidden": 16},
+    "algorithm": {"num_local_steps": 3},
+    "run": {"num_rounds": 12, "checkpoint_every": 3},
+    "engine": {"path": "vmap", "chunk_size": 4, "threads": 1},
+}
+POLICIES = ["average", "local", "reset"]
+VOLATILE = ("wall_seconds", "client_steps_per_second")
+
+
+class StopAfter(fedmom.Callback):
+    """Ctrl-C after a round."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_round(self, record, state):
+        if record["round"] == self.number:
+            raise KeyboardInterrupt
+
+
+def same_run(a: Path, b: Path) -> None:
+    """The same tensors to the byte, and the same records but for times."""
+    names = [records.FINAL, records.CHECKPOINT]
+    names += [records.CLIENTS] if (a / records.CLIENTS).exists() else []
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    lines = [[{k: v for k, v in r.items() if k not in VOLATILE} for r in read_rounds(path)] for path in (a, b)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("stop", [1, 3, 7])
+def test_interrupted_run_resumes_to_the_same_bytes(tmp_path, policy, stop):
+    sets = {"algorithm.momentum-policy": policy, "algorithm.cohort-size": 4}
+    fedmom.run(DIGITS, sets=sets, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
+    first = fedmom.run(DIGITS, sets=sets, out=tmp_path / "parts", callbacks=[StopAfter(stop)])
+    assert first.status == "interrupted"
+    assert read_about(tmp_path / "parts" / records.CHECKPOINT)["round"] == stop
+    assert not (tmp_path / "parts" / records.FINAL).exists()
+    second = fedmom.run(resume=tmp_path / "parts", callbacks=[fedmom.Callback()])
+    assert second.status == "done"
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    assert [r["round"] for r in second.rounds] == list(range(1, 13))
+
+
+def test_interrupt_inside_a_round_loses_only_that_round(tmp_path):
+    class InRound(fedmom.Callback):
+        steps = 0
+
+        def on_steps(self, client_steps):
+            self.steps += client_steps
+            if self.steps > 6 * 3 * 4 + 5:  # in the fifth round
+                raise KeyboardInterrupt
+
+    result = fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[InRound()])
+    assert result.status == "interrupted"
+    assert read_about(tmp_path / "run" / records.CHECKPOINT)["round"] == 4
+    fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
+    fedmom.run(resume=tmp_path / "run", callbacks=[fedmom.Callback()])
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+CHILD = """
+import json, sys, time
+import fedmom
+class Slow(fedmom.Callback):
+    def on_round(self, record, state):
+        time.sleep(0.05)
+config = json.loads(sys.argv[1])
+fedmom.run(config, out=sys.argv[2], callbacks=[Slow()])
+"""
+
+
+def start_child(config: dict, out: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(config), str(out)], stderr=subprocess.DEVNULL)
+
+
+def wait_for_round(out: Path, number: int, child: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_rounds(out)) < number:
+        assert child.poll() is None, "the child ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("policy", ["average", "local"])
+def test_killed_run_resumes_to_the_same_bytes(tmp_path, policy):
+    config = json.loads(json.dumps(DIGITS))
+    config["algorithm"]["momentum_policy"] = policy
+    out = tmp_path / "killed"
+    child = start_child(config, out)
+    wait_for_round(out, 5, child)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert read_about(out / records.CHECKPOINT)["round"] < 12
+    fedmom.run(resume=out, callbacks=[fedmom.Callback()])
+    fedmom.run(config, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
+    same_run(tmp_path / "whole", out)
+
+
+def test_killed_before_the_first_checkpoint_starts_again(tmp_path):
+    fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
+    fedmom.run(DIGITS, out=tmp_path / "killed", callbacks=[StopAfter(2)])
+    (tmp_path / "killed" / records.CHECKPOINT).unlink()
+    fedmom.run(resume=tmp_path / "killed", callbacks=[fedmom.Callback()])
+    same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    out = tmp_path / "run"
+    fedmom.run(DIGITS, out=out, callbacks=[StopAfter(7)])
+    with open(out / records.ROUNDS, "a") as file:
+        file.write('{"round": 8, "ste')
+    fedmom.run(resume=out, callbacks=[fedmom.Callback()])
+    fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
+    same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("after", ["rows moved aside", "new rows written"])
+def test_kill_between_the_two_files_of_a_checkpoint(tmp_path, monkeypatch, after):
+    """The clients' rows and the checkpoint are two files; a kill between them must cost nothing."""
+    config = json.loads(json.dumps(DIGITS))
+    config["algorithm"]["momentum_policy"] = "local"
+    out = tmp_path / "run"
+    write, count = records.write_tensors, [0]
+
+    class Killed(BaseException):
+        pass
+
+    def dying(path, tensors, about):
+        count[0] += 1
+        # Checkpoints at rounds 3 and 6 write clients, checkpoint, clients, checkpoint.
+        if (after == "rows moved aside" and count[0] == 3) or (after == "new rows written" and count[0] == 4):
+            raise Killed
+        write(path, tensors, about)
+
+    monkeypatch.setattr(records, "write_tensors", dying)
+    with pytest.raises(Killed):
+        fedmom.run(config, out=out, callbacks=[fedmom.Callback()])
+    monkeypatch.setattr(records, "write_tensors", write)
+    assert read_about(out / records.CHECKPOINT)["round"] == 3
+    fedmom.run(resume=out, callbacks=[fedmom.Callback()])
+    fedmom.run(config, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
+    same_run(tmp_path / "whole", out)
+
+
+def test_longer_run_equals_the_long_run_at_once(tmp_path):
+    fedmom.run(DIGITS, out=tmp_path / "short", callbacks=[fedmom.Callback()])
+    fedmom.run(resume=tmp_path / "short", sets={"run.num-rounds": 20}, callbacks=[fedmom.Callback()])
+    fedmom.run(DIGITS, sets={"run.num-rounds": 20}, out=tmp_path / "long", callbacks=[fedmom.Callback()])
+    same_run(tmp_path / "long", tmp_path / "short")
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path):
+    out = tmp_path / "run"
+    fedmom.run(DIGITS, out=out, callbacks=[fedmom.Callback()])
+    before = {name: (out / name).read_bytes() for name in (records.FINAL, records.CHECKPOINT, records.ROUNDS)}
+    fedmom.run(resume=out, callbacks=[fedmom.Callback()])
+    assert before == {name: (out / name).read_bytes() for name in before}
+
+
+def test_resume_takes_what_auto_chose(tmp_path):
+    config = json.loads(json.dumps(DIGITS))
+    del config["engine"]
+    out = tmp_path / "run"
+    first = fedmom.run(config, out=out, callbacks=[StopAfter(2)])
+    second = fedmom.run(config, resume=out, callbacks=[fedmom.Callback()])
+    assert second.config == first.config
+    assert second.config.engine.path in ("vmap", "loop")
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path):
+    out = tmp_path / "run"
+    child = start_child(DIGITS, out)
+    try:
+        wait_for_round(out, 1, child)
+        with pytest.raises(InputError, match="another process"):
+            fedmom.run(resume=out, callbacks=[fedmom.Callback()])
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    fedmom.run(DIGITS, out=out, callbacks=[StopAfter(4)])
+    good = (out / records.CHECKPOINT).read_bytes()
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match="No space left on device") as error:
+        fedmom.run(resume=out, callbacks=[fedmom.Callback()])
+    monkeypatch.undo()
+    assert "\n" not in str(error.value)
+    assert (out / records.CHECKPOINT).read_bytes() == good
+    assert not [p for p in out.iterdir() if ".safetensors." in p.name]
+    fedmom.run(resume=out, callbacks=[fedmom.Callback()])
+    fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
+    same_run(tmp_path / "whole", out)
+
+
+def test_files_of_one_run_are_the_same_bytes_in_another_process(tmp_path):
+    fedmom.run(DIGITS, out=tmp_path / "here", callbacks=[fedmom.Callback()])
+    child = start_child(DIGITS, tmp_path / "there")
+    assert child.wait(timeout=120) == 0
+    same_run(tmp_path / "here", tmp_path / "there")
+
+
+def test_final_file_holds_model_and_momentum(tmp_path):
+    result = fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[fedmom.Callback()])
+    tensors, about = read_tensors(tmp_path / "run" / records.FINAL)
+    assert about["round"] == 12
+    for name, value in result.state_dict.items():
+        assert torch.equal(tensors[f"params/{name}"], value)
+    for name, value in result.momentum.items():
+        assert torch.equal(tensors[f"momentum/{name}"], value)
