@@ -13,13 +13,14 @@ import typer
 from rich.console import Console
 
 from fedmom import pictures, tables
-from fedmom.config import KEYS, load, resolve, toml_scalar
+from fedmom.config import KEYS, load, toml_scalar
 from fedmom.datasets import DATASETS, download
 from fedmom.errors import InputError
 from fedmom.models import MODELS
 from fedmom.progress import callbacks
 from fedmom.records import read_rounds
 from fedmom.report import draw_report
+from fedmom.resolve import resolve
 from fedmom.runner import Result, load_task_data
 from fedmom.runner import run as run_config
 
@@ -196,8 +197,8 @@ def keys(
     """Explain the keys of a config: default, meaning, and the values a key can take."""
     rows = []
     for name, key in KEYS.items():
-        choices = "" if callable(key.check) or not key.check else ": " + ", ".join([*key.check, key.also]).strip(", ")
-        row = [name, toml_scalar(key.default), key.doc + choices]
+        names = ", ".join([*key.choices, key.also] if key.also else key.choices)
+        row = [name, toml_scalar(key.default), f"{key.doc}: {names}" if names else key.doc]
         if not words or any(word in " ".join(row) for word in words):
             rows.append(row)
     print(tables.as_text(["key", "default", "meaning"], rows))

@@ -97,12 +97,14 @@ def _settle_baseline(config: Config, given: frozenset[str], notes: list[str]) ->
     algorithm = config.algorithm
     fixed = ALGORITHMS[algorithm.name]
     if fixed.interval is not None:
-        said = {
-            "num-local-steps": algorithm.num_local_steps not in (0, fixed.interval) and algorithm.num_local_steps,
-            "local-epochs": algorithm.local_epochs,
-            "interval": algorithm.interval != "fixed" and f'"{algorithm.interval}"',
-        }
-        if overruled := [f"{name} = {value}" for name, value in said.items() if value]:
+        overruled = []
+        if algorithm.num_local_steps not in (0, fixed.interval):
+            overruled.append(f"num-local-steps = {algorithm.num_local_steps}")
+        if algorithm.local_epochs:
+            overruled.append(f"local-epochs = {algorithm.local_epochs}")
+        if algorithm.interval != "fixed":
+            overruled.append(f'interval = "{algorithm.interval}"')
+        if overruled:
             notes.append(f"{algorithm.name} is I = {fixed.interval}: it overrules {', '.join(overruled)}")
         config = replace(config, "algorithm", interval="fixed", num_local_steps=fixed.interval, local_epochs=0)
     if fixed.beta is not None:

@@ -1,7 +1,6 @@
 """`fedmom.run`: a configuration becomes a task, a plan and an engine, and a run with records and checkpoints."""
 
 import contextlib
-import dataclasses
 import json
 import signal
 import threading
@@ -16,7 +15,7 @@ import torch
 
 from fedmom import engine as engines
 from fedmom.algorithms import MOMENTUM_POLICIES
-from fedmom.config import Config, Loaded, Scalar, flat, learning_rate, length_keys, load, resolve, to_toml
+from fedmom.config import Config, load, parse_sets, replace, to_toml
 from fedmom.datasets import Dataset, load_dataset
 from fedmom.engine import Engine, Method
 from fedmom.errors import DivergedError, InputError
@@ -25,12 +24,11 @@ from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.partition import Partition, make_partition
 from fedmom.quadratic import Quadratic
-from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, fingerprint, write_text
+from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
+from fedmom.resolve import resolve, resume_config, run_identity
+from fedmom.schedules import LearningRate
 from fedmom.state import Tree, num_bytes
 from fedmom.train import Plan, Progressed, Record, beginning, round_job, run_rounds
-
-# Keys that may differ on resume without changing what is computed up to the rounds already done.
-_LENGTH = ("run.num-rounds", "run.num-steps")
 
 
 class Start(NamedTuple):
@@ -137,6 +135,15 @@ def make_task(config: Config, device: str) -> Task:
 def make_plan(config: Config) -> Plan:
     """The plain numbers of a resolved configuration."""
     algorithm = config.algorithm
+    rate = LearningRate(
+        lr=algorithm.lr,
+        schedule=algorithm.lr_schedule,
+        milestones=parse_numbers("algorithm.lr-milestones", algorithm.lr_milestones),
+        decay=algorithm.lr_decay,
+        unit=algorithm.lr_unit,
+        warmup=algorithm.lr_warmup,
+        minimum=algorithm.lr_min,
+    )
     return Plan(
         method=Method(
             beta=algorithm.beta,
@@ -145,7 +152,7 @@ def make_plan(config: Config) -> Plan:
             momentum_policy=algorithm.momentum_policy,
             running_var=algorithm.running_var,
         ),
-        rate=learning_rate(algorithm),
+        rate=rate,
         num_rounds=config.run.num_rounds,
         cohort_size=algorithm.cohort_size,
         batch_size=config.data.batch_size,
@@ -164,7 +171,7 @@ def resolve_device(config: Config) -> Config:
     if device == "cuda" and not there:
         raise InputError("engine.device = 'cuda': torch finds no CUDA device here; use cpu or auto")
     device = ("cuda" if there else "cpu") if device == "auto" else device
-    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, device=device))
+    return replace(config, "engine", device=device)
 
 
 def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Engine, list[str]]:
@@ -182,54 +189,14 @@ def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Engine,
         chunk_size=wanted.chunk_size,
     )
     engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
-    settled = dataclasses.replace(
-        wanted, path=choice.path, chunk_size=choice.chunk_size, threads=torch.get_num_threads()
-    )
+    # A chunk size that was given stays in the record, though larger than needed: a resume compares the two.
+    chunk_size = wanted.chunk_size or choice.chunk_size
+    settled = replace(config, "engine", path=choice.path, chunk_size=chunk_size, threads=torch.get_num_threads())
     notes = []
     if choice.measured:
         tried = ", ".join(f"{way} {rate:,.0f}" for way, rate in choice.measured.items())
         notes.append(f"engine: {choice.path} × {choice.chunk_size} (client-steps/s measured: {tried})")
-    return dataclasses.replace(config, engine=settled), engine, notes
-
-
-def run_identity(config: Config) -> str:
-    """Fingerprint of all that decides a run's numbers, its length aside."""
-    return fingerprint({name: value for name, value in flat(config).items() if name not in _LENGTH})
-
-
-_OPEN: dict[str, Scalar] = {"engine.device": "auto", "engine.path": "auto", "engine.chunk-size": 0, "engine.threads": 0}
-
-
-def resume_config(folder: Path, source: Any, sets: Iterable[str] | Mapping[str, Any], device: str | None) -> Config:
-    """The configuration to resume with: the recorded one, possibly longer. InputError names what changed.
-
-    `source` is the configuration given once more, or None for the recorded one; what `auto` chose is kept.
-    """
-    path = folder / CONFIG
-    recorded = resolve(load(path)).config
-    base: Any = recorded if source is None else source
-    loaded = load(base, sets)
-    if device:
-        loaded = Loaded(load(loaded.config, {"engine.device": device}).config, loaded.given | {"engine.device"})
-    kept = {name: flat(recorded)[name] for name, free in _OPEN.items() if flat(loaded.config)[name] == free}
-    given = loaded.given if source is not None else frozenset()
-    config = resolve(Loaded(load(loaded.config, kept).config, given)).config
-    old, new = flat(recorded), flat(config)
-    for name in new:
-        if name not in _LENGTH and new[name] != old[name]:
-            raise InputError(
-                f"{name} = {new[name]!r}: the run in {folder} has {old[name]!r}; only a longer run may be resumed "
-                "with another configuration"
-            )
-    longer = [name for name in _LENGTH if new[name] != old[name]]
-    if longer:
-        name = longer[0]
-        if config.run.num_rounds < recorded.run.num_rounds:
-            raise InputError(f"{name} = {new[name]}: the run in {folder} has {old[name]}; it can only become longer")
-        if reasons := length_keys(config):
-            reason = f"{reasons[0]} = {new[reasons[0]]!r}"
-            raise InputError(f"{name} = {new[name]}: {reason} depends on the length, {old[name]} in {folder}")
-    return config
+    return settled, engine, notes
 
 
 @contextlib.contextmanager
@@ -267,19 +234,18 @@ def run(
         raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")
     if resume is None and config is None:
         raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
+    changes = parse_sets(sets)
+    if device is not None:
+        changes["engine.device"] = device
     folder = None
     if out is not None:
         RunFolder.check_new(Path(out))  # before the data are read and the engine is timed
     try:
         if resume is not None:
             folder = RunFolder.open(Path(resume))
-            settled = resume_config(Path(resume), config, sets, device)
-            notes: tuple[str, ...] = ()
+            settled, notes = resume_config(Path(resume), config, changes)
         else:
-            loaded = load(config or {}, sets)
-            if device:
-                loaded = Loaded(load(loaded.config, {"engine.device": device}).config, loaded.given)
-            settled, notes = resolve(loaded)
+            settled, notes = resolve(load({} if config is None else config, changes))
         settled = resolve_device(settled)
         task, plan = make_task(settled, settled.engine.device), make_plan(settled)
         settled, engine, more = make_engine(settled, task, plan)

@@ -43,7 +43,10 @@ def num_colours(image):
 
 
 def test_the_report_holds_every_table_and_a_picture_of_every_run(tmp_path):
-    runs = [classifier("a", 40), classifier("b", 25, eval_every=2, accuracy=[0.9 - 0.5 / r for r in range(1, 26)])]
+    runs = [
+        classifier("a", 40),
+        classifier("b", 25, sent=1, eval_every=2, accuracy=[0.9 - 0.5 / r for r in range(1, 26)]),
+    ]
     folder = tmp_path / "new" / "folder"
     paths = draw_report(runs, folder)
     assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "report.md"]
@@ -64,10 +67,10 @@ def test_the_report_holds_every_table_and_a_picture_of_every_run(tmp_path):
         lambda: [RunHistory("at the optimum", [{"round": 1, "loss": 0.0, "distance": 0.0}])],
         lambda: [RunHistory("in the end", [{"round": 1, "distance": 1.0}, {"round": 2, "distance": 0.0}])],
         lambda: [quadratic("q", 30), one_column("c", 30, eval_every=7)],
-        lambda: [classifier("thrifty", 4, sent=1), classifier("lavish", 400, sent=10**9, eval_every=399)],
+        lambda: [one_column("short", 4), one_column("long", 400)],
         lambda: [one_column(f"seed {k}", 3) for k in range(15)],
     ],
-    ids=["single", "single-quadratic", "zero", "to-zero", "mixed", "log-axes", "many"],
+    ids=["single", "single-quadratic", "zero", "to-zero", "mixed", "log-axis", "many"],
 )
 def test_something_shows(tmp_path, make):
     draw_curves(make(), tmp_path / "curves.png")
@@ -113,7 +116,7 @@ def test_long_names_are_cut_and_lose_what_they_share():
 # --- partitions ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_clients", "num_classes"), [(1, 1), (20, 10), (1, 100), (41, 10), (101, 1), (1500, 100)])
+@pytest.mark.parametrize(("num_clients", "num_classes"), [(1, 1), (20, 10), (1, 100), (101, 1), (1500, 100)])
 def test_a_partition_is_drawn(tmp_path, num_clients, num_classes):
     counts = np.random.default_rng(0).integers(0, 50, size=(num_clients, num_classes))
     counts[0, 0] = 60
