@@ -18,13 +18,14 @@ from fedmom.records import CONFIG, read_rounds
 
 POLICIES, INTERVALS = ("average", "local", "reset"), (1, 4, 16)
 NUM_STEPS, EQUAL_ROUNDS = 640, 40
-# Momentum that builds up multiplies the step by up to 1 / (1 − β) = 10; where it cannot, lr must be larger.
-LRS = {("reset", 1): (0.03, 0.1, 0.3), ("reset", 4): (0.03, 0.1, 0.3)}
-DEFAULT_LRS = (0.01, 0.03, 0.1)
+# Three learning rates around the best: longer rounds want smaller ones, and momentum that never builds up (reset
+# at I = 1 is SGD without momentum) wants larger ones, by up to 1 / (1 − β) = 10.
+LRS = {1: (0.03, 0.1, 0.3), 4: (0.03, 0.1, 0.3), 16: (0.01, 0.03, 0.1)}
+LRS_WITHOUT_MOMENTUM = (0.1, 0.3, 1.0)
 
 
 def lrs(policy: str, interval: int) -> tuple[float, ...]:
-    return LRS.get((policy, interval), DEFAULT_LRS)
+    return LRS_WITHOUT_MOMENTUM if (policy, interval) == ("reset", 1) else LRS[interval]
 
 
 def ensure(config: str, folder: Path, policy: str, interval: int, lr: float, seed: int) -> dict[int, float]:

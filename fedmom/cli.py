@@ -1,5 +1,6 @@
 """The command `fedmom`. Exit status: 0 done, 2 bad input (one line), 3 diverged, 130 interrupted."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import click
 import numpy as np
+import torch
 import typer
 from rich.console import Console
 
@@ -16,6 +18,7 @@ from fedmom import pictures, tables
 from fedmom.config import KEYS, load, toml_scalar
 from fedmom.datasets import DATASETS, download
 from fedmom.errors import InputError
+from fedmom.imports import one_line
 from fedmom.models import MODELS
 from fedmom.progress import callbacks
 from fedmom.records import read_rounds
@@ -30,6 +33,7 @@ app = typer.Typer(
     name="fedmom",
     help="Federated momentum SGD: N clients take I local momentum steps, then the model AND the momentum are averaged.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -47,7 +51,7 @@ def run(
     ] = None,
     sets: Sets = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The run folder [default: runs/NAME-TIME].")
+        Path | None, typer.Option("--out", metavar="DIR", help="The run folder (default: runs/NAME-TIME).")
     ] = None,
     resume: Annotated[
         Path | None,
@@ -60,6 +64,8 @@ def run(
 ) -> int:
     """Run a configuration: train, record every round, draw the curves.
 
+    CONFIG is a TOML file; configs/ holds complete ones, and `fedmom keys` explains every key.
+
     fedmom run configs/quickstart.toml
 
     fedmom run configs/quickstart.toml --set algorithm.momentum-policy=reset --set run.num-rounds=50
@@ -68,7 +74,7 @@ def run(
 
     The run folder gets config.toml (resolved), environment.json, rounds.jsonl (a line per round), checkpoint and
     final.safetensors and curves.png. Ctrl-C leaves a checkpoint; so does a kill, at most run.checkpoint-every
-    rounds old. `fedmom keys` explains every key of a config.
+    rounds old.
     """
     console = Console(highlight=False)
     if out is None and resume is None and config is not None:
@@ -117,7 +123,10 @@ def partition(
     sets: Sets = None,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture.")] = Path("partition.png"),
 ) -> int:
-    """Show who would hold which data: a summary, and the class-by-client picture."""
+    """Show who would hold which data: a summary, and the class-by-client picture.
+
+    fedmom partition configs/quickstart.toml --set data.alpha=0.05 --out skewed.png
+    """
     settled = resolve(load(config, sets or ())).config
     data = settled.data
     if data.dataset == "quadratic":
@@ -144,10 +153,13 @@ def partition(
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where to write [default: the one run, or ./report].")
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to write (default: the one run, or ./report).")
     ] = None,
 ) -> int:
-    """Compare runs: curves on one picture, tables at equal rounds, equal joint epochs and equal bytes."""
+    """Compare runs: curves on one picture, tables at equal rounds, equal joint epochs and equal bytes.
+
+    fedmom report runs/average runs/reset --out comparison
+    """
     runs = []
     for folder in folders:
         rounds = read_rounds(folder)
@@ -168,7 +180,10 @@ def datasets(
     fetch: Annotated[str | None, typer.Option("--download", metavar="NAME", help="Fetch it by torchvision.")] = None,
     data_dir: Annotated[str, typer.Option("--data-dir", metavar="DIR", help="Where to put it.")] = "data",
 ) -> int:
-    """List the data sets that a config can name, or download one."""
+    """List the data sets that a config can name, or download one.
+
+    fedmom datasets --download cifar10 --data-dir data
+    """
     if fetch is not None:
         download(fetch, data_dir)
         print(f"{fetch} is in {data_dir}")
@@ -177,16 +192,19 @@ def datasets(
     rows.append(["quadratic", "f_i(x) = Σ h/2 (x − c)², exact gradients: data.curvatures, centers, start, noise-sigma"])
     rows.append(["FILE.npz", "arrays x_train, y_train, x_test, y_test (uint8 images or float features)"])
     rows.append(["module:function", "your own: returns those four arrays"])
-    print(tables.as_text(["data.dataset", "what it is"], rows))
+    _print_list(rows)
     return DONE
 
 
 @app.command()
 def models() -> int:
-    """List the models that a config can name."""
+    """List the models that a config can name.
+
+    fedmom run configs/quickstart.toml --set model.name=resnet20
+    """
     rows = [[name, entry.summary] for name, entry in MODELS.items()]
     rows.append(["module:function", "your own: function(input_shape, num_classes) returns a torch.nn.Module"])
-    print(tables.as_text(["model.name", "what it is"], rows))
+    _print_list(rows)
     return DONE
 
 
@@ -194,21 +212,34 @@ def models() -> int:
 def keys(
     words: Annotated[list[str] | None, typer.Argument(metavar="[WORD]...", help="Only keys with such a word.")] = None,
 ) -> int:
-    """Explain the keys of a config: default, meaning, and the values a key can take."""
+    """Explain the keys of a config: default, meaning, and the values a key can take.
+
+    fedmom keys momentum
+    """
     rows = []
     for name, key in KEYS.items():
         names = ", ".join([*key.choices, key.also] if key.also else key.choices)
         row = [name, toml_scalar(key.default), f"{key.doc}: {names}" if names else key.doc]
         if not words or any(word in " ".join(row) for word in words):
             rows.append(row)
-    print(tables.as_text(["key", "default", "meaning"], rows))
+    if not rows:
+        raise InputError(f"{' '.join(words or [])}: is in no key, default or meaning; `fedmom keys` lists them all")
+    _print_list(rows)
     return DONE
+
+
+def _print_list(rows: Sequence[Sequence[str]]) -> None:
+    """Columns of words, so to the left; the last one is a sentence."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    for *words, sentence in rows:
+        print("  ".join([*(word.ljust(width) for word, width in zip(words, widths, strict=True)), sentence]))
 
 
 def call(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit status; a user's mistake costs one line on standard error."""
     try:
         status = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
     except InputError as error:
         return _complain(str(error), BAD_INPUT)
     except click.exceptions.Exit as stop:
@@ -217,11 +248,28 @@ def call(arguments: Sequence[str] | None = None) -> int:
         return _complain(error.format_message(), BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):
         return _complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # as in `fedmom keys | head`; what is left in the buffer has no reader either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+    except OSError as error:  # a name too long, a folder that may not be read
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error), BAD_INPUT)
+    except (MemoryError, RuntimeError) as error:
+        if not _memory_is_full(error):
+            raise
+        advice = "lower data.batch-size, engine.chunk-size or data.num-clients"
+        return _complain(f"the memory is full: {advice} ({one_line(error)})", BAD_INPUT)
     return int(status or DONE)
 
 
+def _memory_is_full(error: Exception) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def _complain(message: str, status: int) -> int:
-    print(f"fedmom: {' '.join(message.split())}", file=sys.stderr)
+    """One line on standard error; none where click has already shown its help."""
+    if message:
+        print(f"fedmom: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 

@@ -33,11 +33,11 @@ LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must f
 
 
 def above(low: float) -> Check:
-    return lambda value: None if value > low and math.isfinite(value) else f"must be a number > {low:g}"
+    return lambda value: None if low < value < math.inf else f"must be a number > {low:g}"
 
 
 def at_least(low: float) -> Check:
-    return lambda value: None if value >= low and math.isfinite(value) else f"must be >= {low:g}"
+    return lambda value: None if low <= value < math.inf else f"must be >= {low:g}"
 
 
 def within(low: float, high: float) -> Check:
@@ -188,7 +188,7 @@ def _plain(value: Any, kind: type[Any]) -> Any:
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if kind is float and type(value) is int:
-        return float(value) if abs(value) < 2**1000 else math.copysign(math.inf, value)
+        return float(value) if abs(value) < 2**1000 else math.inf * (1 if value > 0 else -1)
     return value
 
 
@@ -201,7 +201,7 @@ def _checked(name: str, value: Any) -> Scalar:
     if type(value) is not known.type:
         want = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[known.type]
         raise InputError(f"{name} = {_shown(value)}: must be {want}")
-    if known.type is int and abs(value) > LARGEST:
+    if known.type is int and value > LARGEST:
         raise InputError(f"{name} = {_shown(value)}: must be at most {LARGEST}")
     if known.type is str and not value.isascii() and value.encode(errors="ignore").decode() != value:
         raise InputError(f"{name} = {value!r}: must be valid Unicode")
@@ -211,7 +211,7 @@ def _checked(name: str, value: Any) -> Scalar:
         if not is_spec(value) and not (".npz" in known.also and value.endswith(".npz")):
             raise unknown(name, value, [*known.choices, known.also])
     if known.check and (wrong := known.check(value)):
-        raise InputError(f"{name} = {value!r}: {wrong}")
+        raise InputError(f"{name} = {_shown(value)}: {wrong}")
     return value
 
 

@@ -186,17 +186,20 @@ def choose(task: Task, method: Method, start: ClientState, job: Round, *, path: 
     if path == "vmap" and chunk_size:
         return Choice("vmap", min(chunk_size, cohort), {})
     sizes = [min(chunk_size, cohort)] if chunk_size else sorted({min(4**k, limit) for k in range(1, 8)})
-    ways = [("vmap", size) for size in sizes] + ([("loop", 1)] if path == "auto" else [])
-    for name in dict(ways):  # the first step of each path also loads code and kernels
-        _seconds(task, method, start, job, name, 1)
-    rates = {}
-    for name, size in ways:
+    ways = [("loop", 1)] if path == "auto" else []
+    rates: dict[tuple[str, int], float] = {}
+    for name, size in ways + [("vmap", size) for size in sizes]:
+        best = max(rates.values(), default=0.0)
+        if rates and rates[list(rates)[-1]] < 0.5 * best:
+            break  # stacking loses already (convolutions on a CPU), and a larger stack takes longer to say so
+        if not any(done == name for done, _ in rates):
+            _seconds(task, method, start, job, name, 1)  # a path's first step also loads code and kernels
         seconds = _seconds(task, method, start, job, name, size)
         # A short step is noisy: the better of two. A long one is measured well enough by itself.
         again = _seconds(task, method, start, job, name, size) if seconds < 1 else seconds
         rates[name, size] = size / min(seconds, again)
-    best = max(rates, key=lambda way: rates[way])
-    return Choice(*best, {f"{name} × {size}": rate for (name, size), rate in rates.items()})
+    chosen = max(rates, key=lambda way: rates[way])
+    return Choice(*chosen, {f"{name} × {size}": rate for (name, size), rate in rates.items()})
 
 
 def _seconds(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int) -> float:

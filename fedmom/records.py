@@ -273,7 +273,7 @@ def read_rounds(path: Path) -> list[Record]:
     if not file.is_file():
         return []
     records = []
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)

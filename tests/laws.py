@@ -109,14 +109,21 @@ def law_restart_together(run: Runner, nesterov: bool, num_clients: int) -> None:
 FIXED_POINTS = {"average": -0.187520, "reset": -0.125851, "local": -0.485885}  # x* − x_opt, option I
 
 
-def fixed_point(h, c, lr, beta, interval, nesterov) -> float:
-    """x* of averaged momentum: (u, x)* = (I − mean P_i)⁻¹ mean[(I − P_i)(0, c_i)], P_i = A_i^I."""
+def fixed_point(h, c, lr, beta, interval, nesterov, policy="average") -> float:
+    """x* from P_i = A_i^I, A_i = [[β, h_i], [−γβ, 1 − γh_i]] on (u, x − c_i), by the momentum policy.
+
+    average: (u, x)* = (I − mean P_i)⁻¹ mean[(I − P_i)(0, c_i)]. reset: x = mean[c_i + P_i^xx (x − c_i)], as u = 0 each
+    round. local: as reset, with u_i = P_i^ux (x − c_i) / (1 − P_i^uu) put in.
+    """
     matrices = []
     for hi in h:
         second = [-lr * beta**2, 1 - lr * (1 + beta) * hi] if nesterov else [-lr * beta, 1 - lr * hi]
         matrices.append(np.linalg.matrix_power(np.array([[beta, hi], second]), interval))
-    pull = [(np.eye(2) - P) @ np.array([0.0, ci]) for P, ci in zip(matrices, c, strict=True)]
-    return float(np.linalg.solve(np.eye(2) - np.mean(matrices, 0), np.mean(pull, 0))[1])
+    if policy == "average":
+        pull = [(np.eye(2) - P) @ np.array([0.0, ci]) for P, ci in zip(matrices, c, strict=True)]
+        return float(np.linalg.solve(np.eye(2) - np.mean(matrices, 0), np.mean(pull, 0))[1])
+    keep = [P[1, 1] + (policy == "local") * P[1, 0] * P[0, 1] / (1 - P[0, 0]) for P in matrices]
+    return float(np.mean([(1 - k) * ci for k, ci in zip(keep, c, strict=True)]) / np.mean([1 - k for k in keep]))
 
 
 FIXED_H, FIXED_C = [0.5, 2.0, 1.0], [-1.0, 3.0, 0.0]

@@ -46,9 +46,12 @@ def test_fixed_point(path, nesterov):
     laws.law_fixed_point(engine_runner(path), nesterov)
 
 
-def test_fixed_point_formula_gives_the_published_number():
-    bias = laws.fixed_point(laws.FIXED_H, laws.FIXED_C, 0.05, 0.9, 5, nesterov=False) - laws.FIXED_OPTIMUM
-    assert bias == pytest.approx(laws.FIXED_POINTS["average"], abs=5e-7)
+@pytest.mark.parametrize("policy", laws.FIXED_POINTS)
+def test_fixed_point_formula_gives_the_published_numbers(policy):
+    point = laws.fixed_point(laws.FIXED_H, laws.FIXED_C, 0.05, 0.9, 5, False, policy)
+    assert point - laws.FIXED_OPTIMUM == pytest.approx(laws.FIXED_POINTS[policy], abs=5e-7)
+    at_one = laws.fixed_point(laws.FIXED_H, laws.FIXED_C, 0.05, 0.9, 1, False, policy)
+    assert at_one == pytest.approx(laws.FIXED_OPTIMUM, abs=1e-12)
 
 
 @OPTIONS
