@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from fedmom import pictures, tables
 from fedmom.config import KEYS, load, toml_scalar
@@ -29,8 +31,25 @@ from fedmom.runner import run as run_config
 
 DONE, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
 
+
+class Commands(TyperGroup):
+    """Keeps Ctrl-C and a lost reader of our output from ending the process in typer's own way."""
+
+    def invoke(self, ctx: click.Context) -> int:
+        try:
+            status = super().invoke(ctx)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise click.Abort from None
+        except BrokenPipeError:  # as in `fedmom keys | head`; nor will anybody read what is left in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return INTERRUPTED
+        return int(status or DONE)
+
+
 app = typer.Typer(
     name="fedmom",
+    cls=Commands,
     help="Federated momentum SGD: N clients take I local momentum steps, then the model AND the momentum are averaged.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -112,7 +131,9 @@ def _finish(result: Result, console: Console, quiet: bool) -> int:
 def _draw(draw: Callable[[], object]) -> None:
     """Pictures are an extra: a machine without matplotlib runs, and says what is missing."""
     try:
-        draw()
+        with warnings.catch_warnings():  # matplotlib's, where a diverged run's losses span 300 decades
+            warnings.simplefilter("ignore")
+            draw()
     except ModuleNotFoundError as error:
         print(f"fedmom: no picture was drawn: {error.name} is not installed", file=sys.stderr)
 
@@ -238,19 +259,13 @@ def _print_list(rows: Sequence[Sequence[str]]) -> None:
 def call(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit status; a user's mistake costs one line on standard error."""
     try:
-        status = app(args=arguments, standalone_mode=False)
-        sys.stdout.flush()
+        return int(app(args=arguments, standalone_mode=False) or DONE)
     except InputError as error:
         return _complain(str(error), BAD_INPUT)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
     except click.ClickException as error:
         return _complain(error.format_message(), BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):
         return _complain("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # as in `fedmom keys | head`; what is left in the buffer has no reader either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return INTERRUPTED
     except OSError as error:  # a name too long, a folder that may not be read
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error), BAD_INPUT)
     except (MemoryError, RuntimeError) as error:
@@ -258,7 +273,6 @@ def call(arguments: Sequence[str] | None = None) -> int:
             raise
         advice = "lower data.batch-size, engine.chunk-size or data.num-clients"
         return _complain(f"the memory is full: {advice} ({one_line(error)})", BAD_INPUT)
-    return int(status or DONE)
 
 
 def _memory_is_full(error: Exception) -> bool:

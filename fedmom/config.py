@@ -169,8 +169,8 @@ def _not_a_key(name: str) -> InputError:
     section, _, rest = name.partition(".")
     if section not in SECTIONS:
         return unknown("section", section, SECTIONS)
-    near = difflib.get_close_matches(_kebab(rest), [k.partition(".")[2] for k in KEYS], n=3)
-    right = [k for k in KEYS if k.partition(".")[2] in near]
+    near = difflib.get_close_matches(_kebab(rest), dict.fromkeys(k.partition(".")[2] for k in KEYS), n=3)
+    right = [k for tail in near for k in KEYS if k.partition(".")[2] == tail]
     hint = f"did you mean {' or '.join(right)}?" if right else "`fedmom keys` lists them all"
     return InputError(f"{name} is not a key: {hint}")
 

@@ -265,7 +265,7 @@ def _call_user(name: str, data_dir: str) -> Dataset:
             result = function()
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{key}: the function raised {one_line(error)}") from error
     if isinstance(result, Dataset):
         return _checked_dataset(key, result)

@@ -201,7 +201,7 @@ def _call_user(name: str, function: Callable[..., object], input_shape: Shape, n
         model = function(input_shape, num_classes)
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         called = f"{name.partition(':')[2]}({input_shape}, {num_classes})"
         raise InputError(f"model.name = {name!r}: {called} raised {one_line(error)}") from error
     if not isinstance(model, nn.Module):

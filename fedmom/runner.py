@@ -111,6 +111,7 @@ def make_task(config: Config, device: str) -> Task:
     augment = dataset.augment if data.augment == "auto" else data.augment
     if augment != "none" and dataset.x_train.ndim != 4:
         raise InputError(f"data.augment = {augment!r}: needs images, data.dataset = {data.dataset!r} has none")
+    _check_memory(config, dataset, device)
     model = build_model(
         config.model.name,
         tuple(dataset.x_train.shape[1:]),
@@ -130,6 +131,19 @@ def make_task(config: Config, device: str) -> Task:
         dtype=dtype,
         device=device,
     )
+
+
+def _check_memory(config: Config, dataset: Dataset, device: str) -> None:
+    """One client's minibatches of a round must fit; a system without memory would kill the process and say nothing."""
+    batch, steps = config.data.batch_size, max(1, config.algorithm.num_local_steps)
+    # The indices of all steps; the examples of one, as they are stored, normalised, and once more for the first layer.
+    needed = batch * (8 * steps + dataset.x_train[0].numel() * (1 + 2 * getattr(torch, config.run.dtype).itemsize))
+    free = engines.free_bytes(torch.device(device))
+    if needed > free:
+        raise InputError(
+            f"data.batch-size = {batch}: with {steps} local steps it takes {needed / 1e9:,.1f} GB per client, "
+            f"and {free / 1e9:,.1f} GB are free"
+        )
 
 
 def make_plan(config: Config) -> Plan:

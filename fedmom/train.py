@@ -134,13 +134,13 @@ def run_rounds(
         begin = clock()
         job = round_job(task, plan, done)
         outcome = engine.run_round(done.state, job, progress)
-        _check_finite(done.round + 1, job, outcome)
         new = after_round(task, plan, done, job, outcome, 0.0)
         steps = int(job.num_steps.sum())
         train_seconds = clock() - begin
         measured: Record = {}
         if new.round % plan.eval_every == 0 or new.round == plan.num_rounds:
             measured = task.evaluate(new.state)
+        _check_finite(new.round, job, outcome, measured)
         new = new._replace(wall_seconds=done.wall_seconds + clock() - begin)
         record = {
             "round": new.round,
@@ -162,10 +162,12 @@ def run_rounds(
         done = new
 
 
-def _check_finite(round_number: int, job: Round, outcome: Outcome) -> None:
+def _check_finite(round_number: int, job: Round, outcome: Outcome, measured: dict[str, float]) -> None:
     where = f"round {round_number} at lr = {job.lrs[0]:g}"
-    if not math.isfinite(outcome.train_loss):
-        raise DivergedError(f"the training loss became {outcome.train_loss} in {where}: try a smaller lr")
+    spreads = {"consensus_distance": outcome.consensus_distance, "momentum_spread": outcome.momentum_spread}
+    for name, value in {"train_loss": outcome.train_loss, **measured, **spreads}.items():
+        if not math.isfinite(value):
+            raise DivergedError(f"the {name.replace('_', ' ')} became {value} in {where}: try a smaller lr")
     for part, tree in outcome.mean._asdict().items():
         if not is_finite(tree):
             raise DivergedError(f"the {part} became NaN or infinite in {where}: try a smaller lr")

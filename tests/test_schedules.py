@@ -1,6 +1,7 @@
 """Learning rates: one number per step for all clients, changing exactly where the schedule says."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -79,7 +80,7 @@ def test_cosine_goes_from_lr_to_the_minimum_and_never_up(num_steps, minimum):
     rate = LearningRate(0.4, "cosine", minimum=minimum)
     series = rates(rate, horizon)
     assert series[0] == 0.4
-    assert all(a > b for a, b in zip(series, series[1:], strict=False))
+    assert all(a > b for a, b in pairwise(series))
     assert rate.at(num_steps, horizon) == pytest.approx(minimum, abs=1e-16)
     assert rate.at(10 * num_steps, horizon) == pytest.approx(minimum, abs=1e-16)
     middle = rate.at(num_steps // 2, horizon)

@@ -1,0 +1,647 @@
+"""The command: exit statuses, one line for every mistake, and what is left on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.main import get_command
+
+import fedmom
+from fedmom import cli, progress
+from fedmom.config import KEYS, load
+from fedmom.datasets import DATASETS
+from fedmom.models import MODELS
+from fedmom.pictures import draw_curves
+from fedmom.records import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, read_about, read_rounds, read_tensors
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["run", "partition", "report", "datasets", "models", "keys"]
+ENGINE = '[engine]\ndevice = "cpu"\npath = "vmap"\nchunk-size = 2\nthreads = 1\n'
+QUADRATIC = '[data]\ndataset = "quadratic"\n[algorithm]\nlr = 0.05\nnum-local-steps = 2\n[run]\nnum-rounds = 4\n'
+LOGISTIC = '[model]\nname = "logistic"\n[run]\nnum-rounds = 2\n'
+TINY = '[data]\ndataset = "tiny.npz"\nnum-clients = 3\nbatch-size = 4\n' + LOGISTIC
+DIGITS = "[data]\nnum-clients = 3\n" + LOGISTIC
+
+
+@pytest.fixture(autouse=True)
+def workplace(in_tmp, monkeypatch):
+    """An empty folder with three small configurations and a data set of 30 examples; no pictures, which take time."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 5)).astype(np.float32), np.arange(40) % 3
+    np.savez("tiny.npz", x_train=x[:30], y_train=y[:30], x_test=x[30:], y_test=y[30:])
+    for name, text in [("quadratic", QUADRATIC), ("tiny", TINY), ("digits", DIGITS)]:
+        Path(f"{name}.toml").write_text(text + ENGINE, encoding="utf-8")
+    monkeypatch.setattr(cli.pictures, "draw_curves", lambda runs, path: None)
+    # A wide terminal, so that no word that is looked for is broken.
+    monkeypatch.setenv("COLUMNS", "300")
+    return in_tmp
+
+
+@pytest.fixture
+def fed(capsys):
+    """fed("run", …) -> (exit status, lines on standard output, lines on standard error)."""
+
+    def command(*arguments) -> tuple[int, list[str], list[str]]:
+        capsys.readouterr()
+        status = cli.call([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return command
+
+
+@pytest.fixture
+def refused(fed, workplace):
+    """refused(words, "run", …): status 2, one line with all the words, nothing printed, nothing left behind."""
+
+    def command(words, *arguments) -> str:
+        before = tree(workplace)
+        status, out, err = fed(*arguments)
+        assert (status, len(err)) == (2, 1), (status, err)
+        assert out == []
+        assert err[0].startswith("fedmom: ")
+        assert "Traceback" not in err[0]
+        for word in words:
+            assert word in err[0], err[0]
+        assert tree(workplace) == before
+        return err[0]
+
+    return command
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    """Every file and folder below, python's caches aside."""
+    paths = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    return {path: path.read_bytes() if path.is_file() else b"" for path in paths}
+
+
+# --- bad input: one line and exit status 2 ---------------------------------------------------------------
+
+BAD_SETS = [
+    # unknown names, each with the nearest right ones
+    ("algorithm.learning-rate=1", ["algorithm.learning-rate is not a key"]),
+    ("algorithm.momentum_policy=local", ["algorithm.momentum_policy", "did you mean algorithm.momentum-policy?"]),
+    ("lr=0.1", ["section = 'lr'", "choose one of data, model"]),
+    ("algoritm.lr=0.1", ["section = 'algoritm'", "did you mean algorithm?"]),
+    ("data.dataset=cifar-10", ["data.dataset = 'cifar-10'", "did you mean cifar10"]),
+    ("model.name=resnet", ["model.name = 'resnet'", "did you mean resnet"]),
+    ("data.partition=dirichlet", ["data.partition = 'dirichlet'", "did you mean dirichlet-"]),
+    ("algorithm.momentum-policy=averaged", ["algorithm.momentum-policy = 'averaged'", "did you mean average?"]),
+    ("algorithm.name=prsgdm", ["algorithm.name = 'prsgdm'", "did you mean pr-sgd-m"]),
+    ("engine.device=tpu", ["engine.device = 'tpu'", "choose one of auto, cpu, cuda"]),
+    # wrong types
+    ("algorithm.lr=fast", ["algorithm.lr = 'fast'", "must be a number"]),
+    ("algorithm.lr=true", ["algorithm.lr = True", "must be a number"]),
+    ("algorithm.lr=[0.1]", ["algorithm.lr = [0.1]", "must be a number"]),
+    ("algorithm.lr=", ["algorithm.lr = ''", "must be a number"]),
+    ("run.num-rounds=2.5", ["run.num-rounds = 2.5", "must be a whole number"]),
+    ("algorithm.nesterov=1", ["algorithm.nesterov = 1", "true or false"]),
+    ("algorithm.lr", ["--set 'algorithm.lr'", "section.key=value"]),
+    # wrong values
+    ("algorithm.lr=0", ["algorithm.lr = 0.0", "> 0"]),
+    ("algorithm.lr=-1e-3", ["algorithm.lr = -0.001", "> 0"]),
+    ("algorithm.lr=nan", ["algorithm.lr = nan", "> 0"]),
+    ("algorithm.lr=inf", ["algorithm.lr = inf", "> 0"]),
+    ("algorithm.beta=1.0", ["algorithm.beta = 1.0", "[0, 1)"]),
+    ("algorithm.beta=-0.5", ["algorithm.beta = -0.5", "[0, 1)"]),
+    ("algorithm.num-local-steps=-1", ["algorithm.num-local-steps = -1", ">= 0"]),
+    ("data.num-clients=0", ["data.num-clients = 0", ">= 1"]),
+    ("data.num-clients=99999999999999999999", ["data.num-clients = 99999999999999999999", "at most 2147483647"]),
+    ("data.num-clients=2000", ["data.num-clients = 2000", "1437 examples", "at least one"]),
+    ("algorithm.cohort-size=4", ["algorithm.cohort-size = 4", "at most data.num-clients = 3"]),
+    ("data.batch-size=1000000000", ["data.batch-size = 1000000000", "GB are free"]),
+    ("run.seed=-1", ["run.seed = -1", ">= 0"]),
+    ("data.min-size=1000", ["data.min-size = 1000"]),
+    # what is not there
+    ("data.dataset=none.npz", ["data.dataset = 'none.npz'", "no file none.npz"]),
+    ("data.dataset=digits.toml:f", ["data.dataset = 'digits.toml:f'", "no module named 'digits'"]),
+    ("data.dataset=cifar10", ["data.dataset = 'cifar10'", "looked for", "fedmom datasets --download cifar10"]),
+    ("data.dataset=nowhere:load", ["data.dataset = 'nowhere:load'", "no module named 'nowhere'"]),
+    ("data.dataset=json:nothing", ["data.dataset = 'json:nothing'", "has no attribute 'nothing'"]),
+    ("data.dataset=:", ["data.dataset = ':'", "package.module:function"]),
+    ("model.name=nowhere:build", ["model.name = 'nowhere:build'", "no module named 'nowhere'"]),
+    ("model.name=os:sep", ["model.name = 'os:sep'", "not a function"]),
+    ("model.name=tiny.npz", ["model.name = 'tiny.npz'", "module:function"]),
+    ("data.augment=crop-flip", ["data.augment = 'crop-flip'"]),
+    # what does not go together
+    ("algorithm.interval=theory-iid", ["algorithm.interval = 'theory-iid'", "run.num-steps"]),
+    ("algorithm.lr-milestones=1;2", ["algorithm.lr-milestones = '1;2'", "commas"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), BAD_SETS, ids=[change for change, _ in BAD_SETS])
+def test_a_bad_key_or_value_is_one_line(refused, change, words):
+    config = "tiny.toml" if "crop-flip" in change else "digits.toml"
+    refused(words, "run", config, "--set", change)
+
+
+CONTENTS = [
+    (None, ["bad.toml", "no such file", "configs/"]),
+    (b"", ["bad.toml", "is empty"]),
+    (b"hello", ["bad.toml", "is not TOML", "Expected '='"]),
+    (b"[run]\nseed = \n", ["bad.toml", "is not TOML", "line 2"]),
+    (b"\x80\x81\x82", ["bad.toml", "cannot be read as a text file"]),
+    (b"\x00\x01", ["bad.toml", "is not TOML"]),
+    (b"[algorithm]\nlr = 0\n", ["bad.toml: algorithm.lr = 0.0", "> 0"]),
+    (b"[algorithm]\nlr = 1979-05-27\n", ["bad.toml: algorithm.lr", "must be a number"]),
+    (b"[algorithm]\n\"a\\nb\" = 1\n", ["bad.toml", "is not a key"]),
+    (b"[data]\nalphas = 1\n", ["bad.toml: data.alphas is not a key", "did you mean data.alpha?"]),
+    (b"[datas]\nalpha = 1\n", ["bad.toml", "section = 'datas'", "did you mean data?"]),
+    (b"[run]\nseed = 0x" + b"f" * 5000, ["bad.toml", "run.seed", "at most"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["run", "partition"])
+@pytest.mark.parametrize(("content", "words"), CONTENTS)
+def test_a_bad_file_is_one_line(refused, command, content, words):
+    if content is not None:
+        Path("bad.toml").write_bytes(content)
+    refused(words, command, "bad.toml")
+
+
+def test_files_that_are_folders_and_folders_that_are_files(refused):
+    Path("folder").mkdir()
+    refused(["folder", "cannot be read"], "run", "folder")
+    refused(["--out tiny.npz", "exists already"], "run", "quadratic.toml", "--out", "tiny.npz")
+    refused(["tiny.npz/x", "cannot be made"], "run", "quadratic.toml", "--out", "tiny.npz/x")
+    refused(["tiny.npz/x.toml", "cannot be read"], "run", "tiny.npz/x.toml")
+    refused(["a" * 300, "File name too long"], "run", "quadratic.toml", "--out", "a" * 300)
+    refused(["a" * 300, "File name too long"], "run", "digits.toml", "--set", "data.dataset=" + "a" * 300 + ".npz")
+
+
+@pytest.mark.parametrize(
+    ("key", "body", "words"),
+    [
+        ("data.dataset", "return 3", ["must return a Dataset", "returned int"]),
+        ("data.dataset", "return None", ["returned NoneType"]),
+        ("data.dataset", "return {'x_train': 1}", ["has no y_train"]),
+        ("data.dataset", "raise OSError('one\\ntwo')", ["the function raised OSError: one two"]),
+        ("model.name", "return 3", ["must return an nn.Module", "returned int"]),
+        ("model.name", "import torch; return torch.nn.Linear(3, 3)", ["fails on a batch"]),
+        ("model.name", "import torch; return torch.nn.Flatten()", ["no trainable parameters"]),
+        ("model.name", "import sys; sys.exit(7)", ["raised SystemExit: 7"]),
+        ("model.name", "raise KeyError('x')", ["raised KeyError"]),
+        ("data.dataset", "raise SystemExit", ["raised SystemExit"]),
+    ],
+)
+def test_a_users_function_that_is_wrong_is_one_line(refused, monkeypatch, key, body, words):
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    Path("mine.py").write_text(f"def make(*args):\n    {body}\n", encoding="utf-8")
+    refused([f"{key} = 'mine:make'", *words], "run", "digits.toml", "--set", f"{key}=mine:make")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+
+@pytest.mark.parametrize("body", ["import nothing_like_it", "raise RuntimeError", "1 +", "raise SystemExit"])
+@pytest.mark.parametrize("key", ["data.dataset", "model.name"])
+def test_a_users_module_that_does_not_import_is_one_line(refused, monkeypatch, key, body):
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    Path("broken.py").write_text(f"{body}\n", encoding="utf-8")
+    refused(
+        [f"{key} = 'broken:make'", "importing 'broken' raised"], "run", "digits.toml", "--set", f"{key}=broken:make"
+    )
+
+
+QUADRATICS = [
+    (["data.curvatures=1;x"], ["data.curvatures = '1;x'", "numbers"]),
+    (["data.curvatures="], ["data.curvatures = ''", "numbers"]),
+    (["data.curvatures=nan;1"], ["data.curvatures = 'nan;1'", "numbers"]),
+    (["data.curvatures=0;0"], ["data.curvatures = '0;0'", "sum must be > 0"]),
+    (["data.curvatures=1,2;3,4"], ["data.curvatures = '1,2;3,4'", "number of coordinates, got [1, 2]"]),
+    (["data.curvatures=1;2;3"], ["data.centers = '4;-2'", "2 clients, data.curvatures 3"]),
+    (["data.start=inf"], ["data.start = 'inf'", "numbers"]),
+    (["data.noise-sigma=-1"], ["data.noise-sigma = -1.0", ">= 0"]),
+    (["data.num-clients=3"], ["data.num-clients = 3", "2 clients"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), QUADRATICS)
+def test_a_bad_quadratic_is_one_line(refused, changes, words):
+    refused(words, "run", "quadratic.toml", *(part for change in changes for part in ("--set", change)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run"], ["CONFIG is missing", "--resume DIR"]),
+        (["run", "quadratic.toml", "--fast"], ["--fast"]),
+        (["run", "quadratic.toml", "tiny.toml"], ["tiny.toml"]),
+        (["run", "quadratic.toml", "--out"], ["--out", "requires an argument"]),
+        (["run", "quadratic.toml", "--device", "nonsense"], ["engine.device = 'nonsense'", "auto, cpu, cuda"]),
+        (["run", "quadratic.toml", "--device", ""], ["engine.device = ''"]),
+        (["run", "quadratic.toml", "--out", "a", "--resume", "b"], ["--out a", "--resume b"]),
+        (["rnu", "quadratic.toml"], ["No such command 'rnu'"]),
+        (["partition"], ["Missing argument 'CONFIG'"]),
+        (["partition", "quadratic.toml"], ["data.dataset = 'quadratic'", "no examples"]),
+        (["partition", "digits.toml", "--set", "data.num-clients=9999"], ["data.num-clients = 9999"]),
+        (["report"], ["Missing argument 'DIR...'"]),
+        (["report", "nowhere"], ["nowhere", "not a run folder"]),
+        (["report", "tiny.npz"], ["tiny.npz", "not a run folder"]),
+        (["keys", "xyzzy"], ["xyzzy", "fedmom keys"]),
+        (["datasets", "--download", "mnits"], ["data.dataset = 'mnits'", "did you mean mnist"]),
+        (["datasets", "--download", "digits"], ["data.dataset = 'digits'", "nothing to download"]),
+    ],
+)
+def test_bad_arguments_are_one_line(refused, arguments, words):
+    refused(words, *arguments)
+
+
+def test_cuda_where_there_is_none(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(["engine.device = 'cuda'", "no CUDA device", "cpu or auto"], "run", "quadratic.toml", "--device", "cuda")
+
+
+def test_a_full_memory_is_one_line(refused, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nsize 1")
+
+    monkeypatch.setattr("fedmom.engine.choose", full)
+    refused(
+        ["memory is full", "data.batch-size", "can't allocate memory size 1"], "run", "quadratic.toml", "--out", "x"
+    )
+
+
+def test_errors_of_ours_are_not_hidden(fed, monkeypatch):
+    def bug(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("fedmom.engine.choose", bug)
+    with pytest.raises(RuntimeError, match="a bug"):
+        fed("run", "quadratic.toml")
+
+
+def test_a_run_folder_that_exists_is_refused_unless_it_is_empty(fed, refused):
+    Path("new").mkdir()
+    status, out, err = fed("run", "quadratic.toml", "--out", "new", "--quiet")
+    assert (status, out, err) == (0, ["new"], [])
+    refused(["--out new", "exists already", "--resume new"], "run", "quadratic.toml", "--out", "new")
+    Path("other").mkdir()
+    Path("other/note.txt").touch()
+    refused(["--out other", "exists already"], "run", "quadratic.toml", "--out", "other")
+
+
+# --- a good run ------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_folder_and_prints_a_table(fed):
+    status, out, err = fed("run", "tiny.toml", "--out", "a/b")
+    assert (status, err) == (0, [])
+    assert out[-1] == "a/b"
+    assert any("N = 3" in line and "tiny.npz, logistic" in line for line in out)
+    assert any(line.startswith("round 2/2 ·") for line in out)
+    assert sorted(path.name for path in Path("a/b").iterdir()) == sorted(
+        [CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, FINAL]
+    )
+    assert [record["round"] for record in read_rounds(Path("a/b"))] == [1, 2]
+    about = json.loads(Path("a/b", ENVIRONMENT).read_text())
+    assert about["versions"]["torch"] == version("torch")
+
+
+def test_folders_without_a_name_are_made_below_runs(fed):
+    folders = [fed("run", "quadratic.toml", "--quiet")[1] for _ in range(2)]
+    assert len({name for (name,) in folders}) == 2
+    for (name,) in folders:
+        assert name.startswith("runs/quadratic-")
+        assert Path(name, FINAL).is_file()
+
+
+def test_a_resolved_config_runs_again_to_the_same_bytes(fed):
+    changes = ["--set", "algorithm.nesterov=true", "--set", "run.num-steps=7"]
+    assert fed("run", "quadratic.toml", "--out", "first", *changes)[0] == 0
+    assert fed("run", f"first/{CONFIG}", "--out", "second")[0] == 0
+    for name in (CONFIG, FINAL):
+        assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
+
+
+def test_what_was_overruled_is_said(fed):
+    changes = ["algorithm.name=parallel-sgd-m", "run.num-steps=3"]
+    status, out, err = fed("run", "quadratic.toml", "--out", "x", *(w for change in changes for w in ("--set", change)))
+    assert (status, err) == (0, [])
+    assert "parallel-sgd-m is I = 1: it overrules num-local-steps = 2" in out
+    assert "run.num-steps = 3 gives 3 rounds: it overrules num-rounds" in out
+
+
+def test_zero_local_steps_is_the_algorithms_own_interval(fed):
+    assert fed("run", "quadratic.toml", "--out", "x", "--set", "algorithm.num-local-steps=0", "--quiet")[0] == 0
+    assert load(Path("x", CONFIG)).config.algorithm.num_local_steps == 8
+    assert read_rounds(Path("x"))[-1]["steps"] == 4 * 8
+
+
+def test_set_values_may_hold_equals_signs(refused):
+    sets = ["--set", "data.dataset=mnist", "--set", "data.data-dir=a=b=c"]
+    refused(["looked for a=b=c/mnist.npz"], "run", "digits.toml", *sets)
+
+
+def test_device_overrules_the_config(fed):
+    assert fed("run", "quadratic.toml", "--set", "engine.device=cuda", "--device", "cpu", "--out", "x")[0] == 0
+    assert load(Path("x", CONFIG)).config.engine.device == "cpu"
+
+
+# --- resuming --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(fed, workplace):
+    """A run of four rounds, checkpoints after two and four."""
+    sets = ["--set", "run.checkpoint-every=2"]
+    assert fed("run", "quadratic.toml", "--out", "run", "--quiet", *sets)[0] == 0
+    return workplace / "run"
+
+
+RESUMES = [
+    ("algorithm.lr=0.06", ["algorithm.lr = 0.06", "has 0.05", "only a longer run"]),
+    ("data.curvatures=2;3", ["data.curvatures = '2;3'", "has '1;3'"]),
+    ("run.seed=1", ["run.seed = 1", "has 0"]),
+    ("engine.path=loop", ["engine.path = 'loop'", "has 'vmap'"]),
+    ("run.num-rounds=3", ["run.num-rounds = 3", "has 4", "only become longer"]),
+    ("algorithm.lr=0", ["algorithm.lr = 0.0", "> 0"]),
+    ("no.such=1", ["section = 'no'"]),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), RESUMES)
+def test_a_changed_config_is_refused_on_resume_by_name(refused, finished, change, words):
+    refused(words, "run", "--resume", finished, "--set", change)
+
+
+def test_a_longer_run_goes_on_to_the_bytes_of_one_that_was_long_from_the_start(fed, finished):
+    assert fed("run", "quadratic.toml", "--out", "long", "--quiet", "--set", "run.num-rounds=6")[0] == 0
+    status, out, err = fed("run", "--resume", finished, "--set", "run.num-rounds=6")
+    assert (status, err) == (0, [])
+    assert "resumed after round 4" in out
+    assert any(line.startswith("round 6/6 ·") for line in out)
+    params = [read_tensors(folder / FINAL)[0] for folder in (finished, Path("long"))]
+    assert params[0].keys() == params[1].keys()
+    assert all(torch.equal(params[0][name], params[1][name]) for name in params[0])
+    assert [record["x"] for record in read_rounds(finished)] == [record["x"] for record in read_rounds(Path("long"))]
+
+
+def test_the_same_config_may_be_given_again_on_resume(fed, finished):
+    status, out, err = fed("run", "quadratic.toml", "--resume", finished, "--set", "run.checkpoint-every=2", "--quiet")
+    assert (status, out, err) == (0, [str(finished)], [])
+
+
+def test_a_chunk_larger_than_the_cohort_is_no_change_on_resume(fed):
+    sets = ["--set", "engine.chunk-size=64"]
+    for path in ("vmap", "loop"):
+        sets_of_path = [*sets, "--set", f"engine.path={path}"]
+        assert fed("run", "quadratic.toml", "--out", path, "--quiet", *sets_of_path)[0] == 0
+        assert fed("run", "quadratic.toml", "--resume", path, "--quiet", *sets_of_path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (["algorithm.lr-schedule=cosine"], "algorithm.lr-schedule = 'cosine'"),
+        (["algorithm.lr-schedule=theory"], "algorithm.lr-schedule = 'theory'"),
+        (["algorithm.lr-schedule=step"], "algorithm.lr-unit = 'fraction'"),
+        (["algorithm.lr-warmup=0.5"], "algorithm.lr-unit = 'fraction'"),
+        (["algorithm.interval=theory-iid", "algorithm.num-local-steps=0", "run.num-steps=32"], "algorithm.interval"),
+    ],
+)
+def test_a_longer_run_is_refused_where_lr_or_the_interval_would_change(fed, refused, changes, name):
+    sets = [word for change in changes for word in ("--set", change)]
+    assert fed("run", "quadratic.toml", "--out", "x", "--quiet", *sets)[0] == 0
+    key = "run.num-steps" if "num-steps" in changes[-1] else "run.num-rounds"
+    refused([f"{key} = 800", name, "depends on the length"], "run", "--resume", "x", "--set", f"{key}=800")
+    assert fed("run", "--resume", "x", "--quiet") == (0, ["x"], [])  # as it is, it goes on
+
+
+def test_more_rounds_of_a_run_that_counts_steps_are_not_silently_ignored(fed):
+    assert fed("run", "quadratic.toml", "--out", "x", "--quiet", "--set", "run.num-steps=8")[0] == 0
+    _, out, _ = fed("run", "--resume", "x", "--set", "run.num-rounds=9")
+    assert "run.num-steps = 8 gives 4 rounds: it overrules num-rounds" in out
+    status, out, _ = fed("run", "--resume", "x", "--set", "run.num-steps=12")
+    assert status == 0
+    assert not any("overrules" in line for line in out)
+    assert read_rounds(Path("x"))[-1]["round"] == 6
+
+
+def test_what_is_no_run_folder_cannot_be_resumed(refused):
+    Path("empty").mkdir()
+    for name in ("nowhere", "empty", "tiny.npz"):
+        refused([f"--resume {name}", "not a run folder"], "run", "--resume", name)
+
+
+def test_a_broken_config_cannot_be_resumed(refused, finished):
+    (finished / CONFIG).write_text("[run\n")
+    refused([str(finished / CONFIG), "is not TOML"], "run", "--resume", finished)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_named(refused, finished, share):
+    path = finished / CHECKPOINT
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    refused([str(path), "is not a whole checkpoint"], "run", "--resume", finished)
+
+
+def test_a_checkpoint_of_another_run_is_named(fed, refused, finished):
+    assert fed("run", "quadratic.toml", "--out", "other", "--quiet", "--set", "run.seed=7")[0] == 0
+    (finished / CHECKPOINT).write_bytes(Path("other", CHECKPOINT).read_bytes())
+    refused([str(finished / CHECKPOINT), "belongs to another run"], "run", "--resume", finished)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\n{}\n", b"not json\nat all\n"])
+def test_damaged_rounds_are_named(refused, finished, content):
+    (finished / ROUNDS).write_bytes(content)
+    refused([str(finished / ROUNDS)], "run", "--resume", finished)
+
+
+# --- divergence and interruption -------------------------------------------------------------------------
+
+
+def test_divergence_ends_with_status_3_and_the_last_good_checkpoint(fed):
+    changes = ["algorithm.lr=1e6", "run.num-rounds=99"]
+    status, out, err = fed("run", "quadratic.toml", "--out", "x", *(w for change in changes for w in ("--set", change)))
+    assert (status, len(err)) == (3, 1)
+    last = read_rounds(Path("x"))[-1]["round"]
+    assert f"in round {last + 1} at lr = 1e+06" in err[0]
+    assert "smaller lr" in err[0]
+    assert out[-1] == "x"
+    tensors, about = read_tensors(Path("x", CHECKPOINT))
+    assert about["round"] == last >= 1
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    assert not Path("x", FINAL).exists()
+    status, _, err = fed("run", "--resume", "x")
+    assert (status, len(err)) == (3, 1)
+    assert f"in round {last + 1} at lr = 1e+06" in err[0]
+
+
+def test_divergence_in_the_first_round_leaves_no_checkpoint(fed):
+    sets = ["--set", "model.name=mlp", "--set", "algorithm.lr=1e6"]
+    status, _, err = fed("run", "tiny.toml", "--out", "x", *sets)
+    assert (status, len(err)) == (3, 1)
+    assert "in round 1 at lr = 1e+06" in err[0]
+    assert not Path("x", CHECKPOINT).exists()
+    assert fed("run", "--resume", "x")[0] == 3
+
+
+def test_a_loss_that_overflows_only_in_the_evaluation_is_divergence_too(fed):
+    changes = ["algorithm.lr=1e6", "algorithm.num-local-steps=1", "data.start=1e150", "run.num-rounds=1"]
+    status, _, err = fed("run", "quadratic.toml", "--out", "x", *(w for change in changes for w in ("--set", change)))
+    assert (status, len(err)) == (3, 1)
+    assert "the loss became inf in round 1 at lr = 1e+06" in err[0]
+
+
+def test_records_are_json_for_everyone(fed):
+    fed("run", "quadratic.toml", "--out", "x", "--set", "algorithm.lr=1e6", "--set", "run.num-rounds=99")
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    for line in Path("x", ROUNDS).read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_an_interrupted_run_has_status_130_and_goes_on_from_its_checkpoint(fed, monkeypatch):
+    assert fed("run", "tiny.toml", "--out", "whole", "--quiet", "--set", "run.num-rounds=5")[0] == 0
+
+    class Interrupt(fedmom.Callback):
+        def on_round(self, record, state):
+            if record["round"] == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "callbacks", lambda console, quiet: [Interrupt()])
+    status, out, err = fed("run", "tiny.toml", "--out", "x", "--set", "run.num-rounds=5")
+    assert status == 130
+    assert err == ["fedmom: interrupted after round 3", "fedmom: go on with: fedmom run --resume x"]
+    assert out[-1] == "x"
+    assert read_about(Path("x", CHECKPOINT))["round"] == 3
+    monkeypatch.setattr(cli, "callbacks", progress.callbacks)
+    assert fed("run", "--resume", "x", "--quiet") == (0, ["x"], [])
+    assert Path("x", FINAL).read_bytes() == Path("whole", FINAL).read_bytes()
+
+
+def test_ctrl_c_before_the_first_round_is_one_line(fed, monkeypatch, workplace):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedmom.runner.make_task", interrupt)
+    before = tree(workplace)
+    assert fed("run", "tiny.toml", "--out", "x") == (130, [], ["fedmom: interrupted"])
+    assert tree(workplace) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_real_process_with_a_checkpoint(workplace, number):
+    command = [sys.executable, "-m", "fedmom", "run", "quadratic.toml", "--out", "x"]
+    command += ["--quiet", "--set", "run.num-rounds=1000000", "--set", "run.checkpoint-every=1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        deadline = time.monotonic() + 60
+        while len(read_rounds(Path("x"))) < 5 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert out.splitlines() == ["x"]
+    done = read_rounds(Path("x"))[-1]["round"]
+    assert err.splitlines()[0] == f"fedmom: interrupted after round {done}"
+    assert "Traceback" not in err
+    assert read_about(Path("x", CHECKPOINT))["round"] == done >= 5
+
+
+# --- the other commands ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_example(fed, command):
+    status, out, err = fed(command, "--help")
+    assert (status, err) == (0, [])
+    usage, *lines = [line.strip() for line in out if line.strip()]
+    assert usage.startswith("Usage:")
+    assert command in usage
+    examples = [line for line in lines if line.startswith("fedmom ")]
+    assert examples
+    for example in examples:
+        words = example.split()[1:]
+        get_command(cli.app).make_context("fedmom", words[:1], resilient_parsing=True)
+        sub = get_command(cli.app).commands[words[0]]
+        assert sub.make_context(words[0], words[1:]).params  # it parses: no option that is not there
+
+
+def test_help_names_every_command_and_completion(fed):
+    status, out, _ = fed("--help")
+    text = "\n".join(out)
+    assert status == 0
+    for word in [*COMMANDS, "--show-completion", "--install-completion"]:
+        assert word in text
+    assert sorted(get_command(cli.app).commands) == sorted(COMMANDS)
+
+
+def test_no_command_shows_the_help(fed):
+    status, out, err = fed()
+    assert (status, err) == (2, [])
+    assert any("Usage" in line for line in out)
+
+
+def test_completion_is_a_script_of_the_shell():
+    env = {**os.environ, "_FEDMOM_COMPLETE": "source_bash"}
+    code = "import sys; sys.argv = ['fedmom']; from fedmom.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert "complete -o default -F _fedmom_completion fedmom" in done.stdout
+
+
+def test_datasets_and_models_are_listed_with_a_line_each(fed):
+    for command, names in (("datasets", [*DATASETS, "quadratic", "FILE.npz"]), ("models", list(MODELS))):
+        status, out, err = fed(command)
+        assert (status, err) == (0, [])
+        listed = [line.split("  ")[0] for line in out]
+        assert listed == [*names, "module:function"]
+        assert all(len(line.split("  ", 1)[1].strip()) > 10 for line in out)
+
+
+def test_keys_are_explained_all_or_by_word(fed):
+    status, out, err = fed("keys")
+    assert (status, err) == (0, [])
+    assert [line.split()[0] for line in out] == list(KEYS)
+    for line, key in zip(out, KEYS.values(), strict=True):
+        assert key.doc in line
+        assert all(choice in line for choice in key.choices)
+    chosen = [line.split() for line in fed("keys", "warm-up", "cohort")[1]]
+    assert chosen == [line.split() for line in out if "warm-up" in line or "cohort" in line]
+    assert 1 < len(chosen) < len(out)
+
+
+def test_a_partition_is_summed_up_and_drawn(fed):
+    status, out, err = fed("partition", "digits.toml", "--set", "data.num-clients=12", "--out", "p.png")
+    text = "\n".join(out)
+    assert (status, err) == (0, [])
+    assert out[-1] == "p.png"
+    assert "N = 12, α = 0.3" in text
+    assert "1,437" in text
+    assert Path("p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_draws_its_curves_and_a_report_compares_runs(fed, monkeypatch):
+    monkeypatch.setattr(cli.pictures, "draw_curves", draw_curves)
+    for name in ("a", "b"):
+        assert fed("run", "tiny.toml", "--out", name, "--quiet") == (0, [name], [])
+    assert Path("a/curves.png").read_bytes().startswith(b"\x89PNG")
+    status, out, err = fed("report", "a", "b", "--out", "both")
+    assert (status, err) == (0, [])
+    assert out[-2:] == ["both/curves.png", "both/report.md"]
+    assert Path("both/curves.png").read_bytes().startswith(b"\x89PNG")
+    report = Path("both/report.md").read_text(encoding="utf-8")
+    for title in ("equal rounds", "equal joint epochs", "equal bytes"):
+        assert title in report.lower()
+    assert fed("report", "a")[1][-2:] == ["a/curves.png", "a/report.md"]
+
+
+def test_a_picture_that_overflows_says_nothing_on_standard_error(fed, monkeypatch):
+    monkeypatch.setattr(cli.pictures, "draw_curves", draw_curves)
+    sets = ["--set", "algorithm.lr=1e6", "--set", "run.num-rounds=99"]
+    assert len(fed("run", "quadratic.toml", "--out", "x", *sets)[2]) == 1
+    assert Path("x/curves.png").is_file()
