@@ -41,7 +41,8 @@ class Commands(TyperGroup):
             sys.stdout.flush()
         except KeyboardInterrupt:
             raise click.Abort from None
-        except BrokenPipeError:  # as in `fedmom keys | head`; nor will anybody read what is left in the buffer
+        except (BrokenPipeError, SystemExit):  # rich makes it a SystemExit, as in `fedmom run … | head`
+            # Nor will anybody read what is left in the buffer.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return INTERRUPTED
         return int(status or DONE)
@@ -135,7 +136,8 @@ def _draw(draw: Callable[[], object]) -> None:
             warnings.simplefilter("ignore")
             draw()
     except ModuleNotFoundError as error:
-        print(f"fedmom: no picture was drawn: {error.name} is not installed", file=sys.stderr)
+        package = str(error.name).partition(".")[0]
+        print(f"fedmom: no picture was drawn: {package} is not installed", file=sys.stderr)
 
 
 @app.command()

@@ -42,7 +42,9 @@ def workplace(in_tmp, monkeypatch):
     monkeypatch.setattr(cli.pictures, "draw_curves", lambda runs, path: None)
     # A wide terminal, so that no word that is looked for is broken.
     monkeypatch.setenv("COLUMNS", "300")
-    return in_tmp
+    yield in_tmp
+    for name in ("mine", "broken"):  # modules that tests write here
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -192,17 +194,14 @@ def test_files_that_are_folders_and_folders_that_are_files(refused):
         ("data.dataset", "raise SystemExit", ["raised SystemExit"]),
     ],
 )
-def test_a_users_function_that_is_wrong_is_one_line(refused, monkeypatch, key, body, words):
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+def test_a_users_function_that_is_wrong_is_one_line(refused, key, body, words):
     Path("mine.py").write_text(f"def make(*args):\n    {body}\n", encoding="utf-8")
     refused([f"{key} = 'mine:make'", *words], "run", "digits.toml", "--set", f"{key}=mine:make")
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
 
 
 @pytest.mark.parametrize("body", ["import nothing_like_it", "raise RuntimeError", "1 +", "raise SystemExit"])
 @pytest.mark.parametrize("key", ["data.dataset", "model.name"])
-def test_a_users_module_that_does_not_import_is_one_line(refused, monkeypatch, key, body):
-    monkeypatch.delitem(sys.modules, "broken", raising=False)
+def test_a_users_module_that_does_not_import_is_one_line(refused, key, body):
     Path("broken.py").write_text(f"{body}\n", encoding="utf-8")
     refused(
         [f"{key} = 'broken:make'", "importing 'broken' raised"], "run", "digits.toml", "--set", f"{key}=broken:make"
@@ -530,8 +529,17 @@ def test_ctrl_c_before_the_first_round_is_one_line(fed, monkeypatch, workplace):
     assert tree(workplace) == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["keys", "run quadratic.toml --out x --set run.num-rounds=9999"])
+def test_a_reader_that_goes_away_ends_the_command_without_a_traceback(command):
+    arguments = [sys.executable, "-m", "fedmom", *command.split()]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 130
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_real_process_with_a_checkpoint(workplace, number):
     command = [sys.executable, "-m", "fedmom", "run", "quadratic.toml", "--out", "x"]
     command += ["--quiet", "--set", "run.num-rounds=1000000", "--set", "run.checkpoint-every=1000000"]
