@@ -85,7 +85,7 @@ def test_resnet56_takes_steps_on_cifar10_in_both_paths(tmp_path):
             "data.batch-size": 4,
             "algorithm.cohort-size": 2,
             "algorithm.num-local-steps": 2,
-            "run.num-rounds": 1,
+            "run.num-steps": 2,
             "run.dtype": "float64",
             "engine.path": path,
             "engine.chunk-size": 2 if path == "vmap" else 0,
@@ -94,6 +94,10 @@ def test_resnet56_takes_steps_on_cifar10_in_both_paths(tmp_path):
         states[path] = result.state_dict
         assert result.config.engine.path == path
         assert sum(u.numel() for u in result.momentum.values()) == 853_018
-        assert result.rounds[0]["train_loss"] < 5
+        assert 0 < result.rounds[0]["train_loss"] < 20  # ResNet-56 at lr 0.1 without warm-up rises before it falls
+        start = dict(build_model("resnet56", (3, 32, 32), 10, seed=0).named_parameters())
+        assert all(not torch.equal(result.state_dict[name], x.double()) for name, x in start.items())
+        counts = [v for name, v in result.state_dict.items() if name.endswith("num_batches_tracked")]
+        assert counts and all(int(count) == 2 for count in counts)
     for name, value in states["vmap"].items():
         torch.testing.assert_close(value, states["loop"][name], rtol=1e-7, atol=1e-9, msg=name)

@@ -6,11 +6,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import laws
 import pytest
 import torch
 
 import fedmom
-import laws
 from fedmom.config import load
 from fedmom.records import read_rounds, read_tensors
 from fedmom.resolve import resolve
@@ -155,7 +155,15 @@ def test_warning_when_steps_are_unequal():
 @pytest.mark.slow
 def test_quickstart_config_reaches_what_it_says(tmp_path):
     """Through the command, in a process of its own."""
-    command = [sys.executable, "-m", "fedmom", "run", str(ROOT / "configs/quickstart.toml"), "--out", str(tmp_path / "q")]
+    command = [
+        sys.executable,
+        "-m",
+        "fedmom",
+        "run",
+        str(ROOT / "configs/quickstart.toml"),
+        "--out",
+        str(tmp_path / "q"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "q")
