@@ -33,29 +33,26 @@ def engine_runner(path: str, chunk_size: int = 64) -> Runner:
 
     def run(p: Problem) -> Trajectory:
         task = Quadratic(p.h, p.c, p.start, dtype=p.dtype)
-        N, I = len(p.h), p.interval
+        N, interval = len(p.h), p.interval
         engine = WatchedEngine(task, Method(p.beta, p.nesterov), path=path, chunk_size=chunk_size)
         T = len(p.lrs)
-        assert T % I == 0
+        assert T % interval == 0
         change = next((t for t in range(1, T) if p.lrs[t] != p.lrs[0]), T)
         rate = LearningRate(p.lrs[0], "step", (change / T,), p.lrs[-1] / p.lrs[0], "fraction")
-        plan = Plan(engine.method, rate, T // I, N, 1, num_local_steps=I)
-        done = None
-        for done, _ in run_rounds(task, plan, engine, beginning(task, plan)):
-            pass
-        assert done is not None
-        return Trajectory(*(_series(engine, done, part, N, I) for part in ("params", "momentum")))
+        plan = Plan(engine.method, rate, T // interval, N, 1, num_local_steps=interval)
+        *_, (done, _) = run_rounds(task, plan, engine, beginning(task, plan))
+        return Trajectory(*(_series(engine, done, part, N, interval) for part in ("params", "momentum")))
 
     return run
 
 
-def _series(engine: WatchedEngine, done: Progressed, part: str, N: int, I: int) -> np.ndarray:  # noqa: E741
+def _series(engine: WatchedEngine, done: Progressed, part: str, N: int, interval: int) -> np.ndarray:
     """[T + 1, N, d] from the states before each step, which come chunk by chunk within each round."""
     rows = [getattr(state, part)["x"] for state in engine.seen]
     chunks_per_round = -(-N // engine.chunk_size)
     series = []
-    for begin in range(0, len(rows), chunks_per_round * I):
-        chunks = [rows[begin + k * I : begin + (k + 1) * I] for k in range(chunks_per_round)]
+    for begin in range(0, len(rows), chunks_per_round * interval):
+        chunks = [rows[begin + k * interval : begin + (k + 1) * interval] for k in range(chunks_per_round)]
         series += [torch.cat(step) for step in zip(*chunks, strict=True)]
     last = getattr(done.state, part)["x"]
     series.append(last.expand_as(series[0]))
@@ -92,11 +89,8 @@ def image_task(
 def run_plan(task, plan: Plan, *, path: str = "loop", chunk_size: int = 64, done: Progressed | None = None):
     """All rounds -> (the last state, the records)."""
     engine = Engine(task, plan.method, path=path, chunk_size=chunk_size)
-    records = []
-    done = done or beginning(task, plan)
-    for done, record in run_rounds(task, plan, engine, done):
-        records.append(record)
-    return done, records
+    steps = list(run_rounds(task, plan, engine, done or beginning(task, plan)))
+    return steps[-1][0], [record for _, record in steps]
 
 
 def simple_plan(num_clients: int, *, num_rounds=3, lr=0.05, beta=0.9, batch_size=5, **options) -> Plan:

@@ -51,7 +51,7 @@ def test_stationary_variance_falls_like_one_over_clients(num_clients, interval):
 
 @pytest.mark.parametrize(("policy", "want"), [("average", 0.00829), ("local", 0.02988)])
 def test_spread_just_before_the_exchange(policy, want):
-    """(1 − 1/N) σ² [Σ_{k<I} A^k b bᵀ A^kᵀ]_xx: N = 4, β = 0.9, γ = 0.05, h = σ = 1, I = 2, published as .00829, .02988."""
+    """(1 − 1/N) σ² [Σ_{k<I} A^k b bᵀ A^kᵀ]_xx for averaged momentum: N = 4, β = 0.9, γ = 0.05, h = σ = 1, I = 2."""
     copies = 4000
     task = many_copies(copies, num_clients=4)
     plan = simple_plan(4, num_rounds=60, momentum_policy=policy, batch_size=1, num_local_steps=2)

@@ -98,6 +98,7 @@ def test_resnet56_takes_steps_on_cifar10_in_both_paths(tmp_path):
         start = dict(build_model("resnet56", (3, 32, 32), 10, seed=0).named_parameters())
         assert all(not torch.equal(result.state_dict[name], x.double()) for name, x in start.items())
         counts = [v for name, v in result.state_dict.items() if name.endswith("num_batches_tracked")]
-        assert counts and all(int(count) == 2 for count in counts)
+        assert counts
+        assert all(int(count) == 2 for count in counts)
     for name, value in states["vmap"].items():
         torch.testing.assert_close(value, states["loop"][name], rtol=1e-7, atol=1e-9, msg=name)
