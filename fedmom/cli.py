@@ -121,6 +121,8 @@ def _finish(result: Result, console: Console, quiet: bool) -> int:
         _draw(lambda: pictures.draw_curves([run], curves))
         if not quiet:
             console.print(tables.as_text(*tables.summary_table([run])), soft_wrap=True, markup=False)
+            if curves.exists():
+                console.print(f"curves: {curves}", soft_wrap=True, markup=False)
     console.print(str(result.folder), soft_wrap=True, markup=False)
     if result.status != "done":
         print(f"fedmom: {result.message}", file=sys.stderr)
@@ -192,7 +194,7 @@ def report(
     target = out or (folders[0] if len(folders) == 1 else Path("report"))
     print(tables.as_text(*tables.summary_table(runs)))
     for axis, title in tables.AXES.items():
-        print(f"\nat equal {title}")
+        print(f"\nat equal {title}{'s' if title == 'round' else ''}")
         print(tables.as_text(*tables.equal_table(runs, axis)))
     _draw(lambda: [print(path) for path in draw_report(runs, target).values()])
     return DONE

@@ -62,6 +62,10 @@ class Bar(Callback):
     def on_end(self, result: Result) -> None:
         self.bar.stop()
 
+    def on_error(self) -> None:
+        if hasattr(self, "bar"):
+            self.bar.stop()
+
 
 class Lines(Callback):
     """One line for the first and last round, and in between at most one every two seconds."""

@@ -56,6 +56,9 @@ class Callback:
     def on_end(self, result: "Result") -> None:
         """Once, after the last round, an interruption or divergence."""
 
+    def on_error(self) -> None:
+        """Once, instead of on_end, when something else ended the run (a full disk): put the terminal in order."""
+
 
 class Result(NamedTuple):
     """What a run came to."""
@@ -265,7 +268,14 @@ def run(
         settled, engine, more = make_engine(settled, task, plan)
         if out is not None:
             folder = RunFolder.create(Path(out))
-        return _Run(settled, task, plan, engine, folder, (*notes, *more), list(callbacks)).go(resume is not None)
+        callbacks = list(callbacks)
+        under_way = _Run(settled, task, plan, engine, folder, (*notes, *more), callbacks)
+        try:
+            return under_way.go(resume is not None)
+        except BaseException:
+            for callback in callbacks:
+                callback.on_error()
+            raise
     finally:
         if folder is not None:
             folder.close()
@@ -316,6 +326,9 @@ class _Run:
                 self.folder.save(done, self.run_id)
             if self.folder and status == "done":
                 self.folder.save_final(done, self.run_id)
+        return self._end(status, done, message)
+
+    def _end(self, status: str, done: Progressed, message: str) -> Result:
         result = self._result(status, done, message)
         for callback in self.callbacks:
             callback.on_end(result)
