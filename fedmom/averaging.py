@@ -2,7 +2,7 @@
 
 Memory does not grow with the number of clients, and sums are kept in float64 and taken in client order, so any
 chunk size gives the same mean to rounding. Means and squared deviations are merged as in Chan, Golub, LeVeque
-(1983), which gives exactly 0 for clients that agree, where E‖x‖² − ‖Ex‖² would give noise.
+(1983), which gives 0 to rounding for clients that agree, where E‖x‖² − ‖Ex‖² would give noise.
 """
 
 import torch
@@ -22,8 +22,8 @@ class _Moments:
         self.total: Tensor | None = None  # Σ w row, float64
         self.deviation: Tensor | None = None  # Σ w (row − mean)²
 
-    def add(self, rows: Tensor, weights: Tensor) -> None:
-        chunk = float(weights.sum())
+    def add(self, rows: Tensor, weights: Tensor, chunk: float) -> None:
+        """Rows [K, ...] with weights [K], which sum to `chunk`."""
         total = torch.tensordot(weights, rows.to(F64), 1)
         mean = total / chunk
         difference = rows - mean.to(rows.dtype)
@@ -59,7 +59,8 @@ class WeightedMean:
 
     def add(self, rows: ClientState, weights: Tensor) -> None:
         """Add K clients: tensors [K, ...] and weights [K] (float64, positive)."""
-        self.weight += float(weights.sum())
+        chunk = float(weights.sum())
+        self.weight += chunk
         for part, tree in rows._asdict().items():
             for name, value in tree.items():
                 if not value.is_floating_point():
@@ -70,7 +71,7 @@ class WeightedMean:
                 if (part, name) not in self.moments:
                     self.moments[part, name] = _Moments(each=part == "buffers")
                     self.dtypes[part, name] = value.dtype
-                self.moments[part, name].add(value, weights)
+                self.moments[part, name].add(value, weights, chunk)
 
     def mean(self) -> ClientState:
         """The mean of all clients added, in their dtypes."""

@@ -2,7 +2,8 @@
 
 A client's examples form one endless stream, indexed by its global step t: step t reads positions tB … tB + B − 1.
 With `shuffle`, position p belongs to permutation number ⌊p/n⌋ of the client's n examples, so runs with different
-I see the same data in the same order, every example comes once per pass, and a client with n < B wraps.
+I see the same data in the same order, every example comes once per pass over the stream, and a client with n < B
+wraps. t is the run's step, so a client that sits a round out passes over those positions.
 """
 
 from typing import Any
@@ -23,7 +24,6 @@ AUGMENTATIONS = {
     "none": "images as they are",
     "crop-flip": "random crop after padding by 4 pixels, random horizontal flip",
 }
-_KEY_BITS = 40  # of a shuffle key; the bits above hold the segment, so one sort orders all segments
 
 
 class Sampler:
@@ -58,8 +58,8 @@ class Sampler:
     def _shuffled(self, clients: Tensor, positions: Tensor) -> Tensor:
         """[K, P] numbers in 0 … n−1 of each client's own examples, by its permutations.
 
-        A segment is one permutation of one client; all segments that the positions touch are made in one sort
-        of random keys. Only whole segments are made, so the cost is about max(n, P) per client.
+        A segment is one permutation of one client; all segments that the positions touch are made together, by
+        sorting random keys and then by segment. Only whole segments are made: about max(n, P) keys per client.
         """
         sizes = self.sizes[clients]  # [K]
         first_pass = positions[:, 0] // sizes
@@ -71,8 +71,9 @@ class Sampler:
         starts = sizes[rows].cumsum(0) - sizes[rows]  # [S] each segment's first entry
         entry = torch.arange(len(segment), device=segment.device) - starts[segment]  # [E] 0 … n−1 within it
         bits = random_bits(SHUFFLE, self.seed, clients[rows][segment], which_pass[segment], entry)
-        keys = (segment << _KEY_BITS) | (bits & ((1 << _KEY_BITS) - 1))
-        order = entry[torch.sort(keys, stable=True).indices]
+        by_key = torch.sort(bits, stable=True).indices
+        # Stable, so within each segment the random order stays.
+        order = entry[by_key[torch.sort(segment[by_key], stable=True).indices]]
         where = segment_of_row[:, None] + positions // sizes[:, None] - first_pass[:, None]  # [K, P] segment
         return order[starts[where] + positions % sizes[:, None]]
 

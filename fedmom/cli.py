@@ -140,6 +140,8 @@ def _draw(draw: Callable[[], object]) -> None:
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         print(f"fedmom: no picture was drawn: {package} is not installed", file=sys.stderr)
+    except InputError as error:
+        print(f"fedmom: no picture was drawn: {error}", file=sys.stderr)
 
 
 @app.command()

@@ -5,10 +5,10 @@ Which one is faster depends on model and device (stacking wins for small dense m
 on a CPU), so `choose_path` measures both on the run's own first step.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from fedmom.algorithms import MOMENTUM_POLICIES, local_step
 from fedmom.averaging import WeightedMean
+from fedmom.errors import InputError
 from fedmom.objective import Task
 from fedmom.state import ClientState, Tree, expand, num_bytes, stacked, where
 
@@ -39,7 +40,7 @@ class Round(NamedTuple):
     first_steps: Tensor  # [C] int64, each client's global step at the start of the round
     num_steps: Tensor  # [C] int64, local steps of each client (all I, but for local-epochs)
     lrs: Sequence[float]  # γ of each local step, as many as the most steps
-    momentum: Tree | None = None  # [C, ...] rows of the cohort's own u, for policy "local"
+    momentum: Tree | None = None  # [N, ...] every client's own u, in main memory, for policy "local"
 
 
 class Outcome(NamedTuple):
@@ -50,7 +51,7 @@ class Outcome(NamedTuple):
     consensus_distance: float  # Σ p_i ‖x_i − x̂‖² just before the exchange
     momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
     path: list[Tensor]  # x̄ after every local step, for small tasks; else empty
-    momentum: Tree | None  # [C, ...] the clients' own u at the end, for policy "local"
+    momentum: Tree | None  # [C, ...] the clients' own u at the end, in main memory, for policy "local"
 
 
 Step = Callable[..., tuple[ClientState, Tensor]]
@@ -96,8 +97,8 @@ class Engine:
             mean.add(state, part.weights)
             losses += part.weights @ loss
             path = [a + b for a, b in zip(path, points, strict=True)]
-            if policy.keeps_rows:
-                own.append(state.momentum)
+            if policy.keeps_rows and job.momentum is not None:
+                own.append({name: u.to(job.momentum[name].device) for name, u in state.momentum.items()})
         total = float(job.weights.sum())
         return Outcome(
             mean=mean.mean(),
@@ -117,6 +118,7 @@ class Engine:
         points: list[Tensor] = []
         for s, batch in enumerate(self.task.round_batches(job.clients, job.first_steps, most)):
             after, loss = self._one_step(state, batch, job.lrs[s])
+            moved = len(job.clients)
             if s < least:
                 state = after
                 losses += loss
@@ -124,11 +126,12 @@ class Engine:
                 active = s < job.num_steps
                 state = where(active, after, state)
                 losses += torch.where(active, loss, 0)
+                moved = int(active.sum())
             if self.task.small:
                 flat = torch.cat([x.flatten(1).to(torch.float64) for x in state.params.values()], dim=1)
                 points.append(job.weights @ flat)
             if progress:
-                progress(int((s < job.num_steps).sum()))
+                progress(moved)
         points += [points[-1]] * (len(job.lrs) - most) if points else []
         return state, losses / job.num_steps, points
 
@@ -146,7 +149,7 @@ class Engine:
 
 
 def _part(job: Round, rows: Tensor) -> Round:
-    """The job of some clients of the cohort, given as places in it."""
+    """The job of some clients of the cohort, given as places in it; their own u alone, on the device."""
     rows = rows.to(job.clients.device)
     momentum = None if job.momentum is None else {name: u[rows] for name, u in job.momentum.items()}
     return Round(job.clients[rows], job.weights[rows], job.first_steps[rows], job.num_steps[rows], job.lrs, momentum)
@@ -159,10 +162,21 @@ def bytes_per_client(task: Task, start: ClientState) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free now on `device`."""
+    """Memory that can be had now on `device`; in a container, of what the container may use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 << 30  # no Linux: a guess that any machine of today has
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - used))
 
 
 class Choice(NamedTuple):
@@ -171,6 +185,7 @@ class Choice(NamedTuple):
     path: str
     chunk_size: int
     measured: dict[str, float]
+    trouble: str = ""  # why stacking was ruled out, if it was
 
 
 def choose(task: Task, method: Method, start: ClientState, job: Round, *, path: str, chunk_size: int) -> Choice:
@@ -180,11 +195,13 @@ def choose(task: Task, method: Method, start: ClientState, job: Round, *, path: 
     thrown away: batches are addressed, so the run itself begins unchanged.
     """
     cohort = len(job.clients)
-    limit = max(1, min(cohort, int(0.5 * free_bytes(task.device) / bytes_per_client(task, start))))
-    if path == "loop":
-        return Choice("loop", 1, {})
+    _try_path(task, method, start, job, "loop")
+    trouble = "" if path == "loop" else _try_path(task, method, start, job, "vmap", fatal=path == "vmap")
+    if path == "loop" or trouble:
+        return Choice("loop", 1, {}, trouble)
     if path == "vmap" and chunk_size:
         return Choice("vmap", min(chunk_size, cohort), {})
+    limit = max(1, min(cohort, int(0.5 * free_bytes(task.device) / bytes_per_client(task, start))))
     sizes = [min(chunk_size, cohort)] if chunk_size else sorted({min(4**k, limit) for k in range(1, 8)})
     ways = [("loop", 1)] if path == "auto" else []
     rates: dict[tuple[str, int], float] = {}
@@ -192,20 +209,49 @@ def choose(task: Task, method: Method, start: ClientState, job: Round, *, path: 
         best = max(rates.values(), default=0.0)
         if rates and rates[list(rates)[-1]] < 0.5 * best:
             break  # stacking loses already (convolutions on a CPU), and a larger stack takes longer to say so
-        if not any(done == name for done, _ in rates):
-            _seconds(task, method, start, job, name, 1)  # a path's first step also loads code and kernels
-        seconds = _seconds(task, method, start, job, name, size)
-        # A short step is noisy: the better of two. A long one is measured well enough by itself.
-        again = _seconds(task, method, start, job, name, size) if seconds < 1 else seconds
-        rates[name, size] = size / min(seconds, again)
+        try:
+            rates[name, size] = _rate(task, method, start, job, name, size)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+    if not rates:
+        raise InputError(f"engine.path = {path!r}: the memory of {task.device} is too small for {sizes[0]} clients")
     chosen = max(rates, key=lambda way: rates[way])
     return Choice(*chosen, {f"{name} × {size}": rate for (name, size), rate in rates.items()})
 
 
-def _seconds(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int) -> float:
-    """Time of one local step and exchange of the first `num_rows` clients of `job`."""
-    part = _part(job, torch.arange(num_rows))
-    short = part._replace(num_steps=torch.ones_like(part.num_steps), lrs=job.lrs[:1], momentum=None)
+def _try_path(task: Task, method: Method, start: ClientState, job: Round, path: str, *, fatal: bool = True) -> str:
+    """One step of one client, thrown away: it loads code and kernels, and shows whether the model can take it.
+
+    Returns "" or why not, in one line; raises it as InputError if `fatal`.
+    """
+    try:
+        _seconds(task, method, start, job, path, 1)
+    except Exception as error:  # a user's model may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if path == "loop":
+            raise InputError(f"model.name or data.batch-size: a training step of one client fails ({reason})") from None
+        if fatal:
+            raise InputError(f"engine.path = 'vmap': this model cannot be stacked; use loop ({reason})") from None
+        return f"the model cannot be stacked, so clients run one after another ({reason})"
+    return ""
+
+
+def _rate(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int) -> float:
+    """Client-steps per second of one way: of a short round, or of one step where that is long enough to measure."""
+    seconds = _seconds(task, method, start, job, path, num_rows)
+    if seconds > 0.5:
+        return num_rows / seconds
+    steps = min(len(job.lrs), 4)  # as in the run, several steps share one exchange
+    return num_rows * steps / _seconds(task, method, start, job, path, num_rows, steps)
+
+
+def _seconds(
+    task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int, steps: int = 1
+) -> float:
+    """Time of a round of `steps` local steps of the first `num_rows` clients of `job`."""
+    part = _part(job._replace(momentum=None), torch.arange(num_rows))
+    short = part._replace(num_steps=torch.full_like(part.num_steps, steps), lrs=job.lrs[:steps])
     engine = Engine(task, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
     begin = _now(task.device)
     engine.run_round(start, short)

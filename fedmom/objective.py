@@ -21,6 +21,7 @@ class Task(Protocol):
 
     sizes: np.ndarray  # [N] examples of each client
     device: torch.device
+    measures: tuple[str, ...]  # the names that `evaluate` gives
     small: bool  # whether a round's line also carries x, u and x after every step
 
     def start(self) -> ClientState:
@@ -32,8 +33,11 @@ class Task(Protocol):
     def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Any]:
         """The minibatches of clients [K] for steps first_steps [K] + 0, 1, …: tensors [K, ...] per step."""
 
-    def evaluate(self, state: ClientState) -> dict[str, float]:
+    def evaluate(self, state: ClientState) -> dict[str, Any]:
         """Measurements at the mean model."""
+
+    def state_dict(self, state: ClientState) -> Tree:
+        """The mean model as its own load_state_dict takes it."""
 
     def activation_bytes(self, start: ClientState) -> int:
         """Memory of one client's step besides x, u and g; decides how many clients fit at once."""
@@ -51,6 +55,7 @@ class Classification:
     """Softmax cross-entropy of a model on each client's own examples."""
 
     small = False
+    measures: tuple[str, ...] = ("test_loss", "test_accuracy")
 
     def __init__(
         self,
@@ -122,6 +127,14 @@ class Classification:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
             self.loss(params, start.buffers, batch)
         return kept + batch.x.numel() * batch.x.element_size()
+
+    @torch.no_grad()
+    def state_dict(self, state: ClientState) -> Tree:
+        """Frozen and tied tensors included, under the names that the model's own state_dict has."""
+        known = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, value in {**state.params, **state.buffers}.items():
+            known[name].copy_(value)
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
 
     @torch.no_grad()
     def evaluate(self, state: ClientState) -> dict[str, float]:

@@ -130,7 +130,7 @@ def dirichlet_class(request: Request) -> np.ndarray:
     raise InputError(
         f"data.min-size = {request.min_size}: {num_draws} draws of dirichlet-class with data.alpha = "
         f"{request.alpha:g} left some of {request.num_clients} clients with fewer; take a larger data.alpha, "
-        "fewer clients, data.min-size = 0 (clients may be empty) or data.partition = dirichlet-client"
+        "fewer clients or data.partition = dirichlet-client"
     )
 
 

@@ -5,7 +5,7 @@ end at different points (docs/method.md).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class Quadratic:
     """N clients with curvatures h [N, d] and centers c [N, d]; exact gradients plus Gaussian noise of deviation σ."""
 
     small = True
+    measures: tuple[str, ...] = ("loss", "optimal_loss", "optimum", "distance")
 
     def __init__(
         self,
@@ -70,8 +71,11 @@ class Quadratic:
         """[d] the minimiser of the mean objective, Σ h c / Σ h."""
         return (self.h * self.c).sum(0) / self.h.sum(0)
 
-    def evaluate(self, state: ClientState) -> dict[str, float]:
-        """At the mean model: {"loss": (1/N) Σ f_i(x̄), "optimal_loss", "distance": ‖x̄ − x_opt‖}."""
+    def state_dict(self, state: ClientState) -> Tree:
+        return {X: state.params[X].clone()}
+
+    def evaluate(self, state: ClientState) -> dict[str, Any]:
+        """At the mean model: "loss" (1/N) Σ f_i(x̄), "optimal_loss", "optimum" x_opt [d], "distance" ‖x̄ − x_opt‖."""
 
         def objective(x: Tensor) -> float:
             return float((self.h * (x - self.c) ** 2).sum() / 2 / len(self.h))
@@ -80,6 +84,7 @@ class Quadratic:
         return {
             "loss": objective(x),
             "optimal_loss": objective(best),
+            "optimum": best.tolist(),
             "distance": float(torch.linalg.vector_norm(x - best)),
         }
 

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +28,6 @@ from fedmom.train import Progressed, Record
 CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
 CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
-_LOCK = ".lock"
 _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
 
 
@@ -50,6 +49,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def _leftovers(folder: Path) -> list[str]:
+    """Files that `whole_file` began in `folder` and a kill left behind."""
+    names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, "curves.png")
+    return [p.name for p in folder.iterdir() if p.name.startswith(tuple(f".{name}." for name in names))]
 
 
 def _sync_folder(folder: Path) -> None:
@@ -94,7 +99,9 @@ def _read(path: Path, tensors: Callable[[Any], Tree]) -> tuple[Tree, dict[str, A
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{path}: is not a whole checkpoint of fedmom ({reason})") from None
+        raise InputError(
+            f"{path}: is not a whole checkpoint of fedmom ({reason}); without it the run starts again from round 1"
+        ) from None
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -152,8 +159,14 @@ class RunFolder:
     @staticmethod
     def check_new(path: Path) -> None:
         """InputError unless `create` may make a run folder here."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"--out {path}: exists already; use --resume {path} to go on, or another --out")
+        if path.is_dir():
+            # A run killed before its config was written has left nothing to resume: its folder is free.
+            if {p.name for p in path.iterdir()} <= {ENVIRONMENT, *_leftovers(path)}:
+                return
+            if (path / CONFIG).is_file():
+                raise InputError(f"--out {path}: exists already; use --resume {path} to go on, or another --out")
+        if path.exists():
+            raise InputError(f"--out {path}: exists already and is no run folder; name another --out")
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
@@ -164,6 +177,11 @@ class RunFolder:
             raise InputError(f"--out {path}: cannot be made ({error.strerror})") from None
         folder = cls(path)
         folder._acquire()
+        try:
+            cls.check_new(path)  # once more: another process may have come first
+        except InputError:
+            folder.close()
+            raise
         return folder
 
     @classmethod
@@ -181,20 +199,21 @@ class RunFolder:
         except ImportError:  # pragma: no cover - not a POSIX system
             return
         try:
-            handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self.path, os.O_RDONLY)  # the folder itself: there is no lock file to leave or to race for
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
+            raise InputError(f"{self.path}: cannot be opened ({error.strerror})") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(handle)
             raise InputError(f"{self.path}: another process is running it") from None
         self._lock = handle
+        for name in _leftovers(self.path):
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
 
     def close(self) -> None:
         if self._lock is not None:
-            with contextlib.suppress(OSError):
-                (self.path / _LOCK).unlink()
             os.close(self._lock)
             self._lock = None
 
@@ -240,7 +259,10 @@ class RunFolder:
             return template
         tensors, about = read_tensors(path)
         if about.get("run_id") != run_id:
-            raise InputError(f"{path}: belongs to another run ({about.get('run_id')}, this one is {run_id})")
+            raise InputError(
+                f"{path}: belongs to another run, or {CONFIG} was changed since "
+                f"(the checkpoint's run is {about.get('run_id')}, this one {run_id})"
+            )
         expected, found = flatten(template.state), tensors
         wrong = [n for n in {**expected, **found} if n not in found or n not in expected]
         wrong += [n for n in expected if n in found and found[n].shape != expected[n].shape]
@@ -258,9 +280,14 @@ class RunFolder:
         state = to_device(unflatten({name: tensors[name] for name in expected}), device)
         return Progressed(state=state, client_momentum=rows, **{name: about[name] for name in _COUNTS})
 
-    def rewind(self, round_number: int) -> list[Record]:
-        """Cut rounds.jsonl back to the checkpoint's round and give the lines that stay."""
+    def rewind(self, round_number: int, eval_every: int, measures: Collection[str]) -> list[Record]:
+        """Cut rounds.jsonl back to the checkpoint's round and give the lines that stay.
+
+        The last round of a run that is now longer loses its evaluation where the long run would not have made it.
+        """
         kept = [record for record in read_rounds(self.path) if record["round"] <= round_number]
+        if kept and round_number % eval_every:
+            kept[-1] = {key: value for key, value in kept[-1].items() if key not in measures}
         if [record["round"] for record in kept] != list(range(1, round_number + 1)):
             raise InputError(f"{self.path / ROUNDS}: lacks rounds before the checkpoint's, {round_number}")
         write_text(self.path / ROUNDS, "".join(json.dumps(record) + "\n" for record in kept))

@@ -200,7 +200,7 @@ def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Reso
     if asked[length] != old[length] and (reasons := length_keys(recorded)):
         raise InputError(
             f"{length} = {asked[length]}: {reasons[0]} = {old[reasons[0]]!r} depends on the length, {old[length]} in "
-            f"{folder}"
+            f"{folder}; start a new run"
         )
     kept = {name: old[name] for name, free in _OPEN.items() if asked[name] == free}
     config, notes = resolve(Loaded(load(loaded.config, kept).config, given))
@@ -208,8 +208,8 @@ def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Reso
     for name in new:
         if name not in _LENGTH and new[name] != old[name]:
             raise InputError(
-                f"{name} = {new[name]!r}: the run in {folder} has {old[name]!r}; only a longer run may be resumed "
-                "with another configuration"
+                f"{name} = {new[name]!r}: the run in {folder} has {old[name]!r}; a resume may change nothing but "
+                "the length; start a new run for the rest"
             )
     if config.run.num_rounds < recorded.run.num_rounds:
         raise InputError(f"{length} = {new[length]}: the run in {folder} has {old[length]}; it can only become longer")

@@ -24,7 +24,7 @@ from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.partition import Partition, make_partition
 from fedmom.quadratic import Quadratic
-from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
+from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, read_rounds, write_text
 from fedmom.resolve import resolve, resume_config, run_identity
 from fedmom.schedules import LearningRate
 from fedmom.state import Tree, num_bytes
@@ -65,7 +65,7 @@ class Result(NamedTuple):
 
     status: str  # "done", "interrupted" or "diverged"
     rounds: list[Record]  # the lines of rounds.jsonl
-    state_dict: Tree  # params and buffers of the mean model, as model.load_state_dict takes them
+    state_dict: Tree  # of the mean model, as model.load_state_dict takes it
     momentum: Tree  # û
     config: Config  # resolved
     folder: Path | None
@@ -209,7 +209,7 @@ def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Engine,
     # A chunk size that was given stays in the record, though larger than needed: a resume compares the two.
     chunk_size = wanted.chunk_size or choice.chunk_size
     settled = replace(config, "engine", path=choice.path, chunk_size=chunk_size, threads=torch.get_num_threads())
-    notes = []
+    notes = [f"engine: {choice.trouble}"] if choice.trouble else []
     if choice.measured:
         tried = ", ".join(f"{way} {rate:,.0f}" for way, rate in choice.measured.items())
         notes.append(f"engine: {choice.path} × {choice.chunk_size} (client-steps/s measured: {tried})")
@@ -218,18 +218,24 @@ def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Engine,
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C within the block takes effect after it, so that a round's record and state stay together."""
+    """Ctrl-C and SIGTERM within the block take effect after it: a round's record and state stay together."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: held.append((number, frame))) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if held and callable(before):
-            before(*held[0])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            handler = before[signal.Signals(held[0][0])]
+            if callable(handler):
+                handler(*held[0])
+            elif handler == signal.SIG_DFL:
+                signal.raise_signal(held[0][0])
 
 
 def run(
@@ -251,7 +257,7 @@ def run(
         raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")
     if resume is None and config is None:
         raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
-    changes = parse_sets(sets)
+    changes = parse_sets([sets] if isinstance(sets, str) else sets)
     if device is not None:
         changes["engine.device"] = device
     folder = None
@@ -265,11 +271,11 @@ def run(
             settled, notes = resolve(load({} if config is None else config, changes))
         settled = resolve_device(settled)
         task, plan = make_task(settled, settled.engine.device), make_plan(settled)
-        settled, engine, more = make_engine(settled, task, plan)
+        settled, engine, chosen = make_engine(settled, task, plan)
         if out is not None:
             folder = RunFolder.create(Path(out))
         callbacks = list(callbacks)
-        under_way = _Run(settled, task, plan, engine, folder, (*notes, *more), callbacks)
+        under_way = _Run(settled, task, plan, engine, folder, notes, chosen, callbacks)
         try:
             return under_way.go(resume is not None)
         except BaseException:
@@ -291,12 +297,14 @@ class _Run:
         plan: Plan,
         engine: Engine,
         folder: RunFolder | None,
-        notes: tuple[str, ...],
+        overruled: tuple[str, ...],
+        chosen: list[str],
         callbacks: list[Callback],
     ) -> None:
         self.config, self.task, self.plan, self.engine = config, task, plan, engine
         self.folder, self.callbacks = folder, callbacks
-        self.notes = [*notes, *_warnings(config, task, plan)]
+        self.warnings = [*overruled, *_warnings(config, task, plan)]
+        self.notes = [*self.warnings, *chosen]
         self.run_id = run_identity(config)
         self.rounds: list[Record] = []
 
@@ -308,19 +316,24 @@ class _Run:
             self._tell_start(done)
             for new, record in run_rounds(self.task, self.plan, self.engine, done, self._on_steps):
                 with interrupts_held():
-                    done = new
-                    self.rounds.append(record)
                     if self.folder:
                         self.folder.append(record)
-                        if done.round % self.config.run.checkpoint_every == 0:
-                            self.folder.save(done, self.run_id)
-                            saved = done.round
+                    self.rounds.append(record)
+                    done = new
+                    if self.folder and done.round % self.config.run.checkpoint_every == 0:
+                        self.folder.save(done, self.run_id)
+                        saved = done.round
                 for callback in self.callbacks:
                     callback.on_round(record, done.state)
         except DivergedError as error:
             status, message = "diverged", str(error)
         except KeyboardInterrupt:
             status, message = "interrupted", f"interrupted after round {done.round}"
+        except BaseException:  # a callback's error, a closed pipe, a full disk: what is done stays done
+            if self.folder and saved != done.round and done.round > 0:
+                with interrupts_held(), contextlib.suppress(InputError):
+                    self.folder.save(done, self.run_id)
+            raise
         with interrupts_held():
             if self.folder and saved != done.round and done.round > 0:
                 self.folder.save(done, self.run_id)
@@ -340,13 +353,18 @@ class _Run:
             return done
         if resumed:
             done = self.folder.load(self.run_id, done, self.task.device)
-            self.rounds = self.folder.rewind(done.round)
+            recorded = len(read_rounds(self.folder.path))
+            # A finished run keeps its last round's evaluation; in a longer one that round is like any other.
+            every = self.config.run.eval_every if done.round < self.plan.num_rounds else 1
+            self.rounds = self.folder.rewind(done.round, every, self.task.measures)
+            if recorded and not done.round:
+                self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
             if self.rounds:
                 done = done._replace(wall_seconds=float(self.rounds[-1]["wall_seconds"]))
-        else:
+        write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
+        if not resumed:
             about = environment(self.config.engine.device)
             write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
-        write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
         return done
 
     def _tell_start(self, done: Progressed) -> None:
@@ -356,7 +374,7 @@ class _Run:
         for callback in self.callbacks:
             callback.on_start(start)
         if not self.callbacks:
-            for note in _warnings(self.config, self.task, self.plan):
+            for note in self.warnings:
                 warnings.warn(note, stacklevel=4)
 
     def _on_steps(self, client_steps: int) -> None:
@@ -366,7 +384,7 @@ class _Run:
     def _result(self, status: str, done: Progressed, message: str) -> Result:
         state = done.state
         path = self.folder.path if self.folder else None
-        model = {**state.params, **state.buffers}
+        model = self.task.state_dict(state)
         return Result(status, self.rounds, model, state.momentum, self.config, path, message)
 
 
@@ -376,7 +394,10 @@ def _warnings(config: Config, task: Task, plan: Plan) -> list[str]:
     policy = config.algorithm.momentum_policy
     if MOMENTUM_POLICIES[policy].keeps_rows:
         size = len(task.sizes) * num_bytes(task.start().momentum) / 1e6
-        notes.append(f"momentum-policy {policy!r} keeps u of all {len(task.sizes)} clients: {size:,.1f} MB")
+        notes.append(
+            f"momentum-policy {policy!r} keeps u of all {len(task.sizes)} clients: {size:,.1f} MB, "
+            "and several times that while a round is under way"
+        )
     if plan.local_epochs and len(set(plan.steps_of(task.sizes).tolist())) > 1:
         notes.append("local-epochs gives clients unequal steps: the mean is not the paper's (num-local-steps is)")
     return notes

@@ -36,17 +36,6 @@ def stacked(state: ClientState, num_rows: int) -> ClientState:
     return ClientState(*(expand(tree, num_rows) for tree in state))
 
 
-def stack(states: list[ClientState]) -> ClientState:
-    """K states of one client each -> one state whose tensors are [K, *shape]."""
-    columns = zip(*states, strict=True)
-    return ClientState(*({name: torch.stack([t[name] for t in trees]) for name in trees[0]} for trees in columns))
-
-
-def select(state: ClientState, client: int) -> ClientState:
-    """One client of a stacked state."""
-    return ClientState(*({name: value[client] for name, value in tree.items()} for tree in state))
-
-
 def where(active: Tensor, new: ClientState, old: ClientState) -> ClientState:
     """Rows of `new` where `active` [K] is true, rows of `old` elsewhere."""
 

@@ -88,20 +88,19 @@ def round_job(task: Task, plan: Plan, done: Progressed) -> Round:
     """What the engine must do in the round after `done`."""
     ids = cohort(plan, len(task.sizes), done.round)
     sizes = task.sizes[ids]
-    steps = plan.steps_of(task.sizes)[ids]
-    horizon, per_round = plan.horizon(task.sizes), float(plan.steps_of(task.sizes).mean())
+    all_steps = plan.steps_of(task.sizes)
+    steps, per_round, horizon = all_steps[ids], float(all_steps.mean()), plan.horizon(task.sizes)
     first = done.round * per_round  # the schedule's clock; with local-epochs the mean client's
     lrs = [plan.rate.at(math.floor(first + s), horizon) for s in range(int(steps.max()))]
     clients = torch.from_numpy(ids)
     weights = torch.from_numpy(sizes if plan.client_weights == "samples" else np.ones(len(ids)))
-    rows = done.client_momentum
     return Round(
         clients=clients.to(task.device),
         weights=weights.to(task.device, torch.float64),
         first_steps=torch.from_numpy(done.round * steps).to(task.device),
         num_steps=torch.from_numpy(steps).to(task.device),
         lrs=lrs,
-        momentum=None if rows is None else {n: u[clients].to(task.device) for n, u in rows.items()},
+        momentum=done.client_momentum,
     )
 
 
@@ -109,7 +108,11 @@ def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: O
     """The state between this round and the next; `done` stays as it is."""
     rows = done.client_momentum
     if rows is not None and outcome.momentum is not None:
-        rows = {n: u.index_copy(0, job.clients.cpu(), outcome.momentum[n].cpu()) for n, u in rows.items()}
+        everybody = len(job.clients) == len(task.sizes)
+        ids = job.clients.cpu()
+        rows = (
+            outcome.momentum if everybody else {n: u.index_copy(0, ids, outcome.momentum[n]) for n, u in rows.items()}
+        )
     examples = int(job.num_steps.sum()) * plan.batch_size
     return Progressed(
         round=done.round + 1,
@@ -162,11 +165,11 @@ def run_rounds(
         done = new
 
 
-def _check_finite(round_number: int, job: Round, outcome: Outcome, measured: dict[str, float]) -> None:
+def _check_finite(round_number: int, job: Round, outcome: Outcome, measured: Record) -> None:
     where = f"round {round_number} at lr = {job.lrs[0]:g}"
     spreads = {"consensus_distance": outcome.consensus_distance, "momentum_spread": outcome.momentum_spread}
     for name, value in {"train_loss": outcome.train_loss, **measured, **spreads}.items():
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise DivergedError(f"the {name.replace('_', ' ')} became {value} in {where}: try a smaller lr")
     for part, tree in outcome.mean._asdict().items():
         if not is_finite(tree):

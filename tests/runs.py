@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from laws import Problem, Runner, Trajectory
 
 from fedmom.datasets import Dataset
 from fedmom.engine import Engine, Method
@@ -12,6 +11,7 @@ from fedmom.partition import make_partition
 from fedmom.quadratic import Quadratic
 from fedmom.schedules import LearningRate
 from fedmom.train import Plan, Progressed, beginning, run_rounds
+from laws import Problem, Runner, Trajectory
 
 F64 = torch.float64
 

@@ -93,6 +93,19 @@ def test_many_clients_in_one_draw():
     assert torch.equal(drawn.flatten().sort().values, torch.arange(200_000))
 
 
+@pytest.mark.slow
+def test_more_permutations_than_fit_beside_a_key():
+    """Many clients of unequal sizes in one draw, 9 million permutations: each stays with its own examples."""
+    sizes = np.where(np.arange(35_000) % 2, 3, 1)
+    s = sampler(sizes, batch_size=64)
+    drawn = draw(s, list(range(35_000)), [0] * 35_000, 6)
+    place = torch.empty(int(s.offsets[-1]), dtype=torch.int64)
+    place[s.indices] = torch.arange(len(place))
+    owner = torch.searchsorted(s.offsets, place[drawn.reshape(35_000, -1)], right=True) - 1
+    assert torch.equal(owner, torch.arange(35_000)[:, None].expand_as(owner))
+    assert int((6 * 64 // torch.from_numpy(sizes)).sum()) + 35_000 > 2**23
+
+
 def test_addressed_numbers_have_the_right_laws_and_work_under_vmap():
     place = torch.arange(200_000)
     u, z = uniform(1, 2, place), normal(7, place)

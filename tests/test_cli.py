@@ -355,7 +355,7 @@ def finished(fed, workplace):
 
 
 RESUMES = [
-    ("algorithm.lr=0.06", ["algorithm.lr = 0.06", "has 0.05", "only a longer run"]),
+    ("algorithm.lr=0.06", ["algorithm.lr = 0.06", "has 0.05", "nothing but the length"]),
     ("data.curvatures=2;3", ["data.curvatures = '2;3'", "has '1;3'"]),
     ("run.seed=1", ["run.seed = 1", "has 0"]),
     ("engine.path=loop", ["engine.path = 'loop'", "has 'vmap'"]),

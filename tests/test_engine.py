@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from runs import image_task, run_plan, simple_plan, tiny_images
 
 from fedmom.engine import Choice, Engine, choose
 from fedmom.train import beginning, cohort, round_job
+from runs import image_task, run_plan, simple_plan, tiny_images
 
 MODELS = ["logistic", "mlp", "cnn", "resnet20"]
 

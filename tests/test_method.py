@@ -1,9 +1,10 @@
 """The laws of Algorithm 1, on both engine paths and both options; and the known mistakes, which they must catch."""
 
-import laws
 import numpy as np
 import pytest
 import torch
+
+import laws
 from laws import Problem, minimal_set, sample_problem
 from runs import engine_runner
 from wrong import NESTEROV_VARIANTS, VARIANTS, simulate

@@ -420,7 +420,7 @@ def test_quantity_clients_above_min_size_stay_in_proportion():
                 "data.min-size = 5",
                 "1000 draws",
                 "data.alpha = 0.001",
-                "data.min-size = 0",
+                "fewer clients",
                 "dirichlet-client",
             ],
         ),

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from runs import run_plan, simple_plan
 
 from fedmom.quadratic import Quadratic, X
+from runs import run_plan, simple_plan
 
 
 def test_gradient_is_the_derivative_of_the_loss():

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from histories import classifier, one_column, quadratic
 from PIL import Image
 
 from fedmom import pictures
@@ -14,6 +13,7 @@ from fedmom.errors import InputError
 from fedmom.pictures import COLOURS, draw_curves, draw_partition
 from fedmom.report import draw_report
 from fedmom.tables import AXES, RunHistory, as_markdown, equal_table, summary_table
+from histories import classifier, one_column, quadratic
 
 
 @pytest.fixture(autouse=True)

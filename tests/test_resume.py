@@ -150,7 +150,8 @@ def test_kill_between_the_two_files_of_a_checkpoint(tmp_path, monkeypatch, after
     def dying(path, tensors, about):
         count[0] += 1
         # Checkpoints at rounds 3 and 6 write clients, checkpoint, clients, checkpoint.
-        if (after == "rows moved aside" and count[0] == 3) or (after == "new rows written" and count[0] == 4):
+        # After the kill nothing more is written.
+        if count[0] >= {"rows moved aside": 3, "new rows written": 4}[after]:
             raise Killed
         write(path, tensors, about)
 
@@ -169,6 +170,74 @@ def test_longer_run_equals_the_long_run_at_once(tmp_path):
     fedmom.run(resume=tmp_path / "short", sets={"run.num-rounds": 20}, callbacks=[fedmom.Callback()])
     fedmom.run(DIGITS, sets={"run.num-rounds": 20}, out=tmp_path / "long", callbacks=[fedmom.Callback()])
     same_run(tmp_path / "long", tmp_path / "short")
+
+
+@pytest.mark.parametrize("rounds", [7, 10])
+def test_longer_run_is_evaluated_where_the_long_run_is(tmp_path, rounds):
+    """The short run's last round was evaluated because it was the last."""
+    sets = {"run.eval-every": 5, "run.num-rounds": rounds}
+    fedmom.run(DIGITS, sets=sets, out=tmp_path / "short", callbacks=[fedmom.Callback()])
+    fedmom.run(resume=tmp_path / "short", sets={"run.num-rounds": 12}, callbacks=[fedmom.Callback()])
+    fedmom.run(DIGITS, sets={"run.eval-every": 5}, out=tmp_path / "long", callbacks=[fedmom.Callback()])
+    same_run(tmp_path / "long", tmp_path / "short")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_a_line_is_written_keeps_line_and_state_together(tmp_path, monkeypatch, number):
+    append = records.RunFolder.append
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def signalled(self, record):
+        if record["round"] == 5:
+            os.kill(os.getpid(), number)
+        append(self, record)
+
+    monkeypatch.setattr(records.RunFolder, "append", signalled)
+    try:
+        result = fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[fedmom.Callback()])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    assert result.status == "interrupted"
+    assert read_about(tmp_path / "run" / records.CHECKPOINT)["round"] == len(read_rounds(tmp_path / "run")) == 5
+    fedmom.run(resume=tmp_path / "run", callbacks=[fedmom.Callback()])
+    fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_error_in_a_callback_leaves_a_checkpoint(tmp_path):
+    class Broken(fedmom.Callback):
+        def on_round(self, record, state):
+            if record["round"] == 5:
+                raise ValueError("of the user's own")
+
+    with pytest.raises(ValueError, match="of the user's own"):
+        fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[Broken()])
+    assert read_about(tmp_path / "run" / records.CHECKPOINT)["round"] == 5
+
+
+def test_resume_without_a_checkpoint_says_what_is_dropped(tmp_path):
+    notes = []
+
+    class Listen(fedmom.Callback):
+        def on_start(self, start):
+            notes.extend(start.notes)
+
+    fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[StopAfter(2)])
+    (tmp_path / "run" / records.CHECKPOINT).unlink()
+    fedmom.run(resume=tmp_path / "run", callbacks=[Listen()])
+    assert any("no checkpoint" in note and "2 lines" in note for note in notes)
+
+
+def test_leftovers_of_a_kill_are_removed_and_do_not_block_the_folder(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".config.toml.123").write_text("half a con")
+    fedmom.run(DIGITS, out=out, callbacks=[StopAfter(2)])
+    assert not (out / ".config.toml.123").exists()
+    (out / ".checkpoint.safetensors.123").write_bytes(b"half")
+    fedmom.run(resume=out, callbacks=[fedmom.Callback()])
+    assert not (out / ".checkpoint.safetensors.123").exists()
 
 
 def test_resume_of_a_finished_run_changes_nothing(tmp_path):

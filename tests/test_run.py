@@ -6,11 +6,11 @@ import sys
 import tomllib
 from pathlib import Path
 
-import laws
 import pytest
 import torch
 
 import fedmom
+import laws
 from fedmom.config import load
 from fedmom.records import read_rounds, read_tensors
 from fedmom.resolve import resolve

@@ -1,10 +1,10 @@
 """Tables against histories made by hand."""
 
 import pytest
-from histories import classifier, quadratic
 
 from fedmom.errors import InputError
 from fedmom.tables import MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
+from histories import classifier, quadratic
 
 
 def columns(table):

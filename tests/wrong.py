@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+
 from laws import Problem, Runner, Trajectory
 
 # Each mistake by name; "none" is the method itself.

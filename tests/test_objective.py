@@ -1,0 +1,113 @@
+"""What leaves a task: state dicts of odd models, and paths that a model cannot take."""
+
+import pytest
+import torch
+from torch import nn
+
+import fedmom
+from fedmom.objective import Classification
+from fedmom.partition import make_partition
+from runs import run_plan, simple_plan, tiny_images
+
+QUIET = [fedmom.Callback()]
+MODELS = """
+import torch
+from torch import nn
+
+class Branching(nn.Module):
+    def __init__(self, size, classes):
+        super().__init__()
+        self.layer = nn.Linear(size, classes)
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.layer(x if x.abs().max().item() < 1e9 else 0 * x)
+
+def branching(shape, classes):
+    return Branching(shape.numel() if hasattr(shape, "numel") else shape[0] * shape[1] * shape[2], classes)
+
+def normed(shape, classes):
+    size = shape[0] * shape[1] * shape[2]
+    return nn.Sequential(nn.Flatten(), nn.Linear(size, 8), nn.BatchNorm1d(8), nn.Linear(8, classes))
+"""
+
+
+class Odd(nn.Module):
+    """A frozen weight, a tied pair and a buffer that state_dict leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(64, 8).requires_grad_(False)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.last = nn.Linear(8, 3)
+        self.register_buffer("hidden", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        return self.last(self.second(torch.tanh(self.first(self.frozen(x.flatten(1))))) * self.hidden)
+
+
+def test_state_dict_fits_the_model_whatever_is_frozen_tied_or_hidden():
+    data = tiny_images()
+    partition = make_partition("iid", data.y_train.numpy(), 3)
+    before = Odd().state_dict()
+    model = Odd()
+    model.load_state_dict(before)
+    task = Classification(data, model, partition, batch_size=5)
+    done, _ = run_plan(task, simple_plan(3), path="vmap")
+    got = task.state_dict(done.state)
+    fresh = Odd()
+    fresh.load_state_dict(got)
+    assert torch.equal(got["frozen.weight"], before["frozen.weight"])
+    assert torch.equal(got["first.weight"], got["second.weight"])
+    assert not torch.equal(got["first.weight"], before["first.weight"])
+    assert "hidden" not in got
+    x = torch.randn(4, 1, 8, 8)
+    want = torch.func.functional_call(model, {**done.state.params, **done.state.buffers}, (x,))
+    torch.testing.assert_close(fresh(x), want)
+
+
+@pytest.fixture
+def own_models(in_tmp, monkeypatch):
+    import sys
+
+    (in_tmp / "own_models.py").write_text(MODELS)
+    yield
+    sys.modules.pop("own_models", None)
+
+
+def config(model: str, **data) -> dict:
+    return {"data": {"num_clients": 3, **data}, "model": {"name": model}, "run": {"num_rounds": 2}}
+
+
+def test_auto_takes_the_loop_where_a_model_cannot_be_stacked(own_models):
+    notes = []
+
+    class Listen(fedmom.Callback):
+        def on_start(self, start):
+            notes.extend(start.notes)
+
+    result = fedmom.run(config("own_models:branching"), callbacks=[Listen()])
+    assert result.config.engine.path == "loop"
+    assert any("cannot be stacked" in note for note in notes)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 2])
+def test_vmap_of_such_a_model_is_one_line_and_leaves_no_folder(own_models, in_tmp, chunk_size):
+    sets = {"engine.path": "vmap", "engine.chunk-size": chunk_size}
+    with pytest.raises(fedmom.InputError, match=r"engine\.path = 'vmap'.*use loop") as error:
+        fedmom.run(config("own_models:branching"), sets=sets, out="run", callbacks=QUIET)
+    assert "\n" not in str(error.value)
+    assert not (in_tmp / "run").exists()
+
+
+def test_batch_of_one_with_batch_norm_is_one_line(own_models):
+    with pytest.raises(fedmom.InputError, match=r"data\.batch-size.*more than 1 value per channel") as error:
+        fedmom.run(config("own_models:normed", batch_size=1), callbacks=QUIET)
+    assert "\n" not in str(error.value)
+
+
+def test_baselines_say_what_they_overrule_from_python_too():
+    with pytest.warns(UserWarning, match="overrules beta"):
+        fedmom.run(
+            {"algorithm": {"name": "local-sgd", "beta": 0.9}, "model": {"name": "logistic"}, "run": {"num_rounds": 1}}
+        )
