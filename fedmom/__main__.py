@@ -1,6 +1,16 @@
-"""`python -m fedmom` is the command `fedmom`."""
+"""The command `fedmom`, also as `python -m fedmom`."""
 
-from fedmom.cli import main
+import sys
+
+
+def main() -> None:
+    try:
+        from fedmom.cli import call  # seconds, most of them torch: Ctrl-C may come within
+    except KeyboardInterrupt:
+        print("fedmom: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(call())
+
 
 if __name__ == "__main__":
     main()

@@ -25,6 +25,10 @@ AUGMENTATIONS = {
     "crop-flip": "random crop after padding by 4 pixels, random horizontal flip",
 }
 
+_KEY = (
+    1 << 40
+) - 1  # bits of a shuffle key: two of n examples tie with probability n² / 2⁴¹, and then keep their order
+
 
 class Sampler:
     """Addresses the minibatches of all clients; holds the partition on the device and nothing that changes."""
@@ -71,7 +75,7 @@ class Sampler:
         starts = sizes[rows].cumsum(0) - sizes[rows]  # [S] each segment's first entry
         entry = torch.arange(len(segment), device=segment.device) - starts[segment]  # [E] 0 … n−1 within it
         bits = random_bits(SHUFFLE, self.seed, clients[rows][segment], which_pass[segment], entry)
-        by_key = torch.sort(bits, stable=True).indices
+        by_key = torch.sort(bits & _KEY, stable=True).indices
         # Stable, so within each segment the random order stays.
         order = entry[by_key[torch.sort(segment[by_key], stable=True).indices]]
         where = segment_of_row[:, None] + positions // sizes[:, None] - first_pass[:, None]  # [K, P] segment

@@ -120,7 +120,13 @@ def _finish(result: Result, console: Console, quiet: bool) -> int:
         run = tables.RunHistory(result.folder.name, result.rounds)
         _draw(lambda: pictures.draw_curves([run], curves))
         if not quiet:
-            console.print(tables.as_text(*tables.summary_table([run])), soft_wrap=True, markup=False)
+            header, (row,) = tables.summary_table([run])
+            text = tables.as_text(header, [row])
+            if console.is_terminal and len(text.partition("\n")[0]) > console.width:
+                text = tables.as_text(
+                    header[:1] + row[:1], [list(pair) for pair in zip(header[1:], row[1:], strict=True)]
+                )
+            console.print(text, soft_wrap=True, markup=False)
             if curves.exists():
                 console.print(f"curves: {curves}", soft_wrap=True, markup=False)
     console.print(str(result.folder), soft_wrap=True, markup=False)
@@ -188,11 +194,13 @@ def report(
     fedmom report runs/average runs/reset --out comparison
     """
     runs = []
+    # Folders of one name in different places are told apart by their paths.
+    same_name = len({folder.name for folder in folders}) < len(folders)
     for folder in folders:
         rounds = read_rounds(folder)
         if not rounds:
             raise InputError(f"{folder}: is not a run folder with finished rounds (no line in rounds.jsonl)")
-        runs.append(tables.RunHistory(folder.name, rounds))
+        runs.append(tables.RunHistory(str(folder) if same_name else folder.resolve().name, rounds))
     target = out or (folders[0] if len(folders) == 1 else Path("report"))
     print(tables.as_text(*tables.summary_table(runs)))
     for axis, title in tables.AXES.items():
@@ -247,7 +255,7 @@ def keys(
     for name, key in KEYS.items():
         names = ", ".join([*key.choices, key.also] if key.also else key.choices)
         row = [name, toml_scalar(key.default), f"{key.doc}: {names}" if names else key.doc]
-        if not words or any(word in " ".join(row) for word in words):
+        if not words or any(word.lower() in " ".join(row).lower() for word in words):
             rows.append(row)
     if not rows:
         raise InputError(f"{' '.join(words or [])}: is in no key, default or meaning; `fedmom keys` lists them all")
@@ -291,7 +299,3 @@ def _complain(message: str, status: int) -> int:
     if message:
         print(f"fedmom: {' '.join(message.split())}", file=sys.stderr)
     return status
-
-
-def main() -> None:
-    sys.exit(call())

@@ -82,7 +82,7 @@ class AlgorithmConfig:
     name: str = key("pr-sgd-m", "the method", ALGORITHMS)
     nesterov: bool = key(False, "option II (Nesterov) instead of option I (Polyak)")
     num_local_steps: int = key(0, "I, steps between two averagings; 0: the algorithm's own", at_least(0))
-    local_epochs: int = key(0, "passes over its own data per round, instead of I; 0: off", at_least(0))
+    local_epochs: int = key(0, "passes of ⌈n/B⌉ steps over its own data per round, instead of I; 0: off", at_least(0))
     interval: str = key("fixed", "where I comes from", INTERVALS)
     beta: float = key(0.9, "β, momentum coefficient", within(0, 1))
     lr: float = key(0.05, "γ, learning rate (c for lr-schedule theory)", above(0))
@@ -168,6 +168,9 @@ def replace(config: Config, section: str, **values: Scalar) -> Config:
 def _not_a_key(name: str) -> InputError:
     section, _, rest = name.partition(".")
     if section not in SECTIONS:
+        full = [known for known in KEYS if known.endswith("." + _kebab(name))]
+        if full:
+            return InputError(f"{name} is not a key: did you mean {' or '.join(full)}?")
         return unknown("section", section, SECTIONS)
     near = difflib.get_close_matches(_kebab(rest), dict.fromkeys(k.partition(".")[2] for k in KEYS), n=3)
     right = [k for tail in near for k in KEYS if k.partition(".")[2] == tail]

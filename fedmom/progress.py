@@ -4,6 +4,7 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from fedmom.runner import Callback, Result, Start
 from fedmom.state import ClientState
@@ -12,13 +13,18 @@ from fedmom.train import Record
 _SECONDS_BETWEEN_LINES = 2.0
 
 
-def describe(record: Record) -> str:
-    """The measurements of a round that a person follows."""
+def describe(record: Record, *, short: bool = False) -> str:
+    """The measurements of a round that a person follows; `short` leaves the test loss out."""
     parts = [f"loss {record['train_loss']:.4f}"]
-    parts += [f"{name.replace('_', ' ')} {record[name]:.4g}" for name in ("test_loss", "distance") if name in record]
+    names = ("distance",) if short else ("test_loss", "distance")
+    parts += [f"{name.replace('_', ' ')} {record[name]:.4g}" for name in names if name in record]
     if "test_accuracy" in record:
         parts.append(f"accuracy {100 * record['test_accuracy']:.2f} %")
     return " · ".join(parts)
+
+
+def _fixed(width: int) -> Column:
+    return Column(min_width=width, no_wrap=True, justify="right")
 
 
 class Bar(Callback):
@@ -31,12 +37,15 @@ class Bar(Callback):
     def on_start(self, start: Start) -> None:
         total = start.config.run.num_rounds
         self.per_round = max(1, start.client_steps)
+        self.narrow = self.console.width < 110
+        digits = len(str(total))
+        # The measurements give way first: bar, rate and time left must stay in view.
         self.bar = Progress(
-            TextColumn("round {task.fields[round]}/" + str(total)),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[text]}"),
-            TextColumn("{task.fields[rate]} client-steps/s"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[round]}/" + str(total), table_column=_fixed(2 * digits + 1)),
+            BarColumn(bar_width=8 if self.narrow else 24, table_column=_fixed(8)),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn("{task.fields[rate]} client-steps/s", table_column=_fixed(21)),
+            TimeRemainingColumn(table_column=_fixed(7)),
             console=self.console,
             transient=True,
         )
@@ -56,7 +65,7 @@ class Bar(Callback):
         self.seen |= record
         self.done = record["round"] * self.per_round
         rate = f"{record['client_steps_per_second']:,.0f}"
-        text = describe(self.seen)
+        text = describe(self.seen, short=self.narrow)
         self.bar.update(self.task, completed=self.done, round=record["round"], text=text, rate=rate)
 
     def on_end(self, result: Result) -> None:
