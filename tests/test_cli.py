@@ -91,7 +91,7 @@ BAD_SETS = [
     # unknown names, each with the nearest right ones
     ("algorithm.learning-rate=1", ["algorithm.learning-rate is not a key"]),
     ("algorithm.momentum_policy=local", ["algorithm.momentum_policy", "did you mean algorithm.momentum-policy?"]),
-    ("lr=0.1", ["lr is not a key", "algorithm.lr?", "choose one of data, model"]),
+    ("lr=0.1", ["lr is not a key", "did you mean algorithm.lr?"]),
     ("algoritm.lr=0.1", ["section = 'algoritm'", "did you mean algorithm?"]),
     ("data.dataset=cifar-10", ["data.dataset = 'cifar-10'", "did you mean cifar10"]),
     ("model.name=resnet", ["model.name = 'resnet'", "did you mean resnet"]),
