@@ -26,8 +26,9 @@ from fedmom.progress import callbacks
 from fedmom.records import read_rounds
 from fedmom.report import draw_report
 from fedmom.resolve import resolve
-from fedmom.runner import Result, load_task_data
+from fedmom.runner import Result
 from fedmom.runner import run as run_config
+from fedmom.setup import load_task_data
 
 DONE, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
 

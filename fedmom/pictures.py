@@ -155,6 +155,7 @@ def _scale(axes: Any, runs: Sequence[RunHistory], measure: Measure) -> str:
     label = measure.label + (" (pale: train)" if any("train_loss" in _keys(run, measure) for run in runs) else "")
     if measure.log and min(values, default=0.0) >= 0 and max(values, default=0.0) > 0:
         axes.set_yscale("log")  # an optimum that was reached exactly is a line through the floor
+        axes.tick_params(axis="y", which="both", labelsize=9)  # labels between the powers are no larger than theirs
     if measure.key == "test_loss" and values:
         top, bottom = 2 * median(max(curve[0] for curve in run) for run in curves if run), min(values)
         if 0 < top < max(values):
@@ -267,7 +268,7 @@ def _draw_sizes(axes: Any, sizes: np.ndarray) -> None:
         axes.xaxis.set_major_locator(_integers(8))
         step = ceil((high - low + 1) / 40)
         bins = np.arange(low, high + 1 + step, step) - 0.5
-        axes.set_xlim(max(low - 5, -1), max(high + 5, bins[-1]))  # equal sizes are one bar, not a wall
+        axes.set_xlim(max(low - 5, 0), max(high + 5, bins[-1]))  # equal sizes are one bar, not a wall
     axes.hist(sizes, bins=bins, color=DARK, edgecolor="white", linewidth=0.5)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:,.0f}")

@@ -37,7 +37,7 @@ class Measure(NamedTuple):
 MEASURES = (
     Measure("test_loss", "test loss", "Test loss", "#.4g"),
     Measure("test_accuracy", "test accuracy (%)", "Test accuracy (%)", ".2f", factor=100.0),
-    Measure("loss", "loss", "Loss at the mean model", ".4g", log=True),
+    Measure("loss", "loss", "Loss at x̄", ".4g", log=True),
     Measure("distance", "distance", "Distance to the optimum", ".4g", log=True),
 )
 
