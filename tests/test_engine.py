@@ -151,6 +151,31 @@ def test_partial_participation_keeps_the_others_momentum_under_local():
         assert moved == (client in here)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 64])
+def test_under_local_every_client_of_a_cohort_starts_from_its_own_momentum(chunk_size):
+    """Rows that all differ; each client of the cohort alone, started from its row by hand, must give the same u."""
+    plan = simple_plan(5, cohort_size=2, momentum_policy="local", num_rounds=1, seed=1)
+    task = image_task(num_clients=5)
+    begin = beginning(task, plan)
+    ids = cohort(plan, 5, 0).tolist()
+    assert ids != [0, 1]  # ids and places in the cohort must differ for this to show anything
+    generator = torch.Generator().manual_seed(0)
+    rows = {n: torch.randn(u.shape, generator=generator, dtype=u.dtype) for n, u in begin.client_momentum.items()}
+    begin = begin._replace(client_momentum=rows)
+    done, _ = run_plan(task, plan, path="vmap", chunk_size=chunk_size, done=begin)
+    job = round_job(task, plan, begin)
+    average = plan.method._replace(momentum_policy="average")
+    for place, client in enumerate(ids):
+        only = job._replace(**{n: getattr(job, n)[place : place + 1] for n in job._fields[:4]}, momentum=None)
+        start = begin.state._replace(momentum={n: u[client] for n, u in rows.items()})
+        alone = Engine(task, average, path="loop", chunk_size=1).run_round(start, only).mean
+        for name, u in done.client_momentum.items():
+            torch.testing.assert_close(u[client], alone.momentum[name], rtol=1e-12, atol=1e-12)
+    for name, u in done.client_momentum.items():
+        away = [client for client in range(5) if client not in ids]
+        assert torch.equal(u[away], rows[name][away])
+
+
 def test_partial_participation_gives_the_average_momentum_to_whoever_joins():
     plan = simple_plan(5, cohort_size=2, num_rounds=2, seed=1)
     task = image_task(num_clients=5)
