@@ -73,7 +73,7 @@ PATHS: dict[str, Step] = {"vmap": vmap_step, "loop": loop_step}
 
 
 class Engine:
-    """Runs rounds of one task by one method; `path` and `chunk_size` change the speed, and the result to rounding alone."""
+    """Runs rounds of one task by one method; `path` and `chunk_size` change the result by rounding alone."""
 
     def __init__(self, task: Task, method: Method, *, path: str, chunk_size: int) -> None:
         self.task, self.method = task, method
