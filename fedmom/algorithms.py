@@ -48,6 +48,16 @@ def local_step(
     return momentum_step(state._replace(buffers=buffers), grads, lr=lr, beta=beta, nesterov=nesterov), loss
 
 
+def slow_step(before: Tree, mean: Tree, slow: Tree, *, lr: float, alpha: float, eta: float) -> tuple[Tree, Tree]:
+    """u_s <- α u_s + (x − x̂)/γ;  x <- x − ηγ u_s  -> (x, u_s), with x before the round and γ of its first step.
+
+    SlowMo (Wang, Tantia, Ballas, Rabbat, ICLR 2020), Algorithm 1: server momentum on the change that a round made.
+    With α = 0 and η = 1 it gives x̂ back (to rounding); callers then leave it out.
+    """
+    slow = {name: alpha * slow[name] + (x - mean[name]) / lr for name, x in before.items()}
+    return {name: x - eta * lr * slow[name] for name, x in before.items()}, slow
+
+
 def start_average(mean: Tree, own: Tree | None) -> Tree:
     """The paper: every client restarts from û, the average."""
     return mean

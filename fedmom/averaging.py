@@ -42,6 +42,32 @@ class _Moments:
         self.weight += chunk
 
 
+class _SummedOneByOne:
+    """The same for rows that come one at a time, in three passes over each: what a server does with big models."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self.total: Tensor | None = None
+        self.first: Tensor | None = None
+        self.squares = 0.0  # Σ w ‖row − first‖²: small where rows are close, so the subtraction below loses nothing
+
+    def add(self, row: Tensor, weight: float) -> None:
+        self.weight += weight
+        if self.total is None or self.first is None:
+            self.total, self.first = row.to(F64) * weight, row
+            return
+        self.total.add_(row, alpha=weight)
+        away = (row - self.first).reshape(-1)
+        self.squares += weight * float(torch.dot(away, away))
+
+    @property
+    def deviation(self) -> float:
+        if self.total is None or self.first is None:
+            return 0.0
+        away = (self.total / self.weight - self.first).reshape(-1)
+        return max(0.0, self.squares - self.weight * float(torch.dot(away, away)))
+
+
 class WeightedMean:
     """Σ p_i · of client states, p_i = weight_i / Σ weights: the same p_i on x, u and buffers.
 
@@ -53,7 +79,7 @@ class WeightedMean:
     def __init__(self, running_var: str = "pooled") -> None:
         self.pooled = running_var == "pooled"
         self.weight = 0.0
-        self.moments: dict[tuple[str, str], _Moments] = {}
+        self.moments: dict[tuple[str, str], _Moments | _SummedOneByOne] = {}
         self.integers: Tree = {}
         self.dtypes: dict[tuple[str, str], torch.dtype] = {}
 
@@ -68,10 +94,30 @@ class WeightedMean:
                     known = self.integers.get(name)
                     self.integers[name] = largest if known is None else torch.maximum(known, largest)
                     continue
-                if (part, name) not in self.moments:
-                    self.moments[part, name] = _Moments(each=part == "buffers")
-                    self.dtypes[part, name] = value.dtype
-                self.moments[part, name].add(value, weights, chunk)
+                moments = self.moments.get((part, name)) or _Moments(each=part == "buffers")
+                assert isinstance(moments, _Moments), "add after add_one"
+                moments.add(value, weights, chunk)
+                self.moments[part, name], self.dtypes[part, name] = moments, value.dtype
+
+    def add_one(self, row: ClientState, weight: float) -> None:
+        """Add one client (or one block's mean), unstacked, on the CPU. Not to be mixed with `add`."""
+        self.weight += weight
+        weights = torch.tensor([weight], dtype=F64)
+        for part, tree in row._asdict().items():
+            for name, value in tree.items():
+                if not value.is_floating_point():
+                    known = self.integers.get(name)
+                    self.integers[name] = value if known is None else torch.maximum(known, value)
+                    continue
+                at = (part, name)
+                if at not in self.moments:
+                    self.moments[at] = _Moments(each=True) if part == "buffers" else _SummedOneByOne()
+                    self.dtypes[at] = value.dtype
+                moments = self.moments[at]
+                if isinstance(moments, _SummedOneByOne):
+                    moments.add(value, weight)
+                else:
+                    moments.add(value[None], weights, weight)
 
     def mean(self) -> ClientState:
         """The mean of all clients added, in their dtypes."""

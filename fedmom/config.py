@@ -29,6 +29,25 @@ from fedmom.schedules import SCHEDULES, UNITS
 
 Scalar = str | bool | int | float
 Check = Callable[[Any], str | None]  # value -> what would be right, or None where it is
+BACKENDS = {
+    "engine": "fedmom's own, on one device",
+    "simulation": "Flower's messages, on Ray actors here",
+    "flower": "recorded of a run that `flwr run` started",
+}
+ON_FAILURE = {
+    "stop": "the run stops and names the client",
+    "retry": "the client is asked again (server.retries times), then the run stops",
+    "proceed": "the round's means are over the others, at least server.min-clients",
+}
+STRATEGIES = {
+    "pr-sgd-m": "ours: model, momentum and buffers averaged in client order",
+    "fedavg": "Flower's FedAvg",
+    "fedavgm": "Flower's FedAvgM: server momentum on top of FedAvg",
+    "fedadam": "Flower's FedAdam",
+    "fedtrimmedavg": "Flower's FedTrimmedAvg",
+    "krum": "Flower's Krum",
+    "dp-fedavg": "Flower's FedAvg with central differential privacy (fixed clipping at the server)",
+}
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
 
 
@@ -97,6 +116,8 @@ class AlgorithmConfig:
     client_weights: str = key("uniform", "weights of the averages of x and u", ["uniform", "samples"])
     running_var: str = key("pooled", "how BatchNorm variances are averaged", ["pooled", "mean"])
     cohort_size: int = key(0, "clients drawn per round; 0: all", at_least(0))
+    slow_momentum: float = key(0.0, "α, server momentum on top (SlowMo); 0 with slow-lr 1: off", within(0, 1))
+    slow_lr: float = key(1.0, "η, learning rate of the server's step (SlowMo)", above(0))
 
 
 @dataclass(frozen=True)
@@ -106,7 +127,9 @@ class RunConfig:
     seed: int = key(0, "of data split, model, batches, cohorts", at_least(0))
     eval_every: int = key(1, "rounds between two evaluations (the last round always is)", at_least(1))
     checkpoint_every: int = key(10, "rounds between two checkpoints", at_least(1))
-    backend: str = key("engine", "who runs the clients", ["engine"])
+    backend: str = key("engine", "who runs the clients", BACKENDS)
+    out: str = key("", "the run folder (the command: --out); empty: runs/NAME-TIME")
+    resume: str = key("", "a run folder to go on with (the command: --resume)")
     dtype: str = key("auto", "of x and u (auto: float64 for quadratic)", ["auto", "float32", "float64"])
 
 
@@ -116,6 +139,35 @@ class EngineConfig:
     path: str = key("auto", "clients stacked (vmap) or one after another", ["auto", "vmap", "loop"])
     chunk_size: int = key(0, "K, clients stacked at once; 0: by memory", at_least(0))
     threads: int = key(0, "CPU threads, fewer than 1025; 0: torch's choice", within(0, 1025))
+    workers: int = key(0, "Ray actors that share the clients, each as [simulation] says; 0: this process", at_least(0))
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    strategy: str = key("pr-sgd-m", "who averages under Flower: ours, or one of Flower's own", STRATEGIES)
+    on_failure: str = key("stop", "when a client fails", ON_FAILURE)
+    min_clients: int = key(1, "on-failure proceed: fewest clients whose updates make a round", at_least(1))
+    retries: int = key(2, "on-failure retry: how often a client is asked again", at_least(0))
+    timeout_seconds: float = key(3600.0, "how long a client's answer may take; 0: for ever", at_least(0))
+    wait_seconds: float = key(600.0, "how long to wait until every client has a node", at_least(0))
+    window: int = key(0, "messages under way between the oldest unanswered and the newest; 0: by size", at_least(0))
+    lr: float = key(1.0, "server learning rate of fedavgm and fedadam", above(0))
+    momentum: float = key(0.9, "server momentum of fedavgm", within(0, 1))
+    trim: float = key(0.2, "fedtrimmedavg: share cut off at each end", within(0, 0.5))
+    num_malicious: int = key(0, "krum: clients that may lie", at_least(0))
+    noise_multiplier: float = key(1.0, "dp-fedavg: noise over clipping-norm", at_least(0))
+    clipping_norm: float = key(1.0, "dp-fedavg: bound on the norm of a client's update", above(0))
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    clients_per_node: int = key(1, "clients that one simulated Flower node holds", at_least(1))
+    num_actors: int = key(0, "Ray actors; 0: as many as fit", at_least(0))
+    num_cpus: float = key(1.0, "CPU cores per actor", at_least(0))
+    num_gpus: float = key(0.0, "GPUs per actor; a fraction lets several share one", at_least(0))
+    ray_address: str = key("", "a Ray cluster to join; empty: start Ray here")
+    retries: int = key(2, "how often a message is tried again after its actor died", at_least(0))
+    straggler_seconds: float = key(0.0, "an actor that works longer on a message is replaced; 0: never", at_least(0))
 
 
 @dataclass(frozen=True)
@@ -125,6 +177,8 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     run: RunConfig = field(default_factory=RunConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
 
 
 class Key(NamedTuple):
@@ -172,6 +226,8 @@ def _not_a_key(name: str) -> InputError:
         if full:
             return InputError(f"{name} is not a key: did you mean {' or '.join(full)}?")
         return unknown("section", section, SECTIONS)
+    if _kebab(name) in KEYS:
+        return InputError(f"{name} is not a key: did you mean {_kebab(name)}?")
     near = difflib.get_close_matches(_kebab(rest), dict.fromkeys(k.partition(".")[2] for k in KEYS), n=3)
     right = [k for tail in near for k in KEYS if k.partition(".")[2] == tail]
     hint = f"did you mean {' or '.join(right)}?" if right else "`fedmom keys` lists them all"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class Round(NamedTuple):
     first_steps: Tensor  # [C] int64, each client's global step at the start of the round
     num_steps: Tensor  # [C] int64, local steps of each client (all I, but for local-epochs)
     lrs: Sequence[float]  # γ of each local step, as many as the most steps
-    momentum: Tree | None = None  # [N, ...] every client's own u, in main memory, for policy "local"
+    momentum: Tree | None = None  # [C, ...] the clients' own u, in main memory, for policy "local"
+    round_index: int = 0  # rounds before this one
 
 
 class Outcome(NamedTuple):
@@ -52,6 +53,8 @@ class Outcome(NamedTuple):
     momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
     path: list[Tensor]  # x̄ after every local step, for small tasks; else empty
     momentum: Tree | None  # [C, ...] the clients' own u at the end, in main memory, for policy "local"
+    losses: Tensor  # [C] float64, mean over each client's own steps
+    answered: Tensor | None = None  # [C] bool: whose update is in the means; None: everybody's
 
 
 Step = Callable[..., tuple[ClientState, Tensor]]
@@ -72,6 +75,13 @@ def loop_step(state: ClientState, batch: Any, **method: Any) -> tuple[ClientStat
 PATHS: dict[str, Step] = {"vmap": vmap_step, "loop": loop_step}
 
 
+class Rounds(Protocol):
+    """Whoever can run one round: the engine on this device, Ray actors, or Flower's clients."""
+
+    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+        """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
+
+
 class Engine:
     """Runs rounds of one task by one method; `path` and `chunk_size` change the result by rounding alone."""
 
@@ -85,28 +95,29 @@ class Engine:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
         policy = MOMENTUM_POLICIES[self.method.momentum_policy]
         mean = WeightedMean(self.method.running_var)
-        losses = torch.zeros((), dtype=torch.float64, device=self.task.device)
+        losses: list[Tensor] = []
         path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.task.small else 0)
         own: list[Tree] = []
         for rows in torch.arange(len(job.clients)).split(self.chunk_size):
-            part = _part(job, rows)
+            part = part_of(job, rows)
             state = stacked(start, len(rows))
             momentum = expand(start.momentum, len(rows))
             state = state._replace(momentum=policy.start(momentum, part.momentum))
             state, loss, points = self._run_chunk(state, part, progress)
             mean.add(state, part.weights)
-            losses += part.weights @ loss
+            losses.append(loss)
             path = [a + b for a, b in zip(path, points, strict=True)]
             if policy.keeps_rows and job.momentum is not None:
                 own.append({name: u.to(job.momentum[name].device) for name, u in state.momentum.items()})
-        total = float(job.weights.sum())
+        total, every = float(job.weights.sum()), torch.cat(losses)
         return Outcome(
             mean=mean.mean(),
-            train_loss=float(losses) / total,
+            train_loss=float(job.weights @ every) / total,
             consensus_distance=mean.spread("params"),
             momentum_spread=mean.spread("momentum"),
             path=[point / total for point in path],
             momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
+            losses=every,
         )
 
     def _run_chunk(
@@ -148,14 +159,19 @@ class Engine:
         )
 
 
-def _part(job: Round, rows: Tensor) -> Round:
-    """The job of some clients of the cohort, given as places in it; their own u alone, on the device."""
+def part_of(job: Round, rows: Tensor) -> Round:
+    """The job of some clients of the cohort, given as places in it; their own u is brought to the device."""
     rows = rows.to(job.clients.device)
-    clients = job.clients[rows]
     momentum = None
     if job.momentum is not None:
-        momentum = {name: u[clients.to(u.device)].to(clients.device) for name, u in job.momentum.items()}
-    return Round(clients, job.weights[rows], job.first_steps[rows], job.num_steps[rows], job.lrs, momentum)
+        momentum = {name: u[rows.to(u.device)].to(rows.device) for name, u in job.momentum.items()}
+    return job._replace(
+        clients=job.clients[rows],
+        weights=job.weights[rows],
+        first_steps=job.first_steps[rows],
+        num_steps=job.num_steps[rows],
+        momentum=momentum,
+    )
 
 
 def bytes_per_client(task: Task, start: ClientState) -> int:
@@ -253,7 +269,7 @@ def _seconds(
     task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int, steps: int = 1
 ) -> float:
     """Time of a round of `steps` local steps of the first `num_rows` clients of `job`."""
-    part = _part(job._replace(momentum=None), torch.arange(num_rows))
+    part = part_of(job._replace(momentum=None), torch.arange(num_rows))
     short = part._replace(num_steps=torch.full_like(part.num_steps, steps), lrs=job.lrs[:steps])
     engine = Engine(task, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
     begin = _now(task.device)

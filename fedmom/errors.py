@@ -1,4 +1,4 @@
-"""The two ways a run can end that are not a bug: the user's input was wrong, or training diverged."""
+"""The ways a run can end that are not a bug: the input was wrong, training diverged, clients failed."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -18,3 +18,11 @@ def unknown(key: str, value: str, choices: Iterable[str]) -> InputError:
     near = get_close_matches(value, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return InputError(f"{key} = {value!r} is not known: {hint}choose one of {', '.join(names)}")
+
+
+class ClientsFailedError(RuntimeError):
+    """Clients did not answer as they must. The message names the round, the clients and the reason, in one line."""
+
+
+class RunStoppedError(RuntimeError):
+    """A run inside a Flower app ended early: the message says why, and its records are in the run folder."""

@@ -36,6 +36,9 @@ class Task(Protocol):
     def evaluate(self, state: ClientState) -> dict[str, Any]:
         """Measurements at the mean model."""
 
+    def evaluate_clients(self, state: ClientState, clients: Tensor) -> dict[str, float]:
+        """Measurements of `state` on the own data of clients [K], all examples together."""
+
     def state_dict(self, state: ClientState) -> Tree:
         """The mean model as its own load_state_dict takes it."""
 
@@ -139,14 +142,26 @@ class Classification:
     @torch.no_grad()
     def evaluate(self, state: ClientState) -> dict[str, float]:
         """Loss and accuracy on the test set: {"test_loss", "test_accuracy"}."""
+        loss, accuracy = self._judge(state, self.dataset.x_test, self.dataset.y_test)
+        return {"test_loss": loss, "test_accuracy": accuracy}
+
+    @torch.no_grad()
+    def evaluate_clients(self, state: ClientState, clients: Tensor) -> dict[str, float]:
+        """Loss and accuracy on the training examples of clients [K], unaugmented: {"loss", "accuracy"}."""
+        offsets, indices = self.sampler.offsets, self.sampler.indices
+        rows = torch.cat([indices[offsets[c] : offsets[c + 1]] for c in clients.tolist()])
+        loss, accuracy = self._judge(state, self.dataset.x_train[rows], self.dataset.y_train[rows])
+        return {"loss": loss, "accuracy": accuracy}
+
+    def _judge(self, state: ClientState, x_all: Tensor, y_all: Tensor) -> tuple[float, float]:
+        """Mean loss and accuracy of a model on examples [n, ...]."""
         self.model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
-        test = zip(self.dataset.x_test.split(500), self.dataset.y_test.split(500), strict=True)
-        for x, y in test:
+        for x, y in zip(x_all.split(500), y_all.split(500), strict=True):
             x = self._normalised(x)
             logits = torch.func.functional_call(self.model, {**state.params, **state.buffers}, (x,))
             loss += cross_entropy(logits, y, reduction="sum")
             right += (logits.argmax(1) == y).sum()
-        count = max(1, len(self.dataset.y_test))
-        return {"test_loss": loss.item() / count, "test_accuracy": right.item() / count}
+        count = max(1, len(y_all))
+        return loss.item() / count, right.item() / count

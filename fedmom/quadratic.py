@@ -88,5 +88,10 @@ class Quadratic:
             "distance": float(torch.linalg.vector_norm(x - best)),
         }
 
+    def evaluate_clients(self, state: ClientState, clients: Tensor) -> dict[str, float]:
+        """ "loss": the mean of f_i(x) over clients [K]."""
+        h, c = self.h[clients], self.c[clients]
+        return {"loss": float((h * (state.params[X] - c) ** 2).sum() / 2 / len(clients))}
+
     def activation_bytes(self, start: ClientState) -> int:
         return 4 * self.x0.numel() * self.x0.element_size()

@@ -28,6 +28,7 @@ from fedmom.train import Progressed, Record
 CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
 CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
+_SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
 _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
 
 
@@ -102,6 +103,11 @@ def _read(path: Path, tensors: Callable[[Any], Tree]) -> tuple[Tree, dict[str, A
         raise InputError(
             f"{path}: is not a whole checkpoint of fedmom ({reason}); without it the run starts again from round 1"
         ) from None
+
+
+def _checkpointed(done: Progressed) -> Tree:
+    """The tensors of checkpoint.safetensors: the mean state, and the server's own momentum where there is one."""
+    return flatten(done.state) | {_SLOW + name: value for name, value in (done.slow_momentum or {}).items()}
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -238,7 +244,7 @@ class RunFolder:
             if clients.exists() and checkpoint.exists() and read_about(clients) == read_about(checkpoint):
                 os.replace(clients, previous)
             write_tensors(clients, {f"momentum/{n}": u for n, u in done.client_momentum.items()}, about)
-        write_tensors(checkpoint, flatten(done.state), about)
+        write_tensors(checkpoint, _checkpointed(done), about)
         previous.unlink(missing_ok=True)
 
     def save_final(self, done: Progressed, run_id: str) -> None:
@@ -263,7 +269,7 @@ class RunFolder:
                 f"{path}: belongs to another run, or {CONFIG} was changed since "
                 f"(the checkpoint's run is {about.get('run_id')}, this one {run_id})"
             )
-        expected, found = flatten(template.state), tensors
+        expected, found = _checkpointed(template), tensors
         wrong = [n for n in {**expected, **found} if n not in found or n not in expected]
         wrong += [n for n in expected if n in found and found[n].shape != expected[n].shape]
         if wrong:
@@ -277,8 +283,13 @@ class RunFolder:
             found = read_tensors(fitting[0])[0]
             rows = {name: found[f"momentum/{name}"] for name in template.client_momentum}
         # In the model's order, which a file does not keep: sums over tensors must not depend on it.
-        state = to_device(unflatten({name: tensors[name] for name in expected}), device)
-        return Progressed(state=state, client_momentum=rows, **{name: about[name] for name in _COUNTS})
+        state = to_device(unflatten({name: tensors[name] for name in flatten(template.state)}), device)
+        slow = template.slow_momentum
+        if slow is not None:
+            slow = {name: tensors[_SLOW + name].to(device) for name in slow}
+        return Progressed(
+            state=state, client_momentum=rows, slow_momentum=slow, **{name: about[name] for name in _COUNTS}
+        )
 
     def rewind(self, round_number: int, eval_every: int, measures: Collection[str]) -> list[Record]:
         """Cut rounds.jsonl back to the checkpoint's round and give the lines that stay.

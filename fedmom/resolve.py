@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmom.algorithms import ALGORITHMS, theory_interval
-from fedmom.config import AlgorithmConfig, Config, Loaded, Scalar, flat, load, replace
+from fedmom.config import KEYS, AlgorithmConfig, Config, Loaded, Scalar, flat, load, replace
 from fedmom.errors import InputError
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.records import CONFIG, fingerprint
@@ -17,6 +17,17 @@ from fedmom.schedules import SCHEDULES
 
 # Keys that may differ on resume without changing what is computed up to the rounds already done.
 _LENGTH = ("run.num-rounds", "run.num-steps")
+# Keys that say where a run happens and how its failures are met; a resumed run may have others.
+_PLACE = tuple(
+    f"{section}.{name}"
+    for section, names in {
+        "run": ("out", "resume"),
+        "engine": ("workers",),
+        "server": ("on-failure", "min-clients", "retries", "timeout-seconds", "wait-seconds", "window"),
+        "simulation": [name.partition(".")[2] for name in KEYS if name.startswith("simulation.")],
+    }.items()
+    for name in names
+)
 # Values with which a key leaves the choice to the engine; a resumed run keeps what was chosen.
 _OPEN: dict[str, Scalar] = {"engine.device": "auto", "engine.path": "auto", "engine.chunk-size": 0, "engine.threads": 0}
 
@@ -182,7 +193,7 @@ def length_keys(config: Config) -> list[str]:
 
 def run_identity(config: Config) -> str:
     """Fingerprint of all that decides a run's numbers, its length aside."""
-    return fingerprint({name: value for name, value in flat(config).items() if name not in _LENGTH})
+    return fingerprint({name: value for name, value in flat(config).items() if name not in _LENGTH + _PLACE})
 
 
 def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Resolved:
@@ -206,7 +217,7 @@ def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Reso
     config, notes = resolve(Loaded(load(loaded.config, kept).config, given))
     new = flat(config)
     for name in new:
-        if name not in _LENGTH and new[name] != old[name]:
+        if name not in _LENGTH + _PLACE and new[name] != old[name]:
             raise InputError(
                 f"{name} = {new[name]!r}: the run in {folder} has {old[name]!r}; a resume may change nothing but "
                 "the length; start a new run for the rest"

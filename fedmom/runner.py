@@ -5,16 +5,18 @@ import json
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 from fedmom import engine as engines
 from fedmom.algorithms import MOMENTUM_POLICIES
-from fedmom.config import Config, load, parse_sets, to_toml
-from fedmom.engine import Engine
-from fedmom.errors import DivergedError, InputError
+from fedmom.config import Config, load, parse_sets, replace, to_toml
+from fedmom.engine import Rounds
+from fedmom.errors import ClientsFailedError, DivergedError, InputError
 from fedmom.objective import Task
 from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, read_rounds, write_text
 from fedmom.resolve import resolve, resume_config, run_identity
@@ -46,7 +48,7 @@ class Callback:
         """After every round: its line of rounds.jsonl, and x̂, û and the buffers."""
 
     def on_end(self, result: "Result") -> None:
-        """Once, after the last round, an interruption or divergence."""
+        """Once, after the last round, an interruption, divergence or clients that failed."""
 
     def on_error(self) -> None:
         """Once, instead of on_end, when something else ended the run (a full disk): put the terminal in order."""
@@ -55,13 +57,39 @@ class Callback:
 class Result(NamedTuple):
     """What a run came to."""
 
-    status: str  # "done", "interrupted" or "diverged"
+    status: str  # "done", "interrupted", "diverged" or "failed" (clients did not answer)
     rounds: list[Record]  # the lines of rounds.jsonl
     state_dict: Tree  # of the mean model, as model.load_state_dict takes it
     momentum: Tree  # û
     config: Config  # resolved
     folder: Path | None
     message: str = ""  # what went wrong, in one line
+
+
+# (configuration, task, plan) -> the configuration with what was chosen, who runs the rounds, and notes
+MakeRounds = Callable[[Config, Task, Plan], tuple[Config, Rounds, list[str]]]
+
+
+@dataclass
+class Listener:
+    """Who hears of a run that a Flower ServerApp makes in this process."""
+
+    callbacks: list[Callback]
+    result: Result | None = None
+
+
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def listening(callbacks: Iterable[Callback]) -> Iterator[Listener]:
+    """Within the block a run without callbacks of its own has these, and leaves its Result in the listener."""
+    listener = Listener(list(callbacks))
+    token = _LISTENER.set(listener)
+    try:
+        yield listener
+    finally:
+        _LISTENER.reset(token)
 
 
 @contextlib.contextmanager
@@ -94,20 +122,26 @@ def run(
     resume: str | Path | None = None,
     device: str | None = None,
     callbacks: Iterable[Callback] = (),
+    app: str | Path | None = None,
+    rounds: MakeRounds | None = None,
 ) -> Result:
     """Run Algorithm 1 as `config` says: a TOML file, a mapping ({"algorithm": {"lr": 0.1}}) or a Config.
 
     `sets` changes keys ({"algorithm.lr": 0.1} or ["algorithm.lr=0.1"]), `out` names a run folder to write (None:
     nothing is written), `resume` a run folder to go on with (`config` may then be left out).
-    Raises InputError for bad input. Divergence and Ctrl-C are a Result's status, and leave a checkpoint in the folder.
+    With run.backend = "simulation" the Flower app in the folder `app` (default: here) runs on Ray actors; a ServerApp
+    gives `rounds`, by which its rounds are run.
+    Raises InputError for bad input. Divergence, clients that failed and Ctrl-C are a Result's status, and leave a
+    checkpoint in the folder.
     """
+    changes = parse_sets([sets] if isinstance(sets, str) else sets)
+    if device is not None:
+        changes["engine.device"] = device
+    out, resume = run_folders(config, changes, out, resume)
     if resume is not None and out is not None:
         raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")
     if resume is None and config is None:
         raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
-    changes = parse_sets([sets] if isinstance(sets, str) else sets)
-    if device is not None:
-        changes["engine.device"] = device
     folder = None
     if out is not None:
         RunFolder.check_new(Path(out))  # before the data are read and the engine is timed
@@ -117,15 +151,27 @@ def run(
             settled, notes = resume_config(Path(resume), config, changes)
         else:
             settled, notes = resolve(load({} if config is None else config, changes))
+        settled = replace(settled, "run", out="", resume="")
+        _check_backend(settled, rounds)
+        if settled.run.backend == "simulation" and rounds is None:
+            if folder is not None:
+                folder.close()
+            from fedmom.simulation import simulate  # which needs this module
+
+            return simulate(settled, out=out, resume=resume, callbacks=callbacks, app=app)
+        listener = _LISTENER.get()
+        callbacks = list(callbacks) or (listener.callbacks if listener else [])
         settled = resolve_device(settled)
         task, plan = make_task(settled, settled.engine.device), make_plan(settled)
-        settled, engine, chosen = make_engine(settled, task, plan)
+        settled, engine, chosen = (rounds or make_engine)(settled, task, plan)
         if out is not None:
             folder = RunFolder.create(Path(out))
-        callbacks = list(callbacks)
         under_way = _Run(settled, task, plan, engine, folder, notes, chosen, callbacks)
         try:
-            return under_way.go(resume is not None)
+            result = under_way.go(resume is not None)
+            if listener:
+                listener.result = result
+            return result
         except BaseException:
             for callback in callbacks:
                 callback.on_error()
@@ -133,6 +179,27 @@ def run(
     finally:
         if folder is not None:
             folder.close()
+
+
+def run_folders(
+    config: str | Path | Mapping[str, Any] | Config | None,
+    sets: Iterable[str] | Mapping[str, Any],
+    out: str | Path | None,
+    resume: str | Path | None,
+) -> tuple[str | Path | None, str | Path | None]:
+    """(folder to write, folder to resume): as given, else as the keys run.out and run.resume say, else None."""
+    keys = load({} if config is None else config, sets).config.run
+    return out or keys.out or None, resume or keys.resume or None
+
+
+def _check_backend(config: Config, rounds: MakeRounds | None) -> None:
+    backend, strategy = config.run.backend, config.server.strategy
+    if backend == "flower" and rounds is None:
+        raise InputError("run.backend = 'flower': start it with `flwr run`; here it is engine or simulation")
+    if backend == "engine" and strategy != "pr-sgd-m":
+        raise InputError(
+            f"server.strategy = {strategy!r}: is Flower's; it needs run.backend = 'simulation' or `flwr run`"
+        )
 
 
 class _Run:
@@ -143,7 +210,7 @@ class _Run:
         config: Config,
         task: Task,
         plan: Plan,
-        engine: Engine,
+        engine: Rounds,
         folder: RunFolder | None,
         overruled: tuple[str, ...],
         chosen: list[str],
@@ -175,6 +242,8 @@ class _Run:
                     callback.on_round(record, done.state)
         except DivergedError as error:
             status, message = "diverged", str(error)
+        except ClientsFailedError as error:
+            status, message = "failed", str(error)
         except KeyboardInterrupt:
             status, message = "interrupted", f"interrupted after round {done.round}"
         except BaseException:  # a callback's error, a closed pipe, a full disk: what is done stays done

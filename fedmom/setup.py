@@ -124,6 +124,8 @@ def make_plan(config: Config) -> Plan:
         client_weights=algorithm.client_weights,
         eval_every=config.run.eval_every,
         num_steps=config.run.num_steps,
+        slow_momentum=algorithm.slow_momentum,
+        slow_lr=algorithm.slow_lr,
     )
 
 

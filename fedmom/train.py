@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedmom.algorithms import MOMENTUM_POLICIES
-from fedmom.engine import Engine, Method, Outcome, Progress, Round
+from fedmom.algorithms import MOMENTUM_POLICIES, slow_step
+from fedmom.engine import Method, Outcome, Progress, Round, Rounds, part_of
 from fedmom.errors import DivergedError
 from fedmom.objective import Task
 from fedmom.randomness import COHORT, random_bits
 from fedmom.schedules import Horizon, LearningRate
-from fedmom.state import ClientState, Tree, is_finite, num_bytes
+from fedmom.state import ClientState, Tree, is_finite, num_bytes, zeros_like
 
 Record = dict[str, Any]
 
@@ -36,6 +36,13 @@ class Plan(NamedTuple):
     client_weights: str = "uniform"
     eval_every: int = 1
     num_steps: int = 0  # T, if it was given; else R × I
+    slow_momentum: float = 0.0  # α of SlowMo
+    slow_lr: float = 1.0  # η of SlowMo
+
+    @property
+    def slow(self) -> bool:
+        """Whether the server takes a step of its own."""
+        return self.slow_momentum > 0 or self.slow_lr != 1
 
     def steps_of(self, sizes: np.ndarray) -> np.ndarray:
         """[N] local steps of each client in a round: I, or local_epochs × ⌈n_i / B⌉."""
@@ -55,6 +62,7 @@ class Progressed(NamedTuple):
     round: int  # rounds done
     state: ClientState  # x̂, û and the buffers
     client_momentum: Tree | None  # [N, ...] every client's own u, for policy "local"
+    slow_momentum: Tree | None = None  # the server's own, of SlowMo
     steps: int = 0  # local steps t so far (with local-epochs: of each round's longest client)
     examples: int = 0  # seen by all clients so far, repeats counted
     bytes_sent: int = 0  # by all clients so far
@@ -67,15 +75,15 @@ def beginning(task: Task, plan: Plan) -> Progressed:
     rows = None
     if MOMENTUM_POLICIES[plan.method.momentum_policy].keeps_rows:
         rows = {n: torch.zeros(len(task.sizes), *u.shape, dtype=u.dtype) for n, u in start.momentum.items()}
-    return Progressed(0, start, rows)
+    return Progressed(0, start, rows, zeros_like(start.params) if plan.slow else None)
 
 
-def cohort(plan: Plan, num_clients: int, round_index: int) -> np.ndarray:
+def cohort(num_clients: int, cohort_size: int, seed: int, round_index: int) -> np.ndarray:
     """[C] ascending ids of the clients of round 0, 1, …: uniform without replacement, by (seed, round) alone."""
-    if plan.cohort_size == num_clients:
+    if cohort_size == num_clients:
         return np.arange(num_clients)
-    keys = random_bits(COHORT, plan.seed, round_index, torch.arange(num_clients)).numpy()
-    return np.sort(np.argpartition(keys, plan.cohort_size)[: plan.cohort_size])
+    keys = random_bits(COHORT, seed, round_index, torch.arange(num_clients)).numpy()
+    return np.sort(np.argpartition(keys, cohort_size)[:cohort_size])
 
 
 def bytes_per_exchange(state: ClientState, method: Method) -> int:
@@ -85,27 +93,36 @@ def bytes_per_exchange(state: ClientState, method: Method) -> int:
 
 
 def round_job(task: Task, plan: Plan, done: Progressed) -> Round:
-    """What the engine must do in the round after `done`."""
-    ids = cohort(plan, len(task.sizes), done.round)
+    """What the whole cohort must do in the round after `done`."""
+    num_clients = len(task.sizes)
+    ids = cohort(num_clients, plan.cohort_size, plan.seed, done.round)
+    rows = done.client_momentum
+    if rows is not None and len(ids) < num_clients:
+        rows = {name: u[torch.from_numpy(ids)] for name, u in rows.items()}
+    return clients_job(task, plan, done.round, ids, rows)
+
+
+def clients_job(task: Task, plan: Plan, round_index: int, ids: np.ndarray, momentum: Tree | None = None) -> Round:
+    """What clients `ids` [C] must do in round 0, 1, …, with their own u [C, ...] for policy "local"."""
     sizes = task.sizes[ids]
     all_steps = plan.steps_of(task.sizes)
     steps, per_round, horizon = all_steps[ids], float(all_steps.mean()), plan.horizon(task.sizes)
-    first = done.round * per_round  # the schedule's clock; with local-epochs the mean client's
+    first = round_index * per_round  # the schedule's clock; with local-epochs the mean client's
     lrs = [plan.rate.at(math.floor(first + s), horizon) for s in range(int(steps.max()))]
-    clients = torch.from_numpy(ids)
     weights = torch.from_numpy(sizes if plan.client_weights == "samples" else np.ones(len(ids)))
     return Round(
-        clients=clients.to(task.device),
+        clients=torch.from_numpy(ids).to(task.device),
         weights=weights.to(task.device, torch.float64),
-        first_steps=torch.from_numpy(done.round * steps).to(task.device),
+        first_steps=torch.from_numpy(round_index * steps).to(task.device),
         num_steps=torch.from_numpy(steps).to(task.device),
         lrs=lrs,
-        momentum=done.client_momentum,
+        momentum=momentum,
+        round_index=round_index,
     )
 
 
 def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: Outcome, seconds: float) -> Progressed:
-    """The state between this round and the next; `done` stays as it is."""
+    """The state between this round and the next; `done` stays as it is. `job`: of the clients that answered."""
     rows = done.client_momentum
     if rows is not None and outcome.momentum is not None:
         everybody = len(job.clients) == len(task.sizes)
@@ -114,10 +131,16 @@ def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: O
             outcome.momentum if everybody else {n: u.index_copy(0, ids, outcome.momentum[n]) for n, u in rows.items()}
         )
     examples = int(job.num_steps.sum()) * plan.batch_size
+    state, slow = outcome.mean, done.slow_momentum
+    if slow is not None:
+        alpha, eta = plan.slow_momentum, plan.slow_lr
+        params, slow = slow_step(done.state.params, state.params, slow, lr=job.lrs[0], alpha=alpha, eta=eta)
+        state = state._replace(params=params)
     return Progressed(
         round=done.round + 1,
-        state=outcome.mean,
+        state=state,
         client_momentum=rows,
+        slow_momentum=slow,
         steps=done.steps + len(job.lrs),
         examples=done.examples + examples,
         bytes_sent=done.bytes_sent + len(job.clients) * bytes_per_exchange(outcome.mean, plan.method),
@@ -126,7 +149,7 @@ def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: O
 
 
 def run_rounds(
-    task: Task, plan: Plan, engine: Engine, done: Progressed, progress: Progress | None = None
+    task: Task, plan: Plan, engine: Rounds, done: Progressed, progress: Progress | None = None
 ) -> Iterator[tuple[Progressed, Record]]:
     """Rounds done.round + 1 … R, each as the state after it and its record (see docs/method.md).
 
@@ -137,6 +160,9 @@ def run_rounds(
         begin = clock()
         job = round_job(task, plan, done)
         outcome = engine.run_round(done.state, job, progress)
+        asked = len(job.clients)
+        if outcome.answered is not None:
+            job = part_of(job._replace(momentum=None), outcome.answered.nonzero()[:, 0])
         new = after_round(task, plan, done, job, outcome, 0.0)
         steps = int(job.num_steps.sum())
         train_seconds = clock() - begin
@@ -159,6 +185,8 @@ def run_rounds(
             "client_steps_per_second": steps / train_seconds,
             "num_clients": len(job.clients),
         }
+        if len(job.clients) < asked:
+            record["num_failed"] = asked - len(job.clients)
         if task.small:
             record |= _coordinates(new.state, outcome.path)
         yield new, record

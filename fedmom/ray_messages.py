@@ -1,0 +1,325 @@
+"""Flower messages as plain values for Ray's store and back, in the driver and in the workers; a ClientApp served there.
+
+What one message alone carries is pickled with it. Array data that a second message under way carries too is put into
+the store once, and every further message only names it. On the other side an array is a view of the store until someone
+asks for its bytes: `.numpy()` is one copy.
+
+flwr is imported when a function here runs.
+"""
+
+import functools
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedmom.errors import InputError
+from fedmom.executors import Shared
+from fedmom.imports import one_line
+
+# flwr.app's classes, which may be absent
+Array = Any
+Context = Any
+Message = Any
+RecordDict = Any
+
+# Shorter data stays where it is: a buffer of its own costs some microseconds and 64 bytes.
+MIN_BUFFER = 1024
+
+
+class Content(NamedTuple):
+    """The content of a RecordDict. An array's data is bytes, or a place: in `buffers`, or (which shared, where)."""
+
+    records: list[tuple[str, str, Any]]  # name; class; {key: value}, of arrays [(key, dtype, shape, stype, data)]
+    buffers: list[Any]  # pickle.PickleBuffer before the store, views after it
+
+
+class State(NamedTuple):
+    """A node's Context.state between two messages: pickled records, and their buffers."""
+
+    head: bytes
+    buffers: list[Any]
+
+
+class Work(NamedTuple):
+    """What a worker gets for one message."""
+
+    metadata: tuple[Any, ...]
+    content: Content
+    partition_id: int
+    state: State | None
+
+
+class Answer(NamedTuple):
+    """What a worker gives back."""
+
+    metadata: tuple[Any, ...]
+    content: Content | None
+    error: tuple[int, str | None] | None
+    state: State | None  # None: as before
+
+
+@dataclass(eq=False)
+class _Known:
+    data: Any  # held, so that no other object gets its id
+    users: int = 0  # messages under way
+    shared: Shared | None = None
+    place: int = 0  # in the shared value
+
+
+class SharedData:
+    """Which array data is in Ray's store. `share` puts a list of buffers there; `num_puts` counts how often."""
+
+    def __init__(self, share: Callable[[Any], Shared]) -> None:
+        self._share = share
+        self._known: dict[int, _Known] = {}  # by id of the data
+        self.num_puts = 0
+
+    def pack(self, content: RecordDict) -> tuple[Content, tuple[Shared, ...], list[_Known]]:
+        """(content, the shared values it names, what to `release` when the message is no longer under way)."""
+        used: list[_Known] = []
+        again: list[_Known] = []
+        for data in _large_data(content):
+            known = self._known.get(id(data))
+            if known is None:
+                known = self._known[id(data)] = _Known(data)
+            elif known.shared is None and known not in again:
+                again.append(known)
+            known.users += 1
+            used.append(known)
+        if again:
+            shared = self._share([pickle.PickleBuffer(known.data) for known in again])
+            self.num_puts += 1
+            for place, known in enumerate(again):
+                known.shared, known.place = shared, place
+            self.free_unused()  # most likely those of the round before
+        numbers: dict[Shared, int] = {known.shared: 0 for known in used if known.shared}
+        numbers = {shared: number for number, shared in enumerate(numbers)}
+        places = {id(k.data): (numbers[k.shared], k.place) for k in used if k.shared}
+        return pack(content, places), tuple(numbers), used
+
+    def release(self, used: Iterable[_Known]) -> None:
+        for known in used:
+            known.users -= 1
+            if not known.users and known.shared is None:
+                self._known.pop(id(known.data), None)
+
+    def free_unused(self) -> None:
+        """Forget the data that no message under way carries; the store then frees it."""
+        self._known = {key: known for key, known in self._known.items() if known.users}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def _raw(array: Array) -> Any:
+    """The array's data: its view where it is one, else its bytes."""
+    view = array.__dict__.get("_view")
+    return array.data if view is None else view
+
+
+def _large_data(content: RecordDict) -> list[Any]:
+    from flwr.app import ArrayRecord
+
+    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    return [data for record in records for array in record.values() if len(data := _raw(array)) >= MIN_BUFFER]
+
+
+def pack(content: RecordDict, places: Mapping[int, tuple[int, int]] | None = None) -> Content:
+    """A RecordDict as plain values. `places` says by id which data is in the store, and where."""
+    from flwr.app import ArrayRecord, ConfigRecord
+
+    records: list[tuple[str, str, Any]] = []
+    buffers: list[Any] = []
+    places = places or {}
+    for name, record in content.items():
+        if not isinstance(record, ArrayRecord):
+            records.append((name, "config" if isinstance(record, ConfigRecord) else "metric", dict(record)))
+            continue
+        arrays = []
+        for key, array in record.items():
+            data = _raw(array)
+            if id(data) in places:
+                data = places[id(data)]
+            elif len(data) >= MIN_BUFFER:
+                buffers.append(pickle.PickleBuffer(data))
+                data = len(buffers) - 1
+            arrays.append((key, array.dtype, array.shape, array.stype, data))
+        records.append((name, "array", arrays))
+    return Content(records, buffers)
+
+
+def unpack(content: Content, shared: Sequence[Sequence[Any]] = ()) -> RecordDict:
+    """A RecordDict of its own for each caller; its large arrays are views of the store."""
+    from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+    stored_array = stored_array_class()
+    records = RecordDict()
+    for name, kind, values in content.records:
+        if kind != "array":
+            records[name] = (ConfigRecord if kind == "config" else MetricRecord)(values)
+            continue
+        record = records[name] = ArrayRecord()
+        for key, dtype, shape, stype, data in values:
+            if isinstance(data, bytes):
+                record[key] = Array(dtype, shape, stype, data)
+            else:
+                view = content.buffers[data] if isinstance(data, int) else shared[data[0]][data[1]]
+                record[key] = stored_array(dtype, shape, stype, memoryview(view))
+    return records
+
+
+@functools.cache
+def stored_array_class() -> Any:
+    """A flwr.app.Array whose data is a read-only view of Ray's store until somebody reads or sets `data`."""
+    from flwr.app import Array
+
+    class StoredArray(Array):  # type: ignore[misc]
+        def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, view: memoryview) -> None:
+            self.__dict__.update(dtype=dtype, shape=shape, stype=stype, _view=view, _bytes=None)
+
+        @property
+        def data(self) -> bytes:
+            if self.__dict__["_bytes"] is None:
+                self.__dict__["_bytes"] = bytes(self.__dict__["_view"])
+            return self.__dict__["_bytes"]  # type: ignore[no-any-return]
+
+        @data.setter
+        def data(self, value: bytes) -> None:
+            self.__dict__.update(_view=None, _bytes=value)
+
+        def numpy(self) -> Any:
+            view = self.__dict__["_view"]
+            header = None if view is None or self.stype != "numpy.ndarray" else _npy_header(view)
+            if header is None:
+                return super().numpy()
+            flat = np.frombuffer(view, header.dtype, int(np.prod(header.shape)), header.num_bytes).copy()
+            return flat.reshape(header.shape, order="F" if header.fortran else "C")
+
+        def __eq__(self, other: object) -> bool:
+            if not isinstance(other, Array):
+                return NotImplemented
+            mine, theirs = ((a.dtype, a.shape, a.stype, a.data) for a in (self, other))
+            return bool(mine == theirs)
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def __reduce__(self) -> Any:  # pickled or copied it is a plain Array, with bytes of its own
+            return Array, (self.dtype, self.shape, self.stype, self.data)
+
+    StoredArray.__qualname__ = Array.__qualname__  # part of what Flower hashes for object_id
+    return StoredArray
+
+
+class _Header(NamedTuple):
+    dtype: np.dtype[Any]
+    fortran: bool
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def _npy_header(view: memoryview) -> _Header | None:
+    """Of an .npy file without pickled objects; None for anything else."""
+    if view[:6] != b"\x93NUMPY":
+        return None
+    size = 10 + int.from_bytes(view[8:10], "little") if view[6] == 1 else 12 + int.from_bytes(view[8:12], "little")
+    return _parsed(bytes(view[:size]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(header: bytes) -> _Header | None:
+    read = np.lib.format.read_array_header_1_0 if header[6] == 1 else np.lib.format.read_array_header_2_0
+    file = BytesIO(header)
+    try:
+        np.lib.format.read_magic(file)
+        shape, fortran, dtype = read(file)
+    except ValueError:
+        return None
+    return None if dtype.hasobject else _Header(dtype, fortran, shape, len(header))
+
+
+def metadata_values(message: Message) -> tuple[Any, ...]:
+    """What flwr.app.Metadata is made of, in the order of its arguments."""
+    m = message.metadata
+    return (
+        *(m.run_id, m.message_id, m.src_node_id, m.dst_node_id, m.reply_to_message_id, m.group_id),
+        *(m.created_at, m.ttl, m.message_type, m.src_task_id, m.dst_task_id),
+    )
+
+
+def message_of(
+    metadata: tuple[Any, ...], content: RecordDict | None = None, error: tuple[int, str | None] | None = None
+) -> Message:
+    from flwr.app import Error, Metadata
+    from flwr.app.message import make_message
+
+    return make_message(Metadata(*metadata), content, None if error is None else Error(*error))
+
+
+def identify(run_id: int | None, node_id: int | None, task_id: int | None) -> tuple[int | None, ...]:
+    """Say to Flower who makes messages in this process, as its own processes do at start; gives who did before."""
+    from flwr.supercore.task_identity import TaskIdentity as Identity
+
+    before = (Identity._run_id, Identity._node_id, Identity._task_id)
+    Identity._run_id, Identity._node_id, Identity._task_id = run_id, node_id, task_id
+    return before
+
+
+def load_component(kind: str, spec: str, app_dir: Path) -> Any:
+    """The `ClientApp` or `ServerApp` that "module:attribute" names, looked for in `app_dir` first."""
+    from flwr.supercore.object_ref import load_app
+
+    where = f"{kind.lower()} = {spec!r} in {app_dir}"
+    try:
+        app = load_app(spec, LookupError, app_dir)
+    except (Exception, SystemExit) as error:
+        cause = " ".join(str(error.args[0]).split("\n\n")[0].split()) if isinstance(error, LookupError) and error.args else ""
+        raise InputError(f"{where}: {cause or f'loading it raised {one_line(error)}'}") from error
+    if type(app).__name__ != kind:
+        raise InputError(f"{where}: is not a {kind} but of type {type(app).__name__}")
+    return app
+
+
+def serve_client(
+    spec: str, app_dir: Path, num_nodes: int, run_config: dict[str, Any]
+) -> Callable[..., Answer]:
+    """The handler of a worker: any node's message with that node's state, through the ClientApp, to the reply."""
+    from flwr.app import Context, RecordDict
+    from flwr.app import Message as FlowerMessage
+
+    app = load_component("ClientApp", spec, app_dir)
+
+    def handle(work: Work, *shared: Sequence[Any]) -> Answer:
+        message = message_of(work.metadata, unpack(work.content, shared))
+        run_id, message_id, node_id = message.metadata.run_id, message.metadata.message_id, message.metadata.dst_node_id
+        identify(run_id, node_id, 0)
+        node_config = {"partition-id": work.partition_id, "num-partitions": num_nodes}
+        state = unpack(Content(pickle.loads(work.state.head), work.state.buffers)) if work.state else RecordDict()
+        context = Context(run_id, node_id, node_config, state, dict(run_config))
+        reply = app(message=message, context=context)
+        if not isinstance(reply, FlowerMessage):
+            raise TypeError(f"the ClientApp returned {type(reply).__name__}, not a Message")
+        if reply.metadata.reply_to_message_id != message_id:
+            raise ValueError("the ClientApp returned a Message without reply_to=message")
+        content = pack(reply.content) if reply.has_content() else None
+        error = (reply.error.code, reply.error.reason) if reply.has_error() else None
+        return Answer(metadata_values(reply), content, error, _changed(context.state, work.state))
+
+    return handle
+
+
+def _changed(state: RecordDict, before: State | None) -> State | None:
+    """The state to keep, or None if it is as before. Large data counts as changed once it is another object."""
+    if not state and before is None:
+        return None
+    records, buffers = pack(state)
+    head = pickle.dumps(records, protocol=5)
+    if before and head == before.head and len(buffers) == len(before.buffers):
+        views = zip(buffers, before.buffers, strict=True)
+        if all(memoryview(new).obj is memoryview(old).obj for new, old in views):
+            return None
+    return State(head, buffers)

@@ -1,0 +1,62 @@
+"""The backend `simulation`: the Flower app of a folder, its nodes on Ray actors, its rounds heard like any run's."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import fedmom
+from fedmom.config import Config, flat
+from fedmom.errors import InputError, RunStoppedError
+from fedmom.executors import PoolOptions
+from fedmom.runner import Callback, Result, listening
+
+
+def pool_options(config: Config) -> PoolOptions:
+    """The actors that [simulation] describes."""
+    keys = config.simulation
+    return PoolOptions(
+        num_workers=keys.num_actors,
+        num_cpus=keys.num_cpus,
+        num_gpus=keys.num_gpus,
+        ray_address=keys.ray_address,
+        retries=keys.retries,
+        straggler_seconds=keys.straggler_seconds,
+    )
+
+
+def simulate(
+    config: Config,
+    *,
+    out: str | Path | None,
+    resume: str | Path | None,
+    callbacks: Iterable[Callback],
+    app: str | Path | None,
+) -> Result:
+    """Run a resolved configuration through the ServerApp and ClientApp of the folder `app`.
+
+    None: the working directory if it holds a Flower app, else the checkout that fedmom runs from.
+    Raises InputError for bad input, also the app's own.
+    """
+    from fedmom.ray_grid import simulate_app
+
+    num_nodes = -(-config.data.num_clients // config.simulation.clients_per_node)
+    where = {"run.out": str(out or ""), "run.resume": str(resume or "")}
+    with listening(callbacks) as heard:
+        try:
+            simulate_app(
+                app_folder(app), num_nodes=num_nodes, run_config={**flat(config), **where}, options=pool_options(config)
+            )
+        except RunStoppedError:
+            if heard.result is None:
+                raise
+    if heard.result is None:
+        raise InputError(f"--app {app or '.'}: its ServerApp made no run of fedmom; try `fedmom simulate-app`")
+    return heard.result
+
+
+def app_folder(app: str | Path | None) -> Path:
+    """The folder of the Flower app: as given, or here, or fedmom's own checkout."""
+    if app is not None:
+        return Path(app)
+    own = Path(fedmom.__file__).resolve().parent.parent
+    here = Path.cwd()
+    return here if (here / "pyproject.toml").is_file() or not (own / "strategies").is_dir() else own

@@ -1,0 +1,44 @@
+"""Tensors <-> the bytes of .npy files, with no copy where none is needed: how arrays travel in Flower's messages.
+
+Plain bytes here, so that both sides of the wire share it; Flower's records are built by the apps themselves.
+"""
+
+import warnings
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmom.errors import InputError
+
+
+def to_npy(tensor: Tensor) -> bytes:
+    """What `np.save` would write of a tensor, with one copy instead of two."""
+    array = tensor.detach().cpu().contiguous().numpy()
+    head = BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
+    return b"".join((head.getbuffer(), array.reshape(-1).view(np.uint8).data))
+
+
+def from_npy(data: Any) -> Tensor:
+    """A tensor on the bytes of an .npy file (bytes, memoryview, uint8 array). It shares their memory: read it only.
+
+    Raises InputError for bytes that are no such file.
+    """
+    view = memoryview(data).cast("B")
+    try:
+        file = BytesIO(view[:4096])  # the header; a structured type's could be longer, and is none of ours
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        array = np.frombuffer(view, dtype, offset=file.tell(), count=int(np.prod(shape)))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"an array is not in numpy's format ({error})") from None
+    array = array.reshape(shape, order="F" if fortran else "C")
+    with warnings.catch_warnings():  # of torch, that the memory may not be written to
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array if dtype.isnative else array.astype(dtype.newbyteorder("=")))

@@ -1,0 +1,1 @@
+"""Flower's server side: strategies and server_app.py."""

@@ -1,0 +1,239 @@
+"""PRSGDM: the Flower strategy that averages the model x, the momentum u and the buffers of a round's clients.
+
+Yu, Jin, Yang (ICML 2019), Algorithm 1, server side. Arrays are named `params/…`, `momentum/…` and `buffers/…`; the
+sums are taken in client order in float64, reply by reply, so the result does not depend on who answered first and
+memory does not grow with the number of clients.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from logging import INFO
+from typing import Any, NamedTuple
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedmom.algorithms import slow_step
+from fedmom.averaging import WeightedMean
+from fedmom.state import ClientState, Tree, flatten, unflatten, zeros_like
+from fedmom.train import cohort
+from strategies.failures import Clients
+from strategies.updates import ARRAYS, CONFIG, ROWS, WEIGHT, Update, accept, pack, unpack
+
+SPREADS = {"consensus_distance": "params", "momentum_spread": "momentum"}
+
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class Answer(NamedTuple):
+    """What remains of an update once it has been added up."""
+
+    weight: float
+    about: dict[str, Any]
+    rows: Tree | None
+
+
+class Trained(NamedTuple):
+    """One round of training."""
+
+    state: ClientState  # x̂, û and the buffers
+    metrics: dict[str, float]  # train_loss, consensus_distance, momentum_spread
+    answers: list[Answer]  # in client order
+
+
+class PRSGDM(Strategy):
+    """Federated momentum SGD: every client restarts from the mean of all models and the mean of all momenta.
+
+    num_clients: N. The clients are found by one query round (node ids are random).
+    cohort_size: clients drawn per round, by (seed, round) alone; 0: all.
+    running_var: "pooled" or "mean", how BatchNorm variances are averaged.
+    on_failure, min_clients, retries: see `strategies.failures.Clients`.
+    window: messages between the oldest unanswered one and the newest sent; 0: so many as fit into 256 MB.
+    slow_momentum, slow_lr: α and η of SlowMo, a server step on top; γ is the clients' metric `lr`, else `lr`.
+    evaluate_clients: whether `start` also asks all nodes to evaluate after each round.
+
+    The clients' weights are the metric `weighted_by_key` of their replies, the same for x, u and buffers.
+    """
+
+    def __init__(
+        self,
+        num_clients: int,
+        *,
+        cohort_size: int = 0,
+        seed: int = 0,
+        running_var: str = "pooled",
+        on_failure: str = "stop",
+        min_clients: int = 1,
+        retries: int = 2,
+        window: int = 0,
+        wait_seconds: float = 600.0,
+        slow_momentum: float = 0.0,
+        slow_lr: float = 1.0,
+        lr: float = 1.0,
+        evaluate_clients: bool = False,
+        weighted_by_key: str = WEIGHT,
+    ) -> None:
+        self.clients = Clients(num_clients, on_failure, min_clients, retries, window, wait_seconds)
+        self.cohort = partial(cohort, num_clients, cohort_size or num_clients, seed)
+        self.running_var, self.weighted_by_key = running_var, weighted_by_key
+        self.slow_momentum, self.slow_lr, self.lr = slow_momentum, slow_lr, lr
+        self.slow: Tree = {}  # SlowMo's u_s
+        self.evaluate_clients = evaluate_clients
+        self.rows: dict[int, Tree] = {}  # {client: its own u}, sent along where there are any (policy "local")
+        self._expected: Tree = {}  # what the updates of this round must look like
+
+    def summary(self) -> None:
+        log(INFO, "\t├──> %d clients in all", self.clients.num_clients)
+        log(INFO, "\t└──> on failure: %s", self.clients.on_failure)
+
+    # What Flower asks of a strategy
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """One message to every node that holds clients of the round's cohort, in client order."""
+        return list(self._train_messages(server_round, arrays, config, grid))
+
+    def _train_messages(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterator[Message]:
+        """The same, each made as it goes out."""
+        if not self.clients.holders:
+            self.clients.learn(grid)
+        self._expected = unpack(arrays)
+        chosen = set(self.cohort(server_round - 1).tolist())
+        for holder in self.clients.holders:
+            clients = [client for client in holder.clients if client in chosen]
+            if not clients:
+                continue
+            asked = ConfigRecord({**config, "server-round": server_round, "clients": clients})
+            content = {ARRAYS: arrays, CONFIG: asked}
+            if self.rows:
+                own = [self.rows[client] for client in clients]
+                content[ROWS] = pack({name: torch.stack([u[name] for u in own]) for name in own[0]})
+            yield Message(RecordDict(content), message_type=MessageType.TRAIN, dst_node_id=holder.node_id)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Weighted means of the replies, in the order in which they come; failures as `on_failure` says."""
+        trained = self._average(server_round, map(self._accept, self.clients.answered(server_round, replies)))
+        return pack(flatten(trained.state)), MetricRecord(trained.metrics)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """One message to every node, if clients are to evaluate at all."""
+        if not self.evaluate_clients:
+            return []
+        if not self.clients.holders:
+            self.clients.learn(grid)
+        content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({**config, "server-round": server_round})})
+        node_ids = [holder.node_id for holder in self.clients.holders]
+        return [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node_id) for node_id in node_ids]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Means of the replies' metrics by their weights; None where nobody was asked."""
+        total, sums = 0.0, dict[str, float]()
+        for reply in self.clients.answered(server_round, replies):
+            metrics = dict(next(iter(reply.content.metric_records.values())))
+            weight = float(metrics.pop(self.weighted_by_key))
+            total += weight
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + weight * float(value)
+        return MetricRecord({name: value / total for name, value in sums.items()}) if total else None
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Evaluate | None = None,
+        *,
+        first_round: int = 1,
+        slow: Tree | None = None,
+        on_round: Callable[[int, ArrayRecord, MetricRecord], None] | None = None,
+    ) -> Result:
+        """Rounds first_round … num_rounds, the numbers that clients and cohorts see; a resumed run gives the later one.
+
+        `slow`: SlowMo's u_s to go on with ({parameter: tensor}); `self.slow` is its last value.
+        `on_round(round, arrays, metrics)` is called after each round. Raises ClientsFailedError by `on_failure`.
+        """
+        result, arrays = Result(), initial_arrays
+        result.arrays = arrays
+        train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        self.slow = slow or zeros_like(unflatten(unpack(arrays)).params)
+        if evaluate_fn and first_round == 1 and (measured := evaluate_fn(0, arrays)) is not None:
+            result.evaluate_metrics_serverapp[0] = measured
+        for number in range(first_round, num_rounds + 1):
+            trained = self.train_round(grid, number, arrays, train_config, timeout=timeout)
+            metrics = MetricRecord(trained.metrics)
+            arrays = result.arrays = pack(flatten(self._slow_step(arrays, trained)))
+            result.train_metrics_clientapp[number] = metrics
+            log(INFO, "[ROUND %s/%s] %s", number, num_rounds, dict(metrics))
+            messages = self.configure_evaluate(number, arrays, evaluate_config, grid)
+            replies = self.clients.exchange(grid, number, messages, arrays, timeout=timeout)
+            if (judged := self.aggregate_evaluate(number, replies)) is not None:
+                result.evaluate_metrics_clientapp[number] = judged
+            if evaluate_fn and (measured := evaluate_fn(number, arrays)) is not None:
+                result.evaluate_metrics_serverapp[number] = measured
+            if on_round:
+                on_round(number, arrays, metrics)
+        return result
+
+    # One round
+
+    def train_round(
+        self,
+        grid: Grid,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        *,
+        timeout: float = 0.0,
+        on_update: Callable[[Update], None] = lambda update: None,
+    ) -> Trained:
+        """Send the cohort its start, and average what comes back; failures as `on_failure` says."""
+        messages = self._train_messages(server_round, arrays, config, grid)
+        updates = self.clients.exchange(grid, server_round, messages, arrays, timeout=timeout, accept=self._accept)
+        return self._average(server_round, updates, on_update)
+
+    def _accept(self, reply: Message) -> Update:
+        return accept(reply, self._expected, self.weighted_by_key)
+
+    def _average(
+        self,
+        server_round: int,
+        updates: Iterable[Update],
+        on_update: Callable[[Update], None] = lambda update: None,
+    ) -> Trained:
+        """Weighted means, one update at a time; each is let go before the next is taken."""
+        mean, sums, answers, num_clients = WeightedMean(self.running_var), dict[str, float](), list[Answer](), 0
+        for update in updates:
+            mean.add_one(update.state, update.weight)
+            for name, value in update.metrics.items():
+                sums[name] = sums.get(name, 0.0) + update.weight * value
+            answers.append(Answer(update.weight, update.about, update.rows))
+            num_clients += len(update.about.get("clients", [0]))
+            on_update(update)
+            del update
+        self.clients.enough(server_round, num_clients)
+        metrics = {name: value / mean.weight for name, value in sums.items()}
+        for name, part in SPREADS.items():  # a block's clients about its mean, and the means about theirs
+            metrics[name] = metrics.get(name, 0.0) + mean.spread(part)
+        return Trained(mean.mean(), metrics, answers)
+
+    def _slow_step(self, arrays: ArrayRecord, trained: Trained) -> ClientState:
+        """SlowMo's step from the round's start to its mean; the mean itself with α = 0 and η = 1."""
+        if not self.slow_momentum and self.slow_lr == 1:
+            return trained.state
+        before, lr = unflatten(unpack(arrays)).params, trained.metrics.get("lr", self.lr)
+        alpha, eta = self.slow_momentum, self.slow_lr
+        params, self.slow = slow_step(before, trained.state.params, self.slow, lr=lr, alpha=alpha, eta=eta)
+        return trained.state._replace(params=params)

@@ -1,0 +1,130 @@
+"""Messages out, replies back in the order of the messages, with a bounded number of both in memory, on any Grid."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.005, 0.5  # seconds between two looks at a Grid that cannot call back
+
+
+@dataclass
+class Exchange:
+    """One message and what came of it: an answer, or the reason why there is none."""
+
+    message: Message
+    tries: int = 0
+    deadline: float = float("inf")
+    answer: Any = None
+    failure: str = ""
+    code: int = 0  # Flower's, of an error reply
+
+    @property
+    def done(self) -> bool:
+        return self.answer is not None or bool(self.failure)
+
+
+# reply -> what the caller makes of it; raises ValueError with the reason to refuse it
+Accept = Callable[[Message], Any]
+# Asked after each failed try: the message to send instead (a new one: ids are not used twice), or None to give up.
+Again = Callable[[Exchange], Message | None]
+
+
+def exchange(
+    grid: Grid,
+    messages: Iterable[Message],
+    *,
+    window: int,
+    timeout: float = 0.0,
+    accept: Accept = lambda reply: reply,
+    again: Again = lambda failed: None,
+) -> Iterator[Exchange]:
+    """Send `messages` and give each with its answer, in their order.
+
+    At most `window` of them are between the oldest unanswered one and the newest sent, so memory does not grow with
+    their number. No reply within `timeout` seconds (0: no limit) is a failure, like an error or a refused reply.
+    """
+    source = iter(messages)
+    slots: deque[Exchange] = deque()
+    pending: dict[str, Exchange] = {}
+    wait = getattr(grid, "wait", None)
+    pause, exhausted = _SHORTEST_WAIT, False
+    while slots or not exhausted:
+        while not exhausted and len(slots) < window:
+            fresh = [Exchange(message) for message in islice(source, window - len(slots))]
+            exhausted = not fresh
+            slots.extend(fresh)
+            _push(grid, fresh, pending, timeout, again)
+        if slots and not slots[0].done:
+            arrived = _collect(grid, pending, accept)
+            _push(grid, [slot for slot in arrived if slot.failure], pending, timeout, again)
+            if arrived:
+                pause = _SHORTEST_WAIT
+            elif wait is not None:
+                nearest = min(slot.deadline for slot in pending.values())
+                wait(min(_LONGEST_WAIT, max(0.0, nearest - time.monotonic())))
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_WAIT)
+        while slots and slots[0].done:
+            yield slots.popleft()
+
+
+def _push(grid: Grid, slots: list[Exchange], pending: dict[str, Exchange], timeout: float, again: Again) -> None:
+    """Send what is new, and what failed and shall be tried again."""
+    while slots:
+        sent = []
+        for slot in slots:
+            if slot.failure:
+                message = again(slot)
+                if message is None:
+                    continue
+                slot.message, slot.failure, slot.code = message, "", 0
+            sent.append(slot)
+        if not sent:
+            return
+        ids: list[str | None] = list(grid.push_messages([slot.message for slot in sent]))
+        ids += [None] * (len(sent) - len(ids))  # a Grid that refuses a whole request gives no ids
+        for slot, message_id in zip(sent, ids, strict=True):
+            slot.tries += 1
+            slot.deadline = time.monotonic() + timeout if timeout else float("inf")
+            if message_id is None:
+                slot.failure = "the message was not taken (is it too large?)"
+            else:
+                pending[message_id] = slot
+        slots = [slot for slot in sent if slot.failure]
+
+
+def _collect(grid: Grid, pending: dict[str, Exchange], accept: Accept) -> list[Exchange]:
+    """Take what has been answered, or is overdue, out of `pending`."""
+    arrived = []
+    for reply in grid.pull_messages(list(pending)):
+        slot = pending.pop(reply.metadata.reply_to_message_id, None)
+        if slot is None:
+            continue
+        arrived.append(slot)
+        if reply.has_error():
+            slot.failure, slot.code = _reason(reply), reply.error.code
+            continue
+        try:
+            slot.answer = accept(reply)
+        except ValueError as error:
+            slot.failure = str(error)
+    now = time.monotonic()
+    for message_id, slot in list(pending.items()):
+        if now > slot.deadline:
+            del pending[message_id]
+            slot.failure = "no reply in time"
+            arrived.append(slot)
+    return arrived
+
+
+def _reason(reply: Message) -> str:
+    """One line: an error's reason is a traceback at times, of which the last line says what happened."""
+    lines = [line.strip() for line in (reply.error.reason or "").splitlines() if line.strip()]
+    return lines[-1] if lines else f"error {reply.error.code}"

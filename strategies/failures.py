@@ -1,0 +1,107 @@
+"""What happens when a client fails: a policy, never silence."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from logging import WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from fedmom.errors import ClientsFailedError
+from strategies.dispatch import Exchange, exchange
+from strategies.holders import Holder, learn_holders
+from strategies.updates import CONFIG
+
+_WINDOW_BYTES = 256 << 20  # of replies that wait for their turn
+_LARGEST_WINDOW = 1024  # messages
+
+
+@dataclass
+class Clients:
+    """All clients behind a Grid: who holds which, how to exchange messages with them, and what a failure means.
+
+    on_failure: "stop" (ClientsFailedError names the client), "retry" (`retries` times, then stop) or "proceed" (without
+    it, if at least `min_clients` answer). An error, a missing reply and a refused update all are failures.
+    """
+
+    num_clients: int
+    on_failure: str = "stop"
+    min_clients: int = 1
+    retries: int = 2
+    window: int = 0
+    wait_seconds: float = 600.0
+    holders: list[Holder] = field(default_factory=list)
+
+    def learn(self, grid: Grid) -> None:
+        """Find out which node holds which clients."""
+        self.holders = learn_holders(grid, self.num_clients, wait_seconds=self.wait_seconds)
+
+    def exchange(
+        self,
+        grid: Grid,
+        server_round: int,
+        messages: Iterable[Message],
+        arrays: ArrayRecord,
+        *,
+        timeout: float = 0.0,
+        accept: Callable[[Message], Any] = lambda reply: reply,
+    ) -> Iterator[Any]:
+        """What `accept` made of the replies, in the order of `messages`, without the failures that policy lets pass."""
+        size = sum(len(array.data) for array in arrays.values())
+        window = self.window or max(4 * getattr(grid, "num_workers", 4), _WINDOW_BYTES // max(1, size))
+        done = exchange(
+            grid,
+            messages,
+            window=min(window, _LARGEST_WINDOW),
+            timeout=timeout,
+            accept=accept,
+            again=lambda failed: self._again(grid, server_round, failed),
+        )
+        return (one.answer for one in done if one.answer is not None)
+
+    def answered(self, server_round: int, replies: Iterable[Message]) -> Iterator[Message]:
+        """Of replies that somebody else collected, those without an error; an error stops unless policy is proceed."""
+        for reply in replies:
+            if not reply.has_error():
+                yield reply
+                continue
+            node_id = reply.metadata.src_node_id
+            clients = [client for holder in self.holders if holder.node_id == node_id for client in holder.clients]
+            reason = _named(server_round, node_id, clients, reply.error.reason or f"error {reply.error.code}")
+            if self.on_failure != "proceed":
+                raise ClientsFailedError(reason)
+            log(WARNING, "%s; the round goes on without", reason)
+
+    def enough(self, server_round: int, answered: int) -> None:
+        """Raises ClientsFailedError where too few clients answered for a round."""
+        if answered < self.min_clients:
+            raise ClientsFailedError(
+                f"round {server_round}: {answered} clients answered, server.min-clients = {self.min_clients}"
+            )
+
+    def _again(self, grid: Grid, server_round: int, failed: Exchange) -> Message | None:
+        """A message for another try, None to go on without; raises ClientsFailedError where the run must stop."""
+        metadata, content = failed.message.metadata, failed.message.content
+        node_id = metadata.dst_node_id
+        clients = list(content.config_records[CONFIG].get("clients", []))
+        clients = clients or [c for holder in self.holders if holder.node_id == node_id for c in holder.clients]
+        reason = _named(server_round, node_id, clients, failed.failure)
+        if self.on_failure == "proceed":
+            log(WARNING, "%s; the round goes on without", reason)
+            return None
+        if self.on_failure == "stop" or failed.tries > self.retries:
+            raise ClientsFailedError(reason + (f" ({failed.tries} tries)" if failed.tries > 1 else ""))
+        log(WARNING, "%s; try %d of %d", reason, failed.tries + 1, self.retries + 1)
+        if node_id not in set(grid.get_node_ids()):  # it may be back under another id
+            self.learn(grid)
+            node_id = next(holder.node_id for holder in self.holders if set(clients) <= set(holder.clients))
+        return Message(content, message_type=metadata.message_type, dst_node_id=node_id)
+
+
+def _named(server_round: int, node_id: int, clients: Sequence[int], reason: str) -> str:
+    """One line on a failure: the round, the clients and what happened."""
+    some = ", ".join(map(str, clients[:5])) + (f", … ({len(clients)} clients)" if len(clients) > 5 else "")
+    who = f"client{'s' * (len(clients) > 1)} {some}, " if clients else ""
+    return f"round {server_round}: {who}node {node_id}: {' '.join(reason.split())}"

@@ -1,0 +1,140 @@
+"""fedmom's round loop on Flower's clients: each round of `fedmom.train.run_rounds` is one exchange over a Grid."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedmom.averaging import WeightedMean
+from fedmom.engine import Outcome, Progress, Round
+from fedmom.errors import ClientsFailedError
+from fedmom.objective import Task
+from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
+from strategies.averaging import PRSGDM, SPREADS, Answer
+from strategies.failures import Clients
+from strategies.stock import CohortGrid
+from strategies.updates import Update, accept, pack, unpack
+
+
+class AveragingRounds:
+    """Rounds of PRSGDM: what the engine does in this process, done by the nodes of a Grid."""
+
+    def __init__(self, strategy: PRSGDM, grid: Grid, task: Task, asked: dict[str, Any], timeout: float) -> None:
+        """`asked`: what every train message says besides the round and the clients. `timeout` in seconds, 0: none."""
+        self.strategy, self.grid, self.task, self.asked, self.timeout = strategy, grid, task, asked, timeout
+
+    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+        """I local steps of the cohort on the nodes. Raises ClientsFailedError as the strategy's policy says."""
+        ids = job.clients.tolist()
+        if job.momentum is not None:
+            rows = {name: u.unbind() for name, u in job.momentum.items()}
+            self.strategy.rows = {client: {n: u[k] for n, u in rows.items()} for k, client in enumerate(ids)}
+        trained = self.strategy.train_round(
+            self.grid,
+            job.round_index + 1,
+            pack(flatten(start)),
+            ConfigRecord(self.asked),
+            timeout=self.timeout,
+            on_update=lambda update: _tell(progress, update),
+        )
+        metrics = trained.metrics
+        return _outcome(self.task, job, trained.state, metrics, trained.answers)
+
+
+class StockRounds:
+    """Rounds of one of Flower's own strategies; the failures are met as for ours before it sees the replies."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        clients: Clients,
+        grid: Grid,
+        task: Task,
+        asked: dict[str, Any],
+        timeout: float,
+    ) -> None:
+        self.strategy, self.clients, self.grid, self.task = strategy, clients, grid, task
+        self.asked, self.timeout = asked, timeout
+
+    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+        """One round as Strategy.start would run it: configure, exchange, aggregate."""
+        number, tensors = job.round_index + 1, flatten(start)
+        arrays = pack(tensors)
+        chosen = set(job.clients.tolist())
+        nodes = [holder.node_id for holder in self.clients.holders if chosen.intersection(holder.clients)]
+        messages = list(
+            self.strategy.configure_train(number, arrays, ConfigRecord(self.asked), CohortGrid(self.grid, nodes))
+        )
+        messages.sort(key=lambda message: nodes.index(message.metadata.dst_node_id))
+        updates, mean = list[Update](), WeightedMean("mean")
+        for update in self.clients.exchange(
+            self.grid,
+            number,
+            messages,
+            arrays,
+            timeout=self.timeout,
+            accept=lambda reply: accept(reply, tensors),
+        ):
+            _tell(progress, update)
+            mean.add_one(update.state, update.weight)
+            updates.append(update)
+        self.clients.enough(number, sum(len(update.about["clients"]) for update in updates))
+        result, _ = self.strategy.aggregate_train(number, [update.reply for update in updates])
+        if result is None:
+            raise ClientsFailedError(f"round {number}: {type(self.strategy).__name__} gave no model")
+        metrics = {}
+        for name in ("train_loss", *SPREADS):
+            metrics[name] = sum(u.weight * u.metrics[name] for u in updates) / mean.weight
+        for name, part in SPREADS.items():
+            metrics[name] += mean.spread(part)
+        answers = [Answer(update.weight, update.about, None) for update in updates]
+        return _outcome(self.task, job, unflatten(_like(result, tensors)), metrics, answers)
+
+
+def _like(arrays: ArrayRecord, tensors: Tree) -> Tree:
+    """Arrays of a stock strategy in the dtypes that were sent: it makes whole numbers real."""
+    found = unpack(arrays)
+    return {
+        name: (found[name] if right.is_floating_point() else found[name].round()).to(right.dtype, copy=True)
+        for name, right in tensors.items()
+    }
+
+
+def _tell(progress: Progress | None, update: Update) -> None:
+    if progress:
+        progress(int(update.about.get("client-steps", 0)))
+
+
+def _outcome(
+    task: Task, job: Round, state: ClientState, metrics: dict[str, float], answers: Sequence[Answer]
+) -> Outcome:
+    """What the nodes' answers come to, in the order of the job's clients."""
+    place = {client: k for k, client in enumerate(job.clients.tolist())}
+    answered = torch.zeros(len(place), dtype=torch.bool)
+    losses = torch.full((len(place),), torch.nan, dtype=torch.float64)
+    path, total = list[torch.Tensor](), sum(answer.weight for answer in answers)
+    for answer in answers:
+        rows = torch.tensor([place[client] for client in answer.about["clients"]])
+        answered[rows] = True
+        losses[rows] = torch.tensor(answer.about["train-loss"], dtype=torch.float64)
+        if task.small:
+            points = torch.tensor(answer.about["path"], dtype=torch.float64).reshape(len(job.lrs), -1)
+            path = [
+                a + answer.weight / total * b for a, b in zip(path or torch.zeros_like(points), points, strict=True)
+            ]
+    momentum = None
+    if job.momentum is not None:
+        momentum = {n: torch.cat([answer.rows[n] for answer in answers if answer.rows]) for n in job.momentum}
+    return Outcome(
+        mean=to_device(state, task.device),
+        train_loss=metrics["train_loss"],
+        consensus_distance=metrics["consensus_distance"],
+        momentum_spread=metrics["momentum_spread"],
+        path=path,
+        momentum=momentum,
+        losses=losses[answered],
+        answered=None if bool(answered.all()) else answered,
+    )

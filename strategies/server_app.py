@@ -1,0 +1,85 @@
+"""The ServerApp: a run config becomes a run of fedmom whose rounds are exchanges over Flower's Grid."""
+
+from functools import partial
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedmom.config import Config, replace
+from fedmom.engine import Rounds
+from fedmom.errors import InputError, RunStoppedError
+from fedmom.node import settled
+from fedmom.objective import Task
+from fedmom.runner import run
+from fedmom.train import Plan
+from strategies.averaging import PRSGDM
+from strategies.failures import Clients
+from strategies.holders import ask
+from strategies.rounds import AveragingRounds, StockRounds
+from strategies.stock import make_stock
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run as the run config says: records and checkpoints in `run.out`, or on with `run.resume`.
+
+    Raises InputError for bad keys, RunStoppedError where the run did not get to its end (so Flower sees it fail).
+    """
+    config = settled(context.run_config)
+    where = config.run
+    if where.resume and config.server.strategy != "pr-sgd-m":
+        raise InputError(
+            f"run.resume = {where.resume!r}: Flower's {config.server.strategy} keeps state that a checkpoint does not "
+            "hold; start a new run"
+        )
+    config = replace(config, "run", out="", resume="", backend=getattr(grid, "backend", "flower"))
+    result = run(
+        config,
+        out=where.out or None,
+        resume=where.resume or None,
+        rounds=partial(make_rounds, grid),
+    )
+    if result.status != "done":
+        raise RunStoppedError(result.message)
+
+
+def make_rounds(grid: Grid, config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
+    """The rounds on this Grid, and the configuration with what a node chose where the engine's path was left open."""
+    keys, num_clients, method = config.server, config.data.num_clients, plan.method
+    strategy = PRSGDM(
+        num_clients,
+        cohort_size=plan.cohort_size,
+        seed=plan.seed,
+        running_var=method.running_var,
+        on_failure=keys.on_failure,
+        min_clients=keys.min_clients,
+        retries=keys.retries,
+        window=keys.window,
+        wait_seconds=keys.wait_seconds,
+    )
+    clients = strategy.clients
+    clients.learn(grid)
+    config = _settle_path(grid, clients, config, keys.timeout_seconds)
+    asked = {"path": config.engine.path, "chunk-size": config.engine.chunk_size}
+    blocks = max(len(holder.clients) for holder in clients.holders)
+    notes = [f"{len(clients.holders)} Flower nodes, at most {blocks} client{'s' * (blocks > 1)} each"]
+    if keys.strategy == "pr-sgd-m":
+        return config, AveragingRounds(strategy, grid, task, asked, keys.timeout_seconds), notes
+    stock = make_stock(config, task.start(), clients.holders)
+    notes.append(f"{type(stock).__name__} keeps its own state in memory: this run cannot be resumed")
+    return config, StockRounds(stock, clients, grid, task, asked, keys.timeout_seconds), notes
+
+
+def _settle_path(grid: Grid, clients: Clients, config: Config, timeout: float) -> Config:
+    """Where the path is left to timing one node decides for all, so that a resumed run takes the same."""
+    engine = config.engine
+    if engine.path == "loop" or (engine.path == "vmap" and engine.chunk_size):
+        return config
+    largest = max(clients.holders, key=lambda holder: len(holder.clients))
+    for node_id, answer, done in ask(grid, [largest.node_id], {"engine": True}, timeout=timeout):
+        if answer is None or "path" not in answer:
+            raise InputError(f"node {node_id}: {done.failure or 'it did not say how its engine runs'}")
+        return replace(config, "engine", path=answer["path"], chunk_size=answer["chunk-size"])
+    return config

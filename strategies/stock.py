@@ -1,0 +1,111 @@
+"""Flower's own strategies on our clients, by name: `[server] strategy = "fedavgm"`.
+
+They see every array of a reply, so what they do to the model x they do to the momentum u as well: docs/method.md
+says what each then averages.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedTrimmedAvg,
+    Krum,
+    Strategy,
+)
+
+from fedmom.algorithms import MOMENTUM_POLICIES
+from fedmom.config import Config, ServerConfig
+from fedmom.errors import InputError
+from fedmom.state import ClientState
+from strategies.holders import Holder
+
+
+class Stock(NamedTuple):
+    """One of Flower's strategies and what it can take."""
+
+    make: Callable[[ServerConfig, int, dict[str, Any]], Strategy]  # (keys, clients per round, options of FedAvg)
+    means_of_means: bool  # whether a block's mean may stand for its clients
+    moves_buffers: bool  # whether the server's step could drive a running_var negative
+
+
+def _dp(keys: ServerConfig, cohort: int, options: dict[str, Any]) -> Strategy:
+    return DifferentialPrivacyServerSideFixedClipping(
+        FedAvg(**options), keys.noise_multiplier, keys.clipping_norm, num_sampled_clients=cohort
+    )
+
+
+STOCK: dict[str, Stock] = {
+    "fedavg": Stock(lambda keys, cohort, options: FedAvg(**options), True, False),
+    "fedavgm": Stock(
+        lambda keys, cohort, options: FedAvgM(**options, server_learning_rate=keys.lr, server_momentum=keys.momentum),
+        True,
+        True,
+    ),
+    "fedadam": Stock(lambda keys, cohort, options: FedAdam(**options, eta=keys.lr), True, True),
+    "fedtrimmedavg": Stock(lambda keys, cohort, options: FedTrimmedAvg(**options, beta=keys.trim), False, False),
+    "krum": Stock(lambda keys, cohort, options: Krum(**options, num_malicious_nodes=keys.num_malicious), False, False),
+    "dp-fedavg": Stock(_dp, False, True),
+}
+
+
+def make_stock(config: Config, start: ClientState, holders: Iterable[Holder]) -> Strategy:
+    """The strategy that `server.strategy` names; InputError where it would be wrong on this model or these nodes."""
+    keys, algorithm, name = config.server, config.algorithm, config.server.strategy
+    stock, named = STOCK[name], f"server.strategy = {name!r}"
+    if MOMENTUM_POLICIES[algorithm.momentum_policy].keeps_rows:
+        raise InputError(f"{named}: algorithm.momentum-policy = {algorithm.momentum_policy!r} needs pr-sgd-m")
+    if algorithm.slow_momentum or algorithm.slow_lr != 1:
+        raise InputError(f"{named}: algorithm.slow-momentum and slow-lr need pr-sgd-m")
+    blocks = [holder for holder in holders if len(holder.clients) > 1]
+    if blocks and not stock.means_of_means:
+        raise InputError(
+            f"{named}: node {blocks[0].node_id} holds {len(blocks[0].clients)} clients and answers with their mean; "
+            "give every client its own node (simulation.clients-per-node = 1, or as many nodes as clients)"
+        )
+    if blocks and algorithm.cohort_size < config.data.num_clients:
+        raise InputError(
+            f"{named}: takes whole nodes, so algorithm.cohort-size = {algorithm.cohort_size} needs one client per node"
+        )
+    if stock.moves_buffers and start.buffers:
+        raise InputError(
+            f"{named}: its step could make a running variance negative, and model.name = {config.model.name!r} has "
+            "buffers; take a model without (cnn, mlp, logistic, or model.norm = 'group')"
+        )
+    # It sees the nodes of the round's cohort alone, so it takes all it sees.
+    options = {"fraction_evaluate": 0.0, "min_train_nodes": 1, "min_available_nodes": 1}
+    return stock.make(keys, algorithm.cohort_size, options)
+
+
+class CohortGrid(Grid):
+    """A Grid of which a strategy sees some nodes only; it sends nothing itself."""
+
+    def __init__(self, grid: Grid, node_ids: Iterable[int]) -> None:
+        self.grid, self.node_ids = grid, list(node_ids)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.node_ids)
+
+    @property
+    def run(self) -> Any:
+        return self.grid.run
+
+    def set_run(self, run: Any) -> None:
+        self.grid.set_run(run)
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        return self.grid.create_message(*args, **kwargs)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self.grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self.grid.send_and_receive(messages, timeout=timeout)

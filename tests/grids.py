@@ -1,0 +1,106 @@
+"""A Flower Grid in this process: calls the ClientApp on push, and can lose, break or reorder what comes back."""
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedmom.config import KEYS, load
+
+
+def run_config(changes: Mapping) -> dict:
+    """What Flower would hand to the apps: every key, flat."""
+    from fedmom.config import flat
+
+    assert set(changes) <= set(KEYS)
+    return flat(load(changes).config)
+
+
+class LocalGrid(Grid):
+    """P nodes with one ClientApp. `fault(message, node_config)` may give "lose", an Exception, or a changer of replies."""
+
+    num_workers = 1
+
+    def __init__(
+        self,
+        app: Callable[[Message, Context], Message],
+        num_nodes: int,
+        config: Mapping,
+        *,
+        fault: Callable | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        self.app, self.fault = app, fault
+        self.ids = random.Random(num_nodes).sample(range(1, 10**9), num_nodes)  # in no order
+        self.contexts = {
+            node_id: Context(1, node_id, {"partition-id": p, "num-partitions": num_nodes}, RecordDict(), dict(config))
+            for p, node_id in enumerate(self.ids)
+        }
+        self.rng = random.Random(0) if shuffle else None
+        self.replies: dict[str, Message] = {}
+        self.pushed: list[Message] = []
+        self.in_flight, self.most_in_flight = 0, 0
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+
+    @property
+    def run(self):
+        raise NotImplementedError
+
+    def set_run(self, run) -> None:
+        raise NotImplementedError
+
+    def create_message(self, *args, **kwargs) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return set(self.ids)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            message_id = f"m{len(self.pushed)}"
+            message.metadata.__dict__["_message_id"] = message_id
+            self.pushed.append(message)
+            ids.append(message_id)
+            self.in_flight += 1
+            reply = self._answer(message)
+            if reply is not None:
+                self.replies[message_id] = reply
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        return ids
+
+    def _answer(self, message: Message) -> Message | None:
+        node_id = message.metadata.dst_node_id
+        fault = self.fault(message, self.contexts[node_id].node_config) if self.fault else None
+        if fault == "lose":
+            return None
+        try:
+            if isinstance(fault, Exception):
+                raise fault
+            reply = self.app(message, self.contexts[node_id])
+        except Exception as error:
+            return Message(Error(2, f"Traceback …\n{type(error).__name__}: {error}"), reply_to=message)
+        return fault(reply) if callable(fault) else reply
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        there = [message_id for message_id in message_ids if message_id in self.replies]
+        if self.rng:
+            self.rng.shuffle(there)
+            there = there[: max(1, len(there) // 2)]  # some come later
+        self.in_flight -= len(there)
+        return [self.replies.pop(message_id) for message_id in there]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        ids = list(self.push_messages(messages))
+        shuffle, self.rng = self.rng, None
+        replies = list(self.pull_messages(ids))
+        self.rng = shuffle
+        return replies
+
+    def wait(self, timeout: float) -> None:
+        """Nothing more will come by waiting, but for deadlines."""
+        import time
+
+        time.sleep(min(timeout, 0.01))
