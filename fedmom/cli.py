@@ -1,10 +1,9 @@
-"""The command `fedmom`. Exit status: 0 done, 2 bad input (one line), 3 diverged, 130 interrupted."""
+"""The command `fedmom`. Exit status: 0 done, 2 bad input (one line), 3 diverged, 4 clients failed, 130 interrupted."""
 
 import os
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -24,13 +23,14 @@ from fedmom.imports import one_line
 from fedmom.models import MODELS
 from fedmom.progress import callbacks
 from fedmom.records import read_rounds
-from fedmom.report import draw_report
+from fedmom.report import draw_or_say_why, draw_report, finished
 from fedmom.resolve import resolve
-from fedmom.runner import Result
+from fedmom.runner import Result, run_folders
 from fedmom.runner import run as run_config
 from fedmom.setup import load_task_data
 
-DONE, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 2, 3, 130
+DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
+STATUS = {"done": DONE, "diverged": DIVERGED, "failed": FAILED, "interrupted": INTERRUPTED}
 
 
 class Commands(TyperGroup):
@@ -81,6 +81,14 @@ def run(
     device: Annotated[
         str | None, typer.Option("--device", metavar="cpu|cuda|auto", help="Overrules engine.device.")
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", metavar="engine|simulation", help="Overrules run.backend: who runs the clients."),
+    ] = None,
+    flower_app: Annotated[
+        Path | None,
+        typer.Option("--app", metavar="DIR", help="Backend simulation: the Flower app's folder (default: here)."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")] = False,
 ) -> int:
     """Run a configuration: train, record every round, draw the curves.
@@ -91,18 +99,25 @@ def run(
 
     fedmom run configs/quickstart.toml --set algorithm.momentum-policy=reset --set run.num-rounds=50
 
+    fedmom run configs/quickstart.toml --backend simulation
+
     fedmom run --resume runs/quickstart-20260101-120000 --set run.num-rounds=200
+
+    The backend "engine" trains on this machine's device, "simulation" sends Flower's messages to Ray actors: the app
+    that `flwr run` would deploy, with the same result.
 
     The run folder gets config.toml (resolved), environment.json, rounds.jsonl (a line per round), checkpoint and
     final.safetensors and curves.png. Ctrl-C leaves a checkpoint; so does a kill, at most run.checkpoint-every
     rounds old.
     """
     console = Console(highlight=False)
-    if out is None and resume is None and config is not None:
+    changes = [*(sets or ()), *([f"run.backend={backend}"] if backend else [])]
+    if config is not None and run_folders(config, changes, out, resume) == (None, None):
         out = _fresh_folder(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    followers = callbacks(console, quiet=quiet)
     result = run_config(
-        config, sets=sets or (), out=out, resume=resume, device=device, callbacks=callbacks(console, quiet=quiet)
+        config, sets=changes, out=out, resume=resume, device=device, callbacks=followers, app=flower_app
     )
     return _finish(result, console, quiet)
 
@@ -116,39 +131,14 @@ def _fresh_folder(config: Path) -> Path:
 def _finish(result: Result, console: Console, quiet: bool) -> int:
     """Draw the curves, print the table, say where everything is, and give the exit status."""
     assert result.folder is not None
-    curves = result.folder / "curves.png"
-    if result.rounds:
-        run = tables.RunHistory(result.folder.name, result.rounds)
-        _draw(lambda: pictures.draw_curves([run], curves))
-        if not quiet:
-            header, (row,) = tables.summary_table([run])
-            text = tables.as_text(header, [row])
-            if console.is_terminal and len(text.partition("\n")[0]) > console.width:
-                text = tables.as_text(
-                    header[:1] + row[:1], [list(pair) for pair in zip(header[1:], row[1:], strict=True)]
-                )
-            console.print(text, soft_wrap=True, markup=False)
-            if curves.exists():
-                console.print(f"curves: {curves}", soft_wrap=True, markup=False)
-    console.print(str(result.folder), soft_wrap=True, markup=False)
+    lines = finished(result.folder, result.rounds, console.width if console.is_terminal else None)
+    for line in lines[-1:] if quiet else lines:
+        console.print(line, soft_wrap=True, markup=False)
     if result.status != "done":
         print(f"fedmom: {result.message}", file=sys.stderr)
-        if result.status == "interrupted":
+        if result.status in ("interrupted", "failed"):
             print(f"fedmom: go on with: fedmom run --resume {result.folder}", file=sys.stderr)
-    return {"done": DONE, "diverged": DIVERGED, "interrupted": INTERRUPTED}[result.status]
-
-
-def _draw(draw: Callable[[], object]) -> None:
-    """Pictures are an extra: a machine without matplotlib runs, and says what is missing."""
-    try:
-        with warnings.catch_warnings():  # matplotlib's, where a diverged run's losses span 300 decades
-            warnings.simplefilter("ignore")
-            draw()
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        print(f"fedmom: no picture was drawn: {package} is not installed", file=sys.stderr)
-    except InputError as error:
-        print(f"fedmom: no picture was drawn: {error}", file=sys.stderr)
+    return STATUS[result.status]
 
 
 @app.command()
@@ -178,7 +168,7 @@ def partition(
         ["share of a client's largest class, mean", f"{(counts.max(1) / sizes).mean():.3f}"],
     ]
     print(tables.as_text([title, ""], rows))
-    _draw(lambda: pictures.draw_partition(counts, out, title=title))
+    draw_or_say_why(lambda: pictures.draw_partition(counts, out, title=title))
     print(out)
     return DONE
 
@@ -207,7 +197,7 @@ def report(
     for axis, title in tables.AXES.items():
         print(f"\nat equal {title}{'s' if title == 'round' else ''}")
         print(tables.as_text(*tables.equal_table(runs, axis)))
-    _draw(lambda: [print(path) for path in draw_report(runs, target).values()])
+    draw_or_say_why(lambda: [print(path) for path in draw_report(runs, target).values()])
     return DONE
 
 

@@ -148,15 +148,21 @@ class Engine:
 
     def _one_step(self, state: ClientState, batch: Any, lr: float) -> tuple[ClientState, Tensor]:
         method = self.method
-        return self.step(
-            state,
-            batch,
-            gradient=self.task.gradient,
-            lr=lr,
-            beta=method.beta,
-            nesterov=method.nesterov,
-            weight_decay=method.weight_decay,
-        )
+        try:
+            return self.step(
+                state,
+                batch,
+                gradient=self.task.gradient,
+                lr=lr,
+                beta=method.beta,
+                nesterov=method.nesterov,
+                weight_decay=method.weight_decay,
+            )
+        except RuntimeError as error:
+            # Ctrl-C between two of torch.func's levels makes torch fail an assertion of its own on the way out.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
 
 
 def part_of(job: Round, rows: Tensor) -> Round:

@@ -1,17 +1,21 @@
-"""A folder that compares runs: the picture of their curves, and their tables."""
+"""What a person reads of runs: the end of one, and a folder that compares several."""
 
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedmom.pictures import draw_curves
+from fedmom import pictures
+from fedmom.errors import InputError
 from fedmom.records import write_text
-from fedmom.tables import AXES, MISSING, RunHistory, as_markdown, equal_table, summary_table
+from fedmom.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
+from fedmom.train import Record
 
 
 def draw_report(runs: Sequence[RunHistory], out_dir: Path) -> dict[str, Path]:
     """Write curves.png and report.md (the tables, and the picture linked) into `out_dir`."""
     paths = {"curves": out_dir / "curves.png", "report": out_dir / "report.md"}
-    draw_curves(runs, paths["curves"])
+    pictures.draw_curves(runs, paths["curves"])
     parts = ["# Runs", "![Curves of the runs](curves.png)"]
     parts += ["## At the end", as_markdown(*summary_table(runs))]
     parts += ["Values of the last evaluation; client-steps/s is the median over the rounds."]
@@ -25,3 +29,35 @@ def draw_report(runs: Sequence[RunHistory], out_dir: Path) -> dict[str, Path]:
     ]
     write_text(paths["report"], "\n\n".join(parts) + "\n")
     return paths
+
+
+def finished(folder: Path, rounds: Sequence[Record], width: int | None = None) -> list[str]:
+    """Draw the curves of a run, and give what is to be printed: its table, the picture's path, the folder (last).
+
+    width: of the terminal, in characters; a table that is wider stands upright.
+    """
+    lines, curves = [], folder / "curves.png"
+    if rounds:
+        run = RunHistory(folder.name, list(rounds))
+        draw_or_say_why(lambda: pictures.draw_curves([run], curves))
+        header, (row,) = summary_table([run])
+        text = as_text(header, [row])
+        if width is not None and len(text.partition("\n")[0]) > width:
+            text = as_text(header[:1] + row[:1], [list(pair) for pair in zip(header[1:], row[1:], strict=True)])
+        lines.append(text)
+        if curves.exists():
+            lines.append(f"curves: {curves}")
+    return [*lines, str(folder)]
+
+
+def draw_or_say_why(draw: Callable[[], object]) -> None:
+    """Pictures are an extra: a machine without matplotlib runs, and says what is missing."""
+    try:
+        with warnings.catch_warnings():  # matplotlib's, where a diverged run's losses span 300 decades
+            warnings.simplefilter("ignore")
+            draw()
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        print(f"fedmom: no picture was drawn: {package} is not installed", file=sys.stderr)
+    except InputError as error:
+        print(f"fedmom: no picture was drawn: {error}", file=sys.stderr)

@@ -92,6 +92,11 @@ def listening(callbacks: Iterable[Callback]) -> Iterator[Listener]:
         _LISTENER.reset(token)
 
 
+def is_heard() -> bool:
+    """Whether somebody in this process listens to the run that is about to begin."""
+    return _LISTENER.get() is not None
+
+
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
     """Ctrl-C and SIGTERM within the block take effect after it: a round's record and state stay together."""
@@ -163,11 +168,12 @@ def run(
         callbacks = list(callbacks) or (listener.callbacks if listener else [])
         settled = resolve_device(settled)
         task, plan = make_task(settled, settled.engine.device), make_plan(settled)
-        settled, engine, chosen = (rounds or make_engine)(settled, task, plan)
-        if out is not None:
-            folder = RunFolder.create(Path(out))
-        under_way = _Run(settled, task, plan, engine, folder, notes, chosen, callbacks)
+        make = rounds or (_worker_rounds if settled.engine.workers else make_engine)
+        settled, engine, chosen = make(settled, task, plan)
         try:
+            if out is not None:
+                folder = RunFolder.create(Path(out))
+            under_way = _Run(settled, task, plan, engine, folder, notes, chosen, callbacks)
             result = under_way.go(resume is not None)
             if listener:
                 listener.result = result
@@ -176,6 +182,9 @@ def run(
             for callback in callbacks:
                 callback.on_error()
             raise
+        finally:
+            if hasattr(engine, "close"):
+                engine.close()
     finally:
         if folder is not None:
             folder.close()
@@ -190,6 +199,12 @@ def run_folders(
     """(folder to write, folder to resume): as given, else as the keys run.out and run.resume say, else None."""
     keys = load({} if config is None else config, sets).config.run
     return out or keys.out or None, resume or keys.resume or None
+
+
+def _worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
+    from fedmom.workers import make_worker_rounds  # which needs Ray, if not at once
+
+    return make_worker_rounds(config, task, plan)
 
 
 def _check_backend(config: Config, rounds: MakeRounds | None) -> None:

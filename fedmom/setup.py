@@ -8,6 +8,7 @@ from fedmom.config import Config, replace
 from fedmom.datasets import Dataset, load_dataset
 from fedmom.engine import Engine, Method
 from fedmom.errors import InputError
+from fedmom.executors import PoolOptions
 from fedmom.models import build_model
 from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
@@ -126,6 +127,19 @@ def make_plan(config: Config) -> Plan:
         num_steps=config.run.num_steps,
         slow_momentum=algorithm.slow_momentum,
         slow_lr=algorithm.slow_lr,
+    )
+
+
+def pool_options(config: Config) -> PoolOptions:
+    """The actors that [simulation] describes."""
+    keys = config.simulation
+    return PoolOptions(
+        num_workers=keys.num_actors,
+        num_cpus=keys.num_cpus,
+        num_gpus=keys.num_gpus,
+        ray_address=keys.ray_address,
+        retries=keys.retries,
+        straggler_seconds=keys.straggler_seconds,
     )
 
 

@@ -6,21 +6,8 @@ from pathlib import Path
 import fedmom
 from fedmom.config import Config, flat
 from fedmom.errors import InputError, RunStoppedError
-from fedmom.executors import PoolOptions
 from fedmom.runner import Callback, Result, listening
-
-
-def pool_options(config: Config) -> PoolOptions:
-    """The actors that [simulation] describes."""
-    keys = config.simulation
-    return PoolOptions(
-        num_workers=keys.num_actors,
-        num_cpus=keys.num_cpus,
-        num_gpus=keys.num_gpus,
-        ray_address=keys.ray_address,
-        retries=keys.retries,
-        straggler_seconds=keys.straggler_seconds,
-    )
+from fedmom.setup import pool_options
 
 
 def simulate(

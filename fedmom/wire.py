@@ -39,6 +39,11 @@ def from_npy(data: Any) -> Tensor:
     except (ValueError, TypeError) as error:
         raise InputError(f"an array is not in numpy's format ({error})") from None
     array = array.reshape(shape, order="F" if fortran else "C")
+    return as_tensor(array if dtype.isnative else array.astype(dtype.newbyteorder("=")))
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor that shares the memory of an array which may be read-only: read it only."""
     with warnings.catch_warnings():  # of torch, that the memory may not be written to
         warnings.simplefilter("ignore")
-        return torch.from_numpy(array if dtype.isnative else array.astype(dtype.newbyteorder("=")))
+        return torch.from_numpy(array)

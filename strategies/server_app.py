@@ -1,16 +1,21 @@
 """The ServerApp: a run config becomes a run of fedmom whose rounds are exchanges over Flower's Grid."""
 
+from datetime import datetime
 from functools import partial
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
 
 from fedmom.config import Config, replace
 from fedmom.engine import Rounds
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.node import settled
 from fedmom.objective import Task
-from fedmom.runner import run
+from fedmom.progress import callbacks
+from fedmom.report import finished
+from fedmom.runner import Callback, is_heard, run
 from fedmom.train import Plan
 from strategies.averaging import PRSGDM
 from strategies.failures import Clients
@@ -34,13 +39,21 @@ def main(grid: Grid, context: Context) -> None:
             f"run.resume = {where.resume!r}: Flower's {config.server.strategy} keeps state that a checkpoint does not "
             "hold; start a new run"
         )
-    config = replace(config, "run", out="", resume="", backend=getattr(grid, "backend", "flower"))
+    config = replace(config, "run", out="", resume="", backend="simulation" if is_heard() else "flower")
+    out, followers = where.out, list[Callback]()
+    if not is_heard():  # under Flower's own command nobody has chosen a folder, nor follows the rounds
+        out = out or ("" if where.resume else str(Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}"))
+        followers = callbacks(Console(highlight=False, width=160), quiet=False)
     result = run(
         config,
-        out=where.out or None,
+        out=out or None,
         resume=where.resume or None,
+        callbacks=followers,
         rounds=partial(make_rounds, grid),
     )
+    if followers and result.folder:
+        for line in finished(result.folder, result.rounds):
+            print(line, flush=True)
     if result.status != "done":
         raise RunStoppedError(result.message)
 

@@ -15,7 +15,7 @@ EXTRAS = {
     "torchvision": {"datasets.py"},
     "sklearn": {"datasets.py"},
     "matplotlib": {"pictures.py"},
-    "flwr": {"ray_grid.py"},
+    "flwr": {"ray_grid.py", "ray_messages.py"},
     "ray": {"executors.py"},
 }
 IMPORT_CALLS = ("__import__", "import_module", "importlib.import_module")

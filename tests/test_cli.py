@@ -15,7 +15,7 @@ import torch
 from typer.main import get_command
 
 import fedmom
-from fedmom import cli, progress
+from fedmom import cli, pictures, progress
 from fedmom.config import KEYS, load
 from fedmom.datasets import DATASETS
 from fedmom.models import MODELS
@@ -39,7 +39,7 @@ def workplace(in_tmp, monkeypatch):
     np.savez("tiny.npz", x_train=x[:30], y_train=y[:30], x_test=x[30:], y_test=y[30:])
     for name, text in [("quadratic", QUADRATIC), ("tiny", TINY), ("digits", DIGITS)]:
         Path(f"{name}.toml").write_text(text + ENGINE, encoding="utf-8")
-    monkeypatch.setattr(cli.pictures, "draw_curves", lambda runs, path: None)
+    monkeypatch.setattr(pictures, "draw_curves", lambda runs, path: None)
     # A wide terminal, so that no word that is looked for is broken.
     monkeypatch.setenv("COLUMNS", "300")
     yield in_tmp
@@ -91,7 +91,7 @@ BAD_SETS = [
     # unknown names, each with the nearest right ones
     ("algorithm.learning-rate=1", ["algorithm.learning-rate is not a key"]),
     ("algorithm.momentum_policy=local", ["algorithm.momentum_policy", "did you mean algorithm.momentum-policy?"]),
-    ("lr=0.1", ["lr is not a key", "did you mean algorithm.lr?"]),
+    ("lr=0.1", ["lr is not a key", "did you mean algorithm.lr or server.lr?"]),
     ("algoritm.lr=0.1", ["section = 'algoritm'", "did you mean algorithm?"]),
     ("data.dataset=cifar-10", ["data.dataset = 'cifar-10'", "did you mean cifar10"]),
     ("model.name=resnet", ["model.name = 'resnet'", "did you mean resnet"]),
@@ -634,7 +634,7 @@ def test_a_partition_is_summed_up_and_drawn(fed):
 
 
 def test_a_run_draws_its_curves_and_a_report_compares_runs(fed, monkeypatch):
-    monkeypatch.setattr(cli.pictures, "draw_curves", draw_curves)
+    monkeypatch.setattr(pictures, "draw_curves", draw_curves)
     for name in ("a", "b"):
         assert fed("run", "tiny.toml", "--out", name, "--quiet") == (0, [name], [])
     assert Path("a/curves.png").read_bytes().startswith(b"\x89PNG")
@@ -649,7 +649,7 @@ def test_a_run_draws_its_curves_and_a_report_compares_runs(fed, monkeypatch):
 
 
 def test_a_picture_that_overflows_says_nothing_on_standard_error(fed, monkeypatch):
-    monkeypatch.setattr(cli.pictures, "draw_curves", draw_curves)
+    monkeypatch.setattr(pictures, "draw_curves", draw_curves)
     sets = ["--set", "algorithm.lr=1e6", "--set", "run.num-rounds=99"]
     assert len(fed("run", "quadratic.toml", "--out", "x", *sets)[2]) == 1
     assert Path("x/curves.png").is_file()

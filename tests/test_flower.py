@@ -142,7 +142,7 @@ def test_a_run_resumes_to_the_same_bytes(tmp_path, policy):
     assert rounds == [3] * 5 + [4] * 5  # absolute ones
     for name in ("checkpoint.safetensors", "final.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-    assert result.config.run.backend == "flower"
+    assert result.config.run.backend == "simulation"
 
 
 def test_a_resume_with_another_key_is_refused_by_name(tmp_path):

@@ -1,0 +1,169 @@
+"""`engine.workers = n`: the engine's own blocks of clients on supervised Ray actors, for several GPUs or a cluster.
+
+Each actor holds the data set and a warm engine; a round's start goes through Ray's object store once; the blocks' means
+are added up in client order, so the result is the engine's to rounding.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fedmom.averaging import WeightedMean
+from fedmom.config import Config, replace
+from fedmom.engine import Outcome, Progress, Round
+from fedmom.errors import ClientsFailedError, InputError
+from fedmom.executors import Failure, Pool, PoolOptions
+from fedmom.node import Node, Trained
+from fedmom.objective import Task
+from fedmom.setup import pool_options
+from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
+from fedmom.train import Plan
+from fedmom.wire import as_tensor
+
+_BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long
+Arrays = dict[str, np.ndarray]
+
+
+class Block(NamedTuple):
+    """What one message asks of an actor: some clients in one round, or (clients alone) how it would run them."""
+
+    clients: np.ndarray  # [k]
+    round_index: int = -1
+    path: str = ""
+    chunk_size: int = 0
+    momentum: Arrays | None = None  # [k, ...] their own u, for policy "local"
+
+
+class Answer(NamedTuple):
+    """What an actor makes of a block."""
+
+    mean: Arrays
+    trained: Trained  # its outcome without tensors of the model's size
+    momentum: Arrays | None
+
+
+def make_worker(config: Config) -> Callable[..., Any]:
+    """In an actor: a warm Node, and the function that answers blocks."""
+    node = Node(config)
+
+    def answer(block: Block, start: Arrays | None = None) -> Any:
+        if start is None:
+            return node.choose(block.clients)
+        momentum = None if block.momentum is None else _tensors(block.momentum)
+        trained = node.train(
+            block.clients.tolist(),
+            block.round_index,
+            unflatten(_tensors(start)),
+            momentum,
+            path=block.path,
+            chunk_size=block.chunk_size,
+        )
+        outcome = trained.outcome
+        slim = outcome._replace(mean=ClientState({}, {}, {}), momentum=None)
+        rows = None if outcome.momentum is None else _arrays(outcome.momentum)
+        return Answer(_arrays(flatten(outcome.mean)), trained._replace(outcome=slim), rows)
+
+    return answer
+
+
+class WorkerRounds:
+    """Rounds whose blocks are answered by the actors of a Pool."""
+
+    def __init__(self, pool: Pool, task: Task, running_var: str, path: str, chunk_size: int) -> None:
+        self.pool, self.task, self.running_var = pool, task, running_var
+        self.path, self.chunk_size = path, chunk_size
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+        """I local steps of the cohort on the actors. ClientsFailedError where a block cannot be had."""
+        ids = job.clients.cpu().numpy()
+        places = _blocks(len(ids), self.pool.num_workers, self.chunk_size)
+        shared, waiting = self.pool.share(_arrays(flatten(start))), dict[Any, Answer]()
+        for number, rows in enumerate(places):
+            momentum = None
+            if job.momentum is not None:
+                momentum = _arrays({name: u[torch.from_numpy(rows)] for name, u in job.momentum.items()})
+            block = Block(ids[rows], job.round_index, self.path, self.chunk_size, momentum)
+            self.pool.submit((job.round_index, number), block, (shared,))
+        mean, parts = WeightedMean(self.running_var), list[Answer]()
+        while len(parts) < len(places):
+            key, answer = self.pool.take() or (None, None)
+            if isinstance(answer, Failure):
+                first, last = ids[places[key[1]]][[0, -1]]  # type: ignore[index]
+                raise ClientsFailedError(f"round {job.round_index + 1}: clients {first} … {last}: {answer.reason}")
+            waiting[key] = answer  # type: ignore[assignment]
+            while (at := (job.round_index, len(parts))) in waiting:
+                part = waiting.pop(at)
+                mean.add_one(unflatten(_tensors(part.mean)), part.trained.weight)
+                parts.append(part._replace(mean={}))
+                if progress:
+                    progress(part.trained.client_steps)
+        return self._outcome(job, mean, parts)
+
+    def _outcome(self, job: Round, mean: WeightedMean, parts: list[Answer]) -> Outcome:
+        def average(values: list[Any]) -> Any:
+            return sum(part.trained.weight / mean.weight * value for part, value in zip(parts, values, strict=True))
+
+        outcomes = [part.trained.outcome for part in parts]
+        momentum = None
+        if job.momentum is not None:
+            rows = [_tensors(part.momentum or {}) for part in parts]
+            momentum = {name: torch.cat([u[name] for u in rows]) for name in job.momentum}
+        return Outcome(
+            mean=to_device(mean.mean(), self.task.device),
+            train_loss=average([outcome.train_loss for outcome in outcomes]),
+            consensus_distance=average([o.consensus_distance for o in outcomes]) + mean.spread("params"),
+            momentum_spread=average([o.momentum_spread for o in outcomes]) + mean.spread("momentum"),
+            path=[average(list(points)) for points in zip(*(o.path for o in outcomes), strict=True)],
+            momentum=momentum,
+            losses=torch.cat([outcome.losses for outcome in outcomes]),
+        )
+
+
+def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, WorkerRounds, list[str]]:
+    """The actors of `engine.workers`, and the configuration with what one of them chose.
+
+    Raises InputError where the actors cannot be had.
+    """
+    options = pool_options(config)
+    options = PoolOptions(**{**vars(options), "num_workers": config.engine.workers})
+    # Ray hides the GPUs from an actor that asked for none.
+    inside = replace(config, "engine", device="cuda" if options.num_gpus else "cpu", threads=0, workers=0)
+    pool = Pool(partial(make_worker, inside), options)
+    try:
+        path, chunk_size = config.engine.path, config.engine.chunk_size
+        if path == "auto" or (path == "vmap" and not chunk_size):
+            size = max(map(len, _blocks(plan.cohort_size, pool.num_workers, chunk_size)))
+            pool.submit("choose", Block(np.arange(size)))
+            _, answer = pool.take() or (None, None)
+            if isinstance(answer, Failure):
+                raise InputError(answer.reason.removeprefix("InputError: "))
+            path, chunk_size = answer  # type: ignore[misc]
+    except BaseException:
+        pool.close()
+        raise
+    settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
+    notes = [f"{pool.num_workers} Ray actors, each {path} × {chunk_size}"]
+    return settled, WorkerRounds(pool, task, plan.method.running_var, path, chunk_size), notes
+
+
+def _blocks(cohort: int, num_workers: int, chunk_size: int) -> list[np.ndarray]:
+    """Places 0 … C − 1 in blocks: a few per worker, of whole chunks where there are enough of them."""
+    size = math.ceil(cohort / (_BLOCKS_PER_WORKER * num_workers))
+    if 1 < chunk_size < cohort:
+        size = max(1, round(size / chunk_size)) * chunk_size
+    return np.split(np.arange(cohort), range(size, cohort, size))
+
+
+def _arrays(tree: Tree) -> Arrays:
+    return {name: value.detach().cpu().numpy() for name, value in tree.items()}
+
+
+def _tensors(arrays: Arrays) -> Tree:
+    return {name: as_tensor(value) for name, value in arrays.items()}

@@ -1,0 +1,178 @@
+"""`fedmom run --backend simulation` on real Ray actors: the engine's result, also when actors die in mid-round."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedmom
+from fedmom.errors import InputError
+from fedmom.records import read_rounds, read_tensors
+
+ROOT = Path(__file__).parents[1]
+DIGITS = {
+    "data.num-clients": 5,
+    "model.name": "logistic",
+    "run.dtype": "float64",
+    "run.num-rounds": 3,
+    "algorithm.num-local-steps": 2,
+    "engine.path": "loop",
+    "simulation.num-actors": 2,
+    "simulation.num-cpus": 0.5,
+}
+
+
+def run(changes, **options):
+    return fedmom.run(changes, callbacks=[fedmom.Callback()], **options)
+
+
+def assert_same(one, other, tolerance=1e-10):
+    for a, b in ((one.state_dict, other.state_dict), (one.momentum, other.momentum)):
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=name)
+    assert [record["num_clients"] for record in one.rounds] == [record["num_clients"] for record in other.rounds]
+
+
+def test_the_simulation_is_the_engines_run_and_resumes(tmp_path):
+    changes = {**DIGITS, "run.backend": "simulation", "algorithm.nesterov": True, "simulation.clients-per-node": 2}
+    first = run({**changes, "run.num-rounds": 2}, out=tmp_path / "run")
+    assert (first.status, first.config.run.backend) == ("done", "simulation")
+    whole = run(None, sets={"run.num-rounds": 3}, resume=tmp_path / "run")
+    assert [record["round"] for record in whole.rounds] == [1, 2, 3]
+    engine = run({**DIGITS, "algorithm.nesterov": True}, out=tmp_path / "engine")
+    assert_same(whole, engine)
+    final, _ = read_tensors(tmp_path / "run" / "final.safetensors")
+    right, _ = read_tensors(tmp_path / "engine" / "final.safetensors")
+    assert final.keys() == right.keys()
+
+
+def test_workers_share_the_engines_clients():
+    changes = {**DIGITS, "data.num-clients": 11, "algorithm.momentum-policy": "local", "algorithm.cohort-size": 7}
+    engine = run({**changes, "engine.path": "vmap", "engine.chunk-size": 2})
+    shared = run({**changes, "engine.path": "vmap", "engine.chunk-size": 2, "engine.workers": 2})
+    assert_same(shared, engine)
+    for mine, theirs in zip(shared.rounds, engine.rounds, strict=True):
+        for key in ("train_loss", "consensus_distance", "momentum_spread", "test_loss", "bytes_sent"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-9), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"engine.path": "auto"}, {"data.dataset": "quadratic"}], ids=str)
+def test_workers_share_any_task(changes):
+    changes = {**DIGITS, "engine.workers": 2, **changes}
+    if "data.dataset" in changes:
+        changes |= {"data.num-clients": 4, "data.curvatures": "1;3;2;5", "data.centers": "4;-2;1;0"}
+    assert_same(run(changes), run({**changes, "engine.workers": 0, "engine.path": "loop"}))
+
+
+# Failures
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    """A Flower app like ours whose client 3 fails in round 2 -> f(fault, how often) gives its folder."""
+    folder = tmp_path / "app"
+    folder.mkdir()
+    text = (ROOT / "pyproject.toml").read_text()
+    named = 'clientapp = "clients.client_app:app"'
+    assert named in text
+    (folder / "pyproject.toml").write_text(text.replace(named, 'clientapp = "faulty_client:app"'))
+    shutil.copy(ROOT / "tests" / "apps" / "faulty_client.py", folder)
+
+    def make(fault, most=1):
+        (tmp_path / "tries").write_text("")
+        monkeypatch.setenv("FEDMOM_TEST_FAULT", fault)
+        monkeypatch.setenv("FEDMOM_TEST_MOST", str(most))
+        monkeypatch.setenv("FEDMOM_TEST_TRIES", str(tmp_path / "tries"))
+        return folder
+
+    return make
+
+
+SIMULATED = {**DIGITS, "run.backend": "simulation"}
+
+
+def test_an_actor_killed_in_mid_round_changes_nothing(faulty, tmp_path):
+    """The message is tried again on another actor: also under on-failure stop the run goes on, exactly."""
+    result = run(SIMULATED, app=faulty("kill"))
+    assert (tmp_path / "tries").read_text() == "x"
+    assert_same(result, run(DIGITS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["stop", "retry", "proceed"])
+def test_a_killed_actor_whose_message_is_not_tried_again(faulty, policy):
+    keys = {**SIMULATED, "simulation.retries": 0, "server.on-failure": policy}
+    result = run(keys, app=faulty("kill"))
+    if policy == "stop":
+        assert result.status == "failed"
+        assert result.message.startswith("round 2: client 3, node ")
+        assert "died" in result.message
+        assert len(result.rounds) == 1
+    elif policy == "retry":
+        assert_same(result, run(DIGITS))
+    else:
+        assert [record["num_clients"] for record in result.rounds] == [5, 4, 5]
+        assert [record.get("num_failed", 0) for record in result.rounds] == [0, 1, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["stop", "retry", "proceed"])
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("raise", "no more disk"), ("hang", "no reply within 2 s"), ("nan", "NaN or infinite")]
+)
+def test_a_client_that_fails_by_itself(faulty, policy, fault, reason):
+    keys = {**SIMULATED, "server.on-failure": policy, "simulation.straggler-seconds": 2.0}
+    result = run(keys, app=faulty(fault))
+    if policy == "stop":
+        assert result.status == "failed"
+        assert result.message.startswith("round 2: client 3, node ")
+        assert reason in result.message
+    elif policy == "retry":
+        assert_same(result, run(DIGITS))
+    else:
+        assert [record["num_clients"] for record in result.rounds] == [5, 4, 5]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_and_no_processes(tmp_path):
+    changes = [f"--set={name}={value}" for name, value in {**DIGITS, "run.num-rounds": 5000}.items()]
+    command = [sys.executable, "-m", "fedmom", "run", str(ROOT / "configs" / "quickstart.toml"), *changes]
+    command += ["--set=run.eval-every=1000", "--backend", "simulation", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while len(read_rounds(tmp_path / "run")) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    assert children
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "fedmom: interrupted after round" in err
+    assert "Traceback" not in err
+    assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
+    time.sleep(1)
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+# Bad input
+
+
+def test_what_cannot_be_simulated_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"simulation\.num-gpus = 0\.5|num-gpus"):
+        run({**SIMULATED, "simulation.num-gpus": 0.5})
+    with pytest.raises(InputError, match=r"pyproject\.toml"):
+        run(SIMULATED, app=tmp_path)
+    with pytest.raises(InputError, match="'fedavg': is Flower's"):
+        run({**DIGITS, "server.strategy": "fedavg"})
+    with pytest.raises(InputError, match="start it with `flwr run`"):
+        run({**DIGITS, "run.backend": "flower"})
