@@ -125,3 +125,29 @@ def callbacks(console: Console, *, quiet: bool) -> list[Callback]:
     if quiet:
         return [Callback()]
     return [Notes(console), Bar(console) if console.is_terminal else Lines(console)]
+
+
+class Replies:
+    """How many replies have come and how fast: a line that is written over on a terminal, nothing elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.number = 0
+
+    def __enter__(self) -> "Replies":
+        self.begin = self.last = time.monotonic()
+        self.status = self.console.status("starting") if self.console.is_terminal else None
+        if self.status:
+            self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.status:
+            self.status.stop()
+
+    def count(self, reply: object) -> None:
+        self.number += 1
+        now = time.monotonic()
+        if self.status and now - self.last > 0.2:
+            self.last = now
+            self.status.update(f"{self.number:,} replies, {self.number / (now - self.begin):,.0f}/s")

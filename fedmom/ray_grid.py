@@ -1,10 +1,11 @@
 """Flower apps on resident Ray actors: a Grid that any ServerApp accepts, and `simulate_app`, which runs a whole app.
 
-A node is a number and the Context.state that its messages left behind; both live here, in the driver, so that any worker
-serves any node, and a message whose worker died starts again from the state before it. flwr is imported when a function
-here runs.
+A node is a number and the Context.state that its messages left behind; both live here, in the driver, so that any
+worker serves any node, and a message whose worker died starts again from the state before it. flwr is imported when a
+function here runs.
 """
 
+import pickle
 import sys
 import time
 import tomllib
@@ -46,8 +47,8 @@ class RayGrid:
     """A flwr.serverapp.Grid. For one thread; close it, or use it as a context manager.
 
     Messages to one node are handled one after the other. A client that raises, returns no message, takes its worker
-    down again and again or is late is an error reply; InputError comes out of here only when no worker can be had or the
-    ClientApp `client_app` ("module:attribute" in `app_dir`) does not load. `on_reply` sees every reply as it arrives.
+    down again and again or is late is an error reply; InputError comes out of here only when no worker can be had or
+    the ClientApp `client_app` ("module:attribute" in `app_dir`) does not load. `on_reply` sees every reply as it comes.
     """
 
     def __init__(
@@ -200,7 +201,9 @@ class RayGrid:
     def _submit(self, message_id: str) -> None:
         pending = self._pending[message_id]
         state = self._states.get(pending.node_id)
-        work = Work(pending.metadata, pending.content, pending.node_id - FIRST_NODE_ID, state and state.for_pickle())
+        if state is not None:
+            state = State(state.head, [pickle.PickleBuffer(buffer) for buffer in state.buffers])
+        work = Work(pending.metadata, pending.content, pending.node_id - FIRST_NODE_ID, state)
         self._pool.submit(message_id, work, pending.shared)
 
     def _collect(self, timeout: float | None) -> bool:
@@ -212,12 +215,162 @@ class RayGrid:
         pending = self._pending.get(str(message_id))
         if pending is None:
             return True  # forgotten
-        self._drop(str(message_id))
         if isinstance(answer, Failure):
             reply = _error_reply(pending.metadata, _error_code(answer.kind), answer.reason)
         else:
             reply = self._accept(pending.node_id, answer)
+        self._drop(str(message_id))
+        self._free()
         self._arrived[str(message_id)] = reply
         if self._on_reply:
             self._on_reply(reply)
         return True
+
+    def _accept(self, node_id: int, answer: Answer) -> Message:
+        """Keep the node's new state; the reply."""
+        if answer.state is not None:
+            # Copies: a view would hold the whole batch of replies that it came with in the store.
+            self._states[node_id] = State(answer.state.head, [bytes(buffer) for buffer in answer.state.buffers])
+        content = None if answer.content is None else ray_messages.unpack(answer.content)
+        return _with_id(ray_messages.message_of(answer.metadata, content, answer.error))
+
+    def _drop(self, message_id: str) -> None:
+        """A message is no longer under way: its node turns to the next one."""
+        pending = self._pending.pop(message_id)
+        self._data.release(pending.used)
+        queue = self._queues[pending.node_id]
+        if queue:
+            self._submit(queue.popleft())
+        else:
+            del self._queues[pending.node_id]
+
+    def _forget(self, message_ids: Iterable[str]) -> None:
+        """Give up messages. What one of them does to its node's state from now on is lost: it never was."""
+        gone = [message_id for message_id in message_ids if message_id in self._pending]
+        under_way = []
+        for message_id in gone:
+            queue = self._queues[self._pending[message_id].node_id]
+            if message_id in queue:
+                queue.remove(message_id)
+                self._data.release(self._pending.pop(message_id).used)
+            else:
+                under_way.append(message_id)
+        self._pool.forget(under_way)
+        for message_id in under_way:
+            self._drop(message_id)
+        for message_id in message_ids:
+            self._arrived.pop(message_id, None)
+
+    def _free(self) -> None:
+        """Free what is in the store for messages that are through, once there is no more to send."""
+        if not self._pending and not self._num_streams:
+            self._data.free_unused()
+
+
+def _error_code(kind: str) -> int:
+    from flwr.common.constant import ErrorCode
+
+    codes = {"raised": ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "died": ErrorCode.CLIENT_APP_CRASHED}
+    return codes.get(kind, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+
+
+def _error_reply(metadata: tuple[Any, ...], code: int, reason: str) -> Message:
+    from flwr.app import Error, Message, RecordDict
+
+    return _with_id(Message(Error(code, reason), reply_to=ray_messages.message_of(metadata, RecordDict())))
+
+
+def _with_id(reply: Message) -> Message:
+    reply.metadata.__dict__["_message_id"] = str(uuid4())  # as Flower's own engine does it
+    return reply
+
+
+class Components(NamedTuple):
+    """What [tool.flwr.app] of a pyproject.toml says."""
+
+    server_app: str  # "module:attribute"
+    client_app: str
+    config: dict[str, Any]  # [tool.flwr.app.config], flattened: {"run.seed": 0}
+
+
+def load_components(app_dir: str | Path) -> Components:
+    """The components and the default run config of the Flower app in `app_dir`; InputError where one is missing."""
+    path = Path(app_dir) / "pyproject.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; a Flower app has a pyproject.toml") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    for key in ("tool", "flwr", "app"):
+        table = table.get(key, {})
+    components = table.get("components", {})
+    for key in ("serverapp", "clientapp"):
+        if not isinstance(components.get(key), str):
+            raise InputError(f'{path}: [tool.flwr.app.components] has no {key} = "module:attribute"')
+    return Components(
+        components["serverapp"], components["clientapp"], dict(_flattened(table.get("config", {}), "", path))
+    )
+
+
+def _flattened(table: Mapping[str, Any], prefix: str, path: Path) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.", path)
+        elif isinstance(value, bool | int | float | str):
+            yield f"{prefix}{key}", value
+        else:
+            kind = type(value).__name__
+            raise InputError(f"{path}: {prefix}{key} is a {kind}; a run config has strings, numbers and booleans")
+
+
+def simulate_app(
+    app_dir: str | Path,
+    *,
+    num_nodes: int,
+    run_config: Mapping[str, Any],
+    options: PoolOptions,
+    grid_ready: Callable[[RayGrid], None] | None = None,
+    on_reply: Callable[[Message], None] | None = None,
+) -> Context:
+    """Run the Flower app in `app_dir` with `num_nodes` clients, in this thread; gives the server's Context.
+
+    `run_config` overrides keys of [tool.flwr.app.config], flattened with dots. `grid_ready` sees the Grid before the
+    ServerApp starts, `on_reply` every reply as it arrives. What the ServerApp raises comes out as it is; the workers
+    end in any case.
+    """
+    from flwr.app import Context, RecordDict
+    from flwr.common.constant import SUPERLINK_NODE_ID
+
+    components = load_components(app_dir)
+    for key, value in run_config.items():
+        if key not in components.config:
+            raise unknown("run config", key, components.config)
+        if not isinstance(value, bool | int | float | str):
+            raise InputError(f"run config {key} = {value!r}: a string, a number or a boolean")
+    config = {**components.config, **run_config}
+    grid = RayGrid(
+        components.client_app,
+        app_dir=app_dir,
+        num_nodes=num_nodes,
+        run_config=config,
+        options=options,
+        on_reply=on_reply,
+    )
+    with grid, _restored_path():
+        server_app = ray_messages.load_component("ServerApp", components.server_app, Path(app_dir).absolute())
+        if grid_ready:
+            grid_ready(grid)
+        context = Context(RUN_ID, SUPERLINK_NODE_ID, {}, RecordDict(), config)
+        server_app(grid, context)
+    return context
+
+
+@contextmanager
+def _restored_path() -> Iterator[None]:
+    """Flower's loader puts the app's folder on sys.path."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -97,10 +97,10 @@ class SharedData:
             for place, known in enumerate(again):
                 known.shared, known.place = shared, place
             self.free_unused()  # most likely those of the round before
-        numbers: dict[Shared, int] = {known.shared: 0 for known in used if known.shared}
-        numbers = {shared: number for number, shared in enumerate(numbers)}
-        places = {id(k.data): (numbers[k.shared], k.place) for k in used if k.shared}
-        return pack(content, places), tuple(numbers), used
+        shares = {known.shared: None for known in used if known.shared}
+        numbers = {shared: number for number, shared in enumerate(shares)}
+        places = {id(known.data): (numbers[known.shared], known.place) for known in used if known.shared}
+        return pack(content, places), tuple(shares), used
 
     def release(self, used: Iterable[_Known]) -> None:
         for known in used:
@@ -178,7 +178,7 @@ def stored_array_class() -> Any:
     """A flwr.app.Array whose data is a read-only view of Ray's store until somebody reads or sets `data`."""
     from flwr.app import Array
 
-    class StoredArray(Array):  # type: ignore[misc]
+    class StoredArray(Array):
         def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, view: memoryview) -> None:
             self.__dict__.update(dtype=dtype, shape=shape, stype=stype, _view=view, _bytes=None)
 
@@ -186,7 +186,7 @@ def stored_array_class() -> Any:
         def data(self) -> bytes:
             if self.__dict__["_bytes"] is None:
                 self.__dict__["_bytes"] = bytes(self.__dict__["_view"])
-            return self.__dict__["_bytes"]  # type: ignore[no-any-return]
+            return cast(bytes, self.__dict__["_bytes"])
 
         @data.setter
         def data(self, value: bytes) -> None:
@@ -201,10 +201,10 @@ def stored_array_class() -> Any:
             return flat.reshape(header.shape, order="F" if header.fortran else "C")
 
         def __eq__(self, other: object) -> bool:
-            if not isinstance(other, Array):
+            fields = ("dtype", "shape", "stype", "data")
+            if not all(hasattr(other, name) for name in fields):
                 return NotImplemented
-            mine, theirs = ((a.dtype, a.shape, a.stype, a.data) for a in (self, other))
-            return bool(mine == theirs)
+            return all(getattr(self, name) == getattr(other, name) for name in fields)
 
         __hash__ = None  # type: ignore[assignment]
 
@@ -262,10 +262,11 @@ def message_of(
 
 def identify(run_id: int | None, node_id: int | None, task_id: int | None) -> tuple[int | None, ...]:
     """Say to Flower who makes messages in this process, as its own processes do at start; gives who did before."""
-    from flwr.supercore.task_identity import TaskIdentity as Identity
+    from flwr.supercore.task_identity import TaskIdentity
 
-    before = (Identity._run_id, Identity._node_id, Identity._task_id)
-    Identity._run_id, Identity._node_id, Identity._task_id = run_id, node_id, task_id
+    identity: Any = TaskIdentity  # whose properties refuse None
+    before = (identity._run_id, identity._node_id, identity._task_id)
+    identity._run_id, identity._node_id, identity._task_id = run_id, node_id, task_id
     return before
 
 
@@ -277,16 +278,18 @@ def load_component(kind: str, spec: str, app_dir: Path) -> Any:
     try:
         app = load_app(spec, LookupError, app_dir)
     except (Exception, SystemExit) as error:
-        cause = " ".join(str(error.args[0]).split("\n\n")[0].split()) if isinstance(error, LookupError) and error.args else ""
+        cause = (
+            " ".join(str(error.args[0]).split("\n\n")[0].split())
+            if isinstance(error, LookupError) and error.args
+            else ""
+        )
         raise InputError(f"{where}: {cause or f'loading it raised {one_line(error)}'}") from error
     if type(app).__name__ != kind:
         raise InputError(f"{where}: is not a {kind} but of type {type(app).__name__}")
     return app
 
 
-def serve_client(
-    spec: str, app_dir: Path, num_nodes: int, run_config: dict[str, Any]
-) -> Callable[..., Answer]:
+def serve_client(spec: str, app_dir: Path, num_nodes: int, run_config: dict[str, Any]) -> Callable[..., Answer]:
     """The handler of a worker: any node's message with that node's state, through the ClientApp, to the reply."""
     from flwr.app import Context, RecordDict
     from flwr.app import Message as FlowerMessage
@@ -297,7 +300,7 @@ def serve_client(
         message = message_of(work.metadata, unpack(work.content, shared))
         run_id, message_id, node_id = message.metadata.run_id, message.metadata.message_id, message.metadata.dst_node_id
         identify(run_id, node_id, 0)
-        node_config = {"partition-id": work.partition_id, "num-partitions": num_nodes}
+        node_config: dict[str, Any] = {"partition-id": work.partition_id, "num-partitions": num_nodes}
         state = unpack(Content(pickle.loads(work.state.head), work.state.buffers)) if work.state else RecordDict()
         context = Context(run_id, node_id, node_config, state, dict(run_config))
         reply = app(message=message, context=context)
@@ -319,7 +322,12 @@ def _changed(state: RecordDict, before: State | None) -> State | None:
     records, buffers = pack(state)
     head = pickle.dumps(records, protocol=5)
     if before and head == before.head and len(buffers) == len(before.buffers):
-        views = zip(buffers, before.buffers, strict=True)
-        if all(memoryview(new).obj is memoryview(old).obj for new, old in views):
+        pairs = zip(buffers, before.buffers, strict=True)
+        if all(_address(new) == _address(old) for new, old in pairs):
             return None
     return State(head, buffers)
+
+
+def _address(buffer: Any) -> tuple[int, int]:
+    array = np.frombuffer(buffer, np.uint8)
+    return array.ctypes.data, array.size

@@ -110,3 +110,16 @@ def test_the_engine_runs_where_the_extras_are_missing(tmp_path):
     assert done.stderr == "fedmom: no picture was drawn: matplotlib is not installed\n"
     assert not list(tmp_path.rglob("*.png"))
     assert (tmp_path / "by-command" / "final.safetensors").is_file()
+
+
+SIDES = {"strategies": "clients", "clients": "strategies"}
+
+
+@pytest.mark.parametrize(("side", "other"), SIDES.items())
+def test_the_two_sides_of_flower_never_meet(side, other):
+    files = sorted((ROOT / side).rglob("*.py"))
+    assert files
+    for path in files:
+        packages = set(imported(path))
+        assert not {other, "tests", "benchmarks", "ray", "torchvision", "matplotlib"} & packages, path
+    assert any("fedmom" in imported(path) and "flwr" in imported(path) for path in files)

@@ -97,3 +97,28 @@ def test_order_of_names_and_no_lost_tensor():
     rows = rows_of(2)
     mean = average(rows, [1, 1]).mean()
     assert [set(tree) for tree in mean] == [set(tree) for tree in rows]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7])
+@pytest.mark.parametrize("running_var", ["pooled", "mean"])
+def test_one_by_one_gives_the_same(num_rows, running_var):
+    rows, weights = rows_of(num_rows), [1.0 + (3 * i) % 5 for i in range(num_rows)]
+    together = average(rows, weights, running_var=running_var)
+    single = WeightedMean(running_var)
+    for k, weight in enumerate(weights):
+        single.add_one(ClientState(*({n: v[k] for n, v in tree.items()} for tree in rows)), weight)
+    for part, tree in together.mean()._asdict().items():
+        assert list(getattr(single.mean(), part)) == list(tree)
+        for name, value in tree.items():
+            torch.testing.assert_close(getattr(single.mean(), part)[name], value, rtol=1e-13, atol=1e-13)
+    for part in ("params", "momentum"):
+        assert single.spread(part) == pytest.approx(together.spread(part), rel=1e-12, abs=1e-28)
+
+
+def test_one_by_one_the_spread_of_equal_clients_is_zero_and_of_close_ones_exact():
+    far = torch.full((1000,), 1e4)
+    mean = WeightedMean()
+    for k in range(5):
+        mean.add_one(ClientState({"w": far}, {"w": far + k / 1024}, {}), 1.0)
+    assert mean.spread("params") == 0
+    assert mean.spread("momentum") == pytest.approx(1000 * 2 / 1024**2, rel=1e-6)

@@ -127,7 +127,8 @@ def test_a_killed_actor_whose_message_is_not_tried_again(faulty, policy):
     ("fault", "reason"), [("raise", "no more disk"), ("hang", "no reply within 2 s"), ("nan", "NaN or infinite")]
 )
 def test_a_client_that_fails_by_itself(faulty, policy, fault, reason):
-    keys = {**SIMULATED, "server.on-failure": policy, "simulation.straggler-seconds": 2.0}
+    # The limit is for the one that hangs: on a busy machine an actor's first message may take longer than that.
+    keys = {**SIMULATED, "server.on-failure": policy, "simulation.straggler-seconds": 2.0 * (fault == "hang")}
     result = run(keys, app=faulty(fault))
     if policy == "stop":
         assert result.status == "failed"
@@ -160,8 +161,18 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_processes(tmp_path):
     assert "fedmom: interrupted after round" in err
     assert "Traceback" not in err
     assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
-    time.sleep(1)
-    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid in children if _runs(pid)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.2)
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process is there and no zombie, which only waits for its parent to look."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # Bad input
