@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmom.node import held_clients, settled, warm_node
 from fedmom.state import Tree, flatten, unflatten
-from fedmom.wire import from_npy, to_npy
+from fedmom.wire import array_bytes, from_npy, to_npy
 
 app = ClientApp()
 
@@ -80,7 +80,7 @@ def _held(context: Context) -> Tensor:
 
 
 def _tensors(record: Mapping[str, Array]) -> Tree:
-    return {name: from_npy(array.data) for name, array in record.items()}
+    return {name: from_npy(array_bytes(array)) for name, array in record.items()}
 
 
 def _record(tensors: Tree) -> ArrayRecord:

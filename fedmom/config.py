@@ -167,7 +167,9 @@ class SimulationConfig:
     num_gpus: float = key(0.0, "GPUs per actor; a fraction lets several share one", at_least(0))
     ray_address: str = key("", "a Ray cluster to join; empty: start Ray here")
     retries: int = key(2, "how often a message is tried again after its actor died", at_least(0))
-    straggler_seconds: float = key(0.0, "an actor that works longer on a message is replaced; 0: never", at_least(0))
+    straggler_seconds: float = key(
+        0.0, "an actor that works longer on a message (60 s on its first) is replaced; 0: never", at_least(0)
+    )
 
 
 @dataclass(frozen=True)

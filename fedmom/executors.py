@@ -25,6 +25,7 @@ from fedmom.actor import BATCH_BYTES, BATCH_SECONDS, Actor, Failure, Packed, Pro
 from fedmom.errors import InputError
 from fedmom.imports import one_line
 
+WARM_UP_SECONDS = 60.0  # the straggler limit of a worker's first message, if longer: data are read, models built
 LONG_SECONDS = 0.15  # a batch that takes longer is at a long message: those behind it go elsewhere
 MAX_FAILED_STARTS = 3  # in a row: then the pool gives up
 
@@ -74,6 +75,11 @@ class _Worker:
     batches: deque[_Batch] = field(default_factory=deque)  # under way; the first is being worked on
     since: float = 0.0  # when the first batch became the first
     alone: bool = False  # the batch under way must stay the only one
+    warm: bool = False  # has it answered?
+
+    def limit(self, seconds: float) -> float:
+        """The straggler limit of what it is working on."""
+        return seconds if self.warm else max(seconds, WARM_UP_SECONDS)
 
 
 class Pool:
@@ -255,7 +261,7 @@ class Pool:
             return
         seconds, answers = result
         worker.batches.remove(batch)
-        worker.since, worker.alone = time.monotonic(), False
+        worker.since, worker.alone, worker.warm = time.monotonic(), False, True
         for message, answer in zip(batch.messages, answers, strict=False):
             self._finish(message, answer)
         self._requeue(batch.messages[len(answers) :])
@@ -311,7 +317,7 @@ class Pool:
             if worker.batches and worker.told and sum(len(batch.messages) for batch in worker.batches) > 1:
                 times.append(worker.since + LONG_SECONDS)
             if worker.batches and self._options.straggler_seconds > 0:
-                times.append(worker.since + self._options.straggler_seconds)
+                times.append(worker.since + worker.limit(self._options.straggler_seconds))
         # Not at once, should the worker not have begun yet.
         return max(min(times) - time.monotonic(), 0.02) if times else None
 
@@ -329,8 +335,12 @@ class Pool:
                     begun = worker.progress.begun(batch.number)
                     self._requeue(batch.messages[begun:])
                     batch.messages = batch.messages[:begun]
-            if limit > 0 and now - worker.since >= limit and (not worker.told or worker.progress.begun(first.number)):
-                self._retire(worker, f"no reply within {limit:g} s")
+            if (
+                limit > 0
+                and now - worker.since >= worker.limit(limit)
+                and (not worker.told or worker.progress.begun(first.number))
+            ):
+                self._retire(worker, f"no reply within {worker.limit(limit):g} s")
 
     def _fill(self) -> None:
         """Give every worker that is up its next batches: suspects alone on their worker, the others two at a time."""

@@ -125,6 +125,16 @@ class RayGrid:
             pass
         return [self._arrived.pop(message_id) for message_id in list(message_ids) if message_id in self._arrived]
 
+    def wait(self, timeout: float) -> None:
+        """Come back as soon as there is a reply to pull, at the latest after `timeout` seconds."""
+        if not self._arrived:
+            self._collect(timeout)
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Nobody will pull the replies to these."""
+        self._forget(list(message_ids))
+        self._free()
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """All replies, in order of arrival; those that are not there after `timeout` seconds are missing."""
         return list(self._stream(messages, sys.maxsize, timeout))

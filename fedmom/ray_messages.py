@@ -183,6 +183,11 @@ def stored_array_class() -> Any:
             self.__dict__.update(dtype=dtype, shape=shape, stype=stype, _view=view, _bytes=None)
 
         @property
+        def view(self) -> memoryview | None:
+            """The bytes without a copy, for whoever knows of it; None once they have been replaced."""
+            return cast("memoryview | None", self.__dict__["_view"])
+
+        @property
         def data(self) -> bytes:
             if self.__dict__["_bytes"] is None:
                 self.__dict__["_bytes"] = bytes(self.__dict__["_view"])

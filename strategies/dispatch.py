@@ -116,11 +116,13 @@ def _collect(grid: Grid, pending: dict[str, Exchange], accept: Accept) -> list[E
         except ValueError as error:
             slot.failure = str(error)
     now = time.monotonic()
-    for message_id, slot in list(pending.items()):
-        if now > slot.deadline:
-            del pending[message_id]
-            slot.failure = "no reply in time"
-            arrived.append(slot)
+    overdue = [message_id for message_id, slot in pending.items() if now > slot.deadline]
+    for message_id in overdue:
+        slot = pending.pop(message_id)
+        slot.failure = "no reply in time"
+        arrived.append(slot)
+    if overdue and hasattr(grid, "forget"):
+        grid.forget(overdue)
     return arrived
 
 

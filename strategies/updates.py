@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from flwr.app import Array, ArrayRecord, Message
 
 from fedmom.state import ClientState, Tree, unflatten
-from fedmom.wire import from_npy, to_npy
+from fedmom.wire import array_bytes, from_npy, to_npy
 
 ARRAYS, CONFIG, ROWS, ABOUT = "arrays", "config", "rows", "clients"  # names of the records in a message
 WEIGHT = "num-examples"  # the metric by which updates are weighed, here and in Flower's own strategies
@@ -24,7 +24,7 @@ def pack(tensors: Tree) -> ArrayRecord:
 
 def unpack(record: Mapping[str, Array]) -> Tree:
     """Flower's arrays as tensors that share their memory: for reading only."""
-    return {name: from_npy(array.data) for name, array in record.items()}
+    return {name: from_npy(array_bytes(array)) for name, array in record.items()}
 
 
 class Update(NamedTuple):

@@ -19,7 +19,7 @@ def run_config(changes: Mapping) -> dict:
 
 
 class LocalGrid(Grid):
-    """P nodes with one ClientApp. `fault(message, node_config)` may give "lose", an Exception, or a changer of replies."""
+    """P nodes with one ClientApp. `fault(message, node_config)`: "lose", an Exception, or a changer of replies."""
 
     num_workers = 1
 
