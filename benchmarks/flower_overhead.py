@@ -7,6 +7,10 @@ The client turns its arrays into torch tensors and sends them back; the server i
   no transport at all. What the two cost together per client, on one core.
 * `flower`: `flwr run` with a SuperLink of its own, which this script ends.
 * `fedmom`: `fedmom.ray_grid.simulate_app`.
+* `fedmom, PRSGDM`: the same with fedmom's own strategy, whose sums stream.
+
+Then, without --no-digits, real training: 100 clients on digits, by the engine, by our Grid (one client per node, and
+blocks of 50) and by `flwr run` (blocks of 50); ms per client and round, evaluation and start-up left out.
 
 ms per client and round: the time of a round, aggregation included, over the number of clients; the median of the rounds
 after the first, which warms up. Start-up: from starting the process (the `flwr run` command, a SuperLink included) to
@@ -28,10 +32,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-APP = Path(__file__).parent / "overhead_app"
+ROOT = Path(__file__).resolve().parent.parent
+APP = ROOT / "benchmarks" / "overhead_app"
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # flwr starts its own commands
@@ -59,13 +65,21 @@ def run_fedmom(num_clients: int, config: dict[str, Any], actors: int, folder: Pa
     return begun
 
 
+def run_prsgdm(num_clients: int, config: dict[str, Any], actors: int, folder: Path) -> float:
+    return run_fedmom(num_clients, {**config, "strategy": "prsgdm"}, actors, folder)
+
+
 def run_flower(num_clients: int, config: dict[str, Any], actors: int, folder: Path) -> float:
+    return flwr_run(APP, num_clients, config, actors, folder)
+
+
+def flwr_run(app: Path, num_nodes: int, config: dict[str, Any], actors: int, folder: Path) -> float:
     environment = {**ENVIRONMENT, "FLWR_HOME": str(folder / "flwr-home")}
     run_config = folder / "run.toml"
     run_config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in config.items()))
-    federation = f"num-supernodes={num_clients} client-resources-num-cpus=1 client-resources-num-gpus=0"
+    federation = f"num-supernodes={num_nodes} client-resources-num-cpus=1 client-resources-num-gpus=0"
     federation += f" init-args-num-cpus={actors}"
-    command = ["flwr", "run", str(APP), "--stream", "--run-config", str(run_config), "--federation-config", federation]
+    command = ["flwr", "run", str(app), "--stream", "--run-config", str(run_config), "--federation-config", federation]
     begun = time.time()
     try:
         call(command, environment, folder)
@@ -77,7 +91,7 @@ def run_flower(num_clients: int, config: dict[str, Any], actors: int, folder: Pa
 def call(command: list[str], environment: dict[str, str], folder: Path) -> None:
     with (folder / "log.txt").open("w") as log:
         status = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=1800).returncode
-    if status or not (folder / "result.json").exists():
+    if status or not ((folder / "result.json").exists() or (folder / "run" / "final.safetensors").exists()):
         raise SystemExit(f"{' '.join(command[:3])} failed ({status}):\n{(folder / 'log.txt').read_text()[-3000:]}")
 
 
@@ -105,7 +119,66 @@ def end_processes_of(flwr_home: str) -> None:
             time.sleep(0.1)
 
 
-SYSTEMS: dict[str, Callable[[int, dict[str, Any], int, Path], float]] = {"flower": run_flower, "fedmom": run_fedmom}
+SYSTEMS: dict[str, Callable[[int, dict[str, Any], int, Path], float]] = {
+    "flower": run_flower,
+    "fedmom": run_fedmom,
+    "fedmom, PRSGDM": run_prsgdm,
+}
+
+DIGITS: dict[str, Any] = {
+    "data.num-clients": 100,
+    "data.partition": "iid",
+    "data.batch-size": 8,
+    "model.name": "mlp",
+    "model.hidden": 64,
+    "algorithm.num-local-steps": 4,
+    "run.num-rounds": 20,
+    "run.eval-every": 20,
+    "run.checkpoint-every": 20,
+}
+
+
+def digits_ways(actors: int) -> dict[str, tuple[dict[str, Any], int]]:
+    """{way: (what it changes, nodes under `flwr run` or 0)}."""
+    ours = {"run.backend": "simulation", "simulation.num-actors": actors}
+    return {
+        "engine": ({}, 0),
+        "our Grid, one client per node": (ours, 0),
+        "our Grid, blocks of 50": ({**ours, "simulation.clients-per-node": 50}, 0),
+        "flwr run, blocks of 50": ({}, 2),
+    }
+
+
+def measure_digits(actors: int) -> dict[str, float]:
+    """{way: ms per client and round}, the median of the rounds but the first two and the last (evaluated) one."""
+    from fedmom.records import read_rounds
+
+    found = {}
+    for way, (changes, num_nodes) in digits_ways(actors).items():
+        print(f"digits {way} …", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix="overhead-") as name:
+            folder, config = Path(name), {**DIGITS, **changes}
+            if num_nodes:
+                flwr_run(ROOT, num_nodes, {**config, "run.out": str(folder / "run")}, actors, folder)
+            else:
+                sets = [f"--set={key}={value}" for key, value in config.items()]
+                quickstart = str(ROOT / "configs" / "quickstart.toml")
+                command = [sys.executable, "-m", "fedmom", "run", quickstart, *sets, "--out", str(folder / "run")]
+                call(command, ENVIRONMENT, folder)
+            seconds = [record["wall_seconds"] for record in read_rounds(folder / "run")]
+        each = [after - before for before, after in pairwise(seconds)][1:-1]
+        found[way] = 1000 * statistics.median(each) / DIGITS["data.num-clients"]
+    return found
+
+
+def digits_table(found: dict[str, float]) -> str:
+    steps = DIGITS["algorithm.num-local-steps"]
+    lines = [
+        "| digits, 100 clients, mlp 64, I = 4, B = 8 | ms per client and round | client-steps/s |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {way} | {ms:.2f} | {1000 * steps / ms:,.0f} |" for way, ms in found.items()]
+    return "\n".join(lines) + "\n"
 
 
 def measure(system: str, num_clients: int, num_params: int, rounds: int, actors: int) -> dict[str, Any]:
@@ -179,9 +252,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["1000x10000", "100x1000000"], help="CLIENTSxPARAMETERS")
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
     parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--no-digits", dest="digits", action="store_false", help="leave the training runs out")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
     for case in options.cases:
         num_clients, num_params = (int(part) for part in case.split("x"))
         for system in options.systems:
@@ -194,7 +269,13 @@ def main() -> None:
             report = {"machine": f"{platform.platform()}, {os.cpu_count()} cores", "rows": rows}
             (options.out / "overhead.json").write_text(json.dumps(report, indent=1))
             (options.out / "overhead.md").write_text(table(rows))
-    print(table(rows))
+    text = table(rows)
+    if options.digits:
+        report["digits"] = found = measure_digits(options.actors)
+        text += "\n" + digits_table(found)
+        (options.out / "overhead.json").write_text(json.dumps(report, indent=1))
+        (options.out / "overhead.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

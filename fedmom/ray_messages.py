@@ -11,7 +11,6 @@ import functools
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +19,7 @@ import numpy as np
 from fedmom.errors import InputError
 from fedmom.executors import Shared
 from fedmom.imports import one_line
+from fedmom.npy import npy_header
 
 # flwr.app's classes, which may be absent
 Array = Any
@@ -199,7 +199,7 @@ def stored_array_class() -> Any:
 
         def numpy(self) -> Any:
             view = self.__dict__["_view"]
-            header = None if view is None or self.stype != "numpy.ndarray" else _npy_header(view)
+            header = None if view is None or self.stype != "numpy.ndarray" else npy_header(view)
             if header is None:
                 return super().numpy()
             flat = np.frombuffer(view, header.dtype, int(np.prod(header.shape)), header.num_bytes).copy()
@@ -218,33 +218,6 @@ def stored_array_class() -> Any:
 
     StoredArray.__qualname__ = Array.__qualname__  # part of what Flower hashes for object_id
     return StoredArray
-
-
-class _Header(NamedTuple):
-    dtype: np.dtype[Any]
-    fortran: bool
-    shape: tuple[int, ...]
-    num_bytes: int
-
-
-def _npy_header(view: memoryview) -> _Header | None:
-    """Of an .npy file without pickled objects; None for anything else."""
-    if view[:6] != b"\x93NUMPY":
-        return None
-    size = 10 + int.from_bytes(view[8:10], "little") if view[6] == 1 else 12 + int.from_bytes(view[8:12], "little")
-    return _parsed(bytes(view[:size]))
-
-
-@functools.lru_cache(maxsize=1024)
-def _parsed(header: bytes) -> _Header | None:
-    read = np.lib.format.read_array_header_1_0 if header[6] == 1 else np.lib.format.read_array_header_2_0
-    file = BytesIO(header)
-    try:
-        np.lib.format.read_magic(file)
-        shape, fortran, dtype = read(file)
-    except ValueError:
-        return None
-    return None if dtype.hasobject else _Header(dtype, fortran, shape, len(header))
 
 
 def metadata_values(message: Message) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 Plain bytes here, so that both sides of the wire share it; Flower's records are built by the apps themselves.
 """
 
+import math
 import warnings
 from io import BytesIO
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmom.errors import InputError
+from fedmom.npy import npy_header
 
 
 def to_npy(tensor: Tensor) -> bytes:
@@ -34,15 +36,13 @@ def from_npy(data: Any) -> Tensor:
     Raises InputError for bytes that are no such file.
     """
     view = memoryview(data).cast("B")
+    header = npy_header(view)
     try:
-        file = BytesIO(view[:4096])  # the header; a structured type's could be longer, and is none of ours
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        array = np.frombuffer(view, dtype, offset=file.tell(), count=int(np.prod(shape)))
-    except (ValueError, TypeError) as error:
+        if header is None:
+            raise ValueError("it does not begin as one")
+        dtype, fortran, shape, begin = header
+        array = np.frombuffer(view, dtype, offset=begin, count=math.prod(shape))
+    except ValueError as error:
         raise InputError(f"an array is not in numpy's format ({error})") from None
     array = array.reshape(shape, order="F" if fortran else "C")
     return as_tensor(array if dtype.isnative else array.astype(dtype.newbyteorder("=")))

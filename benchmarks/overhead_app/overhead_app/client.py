@@ -1,7 +1,7 @@
 """Turns the arrays it gets into torch tensors and sends them back. Stores, computes and prints nothing."""
 
 import torch  # noqa: F401  to_torch_state_dict wants it imported
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 app = ClientApp()
@@ -16,4 +16,6 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    return Message(RecordDict(), reply_to=message)
+    """Which client this is, as fedmom's strategy asks it."""
+    answer = ConfigRecord({"clients": [int(context.node_config["partition-id"])]})
+    return Message(RecordDict({"config": answer}), reply_to=message)

@@ -1,4 +1,4 @@
-"""Stock FedAvg without evaluation. Writes when the first client answered, when each round ended, and memory peaks."""
+"""FedAvg or PRSGDM, without evaluation. Writes when the first client answered, when rounds ended, and memory peaks."""
 
 import json
 import threading
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 app = ServerApp()
 
@@ -19,7 +19,16 @@ def model(num_params: int) -> dict[str, torch.Tensor]:
     sizes = [num_params * share // 10 for share in (7, 2, 1)]
     sizes.append(num_params - sum(sizes) + 1)
     sizes[0] -= 1
-    return {f"layer{index}": torch.randn(size) for index, size in enumerate(sizes)}
+    return {f"params/layer{index}": torch.randn(size) for index, size in enumerate(sizes)}
+
+
+def prsgdm(num_clients: int) -> Strategy:
+    from strategies.averaging import PRSGDM  # fedmom's; the rest of this app knows nothing of it
+
+    return PRSGDM(num_clients)
+
+
+STRATEGIES = {"fedavg": lambda num_clients: FedAvg(fraction_evaluate=0.0), "prsgdm": prsgdm}
 
 
 class Memory(threading.Thread):
@@ -54,7 +63,8 @@ def main(grid: Grid, context: Context) -> None:
         return MetricRecord({"round": server_round})
 
     start = ArrayRecord(model(int(config["num-params"])))
-    FedAvg(fraction_evaluate=0.0).start(grid, start, int(config["num-rounds"]), evaluate_fn=evaluate)
+    make = STRATEGIES[str(config["strategy"])]
+    make(len(nodes)).start(grid, start, int(config["num-rounds"]), evaluate_fn=evaluate)
     seconds = [after - before for before, after in pairwise(ends)]
     result = {"first_answer": first_answer, "round_seconds": seconds, "memory_mb": memory.peak}
     Path(str(config["out"])).write_text(json.dumps(result))
