@@ -51,7 +51,7 @@ class PRSGDM(Strategy):
     cohort_size: clients drawn per round, by (seed, round) alone; 0: all.
     running_var: "pooled" or "mean", how BatchNorm variances are averaged.
     on_failure, min_clients, retries: see `strategies.failures.Clients`.
-    window: messages between the oldest unanswered one and the newest sent; 0: so many as fit into 256 MB.
+    window: messages between the oldest unanswered one and the newest sent; 0: so many as fit into 48 MB per worker.
     slow_momentum, slow_lr: α and η of SlowMo, a server step on top; γ is the clients' metric `lr`, else `lr`.
     evaluate_clients: whether `start` also asks all nodes to evaluate after each round.
 

@@ -14,7 +14,7 @@ from strategies.dispatch import Exchange, exchange
 from strategies.holders import Holder, learn_holders
 from strategies.updates import CONFIG
 
-_WINDOW_BYTES = 256 << 20  # of replies that wait for their turn
+_WINDOW_BYTES = 48 << 20  # per worker: its two batches of at most 16 MB, and replies that wait for their turn
 _LARGEST_WINDOW = 1024  # messages
 
 
@@ -50,7 +50,8 @@ class Clients:
     ) -> Iterator[Any]:
         """What `accept` made of the replies, in the order of `messages`, without the failures that policy lets pass."""
         size = sum(len(array.data) for array in arrays.values())
-        window = self.window or max(4 * getattr(grid, "num_workers", 4), _WINDOW_BYTES // max(1, size))
+        workers = getattr(grid, "num_workers", 4)
+        window = self.window or max(4 * workers, workers * _WINDOW_BYTES // max(1, size))
         done = exchange(
             grid,
             messages,
