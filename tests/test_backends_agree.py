@@ -1,0 +1,107 @@
+"""The same run on the engine, on Flower's Simulation Engine, and on a real SuperLink: one x, one u. All slow."""
+
+import pytest
+import torch
+
+import fedmom
+from fedmom.records import read_rounds, read_tensors
+from flower_processes import Flower
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+QUADRATIC = {
+    "data.dataset": "quadratic",
+    "data.curvatures": "1;3;2;0.5;1.5",
+    "data.centers": "4;-2;1;0;3",
+    "algorithm.num-local-steps": 3,
+    "run.num-rounds": 20,
+}
+DIGITS = {
+    "data.num-clients": 5,
+    "model.name": "mlp",
+    "model.hidden": 32,
+    "algorithm.num-local-steps": 2,
+}
+FLOAT64 = {**DIGITS, "run.dtype": "float64", "run.num-rounds": 20, "run.eval-every": 5}
+FLOAT32 = {**DIGITS, "run.num-rounds": 2}
+NESTEROV = {"algorithm.nesterov": True}
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    flower = Flower(tmp_path_factory.mktemp("simulated"))
+    yield flower
+    flower.close()
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    flower = Flower(tmp_path_factory.mktemp("deployed"))
+    try:
+        flower.deploy(num_nodes=2)
+        yield flower
+    finally:
+        flower.close()
+
+
+def assert_the_engines(changes, folder, tolerance):
+    """x, u, buffers and every line's numbers are those of the engine."""
+    engine = fedmom.run(changes, out=folder.with_name(f"{folder.name}-engine"), callbacks=[fedmom.Callback()])
+    ours, about = read_tensors(engine.folder / "final.safetensors")
+    theirs, their_about = read_tensors(folder / "final.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=tolerance, atol=tolerance, msg=name)
+    assert {**about, "run_id": None} == {**their_about, "run_id": None}
+    records = read_rounds(folder)
+    assert [record["round"] for record in records] == list(range(1, len(engine.rounds) + 1))
+    for mine, other in zip(engine.rounds, records, strict=True):
+        assert mine.keys() == other.keys()
+        assert other["train_loss"] == pytest.approx(mine["train_loss"], rel=max(1e-8, 10 * tolerance))
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_nodes", "tolerance"),
+    [
+        (QUADRATIC, 5, 1e-10),
+        ({**QUADRATIC, **NESTEROV}, 2, 1e-10),
+        ({**FLOAT64, **NESTEROV}, 5, 1e-10),
+        (FLOAT64, 2, 1e-10),
+        (FLOAT32, 5, 1e-5),
+    ],
+    ids=["quadratic", "quadratic-II-blocks", "digits-II", "digits-blocks", "digits-float32"],
+)
+def test_flowers_simulation_engine_gives_the_engines_result(simulated, tmp_path, changes, num_nodes, tolerance):
+    status, text = simulated.run({**changes, "run.out": str(tmp_path / "run")}, num_nodes)
+    assert status == "finished:completed", text
+    # What a user sees: the rounds as they end, and where the run folder is.
+    assert f"round 1/{changes['run.num-rounds']} · loss" in text
+    assert str(tmp_path / "run") in text
+    assert_the_engines(changes, tmp_path / "run", tolerance)
+
+
+def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulated, tmp_path):
+    folder = tmp_path / "run"
+    assert simulated.run({**QUADRATIC, "run.num-rounds": 12, "run.out": str(folder)}, 5)[0] == "finished:completed"
+    status, text = simulated.run({**QUADRATIC, "run.resume": str(folder)}, 5)
+    assert status == "finished:completed", text
+    assert "resumed after round 12" in text
+    assert_the_engines(QUADRATIC, folder, 1e-10)
+    status, text = simulated.run({**QUADRATIC, "run.out": str(folder)}, 5)
+    assert status == "finished:failed"
+    assert f"--out {folder}: exists already; use --resume {folder}" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({**QUADRATIC, **NESTEROV, "run.num-rounds": 3}, 1e-10),
+        ({**FLOAT32, "algorithm.momentum-policy": "local"}, 1e-5),
+        ({**FLOAT64, "data.num-clients": 2, "run.num-rounds": 2}, 1e-10),
+    ],
+    ids=["quadratic-II-blocks", "digits-float32-local-blocks", "digits-one-client-each"],
+)
+def test_a_superlink_with_tls_and_two_supernodes_gives_the_engines_result(deployed, tmp_path, changes, tolerance):
+    status, text = deployed.run({**changes, "run.out": str(tmp_path / "run")})
+    assert status == "finished:completed", text + deployed.logs()
+    assert_the_engines(changes, tmp_path / "run", tolerance)
