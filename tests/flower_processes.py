@@ -101,7 +101,7 @@ class Flower:
             self.spawn(
                 *(f"supernode-{node}", "flower-supernode", "--superlink", f"127.0.0.1:{port}"),
                 *("--root-certificates", files["ca"], "--auth-supernode-private-key", str(key)),
-                *("--port", str(free_port()), "--disable-runtime-dependency-installation"),
+                *("--port", str(free_port())),
                 *("--node-config", f"partition-id={node} num-partitions={num_nodes}"),
             )
 
