@@ -475,3 +475,15 @@ def test_a_runs_identity_is_everything_but_its_length():
     }
     for name, value in others.items():
         assert run_identity(base) != run_identity(resolve(load({name: value})).config)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.stem)
+def test_flower_takes_every_config_as_a_run_config(path):
+    """By Flower's own rules: nested TOML flattened, unknown keys refused; and it means what `fedmom run` makes of it."""
+    from flwr.common.config import get_fused_config_from_dir, parse_config_args
+
+    from fedmom.node import settled
+
+    run_config = get_fused_config_from_dir(ROOT, parse_config_args([str(path)]))
+    assert set(run_config) == set(KEYS)
+    assert settled(run_config) == resolve(load(path)).config
