@@ -479,7 +479,7 @@ def test_a_runs_identity_is_everything_but_its_length():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.stem)
 def test_flower_takes_every_config_as_a_run_config(path):
-    """By Flower's own rules: nested TOML flattened, unknown keys refused; and it means what `fedmom run` makes of it."""
+    """By Flower's own rules: flattened, unknown keys refused; and it means what `fedmom run` makes of it."""
     from flwr.common.config import get_fused_config_from_dir, parse_config_args
 
     from fedmom.node import settled
