@@ -23,7 +23,7 @@ from fedmom.pictures import draw_curves
 from fedmom.records import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, read_about, read_rounds, read_tensors
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["run", "partition", "report", "datasets", "models", "keys"]
+COMMANDS = ["run", "simulate-app", "partition", "report", "datasets", "models", "keys"]
 ENGINE = '[engine]\ndevice = "cpu"\npath = "vmap"\nchunk-size = 2\nthreads = 1\n'
 QUADRATIC = '[data]\ndataset = "quadratic"\n[algorithm]\nlr = 0.05\nnum-local-steps = 2\n[run]\nnum-rounds = 4\n'
 LOGISTIC = '[model]\nname = "logistic"\n[run]\nnum-rounds = 2\n'
@@ -653,3 +653,34 @@ def test_a_picture_that_overflows_says_nothing_on_standard_error(fed, monkeypatc
     sets = ["--set", "algorithm.lr=1e6", "--set", "run.num-rounds=99"]
     assert len(fed("run", "quadratic.toml", "--out", "x", *sets)[2]) == 1
     assert Path("x/curves.png").is_file()
+
+
+# --- Flower ----------------------------------------------------------------------------------------------
+
+PLAIN_APP = Path(__file__).parent / "apps" / "plain_app"
+
+
+def test_simulate_app_runs_an_app_that_knows_nothing_of_fedmom(fed):
+    status, _, err = fed("simulate-app", str(PLAIN_APP), "--num-clients", "3", "--num-actors", "1")
+    assert status == 0, err
+    assert f"{PLAIN_APP}: done in" in " ".join(err)
+    assert "replies of 3 clients" in " ".join(err)
+
+
+def test_what_cannot_be_simulated_is_one_line(fed):
+    def refused(words, *arguments):
+        status, out, err = fed("simulate-app", *arguments)
+        assert (status, out, len(err)) == (2, [], 1), err
+        for word in words:
+            assert word in err[0], err[0]
+
+    refused(["nowhere/pyproject.toml"], "nowhere", "--num-clients", "3")
+    refused(["no-such-key", "run config"], str(PLAIN_APP), "--num-clients", "3", "--set", "no-such-key=1")
+    refused(["num-gpus"], str(PLAIN_APP), "--num-clients", "3", "--num-gpus", "0.5")
+    status, _, err = fed("run", "quadratic.toml", "--backend", "nobody", "--out", "x")
+    assert (status, len(err)) == (2, 1)
+    assert "run.backend = 'nobody'" in err[0]
+    status, _, err = fed("run", "quadratic.toml", "--backend", "simulation", "--app", "nowhere", "--out", "x")
+    assert (status, len(err)) == (2, 1)
+    assert "nowhere/pyproject.toml" in err[0]
+    assert not Path("x").exists()
