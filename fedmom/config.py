@@ -151,7 +151,7 @@ class ServerConfig:
     timeout_seconds: float = key(3600.0, "how long a client's answer may take; 0: for ever", at_least(0))
     wait_seconds: float = key(600.0, "how long to wait until every client has a node", at_least(0))
     window: int = key(0, "messages under way between the oldest unanswered and the newest; 0: by size", at_least(0))
-    lr: float = key(1.0, "server learning rate of fedavgm and fedadam", above(0))
+    lr: float = key(0.0, "server learning rate; 0: the strategy's own (fedavgm 1, fedadam 0.1)", at_least(0))
     momentum: float = key(0.9, "server momentum of fedavgm", within(0, 1))
     trim: float = key(0.2, "fedtrimmedavg: share cut off at each end", within(0, 0.5))
     num_malicious: int = key(0, "krum: clients that may lie", at_least(0))

@@ -40,14 +40,14 @@ def _dp(keys: ServerConfig, cohort: int, options: dict[str, Any]) -> Strategy:
     )
 
 
+def _fedavgm(keys: ServerConfig, cohort: int, options: dict[str, Any]) -> Strategy:
+    return FedAvgM(**options, server_learning_rate=keys.lr or 1.0, server_momentum=keys.momentum)
+
+
 STOCK: dict[str, Stock] = {
     "fedavg": Stock(lambda keys, cohort, options: FedAvg(**options), True, False),
-    "fedavgm": Stock(
-        lambda keys, cohort, options: FedAvgM(**options, server_learning_rate=keys.lr, server_momentum=keys.momentum),
-        True,
-        True,
-    ),
-    "fedadam": Stock(lambda keys, cohort, options: FedAdam(**options, eta=keys.lr), True, True),
+    "fedavgm": Stock(_fedavgm, True, True),
+    "fedadam": Stock(lambda keys, cohort, options: FedAdam(**options, eta=keys.lr or 0.1), True, True),
     "fedtrimmedavg": Stock(lambda keys, cohort, options: FedTrimmedAvg(**options, beta=keys.trim), False, False),
     "krum": Stock(lambda keys, cohort, options: Krum(**options, num_malicious_nodes=keys.num_malicious), False, False),
     "dp-fedavg": Stock(_dp, False, True),
