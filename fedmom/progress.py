@@ -112,6 +112,8 @@ class Notes(Callback):
         some = f" ({algorithm.cohort_size} per round)" if algorithm.cohort_size < data.num_clients else ""
         what = f"{algorithm.name}, option {'II' if algorithm.nesterov else 'I'}, momentum {algorithm.momentum_policy}"
         self._say(f"{what}: N = {data.num_clients}{some}, {steps}, {run.num_rounds} rounds, {data.dataset}{model}")
+        if start.folder:
+            self._say(f"run folder: {start.folder}")
         if start.first_round > 1:
             self._say(f"resumed after round {start.first_round - 1}")
         for note in start.notes:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -121,7 +122,7 @@ def environment(device: str) -> dict[str, Any]:
     found = {name: _version(name) for name in names}
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": _command(sys.argv),
         "python": platform.python_version(),
         "versions": {name: number for name, number in found.items() if number},
         "platform": platform.platform(),
@@ -130,6 +131,13 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "commit": _commit(),
     }
+
+
+def _command(words: list[str]) -> list[str]:
+    """The command of this process, without the token that Flower gives to the processes of a run: folders are shared."""
+    shown = [Path(words[0]).name, *(re.sub(r"^(--[\w-]*token[\w-]*)=.*", r"\1=…", word) for word in words[1:])]
+    hidden = [bool(re.fullmatch(r"--[\w-]*token[\w-]*", before)) for before in ["", *shown[:-1]]]
+    return ["…" if secret else word for word, secret in zip(shown, hidden, strict=True)]
 
 
 def _version(package: str) -> str | None:

@@ -42,7 +42,8 @@ def main(grid: Grid, context: Context) -> None:
     config = replace(config, "run", out="", resume="", backend="simulation" if is_heard() else "flower")
     out, followers = where.out, list[Callback]()
     if not is_heard():  # under Flower's own command nobody has chosen a folder, nor follows the rounds
-        out = out or ("" if where.resume else str(Path("runs") / f"flower-{datetime.now():%Y%m%d-%H%M%S}"))
+        # In full: this is the SuperLink's directory, which need not be the one of whoever reads the stream.
+        out = out or ("" if where.resume else str(Path("runs").resolve() / f"flower-{datetime.now():%Y%m%d-%H%M%S}"))
         followers = callbacks(Console(highlight=False, width=160), quiet=False)
     result = run(
         config,

@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -33,13 +34,25 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+class Ran(NamedTuple):
+    """One `flwr run --stream`."""
+
+    status: str  # as `flwr ls` has it: "finished:completed", "finished:failed"
+    details: str  # why it failed
+    text: str  # what it printed
+
+
 class Flower:
-    """`flwr` with a home in `folder`; a SuperLink that it starts itself, or one that `deploy` starts."""
+    """`flwr` with a home in `folder`; a SuperLink that it starts itself, or one that `deploy` starts.
+
+    All of it works in `folder`, so a run that names no folder leaves its records below it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home = folder, folder / "flwr-home"
         self.home.mkdir(parents=True)
         self.superlink: list[str] = []  # its name, where it is not the local one
+        self.spawned: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **os.environ,
             "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -54,13 +67,19 @@ class Flower:
         }
 
     def call(self, *command: str, timeout: float = 400) -> str:
-        """Standard output and error of a command that must end with status 0."""
-        done = subprocess.run(command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        """Standard output and error of a command that must end with status 0 and in time."""
+        where = {"env": self.environment, "cwd": self.folder, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, text=True, **where) as process:
+            try:
+                text, _ = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise AssertionError(f"not done in {timeout:g} s:\n{process.communicate()[0]}\n{self.logs()}") from None
+        assert process.returncode == 0, f"{text}\n{self.logs()}"
+        return text
 
-    def run(self, changes: Mapping[str, Any], num_nodes: int | None = None) -> tuple[str, str]:
-        """`flwr run` with these keys -> (Flower's status of the run, what it printed)."""
+    def run(self, changes: Mapping[str, Any], num_nodes: int | None = None) -> Ran:
+        """`flwr run` with these keys, on so many simulated nodes where the SuperLink is the local one."""
         config = self.folder / "run.toml"
         config.write_text("".join(f"{name} = {toml_scalar(value)}\n" for name, value in changes.items()))
         federation = []
@@ -71,13 +90,16 @@ class Flower:
             "flwr", "run", str(ROOT), *self.superlink, "--stream", "--run-config", str(config), *federation
         )
         # It ends with status 0 even where the run failed.
-        runs = json.loads(self.call("flwr", "ls", *self.superlink, "--format", "json"))["runs"]
-        newest = max(runs, key=lambda run: run["pending-at"])
-        return newest["status"], text
+        started = re.search(r"Successfully started run (\d+)", text)
+        assert started, text
+        listed = self.call("flwr", "ls", *self.superlink, "--run-id", started[1], "--format", "json")
+        (run,) = json.loads(listed)["runs"]
+        return Ran(run["status"], run["status-details"], text)
 
-    def spawn(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+    def spawn(self, name: str, *command: str) -> None:
         with open(self.folder / f"{name}.log", "wb") as log:
-            return subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=log, stderr=log)
+            where = {"env": self.environment, "cwd": self.folder}
+            self.spawned[name] = subprocess.Popen(command, stdout=log, stderr=log, **where)
 
     def deploy(self, num_nodes: int) -> None:
         """A SuperLink with TLS and node authentication on loopback, and SuperNodes that it knows by their keys."""
@@ -94,16 +116,32 @@ class Flower:
             f'[superlink]\ndefault = "secured"\n\n[superlink.secured]\naddress = "127.0.0.1:{port}"\n'
             f'root-certificates = "{files["ca"]}"\n'
         )
-        wait_for(port)
+        self.wait_for(port)
+        ports = [free_port() for _ in range(num_nodes)]
         for node in range(num_nodes):
             key = make_node_key(self.folder, node)
             self.call("flwr", "supernode", "register", f"{key}.pub", "secured")
             self.spawn(
                 *(f"supernode-{node}", "flower-supernode", "--superlink", f"127.0.0.1:{port}"),
                 *("--root-certificates", files["ca"], "--auth-supernode-private-key", str(key)),
-                *("--port", str(free_port())),
+                *("--port", str(ports[node])),
                 *("--node-config", f"partition-id={node} num-partitions={num_nodes}"),
             )
+        for port in ports:
+            self.wait_for(port)
+
+    def wait_for(self, port: int, seconds: float = 60) -> None:
+        """Until somebody listens there; fails at once where a process that was started has ended."""
+        deadline = time.monotonic() + seconds
+        while True:
+            ended = [name for name, process in self.spawned.items() if process.poll() is not None]
+            assert not ended, f"ended by itself: {', '.join(ended)}\n{self.logs()}"
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, f"nobody listens on port {port}\n{self.logs()}"
+                time.sleep(0.2)
 
     def close(self) -> None:
         """End every process whose environment names this home."""
@@ -116,6 +154,8 @@ class Flower:
             deadline = time.monotonic() + 10
             while self._processes() and time.monotonic() < deadline:
                 time.sleep(0.1)
+        for process in self.spawned.values():
+            process.wait(10)
 
     def _processes(self) -> list[int]:
         mark, found = f"FLWR_HOME={self.home}".encode(), []
@@ -128,18 +168,7 @@ class Flower:
         return found
 
     def logs(self) -> str:
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
-
-
-def wait_for(port: int, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline, f"nobody listens on port {port}"
-            time.sleep(0.2)
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.rglob("*.log"))
 
 
 def make_certificates(folder: Path) -> None:

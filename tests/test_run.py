@@ -12,7 +12,7 @@ import torch
 import fedmom
 import laws
 from fedmom.config import load
-from fedmom.records import read_rounds, read_tensors
+from fedmom.records import _command, read_rounds, read_tensors
 from fedmom.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
@@ -169,3 +169,10 @@ def test_quickstart_config_reaches_what_it_says(tmp_path):
     assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "q")
     assert read_rounds(tmp_path / "q")[-1]["test_accuracy"] > 0.95
     assert (tmp_path / "q/curves.png").stat().st_size > 10_000
+
+
+def test_a_token_on_the_command_line_does_not_get_into_the_folder():
+    words = ["/usr/bin/flwr-serverapp", "--token", "s3cret", "--run-id", "7", "--insecure"]
+    assert _command(words) == ["flwr-serverapp", "--token", "…", "--run-id", "7", "--insecure"]
+    assert _command(["x", "--token=s3cret"]) == ["x", "--token=…"]
+    assert _command(["fedmom", "run", "a.toml"]) == ["fedmom", "run", "a.toml"]
