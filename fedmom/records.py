@@ -134,7 +134,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _command(words: list[str]) -> list[str]:
-    """The command of this process, without the token that Flower gives to the processes of a run: folders are shared."""
+    """The command, without the token that Flower gives to the processes of a run: people share run folders."""
     shown = [Path(words[0]).name, *(re.sub(r"^(--[\w-]*token[\w-]*)=.*", r"\1=…", word) for word in words[1:])]
     hidden = [bool(re.fullmatch(r"--[\w-]*token[\w-]*", before)) for before in ["", *shown[:-1]]]
     return ["…" if secret else word for word, secret in zip(shown, hidden, strict=True)]
