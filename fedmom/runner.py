@@ -166,8 +166,10 @@ def run(
             return simulate(settled, out=out, resume=resume, callbacks=callbacks, app=app)
         listener = _LISTENER.get()
         callbacks = list(callbacks) or (listener.callbacks if listener else [])
-        settled = resolve_device(settled)
-        task, plan = make_task(settled, settled.engine.device), make_plan(settled)
+        here = resolve_device(settled)
+        task, plan = make_task(here, here.engine.device), make_plan(settled)
+        # Under Flower every node resolves "auto" for itself, and a resumed run must leave it to them again.
+        settled = settled if rounds else here
         make = rounds or (_worker_rounds if settled.engine.workers else make_engine)
         settled, engine, chosen = make(settled, task, plan)
         try:
@@ -295,7 +297,7 @@ class _Run:
                 done = done._replace(wall_seconds=float(self.rounds[-1]["wall_seconds"]))
         write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
         if not resumed:
-            about = environment(self.config.engine.device)
+            about = environment(self.task.device.type)
             write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
         return done
 

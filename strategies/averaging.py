@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedmom.algorithms import slow_step
 from fedmom.averaging import WeightedMean
+from fedmom.errors import InputError
 from fedmom.state import ClientState, Tree, flatten, unflatten, zeros_like
 from fedmom.train import cohort
 from strategies.failures import Clients
@@ -76,8 +77,14 @@ class PRSGDM(Strategy):
         evaluate_clients: bool = False,
         weighted_by_key: str = WEIGHT,
     ) -> None:
+        size = cohort_size or num_clients
+        if not 0 < min_clients <= size <= num_clients:
+            raise InputError(
+                f"num_clients = {num_clients}, cohort_size = {cohort_size}, min_clients = {min_clients}: "
+                "min_clients must be at least 1 and at most the cohort's size, and that at most num_clients"
+            )
         self.clients = Clients(num_clients, on_failure, min_clients, retries, window, wait_seconds)
-        self.cohort = partial(cohort, num_clients, cohort_size or num_clients, seed)
+        self.cohort = partial(cohort, num_clients, size, seed)
         self.running_var, self.weighted_by_key = running_var, weighted_by_key
         self.slow_momentum, self.slow_lr, self.lr = slow_momentum, slow_lr, lr
         self.slow: Tree = {}  # SlowMo's u_s

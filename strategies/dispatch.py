@@ -54,25 +54,28 @@ def exchange(
     pending: dict[str, Exchange] = {}
     wait = getattr(grid, "wait", None)
     pause, exhausted = _SHORTEST_WAIT, False
-    while slots or not exhausted:
-        while not exhausted and len(slots) < window:
-            fresh = [Exchange(message) for message in islice(source, window - len(slots))]
-            exhausted = not fresh
-            slots.extend(fresh)
-            _push(grid, fresh, pending, timeout, again)
-        if slots and not slots[0].done:
-            arrived = _collect(grid, pending, accept)
-            _push(grid, [slot for slot in arrived if slot.failure], pending, timeout, again)
-            if arrived:
-                pause = _SHORTEST_WAIT
-            elif wait is not None:
-                nearest = min(slot.deadline for slot in pending.values())
-                wait(min(_LONGEST_WAIT, max(0.0, nearest - time.monotonic())))
-            else:
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_WAIT)
-        while slots and slots[0].done:
-            yield slots.popleft()
+    try:
+        while slots or not exhausted:
+            while not exhausted and len(slots) < window:
+                fresh = [Exchange(message) for message in islice(source, window - len(slots))]
+                exhausted = not fresh
+                slots.extend(fresh)
+                _push(grid, fresh, pending, timeout, again)
+            if slots and not slots[0].done:
+                arrived = _collect(grid, pending, accept)
+                _push(grid, [slot for slot in arrived if slot.failure], pending, timeout, again)
+                if arrived:
+                    pause = _SHORTEST_WAIT
+                elif wait is not None:
+                    nearest = min(slot.deadline for slot in pending.values())
+                    wait(min(_LONGEST_WAIT, max(0.0, nearest - time.monotonic())))
+                else:
+                    time.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_WAIT)
+            while slots and slots[0].done:
+                yield slots.popleft()
+    finally:  # given up in the middle: nobody will pull the rest
+        _forget(grid, pending)
 
 
 def _push(grid: Grid, slots: list[Exchange], pending: dict[str, Exchange], timeout: float, again: Again) -> None:
@@ -121,9 +124,14 @@ def _collect(grid: Grid, pending: dict[str, Exchange], accept: Accept) -> list[E
         slot = pending.pop(message_id)
         slot.failure = "no reply in time"
         arrived.append(slot)
-    if overdue and hasattr(grid, "forget"):
-        grid.forget(overdue)
+    _forget(grid, overdue)
     return arrived
+
+
+def _forget(grid: Grid, message_ids: Iterable[str]) -> None:
+    """Where a Grid can be told that nobody waits for these replies, tell it."""
+    if message_ids and hasattr(grid, "forget"):
+        grid.forget(list(message_ids))
 
 
 def _reason(reply: Message) -> str:

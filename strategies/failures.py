@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fedmom.errors import ClientsFailedError
+from fedmom.config import ON_FAILURE
+from fedmom.errors import ClientsFailedError, unknown
 from strategies.dispatch import Exchange, exchange
 from strategies.holders import Holder, learn_holders
 from strategies.updates import CONFIG
@@ -33,6 +34,10 @@ class Clients:
     window: int = 0
     wait_seconds: float = 600.0
     holders: list[Holder] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.on_failure not in ON_FAILURE:
+            raise unknown("on_failure", self.on_failure, ON_FAILURE)
 
     def learn(self, grid: Grid) -> None:
         """Find out which node holds which clients."""

@@ -62,6 +62,10 @@ def main(grid: Grid, context: Context) -> None:
 def make_rounds(grid: Grid, config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
     """The rounds on this Grid, and the configuration with what a node chose where the engine's path was left open."""
     keys, num_clients, method = config.server, config.data.num_clients, plan.method
+    if keys.min_clients > plan.cohort_size:
+        raise InputError(
+            f"server.min-clients = {keys.min_clients}: only {plan.cohort_size} clients take part in a round"
+        )
     strategy = PRSGDM(
         num_clients,
         cohort_size=plan.cohort_size,

@@ -1,5 +1,6 @@
 """The Flower app on a Grid in this process: its rounds are the engine's, and a failure is never silent."""
 
+import json
 import math
 import re
 
@@ -463,3 +464,20 @@ def test_one_message_to_one_client_by_hand():
     assert math.isclose(reply.content["metrics"]["lr"], 0.05)
     assert len(reply.content.array_records) == len(reply.content.metric_records) == 1
     assert isinstance(ClientsFailedError("x"), RuntimeError)
+
+
+@pytest.mark.parametrize("keys", [{"on_failure": "stopp"}, {"cohort_size": 6}, {"min_clients": 6}, {"min_clients": 0}])
+def test_a_strategy_that_cannot_work_is_refused(keys):
+    with pytest.raises(InputError, match=next(iter(keys))):
+        PRSGDM(5, **keys)
+
+
+def test_more_clients_wanted_than_take_part_is_a_wrong_key():
+    with pytest.raises(InputError, match=r"server\.min-clients = 3: only 2 clients take part"):
+        by_flower({**QUADRATIC, "algorithm.cohort-size": 2, "server.min-clients": 3}, 5)
+
+
+def test_where_the_nodes_train_is_left_to_them_in_the_record_too(tmp_path):
+    result, _ = by_flower({**QUADRATIC, "run.num-rounds": 1}, 5, out=tmp_path / "run")
+    assert result.config.engine.device == "auto"
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["device"] in ("cpu", "cuda")
