@@ -1,5 +1,8 @@
 """The ServerApp: a run config becomes a run of fedmom whose rounds are exchanges over Flower's Grid."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -45,18 +48,32 @@ def main(grid: Grid, context: Context) -> None:
         # In full: this is the SuperLink's directory, which need not be the one of whoever reads the stream.
         out = out or ("" if where.resume else str(Path("runs").resolve() / f"flower-{datetime.now():%Y%m%d-%H%M%S}"))
         followers = callbacks(Console(highlight=False, width=160), quiet=False)
-    result = run(
-        config,
-        out=out or None,
-        resume=where.resume or None,
-        callbacks=followers,
-        rounds=partial(make_rounds, grid),
-    )
+    # Flower's own line for every round would tear the progress bar; its warnings stay.
+    with flower_logs(logging.WARNING if is_heard() else logging.INFO):
+        result = run(
+            config,
+            out=out or None,
+            resume=where.resume or None,
+            callbacks=followers,
+            rounds=partial(make_rounds, grid),
+        )
     if followers and result.folder:
         for line in finished(result.folder, result.rounds):
             print(line, flush=True)
     if result.status != "done":
         raise RunStoppedError(result.message)
+
+
+@contextmanager
+def flower_logs(level: int) -> Iterator[None]:
+    """Within the block Flower logs from `level` on."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def make_rounds(grid: Grid, config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
@@ -85,7 +102,8 @@ def make_rounds(grid: Grid, config: Config, task: Task, plan: Plan) -> tuple[Con
     notes = [f"{len(clients.holders)} Flower nodes, at most {blocks} client{'s' * (blocks > 1)} each"]
     if keys.strategy == "pr-sgd-m":
         return config, AveragingRounds(strategy, grid, task, asked, keys.timeout_seconds), notes
-    stock = make_stock(config, task.start(), clients.holders)
+    with flower_logs(logging.ERROR):  # FedAvg warns that clients do not evaluate: the server does
+        stock = make_stock(config, task.start(), clients.holders)
     notes.append(f"{type(stock).__name__} keeps its own state in memory: this run cannot be resumed")
     return config, StockRounds(stock, clients, grid, task, asked, keys.timeout_seconds), notes
 
