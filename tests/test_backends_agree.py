@@ -90,7 +90,7 @@ def test_a_run_that_names_no_folder_says_where_its_own_is(simulated):
     changes = {**FLOAT32, **NESTEROV}
     ran = simulated.run(changes, 5)
     assert ran.status == "finished:completed", ran.text
-    (folder,) = re.findall(r"^(.*/runs/flower-[-\d]+)$", ran.text, re.MULTILINE)
+    (folder,) = set(re.findall(r"^(?:run folder: )?(/.*/runs/flower-[-\d]+)$", ran.text, re.MULTILINE))
     assert Path(folder).is_absolute()  # below the SuperLink's directory, which need not be the user's
     assert_the_engines(changes, Path(folder), 1e-5)
 
