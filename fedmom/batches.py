@@ -6,6 +6,7 @@ I see the same data in the same order, every example comes once per pass over th
 wraps. t is the run's step, so a client that sits a round out passes over those positions.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,14 @@ def normalised(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tenso
     """uint8 images [..., C, H, W] -> (images / 255 − mean) / std in `dtype`; other tensors are cast if real."""
     if images.dtype != torch.uint8:
         return images.to(dtype) if images.is_floating_point() else images
-    shift = torch.as_tensor(mean, dtype=torch.float64, device=images.device).reshape(-1, 1, 1)
-    scale = torch.as_tensor(std, dtype=torch.float64, device=images.device).reshape(-1, 1, 1)
-    return images.to(dtype) * (1 / (255 * scale)).to(dtype) - (shift / scale).to(dtype)
+    scale, shift = _constants(tuple(np.ravel(mean).tolist()), tuple(np.ravel(std).tolist()), dtype, images.device)
+    return images.to(dtype).mul_(scale).sub_(shift)
+
+
+@lru_cache(maxsize=64)
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """1/(255 std) and mean/std, [C, 1, 1]."""
+    shift, scale = (torch.tensor(v, dtype=torch.float64, device=device).reshape(-1, 1, 1) for v in (mean, std))
+    return (1 / (255 * scale)).to(dtype), (shift / scale).to(dtype)

@@ -5,10 +5,13 @@ masks. `address_dropout` swaps the layers of any model; the objective then passe
 step in as a buffer (torch.func.functional_call), which gains a client axis under torch.vmap like any other.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from fedmom.randomness import uniform
+from fedmom.randomness import random_bits
 
 KEY = "dropout_key"
 
@@ -27,16 +30,26 @@ class AddressedDropout(nn.Module):
         """x [B, ...] -> x * mask / (1 - p) in training, x itself in evaluation."""
         if not self.training or self.p == 0:
             return x
-        if self.p == 1:
-            return torch.zeros_like(x)
-        shape = x.shape[:2] + (1,) * (x.ndim - 2) if self.channels else x.shape
-        place = torch.arange(shape.numel(), device=x.device).reshape(shape)
-        # float32 whatever x is: float16 cannot hold the numbers, and bfloat16 would round them to other masks.
-        kept = uniform(self.dropout_key, self.layer, place, dtype=torch.float32) >= self.p
-        return x * kept / (1 - self.p)
+        return x * kept(self.dropout_key, self.layer, self.p, x.shape, channels=self.channels, dtype=x.dtype)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def kept(
+    keys: Tensor, layer: int, p: float, shape: Sequence[int], *, channels: bool = False, dtype: torch.dtype
+) -> Tensor:
+    """Masks [*keys.shape, *shape] of one layer's examples: 0, or 1/(1 − p) in `dtype`; [.., B, C, 1, …] by `channels`.
+
+    p is taken to 32 bits, so that one hash serves two places: on a CPU it costs as much as a small convolution.
+    """
+    shape = (*shape[:2], *[1] * (len(shape) - 2)) if channels else tuple(shape)
+    if p == 1:
+        return torch.zeros(*keys.shape, *shape, dtype=dtype, device=keys.device)
+    places = math.prod(shape)
+    bits = random_bits(keys[..., None], layer, torch.arange(-(-places // 2), device=keys.device))
+    words = torch.stack([bits & 0xFFFFFFFF, (bits >> 32) & 0xFFFFFFFF], -1).flatten(-2)[..., :places]
+    return ((words >= round(p * 2**32)).to(dtype) * (1 / (1 - p))).reshape(*keys.shape, *shape)
 
 
 def address_dropout(model: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """What the clients minimise. A task draws minibatches, gives one client's gradient, and judges the mean model."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -84,6 +85,12 @@ class Classification:
         buffers = dict(self.model.named_buffers())
         self.dropout_keys = [name for name in buffers if name.rpartition(".")[2] == KEY]
 
+    def in_dtype(self, dtype: torch.dtype) -> "Classification":
+        """The same task, its model a copy in another dtype."""
+        twin = copy.copy(self)
+        twin.dtype, twin.model = dtype, copy.deepcopy(self.model).to(dtype)
+        return twin
+
     def start(self) -> ClientState:
         params = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         buffers = {name: b.clone() for name, b in self.model.named_buffers() if name not in self.dropout_keys}
@@ -91,12 +98,15 @@ class Classification:
 
     def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Batch]:
         indices = self.sampler.draw(clients, first_steps, num_steps)
+        source = self.dataset.x_train
         for s in range(num_steps):
-            x, y = self.dataset.x_train[indices[:, s]], self.dataset.y_train[indices[:, s]]
-            steps = first_steps + s
+            rows, steps = indices[:, s].reshape(-1), first_steps + s
+            # index_select copies whole examples; indexing by a matrix goes number by number.
+            x = source.index_select(0, rows).reshape(*indices[:, s].shape, *source.shape[1:])
+            y = self.dataset.y_train[indices[:, s]]
             if self.augment == "crop-flip":
                 x = crop_flip(x, self.seed, clients, steps)
-            keys = random_bits(DROPOUT, self.seed, clients, steps)
+            keys = random_bits(DROPOUT, self.seed, clients, steps) if self.dropout_keys else clients
             yield Batch(self._normalised(x), y, keys)
 
     def _normalised(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a client carries, as a value: the model x, the momentum u and the model's buffers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,34 @@ def where(active: Tensor, new: ClientState, old: ClientState) -> ClientState:
 
     pairs = zip(new, old, strict=True)
     return ClientState(*({name: rows(name, a, b) for name in a} for a, b in pairs))
+
+
+def concatenated(parts: Sequence[ClientState]) -> ClientState:
+    """Chunks of stacked clients [k, ...] one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    trees = zip(*parts, strict=True)
+    return ClientState(*({name: torch.cat([tree[name] for tree in part]) for name in part[0]} for part in trees))
+
+
+def rows_of(state: ClientState, places: Tensor | slice) -> ClientState:
+    """Some rows of stacked clients, by place."""
+
+    def pick(value: Tensor) -> Tensor:
+        return value[places.to(value.device) if isinstance(places, Tensor) else places]
+
+    return ClientState(*({name: pick(value) for name, value in tree.items()} for tree in state))
+
+
+def row_of(state: ClientState, place: int) -> ClientState:
+    """One of stacked clients."""
+    return ClientState(*({name: value[place] for name, value in tree.items()} for tree in state))
+
+
+def like(state: ClientState, right: ClientState) -> ClientState:
+    """`state` where the tensors of `right` are."""
+    device = next((value.device for tree in right for value in tree.values()), torch.device("cpu"))
+    return to_device(state, device)
 
 
 def to_device(state: ClientState, device: torch.device | str) -> ClientState:

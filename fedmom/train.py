@@ -5,19 +5,20 @@ Plain arguments in, a record and a new state out; nothing here knows of files, t
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fedmom.algorithms import MOMENTUM_POLICIES, slow_step
-from fedmom.engine import Method, Outcome, Progress, Round, Rounds, part_of
 from fedmom.errors import DivergedError
 from fedmom.objective import Task
 from fedmom.randomness import COHORT, random_bits
+from fedmom.rounds import Method, Outcome, Progress, Round, Rounds, part_of
 from fedmom.schedules import Horizon, LearningRate
-from fedmom.state import ClientState, Tree, is_finite, num_bytes, zeros_like
+from fedmom.state import ClientState, Tree, is_finite, num_bytes, row_of, stacked, to_device, zeros_like
+from fedmom.topology import Topology
 
 Record = dict[str, Any]
 
@@ -38,11 +39,23 @@ class Plan(NamedTuple):
     num_steps: int = 0  # T, if it was given; else R × I
     slow_momentum: float = 0.0  # α of SlowMo
     slow_lr: float = 1.0  # η of SlowMo
+    topology: Topology | None = None  # W_t of Algorithm 2
+    eval_clients: int = 0  # of Algorithm 2: how many clients' own models are measured; 0: all
 
     @property
     def slow(self) -> bool:
         """Whether the server takes a step of its own."""
         return self.slow_momentum > 0 or self.slow_lr != 1
+
+    def evaluates(self, round_number: int) -> bool:
+        """Whether round 1, 2, … ends with an evaluation."""
+        return round_number % self.eval_every == 0 or round_number == self.num_rounds
+
+    def bytes_sent(self, round_index: int, num_clients: int, state: ClientState) -> int:
+        """By all clients in round 0, 1, …; `state`: of one client."""
+        if self.topology is None:
+            return num_clients * bytes_per_exchange(state, self.method)
+        return self.topology.at(round_index).num_links() * bytes_per_exchange(state, self.method)
 
     def steps_of(self, sizes: np.ndarray) -> np.ndarray:
         """[N] local steps of each client in a round: I, or local_epochs × ⌈n_i / B⌉."""
@@ -63,16 +76,28 @@ class Progressed(NamedTuple):
     state: ClientState  # x̂, û and the buffers
     client_momentum: Tree | None  # [N, ...] every client's own u, for policy "local"
     slow_momentum: Tree | None = None  # the server's own, of SlowMo
+    rows: ClientState | None = None  # [N, ...] every client's own x, u and buffers, of Algorithm 2
     steps: int = 0  # local steps t so far (with local-epochs: of each round's longest client)
     examples: int = 0  # seen by all clients so far, repeats counted
     bytes_sent: int = 0  # by all clients so far
     wall_seconds: float = 0.0
+    fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings state and rows from where they are
+
+    def gathered(self) -> "Progressed":
+        """The same with its state and rows here, where others hold them."""
+        if self.fetch is None:
+            return self
+        state, rows = self.fetch()
+        return self._replace(state=state, rows=rows, fetch=None)
 
 
 def beginning(task: Task, plan: Plan) -> Progressed:
     """The state before the first round."""
     start = task.start()
     rows = None
+    if plan.topology is not None:
+        own = ClientState(*({n: v.clone() for n, v in tree.items()} for tree in stacked(start, len(task.sizes))))
+        return Progressed(0, start, None, rows=own)
     if MOMENTUM_POLICIES[plan.method.momentum_policy].keeps_rows:
         rows = {n: torch.zeros(len(task.sizes), *u.shape, dtype=u.dtype) for n, u in start.momentum.items()}
     return Progressed(0, start, rows, zeros_like(start.params) if plan.slow else None)
@@ -99,7 +124,8 @@ def round_job(task: Task, plan: Plan, done: Progressed) -> Round:
     rows = done.client_momentum
     if rows is not None and len(ids) < num_clients:
         rows = {name: u[torch.from_numpy(ids)] for name, u in rows.items()}
-    return clients_job(task, plan, done.round, ids, rows)
+    job = clients_job(task, plan, done.round, ids, rows)
+    return job._replace(rows=done.rows, evaluates=plan.evaluates(done.round + 1))
 
 
 def clients_job(task: Task, plan: Plan, round_index: int, ids: np.ndarray, momentum: Tree | None = None) -> Round:
@@ -143,8 +169,10 @@ def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: O
         slow_momentum=slow,
         steps=done.steps + len(job.lrs),
         examples=done.examples + examples,
-        bytes_sent=done.bytes_sent + len(job.clients) * bytes_per_exchange(outcome.mean, plan.method),
+        bytes_sent=done.bytes_sent + plan.bytes_sent(done.round, len(job.clients), done.state),
         wall_seconds=done.wall_seconds + seconds,
+        rows=outcome.rows,
+        fetch=outcome.fetch,
     )
 
 
@@ -167,8 +195,12 @@ def run_rounds(
         steps = int(job.num_steps.sum())
         train_seconds = clock() - begin
         measured: Record = {}
-        if new.round % plan.eval_every == 0 or new.round == plan.num_rounds:
+        if outcome.measured is not None:
+            measured = outcome.measured
+        elif job.evaluates:
             measured = task.evaluate(new.state)
+            if new.rows is not None:
+                measured |= evaluate_rows(task, new.rows, chosen_clients(len(task.sizes), plan.eval_clients))
         _check_finite(new.round, job, outcome, measured)
         new = new._replace(wall_seconds=done.wall_seconds + clock() - begin)
         record = {
@@ -180,6 +212,7 @@ def run_rounds(
             **measured,
             "consensus_distance": outcome.consensus_distance,
             "momentum_spread": outcome.momentum_spread,
+            **(outcome.more or {}),
             "bytes_sent": new.bytes_sent,
             "wall_seconds": new.wall_seconds,
             "client_steps_per_second": steps / train_seconds,
@@ -187,10 +220,36 @@ def run_rounds(
         }
         if len(job.clients) < asked:
             record["num_failed"] = asked - len(job.clients)
-        if task.small:
+        if outcome.path:
             record |= _coordinates(new.state, outcome.path)
         yield new, record
         done = new
+
+
+# What `evaluate_rows` gives, of a task that measures a loss (and an accuracy).
+CLIENT_MEASURES = ("mean_client_loss", "worst_client_loss", "mean_client_accuracy", "worst_client_accuracy")
+
+
+def chosen_clients(num_clients: int, wanted: int) -> list[int]:
+    """Evenly spaced client ids whose own models are measured; 0 or more than there are: all."""
+    count = min(wanted or num_clients, num_clients)
+    return [place * num_clients // count for place in range(count)]
+
+
+def summarised(measured: list[dict[str, Any]]) -> Record:
+    """The clients' measurements: the mean one and the worst one."""
+    record: Record = {}
+    for name, worst in (("loss", max), ("accuracy", min)):
+        values = [m[key] for m in measured for key in (name, f"test_{name}") if key in m]
+        if values:
+            record[f"mean_client_{name}"] = sum(values) / len(values)
+            record[f"worst_client_{name}"] = worst(values)
+    return record
+
+
+def evaluate_rows(task: Task, rows: ClientState, places: list[int]) -> Record:
+    """Mean and worst loss and accuracy of the clients' own models, those at `places` of rows [N, ...]."""
+    return summarised([task.evaluate(to_device(row_of(rows, place), task.device)) for place in places])
 
 
 def _check_finite(round_number: int, job: Round, outcome: Outcome, measured: Record) -> None:

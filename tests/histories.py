@@ -1,5 +1,9 @@
 """Run histories made by hand."""
 
+import json
+
+from fedmom.config import load, to_toml
+from fedmom.resolve import resolve
 from fedmom.tables import RunHistory
 
 
@@ -31,3 +35,26 @@ def quadratic(name, num_rounds, rate=0.5):
         for r in range(1, num_rounds + 1)
     ]
     return RunHistory(name, rounds)
+
+
+def make_run(folder, sets, records):
+    """A run folder as a run leaves it, with these records."""
+    folder.mkdir(parents=True)
+    config = resolve(load({"data.dataset": "digits"}, sets)).config
+    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return folder
+
+
+def records(num_rounds, *, speed=1.0, shift=0.0, I=8, eval_every=1):  # noqa: E741 - the paper's I
+    """Round r: r·I steps, loss 1/(speed·r) + shift, accuracy 1 − loss/2, r seconds, r MB."""
+    found = []
+    for r in range(1, num_rounds + 1):
+        record = {"round": r, "steps": r * I, "joint_epochs": 0.5 * r, "bytes_sent": r * 1_000_000, "lr": 0.05}
+        record |= {"train_loss": 1.0, "wall_seconds": float(r), "num_clients": 20, "client_steps_per_second": 50.0}
+        record |= {"consensus_distance": 1.0 / r, "momentum_spread": 2.0 / r}
+        if r % eval_every == 0:
+            loss = 1 / (speed * r) + shift
+            record |= {"test_loss": loss, "test_accuracy": 1 - loss / 2}
+        found.append(record)
+    return found

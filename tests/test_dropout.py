@@ -27,6 +27,13 @@ def test_keep_rate_and_scale(p, key):
     torch.testing.assert_close(out[kept], torch.full_like(out[kept], 3.0 / (1 - p)))
 
 
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
+def test_the_scale_is_exact_in_float64(p):
+    out = AddressedDropout(p, layer=1)(torch.ones(50, 50, dtype=torch.float64))
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (1 - p)), rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("channels", [False, True])
 def test_masks_differ_between_keys_layers_and_examples(channels):
     shape = (64, 64, 2)

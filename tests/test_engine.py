@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedmom.engine import Choice, Engine, choose
+from fedmom.choice import Choice, choose
+from fedmom.engine import PATHS, Engine
 from fedmom.train import beginning, cohort, round_job
 from runs import image_task, run_plan, simple_plan, tiny_images
 
@@ -240,7 +241,7 @@ def test_records_say_what_they_should():
 
 
 def test_training_learns_on_every_path():
-    for path in ("vmap", "loop"):
+    for path in PATHS:
         _, rows = run_plan(image_task("mlp"), simple_plan(4, num_rounds=15, lr=0.1), path=path)
         assert rows[-1]["train_loss"] < 0.2 * rows[0]["train_loss"]
         assert rows[-1]["test_accuracy"] > 0.9
@@ -251,17 +252,19 @@ def test_choose_measures_both_paths_and_respects_what_is_given():
     begin = beginning(task, plan)
     job = round_job(task, plan, begin)
     auto = choose(task, plan.method, begin.state, job, path="auto", chunk_size=0)
-    assert {name.split()[0] for name in auto.measured} == {"vmap", "loop"}
+    assert {"stack", "loop"} <= {name.split()[0] for name in auto.measured} <= {"factors", "vmap", "stack", "loop"}
     assert auto.measured[f"{auto.path} × {auto.chunk_size}"] == max(auto.measured.values())
-    assert choose(task, plan.method, begin.state, job, path="vmap", chunk_size=2) == Choice("vmap", 2, {})
+    for path in ("factors", "stack", "vmap"):
+        assert choose(task, plan.method, begin.state, job, path=path, chunk_size=2) == Choice(path, 2, {})
     assert choose(task, plan.method, begin.state, job, path="loop", chunk_size=0) == Choice("loop", 1, {})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none here")
+@pytest.mark.parametrize("path", ["factors", "stack", "vmap"])
 @pytest.mark.parametrize("model", MODELS)
-def test_cuda_equals_cpu(model):
+def test_cuda_equals_cpu(model, path):
     plan = simple_plan(3, num_rounds=2)
-    there, _ = run_plan(small_task(model, device="cuda"), plan, path="vmap")
+    there, _ = run_plan(small_task(model, device="cuda"), plan, path=path)
     here, _ = run_plan(small_task(model), plan, path="loop")
     moved = there._replace(state=type(there.state)(*({n: v.cpu() for n, v in t.items()} for t in there.state)))
     assert_same(moved, here, 1e-9)

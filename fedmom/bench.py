@@ -1,0 +1,199 @@
+"""`fedmom bench`: how fast a configuration runs here, how near to what the device can do, and where the time goes."""
+
+import resource
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedmom.config import Config
+from fedmom.engine import Engine
+from fedmom.gossip import GossipRounds
+from fedmom.objective import Batch, Classification, Task
+from fedmom.rounds import Rounds
+from fedmom.runner import local_rounds
+from fedmom.setup import make_plan, make_task, resolve_device
+from fedmom.state import ClientState, num_bytes
+from fedmom.timings import now
+from fedmom.train import Plan, beginning, round_job, run_rounds
+
+KINDS = {  # of torch's operators, by a part of the name; the first that fits
+    "convolution": ("conv",),
+    "matrix products": ("mm", "matmul", "linear", "einsum", "dot"),
+    "update of x and u": ("sgd", "foreach"),
+    "pooling, norms": ("pool", "norm"),
+    "loss": ("softmax", "nll", "cross_entropy"),
+    "gathering minibatches": ("index", "gather", "sort", "embedding", "repeat_interleave", "cumsum"),
+    "copies": ("copy", "cat", "stack", "fill", "zero", "clone", "contiguous"),
+}
+
+
+class Bench(NamedTuple):
+    """What was measured; rates in client-steps, bytes and operations per second."""
+
+    config: Config  # with what `auto` chose
+    notes: list[str]
+    rate: float
+    seconds: list[float]  # of every round
+    flops: float  # of one client-step, forward and backward; 0 if they cannot be counted
+    bytes: float  # that one client-step moves at least
+    peak_flops: float
+    peak_bytes: float
+    memory: float  # bytes, the most that was in use
+    shares: dict[str, float]  # {kind of operator: part of a round's time}
+
+
+def bench(config: Config, *, seconds: float = 10.0, progress: Callable[[str], None] = lambda text: None) -> Bench:
+    """Run a resolved configuration for about so long, without evaluation, and throw it away.
+
+    Raises InputError and DivergedError as a run would.
+    """
+    config = resolve_device(config)
+    device = torch.device(config.engine.device)
+    progress("data and model")
+    task, plan = make_task(config, config.engine.device), make_plan(config)
+    progress("timing the ways to run it")
+    config, rounds, notes = local_rounds(config, task, plan)
+    try:
+        steps = _endless(task, plan, rounds)
+        progress("rounds")
+        next(steps)
+        found: list[float] = []
+        rates: list[float] = []
+        while sum(found) < seconds and len(found) < 1000:
+            found.append(_timed(device, lambda: rates.append(next(steps))))
+        progress("where the time goes")
+        shares = _shares(lambda: next(steps), device)
+    finally:
+        if hasattr(rounds, "close"):
+            rounds.close()
+    progress("what the device can do")
+    start = beginning(task, plan)
+    return Bench(
+        config,
+        notes,
+        statistics.median(count / s for count, s in zip(rates, found, strict=True)),
+        found,
+        _flops(task, start.state),
+        _bytes(task, rounds, start.state, round_job(task, plan, start)),
+        *peaks(device, getattr(torch, config.run.dtype)),
+        _memory(device),
+        shares,
+    )
+
+
+def _endless(task: Task, plan: Plan, rounds: Rounds) -> Iterator[float]:
+    """Runs a round after the other, again from the beginning after the last, and gives each one's client-steps."""
+    # A run evaluates its last round: here one more would follow, so none is the last.
+    longer = plan._replace(num_rounds=plan.num_rounds + 1, eval_every=plan.num_rounds + 2)
+    while True:
+        before = 0.0
+        for new, record in run_rounds(task, longer, rounds, beginning(task, longer)):
+            yield record["num_clients"] * (record["steps"] - before)
+            before = record["steps"]
+            if new.round == plan.num_rounds:
+                break
+
+
+def peaks(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """(operations per second of a large matrix product, bytes per second of a large copy), the best of several."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros((1 << 30 if device.type == "cuda" else 1 << 28) // dtype.itemsize, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    product = min(_timed(device, lambda: torch.mm(a, b)) for _ in range(6))
+    copy = min(_timed(device, lambda: target.copy_(source)) for _ in range(6))
+    return 2 * size**3 / product, 2 * num_bytes({"": source}) / copy
+
+
+def _timed(device: torch.device, run: Callable[[], Any]) -> float:
+    begin = now(device)
+    run()
+    return now(device) - begin
+
+
+def _flops(task: Task, start: ClientState) -> float:
+    """Of one client-step's forward and backward pass, as torch counts matrix products and convolutions."""
+    if not isinstance(task, Classification):
+        return 0.0
+    first = torch.zeros(1, dtype=torch.int64, device=task.device)
+    batch = Batch(*(field[0] for field in next(iter(task.round_batches(first, first, 1)))))
+    params = {name: x.detach().requires_grad_() for name, x in start.params.items()}
+    with FlopCounterMode(display=False) as counter:
+        task.loss(params, start.buffers, batch)[0].backward()
+    return float(counter.get_total_flops())
+
+
+def _bytes(task: Task, rounds: Rounds, start: ClientState, job: Any) -> float:
+    """Eight passes over a client's weights and five over what backward keeps.
+
+    Two passes use the weights, g is written and read, u and x are read and written. Weights in factors are read and
+    written by nobody, their layers' inputs and outputs twice more.
+    """
+    engine = rounds.engine if isinstance(rounds, GossipRounds) else rounds
+    weights, extra = dict(start.params), 0.0
+    stack = engine.stack if isinstance(engine, Engine) and job.rows is None else None
+    if stack is not None and stack.factors is not False:
+        for name in stack.in_factors(start, job):
+            size_in, size_out, rows = (stack.sizes or {})[name]
+            extra += 2 * rows * (size_in + size_out) * weights.pop(name).dtype.itemsize
+    # What is kept for backward includes the weights themselves.
+    kept = max(0, task.activation_bytes(start) - num_bytes(start.params))
+    return 8 * num_bytes(weights) + 5 * kept + extra
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _shares(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """{kind of operator: part of the time of a round}; what is not torch's own is "Python and waiting"."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
+        total = 1e6 * _timed(device, run)
+    spent: dict[str, float] = {}
+    for event in profiled.key_averages():
+        own = event.self_device_time_total if cuda else event.self_cpu_time_total
+        name = event.key.lower()
+        known = name.startswith("aten::") or cuda
+        kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other operators")
+        spent[kind if known else "rest"] = spent.get(kind if known else "rest", 0.0) + own
+    total = max(total, sum(spent.values()))
+    shares = {kind: t / total for kind, t in sorted(spent.items(), key=lambda pair: -pair[1]) if kind != "rest"}
+    return {**shares, "Python and waiting": max(0.0, 1 - sum(shares.values()))}
+
+
+def as_rows(found: Bench) -> list[list[str]]:
+    """The table that the command prints."""
+    chosen = found.config.engine
+    rows = [
+        ["client-steps/s", f"{found.rate:,.0f}"],
+        ["path", f"{chosen.path} × {chosen.chunk_size}, {chosen.threads} threads on {chosen.device}"],
+        ["rounds timed", f"{len(found.seconds)}, {min(found.seconds):.4g} to {max(found.seconds):.4g} s"],
+    ]
+    for name, each, peak, unit in (
+        ("operations", found.flops, found.peak_flops, "FLOP"),
+        ("memory traffic", found.bytes, found.peak_bytes, "B"),
+    ):
+        if each:
+            share = 100 * found.rate * each / peak
+            rows.append([f"{name} per client-step", f"{_si(each)}{unit}"])
+            rows.append(
+                [f"{name}/s", f"{_si(found.rate * each)}{unit}/s, {share:.0f} % of {_si(peak)}{unit}/s measured"]
+            )
+    rows.append(["most memory in use, this process", f"{_si(found.memory)}B"])
+    rows += [[f"time in {kind}", f"{100 * share:.0f} %"] for kind, share in found.shares.items() if share >= 0.01]
+    return rows
+
+
+def _si(value: float) -> str:
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "

@@ -1,0 +1,211 @@
+"""Which path and how many clients at once: settled by memory and by timing the run's own first steps."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fedmom.algorithms import MOMENTUM_POLICIES
+from fedmom.engine import FOLDED_PATHS, Engine
+from fedmom.errors import InputError
+from fedmom.layers import FoldError, looks_at_values
+from fedmom.objective import Classification, Task
+from fedmom.rounds import Method, Round, part_of
+from fedmom.stack import Stack, differs
+from fedmom.state import ClientState, num_bytes, row_of, stacked
+from fedmom.timings import now
+
+
+def bytes_per_client(task: Task, start: ClientState) -> int:
+    """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
+    # Twice the activations: backward adds a gradient to most of them.
+    return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * task.activation_bytes(start)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had now on `device`; in a container, of what the container may use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 << 30  # no Linux: a guess that any machine of today has
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - used))
+
+
+class Choice(NamedTuple):
+    """How the engine runs a task, and client-steps per second of every way that was tried."""
+
+    path: str
+    chunk_size: int
+    measured: dict[str, float]
+    trouble: str = ""  # why stacking was ruled out, if it was
+
+
+def is_settled(path: str, chunk_size: int) -> bool:
+    """Whether nothing is left to choose."""
+    return path == "loop" or (path != "auto" and chunk_size > 0)
+
+
+def choose(task: Task, method: Method, start: ClientState, job: Round, *, path: str, chunk_size: int) -> Choice:
+    """Settle path = "auto" and chunk_size = 0 by memory and by timing a few steps of `job` in each way.
+
+    "auto" tries the loop and one way of stacking: the folded model if it can be had and is right, else torch.vmap.
+    Chunks are tried in several sizes because on a CPU a smaller one may fit into the cache. The timed steps are
+    thrown away: batches are addressed, so the run itself begins unchanged.
+    """
+    cohort = len(job.clients)
+    _try_path(task, method, start, job, "loop")
+    if path == "loop":
+        return Choice("loop", 1, {})
+    wide, trouble = _way_to_stack(task, method, start, job, path)
+    if wide == "loop":
+        return Choice("loop", 1, {}, trouble)
+    if is_settled(path, chunk_size):
+        return Choice(path, min(chunk_size, cohort), {})
+    limit = max(1, min(cohort, int(0.5 * free_bytes(task.device) / bytes_per_client(task, start))))
+    smallest = 0 if wide in FOLDED_PATHS else 1
+    sizes = [min(chunk_size, cohort)] if chunk_size else sorted({min(4**k, limit) for k in range(smallest, 8)})
+    rates: dict[tuple[str, int], float] = {}
+    for way in ([("loop", 1)] if path == "auto" else []) + [(wide, size) for size in sizes]:
+        if len(rates) > 1 and rates[list(rates)[-1]] < 0.5 * max(rates.values()):
+            break  # larger stacks lose already (convolutions on a CPU), and take longer to say so
+        try:
+            rates[way] = _rate(task, method, start, job, *way)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+    if not rates:
+        raise InputError(f"engine.path = {path!r}: the memory of {task.device} is too small for {sizes[0]} clients")
+    near = [way for way in rates if rates[way] > 0.6 * max(rates.values())]
+    if len(near) > 1:  # one measurement beside a busy neighbour says little
+        rates |= {way: max(rates[way], _rate(task, method, start, job, *way)) for way in near}
+    chosen = max(rates, key=lambda way: rates[way])
+    if path == "auto" and chosen[0] == "stack" and (rivals := _rivals(task, method, start, job, chosen, rates)):
+        # Whether factors pay depends on the number of steps, so the comparison runs all of them.
+        # The loop is timed again too: a lucky first measurement of the stack must not keep it out.
+        for way in [("loop", 1), chosen, *rivals]:
+            try:
+                rates[way] = _rate(task, method, start, job, *way, most=64)
+            except torch.OutOfMemoryError:  # a rival in larger chunks than the stack's
+                torch.cuda.empty_cache()
+        chosen = max(rates, key=lambda way: rates[way])
+    return Choice(*chosen, {f"{name} × {size}": rate for (name, size), rate in rates.items()}, trouble)
+
+
+def _rivals(
+    task: Task,
+    method: Method,
+    start: ClientState,
+    job: Round,
+    chosen: tuple[str, int],
+    rates: Mapping[tuple[str, int], float],
+) -> list[tuple[str, int]]:
+    """Ways that may beat the best stack: factors, which like larger chunks, and vmap's grouped convolutions."""
+    sizes = dict.fromkeys([chosen[1], max(size for _, size in rates)])
+    ways = [("factors", size) for size in sizes] if _may_factor(task, method, start, job) else []
+    layers = task.model.modules() if isinstance(task, Classification) else []
+    if any(isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) for layer in layers):
+        # Also its first step, which traces and is far slower than the others: timed, vmap would look half as fast.
+        can = not _try_path(task, method, start, job, "vmap", num_rows=max(sizes), fatal=False)
+        ways += [("vmap", size) for size in sizes if can and size > 1]
+    return ways
+
+
+def _way_to_stack(task: Task, method: Method, start: ClientState, job: Round, path: str) -> tuple[str, str]:
+    """(path, note): the one that was asked for, or for "auto" the fastest that this model can take.
+
+    Raises InputError where the path asked for is not to be had.
+    """
+    if path == "vmap":
+        _try_path(task, method, start, job, "vmap")
+        return "vmap", ""
+    why = _cannot_fold(task, method, start, job)
+    if not why:
+        return "stack" if path == "auto" else path, ""
+    if path != "auto":
+        raise InputError(f"engine.path = {path!r}: {why}; use auto, vmap or loop")
+    if trouble := _try_path(task, method, start, job, "vmap", fatal=False):
+        return "loop", trouble
+    return "vmap", f"clients are stacked by torch.vmap, for {why}" if isinstance(task, Classification) else ""
+
+
+def _may_factor(task: Task, method: Method, start: ClientState, job: Round) -> bool:
+    """Whether dense layers in factors would be used: clients share a start, and the layers are wide enough."""
+    shared = not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
+    return shared and bool(Stack(task, method, factors=True).in_factors(start, job))
+
+
+def _cannot_fold(task: Task, method: Method, start: ClientState, job: Round) -> str:
+    """ "" or why the folded model cannot be used: it cannot be had, or one step of two clients is not the loop's."""
+    try:
+        if isinstance(task, Classification) and task.dtype == torch.bfloat16:
+            # Three digits cannot tell a step that is wrong from one that was rounded.
+            task = task.in_dtype(torch.float32)
+            start = task.start()
+        stack = Stack(task, method)
+        part = part_of(job._replace(momentum=None), torch.arange(min(2, len(job.clients))))
+        part = part._replace(num_steps=torch.ones_like(part.num_steps), lrs=job.lrs[:1])
+        batch = next(iter(task.round_batches(part.clients, part.first_steps, 1)))
+        if why := looks_at_values(stack.task.model, batch.x[0]):
+            return why
+        rows = stacked(start, len(part.clients))
+        ended = ClientState(*stack.run(start, part, rows=rows)[:3])
+        plain = Engine(task, method, path="loop", chunk_size=1).run_rows(rows, part)[0]
+        places = range(len(part.clients))
+        return differs([row_of(ended, i) for i in places], [row_of(plain, i) for i in places], start)
+    except FoldError as reason:
+        return str(reason)
+    except Exception as error:  # a user's model may raise anything
+        return "folding fails: " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _try_path(
+    task: Task, method: Method, start: ClientState, job: Round, path: str, *, num_rows: int = 1, fatal: bool = True
+) -> str:
+    """One step, of one client or more, thrown away: it loads code and kernels, and shows if the model can take it.
+
+    Returns "" or why not, in one line; raises it as InputError if `fatal`.
+    """
+    try:
+        _seconds(task, method, start, job, path, num_rows)
+    except Exception as error:  # a user's model may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if path == "loop" and isinstance(error, InputError):
+            raise
+        if path == "loop":
+            raise InputError(f"model.name or data.batch-size: a training step of one client fails ({reason})") from None
+        if fatal:
+            raise InputError(f"engine.path = 'vmap': this model cannot be stacked; use loop ({reason})") from None
+        return f"the model cannot be stacked, so clients run one after another ({reason})"
+    return ""
+
+
+def _rate(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int, most: int = 4) -> float:
+    """Client-steps per second of one way: of a short round, or of one step where that is long enough to measure."""
+    seconds = _seconds(task, method, start, job, path, num_rows)
+    if seconds > 0.5:
+        return num_rows / seconds
+    steps = min(len(job.lrs), most)  # as in the run, several steps share one exchange
+    return num_rows * steps / _seconds(task, method, start, job, path, num_rows, steps)
+
+
+def _seconds(
+    task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int, steps: int = 1
+) -> float:
+    """Time of a round of `steps` local steps of the first `num_rows` clients of `job`."""
+    part = part_of(job._replace(momentum=None), torch.arange(num_rows))
+    short = part._replace(num_steps=torch.full_like(part.num_steps, steps), lrs=job.lrs[:steps])
+    engine = Engine(task, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
+    begin = now(task.device)
+    engine.run_round(start, short)
+    return now(task.device) - begin

@@ -1,0 +1,137 @@
+"""Runs that differ in nothing but the seed are one group; groups are labelled by what differs between them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from fedmom.collect import Run
+from fedmom.config import KEYS, Scalar, toml_scalar
+from fedmom.errors import InputError
+from fedmom.tables import MEASURES, number
+
+# The symbols of docs/method.md.
+SYMBOLS = {
+    "data.num-clients": "N",
+    "algorithm.num-local-steps": "I",
+    "algorithm.local-epochs": "E",
+    "algorithm.lr": "γ",
+    "algorithm.beta": "β",
+    "algorithm.weight-decay": "λ",
+    "data.batch-size": "B",
+    "run.num-steps": "T",
+    "run.num-rounds": "R",
+    "data.alpha": "Dirichlet α",
+    "algorithm.slow-momentum": "slow α",
+    "algorithm.slow-lr": "slow η",
+}
+# Values that say by themselves what they are of.
+_PLAIN = ("algorithm.name", "algorithm.topology", "model.name", "data.dataset", "data.partition", "engine.device")
+_SAID: dict[str, Callable[[Scalar], str]] = {
+    "algorithm.momentum-policy": lambda value: f"momentum {value}",
+    "algorithm.nesterov": lambda value: f"option {'II' if value else 'I'}",
+    **dict.fromkeys(_PLAIN, str),
+}
+# What does not make another experiment: the seed, what `auto` chose by timing, and where and how safely it ran.
+_SAME = {
+    "run.seed",
+    "run.out",
+    "run.resume",
+    "run.checkpoint-every",
+    "data.data-dir",
+    *(f"engine.{name}" for name in ("path", "chunk-size", "threads")),
+    *(name for name, key in KEYS.items() if key.section in ("simulation", "server") and name != "server.strategy"),
+}
+
+
+class Group(NamedTuple):
+    """Runs of one configuration with different seeds."""
+
+    label: str
+    runs: list[Run]
+    differs: dict[str, Scalar]  # the keys in which groups differ, and this group's values
+
+    @property
+    def settings(self) -> dict[str, Scalar]:
+        return self.runs[0].settings
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Groups in the order of what differs between them (numbers by size, names as they come)."""
+    keys = differing(runs)
+    members: dict[tuple[Scalar, ...], list[Run]] = {}
+    for run in runs:
+        members.setdefault(tuple(run.settings[key] for key in keys), []).append(run)
+    places = [
+        {value: place for place, value in enumerate(_in_order(run.settings[key] for run in runs))} for key in keys
+    ]
+    ordered = sorted(members, key=lambda values: [place[value] for place, value in zip(places, values, strict=True)])
+    groups = []
+    for values in ordered:
+        differs = dict(zip(keys, values, strict=True))
+        own = sorted(members[values], key=lambda run: int(run.settings["run.seed"]))
+        label = ", ".join(said(key, value) for key, value in differs.items())
+        if not label:
+            label = own[0].name if len(own) == 1 else f"{own[0].settings['algorithm.name']}, {len(own)} seeds"
+        groups.append(Group(label, own, differs))
+    return groups
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The keys in which runs differ, without the seed, and without what follows from other keys."""
+    keys = [key for key in KEYS if key not in _SAME and len({run.settings[key] for run in runs}) > 1]
+    settings = [run.settings for run in runs]
+    if "algorithm.cohort-size" in keys and all(s["algorithm.cohort-size"] == s["data.num-clients"] for s in settings):
+        keys.remove("algorithm.cohort-size")
+    if "run.num-rounds" in keys and all(s["run.num-steps"] for s in settings):
+        keys.remove("run.num-rounds")  # R = ⌈T / I⌉
+    # The order of a sentence: who, how, what with.
+    first = ("data.num-clients", "algorithm.name", "algorithm.num-local-steps", "algorithm.momentum-policy")
+    return sorted(keys, key=lambda key: (first.index(key) if key in first else len(first), list(KEYS).index(key)))
+
+
+def said(key: str, value: Scalar) -> str:
+    """One setting in words: "I = 4", "momentum reset", "hidden = 100"."""
+    if key in _SAID:
+        return _SAID[key](value)
+    shown = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else toml_scalar(value)
+    return f"{SYMBOLS.get(key, KEYS[key].name.replace('_', '-'))} = {shown}"
+
+
+def _in_order(values: Iterable[Scalar]) -> list[Scalar]:
+    unique = list(dict.fromkeys(values))
+    numbers = [value for value in unique if isinstance(value, int | float)]
+    return [*sorted(numbers)] if len(numbers) == len(unique) else unique
+
+
+def check_fit(groups: Sequence[Group]) -> None:
+    """InputError where results cannot stand in one table: other data, or nothing measured that all runs have."""
+    first = groups[0].runs[0]
+    quadratic = ("data.curvatures", "data.centers") if first.settings["data.dataset"] == "quadratic" else ()
+    runs = [run for group in groups for run in group.runs]
+    for run in runs:
+        for key in ("data.dataset", *quadratic):
+            here, there = first.settings[key], run.settings[key]
+            if here != there:
+                raise InputError(
+                    f"the runs do not fit together: {key} is {here!r} in {first.name} and {there!r} in {run.name}; "
+                    "compare runs on the same data"
+                )
+    common, before = set[str](), first
+    for run in runs:
+        measured = names_of(run)
+        if common and measured and not common & measured:
+            raise InputError(
+                f"the runs do not fit together: {before.name} measured {', '.join(sorted(common))}, "
+                f"{run.name} {', '.join(sorted(measured))}; compare runs that share a measure"
+            )
+        if measured:
+            common, before = common & measured or measured, run
+
+
+def names_of(run: Run) -> set[str]:
+    """The measures that some round of a run has."""
+    return {m.key for m in MEASURES if any(number(record, m.key) is not None for record in run.rounds)}
+
+
+def shared(runs: Sequence[Run]) -> dict[str, Scalar]:
+    """The settings that all runs have alike."""
+    return {key: runs[0].settings[key] for key in KEYS if len({run.settings[key] for run in runs}) == 1}

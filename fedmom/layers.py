@@ -1,0 +1,283 @@
+"""Layers for K clients at once: activations lie folded, [K·B, ...], so whatever acts on single examples stays as it is.
+
+Only layers with parameters or statistics must know that there are clients; `fold` puts such layers in their place in
+any model made of known ones. The weights that layers see are [K, ...], one set per client; in a round's first step all
+rows are one point, expanded, and the forward pass is an ordinary one over K·B examples.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, embedding, group_norm, layer_norm
+
+from fedmom.convolutions import CONVOLUTIONS, Ways
+from fedmom.dropout import KEY, AddressedDropout, kept
+from fedmom.factors import Factors, factored
+from fedmom.state import Tree
+
+
+class FoldError(Exception):
+    """Why a model must take a slower path."""
+
+
+class Clients:
+    """What the layers of a folded model share during a pass."""
+
+    def __init__(self) -> None:
+        self.num = 1  # K
+        self.shared = False  # whether all rows of `params` are one point
+        self.params: Tree = {}  # [K, ...]
+        self.buffers: Tree = {}  # [K, ...], written by the pass
+        self.dropout_keys: Tensor = torch.zeros(1, dtype=torch.int64)  # [K]
+        self.factors: dict[str, Factors] = {}  # of dense weights that are nowhere written out, by name
+        self.convolution = ""  # one of CONVOLUTIONS; "": by layer, as `ways` finds
+        self.ways = Ways()
+
+
+# --- dense ----------------------------------------------------------------------------------------------------
+
+
+class _Dense(torch.autograd.Function):
+    """y = h Wᵀ per client: h [K, M, in], W [K, out, in] -> [K, M, out]."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, shared: bool) -> Tensor:
+        ctx.save_for_backward(h, weight)
+        ctx.shared = shared
+        return h @ weight[0].T if shared else torch.bmm(h, weight.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        (d,), (h, weight) = grads, ctx.saved_tensors
+        before = None
+        if ctx.needs_input_grad[0]:
+            before = d @ weight[0] if ctx.shared else torch.bmm(d, weight)
+        return before, torch.bmm(d.transpose(1, 2), h), None
+
+
+class FoldedLinear(nn.Module):
+    """nn.Linear."""
+
+    def __init__(self, clients: Clients, layer: nn.Linear, names: dict[str, str]) -> None:
+        super().__init__()
+        self.clients, self.names = clients, names
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, name = self.clients, self.names["weight"]
+        h = x.reshape(c.num, -1, x.shape[-1])
+        y = factored(h, c.factors[name]) if name in c.factors else _Dense.apply(h, c.params[name], c.shared)
+        if "bias" in self.names:
+            y = y + c.params[self.names["bias"]][:, None]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class FoldedEmbedding(nn.Module):
+    """nn.Embedding without options."""
+
+    def __init__(self, clients: Clients, layer: nn.Embedding, names: dict[str, str]) -> None:
+        super().__init__()
+        if layer.padding_idx is not None or layer.max_norm is not None or layer.sparse:
+            raise FoldError("an Embedding with padding_idx, max_norm or sparse")
+        self.clients, self.names = clients, names
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.clients.params[self.names["weight"]]
+        K, V, _ = weight.shape
+        first = (torch.arange(K, device=x.device) * V).reshape(K, *[1] * x.ndim)
+        return embedding((x.reshape(K, -1, *x.shape[1:]) + first).reshape(x.shape), weight.reshape(K * V, -1))
+
+
+# --- convolutions ---------------------------------------------------------------------------------------------
+
+
+class FoldedConv(nn.Module):
+    """nn.Conv1d, 2d and 3d with zero padding."""
+
+    def __init__(self, clients: Clients, layer: nn.Conv2d, names: dict[str, str]) -> None:
+        super().__init__()
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise FoldError(f"{type(layer).__name__} with padding {layer.padding!r}, mode {layer.padding_mode!r}")
+        self.clients, self.names = clients, names
+        nothing = [0] * len(layer.stride)
+        self.options = (layer.stride, layer.padding, layer.dilation, False, nothing, layer.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, weight = self.clients, self.clients.params[self.names["weight"]]
+        bias = c.params[self.names["bias"]] if "bias" in self.names else None
+        if c.num == 1:  # plain autograd: a Function in Python costs more than some small convolutions
+            return torch.convolution(x, weight.squeeze(0), None if bias is None else bias.squeeze(0), *self.options)
+        way = c.convolution or c.ways.way(x, weight, bias, c.shared, self.options)
+        return CONVOLUTIONS[way](x, weight, bias, c.shared, self.options)
+
+
+_LARGE = 1 << 14  # numbers of one client's activations (measured: docs/log.md)
+
+
+# --- normalisation and dropout --------------------------------------------------------------------------------
+
+
+class FoldedBatchNorm(nn.Module):
+    """nn.BatchNorm1d, 2d and 3d in training: every client by its own batch, statistics [K, C] of its own."""
+
+    def __init__(self, clients: Clients, layer: nn.BatchNorm2d, names: dict[str, str]) -> None:
+        super().__init__()
+        if layer.momentum is None and layer.track_running_stats:
+            raise FoldError(f"{type(layer).__name__} with momentum None")
+        self.clients, self.names, self.eps, self.momentum = clients, names, layer.eps, layer.momentum or 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, K, C = self.clients, self.clients.num, x.shape[1]
+        found = {part: c.buffers[name] for part, name in self.names.items() if name in c.buffers}
+        affine = {part: c.params[name] for part, name in self.names.items() if name in c.params}
+        B = len(x) // K
+        if "num_batches_tracked" in found:
+            found["num_batches_tracked"].add_(1)
+        if K > 1 and not x.is_cuda and x[0].numel() * B >= _LARGE:
+            return self._one_by_one(x, found, affine)
+        # Channels of all clients side by side are the channels of one ordinary BatchNorm.
+        side = x if K == 1 else x.reshape(K, B, *x.shape[1:]).transpose(0, 1).reshape(B, K * C, *x.shape[2:])
+        mean, var = (found[part].view(K * C) if part in found else None for part in ("running_mean", "running_var"))
+        weight, bias = (affine[part].reshape(K * C) if part in affine else None for part in ("weight", "bias"))
+        y = batch_norm(side, mean, var, weight, bias, training=True, momentum=self.momentum, eps=self.eps)
+        return y if K == 1 else y.reshape(B, K, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
+
+    def _one_by_one(self, x: Tensor, found: Tree, affine: Tree) -> Tensor:
+        """On a CPU large activations are better not moved: side by side they would have to be, four times."""
+        K = self.clients.num
+        known = {part: value.unbind() for part, value in (found | affine).items()}
+        parts = ("running_mean", "running_var", "weight", "bias")
+        rows = zip(x.chunk(K), *(known.get(part, [None] * K) for part in parts), strict=True)
+        options = {"training": True, "momentum": self.momentum, "eps": self.eps}
+        return torch.cat([batch_norm(own, m, v, w, b, **options) for own, m, v, w, b in rows])  # type: ignore[arg-type]
+
+
+class FoldedGroupNorm(nn.Module):
+    """nn.GroupNorm."""
+
+    def __init__(self, clients: Clients, layer: nn.GroupNorm, names: dict[str, str]) -> None:
+        super().__init__()
+        self.clients, self.names, self.groups, self.eps = clients, names, layer.num_groups, layer.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = group_norm(x, self.groups, None, None, self.eps)
+        return _affine(y, self.clients, self.names, (x.shape[1], *[1] * (x.ndim - 2)))
+
+
+class FoldedLayerNorm(nn.Module):
+    """nn.LayerNorm."""
+
+    def __init__(self, clients: Clients, layer: nn.LayerNorm, names: dict[str, str]) -> None:
+        super().__init__()
+        self.clients, self.names, self.shape, self.eps = clients, names, layer.normalized_shape, layer.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = layer_norm(x, self.shape, None, None, self.eps)
+        return _affine(y, self.clients, self.names, (*[1] * (x.ndim - 1 - len(self.shape)), *self.shape))
+
+
+def _affine(y: Tensor, clients: Clients, names: dict[str, str], shape: tuple[int, ...]) -> Tensor:
+    """Each client's weight and bias, of `shape` beside one example, on y [K·B, ...]."""
+    apart = y.reshape(clients.num, -1, *y.shape[1:])
+    if "weight" in names:
+        apart = apart * clients.params[names["weight"]].reshape(-1, 1, *shape)
+    if "bias" in names:
+        apart = apart + clients.params[names["bias"]].reshape(-1, 1, *shape)
+    return apart.reshape(y.shape)
+
+
+class FoldedDropout(nn.Module):
+    """AddressedDropout: the same masks as each client alone."""
+
+    def __init__(self, clients: Clients, layer: AddressedDropout, names: dict[str, str]) -> None:
+        super().__init__()
+        self.clients, self.p, self.layer, self.channels = clients, layer.p, layer.layer, layer.channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p == 0:
+            return x
+        keys, one = self.clients.dropout_keys, (len(x) // self.clients.num, *x.shape[1:])
+        mask = kept(keys, self.layer, self.p, one, channels=self.channels, dtype=x.dtype)  # [K, B, ...]
+        return x * mask.flatten(0, 1)
+
+
+class _SameLayout(torch.autograd.Function):
+    """The gradient comes back in the layout of the value: torch's pooling is ten times slower where they differ."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.format = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous(memory_format=ctx.format) if ctx.format else grads[0]
+
+
+class FoldedPool(nn.Module):
+    """nn.MaxPool2d, with gradients in the layout of the activations."""
+
+    def __init__(self, clients: Clients, layer: nn.MaxPool2d, names: dict[str, str]) -> None:
+        super().__init__()
+        if layer.return_indices:
+            raise FoldError("a MaxPool2d with return_indices")
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _SameLayout.apply(self.layer(x))
+        return y
+
+
+FOLDED: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Linear: FoldedLinear,
+    nn.Embedding: FoldedEmbedding,
+    nn.Conv1d: FoldedConv,
+    nn.Conv2d: FoldedConv,
+    nn.Conv3d: FoldedConv,
+    nn.BatchNorm1d: FoldedBatchNorm,
+    nn.BatchNorm2d: FoldedBatchNorm,
+    nn.BatchNorm3d: FoldedBatchNorm,
+    nn.GroupNorm: FoldedGroupNorm,
+    nn.LayerNorm: FoldedLayerNorm,
+    nn.MaxPool2d: FoldedPool,
+    AddressedDropout: FoldedDropout,
+}
+
+
+def fold(model: nn.Module) -> tuple[nn.Module, Clients]:
+    """A copy of `model` for folded batches, [K·B, ...] -> [K·B, ...], whose layers take their weights from `Clients`.
+
+    Raises FoldError, with the reason, for a model with parameters outside of the layers in FOLDED. Whether its
+    forward function mixes examples cannot be seen from here: compare a step with the plain path.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    names |= {id(b): name for name, b in model.named_buffers() if name.rpartition(".")[2] != KEY}
+    clients = Clients()
+    memo: dict[int, Any] = {}
+    for layer in model.modules():
+        if make := FOLDED.get(type(layer)):
+            own = {**layer._parameters, **layer._buffers}
+            mine = {part: names[id(t)] for part, t in own.items() if t is not None and id(t) in names}
+            frozen = [p for p in layer._parameters.values() if p is not None and not p.requires_grad]
+            if frozen:
+                raise FoldError(f"a {type(layer).__name__} with parameters that are not trained")
+            memo[id(layer)] = make(clients, layer, mine)
+        elif held := [name for name, t in {**layer._parameters, **layer._buffers}.items() if t is not None]:
+            raise FoldError(f"{type(layer).__name__} holds {held[0]} itself")
+    return copy.deepcopy(model, memo), clients
+
+
+def looks_at_values(model: nn.Module, x: Tensor) -> str:
+    """Why a forward pass of `model` cannot do without the values of its input [B, ...], or "".
+
+    A branch on a value would be taken for all clients together. Tensors without values (torch's meta device) find it.
+    """
+    empty = copy.deepcopy(model).to("meta").train()
+    try:
+        with torch.device("meta"), torch.no_grad():
+            empty(torch.empty_like(x, device="meta"))
+    except Exception as error:  # a user's model may raise anything
+        return " ".join(f"its forward pass asks for values ({type(error).__name__}: {error}".split())[:200] + ")"
+    return ""

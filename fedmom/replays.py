@@ -1,0 +1,169 @@
+"""The local steps of a chunk of clients, recorded once as a CUDA graph and replayed: nothing is launched from Python.
+
+A recording belongs to a number of clients and the γ of a round; start, minibatches and weights are copied into the
+memory that it reads. It is made the second time that such a chunk comes by, and trusted after it has given what the
+same steps give without it. While a chunk runs, the next one's minibatches are drawn on a stream of their own.
+"""
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fedmom.imports import one_line
+from fedmom.objective import Batch
+from fedmom.rounds import Progress, Round
+from fedmom.stack import Stack
+from fedmom.state import ClientState
+from fedmom.went import Distances, distances
+
+# f -> (what it gave, a function that does it again, into the same memory)
+Record = Callable[[Callable[[], Distances]], tuple[Distances, Callable[[], None]]]
+Key = tuple[Any, ...]
+
+_MOST = 4  # recordings that are kept, each with the memory of its steps
+_BATCHES = 0.1  # of the free memory: more minibatches of a chunk than fit into it are drawn step by step, unrecorded
+
+
+def cuda_graph(run: Callable[[], Distances]) -> tuple[Distances, Callable[[], None]]:
+    """`run` as a CUDA graph. Raises RuntimeError where it cannot be one."""
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        run()  # whatever is made at first use must not be recorded
+    main.wait_stream(side)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    return found, graph.replay
+
+
+class _Recording(NamedTuple):
+    inputs: list[Tensor]  # the memory that is read
+    found: Distances
+    replay: Callable[[], None]
+
+
+class Replays:
+    """Chunks through a stack, replayed where they can be. One process, one device, one thread."""
+
+    def __init__(self, stack: Stack, record: Record = cuda_graph) -> None:
+        self.stack, self.record = stack, record
+        self.trouble = ""  # why nothing is recorded any more
+        self.num_replayed = 0  # chunks
+        self._kept: OrderedDict[Key, _Recording] = OrderedDict()
+        self._last: OrderedDict[Key, None] = OrderedDict()  # what came by once
+
+    def fits(self, job: Round, num_clients: int) -> bool:
+        """Whether all minibatches of a chunk of so many clients may lie in memory at once."""
+        task = self.stack.task
+        if task.device.type != "cuda":
+            return True
+        each = math.prod(task.dataset.x_train.shape[1:]) * task.dtype.itemsize * task.sampler.batch_size
+        return 2 * num_clients * len(job.lrs) * each < _BATCHES * torch.cuda.mem_get_info(task.device)[0]
+
+    def run(self, start: ClientState, parts: Sequence[Round], progress: Progress | None = None) -> Iterator[Distances]:
+        """What remains of each chunk, all of whose clients take as many steps as there are in job.lrs.
+
+        Each is to be used up before the next is asked for: they may share their memory.
+        """
+        for part, batches in self._drawn(parts):
+            yield self._run(start, part, batches)
+            if progress:
+                progress(len(part.clients) * len(part.lrs))
+
+    def _run(self, start: ClientState, job: Round, batches: list[Batch]) -> Distances:
+        inputs = _inputs(start, batches, job.weights)
+        key = (tuple(job.lrs), *((tensor.shape, tensor.dtype) for tensor in inputs))
+        recording = self._kept.get(key)
+        if recording is not None:
+            self._kept.move_to_end(key)
+            for memory, tensor in zip(recording.inputs, inputs, strict=True):
+                memory.copy_(tensor)
+            recording.replay()
+            self.num_replayed += 1
+            return recording.found
+        found = distances(start, self.stack.run_straight(start, job, batches))
+        if self.trouble:
+            return found
+        if key in self._last:
+            self._record(key, start, job, batches, found)
+        self._last[key] = None
+        while len(self._last) > 2 * _MOST:
+            self._last.popitem(last=False)
+        return found
+
+    def _record(self, key: Key, start: ClientState, job: Round, batches: list[Batch], want: Distances) -> None:
+        """Record this chunk, and keep it if it gives `want`."""
+        while len(self._kept) >= _MOST:
+            self._kept.popitem(last=False)
+        memory = tree_map(torch.clone, (start, batches, job.weights))
+        own_start, own_batches, weights = memory
+        own_job = job._replace(weights=weights)
+        try:
+            found, replay = self.record(
+                lambda: distances(own_start, self.stack.run_straight(own_start, own_job, own_batches))
+            )
+            replay()
+            if not _agree(found, want):
+                self.trouble = "a replay gave another result"
+        except RuntimeError as error:
+            self.trouble = one_line(error)
+        if self.trouble:
+            self._kept.clear()
+            warnings.warn(f"rounds are not replayed as a CUDA graph: {self.trouble}", stacklevel=2)
+            return
+        self._kept[key] = _Recording(_inputs(*memory), found, replay)
+
+    def _drawn(self, parts: Sequence[Round]) -> Iterator[tuple[Round, list[Batch]]]:
+        """Every chunk and its minibatches; on a GPU the next ones are drawn while the caller's work goes on."""
+        task = self.stack.task
+
+        def draw(part: Round) -> list[Batch]:
+            return list(task.round_batches(part.clients, part.first_steps, len(part.lrs)))
+
+        if task.device.type != "cuda":
+            for part in parts:
+                yield part, draw(part)
+            return
+        main, side = torch.cuda.current_stream(task.device), torch.cuda.Stream(task.device)
+        side.wait_stream(main)
+        for number, part in enumerate(parts):
+            if number == 0:
+                batches, ready = self._on(side, draw, part)
+            main.wait_event(ready)
+            for tensor in tree_leaves(batches):
+                tensor.record_stream(main)
+            yield part, batches
+            if number + 1 < len(parts):
+                batches, ready = self._on(side, draw, parts[number + 1])
+
+    @staticmethod
+    def _on(side: Any, draw: Callable[[Round], list[Batch]], part: Round) -> tuple[list[Batch], Any]:
+        with torch.cuda.stream(side):
+            batches = draw(part)
+            return batches, side.record_event()
+
+
+def _inputs(start: ClientState, batches: list[Batch], weights: Tensor) -> list[Tensor]:
+    """All that a chunk's steps read, by name: the order of a dict may change from round to round."""
+    return [*(tree[name] for tree in start for name in sorted(tree)), *tree_leaves(batches), weights]
+
+
+def _agree(one: Distances, other: Distances) -> bool:
+    """Up to generous rounding: a replay of the wrong memory is off by as much as the steps themselves."""
+    pairs = [(one.losses, other.losses)]
+    pairs += [(a, b) for at, found in other.sums.items() for a, b in zip(one.sums[at], found, strict=True)]
+    pairs += [(one.buffers[name], other.buffers[name]) for name in other.buffers]
+    for got, want in pairs:
+        away = torch.linalg.vector_norm((got - want).double())
+        if not away <= 0.02 * torch.linalg.vector_norm(want.double()) + 1e-9:
+            return False
+    return True

@@ -1,0 +1,77 @@
+"""What a round asks and what comes of it: the words between the round loop and whoever runs a round."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from fedmom.algorithms import Correction
+from fedmom.state import ClientState, Tree, rows_of, to_device
+
+Progress = Callable[[int], None]  # client-steps done since the last call
+
+
+class Method(NamedTuple):
+    """What of Algorithm 1 stays the same over a run."""
+
+    beta: float
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    momentum_policy: str = "average"
+    running_var: str = "pooled"
+    correction: Correction | None = None  # of the gradient, the user's own
+
+
+class Round(NamedTuple):
+    """What one round asks of the engine."""
+
+    clients: Tensor  # [C] int64, the cohort, in ascending order
+    weights: Tensor  # [C] float64, of the means; they need not sum to 1
+    first_steps: Tensor  # [C] int64, each client's global step at the start of the round
+    num_steps: Tensor  # [C] int64, local steps of each client (all I, but for local-epochs)
+    lrs: Sequence[float]  # γ of each local step, as many as the most steps
+    momentum: Tree | None = None  # [C, ...] the clients' own u, in main memory, for policy "local"
+    round_index: int = 0  # rounds before this one
+    rows: ClientState | None = None  # [N, ...] the clients' own x, u and buffers, of Algorithm 2
+    evaluates: bool = False  # whether the round's result will be measured
+
+
+class Outcome(NamedTuple):
+    """What the clients of one round came to."""
+
+    mean: ClientState  # x̂, û and the buffers, everybody's next start
+    train_loss: float  # mean over clients (by weight) and their steps, each before the step
+    consensus_distance: float  # Σ p_i ‖x_i − x̂‖² just before the exchange
+    momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
+    path: list[Tensor]  # x̄ after every local step, for small tasks; else empty
+    momentum: Tree | None  # [C, ...] the clients' own u at the end, in main memory, for policy "local"
+    losses: Tensor  # [C] float64, mean over each client's own steps
+    answered: Tensor | None = None  # [C] bool: whose update is in the means; None: everybody's
+    rows: ClientState | None = None  # [N, ...] the clients' next start, of Algorithm 2
+    more: Mapping[str, Any] | None = None  # what else goes into the round's record
+    measured: dict[str, Any] | None = None  # the evaluation, where whoever ran the round made it
+    fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings mean and rows, where others hold them
+
+
+class Rounds(Protocol):
+    """Whoever can run one round: the engine on this device, Ray actors, or Flower's clients."""
+
+    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+        """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
+
+
+def part_of(job: Round, rows: Tensor) -> Round:
+    """The job of some clients of the cohort, given as places in it; their own u is brought to the device."""
+    rows = rows.to(job.clients.device)
+    momentum = None
+    if job.momentum is not None:
+        momentum = {name: u[rows.to(u.device)].to(rows.device) for name, u in job.momentum.items()}
+    own = None if job.rows is None else to_device(rows_of(job.rows, rows), rows.device)
+    return job._replace(
+        clients=job.clients[rows],
+        weights=job.weights[rows],
+        first_steps=job.first_steps[rows],
+        num_steps=job.num_steps[rows],
+        momentum=momentum,
+        rows=own,
+    )

@@ -1,0 +1,56 @@
+"""`fedmom bench`: counts that can be checked by hand, and a table for every kind of run."""
+
+import pytest
+import torch
+
+from fedmom.bench import _flops, as_rows, bench, peaks
+from fedmom.config import load
+from fedmom.resolve import resolve
+from runs import image_task
+
+DIGITS = {"data.num-clients": 4, "data.batch-size": 8, "run.num-rounds": 1}
+
+
+def run(changes):
+    return bench(resolve(load({**DIGITS, **changes})).config, seconds=0.05)
+
+
+def test_operations_are_those_of_the_matrix_products():
+    """Logistic regression: B × in × out multiplications and additions forward, as many for the weights' gradient."""
+    task = image_task("logistic")
+    assert _flops(task, task.start()) == 2 * (2 * 5 * 64 * 3)
+
+
+@pytest.mark.parametrize("path", ["factors", "stack", "vmap", "loop"])
+def test_every_path_is_measured(path):
+    found = run({"model.name": "mlp", "model.hidden": 256, "engine.path": path, "engine.chunk-size": 4})
+    rows = dict(as_rows(found))
+    assert found.rate > 0
+    assert found.bytes > 0
+    assert found.config.engine.path == path
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert {"client-steps/s", "operations/s", "memory traffic/s", "most memory in use, this process"} <= rows.keys()
+
+
+def test_weights_in_factors_are_no_traffic():
+    changes = {"model.name": "mlp", "model.hidden": 512, "algorithm.num-local-steps": 1, "engine.chunk-size": 4}
+    rows, factors = (run({**changes, "engine.path": path}) for path in ("stack", "factors"))
+    assert factors.bytes < 0.2 * rows.bytes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring"},
+        {"data.dataset": "quadratic", "data.curvatures": "1;2;3;4", "data.centers": "0;1;2;3", "data.batch-size": 1},
+    ],
+    ids=["decentralized", "quadratic"],
+)
+def test_other_runs_are_measured_too(changes):
+    assert run({"model.name": "logistic", **changes}).rate > 0
+
+
+def test_peaks_are_of_the_device():
+    flops, traffic = peaks(torch.device("cpu"))
+    assert 1e8 < flops < 1e15
+    assert 1e8 < traffic < 1e14

@@ -1,0 +1,126 @@
+"""`algorithm.correction`: the user's own change of a client's gradient, on every path that can take it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fedmom
+from fedmom.engine import Engine
+from fedmom.errors import InputError
+from fedmom.quadratic import Quadratic
+from fedmom.rounds import Method
+from fedmom.schedules import LearningRate
+from fedmom.train import Plan, beginning, run_rounds
+from runs import F64, image_task, run_plan, simple_plan
+
+MU = 0.3
+FEDPROX = """
+def correct(grads, params, start):
+    return {name: g + 0.3 * (params[name] - start[name]) for name, g in grads.items()}
+"""
+LOOKS = """
+def correct(grads, params, start):
+    norm = sum(g.square().sum() for g in grads.values()).sqrt()
+    return {name: g / norm for name, g in grads.items()} if norm > 1 else grads
+"""
+
+
+def fedprox(grads, params, start):
+    return {name: g + MU * (params[name] - start[name]) for name, g in grads.items()}
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("mine", None)
+
+
+def write(text):
+    Path("mine.py").write_text(text)
+    return {"algorithm.correction": "mine:correct"}
+
+
+@pytest.mark.parametrize("path", ["loop", "vmap"])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("num_clients", [1, 2, 3])
+def test_fedprox_on_quadratics_is_the_recursion_written_out(path, nesterov, num_clients):
+    """g_i = h_i (x_i − c_i) + μ (x_i − x̂), x̂ from the start of the round; then Algorithm 1 as ever."""
+    h, c = np.array([1.0, 3.0, 0.5])[:num_clients, None], np.array([4.0, -2.0, 1.0])[:num_clients, None]
+    task = Quadratic(h.tolist(), c.tolist(), (0.5,), dtype=F64)
+    lr, beta, interval, rounds = 0.1, 0.5, 3, 4
+    plan = Plan(Method(beta, nesterov, correction=fedprox), LearningRate(lr), rounds, num_clients, 1, num_local_steps=3)
+    engine = Engine(task, plan.method, path=path, chunk_size=2)
+    *_, (done, _) = run_rounds(task, plan, engine, beginning(task, plan))
+
+    x, u = np.full_like(h, 0.5), np.zeros_like(h)
+    for _ in range(rounds):
+        start = x.copy()
+        for _ in range(interval):
+            g = h * (x - c) + MU * (x - start)
+            u = beta * u + g
+            x = x - lr * (beta * u + g if nesterov else u)
+        x, u = np.full_like(x, x.mean()), np.full_like(u, u.mean())
+    np.testing.assert_allclose(done.state.params["x"], x[0], rtol=1e-12)
+    np.testing.assert_allclose(done.state.momentum["x"], u[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["average", "local", "reset"])
+def test_loop_and_vmap_agree_on_a_network(policy):
+    task, plan = image_task("mlp", 3), simple_plan(3, momentum_policy=policy, weight_decay=0.01)
+    plan = plan._replace(method=plan.method._replace(correction=fedprox))
+    ends = [run_plan(task, plan, path=path)[0].state for path in ("loop", "vmap")]
+    plain = run_plan(task, plan._replace(method=plan.method._replace(correction=None)))[0].state
+    for name, x in ends[0].params.items():
+        torch.testing.assert_close(x, ends[1].params[name], rtol=1e-11, atol=1e-12)
+    assert any(not torch.equal(x, plain.params[name]) for name, x in ends[0].params.items())
+
+
+@pytest.mark.parametrize("sets", [{}, {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}], ids=["1", "2"])
+def test_one_that_changes_nothing_changes_no_byte(sets):
+    sets = {"data.dataset": "digits", "model.name": "logistic", "data.num-clients": 3, "run.num-rounds": 2, **sets}
+    sets |= {"engine.path": "vmap", "engine.chunk-size": 3}
+    same = write("def correct(grads, params, start):\n    return grads\n")
+    plain, with_it = (fedmom.run({**sets, **more}, out=name) for name, more in (("a", {}), ("b", same)))
+    for name, x in plain.state_dict.items():
+        assert torch.equal(x, with_it.state_dict[name])
+
+
+def test_auto_takes_a_path_that_can_and_says_why_and_the_folded_ones_refuse():
+    sets = {"model.name": "mlp", "model.hidden": 8, "data.num-clients": 3, "run.num-rounds": 1, **write(FEDPROX)}
+    assert fedmom.run(sets).config.engine.path in ("loop", "vmap")
+    for path in ("stack", "factors"):
+        with pytest.raises(InputError, match=rf"engine\.path = '{path}': algorithm\.correction"):
+            fedmom.run({**sets, "engine.path": path})
+
+
+def test_one_that_looks_at_values_runs_in_the_loop():
+    """Clipping with an `if` cannot be stacked; `auto` sees that, and vmap says so."""
+    sets = {"model.name": "logistic", "data.num-clients": 2, "run.num-rounds": 1, **write(LOOKS)}
+    assert fedmom.run(sets).config.engine.path == "loop"
+    with pytest.raises(InputError, match=r"engine\.path = 'vmap'"):
+        fedmom.run({**sets, "engine.path": "vmap"})
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("def other(): pass", "has no attribute 'correct'"),
+        ("def correct(grads, params, start):\n    return None\n", "must return a dict of the gradients"),
+        ("def correct(grads, params, start):\n    return {}\n", "must return a dict of the gradients"),
+        ("def correct(grads, params, start):\n    return {n: g.sum() for n, g in grads.items()}\n", "keep its shape"),
+        ("def correct(grads, params, start):\n    return 1 / 0\n", "ZeroDivisionError"),
+        ("def correct(grads):\n    return grads\n", "TypeError"),
+    ],
+)
+@pytest.mark.parametrize("path", ["auto", "loop"])
+def test_a_wrong_one_is_one_line_before_the_first_round(text, why, path):
+    sets = {"model.name": "logistic", "data.num-clients": 2, "run.num-rounds": 1, "engine.path": path, **write(text)}
+    with pytest.raises(InputError, match=why) as error:
+        fedmom.run(sets, out="run")
+    assert str(error.value).startswith("algorithm.correction = 'mine:correct': ")
+    assert "\n" not in str(error.value)
+    assert not Path("run").exists()
