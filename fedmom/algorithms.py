@@ -1,7 +1,7 @@
 """The method, written once and for one client; the caller adds the client axis (torch.vmap) or a loop.
 
 Source: Yu, Jin, Yang, "On the Linear Speedup Analysis of Communication Efficient Momentum SGD for Distributed
-Non-Convex Optimization", ICML 2019 (arXiv 1905.03817), Algorithm 1. docs/method.md maps the symbols to names.
+Non-Convex Optimization", ICML 2019 (arXiv 1905.03817), Algorithms 1 and 2. docs/method.md maps the symbols to names.
 """
 
 import math
@@ -14,6 +14,8 @@ from fedmom.state import ClientState, Tree, zeros_like
 
 # gradient(params, buffers, batch) -> (gradients, buffers after the forward pass, loss)
 Gradient = Callable[[Tree, Tree, Any], tuple[Tree, Tree, Tensor]]
+# correction(gradients, params, params at the start of the round) -> gradients, of one client
+Correction = Callable[[Tree, Tree, Tree], Tree]
 
 
 def momentum_step(state: ClientState, grads: Tree, *, lr: float, beta: float, nesterov: bool) -> ClientState:
@@ -37,14 +39,20 @@ def local_step(
     beta: float,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    correction: Correction | None = None,
+    start: Tree | None = None,
 ) -> tuple[ClientState, Tensor]:
     """One client's step on one minibatch -> (state, loss before the step).
 
-    L2 weight decay is part of f, so it enters g: g = ∇F(x; ξ) + λx. That is linear and keeps the mean.
+    L2 weight decay is part of f, so it enters g: g = ∇F(x; ξ) + λx. That is linear and keeps the mean. A `correction`
+    of the user's own comes after it: g ← correction(g, x, x at the `start` of the round).
     """
     grads, buffers, loss = gradient(state.params, state.buffers, batch)
     if weight_decay:
         grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}
+    if correction is not None:
+        assert start is not None
+        grads = correction(grads, state.params, start)
     return momentum_step(state._replace(buffers=buffers), grads, lr=lr, beta=beta, nesterov=nesterov), loss
 
 
@@ -82,10 +90,13 @@ class MomentumPolicy(NamedTuple):
     summary: str
 
 
-MOMENTUM_POLICIES = {
+MOMENTUM_POLICIES = {  # mixing.EXCHANGES says what each means where rows are mixed
     "average": MomentumPolicy(start_average, True, False, "the paper: u is averaged, everyone restarts from û"),
     "local": MomentumPolicy(start_local, False, True, "every client keeps its own u (x alone is averaged)"),
     "reset": MomentumPolicy(start_reset, False, False, "u = 0 at the start of every round"),
+    "quasi-global": MomentumPolicy(
+        start_local, False, True, "d-sgd-m alone: u follows how far x moved (Lin et al. 2021)"
+    ),
 }
 
 
@@ -96,11 +107,15 @@ class Algorithm(NamedTuple):
     default_interval: int = 8  # I, when the config says 0
     interval: int | None = None  # I that the name implies, whatever the config says
     beta: float | None = None  # β that the name implies
+    decentralized: bool = False  # Algorithm 2: every client has its own x and u, mixed by W
 
 
 ALGORITHMS = {
     "pr-sgd-m": Algorithm("Algorithm 1: I local momentum steps, then model and momentum are averaged"),
     "parallel-sgd-m": Algorithm("large-batch momentum SGD: Algorithm 1 with I = 1", 1, interval=1),
+    "d-sgd-m": Algorithm(
+        "Algorithm 2: each client's model and momentum are mixed with its neighbours'", 1, decentralized=True
+    ),
     "local-sgd": Algorithm("local SGD without momentum: Algorithm 1 with β = 0", beta=0.0),
 }
 

@@ -6,19 +6,22 @@ ends after some 30 ms or some MB of answers, whatever it was sent, and what it d
 call costs 0.5 to 1 ms, too dear for one small message, and a long batch would leave the other workers idle at the end.
 What turns out to wait behind a long message is taken back.
 
-This is the only file that imports Ray, and only when a pool starts.
+Ray is imported here and in peers.py alone, when it starts.
 """
 
 import math
 import os
 import queue
+import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedmom.actor import BATCH_BYTES, BATCH_SECONDS, Actor, Failure, Packed, Progress
@@ -37,12 +40,13 @@ __all__ = ["Failure", "Pool", "PoolOptions", "Shared"]
 class PoolOptions:
     """Section `simulation` of a config: how many workers, with what each, and what becomes of a failing one."""
 
-    num_workers: int = 0  # `num-actors`; 0: as many as num_cpus and num_gpus let fit on all Ray nodes
+    num_workers: int = 0  # 0: as many as num_cpus and num_gpus let fit on all Ray nodes
     num_cpus: float = 1  # per worker; fractions allowed
     num_gpus: float = 0.0  # per worker; a fraction lets several share one GPU
     ray_address: str = ""  # "" starts a local Ray, else that cluster is joined
     retries: int = 2  # how often a message whose worker died is tried again
     straggler_seconds: float = 0.0  # > 0: a message under way for longer is a failure, and its worker is replaced
+    count_key: str = "simulation.num-actors"  # the key that num_workers comes from
 
 
 @dataclass(frozen=True)
@@ -391,8 +395,9 @@ def _start_ray(address: str) -> tuple[Any, bool]:
         raise InputError('the ray backend needs Ray: pip install "flwr[simulation]"') from error
     if ray.is_initialized():
         return ray, False
+    _reachable(address)
     ray._private.worker._worker_logs_enabled = False  # else it prints eight lines for every worker that dies
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _kept_handler(signal.SIGTERM):
         warnings.simplefilter("ignore", FutureWarning)  # a tip about CUDA_VISIBLE_DEVICES
         try:
             ray.init(
@@ -405,6 +410,41 @@ def _start_ray(address: str) -> tuple[Any, bool]:
             key = f"simulation.ray-address = {address!r}: " if address else ""
             raise InputError(f"{key}Ray does not start: {_first_line(error)}") from error
     return ray, True
+
+
+@contextmanager
+def _kept_handler(number: int) -> Iterator[None]:
+    """Ray puts a handler of its own in the place of the one that leaves a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():  # there it leaves them alone
+        yield
+        return
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _reachable(address: str) -> None:
+    """InputError where nobody listens at HOST:PORT; Ray would say so in twenty lines, after a minute."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"simulation.ray-address = {address!r}: nobody answers there ({one_line(error)})") from None
+
+
+def join_ray(options: PoolOptions, num_workers: int) -> tuple[Any, bool, int]:
+    """(the ray module, whether it was started here, how many workers fit); InputError where `num_workers` do not."""
+    ray, started = _start_ray(options.ray_address)
+    try:
+        return ray, started, _num_workers(ray, replace(options, num_workers=num_workers))
+    except BaseException:
+        if started:
+            ray.shutdown()
+        raise
 
 
 def _num_workers(ray: Any, options: PoolOptions) -> int:
@@ -427,7 +467,7 @@ def _num_workers(ray: Any, options: PoolOptions) -> int:
     if fit == 0:
         raise InputError(f"simulation.{needs}: no machine has both; ask for less")
     if options.num_workers > fit:
-        raise InputError(f"simulation.num-actors = {options.num_workers}: with {needs} each, {fit} fit")
+        raise InputError(f"{options.count_key} = {options.num_workers}: with {needs} each, {fit} fit")
     return options.num_workers or fit
 
 

@@ -313,14 +313,20 @@ def load_components(app_dir: str | Path) -> Components:
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     for key in ("tool", "flwr", "app"):
-        table = table.get(key, {})
-    components = table.get("components", {})
+        table = _table(table, key)
+    components = _table(table, "components")
     for key in ("serverapp", "clientapp"):
         if not isinstance(components.get(key), str):
             raise InputError(f'{path}: [tool.flwr.app.components] has no {key} = "module:attribute"')
     return Components(
-        components["serverapp"], components["clientapp"], dict(_flattened(table.get("config", {}), "", path))
+        components["serverapp"], components["clientapp"], dict(_flattened(_table(table, "config"), "", path))
     )
+
+
+def _table(table: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What is there, if it is a table."""
+    found = table.get(key, {})
+    return found if isinstance(found, dict) else {}
 
 
 def _flattened(table: Mapping[str, Any], prefix: str, path: Path) -> Iterator[tuple[str, Any]]:

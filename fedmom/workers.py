@@ -12,19 +12,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.config import Config, replace
-from fedmom.engine import Outcome, Progress, Round
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.executors import Failure, Pool, PoolOptions
 from fedmom.node import Node, Trained
 from fedmom.objective import Task
+from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import pool_options
-from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
+from fedmom.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
 from fedmom.train import Plan
 from fedmom.wire import as_tensor
 
-_BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long
+_BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless
+_LARGE = 1 << 20  # the model is so large, in bytes, that sending a block's mean costs more than that
 Arrays = dict[str, np.ndarray]
 
 
@@ -48,6 +50,7 @@ class Answer(NamedTuple):
 
 def make_worker(config: Config) -> Callable[..., Any]:
     """In an actor: a warm Node, and the function that answers blocks."""
+    keep_freed_memory()
     node = Node(config)
 
     def answer(block: Block, start: Arrays | None = None) -> Any:
@@ -83,7 +86,7 @@ class WorkerRounds:
     def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
         """I local steps of the cohort on the actors. ClientsFailedError where a block cannot be had."""
         ids = job.clients.cpu().numpy()
-        places = _blocks(len(ids), self.pool.num_workers, self.chunk_size)
+        places = _blocks(len(ids), self.pool.num_workers, self.chunk_size, num_bytes(start.params))
         shared, waiting = self.pool.share(_arrays(flatten(start))), dict[Any, Answer]()
         for number, rows in enumerate(places):
             momentum = None
@@ -132,19 +135,18 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
     Raises InputError where the actors cannot be had.
     """
     options = pool_options(config)
-    options = PoolOptions(**{**vars(options), "num_workers": config.engine.workers})
+    options = PoolOptions(**{**vars(options), "num_workers": config.engine.workers, "count_key": "engine.workers"})
     # Ray hides the GPUs from an actor that asked for none.
     inside = replace(config, "engine", device="cuda" if options.num_gpus else "cpu", threads=0, workers=0)
     pool = Pool(partial(make_worker, inside), options)
     try:
-        path, chunk_size = config.engine.path, config.engine.chunk_size
-        if path == "auto" or (path == "vmap" and not chunk_size):
-            size = max(map(len, _blocks(plan.cohort_size, pool.num_workers, chunk_size)))
-            pool.submit("choose", Block(np.arange(size)))
-            _, answer = pool.take() or (None, None)
-            if isinstance(answer, Failure):
-                raise InputError(answer.reason.removeprefix("InputError: "))
-            path, chunk_size = answer  # type: ignore[misc]
+        model = num_bytes(task.start().params)
+        size = max(map(len, _blocks(plan.cohort_size, pool.num_workers, config.engine.chunk_size, model)))
+        pool.submit("choose", Block(np.arange(size)))
+        _, answer = pool.take() or (None, None)
+        if isinstance(answer, Failure):
+            raise InputError(answer.reason.removeprefix("InputError: "))
+        path, chunk_size = answer  # type: ignore[misc]
     except BaseException:
         pool.close()
         raise
@@ -153,9 +155,10 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
     return settled, WorkerRounds(pool, task, plan.method.running_var, path, chunk_size), notes
 
 
-def _blocks(cohort: int, num_workers: int, chunk_size: int) -> list[np.ndarray]:
+def _blocks(cohort: int, num_workers: int, chunk_size: int, model_bytes: int) -> list[np.ndarray]:
     """Places 0 … C − 1 in blocks: a few per worker, of whole chunks where there are enough of them."""
-    size = math.ceil(cohort / (_BLOCKS_PER_WORKER * num_workers))
+    each = 1 if model_bytes > _LARGE else _BLOCKS_PER_WORKER
+    size = math.ceil(cohort / (each * num_workers))
     if 1 < chunk_size < cohort:
         size = max(1, round(size / chunk_size)) * chunk_size
     return np.split(np.arange(cohort), range(size, cohort, size))

@@ -1,6 +1,7 @@
 """Laws of the pool of Ray actors: every message is answered once, whatever becomes of the worker that has it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def make_worker():
 
 @pytest.fixture(scope="module")
 def pool():
-    with Pool(make_worker, PoolOptions(num_workers=2, num_cpus=0.5, straggler_seconds=1.5)) as pool:
+    with Pool(make_worker, PoolOptions(num_workers=2, num_cpus=0.5, straggler_seconds=3.0)) as pool:
         yield pool
 
 
@@ -71,6 +72,14 @@ def wait_for_both(pool):
     deadline = time.monotonic() + 30
     while len(pool.worker_pids()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def warm_both(pool):
+    """Until both have answered: before that the limit of a late message is a longer one."""
+    deadline = time.monotonic() + 60
+    while len(pool._workers) < 2 or not all(worker.warm for worker in list(pool._workers)):
+        assert time.monotonic() < deadline
+        submit_all(pool, [("sleep", 0.05) for _ in range(4)])
 
 
 def submit_all(pool, payloads):
@@ -100,7 +109,8 @@ def test_a_handler_that_fails_fails_alone(pool, what):
     failure = answers.pop(7)
     assert isinstance(failure, Failure)
     assert failure.kind == "raised"
-    assert what != "raise" or failure.reason == "ValueError: no more"
+    if what == "raise":  # where it came from is told, for the traceback stays in the worker
+        assert re.fullmatch(r"ValueError: no more \(.*test_executors\.py:\d+\)", failure.reason)
     assert "\n" not in failure.reason
     assert all(answer[0] == key for key, answer in answers.items())
 
@@ -136,9 +146,10 @@ def test_a_message_that_always_kills_its_worker_fails_and_the_others_do_not(pool
 
 
 def test_a_message_that_hangs_is_late_and_its_worker_replaced(pool):
+    warm_both(pool)
     before = set(pool.worker_pids())
     answers = submit_all(pool, [("hang", 0), *[("echo", key) for key in range(1, 8)]])
-    assert answers.pop(0) == Failure("late", "no reply within 1.5 s")
+    assert answers.pop(0) == Failure("late", "no reply within 3 s")
     assert all(answer[0] == key for key, answer in answers.items())
     wait_for_both(pool)
     assert len(set(pool.worker_pids()) - before) >= 1

@@ -1,0 +1,160 @@
+"""One exchange of Algorithm 2: the rows of all clients times W, dense or sparse, and what becomes of the momentum.
+
+Yu, Jin, Yang (ICML 2019), Algorithm 2: u_i <- Σ_j ũ_j W_ji and x_i <- Σ_j x̃_j W_ji, adapt first, then combine.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmom.state import ClientState, Tree, zeros_like
+from fedmom.topology import Mixing
+
+# Above this share of non-zero entries, and for few clients, one dense product is faster (measured: docs/log.md).
+_DENSE_SHARE, _DENSE_CLIENTS = 0.07, 64
+_MEAN, _VAR = "running_mean", "running_var"
+
+Apply = Callable[[Tensor], Tensor]  # rows [N, ...] -> rows [n, ...]
+
+
+class Block:
+    """The columns of W by which some clients combine rows of some others (both in ascending order); all by default."""
+
+    def __init__(self, mixing: Mixing, receivers: np.ndarray | None = None, senders: np.ndarray | None = None) -> None:
+        everybody = np.arange(mixing.num_clients)
+        receivers = everybody if receivers is None else receivers
+        senders = everybody if senders is None else senders
+        kept = np.isin(mixing.targets, receivers)
+        self.rows = np.searchsorted(receivers, mixing.targets[kept])
+        self.columns = np.searchsorted(senders, mixing.sources[kept])
+        self.weights = mixing.weights[kept]
+        self.shape = (len(receivers), len(senders))
+        self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def is_sparse(self) -> bool:
+        """Whether the product is taken with a sparse matrix."""
+        share = len(self.weights) / max(1, self.shape[0] * self.shape[1])
+        return share < _DENSE_SHARE and self.shape[1] > _DENSE_CLIENTS
+
+    def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Wᵀ of these clients [receivers, senders]: dense, or in compressed rows."""
+        if (dtype, device) not in self._made:
+            at = torch.from_numpy(np.stack([self.rows, self.columns]))
+            values = torch.from_numpy(self.weights).to(dtype)
+            coo = torch.sparse_coo_tensor(at, values, self.shape, check_invariants=False).coalesce()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch calls its compressed rows a beta feature
+                made = coo.to_sparse_csr() if self.is_sparse() else coo.to_dense()
+            self._made[dtype, device] = made.to(device)
+        return self._made[dtype, device]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Σ_j W_ji row_j for every receiver i: [senders, ...] -> [receivers, ...], in one matrix product."""
+        flat = rows.reshape(len(rows), -1)
+        return (self.matrix(rows.dtype, rows.device) @ flat).reshape(self.shape[0], *rows.shape[1:])
+
+
+def mix_buffers(apply: Apply, buffers: Tree, own: Tree, pooled: bool) -> Tree:
+    """Real buffers by W; running_var as the variance of all that came in, if `pooled`; integers stay each client's own.
+
+    `own`: the receivers' rows of `buffers`.
+    """
+    mixed = {name: apply(value) if value.is_floating_point() else own[name] for name, value in buffers.items()}
+    if pooled:
+        for name in buffers:
+            partner = name.removesuffix(_VAR) + _MEAN
+            if name.endswith(_VAR) and partner in buffers:
+                # Σ w (var + mean²) − (Σ w mean)², with means about a common point: clients that agree add 0, not noise.
+                centre = buffers[partner].mean(0)
+                away = apply((buffers[partner] - centre) ** 2) - (mixed[partner] - centre) ** 2
+                mixed[name] = mixed[name] + away.clamp(min=0)
+    return mixed
+
+
+class Exchange(NamedTuple):
+    """What a momentum policy makes of the clients' rows after their local steps."""
+
+    sends_momentum: bool
+    # (apply W, u after the steps, all senders' | receivers' u before, after, receivers' x before, mixed, γ, β) -> u
+    momentum: Callable[..., Tree]
+    summary: str
+
+
+def _mixed(apply: Apply, senders: Tree, **_: object) -> Tree:
+    return {name: apply(u) for name, u in senders.items()}
+
+
+def _kept(own: Tree, **_: object) -> Tree:
+    return own
+
+
+def _reset(own: Tree, **_: object) -> Tree:
+    return zeros_like(own)
+
+
+def _quasi_global(u_before: Tree, x_before: Tree, x_mixed: Tree, lr: float, beta: float, **_: object) -> Tree:
+    """m̂ <- β m̂ + (1 − β) (x − x_mixed) / γ: Lin et al. (ICML 2021), Algorithm 1 (QG-DSGDm) with μ = β."""
+    return {name: beta * m + (1 - beta) / lr * (x_before[name] - x_mixed[name]) for name, m in u_before.items()}
+
+
+EXCHANGES = {
+    "average": Exchange(True, _mixed, "the paper: u is mixed with W as x is"),
+    "local": Exchange(False, _kept, "DSGDm: every client keeps its own u"),
+    "reset": Exchange(False, _reset, "u = 0 after every exchange"),
+    "quasi-global": Exchange(False, _quasi_global, "QG-DSGDm (Lin et al. 2021): u follows how far x moved"),
+}
+
+
+def combine(
+    apply: Apply,
+    after: ClientState,
+    *,
+    own: ClientState,
+    before: ClientState,
+    policy: str,
+    lr: float,
+    beta: float,
+    pooled: bool,
+) -> ClientState:
+    """Everybody's rows after the local steps -> the receivers' next start.
+
+    after: rows of all senders; own: the receivers' part of them; before: the receivers' rows before the round.
+    """
+    params = {name: apply(x) for name, x in after.params.items()}
+    momentum = EXCHANGES[policy].momentum(
+        apply=apply,
+        senders=after.momentum,
+        own=own.momentum,
+        u_before=before.momentum,
+        x_before=before.params,
+        x_mixed=params,
+        lr=lr,
+        beta=beta,
+    )
+    return ClientState(params, momentum, mix_buffers(apply, after.buffers, own.buffers, pooled))
+
+
+class Blocks:
+    """`Block` of each W of a topology, made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Mixing, Block]] = {}
+
+    def of(self, mixing: Mixing) -> Block:
+        found = self._made.get(id(mixing))
+        if found is None:
+            found = self._made[id(mixing)] = (mixing, Block(mixing))  # held, so that its id stays its own
+        return found[1]
+
+
+def spread(rows: Tree) -> float:
+    """(1/N) Σ ‖row_i − mean‖² over clients, all tensors together."""
+    total = 0.0
+    for value in rows.values():
+        away = value - value.mean(0)
+        total += float(torch.linalg.vector_norm(away, dtype=torch.float64)) ** 2
+    return total / max(1, len(next(iter(rows.values()), torch.empty(1))))

@@ -1,0 +1,430 @@
+"""Graphs of clients -> mixing matrices W for Algorithm 2, checked; their spectral gap and mixing time.
+
+Convention of Yu, Jin, Yang (ICML 2019), Algorithm 2: x_i <- Σ_j x_j W_ji, so W[j, i] is the weight of what j sends to
+i. Rows that sum to 1 keep the mean, columns that sum to 1 keep consensus; W is doubly stochastic if both do.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fedmom.errors import InputError, unknown
+
+TOLERANCE = 1e-8  # of row and column sums: matrices in files are rounded
+LARGEST_SPECTRUM = 4096  # clients; beyond it the eigenvalues would take minutes
+
+Edges = Iterable[tuple[int, int]]
+
+
+class Mixing(NamedTuple):
+    """One mixing matrix by its positive entries: W[sources[e], targets[e]] = weights[e]."""
+
+    num_clients: int
+    sources: np.ndarray  # [E] int64, self-loops included
+    targets: np.ndarray  # [E] int64
+    weights: np.ndarray  # [E] float64
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> "Mixing":
+        """The positive entries of a dense W [N, N]."""
+        sources, targets = np.nonzero(matrix)
+        return cls(len(matrix), sources, targets, matrix[sources, targets].astype(np.float64))
+
+    def dense(self) -> np.ndarray:
+        """W [N, N] float64."""
+        matrix = np.zeros((self.num_clients, self.num_clients))
+        np.add.at(matrix, (self.sources, self.targets), self.weights)
+        return matrix
+
+    def num_links(self) -> int:
+        """How many rows travel: pairs (sender, receiver) of different clients."""
+        return int((self.sources != self.targets).sum())
+
+    def out_degrees(self) -> np.ndarray:
+        """[N] how many others each client sends to."""
+        away = self.sources != self.targets
+        return np.bincount(self.sources[away], minlength=self.num_clients)
+
+    def is_symmetric(self) -> bool:
+        """Whether W = Wᵀ."""
+        forth = {(j, i): w for j, i, w in zip(*self[1:], strict=True)}
+        return all(abs(forth.get((i, j), 0.0) - w) <= TOLERANCE for (j, i), w in forth.items())
+
+    def without(self, pairs: Iterable[tuple[int, int]]) -> "Mixing":
+        """W after links failed: each pair's weight goes to both diagonals, which keeps a symmetric W doubly stochastic.
+
+        Raises ValueError for a W that is not symmetric: there it would change the sums.
+        """
+        gone = {frozenset(pair) for pair in pairs}
+        if not gone:
+            return self
+        if not self.is_symmetric():
+            raise ValueError("links can only be left out of a symmetric W")
+        targets = [
+            j if frozenset((j, i)) in gone else i
+            for j, i in zip(self.sources.tolist(), self.targets.tolist(), strict=True)
+        ]
+        return self._replace(targets=np.array(targets, dtype=np.int64))
+
+
+class Topology:
+    """W_t of every round t: `matrices` in turn. Built by `make_topology`, which checks them."""
+
+    def __init__(self, name: str, matrices: Sequence[Mixing]) -> None:
+        self.name, self.matrices = name, tuple(matrices)
+        self.num_clients = matrices[0].num_clients
+
+    def at(self, round_index: int) -> Mixing:
+        """W of round 0, 1, …"""
+        return self.matrices[round_index % len(self.matrices)]
+
+    @property
+    def period(self) -> int:
+        return len(self.matrices)
+
+    @cached_property
+    def is_symmetric(self) -> bool:
+        return all(matrix.is_symmetric() for matrix in self.matrices)
+
+    @cached_property
+    def spectrum(self) -> np.ndarray:
+        """[N] eigenvalues of W (of the product of a whole period), by magnitude, the largest first."""
+        if self.num_clients > LARGEST_SPECTRUM:
+            raise InputError(f"data.num-clients = {self.num_clients}: a spectrum is for at most {LARGEST_SPECTRUM}")
+        product = np.eye(self.num_clients)
+        for matrix in self.matrices:
+            product = product @ matrix.dense()
+        values = np.linalg.eigvalsh(product) if self.period == 1 and self.is_symmetric else np.linalg.eigvals(product)
+        return values[np.argsort(-np.abs(values), kind="stable")]
+
+    @cached_property
+    def second_eigenvalue(self) -> float:
+        """|λ₂|, per round (for W_t that vary: of the period's product, its root); 0 for one client."""
+        if self.num_clients == 1:
+            return 0.0
+        largest = float(abs(self.spectrum[1]))
+        return 0.0 if largest < 1e-12 else float(largest ** (1 / self.period))
+
+    @property
+    def spectral_gap(self) -> float:
+        """1 − |λ₂|."""
+        return max(0.0, 1.0 - self.second_eigenvalue)
+
+    def rounds_to(self, fraction: float = 0.01) -> float:
+        """Mixing time: rounds until |λ₂|^t is that fraction (disagreement, with no gradients); inf if it never is."""
+        value = self.second_eigenvalue
+        if value < 1e-12:
+            return float(self.period) if self.num_clients > 1 else 0.0
+        return math.inf if value >= 1 - 1e-10 else float(math.ceil(math.log(fraction) / math.log(value)))
+
+    @cached_property
+    def components(self) -> list[list[int]]:
+        """Clients that hear from one another, over a whole period: one list if the graph is connected."""
+        parent = list(range(self.num_clients))
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                parent[i] = parent[parent[i]]
+                i = parent[i]
+            return i
+
+        for matrix in self.matrices:
+            for j, i in zip(matrix.sources.tolist(), matrix.targets.tolist(), strict=True):
+                parent[root(j)] = root(i)
+        groups: dict[int, list[int]] = {}
+        for i in range(self.num_clients):
+            groups.setdefault(root(i), []).append(i)
+        return list(groups.values())
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What a user should know: a graph that never reaches consensus, and what that means."""
+        if len(self.components) > 1:
+            parts = ", ".join(str(len(part)) for part in self.components[:5])
+            return [
+                f"topology {self.name!r} is disconnected ({len(self.components)} parts, of {parts} clients): each part "
+                "converges to its own model, and the mean model is that of none"
+            ]
+        if 1 < self.num_clients <= LARGEST_SPECTRUM and self.second_eigenvalue >= 1 - 1e-10:
+            return [f"topology {self.name!r} has |λ₂| = 1: the clients never come to agree (give W positive diagonals)"]
+        return []
+
+
+# --- graphs ----------------------------------------------------------------------------------------------
+
+
+class Options(NamedTuple):
+    """Section `algorithm`'s numbers for the topologies that need one."""
+
+    degree: int = 4  # of random-regular
+    probability: float = 0.0  # of an edge of erdos-renyi; 0: 2 ln N / N
+    seed: int = 0
+
+
+def _sizes(name: str, num_clients: int, which: str, fit: Iterable[int]) -> InputError:
+    sizes = sorted(set(fit), key=lambda n: (abs(n - num_clients), n))[:4]
+    near = ", ".join(map(str, sorted(sizes)))
+    return InputError(f"algorithm.topology = {name!r}: needs {which}, data.num-clients = {num_clients}; near: {near}")
+
+
+def complete(n: int, options: Options) -> Edges:
+    return [(i, j) for i in range(n) for j in range(i + 1, n)]
+
+
+def ring(n: int, options: Options) -> Edges:
+    return {(min(i, (i + 1) % n), max(i, (i + 1) % n)) for i in range(n) if n > 1}
+
+
+def path(n: int, options: Options) -> Edges:
+    return [(i, i + 1) for i in range(n - 1)]
+
+
+def star(n: int, options: Options) -> Edges:
+    """Client 0 is the hub."""
+    return [(0, i) for i in range(1, n)]
+
+
+def torus_shape(n: int) -> tuple[int, int] | None:
+    """(rows, columns) of the squarest torus of n clients; None for primes."""
+    return next(((a, n // a) for a in range(math.isqrt(n), 1, -1) if n % a == 0), None)
+
+
+def torus(n: int, options: Options) -> Edges:
+    shape = (1, 1) if n == 1 else torus_shape(n)
+    if shape is None:
+        fit = [m for m in range(max(4, n - 6), n + 7) if torus_shape(m)]
+        raise _sizes("torus", n, "N = rows × columns, both at least 2", fit)
+    rows, columns = shape
+    edges = set()
+    for r in range(rows):
+        for c in range(columns):
+            for other in (((r + 1) % rows) * columns + c, r * columns + (c + 1) % columns):
+                here = r * columns + c
+                edges.add((min(here, other), max(here, other)))
+    return {edge for edge in edges if edge[0] != edge[1]}
+
+
+def hypercube(n: int, options: Options) -> Edges:
+    if n & (n - 1):
+        raise _sizes("hypercube", n, "N = 2^k", [1 << k for k in range(n.bit_length() + 2)])
+    return [(i, i | 1 << k) for i in range(n) for k in range(n.bit_length() - 1) if not i >> k & 1]
+
+
+def random_regular(n: int, options: Options) -> Edges:
+    degree = options.degree
+    if n == 1:
+        return []
+    if degree >= n or n * degree % 2 or (degree == 1 and n > 2):
+        fit = [m for m in range(degree + 1, max(n, degree) + 8) if m * degree % 2 == 0 and (degree > 1 or m == 2)]
+        name = "random-regular"
+        raise _sizes(name, n, f"N > topology-degree = {degree} and N × degree even (degree 1: N = 2)", fit)
+    import networkx
+
+    return _connected("random-regular", n, options, lambda seed: networkx.random_regular_graph(degree, n, seed=seed))
+
+
+def erdos_renyi(n: int, options: Options) -> Edges:
+    probability = options.probability or min(1.0, 2 * math.log(max(n, 2)) / n)
+    import networkx
+
+    return _connected("erdos-renyi", n, options, lambda seed: networkx.gnp_random_graph(n, probability, seed=seed))
+
+
+def _connected(name: str, n: int, options: Options, draw: Callable[[int], object]) -> Edges:
+    """The first connected one of 200 graphs by seed."""
+    import networkx
+
+    for attempt in range(200):
+        graph = draw(options.seed * 1_000_003 + attempt)
+        if networkx.is_connected(graph):
+            return sorted((min(e), max(e)) for e in graph.edges)  # type: ignore[attr-defined]
+    key, value = ("topology-p", options.probability) if name == "erdos-renyi" else ("topology-degree", options.degree)
+    raise InputError(f"algorithm.{key} = {value}: none of 200 {name} graphs of {n} clients is connected; raise it")
+
+
+def hops(n: int) -> list[int]:
+    """2^0, 2^1, … below n: the exponential graph's."""
+    return [1 << k for k in range(max(n - 1, 0).bit_length())]
+
+
+# undirected: who is linked with whom; the weights come from WEIGHTS
+GRAPHS: dict[str, Callable[[int, Options], Edges]] = {
+    "complete": complete,
+    "ring": ring,
+    "torus": torus,
+    "hypercube": hypercube,
+    "star": star,
+    "path": path,
+    "random-regular": random_regular,
+    "erdos-renyi": erdos_renyi,
+}
+# directed circulants: lists of hops, one list per round of the period; W = 1/(hops + 1)
+CIRCULANTS: dict[str, Callable[[int], list[list[int]]]] = {
+    "exponential": lambda n: [hops(n)],
+    "one-peer-exponential": lambda n: [[hop] for hop in hops(n)] or [[]],
+    "directed-ring": lambda n: [[1] if n > 1 else []],
+}
+TOPOLOGIES = {
+    "complete": "everybody with everybody: W = 11ᵀ/N",
+    "ring": "i with i ± 1",
+    "torus": "a grid whose ends meet, as square as N allows",
+    "hypercube": "i with i ⊕ 2^k; N = 2^k",
+    "star": "client 0 with everybody",
+    "path": "a ring that is cut open",
+    "exponential": "i sends to i + 2^k, all k in every round",
+    "one-peer-exponential": "i sends to i + 2^k, one k per round in turn",
+    "directed-ring": "i sends to i + 1",
+    "random-regular": "topology-degree neighbours each, by seed, connected",
+    "erdos-renyi": "every pair with probability topology-p, by seed, connected",
+}
+FILES = (".npy", ".csv", ".edges")
+
+
+# --- weights ---------------------------------------------------------------------------------------------
+
+
+def metropolis(degrees: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 / (1 + max(degree_a, degree_b)): Metropolis-Hastings; symmetric and doubly stochastic on any graph."""
+    return 1.0 / (1 + np.maximum(degrees[a], degrees[b]))
+
+
+def uniform(degrees: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 / (degree + 1) on a regular graph."""
+    if len(set(degrees.tolist())) > 1:
+        raise InputError(
+            f"algorithm.mixing-weights = 'uniform': needs a regular graph, here degrees go from {degrees.min()} to "
+            f"{degrees.max()}; use metropolis"
+        )
+    return 1.0 / (1 + degrees[a])
+
+
+WEIGHTS = {"metropolis": metropolis, "uniform": uniform}
+
+
+def from_edges(num_clients: int, edges: Edges, weights: str = "metropolis") -> Mixing:
+    """W of an undirected graph; what a client does not give away it keeps."""
+    pairs = np.array(sorted(edges), dtype=np.int64).reshape(-1, 2)
+    a, b = pairs.T
+    degrees = np.bincount(pairs.ravel(), minlength=num_clients)
+    values = WEIGHTS[weights](degrees, a, b)
+    own = 1.0 - np.bincount(a, values, num_clients) - np.bincount(b, values, num_clients)
+    own[np.abs(own) < 1e-14] = 0.0
+    everybody = np.arange(num_clients)
+    return _sorted(num_clients, [a, b, everybody], [b, a, everybody], [values, values, own])
+
+
+def from_hops(num_clients: int, hop_list: Sequence[int]) -> Mixing:
+    """The circulant W in which i sends to i + hop (mod N), all weights equal."""
+    everybody = np.arange(num_clients)
+    each = np.full(num_clients, 1.0 / (len(hop_list) + 1))
+    targets = [everybody, *((everybody + hop) % num_clients for hop in hop_list)]
+    return _sorted(num_clients, [everybody] * len(targets), targets, [each] * len(targets))
+
+
+def _sorted(num_clients: int, sources: list, targets: list, weights: list) -> Mixing:
+    """By target, then source: the order in which a client adds up what it gets."""
+    source, target, weight = (np.concatenate(part) for part in (sources, targets, weights))
+    kept = weight > 0
+    source, target, weight = source[kept], target[kept], weight[kept]
+    order = np.lexsort((source, target))
+    return Mixing(num_clients, source[order], target[order], weight[order])
+
+
+# --- checks and files ------------------------------------------------------------------------------------
+
+
+def check(matrix: np.ndarray, where: str) -> None:
+    """InputError naming the row or column by which W [N, N] is no doubly stochastic matrix."""
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+        raise InputError(f"{where}: is of shape {list(matrix.shape)}, must be square, one row per client")
+    if not np.isfinite(matrix).all():
+        raise InputError(f"{where}: row {int(np.argwhere(~np.isfinite(matrix))[0][0])} has NaN or infinite numbers")
+    if (matrix < 0).any():
+        j, i = np.argwhere(matrix < 0)[0]
+        raise InputError(f"{where}: row {j}, column {i} is {matrix[j, i]:g}, must be >= 0")
+    for axis, what, means in ((1, "row", "the mean would drift"), (0, "column", "consensus would not last")):
+        sums = matrix.sum(axis)
+        wrong = np.flatnonzero(np.abs(sums - 1) > TOLERANCE)
+        if len(wrong):
+            raise InputError(
+                f"{where}: {what} {wrong[0]} sums to {sums[wrong[0]]:.9g}, must be 1 (W[j, i] is what j gives to i; "
+                f"else {means})"
+            )
+
+
+def read_file(name: str, num_clients: int, weights: str) -> Mixing:
+    """W of a file: a matrix (.npy, .csv) or undirected edges (.edges: `i j` per line, clients from 0)."""
+    path = Path(name)
+    where = f"algorithm.topology = {name!r}"
+    try:
+        if path.suffix == ".npy":
+            matrix = np.load(path, allow_pickle=False)
+        elif path.suffix == ".csv":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that it is empty, which is said below
+                matrix = np.loadtxt(path, delimiter=",", ndmin=2, dtype=np.float64)
+            if not matrix.size:
+                raise InputError(f"{where}: is empty, must be {num_clients} × {num_clients} numbers")
+        else:
+            matrix = None
+            edges = _read_edges(path, where, num_clients)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{where}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{where}: cannot be read as {path.suffix} ({' '.join(str(error).split())[:120]})") from None
+    if matrix is None:
+        return from_edges(num_clients, edges, weights)
+    if not np.issubdtype(matrix.dtype, np.number) or np.iscomplexobj(matrix):
+        raise InputError(f"{where}: holds {matrix.dtype}, must be real numbers")
+    matrix = matrix.astype(np.float64)
+    check(matrix, where)
+    if len(matrix) != num_clients:
+        raise InputError(f"{where}: is for {len(matrix)} clients, data.num-clients = {num_clients}")
+    found = Mixing.of(matrix)
+    return _sorted(num_clients, [found.sources], [found.targets], [found.weights])
+
+
+def _read_edges(path: Path, where: str, num_clients: int) -> set[tuple[int, int]]:
+    edges = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        words = line.partition("#")[0].replace(",", " ").split()
+        if not words:
+            continue
+        if len(words) != 2 or not all(word.isdigit() for word in words):
+            raise InputError(f"{where}: line {number}, {line.strip()[:40]!r}: must be two clients, `i j`")
+        a, b = sorted(map(int, words))
+        if b >= num_clients:
+            raise InputError(f"{where}: line {number} names client {b}, data.num-clients = {num_clients} (from 0)")
+        if a == b:
+            raise InputError(f"{where}: line {number} links client {a} with itself; every client keeps a share anyway")
+        edges.add((a, b))
+    return edges
+
+
+def is_file(name: str) -> bool:
+    return name.endswith(FILES)
+
+
+def make_topology(
+    name: str, num_clients: int, *, weights: str = "metropolis", options: Options | None = None
+) -> Topology:
+    """The topology called `name` (or of the file `name`) for N clients.
+
+    Raises InputError for sizes that do not fit (with those that would), and for matrices that are not doubly
+    stochastic (with the row).
+    """
+    options = options or Options()
+    if is_file(name):
+        return Topology(name, [read_file(name, num_clients, weights)])
+    if name in CIRCULANTS:
+        return Topology(name, [from_hops(num_clients, hop_list) for hop_list in CIRCULANTS[name](num_clients)])
+    if name not in GRAPHS:
+        raise unknown("algorithm.topology", name, [*TOPOLOGIES, "FILE.npy, FILE.csv or FILE.edges"])
+    return Topology(name, [from_edges(num_clients, GRAPHS[name](num_clients, options), weights)])

@@ -1,0 +1,401 @@
+"""The laws of Algorithm 2 on the engine: both options, both paths, every topology."""
+
+import numpy as np
+import pytest
+import torch
+from test_topology import REFUSED, SIZES
+
+import fedmom
+import laws
+from fedmom.engine import Engine
+from fedmom.errors import InputError
+from fedmom.gossip import GossipRounds, mean_of
+from fedmom.mixing import Block, mix_buffers
+from fedmom.quadratic import Quadratic, X
+from fedmom.records import read_rounds, read_tensors
+from fedmom.rounds import Method
+from fedmom.schedules import LearningRate
+from fedmom.state import ClientState
+from fedmom.topology import TOPOLOGIES, Mixing, Topology, make_topology
+from fedmom.train import Plan, beginning, evaluate_rows, round_job, run_rounds
+from laws import Trajectory, close, sample_problem
+from runs import image_task
+
+OPTIONS = pytest.mark.parametrize("nesterov", [False, True], ids=["option I", "option II"])
+PATHS = pytest.mark.parametrize("path", ["vmap", "loop"])
+POSSIBLE = [(name, n) for name in TOPOLOGIES for n in SIZES if (name, n) not in REFUSED]
+
+
+def gossip(
+    task, topology, *, beta=0.9, lr=0.05, rounds=10, interval=1, path="vmap", chunk_size=64, start=None, **method
+):
+    """[rounds + 1] rows of every client, from x⁰ or from `start` rows, after every exchange."""
+    plan = Plan(
+        Method(beta, **method),
+        LearningRate(lr),
+        rounds,
+        cohort_size=len(task.sizes),
+        batch_size=1,
+        num_local_steps=interval,
+        topology=topology,
+    )
+    rounds_ = GossipRounds(Engine(task, plan.method, path=path, chunk_size=chunk_size), topology, "cpu")
+    done = beginning(task, plan)
+    done = done if start is None else done._replace(rows=start)
+    states = [done.rows]
+    for new, _ in run_rounds(task, plan, rounds_, done):
+        states.append(new.rows)
+    return states
+
+
+def trajectory(states) -> Trajectory:
+    return Trajectory(*(np.stack([getattr(s, part)[X].numpy() for s in states]) for part in ("params", "momentum")))
+
+
+def quadratic(p, **options) -> Quadratic:
+    return Quadratic(p.h, p.c, p.start, **options)
+
+
+def dense(matrix) -> Topology:
+    return Topology("given", [Mixing.of(np.asarray(matrix, dtype=np.float64))])
+
+
+@OPTIONS
+@PATHS
+@pytest.mark.parametrize("num_clients", [1, 2, 3, 5])
+def test_averaging_with_everybody_is_algorithm_1_with_one_step(path, nesterov, num_clients):
+    """W = 11ᵀ/N: every client's x and u are large-batch momentum SGD's."""
+    p = sample_problem(num_clients, nesterov, interval=1, lrs=[0.1] * 12)
+    topology = make_topology("complete", num_clients)
+    got = trajectory(gossip(quadratic(p), topology, lr=0.1, rounds=12, path=path, nesterov=nesterov))
+    want = laws.torch_sgd(p.h, p.c, p.start, p.lrs, p.beta, nesterov)
+    close(got.x, want.x)
+    close(got.u, want.u)
+
+
+@OPTIONS
+@pytest.mark.parametrize("chunk_size", [1, 2, 64])
+@pytest.mark.parametrize(("name", "num_clients"), POSSIBLE)
+def test_the_engine_is_algorithm_2_step_by_step(name, num_clients, nesterov, chunk_size):
+    """Against Algorithm 2 in plain numpy, with W written as a double loop."""
+    p = sample_problem(num_clients, nesterov, interval=1, lrs=[0.07] * 7)
+    topology = make_topology(name, num_clients)
+    got = trajectory(gossip(quadratic(p), topology, lr=0.07, rounds=7, chunk_size=chunk_size, nesterov=nesterov))
+    h, c = np.array(p.h), np.array(p.c)
+    x, u = np.tile(np.array(p.start), (num_clients, 1)), np.zeros_like(h)
+    for t in range(7):
+        W = topology.at(t).dense()
+        g = h * (x - c)
+        u = 0.9 * u + g
+        x = x - 0.07 * ((0.9 * u + g) if nesterov else u)
+        x, u = (np.array([sum(r[j] * W[j, i] for j in range(num_clients)) for i in range(num_clients)]) for r in (x, u))
+        close(got.x[t + 1], x)
+        close(got.u[t + 1], u)
+
+
+def test_a_directed_ring_tells_w_from_its_transpose_and_the_order():
+    """One step of g = e_0, γ = 1, from 0: adapt, then combine, with W_ji."""
+    task = Quadratic([[1.0], [1.0], [1.0], [1.0]], [[-1.0], [0.0], [0.0], [0.0]], [0.0])
+    matrix = make_topology("directed-ring", 4).matrices[0].dense()
+    right, turned = (trajectory(gossip(task, dense(w), lr=1.0, rounds=1)).x[1, :, 0] for w in (matrix, matrix.T))
+    assert right.tolist() == [-0.5, -0.5, 0, 0]  # combine-then-adapt would give −1, 0, 0, 0
+    assert turned.tolist() == [-0.5, 0, 0, -0.5]
+
+
+@OPTIONS
+@pytest.mark.parametrize("policy", ["average", "local"])
+@pytest.mark.parametrize(("name", "num_clients"), POSSIBLE)
+def test_means_obey_the_mean_recursion(name, num_clients, policy, nesterov):
+    """ū and x̄ as if one client had all gradients, on every topology: rows of W sum to 1."""
+    p = sample_problem(num_clients, nesterov, interval=1, lrs=[])
+    got = trajectory(
+        gossip(quadratic(p), make_topology(name, num_clients), rounds=8, nesterov=nesterov, momentum_policy=policy)
+    )
+    g = (np.array(p.h) * (got.x - np.array(p.c))).mean(1)
+    x, u = got.x.mean(1), got.u.mean(1)
+    close(u[1:], 0.9 * u[:-1] + g[:-1])
+    close(x[1:], x[:-1] - 0.05 * ((0.9 * u[1:] + g[:-1]) if nesterov else u[1:]))
+
+
+@pytest.mark.parametrize(("name", "num_clients"), POSSIBLE)
+def test_consensus_is_kept(name, num_clients):
+    """Clients with one objective stay equal: columns of W sum to 1."""
+    task = Quadratic([[1.0, 2.0]] * num_clients, [[3.0, -1.0]] * num_clients, [0.0, 1.0])
+    got = trajectory(gossip(task, make_topology(name, num_clients), rounds=10))
+    close(got.x, got.x[:, :1])
+    close(got.u, got.u[:, :1])
+
+
+FLAT = 1e-300  # curvature: no gradient to speak of
+
+
+@pytest.mark.parametrize("name", ["ring", "torus", "star", "path", "hypercube", "exponential", "directed-ring"])
+def test_without_gradients_x_contracts_like_lambda_and_u_like_beta_lambda(name):
+    """From random rows, the rate over late rounds is |λ₂| for x and β|λ₂| for u."""
+    topology = make_topology(name, 16)
+    value, rng = topology.second_eigenvalue, np.random.default_rng(0)
+    task = Quadratic([[FLAT]] * 16, [[0.0]] * 16, [0.0])
+    for part, start, rate in (("x", rng.normal(size=(16, 1)), value), ("u", np.zeros((16, 1)), 0.9 * value)):
+        u = rng.normal(size=(16, 1)) if part == "u" else np.zeros((16, 1))
+        rows = ClientState({X: torch.from_numpy(start)}, {X: torch.from_numpy(u)}, {})
+        got = getattr(trajectory(gossip(task, topology, rounds=60, start=rows)), part)[:, :, 0]
+        away = np.linalg.norm(got - got.mean(1, keepdims=True), axis=1)
+        # Eigenvalues may be complex pairs, so that single rounds swing about the rate.
+        assert (away[60] / away[40]) ** (1 / 20) == pytest.approx(rate, rel=0.02)
+
+
+def stationary(topology, c, lr, beta, h, mixed_momentum):
+    """Root mean square disagreement from the closed forms, mode by mode of a symmetric W."""
+    values, modes = np.linalg.eigh(topology.matrices[0].dense())
+    b = modes.T @ (h * (c - c.mean()))
+    keep = values < 1 - 1e-9
+    inner = (1 - values * beta) if mixed_momentum else (1 - beta)
+    x = lr * values * b / ((1 - values) * inner + lr * values * h)
+    return float(np.sqrt((x[keep] ** 2).mean() * keep.sum() / len(c)))
+
+
+@pytest.mark.parametrize("policy", ["average", "local"])
+@pytest.mark.parametrize("name", ["ring", "torus", "hypercube", "star"])
+def test_stationary_disagreement_is_the_closed_form(name, policy):
+    """One curvature, different centers; per mode γλb/((1−λ)(1−λβ)+λγh), or with 1−β where u is not mixed."""
+    topology = make_topology(name, 16)
+    c = np.random.default_rng(1).normal(size=16)
+    task = Quadratic([[1.0]] * 16, [[v] for v in c], [0.0])
+    x = trajectory(gossip(task, topology, rounds=600, momentum_policy=policy)).x[-1, :, 0]
+    want = stationary(topology, c, 0.05, 0.9, 1.0, policy == "average")
+    assert np.sqrt(((x - x.mean()) ** 2).mean()) == pytest.approx(want, rel=1e-8)
+
+
+def test_mixing_the_momentum_makes_clients_agree_better():
+    c = np.random.default_rng(2).normal(size=16)
+    for name in ("ring", "torus", "hypercube"):
+        topology = make_topology(name, 16)
+        assert stationary(topology, c, 0.05, 0.9, 1.0, True) < stationary(topology, c, 0.05, 0.9, 1.0, False)
+
+
+def test_disagreement_from_noise_is_the_closed_form():
+    """Σ = λ²(AΣAᵀ + σ²bbᵀ) per mode; ring of 8 gives .00548."""
+    topology, beta, lr = make_topology("ring", 8), 0.9, 0.05
+    A, b = np.array([[beta, 1.0], [-lr * beta, 1 - lr]]), np.array([1.0, -lr])
+    want = 0.0
+    for value in np.linalg.eigvalsh(topology.matrices[0].dense())[:-1]:
+        left = np.eye(4) - value**2 * np.kron(A, A)
+        want += np.linalg.solve(left, value**2 * np.outer(b, b).ravel())[3] / 8
+    assert want == pytest.approx(0.00548, abs=5e-6)
+    task = Quadratic([[1.0] * 400] * 8, [[0.0] * 400] * 8, [0.0] * 400, noise_sigma=1.0)
+    x = trajectory(gossip(task, topology, rounds=300)).x[100::10]
+    assert ((x - x.mean(1, keepdims=True)) ** 2).mean() == pytest.approx(want, rel=0.03)
+
+
+@OPTIONS
+def test_several_local_steps_between_exchanges(nesterov):
+    """I = 4 with everybody is Algorithm 1 with I = 4, after every exchange."""
+    from runs import engine_runner
+
+    p = sample_problem(3, nesterov, interval=4, lrs=[0.07] * 12)
+    want = engine_runner("vmap")(p)
+    got = trajectory(
+        gossip(quadratic(p), make_topology("complete", 3), lr=0.07, rounds=3, interval=4, nesterov=nesterov)
+    )
+    close(got.x, want.x[::4])
+    close(got.u, want.u[::4])
+
+
+def test_quasi_global_momentum_is_the_published_recursion():
+    """Lin et al. (2021), Algorithm 1: m = βm̂ + g, x½ = x − ηm, x = W x½, m̂ = βm̂ + (1 − β)(x_before − x)/η."""
+    p = sample_problem(5, False, interval=1, lrs=[])
+    W = make_topology("ring", 5).matrices[0].dense()
+    got = trajectory(gossip(quadratic(p), make_topology("ring", 5), rounds=9, momentum_policy="quasi-global"))
+    h, c = np.array(p.h), np.array(p.c)
+    x, m = np.tile(np.array(p.start), (5, 1)), np.zeros_like(h)
+    for t in range(9):
+        before = x
+        x = W.T @ (x - 0.05 * (0.9 * m + h * (x - c)))
+        m = 0.9 * m + 0.1 * (before - x) / 0.05
+        close(got.x[t + 1], x)
+        close(got.u[t + 1], m)
+
+
+def test_reset_forgets_the_momentum():
+    p = sample_problem(4, False, interval=1, lrs=[])
+    got = trajectory(gossip(quadratic(p), make_topology("ring", 4), rounds=3, momentum_policy="reset"))
+    assert (got.u == 0).all()
+    assert (got.x[1] != got.x[2]).any()
+
+
+# --- the product -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_and_dense_products_agree(dtype):
+    mixing = make_topology("ring", 100).matrices[0]
+    block, rows = Block(mixing), torch.randn(100, 3, 4, dtype=dtype)
+    assert block.is_sparse()
+    want = torch.einsum("ji,jab->iab", torch.from_numpy(mixing.dense()).to(dtype), rows)
+    torch.testing.assert_close(block(rows), want)
+    assert not Block(make_topology("complete", 100).matrices[0]).is_sparse()
+    assert not Block(make_topology("ring", 8).matrices[0]).is_sparse()
+
+
+def test_blocks_of_receivers_give_their_part_of_the_product():
+    for name in TOPOLOGIES:
+        mixing = make_topology(name, 16).matrices[0]
+        rows = torch.randn(16, 7, dtype=torch.float64)
+        whole = Block(mixing)(rows)
+        for receivers in np.array_split(np.arange(16), 3):
+            senders = np.unique(mixing.sources[np.isin(mixing.targets, receivers)])
+            part = Block(mixing, receivers, senders)(rows[torch.from_numpy(senders)])
+            torch.testing.assert_close(part, whole[torch.from_numpy(receivers)], rtol=1e-14, atol=1e-14)
+
+
+def test_a_thousand_clients_are_no_problem():
+    task = Quadratic([[1.0] * 100] * 1024, np.random.default_rng(0).normal(size=(1024, 100)).tolist(), [0.0] * 100)
+    got = trajectory(gossip(task, make_topology("exponential", 1024), rounds=3))
+    assert got.x.shape == (4, 1024, 100)
+    close(got.x[-1].mean(0), trajectory(gossip(task, make_topology("torus", 1024), rounds=3)).x[-1].mean(0))
+
+
+def test_buffers_are_mixed_with_their_variance_pooled():
+    """running_var of what comes in: Σ w (var + mean²) − (Σ w mean)²; counts stay; agreeing clients add nothing."""
+    mixing = make_topology("star", 4).matrices[0]
+    W = torch.from_numpy(mixing.dense())
+    rows = {
+        "bn.running_mean": torch.randn(4, 3, dtype=torch.float64) + 100,
+        "bn.running_var": torch.rand(4, 3, dtype=torch.float64),
+        "bn.num_batches_tracked": torch.full((4,), 7),
+    }
+    got = mix_buffers(Block(mixing), rows, rows, True)
+    mean = W.T @ rows["bn.running_mean"]
+    torch.testing.assert_close(got["bn.running_mean"], mean)
+    second = W.T @ (rows["bn.running_var"] + rows["bn.running_mean"] ** 2)
+    torch.testing.assert_close(got["bn.running_var"], second - mean**2, rtol=1e-8, atol=1e-8)
+    assert got["bn.num_batches_tracked"].tolist() == [7] * 4
+    plain = mix_buffers(Block(mixing), rows, rows, False)
+    torch.testing.assert_close(plain["bn.running_var"], W.T @ rows["bn.running_var"])
+    same = {name: value[:1].expand_as(value).clone() for name, value in rows.items()}
+    torch.testing.assert_close(mix_buffers(Block(mixing), same, same, True), same)
+
+
+@PATHS
+def test_a_network_with_batch_norm_mixes_all_it_has(path):
+    task = image_task("resnet20", 4, norm="batch", dtype=torch.float64)
+    states = gossip(task, make_topology("ring", 4), rounds=2, path=path)
+    mean = mean_of(states[-1])
+    assert all(torch.isfinite(v).all() for tree in mean for v in tree.values())
+    rows = states[-1].params
+    assert max(float((x - x.mean(0)).abs().max()) for x in rows.values()) > 0
+
+
+def test_clients_own_models_are_measured():
+    task = image_task(num_clients=4, dtype=torch.float64)
+    rows = gossip(task, make_topology("path", 4), rounds=3)[-1]
+    measured = evaluate_rows(task, rows, [0, 1, 2, 3])
+    each = [task.evaluate(ClientState(*({n: v[i] for n, v in tree.items()} for tree in rows))) for i in range(4)]
+    assert measured["worst_client_loss"] == max(m["test_loss"] for m in each)
+    assert measured["worst_client_accuracy"] == min(m["test_accuracy"] for m in each)
+    assert measured["mean_client_accuracy"] == pytest.approx(np.mean([m["test_accuracy"] for m in each]))
+
+
+# --- runs ------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "algorithm.name": "d-sgd-m",
+    "algorithm.topology": "ring",
+    "data.num-clients": 4,
+    "model.name": "logistic",
+    "run.num-rounds": 6,
+    "run.eval-every": 2,
+    "run.checkpoint-every": 2,
+    "engine.path": "vmap",
+    "engine.chunk-size": 4,
+}
+
+
+def quiet_run(changes=None, **places):
+    return fedmom.run(
+        None if "resume" in places else SMALL, sets=changes or {}, callbacks=[fedmom.Callback()], **places
+    )
+
+
+def test_a_run_records_what_it_did(tmp_path):
+    result = quiet_run(out=tmp_path / "run")
+    last = result.rounds[-1]
+    assert last["steps"] == 6
+    assert 0 < last["consensus_distance_after"] < last["consensus_distance"]
+    assert 0 < last["momentum_spread_after"] < last["momentum_spread"]
+    assert last["worst_client_accuracy"] <= last["mean_client_accuracy"]
+    assert "worst_client_accuracy" not in result.rounds[0]
+    size = sum(v.numel() * 4 for v in result.state_dict.values())
+    assert last["bytes_sent"] == 6 * 4 * 2 * 2 * size  # rounds, clients, neighbours, x and u
+    local = quiet_run({"algorithm.momentum-policy": "local"})
+    assert local.rounds[-1]["bytes_sent"] == last["bytes_sent"] // 2
+    rows, _ = read_tensors(tmp_path / "run" / "clients.safetensors")
+    final, _ = read_tensors(tmp_path / "run" / "final.safetensors")
+    assert rows.keys() == final.keys()
+    for name, value in rows.items():
+        torch.testing.assert_close(value.double().mean(0).float(), final[name])
+
+
+@pytest.mark.parametrize("policy", ["average", "local", "quasi-global", "reset"])
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, policy):
+    changes = {"algorithm.momentum-policy": policy}
+    whole = quiet_run(changes, out=tmp_path / "whole")
+    quiet_run({**changes, "run.num-rounds": 3}, out=tmp_path / "part")
+    resumed = quiet_run({"run.num-rounds": 6}, resume=tmp_path / "part")
+    for name in ("final.safetensors", "clients.safetensors", "checkpoint.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
+    timed = {"wall_seconds", "client_steps_per_second"}
+    for mine, other in zip(whole.rounds, read_rounds(tmp_path / "part"), strict=True):
+        assert {k: v for k, v in mine.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+    assert resumed.status == "done"
+
+
+def test_rows_of_another_model_are_refused_on_resume(tmp_path):
+    quiet_run(out=tmp_path / "run")
+    (tmp_path / "run" / "clients.safetensors").unlink()
+    with pytest.raises(InputError, match="rows of round 6 are missing"):
+        quiet_run({"run.num-rounds": 8}, resume=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"algorithm.cohort-size": 2}, "algorithm.cohort-size = 2: with d-sgd-m every client takes part"),
+        ({"algorithm.client-weights": "samples"}, "algorithm.client-weights = 'samples'"),
+        ({"algorithm.local-epochs": 1}, "algorithm.local-epochs = 1"),
+        ({"algorithm.slow-momentum": 0.5}, "there is no server"),
+        ({"algorithm.topology": "rnig"}, "did you mean ring"),
+        ({"algorithm.topology": "torus", "data.num-clients": 7}, "near: 4, 6, 8, 9"),
+        ({"algorithm.topology": "no.npy"}, "no such file"),
+        ({"algorithm.momentum-policy": "quasi-global", "algorithm.num-local-steps": 2}, "is published for 1 step"),
+        (
+            {"algorithm.name": "pr-sgd-m", "algorithm.momentum-policy": "quasi-global"},
+            "needs algorithm.name = 'd-sgd-m'",
+        ),
+        ({"algorithm.topology-p": 1.5}, "must be in [0, 1]"),
+        ({"algorithm.interval": "theory-iid"}, "the theorem is Algorithm 1's"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(changes, words):
+    with pytest.raises(InputError) as error:
+        quiet_run(changes)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_topology_without_algorithm_2_is_noted():
+    with pytest.warns(UserWarning, match="pr-sgd-m has no topology: algorithm.topology changes nothing"):
+        fedmom.run({**SMALL, "algorithm.name": "pr-sgd-m", "run.num-rounds": 1})
+
+
+def test_a_disconnected_graph_warns(tmp_path):
+    (tmp_path / "g.edges").write_text("0 1\n2 3\n")
+    with pytest.warns(UserWarning, match="disconnected"):
+        fedmom.run({**SMALL, "algorithm.topology": str(tmp_path / "g.edges"), "run.num-rounds": 1})
+
+
+def test_round_job_carries_the_rows():
+    task = image_task(num_clients=3)
+    plan = Plan(Method(0.9), LearningRate(0.1), 2, 3, 5, topology=make_topology("ring", 3))
+    job = round_job(task, plan, beginning(task, plan))
+    assert all(len(v) == 3 for v in job.rows.params.values())
