@@ -17,7 +17,7 @@ import numpy as np
 
 from fedmom.errors import InputError
 from fedmom.records import whole_file
-from fedmom.tables import AXES, MEASURES, Measure, RunHistory, byte_unit, check, finite, number
+from fedmom.tables import AXES, CONSENSUS, MEASURES, Measure, RunHistory, byte_unit, check, finite, number
 
 DPI = 150
 # Okabe and Ito's colours without yellow, which is lost on white; together these repeat after 84 runs.
@@ -44,9 +44,15 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with whole_file(path) as aside:
+    """PNG or PDF, as the name says. The same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    kind = path.suffix.removeprefix(".")
+    # TrueType: journals refuse matplotlib's own Type 3 fonts.
+    with whole_file(path) as aside, rc_context({"pdf.fonttype": 42}):
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, format="png", dpi=DPI, facecolor="white")
+        about = {"CreationDate": None} if kind == "pdf" else {}
+        figure.savefig(aside, format=kind, dpi=DPI, facecolor="white", metadata=about)
 
 
 def _plain(axes: Any, *, grid: str | None = "both") -> None:
@@ -82,7 +88,7 @@ def _short_name(name: str) -> str:
 def draw_curves(runs: Sequence[RunHistory], path: Path) -> None:
     """PNG: a row per measure, against rounds, joint epochs and bytes sent. Pale lines are the train loss."""
     check(runs)
-    measures = [m for m in MEASURES if any(_keys(run, m) for run in runs)] or MEASURES[:1]
+    measures = [m for m in (*MEASURES, CONSENSUS) if any(_keys(run, m) for run in runs)] or MEASURES[:1]
     ends = {axis: [end for run in runs if (end := max(finite(run.rounds, axis), default=0.0)) > 0] for axis in AXES}
     columns = [axis for axis in AXES if ends[axis]] or ["round"]
     divisor, unit = byte_unit(max(ends["bytes_sent"], default=0.0))

@@ -1,11 +1,13 @@
 """Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from fedmom.algorithms import ALGORITHMS
 from fedmom.runner import Callback, Result, Start
 from fedmom.state import ClientState
 from fedmom.train import Record
@@ -29,6 +31,8 @@ def _fixed(width: int) -> Column:
 
 class Bar(Callback):
     """A bar with round, loss, accuracy, client-steps/s and time left."""
+
+    wants_state = False
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -79,6 +83,8 @@ class Bar(Callback):
 class Lines(Callback):
     """One line for the first and last round, and in between at most one every two seconds."""
 
+    wants_state = False
+
     def __init__(self, console: Console) -> None:
         self.console = console
         self.last = 0.0
@@ -101,6 +107,8 @@ class Lines(Callback):
 class Notes(Callback):
     """What was overruled, chosen or should be known, before the first round."""
 
+    wants_state = False
+
     def __init__(self, console: Console) -> None:
         self.console = console
 
@@ -110,6 +118,7 @@ class Notes(Callback):
         steps = f"{epochs} local epochs" if epochs else f"I = {algorithm.num_local_steps}"
         model = "" if data.dataset == "quadratic" else f", {start.config.model.name}"
         some = f" ({algorithm.cohort_size} per round)" if algorithm.cohort_size < data.num_clients else ""
+        some += f", {algorithm.topology}" if ALGORITHMS[algorithm.name].decentralized else ""
         what = f"{algorithm.name}, option {'II' if algorithm.nesterov else 'I'}, momentum {algorithm.momentum_policy}"
         self._say(f"{what}: N = {data.num_clients}{some}, {steps}, {run.num_rounds} rounds, {data.dataset}{model}")
         if start.folder:
@@ -123,18 +132,25 @@ class Notes(Callback):
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
+class Quiet(Callback):
+    """Says nothing."""
+
+    wants_state = False
+
+
 def callbacks(console: Console, *, quiet: bool) -> list[Callback]:
     if quiet:
-        return [Callback()]
+        return [Quiet()]
     return [Notes(console), Bar(console) if console.is_terminal else Lines(console)]
 
 
 class Replies:
-    """How many replies have come and how fast: a line that is written over on a terminal, nothing elsewhere."""
+    """How many replies have come and how fast: a line that is written over on a terminal, elsewhere every 10 s."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.number = 0
+        self.number = self.errors = 0
+        self.first_error = ""
 
     def __enter__(self) -> "Replies":
         self.begin = self.last = time.monotonic()
@@ -147,9 +163,20 @@ class Replies:
         if self.status:
             self.status.stop()
 
-    def count(self, reply: object) -> None:
+    def count(self, reply: Any) -> None:
         self.number += 1
+        if reply.has_error():
+            self.errors += 1
+            self.first_error = self.first_error or " ".join((reply.error.reason or "").split())
         now = time.monotonic()
-        if self.status and now - self.last > 0.2:
+        if now - self.last > (0.2 if self.status else 10):
             self.last = now
-            self.status.update(f"{self.number:,} replies, {self.number / (now - self.begin):,.0f}/s")
+            text = f"{self.number:,} replies, {self.number / (now - self.begin):,.0f}/s{self.failed()}"
+            if self.status:
+                self.status.update(text)
+            else:
+                self.console.print(text)
+
+    def failed(self) -> str:
+        """Of them, how many are errors, and the first one's reason."""
+        return f"; {self.errors:,} are errors, the first: {self.first_error}" if self.errors else ""

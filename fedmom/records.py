@@ -23,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedmom.errors import InputError
-from fedmom.state import Tree, flatten, to_device, unflatten
+from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.train import Progressed, Record
 
 CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
 CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
+ENDED = "ended.json"  # of a run under Flower's own command: how it ended, for whoever follows it from afar
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
 _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
@@ -100,15 +101,24 @@ def _read(path: Path, tensors: Callable[[Any], Tree]) -> tuple[Tree, dict[str, A
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{path}: is not a whole checkpoint of fedmom ({reason}); without it the run starts again from round 1"
-        ) from None
+        reason, hint = " ".join(str(error).split()), ""
+        if path.name == CHECKPOINT:
+            hint = "; without it the run starts again from round 1"
+        elif path.name == CLIENTS:
+            hint = f"; without it and {CHECKPOINT} the run starts again from round 1"
+        raise InputError(f"{path}: is not a whole checkpoint of fedmom ({reason}){hint}") from None
 
 
 def _checkpointed(done: Progressed) -> Tree:
     """The tensors of checkpoint.safetensors: the mean state, and the server's own momentum where there is one."""
     return flatten(done.state) | {_SLOW + name: value for name, value in (done.slow_momentum or {}).items()}
+
+
+def _rows(done: Progressed) -> ClientState | None:
+    """The tensors of clients.safetensors: what every client has of its own."""
+    if done.client_momentum is not None:
+        return ClientState({}, done.client_momentum, {})
+    return done.rows
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -247,11 +257,11 @@ class RunFolder:
             os.fsync(file.fileno())
         about = self._about(done, run_id)
         checkpoint, clients, previous = (self.path / name for name in (CHECKPOINT, CLIENTS, _PREVIOUS_CLIENTS))
-        if done.client_momentum is not None:
+        if (rows := _rows(done)) is not None:
             # Rows of another round than the checkpoint's were left by a kill; the ones it needs are in `previous`.
             if clients.exists() and checkpoint.exists() and read_about(clients) == read_about(checkpoint):
                 os.replace(clients, previous)
-            write_tensors(clients, {f"momentum/{n}": u for n, u in done.client_momentum.items()}, about)
+            write_tensors(clients, flatten(rows), about)
         write_tensors(checkpoint, _checkpointed(done), about)
         previous.unlink(missing_ok=True)
 
@@ -274,29 +284,36 @@ class RunFolder:
         tensors, about = read_tensors(path)
         if about.get("run_id") != run_id:
             raise InputError(
-                f"{path}: belongs to another run, or {CONFIG} was changed since "
-                f"(the checkpoint's run is {about.get('run_id')}, this one {run_id})"
+                f"{path}: belongs to another run, or {CONFIG}, a file that it names or a client's own data were "
+                f"changed since (the checkpoint's run is {about.get('run_id')}, this one {run_id})"
             )
         expected, found = _checkpointed(template), tensors
         wrong = [n for n in {**expected, **found} if n not in found or n not in expected]
         wrong += [n for n in expected if n in found and found[n].shape != expected[n].shape]
         if wrong:
             raise InputError(f"{path}: does not fit this model (tensor {wrong[0]})")
-        rows = None
-        if template.client_momentum is not None:
+        rows, expected_rows = None, _rows(template)
+        if expected_rows is not None:
             candidates = [self.path / name for name in (CLIENTS, _PREVIOUS_CLIENTS)]
             fitting = [c for c in candidates if c.exists() and read_about(c) == about]
             if not fitting:
-                raise InputError(f"{candidates[0]}: the clients' own momentum of round {about['round']} is missing")
+                raise InputError(f"{candidates[0]}: the clients' own rows of round {about['round']} are missing")
             found = read_tensors(fitting[0])[0]
-            rows = {name: found[f"momentum/{name}"] for name in template.client_momentum}
+            for name, value in flatten(expected_rows).items():
+                if name not in found or found[name].shape != value.shape:
+                    raise InputError(f"{fitting[0]}: does not fit this run (tensor {name})")
+            rows = unflatten({name: found[name] for name in flatten(expected_rows)})
         # In the model's order, which a file does not keep: sums over tensors must not depend on it.
         state = to_device(unflatten({name: tensors[name] for name in flatten(template.state)}), device)
         slow = template.slow_momentum
         if slow is not None:
             slow = {name: tensors[_SLOW + name].to(device) for name in slow}
-        return Progressed(
-            state=state, client_momentum=rows, slow_momentum=slow, **{name: about[name] for name in _COUNTS}
+        return template._replace(
+            state=state,
+            client_momentum=rows.momentum if rows and template.client_momentum is not None else None,
+            rows=rows if template.rows is not None else None,
+            slow_momentum=slow,
+            **{name: about[name] for name in _COUNTS},
         )
 
     def rewind(self, round_number: int, eval_every: int, measures: Collection[str]) -> list[Record]:

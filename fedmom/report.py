@@ -50,7 +50,7 @@ def finished(folder: Path, rounds: Sequence[Record], width: int | None = None) -
     return [*lines, str(folder)]
 
 
-def draw_or_say_why(draw: Callable[[], object]) -> None:
+def draw_or_say_why(draw: Callable[[], object], what: str = "picture") -> None:
     """Pictures are an extra: a machine without matplotlib runs, and says what is missing."""
     try:
         with warnings.catch_warnings():  # matplotlib's, where a diverged run's losses span 300 decades
@@ -58,6 +58,6 @@ def draw_or_say_why(draw: Callable[[], object]) -> None:
             draw()
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        print(f"fedmom: no picture was drawn: {package} is not installed", file=sys.stderr)
+        print(f"fedmom: no {what} was drawn: {package} is not installed", file=sys.stderr)
     except InputError as error:
-        print(f"fedmom: no picture was drawn: {error}", file=sys.stderr)
+        print(f"fedmom: no {what} was drawn: {error}", file=sys.stderr)

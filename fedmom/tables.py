@@ -37,9 +37,16 @@ class Measure(NamedTuple):
 MEASURES = (
     Measure("test_loss", "test loss", "Test loss", "#.4g"),
     Measure("test_accuracy", "test accuracy (%)", "Test accuracy (%)", ".2f", factor=100.0),
+    Measure("mean_client_accuracy", "mean client (%)", "Clients' own models:\nmean accuracy (%)", ".2f", factor=100.0),
+    Measure(
+        "worst_client_accuracy", "worst client (%)", "Clients' own models:\nworst accuracy (%)", ".2f", factor=100.0
+    ),
     Measure("loss", "loss", "Loss at x̄", ".4g", log=True),
     Measure("distance", "distance", "Distance to the optimum", ".4g", log=True),
 )
+
+# Drawn where a run has it, but no result by which runs are compared.
+CONSENSUS = Measure("consensus_distance_after", "consensus", "Consensus distance", ".4g", log=True)
 
 
 def number(entry: dict[str, Any], key: str) -> float | None:
@@ -77,13 +84,13 @@ def summary_table(runs: Sequence[RunHistory]) -> Table:
     client-steps/s is the median over the rounds: a slow first one (compilation, caches) does not count.
     """
     check(runs)
-    measures = _measures(runs)
+    measures = measures_of(runs)
     rows = [_summary(run, measures) for run in runs]
     return list(rows[0]), [list(row.values()) for row in rows]
 
 
 def _summary(run: RunHistory, measures: Sequence[Measure]) -> dict[str, str]:
-    last, evaluation = run.rounds[-1], _last_evaluated(run.rounds)
+    last, evaluation = run.rounds[-1], last_evaluated(run.rounds)
     cells = {"run": run.name}
     for key, title in {"round": "rounds", "steps": "steps", "joint_epochs": "joint epochs"}.items():
         cells[title] = _count(number(last, key))
@@ -108,7 +115,7 @@ def equal_table(runs: Sequence[RunHistory], axis: str) -> Table:
     check(runs)
     if axis not in AXES:
         raise unknown("axis", axis, AXES)
-    measures = _measures(runs)
+    measures = measures_of(runs)
     header = ["run", f"at {AXES[axis]}", "evaluated at", *(measure.title for measure in measures)]
     ends = [max(finite(run.rounds, axis), default=0.0) for run in runs]
     end = min((end for end in ends if end > 0), default=0.0)
@@ -118,19 +125,19 @@ def equal_table(runs: Sequence[RunHistory], axis: str) -> Table:
         for run in runs if limit > 0 else ():
             ceiling = limit * (1 + 1e-9)  # joint epochs are sums of fractions
             before = [r for r in run.rounds if (at := number(r, axis)) is not None and at <= ceiling]
-            evaluation = _last_evaluated(before)
+            evaluation = last_evaluated(before)
             places = [_place(axis, at) for at in (limit, number(evaluation, axis))]
             rows.append([run.name, *places, *(_measured(number(evaluation, m.key), m) for m in measures)])
     return header, rows
 
 
-def _measures(runs: Sequence[RunHistory]) -> Sequence[Measure]:
+def measures_of(runs: Sequence[RunHistory]) -> Sequence[Measure]:
     """The measures that at least one of the runs has; the classifier's where none was ever evaluated."""
     entries = [entry for run in runs for entry in run.rounds]
     return [m for m in MEASURES if any(number(entry, m.key) is not None for entry in entries)] or MEASURES[:2]
 
 
-def _last_evaluated(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def last_evaluated(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     evaluated = (r for r in reversed(rounds) if any(number(r, m.key) is not None for m in MEASURES))
     return next(evaluated, {})
 

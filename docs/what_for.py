@@ -1,0 +1,92 @@
+"""The README's pictures, from the runs of `make comparison`: `python docs/what_for.py runs/comparison`."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fedmom.collect import collect
+from fedmom.compare_pictures import curve
+from fedmom.groups import Group, group_runs
+from fedmom.pictures import COLOURS, DARK, DASHES, MARKERS, _figure, _plain, _save
+
+PICTURES = Path(__file__).parent / "pictures"
+POLICIES = {
+    "average": "averaged with the model (the paper)",
+    "local": "kept by each client",
+    "reset": "reset every round (customary)",
+}
+H, C = np.array([0.5, 1.0, 2.0]), np.array([3.0, -0.5, 1.2])  # f_i = h_i/2 (x − c_i)²
+LR, BETA, INTERVAL, ROUNDS, START = 0.035, 0.9, 12, 3, -2.0
+
+
+def paths(policy: str) -> np.ndarray:
+    """[ROUNDS, INTERVAL + 1, 3]: x of three clients in each round, from the common start to just before the mean."""
+    x, u, rounds = np.full(3, START), np.zeros(3), []
+    for _ in range(ROUNDS):
+        u = {"average": np.full(3, u.mean()), "local": u, "reset": np.zeros(3)}[policy]
+        x = np.full(3, x.mean())
+        steps = [x]
+        for _ in range(INTERVAL):
+            u = BETA * u + H * (x - C)
+            x = x - LR * u
+            steps.append(x)
+        rounds.append(np.stack(steps))
+    return np.stack(rounds)
+
+
+def draw_paths(axes: object, policy: str) -> None:
+    optimum = (H * C).sum() / H.sum()
+    axes.axhline(optimum, color=DARK, linewidth=0.8, linestyle=(0, (1, 2)))
+    for r, steps in enumerate(paths(policy)):
+        time = r * INTERVAL + np.arange(INTERVAL + 1)
+        for client in range(3):
+            axes.plot(time, steps[:, client], color=COLOURS[client], linestyle=DASHES[client], linewidth=1.5)
+        axes.plot(time[0], steps[0, 0], "o", color=DARK, markersize=4, zorder=3)
+        axes.axvline(time[-1], color="#BBBBBB", linewidth=0.8, zorder=0)
+    axes.set_title(f"Three clients, momentum {POLICIES[policy]}", fontsize=9, loc="left")
+    axes.set_ylim(-2.6, 4.4)
+    axes.set_yticks([])
+    axes.set_xticks([r * INTERVAL for r in range(ROUNDS + 1)], [])
+    _plain(axes, grid=None)
+
+
+def draw_results(panels: object, groups: list[Group]) -> None:
+    for index, policy in enumerate(POLICIES):
+        (group,) = [g for g in groups if list(g.differs.values()) == [4, policy]]
+        look = {"color": COLOURS[index], "linestyle": DASHES[index], "marker": MARKERS[index], "markersize": 3.5}
+        for axes, key, factor in zip(panels, ("test_accuracy", "consensus_distance"), (100, 1), strict=True):
+            drawn = curve(group, "joint_epochs", key)
+            axes.plot(drawn.x, factor * drawn.y, **look, linewidth=1.5, markevery=0.1, label=f"momentum {policy}")
+            low = np.maximum(factor * (drawn.y - drawn.sd), 0.5 * factor * drawn.y)
+            axes.fill_between(
+                drawn.x, low, factor * (drawn.y + drawn.sd), color=COLOURS[index], alpha=0.16, linewidth=0
+            )
+    seeds = len(groups[0].runs)
+    panels[0].set_title(f"Real digits, 20 clients, α = 0.1, I = 4, {seeds} seeds", fontsize=9, loc="left")
+    panels[0].set_ylabel("Test accuracy at x̂ (%)")
+    panels[0].legend(frameon=False, fontsize=8.5, loc="lower right")
+    panels[1].set_yscale("log")
+    panels[1].set_ylabel("Clients apart: Σ pᵢ‖xᵢ − x̂‖²")
+    panels[1].set_xlabel("Joint epochs")
+    for axes in panels:
+        _plain(axes)
+
+
+def main(folder: Path) -> None:
+    groups = group_runs(collect([folder])[0])
+    figure = _figure(9.6, 5.4)
+    grid = figure.add_gridspec(6, 2, width_ratios=[1.0, 1.0])
+    for place, policy in enumerate(POLICIES):
+        axes = figure.add_subplot(grid[2 * place : 2 * place + 2, 0])
+        draw_paths(axes, policy)
+        if place == len(POLICIES) - 1:
+            axes.set_xlabel("I local steps between two exchanges (dotted: the common optimum)")
+    draw_results([figure.add_subplot(grid[:3, 1]), figure.add_subplot(grid[3:, 1])], groups)
+    _save(figure, PICTURES / "what-for.png")
+    shutil.copy(folder / "comparison" / "curves.png", PICTURES / "comparison.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

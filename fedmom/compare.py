@@ -1,0 +1,39 @@
+"""`fedmom compare`: groups of runs -> files of tables and figures."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fedmom import compare_pictures
+from fedmom.collect import is_run
+from fedmom.comparison import Target, speedups
+from fedmom.groups import Group
+from fedmom.records import write_text
+from fedmom.sheets import Sheet, sheet_csv, sheet_latex, sheet_markdown
+
+
+def default_out(folders: Sequence[Path]) -> Path:
+    """A sweep's comparison lies in its folder; others where the command was given."""
+    one = folders[0] if len(folders) == 1 else None
+    return one / "comparison" if one and not is_run(one) else Path("comparison")
+
+
+def write_tables(sheets: Sequence[Sheet], pictures: Sequence[Path], out: Path) -> list[Path]:
+    """comparison.md (with the pictures), tables.tex, and a CSV file per table."""
+    out.mkdir(parents=True, exist_ok=True)
+    shown = [f"![{path.stem}]({path.name})" for path in pictures if path.suffix == ".png"]
+    write_text(out / "comparison.md", "\n\n".join(["# Comparison", *shown, *map(sheet_markdown, sheets)]) + "\n")
+    write_text(out / "tables.tex", "% \\usepackage{booktabs}\n" + "\n\n".join(map(sheet_latex, sheets)) + "\n")
+    paths = [out / "comparison.md", out / "tables.tex"]
+    for sheet in sheets:
+        paths.append(out / f"{sheet.name}.csv")
+        write_text(paths[-1], sheet_csv(sheet))
+    return paths
+
+
+def draw_figures(groups: Sequence[Group], targets: Sequence[Target], out: Path) -> Iterator[Path]:
+    """curves, spreads and, where N varies, speedup; each as PNG and PDF."""
+    yield from compare_pictures.draw_comparison(groups, out / "curves")
+    yield from compare_pictures.draw_spreads(groups, out / "spreads")
+    for number, target in enumerate(targets):
+        stem = "speedup" if number == 0 else f"speedup-{number + 1}"
+        yield from compare_pictures.draw_speedup(speedups(groups, target), target, out / stem)

@@ -1,0 +1,223 @@
+"""Groups of runs -> what the page shows, as plain values."""
+
+import shlex
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from fedmom.algorithms import ALGORITHMS
+from fedmom.collect import Run, environment_of
+from fedmom.compare_pictures import SPREADS, styles
+from fedmom.comparison import AXES, Target, all_sheets
+from fedmom.config import KEYS, load, toml_scalar
+from fedmom.errors import InputError
+from fedmom.groups import Group, differing, said, shared
+from fedmom.partition import Partition
+from fedmom.pictures import COLOURS, DASHES, MARKERS
+from fedmom.records import CONFIG
+from fedmom.setup import load_task_data
+from fedmom.sheets import Sheet, Stat, written
+from fedmom.tables import MEASURES, Measure, finite, number
+
+TRAIN = Measure("train_loss", "train loss", "Train loss", "#.4g")
+POINTS = 20_000  # on the page, over all groups: more would make it slow to open
+MAX_POINTS = 1_000  # of one group
+MAX_CLIENTS = 400  # columns of a partition's picture
+MAX_PARTITIONS = 6
+_CHOSEN = ("engine.path", "engine.chunk-size", "engine.threads")  # by `auto`; they differ by timing alone
+
+
+def summary(groups: Sequence[Group]) -> list[str]:
+    """What was run, in a few sentences."""
+    runs = [run for group in groups for run in group.runs]
+    same = shared(runs)
+    varied = [key for key in differing(runs) if key in KEYS]
+    seeds = sorted({int(run.settings["run.seed"]) for run in runs})
+    count = (
+        f"{len(runs)} runs in {len(groups)} groups"
+        if len(groups) > 1
+        else f"{len(runs)} runs"
+        if len(runs) > 1
+        else "One run"
+    )
+    text = f"{count}; seeds {', '.join(map(str, seeds))}." if len(seeds) > 1 else f"{count}, seed {seeds[0]}."
+    if varied:
+        text += f" Between the groups differs: {', '.join(varied)}."
+    lines = [text]
+    name = same.get("algorithm.name")
+    about = [f"{name}: {ALGORITHMS[str(name)].summary}"] if name else []
+    images = ("model.name", "data.partition", "data.alpha", "data.batch-size")  # a quadratic has none of them
+    keys = ["data.dataset", "data.num-clients", "algorithm.num-local-steps", "algorithm.momentum-policy"]
+    keys += ["algorithm.lr", "algorithm.beta", *(images if same.get("data.dataset") != "quadratic" else ())]
+    if "dirichlet" not in str(same.get("data.partition", "")):
+        keys = [key for key in keys if key != "data.alpha"]
+    about += [said(key, same[key]) for key in keys if key in same]
+    if about:
+        lines.append(("In common: " if len(groups) > 1 else "") + ", ".join(about) + ".")
+    return lines
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits are more than a screen shows."""
+    return None if value is None or not isfinite(value) else float(f"{value:.6g}")
+
+
+def curves(groups: Sequence[Group]) -> dict[str, Any]:
+    """Everything the charts draw: means and deviations over seeds at rounds that all seeds have, and each seed."""
+    runs = [run for group in groups for run in group.runs]
+    measures = [m for m in (*MEASURES, TRAIN, *SPREADS) if any(finite(run.rounds, m.key) for run in runs)]
+    axes = [axis for axis in AXES if any(value > 0 for run in runs for value in finite(run.rounds, axis))]
+    most = max(50, min(MAX_POINTS, POINTS // max(1, len(runs))))
+    looks = styles(groups)
+    return {
+        "axes": [{"key": axis, "title": AXES[axis].capitalize()} for axis in axes],
+        "measures": [
+            {"key": m.key, "title": m.title[0].upper() + m.title[1:], "factor": m.factor, "log": m.log}
+            for m in measures
+        ],
+        "groups": [
+            {
+                "label": group.label,
+                "colour": COLOURS.index(look["color"]),
+                "dash": DASHES.index(look["linestyle"]),
+                "marker": MARKERS.index(look["marker"]),
+                **_lines(group, [m.key for m in measures], axes, most),
+            }
+            for group, look in zip(groups, looks, strict=True)
+        ],
+    }
+
+
+def _lines(group: Group, measures: Sequence[str], axes: Sequence[str], most: int) -> dict[str, Any]:
+    common = sorted(set.intersection(*({record["round"] for record in run.rounds} for run in group.runs)))
+    kept = set(_thinned(group.runs, measures, common, most))
+    tables = [[record for record in run.rounds if record["round"] in kept] for run in group.runs]
+
+    def column(key: str) -> np.ndarray:
+        """[seeds, P], NaN where a round has no such number."""
+        found = [[number(record, key) for record in table] for table in tables]
+        return np.array([[np.nan if value is None else value for value in row] for row in found], dtype=np.float64)
+
+    values = {key: column(key) for key in measures}
+    lines: dict[str, Any] = {"x": {axis: [_short(v) for v in column(axis).mean(axis=0)] for axis in axes}}
+    lines["mean"] = {key: [_short(v) for v in y.mean(axis=0)] for key, y in values.items()}
+    if len(tables) > 1:
+        lines["sd"] = {key: [_short(v) for v in y.std(axis=0, ddof=1)] for key, y in values.items()}
+        lines["seeds"] = {key: [[_short(v) for v in row] for row in y] for key, y in values.items()}
+    return lines
+
+
+def _thinned(runs: Sequence[Run], measures: Sequence[str], common: Sequence[int], most: int) -> list[int]:
+    """At most about `most` of the common rounds, evaluated ones first, evenly spaced, first and last included."""
+    if len(common) <= most:
+        return list(common)
+    judged = {r["round"] for r in runs[0].rounds if any(number(r, m.key) is not None for m in MEASURES)}
+    pool = [r for r in common if r in judged] or list(common)
+    places = np.unique(np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(int))
+    return [common[0], *(pool[place] for place in places), common[-1]]
+
+
+def tables(groups: Sequence[Group], targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Sheets whose cells say what is shown and what they are sorted by."""
+    return [_table(sheet) for sheet in all_sheets(groups, targets)]
+
+
+def _table(sheet: Sheet) -> dict[str, Any]:
+    rows = []
+    for row in sheet.rows:
+        cells = []
+        for cell, column in zip(row, sheet.columns, strict=True):
+            value = f"{cell.mean:.10g}" if isinstance(cell, Stat) else (cell or "")
+            cells.append({"text": written(cell, column.digits), "value": value})
+        rows.append(cells)
+    return {
+        "name": sheet.name,
+        "title": sheet.title,
+        "header": [c.title for c in sheet.columns],
+        "rows": rows,
+        "note": sheet.note,
+    }
+
+
+def partitions(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Who holds which classes: once per way the data were split, of the first seed."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for group in groups:
+        settings = group.settings
+        if settings["data.dataset"] == "quadratic":
+            continue
+        key = tuple(value for name, value in settings.items() if name.startswith("data.") and name != "data.batch-size")
+        if key in found or len(found) >= MAX_PARTITIONS:
+            continue
+        title = f"{settings['data.dataset']}, {settings['data.partition']}, N = {settings['data.num-clients']}"
+        if "dirichlet" in str(settings["data.partition"]):
+            title += f", α = {settings['data.alpha']:g}"
+        title += f", seed {settings['run.seed']}"
+        try:
+            dataset, split = load_task_data(load(group.runs[0].folder / CONFIG).config)
+        except InputError as error:
+            found[key] = {"title": title, "trouble": str(error)}
+            continue
+        found[key] = {"title": title, **_picture(split, dataset.y_train.numpy(), dataset.num_classes)}
+    return list(found.values())
+
+
+def _picture(split: Partition, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """Counts [classes][clients]; for many clients shares of clients sorted by their largest class, columns together."""
+    counts = np.asarray(split.class_counts(labels, num_classes))
+    sizes = counts.sum(axis=1)
+    facts = f"{len(sizes):,} clients with {sizes.min():,} to {sizes.max():,} examples, median {np.median(sizes):,.0f}"
+    if len(counts) <= MAX_CLIENTS:
+        return {"z": counts.T.tolist(), "unit": "examples", "facts": facts}
+    shares = counts / np.maximum(sizes, 1)[:, None]
+    shares = shares[np.lexsort((-shares.max(axis=1), shares.argmax(axis=1)))]
+    starts = np.arange(MAX_CLIENTS) * len(shares) // MAX_CLIENTS
+    means = np.add.reduceat(shares, starts, axis=0) / np.diff(np.append(starts, len(shares)))[:, None]
+    z = [[_short(float(value)) for value in row] for row in means.T]
+    facts += f"; sorted by largest class, a column is the mean of about {len(counts) / MAX_CLIENTS:,.3g} clients"
+    return {"z": z, "unit": "share", "facts": facts}
+
+
+def settings(groups: Sequence[Group]) -> dict[str, Any]:
+    """What differs between groups, and every key that all runs share."""
+    runs = [run for group in groups for run in group.runs]
+    keys = list(groups[0].differs)
+    differ = [
+        {"label": group.label, "values": [str(toml_scalar(group.differs[key])) for key in keys]} for group in groups
+    ]
+    same = {key: value for key, value in shared(runs).items() if key not in _CHOSEN}
+    sections: dict[str, list[list[str]]] = {}
+    for key, value in same.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, []).append(
+            [name, toml_scalar(value), "" if value != KEYS[key].default else "default"]
+        )
+    return {"keys": keys, "differ": differ, "same": sections}
+
+
+def provenance(groups: Sequence[Group]) -> dict[str, Any]:
+    """Versions and machine (every value that occurs), and for each run how to repeat it."""
+    runs = [run for group in groups for run in group.runs]
+    seen: dict[str, list[str]] = {}
+    commands = []
+    for run in runs:
+        about = environment_of(run.folder)
+        facts = {key: about.get(key) for key in ("device", "processor", "cpu_count", "platform", "python", "commit")}
+        versions = about.get("versions")
+        facts |= versions if isinstance(versions, dict) else {}
+        for key, value in facts.items():
+            if value is not None and str(value) not in seen.setdefault(key.replace("_", " "), []):
+                seen[key.replace("_", " ")].append(str(value))
+        words = about.get("command")
+        commands.append(
+            {
+                "run": run.name,
+                "started": str(about.get("started", "")),
+                "command": shlex.join(map(str, words)) if isinstance(words, list) else "",
+                "again": f"fedmom run {shlex.quote(f'{run.name}.toml')}",
+                "config": (run.folder / CONFIG).read_text(encoding="utf-8"),
+            }
+        )
+    return {"environment": {key: values for key, values in seen.items() if values}, "runs": commands}

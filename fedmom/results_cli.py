@@ -1,0 +1,126 @@
+"""The commands that look at runs: `fedmom compare`, `fedmom report`, `fedmom watch`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedmom import tables
+from fedmom.collect import collect
+from fedmom.compare import default_out, draw_figures, write_tables
+from fedmom.comparison import all_sheets, parse_target, usual_targets
+from fedmom.errors import unknown
+from fedmom.groups import check_fit, group_runs
+from fedmom.page import write_page
+from fedmom.report import draw_or_say_why, draw_report
+from fedmom.sheets import FORMATS
+from fedmom.watch import watch as watch_folder
+
+Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders, or folders of sweeps.")]
+
+
+def compare(
+    folders: Folders,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="METRIC=VALUE",
+            help="accuracy=0.8, loss=0.5, …: what it took to get there (default: what all runs reached).",
+        ),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="|".join(FORMATS), help="How the tables are printed.")
+    ] = "text",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="For figures and tables (default: SWEEP/comparison, ./comparison)."),
+    ] = None,
+) -> int:
+    """Compare runs over seeds: tables and figures for a paper.
+
+    fedmom compare runs/fashion-mnist-sweep --target accuracy=0.8
+
+    Runs that differ in nothing but the seed are one group, shown as mean ± standard deviation. Tables: at the end; at
+    equal rounds, joint epochs, bytes and seconds; what a target took; the speedup over N where N varies. They are
+    printed, and written as Markdown, CSV and LaTeX beside figures in PNG and PDF.
+    """
+    if form not in FORMATS:
+        raise unknown("--format", form, FORMATS)
+    runs, notes = collect(folders)
+    groups = group_runs(runs)
+    check_fit(groups)
+    wanted = [parse_target(text, runs) for text in targets or ()] or usual_targets(runs)
+    sheets = all_sheets(groups, wanted)
+    target = out or default_out(folders)
+    _tell(notes)
+    print("\n\n".join(map(FORMATS[form], sheets)))
+    pictures: list[Path] = []
+    draw_or_say_why(lambda: pictures.extend(draw_figures(groups, wanted, target)))
+    written = write_tables(sheets, pictures, target)
+    if form == "text":
+        print()
+        print("\n".join(str(path) for path in [*pictures, *written]))
+    return 0
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"fedmom: {note}", file=sys.stderr)
+
+
+def report(
+    folders: Folders,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR|FILE.html", help="A folder, or the page alone (default: the one folder, or ./report)."
+        ),
+    ] = None,
+) -> int:
+    """Show runs: one self-contained HTML page with interactive curves, a picture of them, and tables.
+
+    fedmom report runs/average runs/reset --out comparison
+
+    fedmom report runs/fashion-mnist-sweep --out report.html
+
+    The page needs no network: what was run, curves, sortable tables, who holds which classes, settings and what
+    differs, environment, and the configurations to run it again. A folder also gets curves.png and report.md.
+    """
+    runs, notes = collect(folders)
+    groups = group_runs(runs)
+    histories = [run.history for run in runs]
+    one = folders[0] if len(folders) == 1 else None
+    page_alone = out is not None and out.suffix.lower() in (".html", ".htm")
+    target = out or one or Path("report")
+    _tell(notes)
+    print(tables.as_text(*tables.summary_table(histories)))
+    for axis, title in tables.AXES.items():
+        print(f"\nat equal {title}{'s' if title == 'round' else ''}")
+        print(tables.as_text(*tables.equal_table(histories, axis)))
+    if not page_alone:
+        draw_or_say_why(lambda: [print(path) for path in draw_report(histories, target).values()])
+    page = target if page_alone else target / "report.html"
+    draw_or_say_why(lambda: print(write_page(groups, usual_targets(runs), page, notes=notes)), what="page")
+    return 0
+
+
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a sweep's.")],
+    once: Annotated[bool, typer.Option("--once", help="Show what there is, and end.")] = False,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", metavar="NAME", help="Tell tensorboard, mlflow or wandb too.")
+    ] = None,
+) -> int:
+    """Watch a run that is under way, or look at a finished one, in the terminal.
+
+    fedmom watch runs/quickstart-20260101-120000
+
+    Reads the folder's files alone: the run may be another process's, a container's, or another machine's on a shared
+    disk. With --track a run that knows nothing of a tracker is told to it, from its first round on.
+    """
+    watch_folder(folder, Console(highlight=False), once=once, trackers=track or ())
+    return 0

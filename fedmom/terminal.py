@@ -1,0 +1,52 @@
+"""What the commands that run something share: options, the default run folder, the last words, exit statuses."""
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedmom.report import finished
+from fedmom.train import Record
+
+DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
+# By how a run ended; "refused": its configuration was wrong, as whoever ran it found.
+STATUS = {"done": DONE, "refused": BAD_INPUT, "diverged": DIVERGED, "failed": FAILED, "interrupted": INTERRUPTED}
+
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A TOML file; configs/ holds complete ones.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the config; may be repeated."),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder (default: runs/NAME-TIME).")]
+Resume = Annotated[
+    Path | None,
+    typer.Option("--resume", metavar="DIR", help="Go on with this run folder; CONFIG may be left out."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")]
+
+
+def fresh_folder(config: Path) -> Path:
+    """runs/NAME-TIME, not there yet."""
+    name = f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    free = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000))
+    return next(path for path in free if not path.exists())
+
+
+def show_run(folder: Path, rounds: Sequence[Record], console: Console, *, quiet: bool) -> None:
+    """Draw the curves, print the table, and say where everything is; `quiet`: only that."""
+    lines = finished(folder, rounds, console.width if console.is_terminal else None)
+    for line in lines[-1:] if quiet else lines:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def exit_status(status: str, message: str, go_on: str = "") -> int:
+    """Say why a run did not get to its end, and by which command it would go on; its exit status."""
+    if status != "done":
+        print(f"fedmom: {message}", file=sys.stderr)
+        if go_on and status in ("interrupted", "failed"):
+            print(f"fedmom: go on with: {go_on}", file=sys.stderr)
+    return STATUS[status]

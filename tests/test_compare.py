@@ -1,0 +1,330 @@
+"""`fedmom compare`: groups over seeds, tables at equal cost, targets, the speedup over N, and figures for a paper."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedmom import cli, compare_pictures, pictures
+from fedmom.collect import collect
+from fedmom.compare import default_out, draw_figures
+from fedmom.compare_pictures import curve, styles
+from fedmom.comparison import (
+    AXES,
+    all_sheets,
+    end_sheet,
+    equal_sheet,
+    parse_target,
+    speedups,
+    target_sheet,
+    usual_targets,
+)
+from fedmom.errors import InputError
+from fedmom.groups import check_fit, group_runs
+from fedmom.sheets import Stat, latex, sheet_csv, sheet_latex, sheet_markdown, sheet_text, stat, written
+from histories import make_run, records
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two values of I and two seeds, whose losses differ by a shift of ±0.01."""
+    for I in (1, 8):  # noqa: E741
+        for seed, shift in ((0, 0.01), (1, -0.01)):
+            sets = {"algorithm.num-local-steps": I, "run.seed": seed, "run.num-rounds": 10}
+            make_run(tmp_path / "sweep" / f"I={I},seed={seed}", sets, records(10, speed=I, shift=shift, I=I))
+    return tmp_path / "sweep"
+
+
+def groups_of(*folders):
+    return group_runs(collect(folders)[0])
+
+
+def test_seeds_make_a_group_and_what_differs_its_label(sweep):
+    groups = groups_of(sweep)
+    assert [group.label for group in groups] == ["I = 1", "I = 8"]
+    assert [[run.settings["run.seed"] for run in group.runs] for group in groups] == [[0, 1]] * 2
+
+
+def test_numbers_are_ordered_by_size_and_keys_as_a_sentence(tmp_path):
+    for policy in ("reset", "average"):
+        for n in (16, 2, 4):
+            sets = {"algorithm.momentum-policy": policy, "data.num-clients": n, "engine.chunk-size": n}
+            make_run(tmp_path / f"{policy}{n}", sets, records(2))
+    labels = [group.label for group in groups_of(tmp_path)]
+    assert labels == [f"N = {n}, momentum {policy}" for n in (2, 4, 16) for policy in ("average", "reset")]
+
+
+def test_what_follows_from_another_key_or_from_timing_makes_no_group(tmp_path):
+    """The cohort follows N, R follows T and I, and `auto` chooses paths by timing."""
+    for I, path in ((1, "loop"), (4, "vmap")):  # noqa: E741
+        sets = {"run.num-steps": 40, "algorithm.num-local-steps": I, "engine.path": path, "data.num-clients": 5 * I}
+        make_run(tmp_path / f"{I}", sets, records(3))
+    assert [list(group.differs) for group in groups_of(tmp_path)] == [
+        ["data.num-clients", "algorithm.num-local-steps"]
+    ] * 2
+
+
+@pytest.mark.parametrize("values", [[1.5], [1.0, 2.0], [0.1, 0.2, 0.4]])
+def test_a_stat_is_the_mean_and_the_sample_deviation(values):
+    found = stat([*values, None, float("nan")])
+    assert (found.mean, found.num, found.of) == (pytest.approx(np.mean(values)), len(values), len(values) + 2)
+    assert found.sd is None if len(values) == 1 else found.sd == pytest.approx(np.std(values, ddof=1))
+    assert stat([None, float("inf")]) is None
+
+
+def test_a_number_is_written_with_its_deviation_in_the_same_digits():
+    assert written(Stat(84.927, 0.514, 3, 3), ".2f") == "84.93 ± 0.51"
+    assert written(Stat(84.927, None, 1, 1), ".2f") == "84.93"
+    assert written(Stat(84.927, 0.514, 2, 3), ".2f") == "84.93 ± 0.51 (2 of 3)"
+    assert written(Stat(12345.6, 78.9, 3, 3), "") == "12,346 ± 79"
+    assert written(Stat(60.0, 0.0, 3, 3), "") == "60"
+    assert written(Stat(1e-9, 2e-10, 3, 3), ".4g") == "1e-09 ± 2e-10"
+    assert written(None, "") == "–"
+
+
+def test_the_tables_say_what_the_records_say(sweep):
+    groups = groups_of(sweep)
+    sheet = end_sheet(groups)
+    titles = [column.title for column in sheet.columns]
+    loss = titles.index("test loss")
+    for row, I in zip(sheet.rows, (1, 8), strict=True):  # noqa: E741
+        assert row[titles.index("rounds")] == Stat(10, 0, 2, 2)
+        assert row[loss].mean == pytest.approx(1 / (10 * I))
+        assert row[loss].sd == pytest.approx(np.std([0.01, -0.01], ddof=1))
+        assert row[titles.index("MB sent")].mean == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    ("axis", "half", "end"), [("round", 3, 7), ("joint_epochs", 1.75, 3.5), ("wall_seconds", 3.5, 7)]
+)
+def test_equal_means_the_largest_value_that_all_reached(tmp_path, axis, half, end):
+    make_run(tmp_path / "short", {"run.num-rounds": 7}, records(7))
+    make_run(tmp_path / "long", {"run.num-rounds": 40, "algorithm.lr": 0.5}, records(40, speed=2))
+    sheet = equal_sheet(groups_of(tmp_path), axis)
+    places = [row[2].mean for row in sheet.rows]
+    assert places == pytest.approx([half, half, end, end])
+    at = {"round": 7, "joint_epochs": 7, "wall_seconds": 7}[axis]
+    assert {round(row[4].mean, 9) for row in sheet.rows[2:]} == {round(1 / at, 9), round(1 / (2 * at), 9)}
+
+
+def test_a_target_is_the_first_evaluation_that_reached_it(tmp_path):
+    make_run(tmp_path / "a", {"run.num-rounds": 20}, records(20, eval_every=4))
+    make_run(tmp_path / "b", {"run.num-rounds": 20, "algorithm.lr": 0.5}, records(20, speed=0.1, eval_every=4))
+    runs, _ = collect([tmp_path])
+    target = parse_target("loss=0.11", runs)
+    rows = {row[0]: row for row in target_sheet(group_runs(runs), target).rows}
+    fast, slow = rows["γ = 0.05"], rows["γ = 0.5"]
+    assert fast[1:3] == ["1 of 1", Stat(12, None, 1, 1)]  # 1/r <= 0.11 from round 10 on, evaluated at 12
+    assert slow[1:] == ["0 of 1", *[None] * 5]
+    assert parse_target("accuracy=90%", runs) == parse_target("test_accuracy=0.9", runs)
+
+
+def test_the_usual_target_is_what_every_run_reached(sweep):
+    runs, _ = collect([sweep])
+    (target,) = usual_targets(runs)
+    assert target.measure.key == "test_accuracy"
+    assert all(target.reached(run.rounds) for run in runs)
+    best = min(max(record["test_accuracy"] for record in run.rounds) for run in runs)
+    assert best - 0.001 <= target.value <= best
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 4, 8], [2, 6]])
+def test_a_linear_speedup_lies_on_the_ideal_line(tmp_path, sizes):
+    """Twice as many clients, half as many steps."""
+    for n in sizes:
+        for policy in ("average", "reset"):
+            sets = {"data.num-clients": n, "algorithm.momentum-policy": policy, "run.num-rounds": 48}
+            make_run(tmp_path / f"{n}-{policy}", sets, records(48, speed=n))
+    runs, _ = collect([tmp_path])
+    found = speedups(group_runs(runs), parse_target("loss=0.0417", runs))  # 1/24: round 24 / n
+    assert [family.label for family in found] == ["momentum average", "momentum reset"]
+    for family in found:
+        assert family.num_clients == sizes
+        assert [cell.mean for cell in family.by_steps] == pytest.approx([n / sizes[0] for n in sizes])
+    assert speedups(group_runs(runs[:1]), parse_target("loss=0.5", runs)) == []
+
+
+def test_csv_holds_the_numbers_in_full(sweep):
+    for sheet in all_sheets(groups_of(sweep), usual_targets(collect([sweep])[0])):
+        header, *rows = csv.reader(io.StringIO(sheet_csv(sheet)))
+        assert len(rows) == len(sheet.rows)
+        for line, row in zip(rows, sheet.rows, strict=True):
+            assert len(line) == len(header)
+            for column, cell in zip(sheet.columns, row, strict=True):
+                at = header.index(column.title)
+                if isinstance(cell, Stat):
+                    assert float(line[at]) == pytest.approx(cell.mean)
+                    assert header[at + 1 : at + 3] == [f"{column.title} sd", f"{column.title} n"]
+                    assert line[at + 2] == str(cell.num)
+
+
+def test_latex_is_escaped_and_every_row_has_its_columns(sweep):
+    assert latex("50 % of a_b & γ = 0.1, I = 4") == r"50 \% of a\_b \& $\gamma$ = 0.1, $I$ = 4"
+    for sheet in all_sheets(groups_of(sweep), []):
+        text = sheet_latex(sheet)
+        lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+        assert len(lines) == len(sheet.rows) + 1
+        assert {line.replace(r"\&", "").count("&") for line in lines} == {len(sheet.columns) - 1}
+        assert text.count("{") == text.count("}")
+        assert text.isascii()
+        assert r"\pm" in text
+        assert sheet.rows[0][0] in sheet_text(sheet)
+        assert f"| {sheet.rows[0][0]} |" in sheet_markdown(sheet)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_is_the_mean_over_seeds_with_its_deviation(sweep):
+    group = groups_of(sweep)[0]
+    drawn = curve(group, "joint_epochs", "test_loss")
+    np.testing.assert_allclose(drawn.x, 0.5 * np.arange(1, 11))
+    np.testing.assert_allclose(drawn.y, 1 / np.arange(1, 11))
+    np.testing.assert_allclose(drawn.sd, np.std([0.01, -0.01], ddof=1))
+
+
+def test_a_seed_that_ended_early_cuts_the_curve(tmp_path):
+    make_run(tmp_path / "a", {"run.num-rounds": 9}, records(9))
+    make_run(tmp_path / "b", {"run.num-rounds": 9, "run.seed": 1}, records(4))
+    runs, notes = collect([tmp_path])
+    (group,) = group_runs(runs)
+    assert curve(group, "round", "test_loss").x.tolist() == [1, 2, 3, 4]
+    assert notes == ["b: has 4 of 9 rounds"]
+
+
+def test_curves_can_be_told_apart_in_grey(tmp_path):
+    for I in (1, 2, 4):  # noqa: E741
+        for policy in ("average", "reset", "local"):
+            sets = {"algorithm.num-local-steps": I, "algorithm.momentum-policy": policy}
+            make_run(tmp_path / f"{I}{policy}", sets, records(1))
+    looks = styles(groups_of(tmp_path))
+    assert len({(str(look["linestyle"]), look["marker"]) for look in looks}) == 9
+    assert len({(look["color"], look["marker"]) for look in looks}) == 3  # I
+
+
+def test_figures_come_as_png_and_pdf_and_the_same_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "DPI", 40)
+    for n in (10, 20):
+        lines = records(4, speed=n)
+        for record in lines:  # panels take time: one column
+            del record["joint_epochs"], record["bytes_sent"], record["wall_seconds"], record["momentum_spread"]
+        make_run(tmp_path / "sweep" / f"{n}", {"data.num-clients": n, "run.num-rounds": 4}, lines)
+    runs, _ = collect([tmp_path / "sweep"])
+    groups, targets = group_runs(runs), usual_targets(runs)
+    for out in ("one", "two"):
+        paths = list(draw_figures(groups, targets, tmp_path / out))
+        assert [path.name for path in paths] == [
+            f"{n}.{k}" for n in ("curves", "spreads", "speedup") for k in ("png", "pdf")
+        ]
+    for path in paths:
+        content = path.read_bytes()
+        assert content == (tmp_path / "one" / path.name).read_bytes()
+        if path.suffix == ".pdf":
+            assert content.startswith(b"%PDF")
+            assert b"/Type3" not in content
+        else:
+            with Image.open(path) as image:
+                assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+
+
+def test_nothing_to_draw_is_no_picture(tmp_path):
+    make_run(tmp_path / "a", {}, [{"round": 1, "train_loss": 1.0}])
+    groups = groups_of(tmp_path)
+    assert compare_pictures.draw_comparison(groups, tmp_path / "x") == []
+    assert compare_pictures.draw_speedup([], None, tmp_path / "x") == []
+
+
+# --- the command, and what goes wrong --------------------------------------------------------------------------
+
+
+def call(capsys, *words):
+    status = cli.call(["compare", *map(str, words)])
+    out, err = capsys.readouterr()
+    return status, out, err.splitlines()
+
+
+@pytest.mark.slow
+def test_the_command_prints_and_writes(sweep, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, "DPI", 50)
+    status, out, err = call(capsys, sweep, "--target", "accuracy=0.7")
+    assert (status, err) == (0, [])
+    for title in ("At the end", *(f"At equal {name}" for name in AXES.values()), "To test accuracy ≥ 70 %"):
+        assert title in out
+    folder = default_out([sweep])
+    assert folder == sweep / "comparison"
+    assert {"curves.pdf", "spreads.png", "comparison.md", "tables.tex", "equal-bytes.csv"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert "![curves](curves.png)" in (folder / "comparison.md").read_text()
+    status, out, err = call(capsys, sweep, "--format", "latex")  # the comparison's own folder is no run
+    assert status == 0
+    assert out.startswith(r"\begin{table}")
+    assert out.rstrip().endswith(r"\end{table}")
+
+
+def test_runs_and_sweeps_may_be_named_together_and_twice(sweep):
+    runs, _ = collect([sweep / "I=1,seed=0", sweep])
+    assert len(runs) == 4
+
+
+def test_a_half_written_line_is_left_out_and_a_broken_one_named(sweep, capsys):
+    file = sweep / "I=1,seed=0" / "rounds.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"round": 11, "test_lo')
+    assert len(collect([file.parent])[0][0].rounds) == 10
+    file.write_text('{"round": 1, "te\n' + whole)
+    status, out, err = call(capsys, sweep)
+    assert (status, out, len(err)) == (2, "", 1)
+    assert "rounds.jsonl:1: is not a round's record" in err[0]
+
+
+def test_a_run_of_a_sweep_that_has_not_begun_is_left_out_with_a_note(sweep):
+    (sweep / "I=1,seed=0" / "rounds.jsonl").unlink()
+    runs, notes = collect([sweep])
+    assert len(runs) == 3
+    assert len(notes) == 1
+    assert "I=1,seed=0" in notes[0]
+
+
+def test_runs_that_do_not_fit_together_say_what_differs(tmp_path):
+    make_run(tmp_path / "digits", {}, records(2))
+    make_run(tmp_path / "fashion", {"data.dataset": "fashion-mnist"}, records(2))
+    with pytest.raises(InputError, match=r"data\.dataset is 'digits' in digits and 'fashion-mnist' in fashion"):
+        check_fit(groups_of(tmp_path))
+    other = make_run(tmp_path / "other", {"algorithm.lr": 0.3}, [{"round": 1, "distance": 1.0}])
+    groups = groups_of(tmp_path / "digits", other)
+    with pytest.raises(InputError, match="measured test_accuracy, test_loss, other distance"):
+        check_fit(groups)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["empty"], "empty: is neither a run folder"),
+        (["file"], "file: is a file"),
+        (["none"], "none: none of its 1 runs has finished a round"),
+        (["none/a"], "is not a run folder with finished rounds"),
+        (["sweep", "--target", "acuracy=0.9"], "did you mean"),
+        (["sweep", "--target", "distance=0.9"], "choose one of test_accuracy, test_loss (no run has another)"),
+        (["sweep", "--target", "accuracy"], "METRIC=NUMBER"),
+        (["sweep", "--target", "accuracy=high"], "METRIC=NUMBER"),
+        (["sweep", "--target", "accuracy=80"], "accuracy=80%"),
+        (["sweep", "--format", "html"], "choose one of text, markdown, csv, latex"),
+    ],
+)
+def test_bad_input_is_one_line(sweep, capsys, monkeypatch, words, why):
+    monkeypatch.chdir(sweep.parent)
+    Path("empty").mkdir()
+    Path("file").touch()
+    make_run(Path("none/a"), {}, [])
+    before = sorted(sweep.parent.rglob("*"))
+    status, out, err = call(capsys, *words)
+    assert (status, out, len(err)) == (2, "", 1)
+    assert why in err[0]
+    assert sorted(sweep.parent.rglob("*")) == before

@@ -1,0 +1,230 @@
+"""`fedmom sweep`: all combinations, once each, resumable as a whole, ranked by a metric."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedmom.errors import InputError
+from fedmom.records import read_rounds
+from fedmom.sweep import MANIFEST, Ended, best_table, cells_of, check, drawn, full, listed, metric_of, parse_grid, sweep
+
+ROOT = Path(__file__).parents[1]
+QUADRATIC = ROOT / "configs/quadratic.toml"
+GRID = ["algorithm.lr=0.1,0.25", "algorithm.num-local-steps=1,2,3"]
+
+
+def run(out, words=GRID, seeds=(0,), **options):
+    return list(sweep(QUADRATIC, cells_of(full(parse_grid(words)), seeds), out, **options))
+
+
+def test_every_combination_runs_once_as_an_ordinary_folder(tmp_path):
+    ended = run(tmp_path, seeds=(0, 1))
+    assert [one.status for one in ended] == ["done"] * 12
+    assert len({one.cell.name for one in ended}) == 12
+    for one in ended:
+        folder = tmp_path / one.cell.name
+        assert len(read_rounds(folder)) == 3
+        assert (folder / "final.safetensors").exists()
+        config = (folder / "config.toml").read_text()
+        assert f"lr = {one.cell.sets['algorithm.lr']}" in config
+        assert f"seed = {one.cell.sets['run.seed']}" in config
+
+
+def test_what_is_done_is_not_run_again_and_a_larger_grid_adds(tmp_path):
+    run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != MANIFEST}
+    again = run(tmp_path)
+    assert [one.seconds for one in again] == [0.0] * 6
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    more = run(tmp_path, [GRID[0], "algorithm.num-local-steps=1,2,3,6"])
+    assert [one.seconds > 0 for one in more] == [False] * 6 + [True] * 2
+
+
+def test_a_longer_sweep_goes_on_and_another_one_is_refused(tmp_path):
+    """The same folders with more rounds go on from their ends; with another key changed they are not taken for it."""
+    run(tmp_path, GRID[1:])
+    cells = cells_of(full(parse_grid(GRID[1:])), [0])
+    longer = ["run.num-rounds=5"]
+    check(QUADRATIC, cells, tmp_path, longer)
+    assert [one.status for one in run(tmp_path, GRID[1:], sets=longer)] == ["done"] * 3
+    assert {len(read_rounds(folder)) for folder in tmp_path.glob("num*")} == {5}
+    assert [one.seconds for one in run(tmp_path, GRID[1:], sets=longer)] == [0.0] * 3
+    with pytest.raises(InputError, match=r"num-local-steps=1,seed=0: algorithm\.beta = 0\.9: the run in .* has 0\.5"):
+        check(QUADRATIC, cells, tmp_path, ["algorithm.beta=0.9"])
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_give_the_same_bytes(tmp_path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    same = ["engine.path=loop", "engine.threads=1"]
+    run(alone, GRID[1:], sets=same)
+    assert {one.status for one in run(both, GRID[1:], workers=2, sets=same)} == {"done"}
+    for folder in alone.glob("num*"):
+        final = folder / "final.safetensors"
+        assert final.read_bytes() == (both / folder.name / "final.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_ray_actors_give_the_same_bytes(tmp_path):
+    pytest.importorskip("ray")
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    same = ["engine.path=loop", "engine.threads=1"]
+    run(alone, ["algorithm.lr=0.1,1e30"], sets=[*same, "run.num-rounds=40"])
+    ended = run(spread, ["algorithm.lr=0.1,1e30"], sets=[*same, "run.num-rounds=40"], workers=2, ray="local")
+    assert {one.cell.name: one.status for one in ended} == {"lr=0.1,seed=0": "done", "lr=1e+30,seed=0": "diverged"}
+    final = Path("lr=0.1,seed=0") / "final.safetensors"
+    assert (alone / final).read_bytes() == (spread / final).read_bytes()
+    assert [one.seconds for one in run(spread, ["algorithm.lr=0.1"], sets=[*same, "run.num-rounds=40"])] == [0.0]
+
+
+def test_a_model_that_breaks_is_a_failed_run_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("breaks.py").write_text("def model(shape, classes):\n    raise OSError('no weights')\n")
+    (tmp_path / "two.toml").write_text("[data]\nnum-clients = 2\n[run]\nnum-rounds = 1\n")
+    cells = cells_of(full(parse_grid(["model.name=breaks:model,logistic"])), [0])
+    ended = list(sweep(Path("two.toml"), cells, tmp_path / "out"))
+    assert [one.status for one in ended] == ["failed", "done"]
+    assert "no weights" in ended[0].message
+    assert "no weights" in json.loads((tmp_path / "out" / MANIFEST).read_text())[ended[0].cell.name]["message"]
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+    """kill -9 in mid-run, twice: in the end the same bytes as an uninterrupted sweep."""
+    grid = [
+        "--grid",
+        "algorithm.num-local-steps=1,2",
+        "--set",
+        "engine.path=loop",
+        "--set",
+        "run.num-rounds=1500",
+        "--seeds",
+        "2",
+    ]
+    command = [sys.executable, "-m", "fedmom", "sweep", str(QUADRATIC), *grid]
+    for _ in range(2):
+        process = subprocess.Popen([*command, "--out", str(tmp_path / "cut"), "--workers", "2"])
+        rounds = 0
+        deadline = time.monotonic() + 60
+        before = sum(len(read_rounds(f.parent)) for f in (tmp_path / "cut").glob("*/rounds.jsonl"))
+        while rounds < before + 200 and time.monotonic() < deadline:
+            time.sleep(0.1)
+            rounds = sum(len(read_rounds(f.parent)) for f in (tmp_path / "cut").glob("*/rounds.jsonl"))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(2)  # its processes see that it is gone
+    for out in ("cut", "whole"):
+        subprocess.run([*command, "--out", str(tmp_path / out), "--workers", "2"], check=True, capture_output=True)
+    folders = [path.parent for path in (tmp_path / "whole").glob("*/final.safetensors")]
+    assert len(folders) == 4
+    for folder in folders:
+        other = tmp_path / "cut" / folder.name
+        assert len(read_rounds(other)) == 1500
+        assert (folder / "final.safetensors").read_bytes() == (other / "final.safetensors").read_bytes()
+
+
+def test_a_run_that_fails_says_why_and_the_others_go_on(tmp_path):
+    ended = run(tmp_path, ["algorithm.lr=0.1,1e30"], sets=["run.num-rounds=40"])
+    assert [one.status for one in ended] == ["done", "diverged"]
+    assert ended[1].message
+    assert json.loads((tmp_path / MANIFEST).read_text())[ended[1].cell.name]["status"] == "diverged"
+    _, rows = best_table(ended, tmp_path, "distance")
+    assert [row[0] for row in rows] == ["lr=0.1", "lr=1e+30"]
+    assert rows[1][3] == "seed 0: diverged"
+
+
+def test_the_table_ranks_by_the_metric(tmp_path):
+    ended = run(tmp_path, seeds=(0, 1))
+    header, rows = best_table(ended, tmp_path, "distance")
+    values = [float(row[1].split()[0]) for row in rows]
+    assert values == sorted(values)
+    assert header[1].startswith("distance")
+    assert {row[2] for row in rows} == {"2"}
+    done = tmp_path / ended[0].cell.name
+    assert (metric_of(done), metric_of(done, "distance")) == ("loss", "distance")
+    with pytest.raises(InputError, match="did you mean distance"):
+        metric_of(done, "distanse")
+
+
+def test_random_combinations_go_by_the_seed():
+    grid = parse_grid(["algorithm.lr=0.1,0.2,0.3,0.4", "algorithm.beta=0.0,0.5,0.9"])
+    chosen = drawn(grid, 5, 0)
+    assert chosen == drawn(grid, 5, 0) != drawn(grid, 5, 1)
+    assert len({tuple(one.values()) for one in chosen}) == 5
+    assert all(one in full(grid) for one in chosen)
+    with pytest.raises(InputError, match="12 combinations"):
+        drawn(grid, 13, 0)
+
+
+def test_a_list_of_runs_comes_from_a_file(tmp_path):
+    path = tmp_path / "runs.toml"
+    path.write_text('[[run]]\n"algorithm.lr" = 0.1\n[[run]]\n"algorithm.lr" = 0.2\n"data.batch-size" = 1\n')
+    assert listed(path) == [{"algorithm.lr": 0.1}, {"algorithm.lr": 0.2, "data.batch-size": 1}]
+    for text in ("run = 3", "[other]\na = 1", "[[run"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"runs\.toml"):
+            listed(path)
+    with pytest.raises(InputError, match="no such file"):
+        listed(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["algorithm.lr"], "SECTION.KEY=VALUE"),
+        (["algorithm.lr="], "SECTION.KEY=VALUE"),
+        (["algorithm.lrr=1"], "did you mean"),
+        (["algorithm.lr=0.1,0.1"], "given twice"),
+        (["algorithm.lr=0.1", "algorithm.lr=0.2"], "given twice"),
+    ],
+)
+def test_a_bad_grid_is_one_line(tmp_path, words, why):
+    with pytest.raises(InputError, match=why):
+        check(QUADRATIC, cells_of(full(parse_grid(words)), [0]), tmp_path, [])
+
+
+def test_a_wrong_value_is_found_before_anything_runs(tmp_path):
+    cells = cells_of(full(parse_grid(["algorithm.lr=0.1,-1"])), [0])
+    with pytest.raises(InputError, match=r"lr=-1.*seed=0: algorithm\.lr"):
+        check(QUADRATIC, cells, tmp_path, [])
+
+
+def test_an_interrupted_run_ends_the_sweep(tmp_path, monkeypatch):
+    from fedmom import sweep as module
+
+    cells = cells_of(full(parse_grid(["algorithm.lr=0.1,0.2"])), [0])
+    monkeypatch.setattr(module, "_run_one", lambda work, cell: Ended(cell, "interrupted", "", 1.0))
+    assert [one.status for one in sweep(QUADRATIC, cells, tmp_path)] == ["interrupted"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_sweep_that_is_asked_to_end_leaves_checkpoints_and_no_process(tmp_path, workers):
+    """SIGTERM to the command alone, as a scheduler sends it."""
+    words = ["--grid", "algorithm.lr=0.1,0.2", "--set", "run.num-rounds=200000", "--set", "engine.path=loop"]
+    words += ["--workers", workers, "--out", str(tmp_path / "sweep")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedmom", "sweep", str(QUADRATIC), *words], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 90
+    while len(list((tmp_path / "sweep").glob("*/rounds.jsonl"))) < int(workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err or "interrupted" in err
+    begun = list((tmp_path / "sweep").glob("*/rounds.jsonl"))
+    assert len(begun) == int(workers)
+    for path in begun:
+        assert (path.parent / "checkpoint.safetensors").exists()
+        rounds = len(read_rounds(path.parent))
+        time.sleep(0.5)
+        assert len(read_rounds(path.parent)) == rounds  # nobody writes any more
