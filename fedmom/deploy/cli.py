@@ -1,0 +1,215 @@
+"""`fedmom deploy …`: real clients in containers."""
+
+import shlex
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedmom.deploy.commands import Commands
+from fedmom.errors import InputError
+from fedmom.progress import Bar, Lines
+from fedmom.runner import Callback
+from fedmom.simulation import app_folder
+from fedmom.terminal import ConfigFile, Out, Quiet, Resume, Sets, exit_status, fresh_folder, show_run
+
+app = typer.Typer(
+    name="deploy",
+    help="Real clients in containers: keys and certificates, up, run, down.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[Path, typer.Option("--dir", metavar="DIR", help="What `init` made.")]
+Checkout = Annotated[
+    Path | None, typer.Option("--app", metavar="DIR", help="The checkout: Dockerfile and Flower app (default: here).")
+]
+Dry = Annotated[bool, typer.Option("--dry-run", help="Print the docker and flwr commands instead of running them.")]
+BuildArguments = Annotated[
+    list[str] | None, typer.Option("--build-arg", metavar="NAME=VALUE", help="For `docker build`, if it is needed.")
+]
+Wait = Annotated[float, typer.Option("--wait", metavar="SECONDS", help="How long nodes may take to come.", min=0)]
+HERE = Path("deployment")
+
+
+@app.command()
+def init(
+    clients: Annotated[int | None, typer.Option("--clients", metavar="N", help="How many (3).", min=1)] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="HOST", help="This machine's, for clients on other machines.")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            "--port", help="Where clients elsewhere reach the server; PORT + 1 for flwr here (8000).", min=1, max=65534
+        ),
+    ] = None,
+    host: Annotated[
+        list[str] | None, typer.Option("--host", metavar="NAME", help="One more name for the server's certificate.")
+    ] = None,
+    gpu: Annotated[bool | None, typer.Option("--gpu/--no-gpu", help="The clients have NVIDIA GPUs.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the Compose project (fedmom).")] = None,
+    folder: Folder = HERE,
+) -> int:
+    """Make the CA, the server's certificate, every client's key and the Compose files; keep what is there.
+
+    fedmom deploy init --clients 5
+
+    fedmom deploy init --clients 5 --address fl.example.org   # clients on machines of their own
+
+    A key or certificate is never written over: to renew one, move it away and call this again. Settings that are not
+    given stay as they are.
+    """
+    from fedmom.deploy.layout import initialise
+
+    notes = initialise(folder, num_clients=clients, address=address, port=port, hosts=host or (), name=name, gpu=gpu)
+    for note in notes:
+        print(note)
+    print(folder)
+    return 0
+
+
+@app.command()
+def up(
+    folder: Folder = HERE,
+    checkout: Checkout = None,
+    build_arg: BuildArguments = None,
+    wait: Wait = 300.0,
+    dry_run: Dry = False,
+) -> int:
+    """Build the image if there is none, start the containers, register the nodes, wait until all are online."""
+    from fedmom.deploy import operate
+
+    operate.up(_commands(folder, dry_run), _checkout(checkout), _say, build_arguments=build_arg or (), wait=wait)
+    return 0
+
+
+@app.command()
+def status(folder: Folder = HERE) -> int:
+    """Say how each container and node is, and when the certificates expire."""
+    from fedmom.deploy import operate
+
+    for line in operate.status(_commands(folder, False)):
+        print(line)
+    return 0
+
+
+@app.command()
+def run(
+    config: ConfigFile = None,
+    sets: Sets = None,
+    out: Out = None,
+    resume: Resume = None,
+    quiet: Quiet = False,
+    folder: Folder = HERE,
+    checkout: Checkout = None,
+    build_arg: BuildArguments = None,
+    wait: Wait = 300.0,
+    dry_run: Dry = False,
+) -> int:
+    """Train on the deployment as CONFIG says, and bring the run folder here. Starts what is not up.
+
+    fedmom deploy run configs/deploy.toml
+
+    fedmom deploy run --resume runs/deploy-20260101-120000 --set run.num-rounds=50
+
+    Progress, run folder and exit status are those of `fedmom run`. Ctrl-C stops the run; what it had checkpointed
+    comes along. Where this command is killed, the run goes on: --resume with the folder's name (it need not exist)
+    follows it, or fetches it and goes on from its checkpoint once it has ended.
+    """
+    from fedmom.deploy import operate
+    from fedmom.deploy.follow import Following, config_to_send, rounds_done
+    from fedmom.deploy.remote import RemoteRuns, checked_name
+    from fedmom.records import CONFIG, RunFolder, read_rounds
+
+    if out is not None and resume is not None:
+        raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")
+    if config is None and resume is None:
+        raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
+    say = (lambda text: None) if quiet else _say
+    commands, source = _commands(folder, dry_run), _checkout(checkout)
+    target = resume or out or fresh_folder(config or Path("run"))
+    name = checked_name(target)
+    if resume is None:
+        RunFolder.check_new(target)
+        to_send, settled = config_to_send(config, sets or (), name=name, resume=None)
+        _check_clients(settled.data.num_clients, commands)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not (not dry_run and operate.is_up(commands)):
+        operate.up(commands, source, say, build_arguments=build_arg or (), wait=wait)
+    remote = RemoteRuns(commands)
+    if resume is None and not dry_run and remote.config(name) is not None:
+        raise InputError(
+            f"--out {target}: the server has a run folder {name!r} already; take another name, or --resume"
+        )
+    following = Following(commands, source, name, target, say)
+    going_on = resume is not None and not dry_run and following.take_up()
+    if going_on and (config is not None or sets):
+        raise InputError(
+            f"--resume {target}: run {following.run_id} is still going on as it was started; leave CONFIG and --set out"
+        )
+    if resume is not None and not going_on:
+        there = not dry_run and remote.fetch(name, target)
+        if not there and not (target / CONFIG).is_file():
+            raise InputError(f"--resume {target}: is no run folder here, and the server has none of that name")
+        to_send, settled = config_to_send(config, sets or (), name=name, resume=target)
+        _check_clients(settled.data.num_clients, commands)
+        if not there and not dry_run:
+            remote.bring(target, name)
+    if not going_on:
+        following.start(to_send)
+    if dry_run:
+        return 0
+    goes = "is still going on, followed from here" if going_on else f"on {commands.deployment.num_clients} nodes"
+    say(f"run {following.run_id} {goes}")
+    console = Console(highlight=False)
+    followers = list[Callback]() if quiet else [Bar(console) if console.is_terminal else Lines(console)]
+    ended = following.to_the_end(followers, done=rounds_done(target) if resume and not going_on else 0)
+    if (target / CONFIG).is_file():
+        show_run(target, read_rounds(target), console, quiet=quiet)
+    where = ["--dir", str(folder)] if folder != HERE else []
+    go_on = shlex.join(["fedmom", "deploy", "run", "--resume", str(target), *where])
+    return exit_status(ended.status, ended.message, go_on if target.is_dir() else "")
+
+
+@app.command()
+def down(
+    volumes: Annotated[
+        bool, typer.Option("--volumes", help="Also Flower's state and the run folders in the server's volume.")
+    ] = False,
+    folder: Folder = HERE,
+    dry_run: Dry = False,
+) -> int:
+    """Stop and remove the containers. Keys, certificates and fetched run folders stay."""
+    from fedmom.deploy import operate
+
+    operate.down(_commands(folder, dry_run), volumes=volumes)
+    return 0
+
+
+def _check_clients(num_clients: int, commands: Commands) -> None:
+    if num_clients < commands.deployment.num_clients:
+        raise InputError(
+            f"data.num-clients = {num_clients}: the deployment has {commands.deployment.num_clients} nodes, and every "
+            "one needs a client"
+        )
+
+
+def _commands(folder: Path, dry: bool) -> Commands:
+    from fedmom.deploy.layout import open_deployment
+
+    return Commands(open_deployment(folder), dry=dry)
+
+
+def _checkout(given: Path | None) -> Path:
+    found = app_folder(given)
+    if not (found / "Dockerfile").is_file() or not (found / "deploy" / "image").is_dir():
+        raise InputError(f"--app {found}: is no checkout of fedmom (it has no Dockerfile, or no deploy/image)")
+    return found
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,149 @@
+"""Bring a deployment up, see how it is, and take it down."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fedmom.deploy.commands import CommandError, Commands, build_command, image_of, superlink
+from fedmom.deploy.layout import certificate_notes, write_flower_config
+from fedmom.errors import InputError
+
+Say = Callable[[str], None]
+_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_TO_BE_HEALTHY = 180.0
+
+
+class Service(NamedTuple):
+    """One container of the project."""
+
+    name: str
+    state: str  # Docker's: running, restarting, exited, …
+    health: str  # healthy, starting, unhealthy, or empty
+
+    @property
+    def well(self) -> bool:
+        return self.state == "running" and self.health in ("healthy", "")
+
+
+def up(commands: Commands, app: Path, say: Say, *, build_arguments: Sequence[str] = (), wait: float = 300.0) -> None:
+    """Build the image where there is none, start everything, register the nodes' keys, wait until all are online.
+
+    Raises InputError naming the service or the number of nodes that did not come within `wait` seconds.
+    """
+    deployment, image = commands.deployment, image_of(commands.deployment)
+    if not commands.dry:
+        write_flower_config(deployment)
+    if commands.dry or not _has_image(commands, image):
+        say(f"building the image {image}: minutes, once")
+        commands.do(build_command(app, image, build_arguments), quiet=False, seconds=3600)
+    say("starting the SuperLink")
+    commands.do(commands.compose("up", "--detach", "--no-build", "superlink"))
+    _wait_for(commands, ["superlink"])
+    say(f"registering the keys of {deployment.num_clients} nodes")
+    for key in deployment.node_keys():
+        command = superlink("supernode", "register", str(key))
+        if commands.dry:
+            commands.do(command)
+            continue
+        try:
+            commands.json(command)
+        except CommandError as error:
+            if "already in use" not in str(error).lower():
+                raise
+    say("starting the rest")
+    commands.do(commands.compose("up", "--detach", "--no-build", "--remove-orphans"))
+    if commands.dry:
+        return
+    if deployment.address:
+        say(f"clients: bring {deployment.folder}/client-… to their machines, and there `docker compose up --detach`")
+    begin, told = time.monotonic(), -1
+    while (online := num_online(commands)) < deployment.num_clients:
+        if online != told:
+            say(f"nodes online: {online} of {deployment.num_clients}")
+            told = online
+        if time.monotonic() - begin > wait:
+            raise InputError(
+                f"--wait {wait:g}: {online} of {deployment.num_clients} nodes are online; "
+                "`fedmom deploy status`, or the logs of the missing node's supernode, say more"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    _wait_for(commands, None)
+    say(f"nodes online: {online} of {deployment.num_clients}")
+
+
+def _has_image(commands: Commands, image: str) -> bool:
+    try:
+        commands.do(["docker", "image", "inspect", "--format", "{{.Id}}", image], changes=False)
+    except CommandError as error:
+        if "no such image" not in str(error).lower():
+            raise
+        return False
+    return True
+
+
+def is_up(commands: Commands) -> bool:
+    """Whether all of this machine's services are well and all nodes are online."""
+    try:
+        here = services(commands)
+        well = bool(here) and all(service.well for service in here)
+        return well and num_online(commands) >= commands.deployment.num_clients
+    except CommandError:
+        return False
+
+
+def services(commands: Commands) -> list[Service]:
+    """The containers of this machine's project."""
+    text = commands.do(commands.compose("ps", "--all", "--format", "json"), changes=False)
+    found = [json.loads(line) for line in text.splitlines() if line.strip().startswith("{")]
+    return [Service(one["Service"], one["State"], one.get("Health", "")) for one in found]
+
+
+def num_online(commands: Commands) -> int:
+    """Nodes that the SuperLink hears of."""
+    return sum(node["status"] == "online" for node in nodes(commands))
+
+
+def nodes(commands: Commands) -> list[dict[str, str]]:
+    """The registered nodes, as Flower lists them."""
+    return list(commands.json(superlink("supernode", "list"))["nodes"])
+
+
+def status(commands: Commands) -> list[str]:
+    """One line for each container, node and certificate."""
+    lines = [f"{one.name}: {one.state}{f', {one.health}' if one.health else ''}" for one in services(commands)]
+    if not lines:
+        lines = ["nothing is running here: `fedmom deploy up`"]
+    else:
+        with contextlib.suppress(CommandError):
+            for node in nodes(commands):
+                since = node["online-elapsed"] if node["status"] == "online" else node["offline-at"]
+                lines.append(f"node {node['node-id']}: {node['status']} ({since or 'never seen'})")
+    return [*lines, *certificate_notes(commands.deployment)]
+
+
+def down(commands: Commands, *, volumes: bool) -> None:
+    """Stop and remove the containers; with `volumes` also Flower's state and the run folders in them."""
+    commands.do(commands.compose("down", "--remove-orphans", *(["--volumes"] if volumes else [])))
+
+
+def _wait_for(commands: Commands, names: Sequence[str] | None) -> None:
+    """Until these services (None: all of this machine's) are healthy."""
+    if commands.dry:
+        return
+    deadline = time.monotonic() + _SECONDS_TO_BE_HEALTHY
+    while True:
+        found = {service.name: service for service in services(commands)}
+        wanted = found if names is None else {name: found.get(name) for name in names}
+        ill = [name for name, service in wanted.items() if service is None or not service.well]
+        if not ill:
+            return
+        if time.monotonic() > deadline:
+            one = found.get(ill[0])
+            how = f"{one.state} {one.health}".strip() if one else "not there"
+            raise InputError(
+                f"{ill[0]}: is {how} after {_SECONDS_TO_BE_HEALTHY:g} s; see `docker compose logs {ill[0]}`"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)

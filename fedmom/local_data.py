@@ -1,0 +1,269 @@
+"""Data set "local": every client's examples are its own, read where the client runs.
+
+A client's source is an .npz file (x_train, y_train, and x_test, y_test where it keeps test examples), a folder with one
+such file, or a folder of images, train/LABEL/…, and test/LABEL/… likewise. What the server must know of all of them
+is `Facts`: a size, a shape, how many classes, and per colour the sums by which images are normalised.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmom.datasets import Dataset, checked_part, read_npz_arrays
+from fedmom.errors import InputError
+from fedmom.imports import one_line
+from fedmom.partition import Partition
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
+_KEY = "data.dataset = 'local'"
+
+
+class Examples(NamedTuple):
+    """What one client, or the server, holds."""
+
+    x_train: Tensor  # [n, *shape]: uint8 images [n, C, H, W], or float features; n may be 0 at the server
+    y_train: Tensor  # [n] int64
+    x_test: Tensor  # [m, *shape], m may be 0
+    y_test: Tensor  # [m] int64
+
+
+class Facts(NamedTuple):
+    """What leaves a client before the first round."""
+
+    size: int  # n, training examples
+    test_size: int  # m
+    num_classes: int  # highest label + 1
+    shape: tuple[int, ...]
+    dtype: str
+    pixels: int  # per channel, of all training images; 0 for float features
+    sums: tuple[int, ...]  # [C] of the pixels' values 0 … 255
+    squares: tuple[int, ...]  # [C] of their squares
+
+
+class Common(NamedTuple):
+    """What all clients and the server agree on: the facts of all, put together."""
+
+    sizes: tuple[int, ...]  # [N]
+    test_sizes: tuple[int, ...]  # [N]
+    num_classes: int
+    shape: tuple[int, ...]
+    dtype: str
+    mean: tuple[float, ...]  # [C] of uint8 / 255; () for float features
+    std: tuple[float, ...]  # [C]
+
+
+def as_record(common: Common) -> dict[str, list[int] | list[float] | int | str]:
+    """Common as scalars and lists, as a message carries it."""
+    return {f"data-{name}": list(v) if isinstance(v, tuple) else v for name, v in common._asdict().items()}
+
+
+def from_record(record: Mapping[str, Any]) -> Common:
+    """The same back; InputError where the server did not send it."""
+    try:
+        fields = {name: record[f"data-{name}"] for name in Common._fields}
+    except KeyError as error:
+        raise InputError(f"{_KEY}: the server did not say {error}") from None
+    return Common._make(tuple(v) if isinstance(v, list) else v for v in fields.values())
+
+
+def client_source(data_dir: str, client: int) -> Path:
+    """Where a client's examples lie below `data_dir`: client-C.npz, client-C/data (as in a deployment), client-C."""
+    root = Path(data_dir).expanduser()
+    places = [root / f"client-{client}.npz", root / f"client-{client}" / "data", root / f"client-{client}"]
+    for place in places:
+        if place.exists():
+            return place
+    raise InputError(f"{_KEY}: client {client} has nothing (looked for {', '.join(map(str, places))})")
+
+
+def read_server(data_dir: str, classes: str = "") -> Examples | None:
+    """The server's test examples: test.npz, test/LABEL/…, or in server/data; None where it has none."""
+    root = Path(data_dir).expanduser()
+    for place in (root, root / "server" / "data"):
+        if (place / "test.npz").is_file():
+            return _read_npz(place / "test.npz", ("x_test", "y_test"))
+        if (place / "test").is_dir():
+            return _read_folder(place, classes, ("test",))
+        found = sorted(place.glob("*.npz")) if place != root and place.is_dir() else []
+        if len(found) == 1:
+            return _read_npz(found[0], ("x_test", "y_test"))
+    return None
+
+
+def read_source(place: Path, classes: str = "") -> Examples:
+    """A client's examples. Raises InputError naming the file and what would be right."""
+    if place.is_dir() and not (place / "train").is_dir():
+        files = sorted(place.glob("*.npz"))
+        if len(files) != 1:
+            what = f"has {len(files)} .npz files" if files else "has neither an .npz file nor a folder train"
+            raise InputError(f"{_KEY}: {place}: {what}; it needs one .npz file, or images in train/LABEL/")
+        place = files[0]
+    examples = _read_folder(place, classes, ("train", "test")) if place.is_dir() else _read_npz(place, ())
+    if not len(examples.y_train):
+        raise InputError(f"{_KEY}: {place}: has no training examples")
+    return examples
+
+
+def facts_of(examples: Examples) -> Facts:
+    """A client's facts; the sums are exact whole numbers, so those of all clients are those of all images."""
+    x, labels = examples.x_train, (examples.y_train, examples.y_test)
+    top = max(int(y.max()) for y in labels if len(y))
+    pixels, sums, squares = 0, list[int](), list[int]()
+    if x.dtype == torch.uint8:
+        values = torch.arange(256, dtype=torch.int64)
+        for channel in range(x.shape[1]):
+            counts = torch.bincount(x[:, channel].flatten(), minlength=256)
+            pixels = int(counts.sum())
+            sums.append(int(counts @ values))
+            squares.append(int(counts @ values**2))
+    dtype = str(x.dtype).removeprefix("torch.")
+    shape = tuple(x.shape[1:])
+    return Facts(len(x), len(examples.x_test), top + 1, shape, dtype, pixels, tuple(sums), tuple(squares))
+
+
+def agreed(facts: Sequence[Facts], server: Examples | None = None) -> Common:
+    """The facts of clients 0 … N − 1 (and the server's labels) put together. InputError names who does not fit."""
+    first = facts[0]
+    for client, other in enumerate(facts):
+        if (other.shape, other.dtype) != (first.shape, first.dtype):
+            raise InputError(
+                f"{_KEY}: examples of client {client} are {other.dtype} {list(other.shape)}, those of client 0 "
+                f"{first.dtype} {list(first.shape)}"
+            )
+    num_classes = max(one.num_classes for one in facts)
+    if server is not None:
+        num_classes = max(num_classes, int(server.y_test.max()) + 1)
+        shape, dtype = tuple(server.x_test.shape[1:]), str(server.x_test.dtype).removeprefix("torch.")
+        if (shape, dtype) != (first.shape, first.dtype):
+            raise InputError(
+                f"{_KEY}: the server's test examples are {dtype} {list(shape)}, those of client 0 "
+                f"{first.dtype} {list(first.shape)}"
+            )
+    elif not any(one.test_size for one in facts):
+        raise InputError(f"{_KEY}: nobody has test examples; give the server a test.npz, or clients x_test and y_test")
+    mean, std = list[float](), list[float]()
+    pixels = sum(one.pixels for one in facts)
+    for channel in range(len(first.sums)):
+        total, squares = (sum(getattr(one, name)[channel] for one in facts) for name in ("sums", "squares"))
+        mean.append(total / pixels / 255)
+        variance = pixels * squares - total**2  # a whole number: nothing is lost before the root
+        std.append(math.sqrt(variance) / pixels / 255 if variance else 1.0)
+    sizes, test_sizes = tuple(one.size for one in facts), tuple(one.test_size for one in facts)
+    return Common(sizes, test_sizes, num_classes, first.shape, first.dtype, tuple(mean), tuple(std))
+
+
+def everything(data_dir: str, num_clients: int, classes: str = "") -> tuple[Dataset, Partition]:
+    """All clients' examples one after another, for an engine that has them all, and who holds which."""
+    held = [read_source(client_source(data_dir, client), classes) for client in range(num_clients)]
+    server = read_server(data_dir, classes)
+    common = agreed([facts_of(one) for one in held], server)
+    tests = [(server.x_test, server.y_test)] if server else [(one.x_test, one.y_test) for one in held]
+    x_test, y_test = (torch.cat([pair[part] for pair in tests if len(pair[1])]) for part in (0, 1))
+    x, y = torch.cat([one.x_train for one in held]), torch.cat([one.y_train for one in held])
+    offsets = np.concatenate([[0], np.cumsum(common.sizes)])
+    data = Dataset(x, y, x_test, y_test, common.num_classes, common.mean, common.std, "none")
+    return data, Partition(np.arange(len(y)), offsets)
+
+
+def one_of(common: Common, client: int, examples: Examples) -> tuple[Dataset, Partition]:
+    """The same from client c's side: its own examples, and a partition in which only its own part is filled.
+
+    Raises InputError where the examples are no longer those of `common`.
+    """
+    facts = facts_of(examples)
+    if facts.size != common.sizes[client] or (facts.shape, facts.dtype) != (common.shape, common.dtype):
+        raise InputError(
+            f"{_KEY}: client {client} holds {facts.size} examples {facts.dtype} {list(facts.shape)}; when the run "
+            f"began they were {common.sizes[client]} of {common.dtype} {list(common.shape)}"
+        )
+    offsets = np.concatenate([[0], np.cumsum(common.sizes)])
+    indices = np.zeros(offsets[-1], dtype=np.int64)
+    indices[offsets[client] : offsets[client + 1]] = np.arange(facts.size)
+    return Dataset(*examples, common.num_classes, common.mean, common.std, "none"), Partition(indices, offsets)
+
+
+def none_of(common: Common, server: Examples | None) -> tuple[Dataset, Partition]:
+    """The same from the server's side, which holds no training example."""
+    dtype = getattr(torch, common.dtype)
+    x, y = torch.zeros(0, *common.shape, dtype=dtype), torch.zeros(0, dtype=torch.int64)
+    x_test, y_test = (server.x_test, server.y_test) if server else (x, y)
+    offsets = np.concatenate([[0], np.cumsum(common.sizes)])
+    data = Dataset(x, y, x_test, y_test, common.num_classes, common.mean, common.std, "none")
+    return data, Partition(np.zeros(offsets[-1], dtype=np.int64), offsets)
+
+
+# Where the arrays come from.
+
+
+def _read_npz(path: Path, required: tuple[str, ...]) -> Examples:
+    arrays = read_npz_arrays(_KEY, path)
+    required = required or ("x_train", "y_train")
+    missing = [name for name in required if name not in arrays]
+    if missing:
+        raise InputError(f"{_KEY}: {path}: has no {', '.join(missing)}")
+    parts = {}
+    for split in ("train", "test"):
+        if f"x_{split}" in arrays and f"y_{split}" in arrays:
+            parts[split] = checked_part(f"{_KEY}: {path}", split, arrays[f"x_{split}"], arrays[f"y_{split}"])
+    return _filled(parts)
+
+
+def _filled(parts: dict[str, tuple[Tensor, Tensor]]) -> Examples:
+    """Examples of which a split may be missing: it is then empty, in the other's shape."""
+    x, y = next(iter(parts.values()))
+    empty = x[:0], y[:0]
+    train, test = parts.get("train", empty), parts.get("test", empty)
+    if train[0].shape[1:] != test[0].shape[1:] or train[0].dtype != test[0].dtype:
+        raise InputError(f"{_KEY}: x_train is {list(train[0].shape)}, x_test {list(test[0].shape)}: shapes must agree")
+    return Examples(*train, *test)
+
+
+def _read_folder(folder: Path, classes: str, splits: tuple[str, ...]) -> Examples:
+    parts = {split: _read_images(folder / split, classes) for split in splits if (folder / split).is_dir()}
+    if not parts:
+        raise InputError(f"{_KEY}: {folder}: has no folder {' or '.join(splits)}")
+    return _filled(parts)
+
+
+def _read_images(folder: Path, classes: str) -> tuple[Tensor, Tensor]:
+    """Images of folder/LABEL/…, in the order of labels and file names: uint8 [n, C, H, W] and int64 [n]."""
+    from PIL import Image, UnidentifiedImageError
+
+    names = [name.strip() for name in classes.split(",")] if classes else []
+    x, y, first = list[np.ndarray](), list[int](), None
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        label = _label(place, names)
+        for path in sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGES):
+            try:
+                with Image.open(path) as image:
+                    pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+            except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+                raise InputError(f"{_KEY}: cannot read {path}: {one_line(error)}") from None
+            pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            first = first or (path, pixels.shape)
+            if pixels.shape != first[1]:
+                raise InputError(
+                    f"{_KEY}: {path}: is {list(pixels.shape)}, {first[0].name} is {list(first[1])}; all images of all "
+                    "clients need the same channels, height and width"
+                )
+            x.append(pixels)
+            y.append(label)
+    if not x:
+        raise InputError(f"{_KEY}: {folder}: has no images ({', '.join(IMAGES)}) in folders of labels")
+    order = np.argsort(y, kind="stable")
+    return torch.from_numpy(np.stack(x)[order]), torch.from_numpy(np.array(y, dtype=np.int64)[order])
+
+
+def _label(place: Path, names: list[str]) -> int:
+    """The number that a folder's name stands for; clients lack classes, so it cannot be its place in the alphabet."""
+    if place.name in names:
+        return names.index(place.name)
+    if not names and place.name.isdecimal():
+        return int(place.name)
+    right = f"one of data.classes = {','.join(names)!r}" if names else "a number, or data.classes must name it"
+    raise InputError(f"{_KEY}: {place}: the folder's name must be {right}")

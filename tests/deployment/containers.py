@@ -1,0 +1,163 @@
+"""A deployment of real containers, and what the tests do with it: runs, faults, a look at its logs."""
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fedmom
+from fedmom.records import read_tensors
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "deploy.toml"
+IMAGE = "fedmom:test"
+# Real digits; rounds as short as Flower lets them be.
+CHANGES = {
+    "model.name": "mlp",
+    "model.hidden": 16,
+    "algorithm.num-local-steps": 5,
+    "run.num-rounds": 2,
+    "run.dtype": "float64",
+}
+LONGER = {**CHANGES, "run.num-rounds": 4}
+
+
+def docker(*words: str, check: bool = True) -> str:
+    done = subprocess.run(["docker", *words], capture_output=True, text=True, timeout=1200)
+    assert not check or done.returncode == 0, (
+        f"docker {shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
+    return done.stdout + done.stderr
+
+
+def engine_answers() -> bool:
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "info"], capture_output=True, timeout=60).returncode == 0
+
+
+def build_image() -> None:
+    """With what this machine's build needs, such as another torch: NAME=VALUE words in FEDMOM_BUILD_ARGS."""
+    arguments = [w for word in shlex.split(os.environ.get("FEDMOM_BUILD_ARGS", "")) for w in ("--build-arg", word)]
+    docker("build", "--network=host", "--tag", IMAGE, *arguments, str(ROOT))
+
+
+def free_port(also: int = 0) -> int:
+    """A port that is free on loopback, and the `also` after it."""
+    while True:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        try:
+            for after in range(1, also + 1):
+                with socket.socket() as found:
+                    found.bind(("127.0.0.1", port + after))
+        except OSError:
+            continue
+        return port
+
+
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = 180.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not after {seconds:g} s: {what}"
+        time.sleep(0.3)
+
+
+def sets(changes: dict) -> list[str]:
+    return [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+
+
+class Run:
+    """`fedmom deploy run` under way."""
+
+    def __init__(self, process: subprocess.Popen, output: Path, deployment: "Deployment", name: str) -> None:
+        self.process, self.output, self.deployment, self.name = process, output, deployment, name
+
+    def said(self) -> str:
+        """What the command has printed so far."""
+        return self.output.read_text()
+
+    def wait_for_round(self, number: int, seconds: float = 240.0) -> None:
+        """Until a round is over on the server; the next one is then under way."""
+
+        def rounds() -> int:
+            assert self.process.poll() is None, self.said()
+            script = f"cat /runs/{self.name}/rounds.jsonl 2>/dev/null | wc -l"
+            text = docker("exec", self.deployment.container("serverapp"), "sh", "-c", script, check=False).strip()
+            return int(text) if text.isdecimal() else 0
+
+        wait_until(lambda: rounds() >= number, f"round {number} of {self.name}", seconds)
+
+    def end(self, status: int = 0, seconds: float = 400.0) -> str:
+        """What it said, once it has ended with this exit status."""
+        try:
+            self.process.wait(timeout=seconds)
+        finally:
+            self.process.kill()
+        assert self.process.returncode == status, f"{self.process.returncode}\n{self.said()[-6000:]}"
+        return self.said()
+
+
+class Deployment:
+    """`fedmom deploy` on a folder of its own."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+
+    @property
+    def keys(self) -> Path:
+        return self.folder / "deployment"
+
+    def start(self, *words: str, name: str = "") -> Run:
+        command = [sys.executable, "-m", "fedmom", "deploy", *words, "--dir", str(self.keys)]
+        environment = {**os.environ, "FEDMOM_IMAGE": IMAGE}
+        output = self.folder / f"output-{time.monotonic_ns()}"
+        with open(output, "w") as file:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        return Run(process, output, self, name)
+
+    def call(self, *words: str, status: int = 0) -> str:
+        return self.start(*words).end(status, 900)
+
+    def run(self, out: Path, changes: dict, *more: str) -> Run:
+        return self.start("run", str(CONFIG), *sets(changes), "--out", str(out), *more, name=out.name)
+
+    def resume(self, out: Path, status: int = 0, **changes: object) -> str:
+        """To the end, with nothing but the folder's name."""
+        return self.call("run", "--resume", str(out), *sets(changes), status=status)
+
+    def container(self, service: str) -> str:
+        return f"{self.name}-{service}-1"
+
+    def kill(self, service: str, seconds: float = 3.0) -> None:
+        """SIGKILL to all its processes; it comes back after some seconds."""
+        docker("kill", self.container(service))
+        time.sleep(seconds)
+        docker("start", self.container(service))
+
+    def cut_off(self, service: str, network: str, seconds: float) -> None:
+        """No network for some seconds."""
+        docker("network", "disconnect", "--force", f"{self.name}_{network}", self.container(service))
+        time.sleep(seconds)
+        docker("network", "connect", "--alias", service, f"{self.name}_{network}", self.container(service))
+
+    def logs(self, service: str) -> str:
+        return docker("logs", self.container(service))
+
+
+def assert_engines(folder: Path, changes: dict, tolerance: float = 1e-10) -> None:
+    """The run folder's x and u are those of the engine on this machine."""
+    right = fedmom.run(CONFIG, sets=changes, callbacks=[fedmom.Callback()])
+    found, _ = read_tensors(folder / "final.safetensors")
+    for name, value in right.state_dict.items():
+        torch.testing.assert_close(found[f"params/{name}"], value, rtol=tolerance, atol=tolerance)
+    for name, value in right.momentum.items():
+        torch.testing.assert_close(found[f"momentum/{name}"], value, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,172 @@
+"""Run folders between the server and this machine, and a run that is followed, without an engine."""
+
+import fcntl
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fedmom import cli
+from fedmom.config import Config
+from fedmom.deploy import follow, operate, remote
+from fedmom.deploy.commands import CommandError, Commands
+from fedmom.deploy.follow import Following
+from fedmom.deploy.layout import initialise, open_deployment
+from fedmom.errors import InputError
+from fedmom.records import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about, write_tensors
+
+ROOT = Path(__file__).parents[2]
+
+
+class HereRuns(remote.RemoteRuns):
+    """The server's volume is a folder of this machine."""
+
+    def _execute(self, *words: str) -> str:
+        return self._pipe(list(words)).decode()
+
+    def _pipe(self, words: list[str], data: bytes | None = None) -> bytes:
+        done = subprocess.run(words, input=data, capture_output=True)
+        if done.returncode:
+            raise CommandError(done.stderr.decode())
+        return done.stdout
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(remote, "VOLUME", str(tmp_path / "volume"))
+    return HereRuns(None)
+
+
+def make_run(folder: Path, run_id: str, rounds: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(f"# {run_id}\n")
+    (folder / ROUNDS).write_text("{}\n" * rounds)
+    write_tensors(folder / CHECKPOINT, {"x": torch.zeros(1)}, {"run_id": run_id, "round": rounds})
+    return folder
+
+
+def test_a_run_folder_comes_as_it_is_there(runs, tmp_path):
+    assert not runs.fetch("run", tmp_path / "run")
+    there = make_run(tmp_path / "volume" / "run", "a", 3)
+    (there / ENDED).write_text("{}")  # says of the server's process what it is; here it would lie
+    make_run(tmp_path / "run", "a", 2)
+    assert runs.fetch("run", tmp_path / "run")
+    names = {path.name for path in there.iterdir()} - {ENDED}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == {
+        name: (there / name).read_bytes() for name in names
+    }
+
+
+def test_rounds_that_were_made_here_are_not_written_over(runs, tmp_path):
+    """A run that was taken further on this machine is brought there, not the other way round."""
+    make_run(tmp_path / "volume" / "run", "a", 3)
+    here = make_run(tmp_path / "run", "a", 5)
+    assert not runs.fetch("run", here)
+    assert read_about(here / CHECKPOINT)["round"] == 5
+    runs.bring(here, "run")
+    assert read_about(tmp_path / "volume" / "run" / CHECKPOINT)["round"] == 5
+
+
+def test_a_folder_of_the_same_name_that_is_another_run_is_not_written_over(runs, tmp_path):
+    make_run(tmp_path / "volume" / "run", "a", 3)
+    here = make_run(tmp_path / "run", "b", 2)
+    with pytest.raises(InputError, match="is another run than the server's of the name 'run'"):
+        runs.fetch("run", here)
+    assert read_about(here / CHECKPOINT) == {"run_id": "b", "round": 2}
+    assert {path.name for path in here.iterdir()} == {CONFIG, ROUNDS, CHECKPOINT}
+
+
+def test_a_broken_checkpoint_here_is_replaced(runs, tmp_path):
+    make_run(tmp_path / "volume" / "run", "a", 3)
+    here = make_run(tmp_path / "run", "a", 3)
+    (here / CHECKPOINT).write_bytes(b"half")
+    assert runs.fetch("run", here)
+    assert read_about(here / CHECKPOINT)["round"] == 3
+
+
+def test_a_run_that_somebody_is_at_is_busy(runs, tmp_path):
+    assert not runs.busy("run")
+    there = make_run(tmp_path / "volume" / "run", "a", 3)
+    assert not runs.busy("run")
+    handle = os.open(there, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert runs.busy("run")
+    os.close(handle)
+    assert not runs.busy("run")
+
+
+@pytest.fixture
+def following(tmp_path, monkeypatch):
+    """Of a run named `run`; Flower says what `said` holds, and the server does not answer."""
+    initialise(tmp_path / "deployment", num_clients=1)
+    made = Following(Commands(open_deployment(tmp_path / "deployment")), ROOT, "run", tmp_path / "run", print)
+    monkeypatch.setattr(follow, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(made.remote, "look", lambda name, seen: None)
+    monkeypatch.setattr(made.remote, "fetch", lambda name, target: False)
+    monkeypatch.setattr(made, "_log", lambda: SimpleNamespace(poll=lambda: None, terminate=lambda: None))
+    monkeypatch.setattr(made.commands, "json", lambda command: {"run-id": 7})
+    return made
+
+
+def test_two_runs_that_are_started_at_once_keep_their_settings_apart(following, tmp_path):
+    """`flwr run` reads the file when it has imported what it needs, which is seconds later."""
+    other = Following(following.commands, ROOT, "other", tmp_path / "other", print)
+    files = []
+    following.commands.json = lambda command: files.append(Path(command[-1])) or {"run-id": len(files)}
+    following.start(Config())
+    before = files[0].read_text()
+    other.start(Config(run=follow.replace(Config(), "run", num_rounds=77).run))
+    assert files[0].read_text() == before
+    assert "num-rounds = 77" in files[1].read_text()
+
+
+def test_a_run_that_goes_on_is_followed_and_not_started_again(following, monkeypatch):
+    monkeypatch.setattr(following.remote, "busy", lambda name: True)
+    monkeypatch.setattr(following, "_ask", lambda: ("running", "N/A"))
+    monkeypatch.setattr(follow, "_SECONDS_TO_END", 0.0)
+    with pytest.raises(InputError, match="the server runs it already; it was not started from here"):
+        following.take_up()
+    following.start(Config())
+    following.run_id = ""
+    assert following.take_up()
+    assert following.run_id == "7"
+    monkeypatch.setattr(following.remote, "busy", lambda name: False)
+    assert not following.take_up()
+
+
+def test_a_stopped_run_is_given_time_to_end(following, monkeypatch):
+    """Flower calls it finished while its process still has the folder."""
+    answers = iter([True, True, False])
+    monkeypatch.setattr(following.remote, "busy", lambda name: next(answers))
+    monkeypatch.setattr(following, "_ask", lambda: ("finished:stopped", ""))
+    following.start(Config())
+    assert not following.take_up()
+    assert next(answers, None) is None
+
+
+def test_a_deployment_that_was_taken_down_is_not_waited_for(following, monkeypatch):
+    monkeypatch.setattr(following, "_ask", lambda: ("", ""))
+    answers = iter([["a container"], ["a container"], []])
+    monkeypatch.setattr(operate, "services", lambda commands: next(answers))
+    ended = following.to_the_end([])
+    assert ended == ("failed", "the deployment was taken down after round 0")
+    assert next(answers, None) is None
+
+
+def test_a_dry_run_of_a_resume_prints_the_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    initialise(tmp_path / "deployment", num_clients=3)
+    (tmp_path / "run").mkdir()
+    text = (ROOT / "configs" / "deploy.toml").read_text()
+    (tmp_path / "run" / CONFIG).write_text(text.replace("[data]", '[data]\ndata-dir = "/data"'))
+    words = ["deploy", "run", "--resume", str(tmp_path / "run"), "--dry-run", "--dir", str(tmp_path / "deployment")]
+    result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+    assert "flwr run " in result.output
+    words[3] = str(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"--resume .*nowhere: is no run folder"):
+        CliRunner().invoke(cli.app, words, catch_exceptions=False, standalone_mode=False)
