@@ -6,13 +6,17 @@ momentum alike; they weigh by `num-examples`, which is the sum of the clients' w
 """
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedmom.node import held_clients, settled, warm_node
+from fedmom.errors import InputError
+from fedmom.local_data import client_source, facts_of, from_record, read_source
+from fedmom.node import Local, Node, held_clients, settled, warm_node
 from fedmom.state import Tree, flatten, unflatten
 from fedmom.wire import array_bytes, from_npy, to_npy
 
@@ -24,8 +28,15 @@ def query(message: Message, context: Context) -> Message:
     """Which clients this node holds and, where it is asked for, how its engine would run them."""
     answer = ConfigRecord({"clients": _held(context).tolist()})
     asked = message.content.config_records.get("config", {})
-    if asked.get("engine", False):
-        answer["path"], answer["chunk-size"] = warm_node(context.run_config).choose(_held(context))
+    if asked.get("facts", False):
+        facts = facts_of(read_source(_own_source(context), settled(context.run_config).data.classes))
+        for name, value in facts._asdict().items():
+            answer[name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
+    elif asked.get("engine", False) or not _is_local(context):
+        # Data are read and the model is built here, so that a limit on the time of a round is one on its training.
+        node = _node(context, asked)
+        if asked.get("engine", False):
+            answer["path"], answer["chunk-size"] = node.choose(_held(context))
     return Message(RecordDict({"config": answer}), reply_to=message)
 
 
@@ -34,8 +45,10 @@ def train(message: Message, context: Context) -> Message:
     """I local steps of the clients that the message names (without names: all that the node holds)."""
     asked = message.content.config_records["config"]
     clients = asked.get("clients", _held(context).tolist())
+    if asked.get("rows", False):
+        return _train_rows(message, context, clients)
     arrays, rows = message.content.array_records["arrays"], message.content.array_records.get("rows")
-    trained = warm_node(context.run_config).train(
+    trained = _node(context, asked).train(
         clients,
         asked["server-round"] - 1,
         unflatten(_tensors(arrays)),
@@ -66,12 +79,56 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict(content), reply_to=message)
 
 
+def _train_rows(message: Message, context: Context, clients: list[int]) -> Message:
+    """Algorithm 2: every client goes on from its own row, and the rows [k, ...] go back."""
+    asked, arrays = message.content.config_records["config"], message.content.array_records["arrays"]
+    trained = _node(context, asked).train_rows(
+        clients,
+        asked["server-round"] - 1,
+        unflatten(_tensors(arrays)),
+        path=asked.get("path", ""),
+        chunk_size=asked.get("chunk-size", 0),
+    )
+    after = flatten(trained.rows)
+    about = ConfigRecord({"clients": sorted(clients), "client-steps": trained.client_steps})
+    about["train-loss"] = trained.losses.tolist()
+    about["path"] = torch.cat([point.reshape(-1) for point in trained.path]).tolist() if trained.path else []
+    content = {
+        "arrays": _record({name: after[name] for name in arrays}),
+        "metrics": MetricRecord({"num-examples": float(len(clients)), "lr": trained.lr}),
+        "clients": about,
+    }
+    return Message(RecordDict(content), reply_to=message)
+
+
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Loss and accuracy of a model on the node's own training examples."""
+    """Loss and accuracy of a model on the node's own training examples (with local data: on its test examples)."""
     state = unflatten(_tensors(message.content.array_records["arrays"]))
-    measured, num_examples = warm_node(context.run_config).evaluate(_held(context).tolist(), state)
+    asked = message.content.config_records.get("config", {})
+    measured, num_examples = _node(context, asked).evaluate(_held(context).tolist(), state)
     return Message(RecordDict({"metrics": MetricRecord({"num-examples": num_examples, **measured})}), reply_to=message)
+
+
+def _is_local(context: Context) -> bool:
+    return settled(context.run_config).data.dataset == "local"
+
+
+def _node(context: Context, asked: Mapping[str, Any]) -> Node:
+    """The warm node; where the data are this node's own, with what the server says of everybody's."""
+    if not _is_local(context):
+        return warm_node(context.run_config)
+    (client,) = _held(context).tolist()
+    return warm_node(context.run_config, Local(str(_own_source(context)), client, from_record(asked)))
+
+
+def _own_source(context: Context) -> Path:
+    """Where this node's examples lie: its own `data-dir` (of --node-config), else below the run's data.data-dir."""
+    held = _held(context).tolist()
+    if len(held) != 1:
+        raise InputError(f"data.dataset = 'local': a node holds one client, this one {len(held)}: {held}")
+    own = context.node_config.get("data-dir")
+    return Path(str(own)) if own else client_source(settled(context.run_config).data.data_dir, held[0])
 
 
 def _held(context: Context) -> Tensor:

@@ -16,13 +16,24 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedmom.algorithms import slow_step
+from fedmom.algorithms import MOMENTUM_POLICIES, slow_step
 from fedmom.averaging import WeightedMean
 from fedmom.errors import InputError
 from fedmom.state import ClientState, Tree, flatten, unflatten, zeros_like
 from fedmom.train import cohort
 from strategies.failures import Clients
-from strategies.updates import ARRAYS, CONFIG, ROWS, WEIGHT, Update, accept, pack, unpack
+from strategies.updates import (
+    ARRAYS,
+    CONFIG,
+    ROWS,
+    WEIGHT,
+    Update,
+    accept,
+    accept_metrics,
+    mean_metrics,
+    pack,
+    unpack,
+)
 
 SPREADS = {"consensus_distance": "params", "momentum_spread": "momentum"}
 
@@ -53,6 +64,7 @@ class PRSGDM(Strategy):
     running_var: "pooled" or "mean", how BatchNorm variances are averaged.
     on_failure, min_clients, retries: see `strategies.failures.Clients`.
     window: messages between the oldest unanswered one and the newest sent; 0: so many as fit into 48 MB per worker.
+    momentum_policy: the clients' (algorithm.momentum-policy); under "local" the server keeps every client's u.
     slow_momentum, slow_lr: α and η of SlowMo, a server step on top; γ is the clients' metric `lr`, else `lr`.
     evaluate_clients: whether `start` also asks all nodes to evaluate after each round.
 
@@ -74,6 +86,7 @@ class PRSGDM(Strategy):
         slow_momentum: float = 0.0,
         slow_lr: float = 1.0,
         lr: float = 1.0,
+        momentum_policy: str = "average",
         evaluate_clients: bool = False,
         weighted_by_key: str = WEIGHT,
     ) -> None:
@@ -89,8 +102,11 @@ class PRSGDM(Strategy):
         self.slow_momentum, self.slow_lr, self.lr = slow_momentum, slow_lr, lr
         self.slow: Tree = {}  # SlowMo's u_s
         self.evaluate_clients = evaluate_clients
+        self.keeps_rows = MOMENTUM_POLICIES[momentum_policy].keeps_rows
         self.rows: dict[int, Tree] = {}  # {client: its own u}, sent along where there are any (policy "local")
         self._expected: Tree = {}  # what the updates of this round must look like
+        self._asked: dict[int, list[int]] = {}  # {node: clients} of this round's training
+        self._judging: dict[int, list[int]] | None = None  # {node: clients} of this round's evaluation
 
     def summary(self) -> None:
         log(INFO, "\t├──> %d clients in all", self.clients.num_clients)
@@ -110,12 +126,16 @@ class PRSGDM(Strategy):
         """The same, each made as it goes out."""
         if not self.clients.holders:
             self.clients.learn(grid)
-        self._expected = unpack(arrays)
+        self._expected, self._asked = unpack(arrays), {}
+        if self.keeps_rows and not self.rows:
+            zeros = zeros_like(unflatten(self._expected).momentum)
+            self.rows = dict.fromkeys(range(self.clients.num_clients), zeros)
         chosen = set(self.cohort(server_round - 1).tolist())
         for holder in self.clients.holders:
             clients = [client for client in holder.clients if client in chosen]
             if not clients:
                 continue
+            self._asked[holder.node_id] = clients
             asked = ConfigRecord({**config, "server-round": server_round, "clients": clients})
             content = {ARRAYS: arrays, CONFIG: asked}
             if self.rows:
@@ -127,7 +147,8 @@ class PRSGDM(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Weighted means of the replies, in the order in which they come; failures as `on_failure` says."""
-        trained = self._average(server_round, map(self._accept, self.clients.answered(server_round, replies)))
+        updates = self.clients.answered(server_round, self._asked, replies, self._accept)
+        trained = self._average(server_round, updates)
         return pack(flatten(trained.state)), MetricRecord(trained.metrics)
 
     def configure_evaluate(
@@ -139,19 +160,15 @@ class PRSGDM(Strategy):
         if not self.clients.holders:
             self.clients.learn(grid)
         content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({**config, "server-round": server_round})})
-        node_ids = [holder.node_id for holder in self.clients.holders]
-        return [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node_id) for node_id in node_ids]
+        self._judging = {holder.node_id: list(holder.clients) for holder in self.clients.holders}
+        return [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node_id) for node_id in self._judging]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means of the replies' metrics by their weights; None where nobody was asked."""
-        total, sums = 0.0, dict[str, float]()
-        for reply in self.clients.answered(server_round, replies):
-            metrics = dict(next(iter(reply.content.metric_records.values())))
-            weight = float(metrics.pop(self.weighted_by_key))
-            total += weight
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + weight * float(value)
-        return MetricRecord({name: value / total for name, value in sums.items()}) if total else None
+        asked, self._judging = self._judging, None
+        accept_one = partial(accept_metrics, weighted_by_key=self.weighted_by_key)
+        means = mean_metrics(self.clients.answered(server_round, asked, replies, accept_one))
+        return None if means is None else MetricRecord(dict(means))
 
     def start(
         self,
@@ -175,6 +192,7 @@ class PRSGDM(Strategy):
         result, arrays = Result(), initial_arrays
         result.arrays = arrays
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        self.keeps_rows |= bool(self.rows)
         self.slow = slow or zeros_like(unflatten(unpack(arrays)).params)
         if evaluate_fn and first_round == 1 and (measured := evaluate_fn(0, arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = measured
@@ -186,6 +204,7 @@ class PRSGDM(Strategy):
             log(INFO, "[ROUND %s/%s] %s", number, num_rounds, dict(metrics))
             messages = self.configure_evaluate(number, arrays, evaluate_config, grid)
             replies = self.clients.exchange(grid, number, messages, arrays, timeout=timeout)
+            self._judging = None  # the exchange above has met the failures
             if (judged := self.aggregate_evaluate(number, replies)) is not None:
                 result.evaluate_metrics_clientapp[number] = judged
             if evaluate_fn and (measured := evaluate_fn(number, arrays)) is not None:
@@ -212,7 +231,10 @@ class PRSGDM(Strategy):
         return self._average(server_round, updates, on_update)
 
     def _accept(self, reply: Message) -> Update:
-        return accept(reply, self._expected, self.weighted_by_key)
+        clients, rows = self._asked.get(reply.metadata.src_node_id, []), None
+        if self.rows and clients:
+            rows = {name: u.expand(len(clients), *u.shape) for name, u in self.rows[clients[0]].items()}
+        return accept(reply, self._expected, self.weighted_by_key, clients=clients, rows=rows)
 
     def _average(
         self,
@@ -227,6 +249,9 @@ class PRSGDM(Strategy):
             for name, value in update.metrics.items():
                 sums[name] = sums.get(name, 0.0) + update.weight * value
             answers.append(Answer(update.weight, update.about, update.rows))
+            if self.keeps_rows and update.rows:
+                for place, client in enumerate(update.about["clients"]):
+                    self.rows[client] = {name: u[place].clone() for name, u in update.rows.items()}
             num_clients += len(update.about.get("clients", [0]))
             on_update(update)
             del update

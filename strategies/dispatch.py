@@ -5,11 +5,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from logging import WARNING
 from typing import Any
 
 from flwr.app import Message
+from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
+_PUSHES = 3  # of the same messages, before it is an error
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.005, 0.5  # seconds between two looks at a Grid that cannot call back
 
 
@@ -35,6 +39,12 @@ Accept = Callable[[Message], Any]
 Again = Callable[[Exchange], Message | None]
 
 
+def anew(message: Message, node_id: int) -> Message:
+    """The same message to a node: another one, because its id comes with it and is not taken twice."""
+    old = message.metadata
+    return Message(message.content, node_id, old.message_type, ttl=old.ttl, group_id=old.group_id)
+
+
 def exchange(
     grid: Grid,
     messages: Iterable[Message],
@@ -47,7 +57,8 @@ def exchange(
     """Send `messages` and give each with its answer, in their order.
 
     At most `window` of them are between the oldest unanswered one and the newest sent, so memory does not grow with
-    their number. No reply within `timeout` seconds (0: no limit) is a failure, like an error or a refused reply.
+    their number. No reply within `timeout` seconds (0: no limit) is a failure, like an error or a refused reply; on a
+    Grid that says how many workers serve its nodes, so many seconds for every message that its worker has before it.
     """
     source = iter(messages)
     slots: deque[Exchange] = deque()
@@ -91,16 +102,33 @@ def _push(grid: Grid, slots: list[Exchange], pending: dict[str, Exchange], timeo
             sent.append(slot)
         if not sent:
             return
-        ids: list[str | None] = list(grid.push_messages([slot.message for slot in sent]))
+        ids = _ids_of(grid, sent)
         ids += [None] * (len(sent) - len(ids))  # a Grid that refuses a whole request gives no ids
+        workers = getattr(grid, "num_workers", 0)
         for slot, message_id in zip(sent, ids, strict=True):
             slot.tries += 1
-            slot.deadline = time.monotonic() + timeout if timeout else float("inf")
+            # Where few workers serve all nodes, a message waits in line for its turn: that is not its client's time.
+            turns = 1 + len(pending) // workers if workers else 1
+            slot.deadline = time.monotonic() + turns * timeout if timeout else float("inf")
             if message_id is None:
                 slot.failure = "the message was not taken (is it too large?)"
             else:
                 pending[message_id] = slot
         slots = [slot for slot in sent if slot.failure]
+
+
+def _ids_of(grid: Grid, slots: list[Exchange]) -> list[str | None]:
+    """Hand the messages over. A SuperLink that restarts in the middle forgets the half it has: they go out anew."""
+    for left in reversed(range(_PUSHES)):
+        try:
+            return list(grid.push_messages([slot.message for slot in slots]))
+        except ObjectPushError as error:
+            if not left:
+                raise
+            log(WARNING, "%s They are sent again.", error)
+            for slot in slots:
+                slot.message = anew(slot.message, slot.message.metadata.dst_node_id)
+    raise AssertionError
 
 
 def _collect(grid: Grid, pending: dict[str, Exchange], accept: Accept) -> list[Exchange]:

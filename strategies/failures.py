@@ -1,6 +1,6 @@
 """What happens when a client fails: a policy, never silence."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import WARNING
 from typing import Any
@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedmom.config import ON_FAILURE
 from fedmom.errors import ClientsFailedError, unknown
-from strategies.dispatch import Exchange, exchange
+from strategies.dispatch import Exchange, anew, exchange
 from strategies.holders import Holder, learn_holders
 from strategies.updates import CONFIG
 
@@ -39,9 +39,9 @@ class Clients:
         if self.on_failure not in ON_FAILURE:
             raise unknown("on_failure", self.on_failure, ON_FAILURE)
 
-    def learn(self, grid: Grid) -> None:
-        """Find out which node holds which clients."""
-        self.holders = learn_holders(grid, self.num_clients, wait_seconds=self.wait_seconds)
+    def learn(self, grid: Grid, question: dict[str, Any] | None = None) -> None:
+        """Find out which node holds which clients, and what it answers to a question besides."""
+        self.holders = learn_holders(grid, self.num_clients, wait_seconds=self.wait_seconds, question=question)
 
     def exchange(
         self,
@@ -67,18 +67,42 @@ class Clients:
         )
         return (one.answer for one in done if one.answer is not None)
 
-    def answered(self, server_round: int, replies: Iterable[Message]) -> Iterator[Message]:
-        """Of replies that somebody else collected, those without an error; an error stops unless policy is proceed."""
+    def answered(
+        self,
+        server_round: int,
+        asked: Mapping[int, Sequence[int]] | None,
+        replies: Iterable[Message],
+        accept: Callable[[Message], Any] = lambda reply: reply,
+    ) -> Iterator[Any]:
+        """What `accept` made of replies that somebody else collected; `asked`: {node: the clients it was asked for}.
+
+        An error, a refused update, a node that did not answer and one that answers unasked or twice stop the run unless
+        the policy is "proceed": there is no asking again from here. asked None: what was missing has been met before.
+        """
+        missing = dict(asked or {})
         for reply in replies:
-            if not reply.has_error():
-                yield reply
-                continue
             node_id = reply.metadata.src_node_id
-            clients = [client for holder in self.holders if holder.node_id == node_id for client in holder.clients]
-            reason = _named(server_round, node_id, clients, reply.error.reason or f"error {reply.error.code}")
-            if self.on_failure != "proceed":
-                raise ClientsFailedError(reason)
-            log(WARNING, "%s; the round goes on without", reason)
+            if asked is not None and node_id not in missing:
+                self._without(_named(server_round, node_id, [], "its reply answers nothing that it was asked"))
+                continue
+            clients = missing.pop(node_id, [])
+            if reply.has_error():
+                self._without(_named(server_round, node_id, clients, reply.error.reason or f"error {reply.error.code}"))
+                continue
+            try:
+                answer = accept(reply)
+            except ValueError as error:
+                self._without(_named(server_round, node_id, clients, str(error)))
+                continue
+            yield answer
+        for node_id, clients in missing.items():
+            self._without(_named(server_round, node_id, clients, "no reply"))
+
+    def _without(self, reason: str) -> None:
+        """Go on without a client if the policy is "proceed"; else ClientsFailedError."""
+        if self.on_failure != "proceed":
+            raise ClientsFailedError(reason)
+        log(WARNING, "%s; the round goes on without", reason)
 
     def enough(self, server_round: int, answered: int) -> None:
         """Raises ClientsFailedError where too few clients answered for a round."""
@@ -95,7 +119,7 @@ class Clients:
         clients = clients or [c for holder in self.holders if holder.node_id == node_id for c in holder.clients]
         reason = _named(server_round, node_id, clients, failed.failure)
         if self.on_failure == "proceed":
-            log(WARNING, "%s; the round goes on without", reason)
+            self._without(reason)
             return None
         if self.on_failure == "stop" or failed.tries > self.retries:
             raise ClientsFailedError(reason + (f" ({failed.tries} tries)" if failed.tries > 1 else ""))
@@ -103,7 +127,7 @@ class Clients:
         if node_id not in set(grid.get_node_ids()):  # it may be back under another id
             self.learn(grid)
             node_id = next(holder.node_id for holder in self.holders if set(clients) <= set(holder.clients))
-        return Message(content, message_type=metadata.message_type, dst_node_id=node_id)
+        return anew(failed.message, node_id)
 
 
 def _named(server_round: int, node_id: int, clients: Sequence[int], reason: str) -> str:

@@ -1,7 +1,8 @@
 """Who holds which client: node ids are random, so the server asks, once."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -22,22 +23,33 @@ class Holder(NamedTuple):
 
     node_id: int
     clients: tuple[int, ...]  # ascending
+    about: Mapping[str, Any] = MappingProxyType({})  # what else it answered
 
 
-def learn_holders(grid: Grid, num_clients: int, *, wait_seconds: float, timeout: float = 0.0) -> list[Holder]:
+def learn_holders(
+    grid: Grid,
+    num_clients: int,
+    *,
+    wait_seconds: float,
+    timeout: float = 0.0,
+    question: dict[str, Any] | None = None,
+) -> list[Holder]:
     """Every client's node, in the order of clients; waits until all of 0 … N − 1 are there.
 
     Raises InputError naming the first client that no node, or more than one node, holds.
     """
-    begin, found = time.monotonic(), dict[int, tuple[int, ...]]()
+    begin, found, about = time.monotonic(), dict[int, tuple[int, ...]](), dict[int, dict[str, Any]]()
     told = begin
     while True:
         connected = set(grid.get_node_ids())
         found = {node: clients for node, clients in found.items() if node in connected}
         reasons = []
-        for node_id, answer, done in ask(grid, sorted(connected - set(found)), {}, timeout=timeout):
+        # A node that never answers must not take longer than all may.
+        left = max(1.0, wait_seconds - (time.monotonic() - begin))
+        new = sorted(connected - set(found))
+        for node_id, answer, done in ask(grid, new, question or {}, timeout=timeout or left):
             if answer is not None:
-                found[node_id] = tuple(sorted(answer["clients"]))
+                found[node_id], about[node_id] = tuple(sorted(answer["clients"])), dict(answer)
                 continue
             reasons.append(f"node {node_id}: {done.failure or 'it answered without its clients'}")
             if done.code in _ITS_OWN_FAULT or not done.failure:
@@ -56,7 +68,8 @@ def learn_holders(grid: Grid, num_clients: int, *, wait_seconds: float, timeout:
             beyond = [client for client in owner if client >= num_clients]
             if beyond:
                 raise InputError(f"client {beyond[0]}: data.num-clients = {num_clients}")
-            return sorted((Holder(*item) for item in found.items() if item[1]), key=lambda held: held.clients)
+            holders = (Holder(node_id, held, about[node_id]) for node_id, held in found.items() if held)
+            return sorted(holders, key=lambda holder: holder.clients)
         if time.monotonic() - begin > wait_seconds:
             why = f" ({reasons[0]})" if reasons else ""
             raise InputError(

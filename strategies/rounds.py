@@ -9,9 +9,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedmom.averaging import WeightedMean
-from fedmom.engine import Outcome, Progress, Round
 from fedmom.errors import ClientsFailedError
 from fedmom.objective import Task
+from fedmom.rounds import Outcome, Progress, Round
 from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
 from strategies.averaging import PRSGDM, SPREADS, Answer
 from strategies.failures import Clients
@@ -127,7 +127,9 @@ def _outcome(
             ]
     momentum = None
     if job.momentum is not None:
-        momentum = {n: torch.cat([answer.rows[n] for answer in answers if answer.rows]) for n in job.momentum}
+        own = [answer for answer in answers if answer.rows]
+        order = torch.tensor([place[client] for answer in own for client in answer.about["clients"]]).argsort()
+        momentum = {n: torch.cat([answer.rows[n] for answer in own])[order] for n in job.momentum}
     return Outcome(
         mean=to_device(state, task.device),
         train_loss=metrics["train_loss"],

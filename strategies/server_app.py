@@ -1,28 +1,34 @@
 """The ServerApp: a run config becomes a run of fedmom whose rounds are exchanges over Flower's Grid."""
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from fedmom.config import Config, replace
-from fedmom.engine import Rounds
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.node import settled
 from fedmom.objective import Task
 from fedmom.progress import callbacks
+from fedmom.records import ENDED, write_text
 from fedmom.report import finished
+from fedmom.rounds import Rounds
 from fedmom.runner import Callback, is_heard, run
+from fedmom.state import num_bytes
 from fedmom.train import Plan
 from strategies.averaging import PRSGDM
 from strategies.failures import Clients
+from strategies.gossip import DSGDM, RelayRounds
 from strategies.holders import ask
+from strategies.local import LocalClassification, local_task
 from strategies.rounds import AveragingRounds, StockRounds
 from strategies.stock import make_stock
 
@@ -48,6 +54,11 @@ def main(grid: Grid, context: Context) -> None:
         # In full: this is the SuperLink's directory, which need not be the one of whoever reads the stream.
         out = out or ("" if where.resume else str(Path("runs").resolve() / f"flower-{datetime.now():%Y%m%d-%H%M%S}"))
         followers = callbacks(Console(highlight=False, width=160), quiet=False)
+        (Path(where.resume or out) / ENDED).unlink(missing_ok=True)
+    known, task = None, None
+    if config.data.dataset == "local":
+        known = _clients(config)
+        task = partial(local_task, grid, known)
     # Flower's own line for every round would tear the progress bar; its warnings stay.
     with flower_logs(logging.WARNING if is_heard() else logging.INFO):
         result = run(
@@ -55,9 +66,11 @@ def main(grid: Grid, context: Context) -> None:
             out=out or None,
             resume=where.resume or None,
             callbacks=followers,
-            rounds=partial(make_rounds, grid),
+            rounds=partial(make_rounds, grid, known),
+            task=task,
         )
     if followers and result.folder:
+        write_text(result.folder / ENDED, json.dumps({"status": result.status, "message": result.message}) + "\n")
         for line in finished(result.folder, result.rounds):
             print(line, flush=True)
     if result.status != "done":
@@ -76,13 +89,28 @@ def flower_logs(level: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def make_rounds(grid: Grid, config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
-    """The rounds on this Grid, and the configuration with what a node chose where the engine's path was left open."""
+def _clients(config: Config) -> Clients:
+    """All clients, before anything is known of a run but its configuration."""
+    keys = config.server
+    return Clients(
+        config.data.num_clients, keys.on_failure, keys.min_clients, keys.retries, keys.window, keys.wait_seconds
+    )
+
+
+def make_rounds(
+    grid: Grid, known: Clients | None, config: Config, task: Task, plan: Plan
+) -> tuple[Config, Rounds, list[str]]:
+    """The rounds on this Grid, and the configuration with what a node chose where the engine's path was left open.
+
+    `known`: who holds which client, where the nodes have been asked before.
+    """
     keys, num_clients, method = config.server, config.data.num_clients, plan.method
     if keys.min_clients > plan.cohort_size:
         raise InputError(
             f"server.min-clients = {keys.min_clients}: only {plan.cohort_size} clients take part in a round"
         )
+    if plan.topology is not None:
+        return _relay(grid, known, config, task, plan)
     strategy = PRSGDM(
         num_clients,
         cohort_size=plan.cohort_size,
@@ -95,9 +123,9 @@ def make_rounds(grid: Grid, config: Config, task: Task, plan: Plan) -> tuple[Con
         wait_seconds=keys.wait_seconds,
     )
     clients = strategy.clients
-    clients.learn(grid)
-    config = _settle_path(grid, clients, config, keys.timeout_seconds)
-    asked = {"path": config.engine.path, "chunk-size": config.engine.chunk_size}
+    facts = _learn(grid, clients, known, task)
+    config = _settle_path(grid, clients, config, keys.timeout_seconds, facts)
+    asked = {"path": config.engine.path, "chunk-size": config.engine.chunk_size, **facts}
     blocks = max(len(holder.clients) for holder in clients.holders)
     notes = [f"{len(clients.holders)} Flower nodes, at most {blocks} client{'s' * (blocks > 1)} each"]
     if keys.strategy == "pr-sgd-m":
@@ -108,13 +136,47 @@ def make_rounds(grid: Grid, config: Config, task: Task, plan: Plan) -> tuple[Con
     return config, StockRounds(stock, clients, grid, task, asked, keys.timeout_seconds), notes
 
 
-def _settle_path(grid: Grid, clients: Clients, config: Config, timeout: float) -> Config:
-    """Where the path is left to timing one node decides for all, so that a resumed run takes the same."""
-    engine = config.engine
-    if engine.path == "loop" or (engine.path == "vmap" and engine.chunk_size):
+def _learn(grid: Grid, clients: Clients, known: Clients | None, task: Task) -> dict[str, Any]:
+    """Who holds which client, unless that is known; and what every message to a client must say of the data."""
+    if known is None:
+        clients.learn(grid)
+    else:
+        clients.holders = known.holders
+    return task.facts if isinstance(task, LocalClassification) else {}
+
+
+def _relay(
+    grid: Grid, known: Clients | None, config: Config, task: Task, plan: Plan
+) -> tuple[Config, Rounds, list[str]]:
+    """Algorithm 2: this server holds the rows and relays them."""
+    assert plan.topology is not None
+    keys = config.server
+    strategy = DSGDM(
+        plan.topology,
+        plan.method,
+        on_failure=keys.on_failure,
+        min_clients=keys.min_clients,
+        retries=keys.retries,
+        window=keys.window,
+        wait_seconds=keys.wait_seconds,
+    )
+    facts = _learn(grid, strategy.clients, known, task)
+    config = _settle_path(grid, strategy.clients, config, keys.timeout_seconds, facts)
+    asked = {"path": config.engine.path, "chunk-size": config.engine.chunk_size, **facts}
+    size = len(task.sizes) * sum(map(num_bytes, task.start())) / 1e6
+    notes = [
+        f"{len(strategy.clients.holders)} Flower nodes; Flower has no links between them, so this server relays: it "
+        f"holds x and u of all {len(task.sizes)} clients, {size:,.1f} MB"
+    ]
+    return config, RelayRounds(strategy, grid, task, asked, keys.timeout_seconds), notes
+
+
+def _settle_path(grid: Grid, clients: Clients, config: Config, timeout: float, facts: dict[str, Any]) -> Config:
+    """One node decides for all, so that a resumed run takes the same; it also compares a path that was given."""
+    if config.engine.path == "loop":
         return config
     largest = max(clients.holders, key=lambda holder: len(holder.clients))
-    for node_id, answer, done in ask(grid, [largest.node_id], {"engine": True}, timeout=timeout):
+    for node_id, answer, done in ask(grid, [largest.node_id], {"engine": True, **facts}, timeout=timeout):
         if answer is None or "path" not in answer:
             raise InputError(f"node {node_id}: {done.failure or 'it did not say how its engine runs'}")
         return replace(config, "engine", path=answer["path"], chunk_size=answer["chunk-size"])

@@ -1,6 +1,6 @@
 """Flower's own strategies on our clients, by name: `[server] strategy = "fedavgm"`.
 
-They see every array of a reply, so what they do to the model x they do to the momentum u as well: docs/method.md
+They see every array of a reply, so what they do to the model x they do to the momentum u as well: docs/flower.md
 says what each then averages.
 """
 
@@ -71,6 +71,12 @@ def make_stock(config: Config, start: ClientState, holders: Iterable[Holder]) ->
     if blocks and algorithm.cohort_size < config.data.num_clients:
         raise InputError(
             f"{named}: takes whole nodes, so algorithm.cohort-size = {algorithm.cohort_size} needs one client per node"
+        )
+    fewest = 2 * keys.num_malicious + 3
+    if name == "krum" and algorithm.cohort_size < fewest:
+        raise InputError(
+            f"server.num-malicious = {keys.num_malicious}: Krum needs at least {fewest} clients in a round (2m + 3: "
+            f"Blanchard et al., 2017), algorithm.cohort-size = {algorithm.cohort_size}"
         )
     if stock.moves_buffers and start.buffers:
         raise InputError(

@@ -1,7 +1,7 @@
 """What a client's reply must be: arrays of the right names and shapes, finite, and one MetricRecord with the weight."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flwr.app import Array, ArrayRecord, Message
@@ -38,9 +38,17 @@ class Update(NamedTuple):
     reply: Message
 
 
-def accept(reply: Message, expected: Tree, weighted_by_key: str = WEIGHT) -> Update:
+def accept(
+    reply: Message,
+    expected: Tree,
+    weighted_by_key: str = WEIGHT,
+    *,
+    clients: Sequence[int] = (),
+    rows: Tree | None = None,
+) -> Update:
     """A reply's content, checked against the tensors that were sent ({} checks no shapes).
 
+    clients: those asked for, if the reply must be theirs; rows: what their own rows [k, ...] must look like.
     Raises ValueError naming the tensor that is missing, misshapen or not finite.
     """
     content = reply.content
@@ -52,19 +60,49 @@ def accept(reply: Message, expected: Tree, weighted_by_key: str = WEIGHT) -> Upd
         raise ValueError(f"its weight {weighted_by_key!r} is {weight}, must be > 0")
     tensors = unpack(content.array_records[ARRAYS])
     expected = expected or tensors
-    for name in {**expected, **tensors}:
-        if name not in tensors or name not in expected:
-            raise ValueError(f"its update {'lacks' if name in expected else 'has an unknown'} {name}")
-        value, right = tensors[name], expected[name]
-        if value.shape != right.shape or value.dtype != right.dtype:
-            got, wanted = (f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, right))
-            raise ValueError(f"its update has {name} as {got}, must be {wanted}")
-        # The sum of finite numbers is finite but for overflow, and costs a quarter of looking at each.
-        if value.is_floating_point() and not (value.sum().isfinite() or value.isfinite().all()):
-            raise ValueError(f"its update has NaN or infinite numbers in {name} (does a smaller lr help?)")
-    rows = unpack(content.array_records[ROWS]) if ROWS in content.array_records else None
+    _check("update", tensors, expected)
     about = dict(content.config_records.get(ABOUT, {}))
+    if clients and "clients" in about and list(about["clients"]) != list(clients):
+        raise ValueError(f"its reply is of clients {list(about['clients'])[:5]}, which it was not asked for")
+    own = unpack(content.array_records[ROWS]) if ROWS in content.array_records else None
+    if rows is not None:
+        _check("clients' own momentum", own or {}, rows)
     scalars = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
     # In the order of what was sent, which a message need not keep: sums over tensors must not depend on it.
     state = unflatten({name: tensors[name] for name in expected})
-    return Update(state, float(weight), scalars, about, rows, reply)
+    return Update(state, float(weight), scalars, about, own, reply)
+
+
+def accept_metrics(reply: Message, weighted_by_key: str = WEIGHT) -> tuple[float, dict[str, float]]:
+    """(weight, metrics) of a reply to an evaluation. Raises ValueError where it has no such record."""
+    if len(reply.content.metric_records) != 1:
+        raise ValueError("its reply must have one MetricRecord")
+    metrics = dict(next(iter(reply.content.metric_records.values())))
+    weight = metrics.pop(weighted_by_key, None)
+    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise ValueError(f"its weight {weighted_by_key!r} is {weight}, must be >= 0")
+    return float(weight), {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
+
+
+def mean_metrics(measured: Iterable[tuple[float, dict[str, float]]]) -> dict[str, float] | None:
+    """The metrics' means by their weights; None where nobody has any."""
+    total, sums = 0.0, dict[str, float]()
+    for weight, metrics in measured:
+        total += weight
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + weight * value
+    return {name: value / total for name, value in sums.items()} if total else None
+
+
+def _check(what: str, tensors: Tree, expected: Tree) -> None:
+    """Raises ValueError for a tensor that is missing, unknown, misshapen, of another dtype or not finite."""
+    for name in {**expected, **tensors}:
+        if name not in tensors or name not in expected:
+            raise ValueError(f"its {what} {'lacks' if name in expected else 'has an unknown'} {name}")
+        value, right = tensors[name], expected[name]
+        if value.shape != right.shape or value.dtype != right.dtype:
+            got, wanted = (f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, right))
+            raise ValueError(f"its {what} has {name} as {got}, must be {wanted}")
+        # The sum of finite numbers is finite but for overflow, and costs a quarter of looking at each.
+        if value.is_floating_point() and not (value.sum().isfinite() or value.isfinite().all()):
+            raise ValueError(f"its {what} has NaN or infinite numbers in {name} (does a smaller lr help?)")

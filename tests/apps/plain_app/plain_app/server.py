@@ -12,6 +12,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     if context.run_config["mode"] == "ill":
         raise RuntimeError("the server is ill")
+    if context.run_config["mode"] == "done":
+        raise SystemExit("there is no data folder")
     messages = [Message(RecordDict(), node_id, "query") for node_id in grid.get_node_ids()]
     replies = list(grid.send_and_receive(messages))
     partitions = sorted(int(reply.content["who"]["partition-id"]) for reply in replies)

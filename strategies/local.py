@@ -1,0 +1,59 @@
+"""Clients whose data nobody else has: the server learns their sizes, and has them evaluate where it has no test set."""
+
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedmom.config import Config
+from fedmom.errors import ClientsFailedError
+from fedmom.local_data import Common, Facts, agreed, as_record, none_of, read_server
+from fedmom.objective import Classification
+from fedmom.setup import classification
+from fedmom.state import ClientState, flatten
+from strategies.failures import Clients
+from strategies.updates import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack
+
+
+class LocalClassification(Classification):
+    """The clients' objectives as the server sees them: sizes, and a test set of its own or the clients'."""
+
+    facts: dict[str, Any] = {}  # what every message to a client must say  # noqa: RUF012
+    asks: "tuple[Grid, Clients, Common, float] | None" = None  # whom to ask for an evaluation, where it must
+
+    def evaluate(self, state: ClientState) -> dict[str, float]:
+        """{"test_loss", "test_accuracy"}: on the server's test examples, else on all clients' together."""
+        if self.asks is None:
+            return super().evaluate(state)
+        grid, clients, common, timeout = self.asks
+        arrays = pack(flatten(state))
+        nodes = [holder.node_id for holder in clients.holders if common.test_sizes[holder.clients[0]]]
+        content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(dict(self.facts))})
+        messages = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node) for node in nodes]
+        try:
+            means = mean_metrics(clients.exchange(grid, 0, messages, arrays, timeout=timeout, accept=accept_metrics))
+        except ClientsFailedError as error:
+            raise ClientsFailedError(str(error).replace("round 0: ", "the evaluation: ", 1)) from None
+        if means is None:
+            raise ClientsFailedError("the evaluation: no client with test examples answered")
+        return {name: means[name] for name in self.measures}
+
+
+def local_task(grid: Grid, clients: Clients, config: Config) -> LocalClassification:
+    """Ask every node for its facts (`clients` then knows its holders), and make the server's side of the task.
+
+    Raises InputError where clients' examples do not fit together.
+    """
+    clients.learn(grid, {"facts": True})
+    facts = []
+    for holder in clients.holders:
+        fields = {name: holder.about[name.replace("_", "-")] for name in Facts._fields}
+        facts.append(Facts(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
+    server = read_server(config.data.data_dir, config.data.classes)
+    common = agreed(facts, server)
+    task = classification(config, config.engine.device, *none_of(common, server), LocalClassification)
+    assert isinstance(task, LocalClassification)
+    task.facts = as_record(common)
+    if server is None:
+        task.asks = (grid, clients, common, config.server.timeout_seconds)
+    return task
