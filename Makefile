@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Two test processes with one torch thread each: more threads than cores spin waiting for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: help setup quickstart test test-slow test-container check format clean
+.PHONY: help setup quickstart comparison site test test-slow test-container test-rest check format clean
 
 help:
 	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
+	@echo "make comparison   set up, sweep over I and momentum policy on real digits: tables, figures, report.html"
 	@echo "make test         set up, run the fast tests"
+	@echo "make site         the documentation as a site, in build/site"
 	@echo "make check        ruff, mypy and the fast tests"
 	@echo "make test-slow    the slow tests;  make test-container: those that need a Docker engine"
 
@@ -24,6 +26,18 @@ setup: $(VENV)/.ready
 quickstart: setup
 	$(BIN)/fedmom run configs/quickstart.toml
 
+SWEEP := runs/comparison
+
+comparison: setup
+	$(BIN)/fedmom sweep configs/comparison.toml --grid algorithm.num-local-steps=1,4,16 \
+		--grid algorithm.momentum-policy=average,local,reset --seeds 3 --workers 2 --out $(SWEEP)
+	$(BIN)/fedmom compare $(SWEEP)
+	$(BIN)/fedmom report $(SWEEP)
+
+site: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
+
 test: setup
 	$(PYTEST)
 
@@ -33,6 +47,9 @@ test-slow: setup
 # pytest's exit status 5 says that no test was collected: there is nothing to run, and that is no failure.
 test-container: setup
 	$(PYTEST) -m container || test $$? -eq 5
+
+test-rest: setup
+	$(PYTEST) -m "slow or container"
 
 check: setup
 	$(BIN)/ruff check .

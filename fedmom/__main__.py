@@ -2,8 +2,11 @@
 
 import sys
 
+from fedmom.allocator import keep_freed_memory
+
 
 def main() -> None:
+    keep_freed_memory()
     try:
         from fedmom.cli import call  # seconds, most of them torch: Ctrl-C may come within
     except KeyboardInterrupt:

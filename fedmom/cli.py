@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -14,26 +13,43 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from typer.core import TyperGroup
 
-from fedmom import pictures, tables
-from fedmom.config import KEYS, load, parse_sets, toml_scalar
+from fedmom import pictures, results_cli, tables
+from fedmom.bench import as_rows, bench
+from fedmom.config import KEYS, load, parse_sets, replace, toml_scalar
 from fedmom.datasets import DATASETS, download
+from fedmom.deploy.cli import app as deploy_app
 from fedmom.errors import InputError
 from fedmom.executors import PoolOptions
 from fedmom.imports import one_line
 from fedmom.models import MODELS
 from fedmom.progress import Replies, callbacks
 from fedmom.ray_grid import simulate_app
-from fedmom.records import read_rounds
-from fedmom.report import draw_or_say_why, draw_report, finished
+from fedmom.report import draw_or_say_why
 from fedmom.resolve import resolve
-from fedmom.runner import Result, run_folders
 from fedmom.runner import run as run_config
-from fedmom.setup import load_task_data
-
-DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
-STATUS = {"done": DONE, "diverged": DIVERGED, "failed": FAILED, "interrupted": INTERRUPTED}
+from fedmom.runner import run_folders
+from fedmom.setup import load_task_data, topology_of
+from fedmom.sweep import Ended, best_table, cells_of, check, drawn, full, listed, metric_of, parse_grid, sweep
+from fedmom.terminal import (
+    BAD_INPUT,
+    DONE,
+    INTERRUPTED,
+    STATUS,
+    ConfigFile,
+    Out,
+    Quiet,
+    Resume,
+    Sets,
+    exit_status,
+    fresh_folder,
+    show_run,
+)
+from fedmom.topology import LARGEST_SPECTRUM
+from fedmom.topology_pictures import draw_topology
+from fedmom.trackers import TRACKERS, Tracking, make_trackers
 
 
 class Commands(TyperGroup):
@@ -45,7 +61,10 @@ class Commands(TyperGroup):
             sys.stdout.flush()
         except KeyboardInterrupt:
             raise click.Abort from None
-        except (BrokenPipeError, SystemExit):  # rich makes it a SystemExit, as in `fedmom run … | head`
+        except (BrokenPipeError, SystemExit) as end:
+            # rich makes it a SystemExit, as in `fedmom run … | head`; others are an app's own.
+            if isinstance(end, SystemExit) and not isinstance(end.__context__, BrokenPipeError):
+                raise
             # Nor will anybody read what is left in the buffer.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return INTERRUPTED
@@ -62,25 +81,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Sets = Annotated[
+app.add_typer(deploy_app)
+
+Tracks = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the config; may be repeated."),
+    typer.Option("--track", metavar="|".join(TRACKERS), help="Who else hears of every round; may be repeated."),
 ]
 
 
 @app.command()
 def run(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="A TOML file; configs/ holds complete ones.")
-    ] = None,
+    config: ConfigFile = None,
     sets: Sets = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The run folder (default: runs/NAME-TIME).")
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option("--resume", metavar="DIR", help="Go on with this run folder; CONFIG may be left out."),
-    ] = None,
+    out: Out = None,
+    resume: Resume = None,
     device: Annotated[
         str | None, typer.Option("--device", metavar="cpu|cuda|auto", help="Overrules engine.device.")
     ] = None,
@@ -92,7 +106,11 @@ def run(
         Path | None,
         typer.Option("--app", metavar="DIR", help="Backend simulation: the Flower app's folder (default: here)."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Event files in the run folder; the same as --track tensorboard.")
+    ] = False,
+    track: Tracks = None,
+    quiet: Quiet = False,
 ) -> int:
     """Run a configuration: train, record every round, draw the curves.
 
@@ -116,32 +134,19 @@ def run(
     console = Console(highlight=False)
     changes = [*(sets or ()), *([f"run.backend={backend}"] if backend else [])]
     if config is not None and run_folders(config, changes, out, resume) == (None, None):
-        out = _fresh_folder(config)
+        out = fresh_folder(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     followers = callbacks(console, quiet=quiet)
+    trackers = [*(track or ()), *(["tensorboard"] if tensorboard else [])]
+    if trackers:
+        followers.append(Tracking(trackers))
     result = run_config(
         config, sets=changes, out=out, resume=resume, device=device, callbacks=followers, app=flower_app
     )
-    return _finish(result, console, quiet)
-
-
-def _fresh_folder(config: Path) -> Path:
-    name = f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    free = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000))
-    return next(path for path in free if not path.exists())
-
-
-def _finish(result: Result, console: Console, quiet: bool) -> int:
-    """Draw the curves, print the table, say where everything is, and give the exit status."""
     assert result.folder is not None
-    lines = finished(result.folder, result.rounds, console.width if console.is_terminal else None)
-    for line in lines[-1:] if quiet else lines:
-        console.print(line, soft_wrap=True, markup=False)
-    if result.status != "done":
-        print(f"fedmom: {result.message}", file=sys.stderr)
-        if result.status in ("interrupted", "failed"):
-            print(f"fedmom: go on with: fedmom run --resume {result.folder}", file=sys.stderr)
-    return STATUS[result.status]
+    show_run(result.folder, result.rounds, console, quiet=quiet)
+    ours = result.config.server.strategy == "pr-sgd-m"  # Flower's keep state that no checkpoint holds
+    return exit_status(result.status, result.message, f"fedmom run --resume {result.folder}" if ours else "")
 
 
 @app.command(name="simulate-app")
@@ -174,7 +179,8 @@ def simulate_flower_app(
             folder, num_nodes=num_clients, run_config=parse_sets(sets or ()), options=options, on_reply=replies.count
         )
     seconds = time.monotonic() - begin
-    console.print(f"{folder}: done in {seconds:.1f} s, {replies.number:,} replies of {num_clients:,} clients")
+    told = f"{replies.number:,} replies of {num_clients:,} clients{replies.failed()}"
+    console.print(f"{folder}: done in {seconds:.1f} s, {told}", soft_wrap=True, markup=False)
     return DONE
 
 
@@ -210,32 +216,131 @@ def partition(
     return DONE
 
 
-@app.command()
-def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where to write (default: the one run, or ./report).")
+@app.command("sweep")
+def sweep_command(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="SECTION.KEY=V,V,…", help="Values of a key; several make all combinations."),
     ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Run every combination with run.seed 0 … n − 1.", min=1)] = 1,
+    sets: Sets = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Holds the run folders (default: runs/NAME-sweep).")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", help="Runs at a time, each in its process.", min=1)] = 1,
+    ray: Annotated[
+        str, typer.Option("--ray", metavar="local|HOST:PORT", help="Runs on Ray actors, --workers of them.")
+    ] = "",
+    some: Annotated[
+        int, typer.Option("--random", metavar="N", help="That many combinations at random instead of all.", min=0)
+    ] = 0,
+    file: Annotated[
+        Path | None, typer.Option("--list", metavar="FILE.toml", help="Combinations from tables [[run]] instead.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option("--metric", help="A key of rounds.jsonl to rank by (default: accuracy, else loss).")
+    ] = "",
+    track: Tracks = None,
 ) -> int:
-    """Compare runs: curves on one picture, tables at equal rounds, equal joint epochs and equal bytes.
+    """Run a configuration with every combination of some keys and several seeds; rank the combinations.
 
-    fedmom report runs/average runs/reset --out comparison
+    fedmom sweep configs/quickstart.toml --grid algorithm.num-local-steps=1,4,16 --grid data.alpha=0.1,1 --seeds 3
+
+    Every run is an ordinary run folder in DIR. The same command again goes on where the last one stopped: what is done
+    is not run again.
     """
-    runs = []
-    # Folders of one name in different places are told apart by their paths.
-    same_name = len({folder.name for folder in folders}) < len(folders)
-    for folder in folders:
-        rounds = read_rounds(folder)
-        if not rounds:
-            raise InputError(f"{folder}: is not a run folder with finished rounds (no line in rounds.jsonl)")
-        runs.append(tables.RunHistory(str(folder) if same_name else folder.resolve().name, rounds))
-    target = out or (folders[0] if len(folders) == 1 else Path("report"))
-    print(tables.as_text(*tables.summary_table(runs)))
-    for axis, title in tables.AXES.items():
-        print(f"\nat equal {title}{'s' if title == 'round' else ''}")
-        print(tables.as_text(*tables.equal_table(runs, axis)))
-    draw_or_say_why(lambda: [print(path) for path in draw_report(runs, target).values()])
+    if bool(grid) == bool(file):
+        raise InputError("give --grid SECTION.KEY=V,V,… (once or more) or --list FILE.toml")
+    values = parse_grid(grid or ())
+    combinations = listed(file) if file else drawn(values, some, 0) if some else full(values)
+    cells = cells_of(combinations, range(seeds))
+    folder = out or Path("runs") / f"{config.stem}-sweep"
+    make_trackers(track or ())  # one that is not installed is said before anything runs
+    check(config, cells, folder, sets or ())
+    console, ended = Console(stderr=True, highlight=False), list[Ended]()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("runs", total=len(cells))
+        for one in sweep(config, cells, folder, sets=sets or (), workers=workers, ray=ray, track=track or ()):
+            ended.append(one)
+            bar.advance(task)
+            if one.status == "done":  # a wrong name is found at the first run's end, not at the last one's
+                metric = metric_of(folder / one.cell.name, metric)
+            if one.seconds or one.status != "done":
+                why = f": {one.message}" if one.message else f" in {one.seconds:.0f} s"
+                bar.console.print(f"{len(ended)}/{len(cells)} {one.cell.name}: {one.status}{why}")
+    if ended and ended[-1].status == "interrupted":
+        return _complain(f"interrupted; the same command goes on from {folder}", INTERRUPTED)
+    if metric:
+        print(tables.as_text(*best_table(ended, folder, metric)))
+    print(folder)
+    worst = [STATUS[one.status] for one in ended if one.status != "done"]
+    return max(worst, default=DONE)
+
+
+@app.command("bench")
+def bench_command(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    sets: Sets = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long to run rounds.", min=0.1)] = 10.0,
+) -> int:
+    """Measure how fast a configuration runs on this machine, how near to its limits, and where the time goes.
+
+    fedmom bench configs/fashion-mnist.toml --set algorithm.num-local-steps=16
+    """
+    loaded = load(config, sets or ())
+    console = Console(stderr=True)
+    with console.status("…") as status:
+        found = bench(resolve(loaded).config, seconds=seconds, progress=lambda text: status.update(f"{text} …"))
+    for note in found.notes:
+        print(note)
+    print(tables.as_text([str(config), ""], as_rows(found)))
     return DONE
+
+
+@app.command()
+def topology(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    sets: Sets = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture.")] = Path("topology.png"),
+) -> int:
+    """Show who would exchange with whom: checks, spectral gap, mixing time, and a picture of graph and spectrum.
+
+    fedmom topology configs/decentralized/ring.toml --set algorithm.topology=exponential --out exponential.png
+    """
+    loaded = load(config, sets or ())
+    settled = resolve(loaded._replace(config=replace(loaded.config, "algorithm", name="d-sgd-m"))).config
+    graph = topology_of(settled)
+    assert graph is not None
+    degrees = np.mean([matrix.out_degrees() for matrix in graph.matrices], axis=0)
+    links = sum(matrix.num_links() for matrix in graph.matrices) / graph.period
+    small = graph.num_clients <= LARGEST_SPECTRUM
+    far = graph.rounds_to(0.01) if small else float("inf")
+    rows = [
+        ["clients", f"{graph.num_clients:,}"],
+        ["W", "symmetric" if graph.is_symmetric else "directed"],
+        ["rounds in a period", f"{graph.period}"],
+        ["sends to, per round: min, mean, max", f"{degrees.min():g}, {degrees.mean():.3g}, {degrees.max():g}"],
+        ["rows sent per round, all clients", f"{links:,.5g} × (x and u)"],
+        ["doubly stochastic", "yes"],
+        ["connected", "yes" if len(graph.components) == 1 else f"no, {len(graph.components)} parts"],
+        ["|λ₂| per round", f"{graph.second_eigenvalue:.6g}" if small else tables.MISSING],
+        ["spectral gap 1 − |λ₂|", f"{graph.spectral_gap:.6g}" if small else tables.MISSING],
+        ["rounds until 1 % of disagreement", f"{far:,.0f}" if small and np.isfinite(far) else tables.MISSING],
+    ]
+    print(tables.as_text([graph.name, ""], rows))
+    for warning in graph.warnings:
+        print(f"fedmom: {warning}", file=sys.stderr)
+    if small:
+        draw_or_say_why(lambda: draw_topology(graph, out))
+        print(out)
+    return DONE
+
+
+app.command()(results_cli.compare)
+app.command()(results_cli.report)
+app.command()(results_cli.watch)
 
 
 @app.command()

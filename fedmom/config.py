@@ -21,11 +21,13 @@ import numpy as np
 from fedmom.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
 from fedmom.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.datasets import DATASETS
+from fedmom.engine import PATHS
 from fedmom.errors import InputError, unknown
 from fedmom.imports import is_spec
 from fedmom.models import MODELS, NORMS
 from fedmom.partition import PARTITIONS, QUANTITY_LAWS
 from fedmom.schedules import SCHEDULES, UNITS
+from fedmom.topology import FILES, TOPOLOGIES, WEIGHTS
 
 Scalar = str | bool | int | float
 Check = Callable[[Any], str | None]  # value -> what would be right, or None where it is
@@ -34,10 +36,24 @@ BACKENDS = {
     "simulation": "Flower's messages, on Ray actors here",
     "flower": "recorded of a run that `flwr run` started",
 }
+DTYPES = {
+    "auto": "float64 for quadratic, else float32",
+    "float32": "the usual",
+    "float64": "for checking laws",
+    "bfloat16": "half the memory and its traffic; numbers to three digits, so small steps are lost",
+}
+MATMULS = {
+    "float32": "exact to rounding",
+    "tf32": "on a GPU, factors rounded to 10 bits and several times as fast; nothing changes on a CPU",
+}
 ON_FAILURE = {
     "stop": "the run stops and names the client",
     "retry": "the client is asked again (server.retries times), then the run stops",
     "proceed": "the round's means are over the others, at least server.min-clients",
+}
+ON_LINK_FAILURE = {
+    "stop": "the run stops and names the link",
+    "skip": "both keep the weight of that link (symmetric W only)",
 }
 STRATEGIES = {
     "pr-sgd-m": "ours: model, momentum and buffers averaged in client order",
@@ -48,6 +64,7 @@ STRATEGIES = {
     "krum": "Flower's Krum",
     "dp-fedavg": "Flower's FedAvg with central differential privacy (fixed clipping at the server)",
 }
+OTHER_DATA = ("quadratic", "local")  # exact gradients; every client's own examples
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
 
 
@@ -71,8 +88,9 @@ def key(default: Scalar, doc: str, right: Check | Iterable[str] | None = None, a
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = key("digits", "see `fedmom datasets`", [*DATASETS, "quadratic"], "FILE.npz or module:function")
+    dataset: str = key("digits", "see `fedmom datasets`", [*DATASETS, *OTHER_DATA], "FILE.npz or module:function")
     data_dir: str = key("data", "folder (or .npz file) that holds the data set")
+    classes: str = key("", "local: names of image folders in the order of their labels, by ,")
     num_clients: int = key(20, "N", at_least(1))
     partition: str = key("dirichlet-client", "who gets which examples", PARTITIONS)
     alpha: float = key(0.3, "Dirichlet concentration; small is skewed", above(0))
@@ -113,11 +131,22 @@ class AlgorithmConfig:
     lr_min: float = key(0.0, "where schedule cosine ends", at_least(0))
     weight_decay: float = key(0.0, "λ, L2 penalty inside the gradient", at_least(0))
     momentum_policy: str = key("average", "what happens to u between rounds", MOMENTUM_POLICIES)
+    correction: str = key("none", "your own change of a client's gradient", ["none"], "module:function")
     client_weights: str = key("uniform", "weights of the averages of x and u", ["uniform", "samples"])
     running_var: str = key("pooled", "how BatchNorm variances are averaged", ["pooled", "mean"])
     cohort_size: int = key(0, "clients drawn per round; 0: all", at_least(0))
     slow_momentum: float = key(0.0, "α, server momentum on top (SlowMo); 0 with slow-lr 1: off", within(0, 1))
     slow_lr: float = key(1.0, "η, learning rate of the server's step (SlowMo)", above(0))
+    topology: str = key(
+        "complete", "d-sgd-m: who exchanges with whom", TOPOLOGIES, " or ".join(f"FILE{e}" for e in FILES)
+    )
+    mixing_weights: str = key("metropolis", "d-sgd-m: W of an undirected graph", WEIGHTS)
+    topology_degree: int = key(4, "random-regular: neighbours of each client", at_least(1))
+    topology_p: float = key(
+        0.0,
+        "erdos-renyi: probability of each link; 0: 2 ln N / N",
+        lambda p: None if 0 <= p <= 1 else "must be in [0, 1]",
+    )
 
 
 @dataclass(frozen=True)
@@ -126,18 +155,20 @@ class RunConfig:
     num_steps: int = key(0, "T, local steps in all, rounded up to whole rounds; 0: num-rounds × I", at_least(0))
     seed: int = key(0, "of data split, model, batches, cohorts", at_least(0))
     eval_every: int = key(1, "rounds between two evaluations (the last round always is)", at_least(1))
+    eval_clients: int = key(64, "d-sgd-m: clients whose own models are evaluated, evenly spaced; 0: all", at_least(0))
     checkpoint_every: int = key(10, "rounds between two checkpoints", at_least(1))
     backend: str = key("engine", "who runs the clients", BACKENDS)
     out: str = key("", "the run folder (the command: --out); empty: runs/NAME-TIME")
     resume: str = key("", "a run folder to go on with (the command: --resume)")
-    dtype: str = key("auto", "of x and u (auto: float64 for quadratic)", ["auto", "float32", "float64"])
+    dtype: str = key("auto", "of x and u (auto: float64 for quadratic)", DTYPES)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     device: str = key("auto", "where tensors live", ["auto", "cpu", "cuda"])
-    path: str = key("auto", "clients stacked (vmap) or one after another", ["auto", "vmap", "loop"])
+    path: str = key("auto", "how clients run side by side; auto: the fastest, by timing", ["auto", *PATHS])
     chunk_size: int = key(0, "K, clients stacked at once; 0: by memory", at_least(0))
+    matmul: str = key("float32", "how exactly a GPU multiplies float32", MATMULS)
     threads: int = key(0, "CPU threads, fewer than 1025; 0: torch's choice", within(0, 1025))
     workers: int = key(0, "Ray actors that share the clients, each as [simulation] says; 0: this process", at_least(0))
 
@@ -167,6 +198,7 @@ class SimulationConfig:
     num_gpus: float = key(0.0, "GPUs per actor; a fraction lets several share one", at_least(0))
     ray_address: str = key("", "a Ray cluster to join; empty: start Ray here")
     retries: int = key(2, "how often a message is tried again after its actor died", at_least(0))
+    on_link_failure: str = key("stop", "d-sgd-m with engine.workers: when rows do not arrive", ON_LINK_FAILURE)
     straggler_seconds: float = key(
         0.0, "an actor that works longer on a message (60 s on its first) is replaced; 0: never", at_least(0)
     )
@@ -269,7 +301,8 @@ def _checked(name: str, value: Any) -> Scalar:
     if known.choices and value not in known.choices:
         if not known.also:
             raise unknown(name, value, known.choices)
-        if not is_spec(value) and not (".npz" in known.also and value.endswith(".npz")):
+        files = tuple(word.removeprefix("FILE") for word in known.also.split() if word.startswith("FILE."))
+        if not ("module:function" in known.also and is_spec(value)) and not (files and value.endswith(files)):
             raise unknown(name, value, [*known.choices, known.also])
     if known.check and (wrong := known.check(value)):
         raise InputError(f"{name} = {_shown(value)}: {wrong}")

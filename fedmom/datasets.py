@@ -239,16 +239,20 @@ def _torchvision_class(name: str) -> Callable:
 
 
 def _read_npz(key: str, path: Path) -> Arrays:
+    return _four(f"{key}: {path}", read_npz_arrays(key, path))
+
+
+def read_npz_arrays(key: str, path: Path) -> dict[str, object]:
+    """Those of ARRAYS that an .npz file has, unchecked; InputError beginning with `key` where it cannot be read."""
     if not path.is_file():
         raise InputError(f"{key}: there is no file {path}")
     if not zipfile.is_zipfile(path):
         raise InputError(f"{key}: {path} is not an .npz file, or truncated")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ARRAYS if name in archive}
+            return {name: archive[name] for name in ARRAYS if name in archive}
     except Exception as error:  # zipfile, zlib and numpy's header parser each have their own
         raise InputError(f"{key}: cannot read {path}: {one_line(error)}") from error
-    return _four(f"{key}: {path}", arrays)
 
 
 def _call_user(name: str, data_dir: str) -> Dataset:
@@ -302,6 +306,15 @@ def _checked(key: str, arrays: Arrays) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kinds = f"{_kind(x_train)}, those of x_test are {_kind(x_test)}"
         raise InputError(f"{key}: examples of x_train are {kinds}")
     return x_train, y_train, x_test, y_test
+
+
+def checked_part(key: str, split: str, x: object, y: object) -> tuple[Tensor, Tensor]:
+    """One split by itself, "train" or "test", checked as in a whole data set."""
+    inputs = _inputs(f"{key}: x_{split}", _tensor(f"{key}: x_{split}", x))
+    labels = _labels(f"{key}: y_{split}", _tensor(f"{key}: y_{split}", y))
+    if len(inputs) != len(labels):
+        raise InputError(f"{key}: x_{split} has {len(inputs)} examples, y_{split} has {len(labels)}")
+    return inputs, labels
 
 
 def _checked_dataset(key: str, dataset: Dataset) -> Dataset:

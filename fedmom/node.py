@@ -5,20 +5,24 @@ No Flower here: clients/client_app.py unpacks a message, calls `Node`, and packs
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fedmom import engine as engines
 from fedmom.algorithms import MOMENTUM_POLICIES
+from fedmom.choice import choose
 from fedmom.config import Config, Scalar, flat, load
-from fedmom.engine import Engine, Outcome
+from fedmom.engine import Engine
 from fedmom.errors import InputError
+from fedmom.local_data import Common, one_of, read_source
 from fedmom.objective import Task
 from fedmom.resolve import resolve
-from fedmom.setup import make_plan, make_task, resolve_device
-from fedmom.state import ClientState, Tree, num_bytes, to_device
+from fedmom.rounds import Outcome
+from fedmom.setup import classification, make_plan, make_task, resolve_device, set_up_torch
+from fedmom.state import ClientState, Tree, row_of, to_device
 from fedmom.train import Plan, clients_job
 
 
@@ -51,24 +55,47 @@ class Trained(NamedTuple):
     lr: float  # γ of the round's first step
 
 
+class TrainedRows(NamedTuple):
+    """What a block of clients answers under Algorithm 2."""
+
+    rows: ClientState  # [k, ...] after the local steps; tensors in main memory
+    losses: Tensor  # [k]
+    client_steps: int
+    lr: float
+    path: list[Tensor]  # Σ x after every step, for small tasks
+
+
+class Local(NamedTuple):
+    """One client's own data, as a node that trains on it must know them."""
+
+    source: str  # see fedmom.local_data
+    client: int
+    common: Common
+
+
 class Node:
     """Data, model and engines of one configuration, warm for as long as the process lives."""
 
-    def __init__(self, config: Config) -> None:
-        if config.engine.threads:
-            torch.set_num_threads(config.engine.threads)
-        self.config = resolve_device(config)
-        self.task: Task = make_task(self.config, self.config.engine.device)
+    def __init__(self, config: Config, local: "Local | None" = None) -> None:
+        """`local`: where this node's own examples are, under data.dataset = "local"."""
+        set_up_torch(config.engine)
+        self.config, self.local = resolve_device(config), local
+        device = self.config.engine.device
+        if local is None:
+            self.task: Task = make_task(self.config, device)
+        else:
+            held = read_source(Path(local.source), config.data.classes)
+            self.task = classification(self.config, device, *one_of(local.common, local.client, held))
         self.plan: Plan = make_plan(self.config)
         self._choices: dict[int, tuple[str, int]] = {}
+        self._engines: dict[tuple[str, int], Engine] = {}
 
     def choose(self, clients: np.ndarray) -> tuple[str, int]:
-        """(path, chunk size) for a block: as configured, else by timing, once for each size of block."""
+        """(path, chunk size) for a block: as configured, else by timing, once for each size of block.
+
+        Raises InputError where the path that is configured is not right for the model.
+        """
         wanted, size = self.config.engine, len(clients)
-        if size == 1 and wanted.path == "auto":
-            return "loop", 1  # nothing to stack
-        if wanted.path != "auto" and (wanted.chunk_size or wanted.path == "loop"):
-            return wanted.path, wanted.chunk_size or 1
         if size not in self._choices:
             start = self.task.start()
             rows = None
@@ -76,9 +103,14 @@ class Node:
                 rows = {n: u.expand(size, *u.shape) for n, u in start.momentum.items()}
             job = clients_job(self.task, self.plan, 0, clients, rows)
             path, chunk_size = wanted.path, wanted.chunk_size
-            choice = engines.choose(self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size)
-            self._choices[size] = (choice.path, choice.chunk_size)
+            choice = choose(self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size)
+            self._choices[size] = (choice.path, wanted.chunk_size or choice.chunk_size)
         return self._choices[size]
+
+    def _engine(self, path: str, chunk_size: int) -> Engine:
+        if (path, chunk_size) not in self._engines:
+            self._engines[path, chunk_size] = Engine(self.task, self.plan.method, path=path, chunk_size=chunk_size)
+        return self._engines[path, chunk_size]
 
     def train(
         self,
@@ -95,14 +127,11 @@ class Node:
         `momentum`: their own u [k, ...], for policy "local". `path` and `chunk_size` as the server settled them;
         left out, they are chosen here. Raises InputError for a client that does not exist or a start of another model.
         """
-        ids = np.asarray(sorted(clients), dtype=np.int64)
-        known = len(self.task.sizes)
-        if not len(ids) or ids[0] < 0 or ids[-1] >= known:
-            raise InputError(f"clients = {list(clients)}: must be some of 0 … {known - 1}")
+        ids = self._ids(clients)
         self._check(start)
         if not path:
             path, chunk_size = self.choose(ids)
-        engine = Engine(self.task, self.plan.method, path=path, chunk_size=chunk_size or len(ids))
+        engine = self._engine(path, chunk_size or len(ids))
         job = clients_job(self.task, self.plan, round_index, ids, momentum)
         outcome = engine.run_round(to_device(start, self.task.device), job)
         return Trained(
@@ -112,9 +141,40 @@ class Node:
             job.lrs[0],
         )
 
+    def train_rows(
+        self, clients: Sequence[int], round_index: int, rows: ClientState, *, path: str = "", chunk_size: int = 0
+    ) -> TrainedRows:
+        """I local steps of `clients`, each from its own row [k, ...] (in ascending order), without an exchange.
+
+        Raises InputError for a client that does not exist or rows of another model.
+        """
+        ids = self._ids(clients)
+        self._check(row_of(rows, 0))
+        if not path:
+            path, chunk_size = self.choose(ids)
+        engine = self._engine(path, chunk_size or len(ids))
+        job = clients_job(self.task, self.plan, round_index, ids)
+        after, losses, points = engine.run_rows(to_device(rows, self.task.device), job)
+        return TrainedRows(to_device(after, "cpu"), losses.cpu(), int(job.num_steps.sum()), job.lrs[0], points)
+
+    def _ids(self, clients: Sequence[int]) -> np.ndarray:
+        ids = np.asarray(sorted(clients), dtype=np.int64)
+        known = len(self.task.sizes)
+        if self.local is not None and ids.tolist() != [self.local.client]:
+            raise InputError(f"clients = {list(clients)}: this node holds client {self.local.client}'s data alone")
+        if not len(ids) or ids[0] < 0 or ids[-1] >= known:
+            raise InputError(f"clients = {list(clients)}: must be some of 0 … {known - 1}")
+        return ids
+
     def evaluate(self, clients: Sequence[int], start: ClientState) -> tuple[dict[str, float], int]:
-        """Loss (and accuracy) of a model on the clients' own training examples, and how many there are."""
+        """Loss (and accuracy) of a model on the clients' own training examples, and how many there are.
+
+        With local data: on the client's own test examples.
+        """
         self._check(start)
+        if self.local is not None:
+            num_examples = self.local.common.test_sizes[self.local.client]
+            return self.task.evaluate(to_device(start, self.task.device)), num_examples
         ids = torch.tensor(sorted(clients), device=self.task.device)
         measured = self.task.evaluate_clients(to_device(start, self.task.device), ids)
         return measured, int(self.task.sizes[ids.cpu().numpy()].sum())
@@ -127,16 +187,12 @@ class Node:
                 if name not in got or name not in own or got[name].shape != own[name].shape:
                     raise InputError(f"arrays: {part}/{name} does not fit model.name = {self.config.model.name!r}")
 
-    def start_bytes(self) -> int:
-        """Size of what travels: x, u and the buffers."""
-        return sum(num_bytes(tree) for tree in self.task.start())
-
 
 @lru_cache(maxsize=1)
-def _node(items: tuple[tuple[str, Any], ...]) -> Node:
-    return Node(load(dict(items)).config)
+def _node(items: tuple[tuple[str, Any], ...], local: Local | None) -> Node:
+    return Node(load(dict(items)).config, local)
 
 
-def warm_node(run_config: Mapping[str, Scalar]) -> Node:
+def warm_node(run_config: Mapping[str, Scalar], local: Local | None = None) -> Node:
     """The process's Node of this configuration: made at first use, kept until another one is asked for."""
-    return _node(tuple(flat(settled(run_config)).items()))
+    return _node(tuple(flat(settled(run_config)).items()), local)

@@ -3,6 +3,8 @@
 `resolve` for a new run, `resume_config` for one that goes on.
 """
 
+import contextlib
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from fedmom.errors import InputError
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.records import CONFIG, fingerprint
 from fedmom.schedules import SCHEDULES
+from fedmom.topology import FILES
 
 # Keys that may differ on resume without changing what is computed up to the rounds already done.
 _LENGTH = ("run.num-rounds", "run.num-steps")
@@ -49,6 +52,7 @@ def resolve(loaded: Loaded) -> Resolved:
     config = _settle_data(config, given)
     config = _settle_cohort(config)
     config = _settle_baseline(config, given, notes)
+    _check_decentralized(config, given, notes)
     config = _settle_interval(config)
     config = _settle_rounds(config, given, notes)
     _check_schedule(config.algorithm)
@@ -67,6 +71,11 @@ def _settle_data(config: Config, given: frozenset[str]) -> Config:
         config = replace(config, "data", num_clients=num_clients, batch_size=1, augment="none")
     if config.run.dtype == "auto":
         config = replace(config, "run", dtype="float64" if quadratic else "float32")
+    if config.run.dtype == "bfloat16" and (config.run.backend != "engine" or config.engine.workers):
+        raise InputError(
+            "run.dtype = 'bfloat16': messages carry NumPy's dtypes, and it has no bfloat16; take float32, or "
+            "run.backend = 'engine' with engine.workers = 0"
+        )
     return config
 
 
@@ -123,6 +132,40 @@ def _settle_baseline(config: Config, given: frozenset[str], notes: list[str]) ->
             notes.append(f"{algorithm.name} is β = {fixed.beta:g}: it overrules beta = {algorithm.beta:g}")
         config = replace(config, "algorithm", beta=fixed.beta)
     return config
+
+
+# Keys that only Algorithm 2 reads.
+_TOPOLOGY_KEYS = ("topology", "mixing-weights", "topology-degree", "topology-p")
+
+
+def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]) -> None:
+    """Algorithm 2 has every client in every step, with equal weights; Algorithm 1 has no topology."""
+    algorithm = config.algorithm
+    if not ALGORITHMS[algorithm.name].decentralized:
+        if algorithm.momentum_policy == "quasi-global":
+            raise InputError("algorithm.momentum-policy = 'quasi-global': needs algorithm.name = 'd-sgd-m'")
+        idle = [f"algorithm.{name}" for name in _TOPOLOGY_KEYS if f"algorithm.{name}" in given]
+        idle = [name for name in idle if flat(config)[name] != KEYS[name].default]
+        if idle:
+            notes.append(f"{algorithm.name} has no topology: {', '.join(idle)} changes nothing (d-sgd-m has)")
+        return
+    right = {
+        "algorithm.cohort-size": (algorithm.cohort_size, config.data.num_clients, "every client takes part"),
+        "algorithm.local-epochs": (algorithm.local_epochs, 0, "all clients take equally many steps"),
+        "algorithm.client-weights": (algorithm.client_weights, "uniform", "W decides; its mean is the plain one"),
+        "algorithm.interval": (algorithm.interval, "fixed", "the theorem is Algorithm 1's"),
+        "algorithm.slow-momentum": (algorithm.slow_momentum, 0.0, "there is no server"),
+        "algorithm.slow-lr": (algorithm.slow_lr, 1.0, "there is no server"),
+        "server.strategy": (config.server.strategy, "pr-sgd-m", "Flower's own strategies average"),
+    }
+    for name, (value, wanted, why) in right.items():
+        if value != wanted:
+            raise InputError(f"{name} = {value!r}: with d-sgd-m {why}; leave it {wanted!r}")
+    if algorithm.momentum_policy == "quasi-global" and algorithm.num_local_steps > 1:
+        raise InputError(
+            f"algorithm.num-local-steps = {algorithm.num_local_steps}: momentum-policy 'quasi-global' is published for "
+            "1 step between two exchanges; set 1"
+        )
 
 
 def _settle_interval(config: Config) -> Config:
@@ -191,9 +234,17 @@ def length_keys(config: Config) -> list[str]:
     return [name for name, holds in reasons.items() if holds]
 
 
-def run_identity(config: Config) -> str:
-    """Fingerprint of all that decides a run's numbers, its length aside."""
-    return fingerprint({name: value for name, value in flat(config).items() if name not in _LENGTH + _PLACE})
+def run_identity(config: Config, data: Mapping[str, Any] | None = None) -> str:
+    """Fingerprint of all that decides a run's numbers, its length aside.
+
+    `data`: what is known of data that the configuration does not name.
+    """
+    decides = {name: value for name, value in flat(config).items() if name not in _LENGTH + _PLACE}
+    if ALGORITHMS[config.algorithm.name].decentralized and config.algorithm.topology.endswith(FILES):
+        with contextlib.suppress(OSError):  # that it is missing is said by whoever reads W
+            content = Path(config.algorithm.topology).read_bytes()
+            decides["algorithm.topology's content"] = hashlib.sha256(content).hexdigest()
+    return fingerprint({**decides, **(data or {})})
 
 
 def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Resolved:

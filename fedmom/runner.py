@@ -12,17 +12,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from fedmom import engine as engines
 from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.config import Config, load, parse_sets, replace, to_toml
-from fedmom.engine import Rounds
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
-from fedmom.objective import Task
+from fedmom.objective import Classification, Task
 from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, read_rounds, write_text
 from fedmom.resolve import resolve, resume_config, run_identity
+from fedmom.rounds import Rounds
 from fedmom.setup import make_engine, make_plan, make_task, resolve_device
-from fedmom.state import Tree, num_bytes
-from fedmom.train import Plan, Progressed, Record, beginning, round_job, run_rounds
+from fedmom.state import ClientState, Tree, num_bytes
+from fedmom.train import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 
 
 class Start(NamedTuple):
@@ -38,13 +37,16 @@ class Start(NamedTuple):
 class Callback:
     """What happens along a run; override what you need."""
 
+    # Whether `on_round` looks at the state. Where clients hold the rows (Algorithm 2 on Ray), it must be brought here.
+    wants_state = True
+
     def on_start(self, start: Start) -> None:
         """Once, before the first round."""
 
     def on_steps(self, client_steps: int) -> None:
         """Within a round: so many more client-steps are done."""
 
-    def on_round(self, record: Record, state: engines.ClientState) -> None:
+    def on_round(self, record: Record, state: ClientState) -> None:
         """After every round: its line of rounds.jsonl, and x̂, û and the buffers."""
 
     def on_end(self, result: "Result") -> None:
@@ -129,13 +131,14 @@ def run(
     callbacks: Iterable[Callback] = (),
     app: str | Path | None = None,
     rounds: MakeRounds | None = None,
+    task: Callable[[Config], Task] | None = None,
 ) -> Result:
-    """Run Algorithm 1 as `config` says: a TOML file, a mapping ({"algorithm": {"lr": 0.1}}) or a Config.
+    """Run Algorithm 1 or 2 as `config` says: a TOML file, a mapping ({"algorithm": {"lr": 0.1}}) or a Config.
 
     `sets` changes keys ({"algorithm.lr": 0.1} or ["algorithm.lr=0.1"]), `out` names a run folder to write (None:
     nothing is written), `resume` a run folder to go on with (`config` may then be left out).
     With run.backend = "simulation" the Flower app in the folder `app` (default: here) runs on Ray actors; a ServerApp
-    gives `rounds`, by which its rounds are run.
+    gives `rounds`, by which its rounds are run, and `task`, where the data are not here.
     Raises InputError for bad input. Divergence, clients that failed and Ctrl-C are a Result's status, and leave a
     checkpoint in the folder.
     """
@@ -167,15 +170,16 @@ def run(
         listener = _LISTENER.get()
         callbacks = list(callbacks) or (listener.callbacks if listener else [])
         here = resolve_device(settled)
-        task, plan = make_task(here, here.engine.device), make_plan(settled)
+        objectives = task(here) if task else make_task(here, here.engine.device)
+        plan = make_plan(settled)
         # Under Flower every node resolves "auto" for itself, and a resumed run must leave it to them again.
         settled = settled if rounds else here
-        make = rounds or (_worker_rounds if settled.engine.workers else make_engine)
-        settled, engine, chosen = make(settled, task, plan)
+        make = rounds or local_rounds
+        settled, engine, chosen = make(settled, objectives, plan)
         try:
             if out is not None:
                 folder = RunFolder.create(Path(out))
-            under_way = _Run(settled, task, plan, engine, folder, notes, chosen, callbacks)
+            under_way = _Run(settled, objectives, plan, engine, folder, notes, chosen, callbacks)
             result = under_way.go(resume is not None)
             if listener:
                 listener.result = result
@@ -203,7 +207,14 @@ def run_folders(
     return out or keys.out or None, resume or keys.resume or None
 
 
-def _worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
+def local_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
+    """The engine of this process, or `engine.workers` Ray actors; the configuration with what they chose; notes."""
+    if not config.engine.workers:
+        return make_engine(config, task, plan)
+    if plan.topology is not None:
+        from fedmom.peers import make_peer_rounds  # which needs Ray
+
+        return make_peer_rounds(config, task, plan)
     from fedmom.workers import make_worker_rounds  # which needs Ray, if not at once
 
     return make_worker_rounds(config, task, plan)
@@ -237,7 +248,7 @@ class _Run:
         self.folder, self.callbacks = folder, callbacks
         self.warnings = [*overruled, *_warnings(config, task, plan)]
         self.notes = [*self.warnings, *chosen]
-        self.run_id = run_identity(config)
+        self.run_id = run_identity(config, _known_of_data(config, task))
         self.rounds: list[Record] = []
 
     def go(self, resumed: bool) -> Result:
@@ -252,9 +263,13 @@ class _Run:
                         self.folder.append(record)
                     self.rounds.append(record)
                     done = new
-                    if self.folder and done.round % self.config.run.checkpoint_every == 0:
+                if self.folder and done.round % self.config.run.checkpoint_every == 0:
+                    done = done.gathered()  # others may take long to bring it: Ctrl-C must get through
+                    with interrupts_held():
                         self.folder.save(done, self.run_id)
                         saved = done.round
+                if any(callback.wants_state for callback in self.callbacks):
+                    done = done.gathered()
                 for callback in self.callbacks:
                     callback.on_round(record, done.state)
         except DivergedError as error:
@@ -265,9 +280,17 @@ class _Run:
             status, message = "interrupted", f"interrupted after round {done.round}"
         except BaseException:  # a callback's error, a closed pipe, a full disk: what is done stays done
             if self.folder and saved != done.round and done.round > 0:
-                with interrupts_held(), contextlib.suppress(InputError):
-                    self.folder.save(done, self.run_id)
+                with contextlib.suppress(InputError, ClientsFailedError):
+                    done = done.gathered()
+                    with interrupts_held():
+                        self.folder.save(done, self.run_id)
             raise
+        try:
+            done = done.gathered()
+        except ClientsFailedError as error:  # whoever held the rows is gone: the last checkpoint is what there is
+            status, message, saved = "failed", message or str(error), done.round
+        except KeyboardInterrupt:  # they do not come, and nobody wants to wait
+            status, message, saved = "interrupted", f"interrupted after round {done.round}", done.round
         with interrupts_held():
             if self.folder and saved != done.round and done.round > 0:
                 self.folder.save(done, self.run_id)
@@ -290,7 +313,7 @@ class _Run:
             recorded = len(read_rounds(self.folder.path))
             # A finished run keeps its last round's evaluation; in a longer one that round is like any other.
             every = self.config.run.eval_every if done.round < self.plan.num_rounds else 1
-            self.rounds = self.folder.rewind(done.round, every, self.task.measures)
+            self.rounds = self.folder.rewind(done.round, every, (*self.task.measures, *CLIENT_MEASURES))
             if recorded and not done.round:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
             if self.rounds:
@@ -322,11 +345,24 @@ class _Run:
         return Result(status, self.rounds, model, state.momentum, self.config, path, message)
 
 
+def _known_of_data(config: Config, task: Task) -> dict[str, Any]:
+    """What a resumed run must find again where every client brings its own data: sizes, and the images' sums."""
+    if config.data.dataset != "local" or not isinstance(task, Classification):
+        return {}
+    return {"sizes": task.sizes.tolist(), "mean": task.dataset.mean, "std": task.dataset.std}
+
+
 def _warnings(config: Config, task: Task, plan: Plan) -> list[str]:
     """What a user should know before a run: memory that grows with N, a mean that is not the paper's."""
-    notes = []
+    notes = list(plan.topology.warnings) if plan.topology else []
     policy = config.algorithm.momentum_policy
-    if MOMENTUM_POLICIES[policy].keeps_rows:
+    if plan.topology is not None:
+        size = len(task.sizes) * sum(map(num_bytes, task.start())) / 1e6
+        if size > 1000:
+            notes.append(
+                f"d-sgd-m keeps x and u of all {len(task.sizes)} clients: {size:,.0f} MB, three times in a round"
+            )
+    elif MOMENTUM_POLICIES[policy].keeps_rows:
         size = len(task.sizes) * num_bytes(task.start().momentum) / 1e6
         notes.append(
             f"momentum-policy {policy!r} keeps u of all {len(task.sizes)} clients: {size:,.1f} MB, "

@@ -1,26 +1,37 @@
 """A resolved configuration becomes a task, a plan and an engine: what any backend does before its first round."""
 
+import math
+
 import numpy as np
 import torch
 
-from fedmom import engine as engines
-from fedmom.config import Config, replace
+from fedmom.algorithms import ALGORITHMS, Correction
+from fedmom.choice import choose, free_bytes
+from fedmom.config import Config, EngineConfig, replace
 from fedmom.datasets import Dataset, load_dataset
-from fedmom.engine import Engine, Method
+from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.executors import PoolOptions
+from fedmom.gossip import GossipRounds
+from fedmom.imports import is_spec, load_object, one_line
+from fedmom.local_data import everything
 from fedmom.models import build_model
 from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.partition import Partition, make_partition
 from fedmom.quadratic import Quadratic
+from fedmom.rounds import Method, Rounds
 from fedmom.schedules import LearningRate
+from fedmom.state import ClientState, Tree, num_bytes
+from fedmom.topology import Options, Topology, make_topology
 from fedmom.train import Plan, beginning, round_job
 
 
 def load_task_data(config: Config) -> tuple[Dataset, Partition]:
     """The data set and who holds which example; InputError where a client would hold none."""
     data = config.data
+    if data.dataset == "local":
+        return everything(data.data_dir, data.num_clients, data.classes)
     dataset = load_dataset(data.dataset, data.data_dir)
     partition = make_partition(
         data.partition,
@@ -56,7 +67,14 @@ def make_task(config: Config, device: str) -> Task:
             dtype=dtype,
             device=device,
         )
-    dataset, partition = load_task_data(config)
+    return classification(config, device, *load_task_data(config))
+
+
+def classification(
+    config: Config, device: str, dataset: Dataset, partition: Partition, kind: type[Classification] = Classification
+) -> Classification:
+    """The clients' objectives on these examples."""
+    data, run = config.data, config.run
     augment = dataset.augment if data.augment == "auto" else data.augment
     if augment != "none" and dataset.x_train.ndim != 4:
         raise InputError(f"data.augment = {augment!r}: needs images, data.dataset = {data.dataset!r} has none")
@@ -69,7 +87,7 @@ def make_task(config: Config, device: str) -> Task:
         norm=config.model.norm,
         hidden=config.model.hidden,
     )
-    return Classification(
+    return kind(
         dataset,
         model,
         partition,
@@ -77,7 +95,7 @@ def make_task(config: Config, device: str) -> Task:
         sampling=data.sampling,
         augment=augment,
         seed=run.seed,
-        dtype=dtype,
+        dtype=getattr(torch, run.dtype),
         device=device,
     )
 
@@ -86,8 +104,8 @@ def _check_memory(config: Config, dataset: Dataset, device: str) -> None:
     """One client's minibatches of a round must fit; a system without memory would kill the process and say nothing."""
     batch, steps = config.data.batch_size, max(1, config.algorithm.num_local_steps)
     # The indices of all steps; the examples of one, as they are stored, normalised, and once more for the first layer.
-    needed = batch * (8 * steps + dataset.x_train[0].numel() * (1 + 2 * getattr(torch, config.run.dtype).itemsize))
-    free = engines.free_bytes(torch.device(device))
+    needed = batch * (8 * steps + math.prod(dataset.input_shape) * (1 + 2 * getattr(torch, config.run.dtype).itemsize))
+    free = free_bytes(torch.device(device))
     if needed > free:
         raise InputError(
             f"data.batch-size = {batch}: with {steps} local steps it takes {needed / 1e9:,.1f} GB per client, "
@@ -114,6 +132,7 @@ def make_plan(config: Config) -> Plan:
             weight_decay=algorithm.weight_decay,
             momentum_policy=algorithm.momentum_policy,
             running_var=algorithm.running_var,
+            correction=_correction(algorithm.correction),
         ),
         rate=rate,
         num_rounds=config.run.num_rounds,
@@ -127,7 +146,42 @@ def make_plan(config: Config) -> Plan:
         num_steps=config.run.num_steps,
         slow_momentum=algorithm.slow_momentum,
         slow_lr=algorithm.slow_lr,
+        topology=topology_of(config),
+        eval_clients=config.run.eval_clients,
     )
+
+
+def _correction(spec: str) -> Correction | None:
+    """The user's function, watched over: it must give every gradient back, in its shape."""
+    if not is_spec(spec):
+        return None
+    function = load_object("algorithm.correction", spec)
+
+    def correction(grads: Tree, params: Tree, start: Tree) -> Tree:
+        try:
+            found = function(dict(grads), params, start)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"algorithm.correction = {spec!r}: the function raised {one_line(error)}") from error
+        if not isinstance(found, dict) or set(found) != set(grads):
+            raise InputError(f"algorithm.correction = {spec!r}: must return a dict of the gradients it was given")
+        wrong = next((name for name, g in grads.items() if getattr(found[name], "shape", None) != g.shape), None)
+        if wrong is not None:
+            shape = list(grads[wrong].shape)
+            raise InputError(f"algorithm.correction = {spec!r}: the gradient of {wrong} must keep its shape {shape}")
+        return found
+
+    return correction
+
+
+def topology_of(config: Config) -> Topology | None:
+    """W_t of a resolved configuration; None where the algorithm is not decentralized."""
+    algorithm = config.algorithm
+    if not ALGORITHMS[algorithm.name].decentralized:
+        return None
+    options = Options(algorithm.topology_degree, algorithm.topology_p, config.run.seed)
+    return make_topology(algorithm.topology, config.data.num_clients, weights=algorithm.mixing_weights, options=options)
 
 
 def pool_options(config: Config) -> PoolOptions:
@@ -152,17 +206,24 @@ def resolve_device(config: Config) -> Config:
     return replace(config, "engine", device=device)
 
 
-def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Engine, list[str]]:
+def set_up_torch(keys: EngineConfig) -> None:
+    """Threads, and how exactly a GPU multiplies float32, for the whole process."""
+    if keys.threads:
+        torch.set_num_threads(keys.threads)
+    torch.backends.cuda.matmul.allow_tf32 = keys.matmul == "tf32"
+    torch.backends.cudnn.allow_tf32 = keys.matmul == "tf32"  # torch's own default is True
+
+
+def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
     """The engine, and the configuration with what `auto` chose, so that a resume takes the same."""
     wanted = config.engine
-    if wanted.threads:
-        torch.set_num_threads(wanted.threads)
+    set_up_torch(wanted)
     begin = beginning(task, plan)
-    choice = engines.choose(
+    choice = choose(
         task,
         plan.method,
         begin.state,
-        round_job(task, plan, begin),
+        round_job(task, plan, begin)._replace(rows=None),
         path=wanted.path,
         chunk_size=wanted.chunk_size,
     )
@@ -174,4 +235,16 @@ def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Engine,
     if choice.measured:
         tried = ", ".join(f"{way} {rate:,.0f}" for way, rate in choice.measured.items())
         notes.append(f"engine: {choice.path} × {choice.chunk_size} (client-steps/s measured: {tried})")
-    return settled, engine, notes
+    if plan.topology is None:
+        return settled, engine, notes
+    home = rows_home(task, begin.state)
+    if home != task.device:
+        notes.append("the clients' rows do not fit on the device: they stay in main memory and visit it by chunks")
+    return settled, GossipRounds(engine, plan.topology, home), notes
+
+
+def rows_home(task: Task, start: ClientState) -> torch.device:
+    """Where N rows are kept: on the device if they fit three times (before, after the steps, mixed), else in memory."""
+    each = sum(map(num_bytes, start))
+    fits = 3 * len(task.sizes) * each < 0.6 * free_bytes(task.device)
+    return task.device if fits else torch.device("cpu")

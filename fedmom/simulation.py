@@ -1,5 +1,7 @@
 """The backend `simulation`: the Flower app of a folder, its nodes on Ray actors, its rounds heard like any run's."""
 
+import os
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +27,7 @@ def simulate(
     """
     from fedmom.ray_grid import simulate_app
 
+    _check_writable(out)
     num_nodes = -(-config.data.num_clients // config.simulation.clients_per_node)
     where = {"run.out": str(out or ""), "run.resume": str(resume or "")}
     with listening(callbacks) as heard:
@@ -46,4 +49,21 @@ def app_folder(app: str | Path | None) -> Path:
         return Path(app)
     own = Path(fedmom.__file__).resolve().parent.parent
     here = Path.cwd()
-    return here if (here / "pyproject.toml").is_file() or not (own / "strategies").is_dir() else own
+    return here if _is_app(here) or not (own / "strategies").is_dir() else own
+
+
+def _is_app(folder: Path) -> bool:
+    try:
+        table = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+        return "components" in table["tool"]["flwr"]["app"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _check_writable(out: str | Path | None) -> None:
+    """Before Ray starts: a folder in which nothing can be made is bad input at once."""
+    if not out:
+        return
+    there = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise InputError(f"--out {out}: {there} cannot be written")

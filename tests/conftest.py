@@ -1,6 +1,7 @@
 """Two test processes share two cores (pytest -n 2): one torch thread each, or they spin waiting for one another."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,12 @@ import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
+# A shell starts what runs in its background with Ctrl-C ignored; here and in the processes of tests it is heard.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Triton decides at its import whether its kernels are interpreted, which is how a machine without a GPU tests them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 

@@ -3,12 +3,13 @@
 import numpy as np
 import torch
 
-from fedmom.datasets import Dataset
-from fedmom.engine import Engine, Method
+from fedmom.datasets import Dataset, load_dataset
+from fedmom.engine import Engine
 from fedmom.models import build_model
 from fedmom.objective import Classification
 from fedmom.partition import make_partition
 from fedmom.quadratic import Quadratic
+from fedmom.rounds import Method
 from fedmom.schedules import LearningRate
 from fedmom.train import Plan, Progressed, beginning, run_rounds
 from laws import Problem, Runner, Trajectory
@@ -23,9 +24,9 @@ class WatchedEngine(Engine):
         super().__init__(*args, **kwargs)
         self.seen: list = []
 
-    def _one_step(self, state, batch, lr):
+    def _one_step(self, state, batch, start, lr):
         self.seen.append(state)
-        return super()._one_step(state, batch, lr)
+        return super()._one_step(state, batch, start, lr)
 
 
 def engine_runner(path: str, chunk_size: int = 64) -> Runner:
@@ -99,3 +100,31 @@ def simple_plan(num_clients: int, *, num_rounds=3, lr=0.05, beta=0.9, batch_size
     options.setdefault("cohort_size", num_clients)
     options.setdefault("num_local_steps", 3)
     return Plan(method, LearningRate(lr), num_rounds, batch_size=batch_size, **options)
+
+
+LOCAL = {
+    "data.dataset": "local",
+    "data.num-clients": 3,
+    "model.name": "mlp",
+    "model.hidden": 8,
+    "run.dtype": "float64",
+    "run.num-rounds": 3,
+    "algorithm.num-local-steps": 4,
+    "engine.path": "loop",
+}
+
+
+def give_digits(root, num_clients, *, server=True, clients=False):
+    """client-0.npz …, of unequal sizes, with real digits; the test set for the server or shared among the clients."""
+    data = load_dataset("digits")
+    split = make_partition("quantity", data.y_train.numpy(), num_clients, min_size=2, seed=2)
+    for c in range(num_clients):
+        own = split.of(c)
+        arrays = {"x_train": data.x_train[own].numpy(), "y_train": data.y_train[own].numpy()}
+        if clients:
+            some = slice(10 * c, 10 * (c + 2) if c else 30)
+            arrays |= {"x_test": data.x_test[some].numpy(), "y_test": data.y_test[some].numpy()}
+        np.savez(root / f"client-{c}.npz", **arrays)
+    if server:
+        np.savez(root / "test.npz", x_test=data.x_test.numpy(), y_test=data.y_test.numpy())
+    return data, split

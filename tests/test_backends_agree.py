@@ -10,6 +10,7 @@ import torch
 import fedmom
 from fedmom.records import read_rounds, read_tensors
 from flower_processes import Flower
+from runs import LOCAL, give_digits
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -28,6 +29,7 @@ DIGITS = {
 }
 FLOAT64 = {**DIGITS, "run.dtype": "float64", "run.num-rounds": 20, "run.eval-every": 5}
 FLOAT32 = {**DIGITS, "run.num-rounds": 2}
+GOSSIP = {"algorithm.name": "d-sgd-m", "algorithm.topology": "exponential"}
 NESTEROV = {"algorithm.nesterov": True}
 
 
@@ -73,8 +75,9 @@ def assert_the_engines(changes, folder, tolerance):
         ({**QUADRATIC, **NESTEROV}, 2, 1e-10),
         ({**FLOAT64, **NESTEROV}, 5, 1e-10),
         (FLOAT64, 2, 1e-10),
+        ({**FLOAT64, **GOSSIP}, 5, 1e-10),
     ],
-    ids=["quadratic", "quadratic-II-blocks", "digits-II", "digits-blocks"],
+    ids=["quadratic", "quadratic-II-blocks", "digits-II", "digits-blocks", "decentralized"],
 )
 def test_flowers_simulation_engine_gives_the_engines_result(simulated, tmp_path, changes, num_nodes, tolerance):
     ran = simulated.run({**changes, "run.out": str(tmp_path / "run")}, num_nodes)
@@ -121,8 +124,9 @@ def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulate
         ({**QUADRATIC, **NESTEROV, "run.num-rounds": 3}, 1e-10),
         ({**FLOAT32, "algorithm.momentum-policy": "local"}, 1e-5),
         ({**FLOAT64, "data.num-clients": 2, "run.num-rounds": 2}, 1e-10),
+        ({**FLOAT64, **GOSSIP, "run.num-rounds": 2}, 1e-10),
     ],
-    ids=["quadratic-II-blocks", "digits-float32-local-blocks", "digits-one-client-each"],
+    ids=["quadratic-II-blocks", "digits-float32-local-blocks", "digits-one-client-each", "decentralized-blocks"],
 )
 def test_a_superlink_with_tls_and_two_supernodes_gives_the_engines_result(deployed, tmp_path, changes, tolerance):
     ran = deployed.run({**changes, "run.out": str(tmp_path / "run")})
@@ -130,3 +134,11 @@ def test_a_superlink_with_tls_and_two_supernodes_gives_the_engines_result(deploy
     assert f"round 1/{changes['run.num-rounds']} · loss" in ran.text
     assert f"\n{tmp_path / 'run'}\n" in ran.text
     assert_the_engines(changes, tmp_path / "run", tolerance)
+
+
+def test_two_supernodes_with_data_of_their_own_give_the_engines_result(deployed, tmp_path):
+    give_digits(tmp_path, 2, server=False, clients=True)
+    changes = {**LOCAL, "data.num-clients": 2, "data.data-dir": str(tmp_path), "run.num-rounds": 2}
+    ran = deployed.run({**changes, "run.out": str(tmp_path / "run")})
+    assert ran.status == "finished:completed", ran.text + deployed.logs()
+    assert_the_engines(changes, tmp_path / "run", 1e-10)

@@ -21,9 +21,25 @@ from fedmom.datasets import DATASETS
 from fedmom.models import MODELS
 from fedmom.pictures import draw_curves
 from fedmom.records import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, read_about, read_rounds, read_tensors
+from fedmom.simulation import app_folder
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["run", "simulate-app", "partition", "report", "datasets", "models", "keys"]
+RING = ROOT / "configs/decentralized/ring.toml"
+COMMANDS = [
+    "run",
+    "deploy",
+    "sweep",
+    "simulate-app",
+    "partition",
+    "bench",
+    "topology",
+    "compare",
+    "report",
+    "watch",
+    "datasets",
+    "models",
+    "keys",
+]
 ENGINE = '[engine]\ndevice = "cpu"\npath = "vmap"\nchunk-size = 2\nthreads = 1\n'
 QUADRATIC = '[data]\ndataset = "quadratic"\n[algorithm]\nlr = 0.05\nnum-local-steps = 2\n[run]\nnum-rounds = 4\n'
 LOGISTIC = '[model]\nname = "logistic"\n[run]\nnum-rounds = 2\n'
@@ -45,6 +61,10 @@ def workplace(in_tmp, monkeypatch):
     yield in_tmp
     for name in ("mine", "broken"):  # modules that tests write here
         sys.modules.pop(name, None)
+
+
+def torus(num_clients):
+    return ["--set", "algorithm.topology=torus", "--set", f"data.num-clients={num_clients}"]
 
 
 @pytest.fixture
@@ -240,9 +260,14 @@ def test_a_bad_quadratic_is_one_line(refused, changes, words):
         (["partition"], ["Missing argument 'CONFIG'"]),
         (["partition", "quadratic.toml"], ["data.dataset = 'quadratic'", "no examples"]),
         (["partition", "digits.toml", "--set", "data.num-clients=9999"], ["data.num-clients = 9999"]),
+        (["topology"], ["Missing argument 'CONFIG'"]),
+        (["topology", RING, *torus(7)], ["algorithm.topology = 'torus'", "data.num-clients = 7", "near: 4, 6, 8, 9"]),
+        (["topology", RING, "--set", "algorithm.topology=rings"], ["'rings'", "did you mean ring", "hypercube"]),
+        (["topology", RING, "--set", "algorithm.topology=none.npy"], ["'none.npy'", "no such file"]),
+        (["run", RING, *torus(7)], ["algorithm.topology = 'torus'", "near: 4, 6, 8, 9"]),
         (["report"], ["Missing argument 'DIR...'"]),
-        (["report", "nowhere"], ["nowhere", "not a run folder"]),
-        (["report", "tiny.npz"], ["tiny.npz", "not a run folder"]),
+        (["report", "nowhere"], ["nowhere: no such folder"]),
+        (["report", "tiny.npz"], ["tiny.npz: is a file"]),
         (["keys", "xyzzy"], ["xyzzy", "fedmom keys"]),
         (["datasets", "--download", "mnits"], ["data.dataset = 'mnits'", "did you mean mnist"]),
         (["datasets", "--download", "digits"], ["data.dataset = 'digits'", "nothing to download"]),
@@ -261,7 +286,7 @@ def test_a_full_memory_is_one_line(refused, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nsize 1")
 
-    monkeypatch.setattr("fedmom.engine.choose", full)
+    monkeypatch.setattr("fedmom.setup.choose", full)
     refused(
         ["memory is full", "data.batch-size", "can't allocate memory size 1"], "run", "quadratic.toml", "--out", "x"
     )
@@ -271,7 +296,7 @@ def test_errors_of_ours_are_not_hidden(fed, monkeypatch):
     def bug(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("fedmom.engine.choose", bug)
+    monkeypatch.setattr("fedmom.setup.choose", bug)
     with pytest.raises(RuntimeError, match="a bug"):
         fed("run", "quadratic.toml")
 
@@ -564,7 +589,7 @@ def test_a_signal_ends_a_real_process_with_a_checkpoint(workplace, number):
 # --- the other commands ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "deploy"])  # it has commands below
 def test_help_teaches_by_example(fed, command):
     status, out, err = fed(command, "--help")
     assert (status, err) == (0, [])
@@ -623,6 +648,33 @@ def test_keys_are_explained_all_or_by_word(fed):
     assert 1 < len(chosen) < len(out)
 
 
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        ([], ["16", "32 × (x and u)", "0.949253", "89"]),
+        (["algorithm.topology=one-peer-exponential"], ["rounds in a period", "4"]),
+        (["algorithm.topology=directed-ring", "data.num-clients=300"], ["directed", "0.999945"]),
+        (["data.num-clients=1"], ["connected", "yes"]),
+    ],
+)
+def test_a_topology_is_summed_up_and_drawn(fed, sets, expected):
+    status, out, err = fed("topology", RING, *[word for value in sets for word in ("--set", value)], "--out", "t.png")
+    assert (status, err) == (0, [])
+    for word in expected:
+        assert word in "\n".join(out)
+    assert out[-1] == "t.png"
+    assert Path("t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_disconnected_topology_is_a_warning(fed):
+    Path("two.edges").write_text("0 1\n2 3\n")
+    sets = ["--set", "algorithm.topology=two.edges", "--set", "data.num-clients=4"]
+    status, out, err = fed("topology", RING, *sets, "--out", "t.png")
+    assert (status, len(err)) == (0, 1)
+    assert "each part converges to its own model" in err[0]
+    assert any("no, 2 parts" in line for line in out)
+
+
 def test_a_partition_is_summed_up_and_drawn(fed):
     status, out, err = fed("partition", "digits.toml", "--set", "data.num-clients=12", "--out", "p.png")
     text = "\n".join(out)
@@ -640,12 +692,12 @@ def test_a_run_draws_its_curves_and_a_report_compares_runs(fed, monkeypatch):
     assert Path("a/curves.png").read_bytes().startswith(b"\x89PNG")
     status, out, err = fed("report", "a", "b", "--out", "both")
     assert (status, err) == (0, [])
-    assert out[-2:] == ["both/curves.png", "both/report.md"]
+    assert out[-3:] == ["both/curves.png", "both/report.md", "both/report.html"]
     assert Path("both/curves.png").read_bytes().startswith(b"\x89PNG")
     report = Path("both/report.md").read_text(encoding="utf-8")
     for title in ("equal rounds", "equal joint epochs", "equal bytes"):
         assert title in report.lower()
-    assert fed("report", "a")[1][-2:] == ["a/curves.png", "a/report.md"]
+    assert fed("report", "a")[1][-3:] == ["a/curves.png", "a/report.md", "a/report.html"]
 
 
 def test_a_picture_that_overflows_says_nothing_on_standard_error(fed, monkeypatch):
@@ -667,6 +719,22 @@ def test_simulate_app_runs_an_app_that_knows_nothing_of_fedmom(fed):
     assert "replies of 3 clients" in " ".join(err)
 
 
+def test_an_app_that_ends_itself_is_heard(fed):
+    """Its own exit is no lost reader of our output."""
+    arguments = ["--num-clients", "1", "--num-actors", "1", "--set", "mode=done"]
+    with pytest.raises(SystemExit, match="there is no data folder"):
+        fed("simulate-app", str(PLAIN_APP), *arguments)
+
+
+def test_a_project_of_another_kind_is_no_flower_app(in_tmp):
+    own = Path(fedmom.__file__).parents[1]
+    for text in ("", "[project]\nname = 'x'\n", "[tool.flwr.app]\npublisher = 'x'\n", "[tool"):
+        Path("pyproject.toml").write_text(text)
+        assert app_folder(None) == own
+    Path("pyproject.toml").write_text("[tool.flwr.app.components]\nserverapp = 'a:b'\n")
+    assert app_folder(None) == in_tmp
+
+
 def test_what_cannot_be_simulated_is_one_line(fed):
     def refused(words, *arguments):
         status, out, err = fed("simulate-app", *arguments)
@@ -675,6 +743,10 @@ def test_what_cannot_be_simulated_is_one_line(fed):
             assert word in err[0], err[0]
 
     refused(["nowhere/pyproject.toml"], "nowhere", "--num-clients", "3")
+    for text in ('tool = "x"', '[tool.flwr.app]\ncomponents = "x"', "[tool.flwr]\napp = 1"):
+        Path("app").mkdir(exist_ok=True)
+        Path("app/pyproject.toml").write_text(text)
+        refused(["app/pyproject.toml", "components"], "app", "--num-clients", "3")
     refused(["no-such-key", "run config"], str(PLAIN_APP), "--num-clients", "3", "--set", "no-such-key=1")
     refused(["num-gpus"], str(PLAIN_APP), "--num-clients", "3", "--num-gpus", "0.5")
     status, _, err = fed("run", "quadratic.toml", "--backend", "nobody", "--out", "x")

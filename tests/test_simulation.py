@@ -97,6 +97,7 @@ def faulty(tmp_path, monkeypatch):
 SIMULATED = {**DIGITS, "run.backend": "simulation"}
 
 
+@pytest.mark.slow
 def test_an_actor_killed_in_mid_round_changes_nothing(faulty, tmp_path):
     """The message is tried again on another actor: also under on-failure stop the run goes on, exactly."""
     result = run(SIMULATED, app=faulty("kill"))
@@ -141,10 +142,13 @@ def test_a_client_that_fails_by_itself(faulty, policy, fault, reason):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_and_no_processes(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [["--backend=simulation"], ["--set=engine.workers=2"]], ids=str)
+def test_a_signal_leaves_a_checkpoint_and_no_processes(tmp_path, how, number):
+    """SIGTERM too, for which Ray has a handler of its own: `docker stop` sends it."""
     changes = [f"--set={name}={value}" for name, value in {**DIGITS, "run.num-rounds": 5000}.items()]
     command = [sys.executable, "-m", "fedmom", "run", str(ROOT / "configs" / "quickstart.toml"), *changes]
-    command += ["--set=run.eval-every=1000", "--backend", "simulation", "--out", str(tmp_path / "run")]
+    command += ["--set=run.eval-every=1000", *how, "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     deadline = time.monotonic() + 120
     while len(read_rounds(tmp_path / "run")) < 3:
@@ -155,7 +159,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_processes(tmp_path):
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
     assert children
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "fedmom: interrupted after round" in err
