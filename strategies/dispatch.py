@@ -2,8 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from logging import WARNING
 from typing import Any
@@ -13,6 +13,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
+OVERDUE = "no reply in time"  # a failure's reason
 _PUSHES = 3  # of the same messages, before it is an error
 _SHORTEST_WAIT, _LONGEST_WAIT = 0.005, 0.5  # seconds between two looks at a Grid that cannot call back
 
@@ -23,6 +24,7 @@ class Exchange:
 
     message: Message
     tries: int = 0
+    ids: list[str] = field(default_factory=list)  # of the tries that nothing has come of, the newest last
     deadline: float = float("inf")
     answer: Any = None
     failure: str = ""
@@ -59,6 +61,7 @@ def exchange(
     At most `window` of them are between the oldest unanswered one and the newest sent, so memory does not grow with
     their number. No reply within `timeout` seconds (0: no limit) is a failure, like an error or a refused reply; on a
     Grid that says how many workers serve its nodes, so many seconds for every message that its worker has before it.
+    The late answer to an earlier try of the same message is an answer.
     """
     source = iter(messages)
     slots: deque[Exchange] = deque()
@@ -97,6 +100,7 @@ def _push(grid: Grid, slots: list[Exchange], pending: dict[str, Exchange], timeo
             if slot.failure:
                 message = again(slot)
                 if message is None:
+                    _drop(grid, slot, pending)
                     continue
                 slot.message, slot.failure, slot.code = message, "", 0
             sent.append(slot)
@@ -114,6 +118,7 @@ def _push(grid: Grid, slots: list[Exchange], pending: dict[str, Exchange], timeo
                 slot.failure = "the message was not taken (is it too large?)"
             else:
                 pending[message_id] = slot
+                slot.ids.append(message_id)
         slots = [slot for slot in sent if slot.failure]
 
 
@@ -132,31 +137,48 @@ def _ids_of(grid: Grid, slots: list[Exchange]) -> list[str | None]:
 
 
 def _collect(grid: Grid, pending: dict[str, Exchange], accept: Accept) -> list[Exchange]:
-    """Take what has been answered, or is overdue, out of `pending`."""
+    """What has been answered, or is overdue, now."""
     arrived = []
     for reply in grid.pull_messages(list(pending)):
-        slot = pending.pop(reply.metadata.reply_to_message_id, None)
+        message_id = reply.metadata.reply_to_message_id
+        slot = pending.pop(message_id, None)
         if slot is None:
             continue
-        arrived.append(slot)
+        is_newest = message_id == slot.ids[-1]
+        slot.ids.remove(message_id)
+        failure, code = "", 0
         if reply.has_error():
-            slot.failure, slot.code = _reason(reply), reply.error.code
+            failure, code = _reason(reply), reply.error.code
+        else:
+            try:
+                slot.answer = accept(reply)
+            except ValueError as error:
+                failure = str(error)
+        if not failure:
+            slot.failure, slot.code = "", 0  # of another try, a moment ago
+            _drop(grid, slot, pending)
+        elif not is_newest or slot.failure:  # the newest try decides
             continue
-        try:
-            slot.answer = accept(reply)
-        except ValueError as error:
-            slot.failure = str(error)
-    now = time.monotonic()
-    overdue = [message_id for message_id, slot in pending.items() if now > slot.deadline]
-    for message_id in overdue:
-        slot = pending.pop(message_id)
-        slot.failure = "no reply in time"
+        else:
+            slot.failure, slot.code = failure, code
         arrived.append(slot)
-    _forget(grid, overdue)
+    now = time.monotonic()
+    for slot in {slot.ids[-1]: slot for slot in pending.values()}.values():
+        if now > slot.deadline and not slot.failure:
+            slot.failure = OVERDUE
+            arrived.append(slot)
     return arrived
 
 
-def _forget(grid: Grid, message_ids: Iterable[str]) -> None:
+def _drop(grid: Grid, slot: Exchange, pending: dict[str, Exchange]) -> None:
+    """Nothing more is wanted of a message: neither of its tries' replies."""
+    for message_id in slot.ids:
+        pending.pop(message_id, None)
+    _forget(grid, slot.ids)
+    slot.ids = []
+
+
+def _forget(grid: Grid, message_ids: Collection[str]) -> None:
     """Where a Grid can be told that nobody waits for these replies, tell it."""
     if message_ids and hasattr(grid, "forget"):
         grid.forget(list(message_ids))

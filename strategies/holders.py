@@ -10,10 +10,11 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedmom.errors import InputError
-from strategies.dispatch import exchange
+from strategies.dispatch import OVERDUE, Exchange, anew, exchange
 
 _QUERY_WINDOW = 256
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_TO_ASK_AGAIN = 60.0  # longer than an app's cold start; a node may lose a message, or sit on its reply
 # The ClientApp cannot be loaded, raised, or a mod refused: waiting for other nodes would not help.
 _ITS_OWN_FAULT = (ErrorCode.LOAD_CLIENT_APP_EXCEPTION, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.INVALID_FAB)
 
@@ -31,10 +32,12 @@ def learn_holders(
     num_clients: int,
     *,
     wait_seconds: float,
-    timeout: float = 0.0,
+    ask_again_after: float = _SECONDS_TO_ASK_AGAIN,
     question: dict[str, Any] | None = None,
 ) -> list[Holder]:
     """Every client's node, in the order of clients; waits until all of 0 … N − 1 are there.
+
+    A node that is connected and does not answer is asked again after every `ask_again_after` seconds.
 
     Raises InputError naming the first client that no node, or more than one node, holds.
     """
@@ -45,9 +48,9 @@ def learn_holders(
         found = {node: clients for node, clients in found.items() if node in connected}
         reasons = []
         # A node that never answers must not take longer than all may.
-        left = max(1.0, wait_seconds - (time.monotonic() - begin))
+        deadline = max(time.monotonic() + 1.0, begin + wait_seconds)
         new = sorted(connected - set(found))
-        for node_id, answer, done in ask(grid, new, question or {}, timeout=timeout or left):
+        for node_id, answer, done in ask(grid, new, question or {}, timeout=ask_again_after, deadline=deadline):
             if answer is not None:
                 found[node_id], about[node_id] = tuple(sorted(answer["clients"])), dict(answer)
                 continue
@@ -82,10 +85,23 @@ def learn_holders(
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def ask(grid: Grid, node_ids: Iterable[int], question: dict[str, Any], *, timeout: float = 0.0) -> Iterable[tuple]:
-    """(node id, its answer or None, the exchange) for one query to each node."""
+def ask(
+    grid: Grid, node_ids: Iterable[int], question: dict[str, Any], *, timeout: float = 0.0, deadline: float = 0.0
+) -> Iterable[tuple]:
+    """(node id, its answer or None, the exchange) for one query to each node.
+
+    Who does not answer within `timeout` seconds is asked again until `deadline`, on time.monotonic()'s clock.
+    """
+
+    def again(failed: Exchange) -> Message | None:
+        node_id = failed.message.metadata.dst_node_id
+        late = failed.failure == OVERDUE and time.monotonic() < deadline and node_id in set(grid.get_node_ids())
+        return anew(failed.message, node_id) if late else None
+
+    if deadline:
+        timeout = min(timeout, deadline - time.monotonic())
     content = RecordDict({"config": ConfigRecord(question)})
     messages = [Message(content, message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in node_ids]
-    for done in exchange(grid, messages, window=_QUERY_WINDOW, timeout=timeout):
+    for done in exchange(grid, messages, window=_QUERY_WINDOW, timeout=timeout, again=again):
         answer = None if done.answer is None else done.answer.content.config_records.get("config")
         yield done.message.metadata.dst_node_id, answer, done

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from test_flower import QUADRATIC, RESNET, by_engine, by_flower, fails
@@ -20,6 +20,7 @@ from fedmom.state import flatten
 from fedmom.topology import make_topology
 from grids import LocalGrid, run_config
 from strategies.averaging import PRSGDM
+from strategies.dispatch import anew, exchange
 from strategies.gossip import DSGDM
 from strategies.holders import learn_holders
 from strategies.server_app import app as server_app
@@ -251,6 +252,90 @@ def test_nodes_that_never_answer_the_query_do_not_hold_a_run_up_for_ever():
     grid, _ = of(QUADRATIC, lambda message, node_config: "lose")
     with pytest.raises(InputError, match=r"server\.wait-seconds = 1: no node holds client 0 .*no reply in time"):
         learn_holders(grid, 5, wait_seconds=1)
+
+
+class Lagging(LocalGrid):
+    """A node whose replies to some messages each wait for the node's next one: Flower's SuperNode can get so."""
+
+    kind, held = "train", None
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        ids = list(super().push_messages(messages))
+        for message, message_id in zip(messages, ids, strict=True):
+            if message.metadata.dst_node_id == self.ids[3] and message.metadata.message_type == self.kind:
+                if self.held is not None:
+                    self.replies[self.held.metadata.reply_to_message_id] = self.held
+                self.held = self.replies.pop(message_id)
+        return ids
+
+
+def test_the_late_answer_to_an_earlier_try_counts():
+    calm, start = of(QUADRATIC)
+    grid = Lagging(client_app, 5, run_config(QUADRATIC))
+    found = PRSGDM(5, on_failure="retry").start(grid, start, num_rounds=2, timeout=0.3)
+    right = PRSGDM(5).start(calm, start, num_rounds=2)
+    for name, value in unpack(right.arrays).items():
+        torch.testing.assert_close(unpack(found.arrays)[name], value, rtol=0, atol=0)
+    assert len(grid.pushed) == 5 + 2 * 6
+
+
+def test_a_node_that_does_not_answer_the_query_is_asked_again():
+    grid = Lagging(client_app, 5, run_config(QUADRATIC))
+    grid.kind = "query"
+    holders = learn_holders(grid, 5, wait_seconds=30, ask_again_after=0.2)
+    assert [holder.clients for holder in holders] == [(0,), (1,), (2,), (3,), (4,)]
+    assert len(grid.pushed) == 6
+
+
+def test_a_node_that_is_gone_is_not_asked_again():
+    grid, _ = of(QUADRATIC, lambda message, node_config: "lose")
+
+    def once(message):
+        grid.ids.clear()
+        return message
+
+    grid._answer = once
+    with pytest.raises(InputError, match=r"5 of 5 clients are missing, 0 nodes are connected"):
+        learn_holders(grid, 5, wait_seconds=1, ask_again_after=0.1)
+    assert len(grid.pushed) == 5
+
+
+class TwoTries(LocalGrid):
+    """Nothing comes until a second try is out; then what `late(first, second, asked for)` makes of them."""
+
+    def __init__(self, late):
+        super().__init__(client_app, 1, run_config(QUADRATIC))
+        self.late, self.forgotten = late, []
+
+    def pull_messages(self, message_ids):
+        return [self.late(*self.pushed, message_ids)] if len(self.pushed) > 1 else []
+
+    def forget(self, message_ids):
+        self.forgotten += message_ids
+
+    def ask(self):
+        """What came of one message."""
+        message = Message(RecordDict({"config": ConfigRecord()}), self.ids[0], "query")
+        (done,) = exchange(self, [message], window=4, timeout=0.1, again=lambda failed: anew(message, self.ids[0]))
+        return done.failure, done.tries, done.answer.metadata.reply_to_message_id
+
+
+def test_of_two_tries_the_newer_decides_on_a_failure():
+    def late(first, second, asked):
+        return (
+            Message(Error(2, "too late"), reply_to=first) if "m0" in asked else Message(RecordDict(), reply_to=second)
+        )
+
+    grid = TwoTries(late)
+    assert grid.ask() == ("", 2, "m1")
+    assert grid.forgotten == []
+
+
+def test_of_two_tries_the_first_answer_counts_and_the_other_is_forgotten():
+    grid = TwoTries(lambda first, second, asked: Message(RecordDict(), reply_to=first))
+    assert grid.ask() == ("", 2, "m0")
+    assert grid.forgotten == ["m1"]
 
 
 # Algorithm 2's relay

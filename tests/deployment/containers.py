@@ -64,10 +64,13 @@ def free_port(also: int = 0) -> int:
         return port
 
 
-def wait_until(holds: Callable[[], bool], what: str, seconds: float = 180.0) -> None:
+def wait_until(
+    holds: Callable[[], bool], what: str, seconds: float = 180.0, evidence: Callable[[], str] = lambda: ""
+) -> None:
+    """Until it holds; an AssertionError with the evidence once `seconds` are over."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, f"not after {seconds:g} s: {what}"
+        assert time.monotonic() < deadline, f"not after {seconds:g} s: {what}\n{evidence()}"
         time.sleep(0.3)
 
 
@@ -94,7 +97,11 @@ class Run:
             text = docker("exec", self.deployment.container("serverapp"), "sh", "-c", script, check=False).strip()
             return int(text) if text.isdecimal() else 0
 
-        wait_until(lambda: rounds() >= number, f"round {number} of {self.name}", seconds)
+        def evidence() -> str:
+            services = ("superlink", "serverapp", *(f"{s}-{k}" for k in range(3) for s in ("supernode", "clientapp")))
+            return "\n".join([self.said(), *(f"{s}:\n{self.deployment.logs(s)[-2000:]}" for s in services)])
+
+        wait_until(lambda: rounds() >= number, f"round {number} of {self.name}", seconds, evidence)
 
     def end(self, status: int = 0, seconds: float = 400.0) -> str:
         """What it said, once it has ended with this exit status."""

@@ -1,0 +1,101 @@
+"""The SuperNode of the image: no reply waits for the next message, and none for ever."""
+
+import importlib.util
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode import start_client_internal
+from flwr.supernode.nodestate import NodeStateFactory
+
+RUN = 7
+
+
+@pytest.fixture
+def mended():
+    """Flower's own functions, with the changes, in a namespace of their own."""
+    path = Path(__file__).parents[2] / "deploy" / "image" / "node.py"
+    spec = importlib.util.spec_from_file_location("image_node", path)
+    node = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(node)
+    flower = SimpleNamespace(**vars(start_client_internal))
+    assert node.mend(flower) == []
+    return SimpleNamespace(node=node, flower=flower)
+
+
+class Supernode:
+    """A node's state, and the two halves of one turn of Flower's loop."""
+
+    def __init__(self, flower):
+        self.flower, self.sent = flower, []
+        stores = ObjectStoreFactory()
+        self.store = stores.store()
+        self.state = NodeStateFactory(stores).state()
+
+    def reply(self, text, *, contents=True):
+        """What an app leaves for the SuperLink."""
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, 0, 1
+        asked = Message(RecordDict({"c": ConfigRecord({"text": text})}), 1, "query")
+        asked.metadata.__dict__["_message_id"] = f"asked-{text}"
+        reply = Message(RecordDict({"c": ConfigRecord({"text": text})}), reply_to=asked)
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        with no_object_id_recompute():
+            self.store.preregister(RUN, get_object_tree(reply))
+            objects = {key: one.deflate() for key, one in get_all_nested_objects(reply).items()}
+        for key, content in objects.items() if contents else ():
+            self.store.put(key, content)
+        self.state.store_message(reply)
+
+    def pull(self):
+        """No message comes."""
+        nothing = dict.fromkeys(
+            ("node_config", "get_run", "get_fab", "pull_object", "confirm_message_received", "trusted_entities")
+        )
+        return self.flower._pull_and_store_message(
+            state=self.state, object_store=self.store, receive=lambda: None, **nothing
+        )
+
+    def push(self):
+        def send(message, tree, seconds):
+            self.sent.append(message.metadata.reply_to_message_id)
+            return {tree.object_id, *(child.object_id for child in tree.children)}, "session"
+
+        self.flower._push_messages(
+            state=self.state, object_store=self.store, send=send, push_object=lambda *words: None
+        )
+
+
+def test_a_reply_that_is_ready_goes_out_although_no_message_came(mended):
+    supernode = Supernode(mended.flower)
+    assert supernode.pull() is None
+    supernode.reply("an error of an app whose time is over")
+    supernode.push()  # Flower's turn ends here, with the first reply that it finds
+    supernode.reply("the answer")
+    assert supernode.pull() is not None
+    supernode.push()
+    assert supernode.sent == ["asked-an error of an app whose time is over", "asked-the answer"]
+    assert supernode.pull() is None
+
+
+def test_flower_itself_leaves_it_until_a_message_comes():
+    """Where this fails, Flower has mended its loop, and `prompt` can go."""
+    supernode = Supernode(start_client_internal)
+    supernode.reply("the answer")
+    assert supernode.pull() is None
+
+
+def test_a_reply_whose_content_never_comes_is_given_up(mended, monkeypatch):
+    monkeypatch.setattr(mended.node, "SECONDS_FOR_AN_OBJECT", 0.6)
+    supernode = Supernode(mended.flower)
+    supernode.reply("half", contents=False)
+    begin = time.monotonic()
+    supernode.push()
+    assert 0.5 < time.monotonic() - begin < 10
+    supernode.reply("whole")
+    supernode.push()
+    assert supernode.sent == ["asked-half", "asked-whole"]
