@@ -3,6 +3,7 @@
 Node p of P (Flower's partition-id and num-partitions) holds the clients c with ⌊c·P/N⌋ = p. Arrays travel in one
 ArrayRecord under the names `params/…`, `momentum/…` and `buffers/…`, so Flower's own strategies average model and
 momentum alike; they weigh by `num-examples`, which is the sum of the clients' weights (algorithm.client-weights).
+A message whose arrays came bundled (`fedmom.wire.bundle`) is answered in bundles.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from fedmom.errors import InputError
 from fedmom.local_data import client_source, facts_of, from_record, read_source
 from fedmom.node import Local, Node, held_clients, settled, warm_node
 from fedmom.state import Tree, flatten, unflatten
-from fedmom.wire import array_bytes, from_npy, to_npy
+from fedmom.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 
 app = ClientApp()
 
@@ -48,10 +49,11 @@ def train(message: Message, context: Context) -> Message:
     if asked.get("rows", False):
         return _train_rows(message, context, clients)
     arrays, rows = message.content.array_records["arrays"], message.content.array_records.get("rows")
+    start = _tensors(arrays)
     trained = _node(context, asked).train(
         clients,
         asked["server-round"] - 1,
-        unflatten(_tensors(arrays)),
+        unflatten(start),
         None if rows is None else _tensors(rows),
         path=asked.get("path", ""),
         chunk_size=asked.get("chunk-size", 0),
@@ -70,22 +72,23 @@ def train(message: Message, context: Context) -> Message:
     mean = flatten(outcome.mean)
     # In the order of what came: some of Flower's strategies pair arrays by their places.
     content = {
-        "arrays": _record({name: mean[name] for name in arrays}),
+        "arrays": _record({name: mean[name] for name in start}, arrays),
         "metrics": MetricRecord(metrics),
         "clients": about,
     }
     if outcome.momentum is not None:
-        content["rows"] = _record(outcome.momentum)
+        content["rows"] = _record(outcome.momentum, arrays)
     return Message(RecordDict(content), reply_to=message)
 
 
 def _train_rows(message: Message, context: Context, clients: list[int]) -> Message:
     """Algorithm 2: every client goes on from its own row, and the rows [k, ...] go back."""
     asked, arrays = message.content.config_records["config"], message.content.array_records["arrays"]
+    start = _tensors(arrays)
     trained = _node(context, asked).train_rows(
         clients,
         asked["server-round"] - 1,
-        unflatten(_tensors(arrays)),
+        unflatten(start),
         path=asked.get("path", ""),
         chunk_size=asked.get("chunk-size", 0),
     )
@@ -94,7 +97,7 @@ def _train_rows(message: Message, context: Context, clients: list[int]) -> Messa
     about["train-loss"] = trained.losses.tolist()
     about["path"] = torch.cat([point.reshape(-1) for point in trained.path]).tolist() if trained.path else []
     content = {
-        "arrays": _record({name: after[name] for name in arrays}),
+        "arrays": _record({name: after[name] for name in start}, arrays),
         "metrics": MetricRecord({"num-examples": float(len(clients)), "lr": trained.lr}),
         "clients": about,
     }
@@ -137,12 +140,13 @@ def _held(context: Context) -> Tensor:
 
 
 def _tensors(record: Mapping[str, Array]) -> Tree:
-    return {name: from_npy(array_bytes(array)) for name, array in record.items()}
+    return unbundle({name: from_npy(array_bytes(array)) for name, array in record.items()})
 
 
-def _record(tensors: Tree) -> ArrayRecord:
+def _record(tensors: Tree, asked: Mapping[str, Array]) -> ArrayRecord:
+    """In bundles where the message's arrays came so."""
     arrays = {}
-    for name, value in tensors.items():
+    for name, value in (bundle(tensors) if any(map(is_bundle, asked)) else tensors).items():
         dtype = str(value.dtype).removeprefix("torch.")
         arrays[name] = Array(dtype=dtype, shape=tuple(value.shape), stype="numpy.ndarray", data=to_npy(value))
     return ArrayRecord(arrays)

@@ -51,6 +51,8 @@ class RayGrid:
     the ClientApp `client_app` ("module:attribute" in `app_dir`) does not load. `on_reply` sees every reply as it comes.
     """
 
+    shares_memory = True  # arrays lie in Ray's store, where all workers read them: nothing to gain from bundles
+
     def __init__(
         self,
         client_app: str,

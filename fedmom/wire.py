@@ -1,10 +1,15 @@
 """Tensors <-> the bytes of .npy files, with no copy where none is needed: how arrays travel in Flower's messages.
 
+Where messages pass through a SuperLink the tensors of a dtype travel as one array (`bundle`): Flower sends every array
+of a message as two objects, each in a request of its own.
+
 Plain bytes here, so that both sides of the wire share it; Flower's records are built by the apps themselves.
 """
 
+import json
 import math
 import warnings
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
@@ -14,6 +19,7 @@ from torch import Tensor
 
 from fedmom.errors import InputError
 from fedmom.npy import npy_header
+from fedmom.state import Tree
 
 
 def to_npy(tensor: Tensor) -> bytes:
@@ -46,6 +52,42 @@ def from_npy(data: Any) -> Tensor:
         raise InputError(f"an array is not in numpy's format ({error})") from None
     array = array.reshape(shape, order="F" if fortran else "C")
     return as_tensor(array if dtype.isnative else array.astype(dtype.newbyteorder("=")))
+
+
+def bundle(tensors: Tree) -> Tree:
+    """One flat tensor per dtype, under a name that lists what lies in it: [["params/weight", 3, 4], …], as JSON."""
+    groups = dict[torch.dtype, list[str]]()
+    for name, value in tensors.items():
+        groups.setdefault(value.dtype, []).append(name)
+    return {
+        json.dumps([[name, *tensors[name].shape] for name in names]): torch.cat([tensors[n].reshape(-1) for n in names])
+        for names in groups.values()
+    }
+
+
+def unbundle(tensors: Mapping[str, Tensor]) -> Tree:
+    """What was bundled, as views, in the order of the dtypes; tensors that were not are left as they are.
+
+    Raises InputError where a bundle is not as long as its name says.
+    """
+    found: Tree = {}
+    for name, value in tensors.items():
+        if not is_bundle(name):
+            found[name] = value
+            continue
+        try:
+            places = {inner: shape for inner, *shape in json.loads(name)}
+            parts = value.split([math.prod(shape) for shape in places.values()])
+            found |= {inner: part.view(shape) for (inner, shape), part in zip(places.items(), parts, strict=True)}
+        except (ValueError, TypeError, RuntimeError):
+            what = f"an array of {value.numel():,} numbers is not what its name lists"
+            raise InputError(f"{what}: {name[:80]}") from None
+    return found
+
+
+def is_bundle(name: str) -> bool:
+    """Whether an array of this name holds several tensors."""
+    return name.startswith("[[")
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

@@ -30,6 +30,7 @@ from strategies.updates import (
     Update,
     accept,
     accept_metrics,
+    is_bundled,
     mean_metrics,
     pack,
     unpack,
@@ -126,7 +127,7 @@ class PRSGDM(Strategy):
         """The same, each made as it goes out."""
         if not self.clients.holders:
             self.clients.learn(grid)
-        self._expected, self._asked = unpack(arrays), {}
+        self._expected, self._asked, bundled = unpack(arrays), {}, is_bundled(arrays)
         if self.keeps_rows and not self.rows:
             zeros = zeros_like(unflatten(self._expected).momentum)
             self.rows = dict.fromkeys(range(self.clients.num_clients), zeros)
@@ -140,7 +141,7 @@ class PRSGDM(Strategy):
             content = {ARRAYS: arrays, CONFIG: asked}
             if self.rows:
                 own = [self.rows[client] for client in clients]
-                content[ROWS] = pack({name: torch.stack([u[name] for u in own]) for name in own[0]})
+                content[ROWS] = pack({n: torch.stack([u[n] for u in own]) for n in own[0]}, bundled=bundled)
             yield Message(RecordDict(content), message_type=MessageType.TRAIN, dst_node_id=holder.node_id)
 
     def aggregate_train(

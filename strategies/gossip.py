@@ -25,7 +25,7 @@ from fedmom.rounds import Method, Outcome, Progress, Round
 from fedmom.state import ClientState, flatten, rows_of, stacked, unflatten
 from fedmom.topology import Mixing, Topology
 from strategies.failures import Clients
-from strategies.updates import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, unpack
+from strategies.updates import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack
 
 
 class Mixed(NamedTuple):
@@ -93,7 +93,8 @@ class DSGDM(Strategy):
         for holder in self.clients.holders:
             own = rows_of(rows, torch.tensor(holder.clients))
             asked = {**config, "server-round": server_round, "clients": list(holder.clients), "rows": True}
-            content = RecordDict({ARRAYS: pack(flatten(own)), CONFIG: ConfigRecord(asked)})
+            arrays = pack(flatten(own), bundled=not shares_memory(grid))
+            content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(asked)})
             yield Message(content, message_type=MessageType.TRAIN, dst_node_id=holder.node_id)
 
     def aggregate_train(

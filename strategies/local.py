@@ -12,7 +12,7 @@ from fedmom.objective import Classification
 from fedmom.setup import classification
 from fedmom.state import ClientState, flatten
 from strategies.failures import Clients
-from strategies.updates import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack
+from strategies.updates import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory
 
 
 class LocalClassification(Classification):
@@ -26,7 +26,7 @@ class LocalClassification(Classification):
         if self.asks is None:
             return super().evaluate(state)
         grid, clients, common, timeout = self.asks
-        arrays = pack(flatten(state))
+        arrays = pack(flatten(state), bundled=not shares_memory(grid))
         nodes = [holder.node_id for holder in clients.holders if common.test_sizes[holder.clients[0]]]
         content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(dict(self.facts))})
         messages = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node) for node in nodes]

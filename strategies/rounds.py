@@ -16,7 +16,7 @@ from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
 from strategies.averaging import PRSGDM, SPREADS, Answer
 from strategies.failures import Clients
 from strategies.stock import CohortGrid
-from strategies.updates import Update, accept, pack, unpack
+from strategies.updates import Update, accept, pack, shares_memory, unpack
 
 
 class AveragingRounds:
@@ -35,7 +35,7 @@ class AveragingRounds:
         trained = self.strategy.train_round(
             self.grid,
             job.round_index + 1,
-            pack(flatten(start)),
+            pack(flatten(start), bundled=not shares_memory(self.grid)),
             ConfigRecord(self.asked),
             timeout=self.timeout,
             on_update=lambda update: _tell(progress, update),
@@ -62,7 +62,7 @@ class StockRounds:
     def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
         """One round as Strategy.start would run it: configure, exchange, aggregate."""
         number, tensors = job.round_index + 1, flatten(start)
-        arrays = pack(tensors)
+        arrays = pack(tensors, bundled=not shares_memory(self.grid))
         chosen = set(job.clients.tolist())
         nodes = [holder.node_id for holder in self.clients.holders if chosen.intersection(holder.clients)]
         messages = list(

@@ -5,26 +5,36 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flwr.app import Array, ArrayRecord, Message
+from flwr.serverapp import Grid
 
 from fedmom.state import ClientState, Tree, unflatten
-from fedmom.wire import array_bytes, from_npy, to_npy
+from fedmom.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 
 ARRAYS, CONFIG, ROWS, ABOUT = "arrays", "config", "rows", "clients"  # names of the records in a message
 WEIGHT = "num-examples"  # the metric by which updates are weighed, here and in Flower's own strategies
 
 
-def pack(tensors: Tree) -> ArrayRecord:
-    """Tensors as Flower's ArrayRecord."""
+def pack(tensors: Tree, *, bundled: bool = False) -> ArrayRecord:
+    """Tensors as Flower's ArrayRecord, under their names or one array per dtype (`fedmom.wire.bundle`)."""
     arrays = {}
-    for name, value in tensors.items():
+    for name, value in (bundle(tensors) if bundled else tensors).items():
         dtype = str(value.dtype).removeprefix("torch.")
         arrays[name] = Array(dtype=dtype, shape=tuple(value.shape), stype="numpy.ndarray", data=to_npy(value))
     return ArrayRecord(arrays)
 
 
 def unpack(record: Mapping[str, Array]) -> Tree:
-    """Flower's arrays as tensors that share their memory: for reading only."""
-    return {name: from_npy(array_bytes(array)) for name, array in record.items()}
+    """Flower's arrays as tensors that share their memory, bundled or not: for reading only."""
+    return unbundle({name: from_npy(array_bytes(array)) for name, array in record.items()})
+
+
+def is_bundled(record: Mapping[str, Array]) -> bool:
+    return any(map(is_bundle, record))
+
+
+def shares_memory(grid: Grid) -> bool:
+    """Whether arrays pass this Grid without being sent: then they travel under their own names, one by one."""
+    return bool(getattr(grid, "shares_memory", False))
 
 
 class Update(NamedTuple):

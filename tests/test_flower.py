@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 import fedmom
@@ -21,7 +21,7 @@ from grids import LocalGrid, run_config
 from strategies.averaging import PRSGDM
 from strategies.server_app import app as server_app
 from strategies.stock import STOCK
-from strategies.updates import pack, unpack
+from strategies.updates import is_bundled, pack, unpack
 
 QUADRATIC = {
     "data.dataset": "quadratic",
@@ -174,28 +174,27 @@ def fails(client, what, *, rounds=(2,), tries=99):
 def changed(part, name, change):
     """A reply with one array changed."""
 
-    def change_reply(reply):
-        arrays = dict(reply.content["arrays"])
-        arrays[f"{part}/{name}"] = Array(change(arrays[f"{part}/{name}"].numpy()))
-        reply.content["arrays"] = ArrayRecord(arrays)
-        return reply
+    def change_one(arrays):
+        key = f"{part}/{name}"
+        return {**arrays, key: torch.from_numpy(np.asarray(change(arrays[key].numpy())))}
 
-    return change_reply
+    return with_arrays(change_one)
 
 
 def without(name):
-    def change_reply(reply):
-        reply.content["arrays"] = ArrayRecord({n: a for n, a in reply.content["arrays"].items() if n != name})
-        return reply
-
-    return change_reply
+    return with_arrays(lambda arrays: {n: a for n, a in arrays.items() if n != name})
 
 
 def renamed(old, new):
+    return with_arrays(lambda arrays: {new if n == old else n: array for n, array in arrays.items()})
+
+
+def with_arrays(change):
+    """A reply with other arrays, bundled as they came."""
+
     def change_reply(reply):
-        reply.content["arrays"] = ArrayRecord(
-            {new if n == old else n: array for n, array in reply.content["arrays"].items()}
-        )
+        record = reply.content["arrays"]
+        reply.content["arrays"] = pack(change(unpack(record)), bundled=is_bundled(record))
         return reply
 
     return change_reply

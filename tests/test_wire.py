@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedmom.errors import InputError
-from fedmom.wire import from_npy, to_npy
+from fedmom.wire import bundle, from_npy, is_bundle, to_npy, unbundle
 
 TENSORS = {
     "matrix": torch.randn(3, 4),
@@ -63,3 +63,58 @@ def test_pickled_objects_are_refused():
     np.save(file, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="numpy's format"):
         from_npy(file.getvalue())
+
+
+TREES = {
+    "nothing": {},
+    "one scalar": {"params/x": torch.tensor(2.0)},
+    "an empty one": {"params/x": torch.zeros(0, 3), "params/y": torch.ones(2)},
+    "rows": {"params/w": torch.randn(3, 4, 5), "momentum/w": torch.randn(3, 4, 5)},
+    "three dtypes": {
+        "params/w": torch.randn(4, 2),
+        "buffers/count": torch.tensor(3),
+        "params/b": torch.randn(2).double(),
+        "momentum/w": torch.randn(2, 4).T,
+    },
+    "odd names": {'params/a b"[[,é': torch.ones(1), "params/[[1": torch.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_bundle_is_one_array_per_dtype_and_comes_back(name):
+    tensors = TREES[name]
+    bundled = bundle(tensors)
+    assert len(bundled) == len({value.dtype for value in tensors.values()})
+    assert all(value.ndim == 1 and is_bundle(key) for key, value in bundled.items())
+    back = unbundle(bundled)
+    assert back.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert back[key].dtype == value.dtype
+        assert back[key].shape == value.shape
+        assert torch.equal(back[key], value)
+
+
+def test_what_is_no_bundle_stays_as_it_is():
+    tensors = TREES["three dtypes"]
+    assert not any(map(is_bundle, tensors))
+    assert all(value is tensors[name] for name, value in unbundle(tensors).items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        '[["a", 2]]',
+        '[["a", 4]',
+        "[[1, 4], [",
+        '[["a", -1, -4]]',
+        '[["a", "b"]]',
+        '[["a", 1.5]]',
+        '[[["a"], 4]]',
+        "[[]]",
+    ],
+)
+def test_bundles_that_are_not_what_they_say_are_refused_in_one_line(name):
+    with pytest.raises(InputError, match="4 numbers is not what its name lists"):
+        unbundle({name: torch.zeros(4)})
+    with pytest.raises(InputError, match="is not what its name lists"):
+        unbundle({'[["a", 2], ["b", 2]]': torch.zeros(4, 4)})
