@@ -31,8 +31,9 @@ class LocalGrid(Grid):
         *,
         fault: Callable | None = None,
         shuffle: bool = True,
+        shares_memory: bool = False,
     ) -> None:
-        self.app, self.fault = app, fault
+        self.app, self.fault, self.shares_memory = app, fault, shares_memory
         self.ids = random.Random(num_nodes).sample(range(1, 10**9), num_nodes)  # in no order
         self.contexts = {
             node_id: Context(1, node_id, {"partition-id": p, "num-partitions": num_nodes}, RecordDict(), dict(config))

@@ -129,6 +129,34 @@ def test_no_update_is_moved_by_the_order_of_replies():
         assert torch.equal(value, other.state_dict[name])
 
 
+WIRED = {
+    "momentum average": DIGITS,
+    "momentum local": {**DIGITS, "algorithm.momentum-policy": "local"},
+    "batch norm": RESNET,
+    "algorithm 2": {**DIGITS, "algorithm.name": "d-sgd-m", "algorithm.topology": "ring"},
+    **{name: {**DIGITS, "server.strategy": name} for name in STOCK},
+}
+
+
+@pytest.mark.parametrize("name", WIRED)
+def test_one_array_per_dtype_travels_or_every_tensor_by_its_name_to_the_same_end(name):
+    changes = {**WIRED[name], "server.num-malicious": 1, "server.noise-multiplier": 0.0, "run.num-rounds": 2}
+    num_nodes = changes["data.num-clients"]
+    (bundled, wire), (apart, memory) = (
+        by_flower(changes, num_nodes, {"shuffle": False, "shares_memory": shared}) for shared in (False, True)
+    )
+    for a, b in ((bundled.state_dict, apart.state_dict), (bundled.momentum, apart.momentum)):
+        for key in a.keys() | b.keys():  # a norm's sum over tensors may be taken in another order
+            torch.testing.assert_close(a[key], b[key], rtol=1e-13, atol=1e-13)
+    for grid, bundles in ((wire, True), (memory, False)):
+        messages = [message for message in grid.pushed if message.metadata.message_type == "train"]
+        records = [record for message in messages for record in message.content.array_records.values()]
+        assert len(messages) == 2 * num_nodes
+        assert {is_bundled(record) for record in records} == {bundles}
+        dtypes = {array.dtype for array in records[0].values()}
+        assert (len(records[0]) == len(dtypes)) == bundles
+
+
 # The run folder
 
 

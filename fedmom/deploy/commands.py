@@ -76,7 +76,7 @@ class Commands:
 
     def json(self, command: Sequence[str]) -> dict[str, Any]:
         """What a command of Flower's answers with --format json; CommandError where it failed."""
-        text = self.do([*command, "--format", "json"], changes=False, seconds=60)
+        text = self.do([*command, "--format", "json"], changes=False, seconds=300)
         try:
             answer = json.loads(text[text.index("{") :])
         except ValueError:

@@ -101,7 +101,7 @@ class RemoteRuns:
         self._pipe(["tar", "-C", f"{VOLUME}/{name}", "--no-same-owner", "-xf", "-"], packed.getvalue())
 
     def _execute(self, *words: str) -> str:
-        return self.commands.do(["docker", "exec", self._id(), *words], changes=False, seconds=60)
+        return self.commands.do(["docker", "exec", self._id(), *words], changes=False, seconds=300)
 
     def _pipe(self, words: list[str], data: bytes | None = None) -> bytes:
         command = ["docker", "exec", "-i", self._id(), *words]
