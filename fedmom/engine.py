@@ -66,7 +66,7 @@ class Engine:
         if path in FOLDED_PATHS:
             self.stack = Stack(task, method, factors=path == "factors", convolution=convolution)
         self.replays = Replays(self.stack) if self.stack is not None and task.device.type == "cuda" else None
-        self.step = vmap_step if path == "vmap" else loop_step
+        self.step, self.gradient = (vmap_step, task.gradient) if path == "vmap" else (loop_step, task.gradient_alone)
         # The loop keeps one client resident: a larger chunk would only hold finished rows for longer.
         self.chunk_size = 1 if path == "loop" else chunk_size
 
@@ -202,7 +202,7 @@ class Engine:
                 state,
                 batch,
                 start,
-                gradient=self.task.gradient,
+                gradient=self.gradient,
                 lr=lr,
                 beta=method.beta,
                 nesterov=method.nesterov,

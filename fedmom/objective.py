@@ -31,6 +31,9 @@ class Task(Protocol):
     def gradient(self, params: Tree, buffers: Tree, batch: Any, /) -> tuple[Tree, Tree, Tensor]:
         """Of ONE client on one minibatch: gradients, buffers after the forward pass, loss. vmap adds the axis."""
 
+    def gradient_alone(self, params: Tree, buffers: Tree, batch: Any, /) -> tuple[Tree, Tree, Tensor]:
+        """The same where no vmap is around it."""
+
     def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Any]:
         """The minibatches of clients [K] for steps first_steps [K] + 0, 1, …: tensors [K, ...] per step."""
 
@@ -124,6 +127,16 @@ class Classification:
     def gradient(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Tree, Tree, Tensor]:
         grads, (loss, after) = torch.func.grad_and_value(self.loss, has_aux=True)(params, buffers, batch)
         return grads, after, loss
+
+    def gradient_alone(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Tree, Tree, Tensor]:
+        """By autograd itself. torch.func also makes the graph of the gradient, and first imports torch._dynamo."""
+        with torch.enable_grad():
+            leaves = {name: x.detach().requires_grad_() for name, x in params.items()}
+            loss, after = self.loss(leaves, buffers, batch)
+            # A model may leave a parameter out.
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        after = {name: buffer.detach() for name, buffer in after.items()}
+        return dict(zip(leaves, grads, strict=True)), after, loss.detach()
 
     def activation_bytes(self, start: ClientState) -> int:
         """What the backward pass of one client's minibatch keeps in memory, and the minibatch."""

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import fedmom
-from fedmom.objective import Classification
+from fedmom.models import build_model
+from fedmom.objective import Batch, Classification
 from fedmom.partition import make_partition
 from runs import run_plan, simple_plan, tiny_images
 
@@ -111,3 +112,36 @@ def test_baselines_say_what_they_overrule_from_python_too():
         fedmom.run(
             {"algorithm": {"name": "local-sgd", "beta": 0.9}, "model": {"name": "logistic"}, "run": {"num_rounds": 1}}
         )
+
+
+class Partly(Odd):
+    """… and a layer that the loss does not depend on, BatchNorm, and a buffer made of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.norm = nn.Linear(2, 2), nn.BatchNorm1d(64)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen.copy_(self.first.weight.sum())
+        return super().forward(self.norm(x.flatten(1)))
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet20", "odd"])
+def test_the_gradient_alone_is_the_gradient(model):
+    data = tiny_images()
+    net = Partly() if model == "odd" else build_model(model, data.x_train.shape[1:], 3, seed=0)
+    task = Classification(data, net, make_partition("iid", data.y_train.numpy(), 3), batch_size=5, dtype=torch.float64)
+    first = torch.zeros(1, dtype=torch.int64)
+    batch = Batch(*(field[0] for field in next(iter(task.round_batches(first, first, 1)))))
+    start = task.start()
+    before = {name: value.clone() for name, value in {**start.params, **start.buffers}.items()}
+    with torch.no_grad():  # whatever is around it
+        alone = task.gradient_alone(start.params, start.buffers, batch)
+    for found, right in zip(alone[:2], task.gradient(start.params, start.buffers, batch)[:2], strict=True):
+        assert found.keys() == right.keys()
+        for name, value in right.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+            assert not found[name].requires_grad
+    assert not alone[2].requires_grad
+    assert all(torch.equal({**start.params, **start.buffers}[name], value) for name, value in before.items())

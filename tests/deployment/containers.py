@@ -26,7 +26,8 @@ CHANGES = {
     "run.num-rounds": 2,
     "run.dtype": "float64",
 }
-LONGER = {**CHANGES, "run.num-rounds": 4}
+# Long enough that something can break before the end: a round takes a second or two where nothing else goes on.
+LONGER = {**CHANGES, "run.num-rounds": 6}
 
 
 def docker(*words: str, check: bool = True) -> str:

@@ -12,7 +12,8 @@ from fedmom.records import read_rounds
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1500), pytest.mark.xdist_group("containers")]
 # A message that is lost with its node is missed after this long, and sent again.
-RETRY = {**LONGER, "server.on-failure": "retry", "server.retries": 20, "server.timeout-seconds": 30.0}
+RETRY = {**LONGER, "server.on-failure": "retry", "server.retries": 50, "server.timeout-seconds": 20.0}
+STRAGGLER = 30.0  # several times what a round takes on a busy machine of two cores
 
 
 # What a run gets over by itself: {what breaks: (who breaks it, changes of the configuration)}
@@ -36,7 +37,7 @@ def test_the_run_goes_on_and_ends_with_the_engines_model(deployment, tmp_path, w
     run.wait_for_round(1)
     break_it(deployment)
     run.end()
-    assert len(read_rounds(out)) == 4
+    assert len(read_rounds(out)) == changes["run.num-rounds"]
     assert_engines(out, changes)
 
 
@@ -45,14 +46,14 @@ def test_the_servers_app_is_killed_and_the_run_goes_on_from_its_checkpoint(deplo
     run.wait_for_round(2)
     deployment.kill("serverapp")
     run.end(4)
-    assert 2 <= len(read_rounds(tmp_path / "server-killed")) < 4
+    assert 2 <= len(read_rounds(tmp_path / "server-killed")) < LONGER["run.num-rounds"]
     deployment.resume(tmp_path / "server-killed")
-    assert len(read_rounds(tmp_path / "server-killed")) == 4
+    assert len(read_rounds(tmp_path / "server-killed")) == LONGER["run.num-rounds"]
     assert_engines(tmp_path / "server-killed", LONGER)
 
 
 def test_a_straggler_past_the_limit_stops_the_run_by_name(deployment, tmp_path):
-    changes = {**LONGER, "server.on-failure": "stop", "server.timeout-seconds": 20.0}
+    changes = {**LONGER, "server.on-failure": "stop", "server.timeout-seconds": STRAGGLER}
     run = deployment.run(tmp_path / "straggler", changes)
     run.wait_for_round(1)
     docker("pause", deployment.container("clientapp-2"))
@@ -67,8 +68,8 @@ def test_a_straggler_past_the_limit_stops_the_run_by_name(deployment, tmp_path):
 
 
 def test_without_a_straggler_the_others_go_on_where_that_was_asked_for(deployment, tmp_path):
-    proceed = {"server.on-failure": "proceed", "server.min-clients": 2, "server.timeout-seconds": 20.0}
-    run = deployment.run(tmp_path / "proceeds", {**LONGER, **proceed})
+    proceed = {"server.on-failure": "proceed", "server.min-clients": 2, "server.timeout-seconds": STRAGGLER}
+    run = deployment.run(tmp_path / "proceeds", {**LONGER, **proceed, "run.num-rounds": 3})
     run.wait_for_round(1)
     docker("pause", deployment.container("clientapp-2"))
     try:
@@ -77,7 +78,7 @@ def test_without_a_straggler_the_others_go_on_where_that_was_asked_for(deploymen
         docker("unpause", deployment.container("clientapp-2"))
     assert "client 2, node" in text
     assert "the round goes on without" in text
-    assert len(read_rounds(tmp_path / "proceeds")) == 4
+    assert len(read_rounds(tmp_path / "proceeds")) == 3
 
 
 def test_a_client_with_a_full_disk_stops_the_run_by_name_and_goes_on_once_there_is_room(deployment, tmp_path):

@@ -159,7 +159,7 @@ MISBEHAVE = """
 _honest = _record
 
 
-def _record(tensors):
+def _record(tensors, asked):
     from pathlib import Path
 
     place = Path("/data/misbehave")
@@ -170,11 +170,13 @@ def _record(tensors):
         tensors = {name: value.expand(2000, *value.shape).contiguous() for name, value in tensors.items()}
     if how == "unknown":
         tensors = {**tensors, "params/more": torch.zeros(3)}
-    record = _honest(tensors)
+    record = _honest(tensors, asked)
     if how == "malformed":
         name = next(iter(record))
         old = record[name]
         record[name] = Array(dtype=old.dtype, shape=old.shape, stype=old.stype, data=b"not an array")
+    if how == "mislisted":
+        record = ArrayRecord({name.replace("16", "17"): array for name, array in record.items()})
     return record
 """
 
@@ -194,6 +196,7 @@ REASONS = {
     "oversized": "must be [16, 64] float64",
     "unknown": "its update has an unknown params/more",
     "malformed": "an array is not in numpy's format",
+    "mislisted": "is not what its name lists",
 }
 
 
