@@ -69,6 +69,7 @@ class DSGDM(Strategy):
         self.clients = Clients(topology.num_clients, on_failure, min_clients, retries, window, wait_seconds)
         self.blocks = Blocks()
         self.rows: ClientState | None = None  # [N, ...]
+        self.bundled = False  # whether rows travel as one array per dtype, which fedmom's clients understand
         self._updates: dict[int, dict[str, Any]] = {}
 
     def summary(self) -> None:
@@ -93,7 +94,7 @@ class DSGDM(Strategy):
         for holder in self.clients.holders:
             own = rows_of(rows, torch.tensor(holder.clients))
             asked = {**config, "server-round": server_round, "clients": list(holder.clients), "rows": True}
-            arrays = pack(flatten(own), bundled=not shares_memory(grid))
+            arrays = pack(flatten(own), bundled=self.bundled)
             content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(asked)})
             yield Message(content, message_type=MessageType.TRAIN, dst_node_id=holder.node_id)
 
@@ -227,6 +228,7 @@ class RelayRounds:
     def __init__(self, strategy: DSGDM, grid: Grid, task: Task, asked: dict[str, Any], timeout: float) -> None:
         """`asked`: what every train message says besides the round and the clients. `timeout` in seconds, 0: none."""
         self.strategy, self.grid, self.task, self.asked, self.timeout = strategy, grid, task, asked, timeout
+        strategy.bundled = not shares_memory(grid)
 
     def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
         """I local steps of all clients on the nodes, then the exchange here. ClientsFailedError by the policy."""
