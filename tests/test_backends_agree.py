@@ -121,11 +121,10 @@ def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulate
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [
-        ({**QUADRATIC, **NESTEROV, "run.num-rounds": 2}, 1e-10),
-        ({**FLOAT32, "algorithm.momentum-policy": "local"}, 1e-5),
+        ({**FLOAT32, **NESTEROV, "algorithm.momentum-policy": "local"}, 1e-5),
         ({**FLOAT64, **GOSSIP, "run.num-rounds": 2, "engine.path": "loop"}, 1e-10),
     ],
-    ids=["quadratic-II-blocks", "digits-float32-local-blocks", "decentralized-blocks"],
+    ids=["digits-II-float32-local-blocks", "decentralized-blocks"],
 )
 def test_a_superlink_with_tls_and_two_supernodes_gives_the_engines_result(deployed, tmp_path, changes, tolerance):
     ran = deployed.run({**changes, "run.out": str(tmp_path / "run")})

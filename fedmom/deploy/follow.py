@@ -22,7 +22,7 @@ from fedmom.state import ClientState
 DATA = "/data"  # where every container has its own
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_TO_END = 60.0  # of the server's app, once its run is over or was stopped
-_LOOKS_BETWEEN_QUESTIONS = 8  # to Flower, whether the run still is
+_LOOKS_BETWEEN_QUESTIONS = 15  # to Flower, whether the run still is: seconds of a core, most of them imports
 _EMPTY = ClientState({}, {}, {})
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 # Of what the server's app prints, its rounds are read from the folder, and its last table is printed here.
