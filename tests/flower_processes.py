@@ -130,7 +130,7 @@ class Flower:
         for port in ports:
             self.wait_for(port)
 
-    def wait_for(self, port: int, seconds: float = 180) -> None:
+    def wait_for(self, port: int, seconds: float = 60) -> None:
         """Until somebody listens there; fails at once where a process that was started has ended."""
         deadline = time.monotonic() + seconds
         while True:
@@ -151,7 +151,7 @@ class Flower:
                     os.kill(pid, number)
                 except ProcessLookupError:
                     continue
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 10
             while self._processes() and time.monotonic() < deadline:
                 time.sleep(0.1)
         for process in self.spawned.values():

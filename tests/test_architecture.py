@@ -108,7 +108,7 @@ def test_the_engine_runs_where_the_extras_are_missing(tmp_path):
     x, y = rng.normal(size=(20, 4)).astype(np.float32), np.arange(20) % 2
     np.savez(tmp_path / "tiny.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     code = BARE.format(absent=MAY_BE_ABSENT)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["by-command"]
     assert done.stderr == "fedmom: no picture was drawn: matplotlib is not installed\n"

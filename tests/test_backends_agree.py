@@ -72,9 +72,10 @@ def assert_the_engines(changes, folder, tolerance):
     [
         ({**QUADRATIC, **NESTEROV}, 2, 1e-10),
         ({**FLOAT64, **NESTEROV}, 5, 1e-10),
+        (FLOAT64, 2, 1e-10),
         ({**FLOAT64, **GOSSIP}, 5, 1e-10),
     ],
-    ids=["quadratic-II-blocks", "digits-II", "decentralized"],
+    ids=["quadratic-II-blocks", "digits-II", "digits-blocks", "decentralized"],
 )
 def test_flowers_simulation_engine_gives_the_engines_result(simulated, tmp_path, changes, num_nodes, tolerance):
     ran = simulated.run({**changes, "run.out": str(tmp_path / "run")}, num_nodes)
@@ -118,10 +119,11 @@ def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulate
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [
-        ({**FLOAT32, **NESTEROV, "algorithm.momentum-policy": "local"}, 1e-5),
+        ({**QUADRATIC, **NESTEROV, "run.num-rounds": 2}, 1e-10),
+        ({**FLOAT32, "algorithm.momentum-policy": "local"}, 1e-5),
         ({**FLOAT64, **GOSSIP, "run.num-rounds": 2, "engine.path": "loop"}, 1e-10),
     ],
-    ids=["digits-II-float32-local-blocks", "decentralized-blocks"],
+    ids=["quadratic-II-blocks", "digits-float32-local-blocks", "decentralized-blocks"],
 )
 def test_a_superlink_with_tls_and_two_supernodes_gives_the_engines_result(deployed, tmp_path, changes, tolerance):
     ran = deployed.run({**changes, "run.out": str(tmp_path / "run")})

@@ -560,7 +560,7 @@ def test_a_reader_that_goes_away_ends_the_command_without_a_traceback(command):
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=180) == 130
+    assert process.wait(timeout=60) == 130
     process.stderr.close()
 
 
@@ -570,12 +570,12 @@ def test_a_signal_ends_a_real_process_with_a_checkpoint(workplace, number):
     command += ["--quiet", "--set", "run.num-rounds=1000000", "--set", "run.checkpoint-every=1000000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 60
         while len(read_rounds(Path("x"))) < 5 and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, err
@@ -623,7 +623,7 @@ def test_no_command_shows_the_help(fed):
 def test_completion_is_a_script_of_the_shell():
     env = {**os.environ, "_FEDMOM_COMPLETE": "source_bash"}
     code = "import sys; sys.argv = ['fedmom']; from fedmom.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert "complete -o default -F _fedmom_completion fedmom" in done.stdout
 
 

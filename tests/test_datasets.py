@@ -559,7 +559,7 @@ def test_needs_neither_torchvision_nor_sklearn_to_be_imported(tmp_path):
             except InputError as error:
                 print(error)
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     lines = run.stdout.splitlines()
     assert lines[:1] == ["3"], run.stderr
     assert "needs scikit-learn" in lines[1]

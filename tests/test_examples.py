@@ -41,7 +41,7 @@ def test_an_example_comes_to_what_it_says(name, tmp_path):
     code = f"import {name}; found = {name}.main(); assert found > {LEAST[name]}, found"
     paths = {"PYTHONPATH": str(EXAMPLES), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout
@@ -52,7 +52,7 @@ def test_an_example_comes_to_what_it_says(name, tmp_path):
 def test_any_flower_app_runs_on_our_grid():
     pytest.importorskip("ray")
     command = [sys.executable, "-m", "fedmom", "simulate-app", "flower_app", "--num-clients", "5", "--num-actors", "1"]
-    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     # x <- the mean of x + (i − x)/2 over clients 0 … 4, from 0: 2 (1 − 2^−3).
     assert "x = 1.750 after 3 rounds" in done.stdout

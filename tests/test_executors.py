@@ -61,7 +61,7 @@ def pool():
 
 def take_all(pool, number):
     """{key: answer} of `number` messages: no key twice, and nothing more."""
-    taken = [pool.take(timeout=180) for _ in range(number)]
+    taken = [pool.take(timeout=60) for _ in range(number)]
     assert None not in taken
     assert pool.take(timeout=0.05) is None
     assert len(dict(taken)) == number
@@ -69,14 +69,14 @@ def take_all(pool, number):
 
 
 def wait_for_both(pool):
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 30
     while len(pool.worker_pids()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def warm_both(pool):
     """Until both have answered: before that the limit of a late message is a longer one."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 60
     while len(pool._workers) < 2 or not all(worker.warm for worker in list(pool._workers)):
         assert time.monotonic() < deadline
         submit_all(pool, [("sleep", 0.05) for _ in range(4)])
@@ -123,7 +123,7 @@ def test_a_message_whose_worker_dies_is_tried_again(pool, tmp_path):
 def test_a_worker_killed_from_outside_costs_no_message(pool):
     for key in range(20):
         pool.submit(key, ("sleep", 0.05))
-    assert pool.take(timeout=120) is not None
+    assert pool.take(timeout=20) is not None
     killed = pool.worker_pids()[0]
     os.kill(killed, signal.SIGKILL)
     answers = take_all(pool, 19)
@@ -159,12 +159,12 @@ def test_what_waits_behind_a_long_message_goes_elsewhere(pool):
     wait_for_both(pool)
     submit_all(pool, [("echo", 0)] * 200)  # so that batches are large
     for key in range(60):
-        pool.submit(key, ("sleep", 2.5 if key == 20 else 0.0005))
+        pool.submit(key, ("sleep", 1.2 if key == 20 else 0.0005))
     begun = time.monotonic()
     early: set[int] = set()
     while not early >= set(range(21, 60)):
         early.add(pool.take(timeout=5)[0])
-    assert time.monotonic() - begun < 2.2
+    assert time.monotonic() - begun < 1
     assert 20 not in early
     # Those before it in its batch come with it.
     assert take_all(pool, 60 - len(early)).keys() == set(range(60)) - early
@@ -274,12 +274,12 @@ except KeyboardInterrupt:
 def test_ctrl_c_and_close_leave_no_process():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert done.returncode == 0, done.stderr
     seconds, *pids = done.stdout.split()
     assert float(seconds) < 15
     assert len(pids) >= 4  # gcs, raylet, actors
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 10
     while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive

@@ -98,7 +98,7 @@ def start_child(config: dict, out: Path) -> subprocess.Popen:
 
 
 def wait_for_round(out: Path, number: int, child: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 120
     while len(read_rounds(out)) < number:
         assert child.poll() is None, "the child ended by itself"
         assert time.monotonic() < deadline
@@ -297,7 +297,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path, mo
 def test_files_of_one_run_are_the_same_bytes_in_another_process(tmp_path):
     fedmom.run(DIGITS, out=tmp_path / "here", callbacks=[fedmom.Callback()])
     child = start_child(DIGITS, tmp_path / "there")
-    assert child.wait(timeout=300) == 0
+    assert child.wait(timeout=120) == 0
     same_run(tmp_path / "here", tmp_path / "there")
 
 
