@@ -12,7 +12,20 @@ import pytest
 
 from fedmom.errors import InputError
 from fedmom.records import read_rounds
-from fedmom.sweep import MANIFEST, Ended, best_table, cells_of, check, drawn, full, listed, metric_of, parse_grid, sweep
+from fedmom.sweep import (
+    MANIFEST,
+    Ended,
+    best_table,
+    cells_of,
+    check,
+    drawn,
+    full,
+    listed,
+    metric_of,
+    parse_grid,
+    seeds_of,
+    sweep,
+)
 
 ROOT = Path(__file__).parents[1]
 QUADRATIC = ROOT / "configs/quadratic.toml"
@@ -89,7 +102,7 @@ def test_a_model_that_breaks_is_a_failed_run_and_the_others_go_on(tmp_path, monk
     (tmp_path / "two.toml").write_text("[data]\nnum-clients = 2\n[run]\nnum-rounds = 1\n")
     cells = cells_of(full(parse_grid(["model.name=breaks:model,logistic"])), [0])
     ended = list(sweep(Path("two.toml"), cells, tmp_path / "out"))
-    assert [one.status for one in ended] == ["failed", "done"]
+    assert [one.status for one in ended] == ["refused", "done"]  # as `fedmom run` would: exit status 2
     assert "no weights" in ended[0].message
     assert "no weights" in json.loads((tmp_path / "out" / MANIFEST).read_text())[ended[0].cell.name]["message"]
 
@@ -174,32 +187,120 @@ def test_a_list_of_runs_comes_from_a_file(tmp_path):
         listed(tmp_path / "none.toml")
 
 
+def seeds_and_names(number, words, sets=()):
+    combinations = full(parse_grid(words))
+    cells = cells_of(combinations, seeds_of(number, QUADRATIC, sets, combinations))
+    return [(cell.sets["run.seed"], cell.name, cell.group) for cell in cells]
+
+
+def test_the_seeds_are_those_that_were_asked_for(tmp_path):
+    """By --seeds, a grid or --set, else the configuration's; where two of them say it, neither is dropped."""
+    rounds = "run.num-rounds=3"
+    assert seeds_and_names(2, [rounds]) == [(s, f"num-rounds=3,seed={s}", "num-rounds=3") for s in (0, 1)]
+    assert seeds_and_names(None, ["run.seed=5,7"]) == [(s, f"base,seed={s}", "base") for s in (5, 7)]
+    assert seeds_and_names(None, [rounds], ["run.seed=7"]) == [(7, "num-rounds=3,seed=7", "num-rounds=3")]
+    config = tmp_path / "nine.toml"
+    config.write_text(QUADRATIC.read_text().replace("[run]", "[run]\nseed = 9"))
+    assert list(seeds_of(None, config, [], [{}])) == [9]
+    for number, words, sets in (
+        (2, ["run.seed=1,2"], []),
+        (2, [rounds], ["run.seed=7"]),
+        (None, ["run.seed=1"], ["run.seed=7"]),
+    ):
+        with pytest.raises(InputError, match=r"run\.seed"):
+            seeds_and_names(number, words, sets)
+    ended = run(tmp_path / "out", ["run.seed=1,2"], seeds=[0], sets=["data.noise-sigma=1"])
+    assert len({(tmp_path / "out" / one.cell.name / "final.safetensors").read_bytes() for one in ended}) == 2
+
+
+def test_values_that_hold_commas_stand_in_brackets():
+    grid = ["algorithm.lr-milestones=[0.5, 0.75],[.3]", "data.start='1,2'", "data.curvatures=[1;3],[[2,1],[4,1]]"]
+    assert parse_grid(grid) == {
+        "algorithm.lr-milestones": ["0.5,0.75", ".3"],
+        "data.start": ["1,2"],
+        "data.curvatures": ["1;3", "2,1;4,1"],
+    }
+    assert parse_grid(["algorithm.lr-milestones=0.5", "algorithm.lr=.1, 5., 1e-3,+1"]) == {
+        "algorithm.lr-milestones": ["0.5"],
+        "algorithm.lr": [0.1, 5.0, 0.001, 1],
+    }
+    assert parse_grid(["algorithm.momentum-policy= average, reset ", 'data.data-dir="a,b",c']) == {
+        "algorithm.momentum-policy": ["average", "reset"],
+        "data.data-dir": ["a,b", "c"],
+    }
+
+
+def test_a_list_of_runs_may_begin_with_a_byte_order_mark_and_hold_lists(tmp_path):
+    path = tmp_path / "runs.toml"
+    path.write_text('\ufeff[[run]]\nalgorithm.lr-milestones = [0.5, 0.75]\n"run.seed" = 4\n', encoding="utf-8")
+    (cell,) = cells_of(listed(path), [0])
+    check(QUADRATIC, [cell], tmp_path / "out", [])
+    assert (cell.sets["run.seed"], cell.name) == (4, "lr-milestones=0.5,0.75,seed=4")
+
+
+def test_names_fit_any_file_system_and_are_the_runs_own(tmp_path):
+    long = {"data.data-dir": "ü" * 300}
+    cells = cells_of([long, {"data.data-dir": "ü" * 301}, {"data.data-dir": "a/b"}, {"data.data-dir": "a_b"}], [0, 1])
+    assert len({cell.name for cell in cells}) == 8
+    assert all(len(cell.name.encode()) < 255 and "/" not in cell.name for cell in cells)
+    assert cells[0].name == cells_of([long], [0])[0].name  # whatever stands beside it
+
+
+def test_random_combinations_of_a_grid_too_large_to_write_out():
+    grid = {f"key{i}": list(range(100)) for i in range(20)}
+    assert len({tuple(one.values()) for one in drawn(grid, 3, 0)}) == 3
+    with pytest.raises(InputError, match="--random N"):
+        full(grid)
+
+
 @pytest.mark.parametrize(
-    ("words", "why"),
+    ("words", "sets", "why"),
     [
-        (["algorithm.lr"], "SECTION.KEY=VALUE"),
-        (["algorithm.lr="], "SECTION.KEY=VALUE"),
-        (["algorithm.lrr=1"], "did you mean"),
-        (["algorithm.lr=0.1,0.1"], "given twice"),
-        (["algorithm.lr=0.1", "algorithm.lr=0.2"], "given twice"),
+        (["algorithm.lr"], [], "SECTION.KEY=VALUE"),
+        (["algorithm.lr="], [], "SECTION.KEY=VALUE"),
+        (["algorithm.lrr=1"], [], "did you mean"),
+        (["algorithm.lr=0.1,0.1"], [], "given twice"),
+        (["algorithm.lr=1,1.0"], [], "given twice"),
+        (["algorithm.lr=0.1", "algorithm.lr=0.2"], [], "given twice"),
+        (["algorithm.lr=0.1,,0.2"], [], "a value is missing"),
+        (["algorithm.lr=0.1,"], [], "a value is missing"),
+        (["algorithm.lr=[0.1,0.2]"], [], "without brackets"),
+        (["algorithm.lr-milestones=0.5,0.75"], [], r"lr-milestones=\[0.5\],\[0.75\] for 2"),
+        (["data.curvatures=1;3,2;6"], [], r"data.curvatures=\[1;3\],\[2;6\] for 2"),
+        (["algorithm.lr-milestones=[0.5,0.75"], [], "closing ] is missing"),
+        (["algorithm.lr=0,05,0,1"], [], r"given twice|algorithm\.lr"),
+        (["algorithm.lr=0.1,-1"], [], r"lr=-1.*seed=0: algorithm\.lr"),
+        (["run.out=a,b"], [], "folder of its own"),
+        (["run.resume=a"], [], "folder of its own"),
+        (["run.backend=engine,flower"], [], r"backend=flower,seed=0: run\.backend"),
+        (["engine.device=cpu,cuda"], [], r"device=cuda,seed=0: engine\.device"),
+        (["algorithm.lr=0.1,0.2"], ["algorithm.lr=0.3"], r"algorithm\.lr: is given by --set and"),
+        (["algorithm.lr=0.1"], ["run.resume=x"], r"run\.resume"),
+        (["algorithm.lr=0.3"], [], r"lr=0\.3,seed=0: --out .* is no run folder"),
     ],
 )
-def test_a_bad_grid_is_one_line(tmp_path, words, why):
-    with pytest.raises(InputError, match=why):
-        check(QUADRATIC, cells_of(full(parse_grid(words)), [0]), tmp_path, [])
+def test_what_is_wrong_is_one_line_before_anything_runs(tmp_path, words, sets, why):
+    (tmp_path / "lr=0.3,seed=0").mkdir()
+    (tmp_path / "lr=0.3,seed=0" / "mine").touch()
+    with pytest.raises(InputError, match=why) as error:
+        check(QUADRATIC, cells_of(full(parse_grid(words)), [0]), tmp_path, sets)
+    assert "\n" not in str(error.value)
 
 
-def test_a_wrong_value_is_found_before_anything_runs(tmp_path):
-    cells = cells_of(full(parse_grid(["algorithm.lr=0.1,-1"])), [0])
-    with pytest.raises(InputError, match=r"lr=-1.*seed=0: algorithm\.lr"):
-        check(QUADRATIC, cells, tmp_path, [])
+def test_the_same_run_twice_and_a_folder_that_is_none_of_a_sweep_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"lr=1,seed=0 and lr=1\.0,seed=0"):
+        cells_of([{"algorithm.lr": 1}, {"algorithm.lr": 1.0}], [0])
+    (alone,) = run(tmp_path, ["algorithm.lr=0.1"])
+    for folder, what in ((tmp_path / alone.cell.name, "a run folder"), (tmp_path / MANIFEST, "a file")):
+        with pytest.raises(InputError, match=what):
+            check(QUADRATIC, [alone.cell], folder, [])
 
 
 def test_an_interrupted_run_ends_the_sweep(tmp_path, monkeypatch):
-    from fedmom import sweep as module
+    from fedmom import crew
 
     cells = cells_of(full(parse_grid(["algorithm.lr=0.1,0.2"])), [0])
-    monkeypatch.setattr(module, "_run_one", lambda work, cell: Ended(cell, "interrupted", "", 1.0))
+    monkeypatch.setattr(crew, "run_cell", lambda work, cell: Ended(cell, "interrupted", "", 1.0))
     assert [one.status for one in sweep(QUADRATIC, cells, tmp_path)] == ["interrupted"]
 
 
