@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.config import Config, load, parse_sets, replace, to_toml
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
+from fedmom.imports import one_line
 from fedmom.objective import Classification, Task
 from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, read_rounds, write_text
 from fedmom.resolve import resolve, resume_config, run_identity
 from fedmom.rounds import Rounds
 from fedmom.setup import make_engine, make_plan, make_task, resolve_device
 from fedmom.state import ClientState, Tree, num_bytes
+from fedmom.status import Heart
 from fedmom.train import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 
 
@@ -250,10 +252,17 @@ class _Run:
         self.notes = [*self.warnings, *chosen]
         self.run_id = run_identity(config, _known_of_data(config, task))
         self.rounds: list[Record] = []
+        self.heart: Heart | None = None
 
     def go(self, resumed: bool) -> Result:
         done = self._begin(resumed)
-        saved = done.round if resumed else -1
+        try:
+            return self._go(done, done.round if resumed else -1)
+        except BaseException as error:
+            self._tell_folder("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", one_line(error))
+            raise
+
+    def _go(self, done: Progressed, saved: int) -> Result:
         status, message = "done", ""
         try:
             self._tell_start(done)
@@ -263,6 +272,8 @@ class _Run:
                         self.folder.append(record)
                     self.rounds.append(record)
                     done = new
+                if self.heart:
+                    self.heart.round = done.round
                 if self.folder and done.round % self.config.run.checkpoint_every == 0:
                     done = done.gathered()  # others may take long to bring it: Ctrl-C must get through
                     with interrupts_held():
@@ -299,10 +310,15 @@ class _Run:
         return self._end(status, done, message)
 
     def _end(self, status: str, done: Progressed, message: str) -> Result:
+        self._tell_folder(status, message)
         result = self._result(status, done, message)
         for callback in self.callbacks:
             callback.on_end(result)
         return result
+
+    def _tell_folder(self, status: str, message: str) -> None:
+        if self.heart:
+            self.heart.end(status, message)
 
     def _begin(self, resumed: bool) -> Progressed:
         done = beginning(self.task, self.plan)
@@ -318,10 +334,17 @@ class _Run:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
             if self.rounds:
                 done = done._replace(wall_seconds=float(self.rounds[-1]["wall_seconds"]))
-        write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
-        if not resumed:
-            about = environment(self.task.device.type)
-            write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
+        # Nothing of the folder is changed before all that may be refused has been looked at.
+        self.heart = Heart(self.folder.path, done.round)
+        try:
+            # config.toml makes it a run folder: a kill before it leaves a free one, a kill after it nothing undone.
+            if not (self.folder.path / ENVIRONMENT).exists() or not resumed:
+                about = environment(self.task.device.type)
+                write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
+            write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
+        except BaseException as error:
+            self._tell_folder("failed", one_line(error))
+            raise
         return done
 
     def _tell_start(self, done: Progressed) -> None:
