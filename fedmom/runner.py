@@ -13,9 +13,9 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from fedmom.algorithms import MOMENTUM_POLICIES
-from fedmom.config import Config, load, parse_sets, replace, to_toml
+from fedmom.config import Config, flat, load, parse_sets, replace, to_toml
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
-from fedmom.imports import one_line
+from fedmom.imports import blamed, one_line
 from fedmom.objective import Classification, Task
 from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, read_rounds, write_text
 from fedmom.resolve import resolve, resume_config, run_identity
@@ -172,12 +172,13 @@ def run(
         listener = _LISTENER.get()
         callbacks = list(callbacks) or (listener.callbacks if listener else [])
         here = resolve_device(settled)
-        objectives = task(here) if task else make_task(here, here.engine.device)
-        plan = make_plan(settled)
-        # Under Flower every node resolves "auto" for itself, and a resumed run must leave it to them again.
-        settled = settled if rounds else here
-        make = rounds or local_rounds
-        settled, engine, chosen = make(settled, objectives, plan)
+        with blamed(flat(settled)):
+            objectives = task(here) if task else make_task(here, here.engine.device)
+            plan = make_plan(settled)
+            # Under Flower every node resolves "auto" for itself, and a resumed run must leave it to them again.
+            settled = settled if rounds else here
+            make = rounds or local_rounds
+            settled, engine, chosen = make(settled, objectives, plan)
         try:
             if out is not None:
                 folder = RunFolder.create(Path(out))
@@ -259,14 +260,14 @@ class _Run:
         try:
             return self._go(done, done.round if resumed else -1)
         except BaseException as error:
-            self._tell_folder("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", one_line(error))
+            self._tell_error(error)
             raise
 
     def _go(self, done: Progressed, saved: int) -> Result:
         status, message = "done", ""
         try:
             self._tell_start(done)
-            for new, record in run_rounds(self.task, self.plan, self.engine, done, self._on_steps):
+            for new, record in self._steps(done):
                 with interrupts_held():
                     if self.folder:
                         self.folder.append(record)
@@ -316,6 +317,10 @@ class _Run:
             callback.on_end(result)
         return result
 
+    def _tell_error(self, error: BaseException) -> None:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        self._tell_folder(status, str(error) if isinstance(error, InputError) else one_line(error))
+
     def _tell_folder(self, status: str, message: str) -> None:
         if self.heart:
             self.heart.end(status, message)
@@ -343,7 +348,7 @@ class _Run:
                 write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
             write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
         except BaseException as error:
-            self._tell_folder("failed", one_line(error))
+            self._tell_error(error)
             raise
         return done
 
@@ -356,6 +361,21 @@ class _Run:
         if not self.callbacks:
             for note in self.warnings:
                 warnings.warn(note, stacklevel=4)
+
+    def _steps(self, done: Progressed) -> Iterator[tuple[Progressed, Record]]:
+        """The rounds; what the user's own code raises in one, and any bad input that only shows there, names it."""
+        steps, number = run_rounds(self.task, self.plan, self.engine, done, self._on_steps), done.round
+        while True:
+            number += 1
+            try:
+                with blamed(flat(self.config), but=_Run._on_steps.__code__):
+                    step = next(steps, None)
+            except InputError as error:
+                named = str(error) if str(error).startswith("round ") else f"round {number}: {error}"
+                raise InputError(named) from error.__cause__
+            if step is None:
+                return
+            yield step
 
     def _on_steps(self, client_steps: int) -> None:
         for callback in self.callbacks:
