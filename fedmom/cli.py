@@ -10,7 +10,6 @@ from typing import Annotated
 
 import click
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
@@ -22,7 +21,7 @@ from fedmom.datasets import DATASETS, download
 from fedmom.deploy.cli import app as deploy_app
 from fedmom.errors import InputError
 from fedmom.executors import PoolOptions
-from fedmom.imports import one_line
+from fedmom.imports import memory_is_full, one_line
 from fedmom.models import MODELS
 from fedmom.progress import Replies, callbacks
 from fedmom.ray_grid import simulate_app
@@ -349,15 +348,10 @@ def call(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a name too long, a folder that may not be read
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error), BAD_INPUT)
     except (MemoryError, RuntimeError) as error:
-        if not _memory_is_full(error):
+        if not memory_is_full(error):
             raise
         advice = "lower data.batch-size, engine.chunk-size or data.num-clients"
         return _complain(f"the memory is full: {advice} ({one_line(error)})", BAD_INPUT)
-
-
-def _memory_is_full(error: Exception) -> bool:
-    # On the CPU torch raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _complain(message: str, status: int) -> int:

@@ -1,4 +1,4 @@
-"""The run folder: config.toml, environment.json, rounds.jsonl, checkpoint.safetensors, final.safetensors.
+"""The run folder: config.toml, environment.json, rounds.jsonl, checkpoint.safetensors, final.safetensors, status.json.
 
 Every file appears whole or not at all (written aside, synced, renamed), so a run killed at any moment resumes from
 its last checkpoint, and rounds.jsonl is cut back to it.
@@ -28,6 +28,7 @@ from fedmom.train import Progressed, Record
 
 CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
 CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
+STATUS = "status.json"  # how the run is or how it ended: `fedmom.status` writes and reads it
 ENDED = "ended.json"  # of a run under Flower's own command: how it ended, for whoever follows it from afar
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
@@ -35,18 +36,21 @@ _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, sync: bool = True) -> Iterator[Path]:
     """A name to write to; when the block ends well the file is synced and takes `path`'s place, else removed.
 
+    sync: wait until it is on the disk, so that not even a power cut leaves an empty file.
     Raises InputError in one line when the disk is full or the folder cannot be written.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(aside, path)
-        _sync_folder(path.parent)
+        if sync:
+            _sync_folder(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there is unharmed") from None
     finally:
@@ -56,7 +60,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def _leftovers(folder: Path) -> list[str]:
     """Files that `whole_file` began in `folder` and a kill left behind."""
-    names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, "curves.png")
+    names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, STATUS, "curves.png")
     return [p.name for p in folder.iterdir() if p.name.startswith(tuple(f".{name}." for name in names))]
 
 
@@ -70,9 +74,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    with whole_file(path) as aside:
+def write_text(path: Path, text: str, sync: bool = True) -> None:
+    with whole_file(path, sync) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def over_text(path: Path, text: str) -> None:
+    """Write over a file that is there, where no disk space is left for a new one. Raises OSError."""
+    with open(path, "r+", encoding="utf-8") as file:
+        file.write(text)
+        file.truncate()
 
 
 def write_tensors(path: Path, tensors: Tree, about: dict[str, Any]) -> None:
@@ -185,7 +196,7 @@ class RunFolder:
         """InputError unless `create` may make a run folder here."""
         if path.is_dir():
             # A run killed before its config was written has left nothing to resume: its folder is free.
-            if {p.name for p in path.iterdir()} <= {ENVIRONMENT, *_leftovers(path)}:
+            if {p.name for p in path.iterdir()} <= {ENVIRONMENT, STATUS, *_leftovers(path)}:
                 return
             if (path / CONFIG).is_file():
                 raise InputError(f"--out {path}: exists already; use --resume {path} to go on, or another --out")
@@ -348,3 +359,22 @@ def read_rounds(path: Path) -> list[Record]:
             raise InputError(f"{file}:{number}: is not a round's record") from None
         records.append(record)
     return records
+
+
+def last_round(path: Path) -> int:
+    """The number of a run folder's last whole line; 0 where there is none. It reads the file's end alone."""
+    try:
+        with open(path / ROUNDS, "rb") as file:
+            size, length = file.seek(0, os.SEEK_END), 4096
+            while True:
+                file.seek(max(0, size - length))
+                lines = file.read().split(b"\n")
+                # Without the first, which may lack its beginning, and the last, which may lack its end.
+                for line in reversed(lines[:-1] if length >= size else lines[1:-1]):
+                    with contextlib.suppress(ValueError, KeyError, TypeError):
+                        return int(json.loads(line)["round"])
+                if length >= size:
+                    return 0
+                length *= 8
+    except OSError:
+        return 0

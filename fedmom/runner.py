@@ -13,14 +13,16 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from fedmom.algorithms import MOMENTUM_POLICIES
-from fedmom.config import Config, load, parse_sets, replace, to_toml
+from fedmom.config import Config, flat, load, parse_sets, replace, to_toml
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
+from fedmom.imports import blamed, one_line
 from fedmom.objective import Classification, Task
 from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, read_rounds, write_text
 from fedmom.resolve import resolve, resume_config, run_identity
 from fedmom.rounds import Rounds
 from fedmom.setup import make_engine, make_plan, make_task, resolve_device
 from fedmom.state import ClientState, Tree, num_bytes
+from fedmom.status import Heart
 from fedmom.train import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 
 
@@ -170,12 +172,13 @@ def run(
         listener = _LISTENER.get()
         callbacks = list(callbacks) or (listener.callbacks if listener else [])
         here = resolve_device(settled)
-        objectives = task(here) if task else make_task(here, here.engine.device)
-        plan = make_plan(settled)
-        # Under Flower every node resolves "auto" for itself, and a resumed run must leave it to them again.
-        settled = settled if rounds else here
-        make = rounds or local_rounds
-        settled, engine, chosen = make(settled, objectives, plan)
+        with blamed(flat(settled)):
+            objectives = task(here) if task else make_task(here, here.engine.device)
+            plan = make_plan(settled)
+            # Under Flower every node resolves "auto" for itself, and a resumed run must leave it to them again.
+            settled = settled if rounds else here
+            make = rounds or local_rounds
+            settled, engine, chosen = make(settled, objectives, plan)
         try:
             if out is not None:
                 folder = RunFolder.create(Path(out))
@@ -257,19 +260,28 @@ class _Run:
         self.notes = [*self.warnings, *chosen]
         self.run_id = run_identity(config, _known_of_data(config, task))
         self.rounds: list[Record] = []
+        self.heart: Heart | None = None
 
     def go(self, resumed: bool) -> Result:
         done = self._begin(resumed)
-        saved = done.round if resumed else -1
+        try:
+            return self._go(done, done.round if resumed else -1)
+        except BaseException as error:
+            self._tell_error(error)
+            raise
+
+    def _go(self, done: Progressed, saved: int) -> Result:
         status, message = "done", ""
         try:
             self._tell_start(done)
-            for new, record in run_rounds(self.task, self.plan, self.engine, done, self._on_steps):
+            for new, record in self._steps(done):
                 with interrupts_held():
                     if self.folder:
                         self.folder.append(record)
                     self.rounds.append(record)
                     done = new
+                if self.heart:
+                    self.heart.round = done.round
                 if self.folder and done.round % self.config.run.checkpoint_every == 0:
                     done = done.gathered()  # others may take long to bring it: Ctrl-C must get through
                     with interrupts_held():
@@ -306,10 +318,19 @@ class _Run:
         return self._end(status, done, message)
 
     def _end(self, status: str, done: Progressed, message: str) -> Result:
+        self._tell_folder(status, message)
         result = self._result(status, done, message)
         for callback in self.callbacks:
             callback.on_end(result)
         return result
+
+    def _tell_error(self, error: BaseException) -> None:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        self._tell_folder(status, str(error) if isinstance(error, InputError) else one_line(error))
+
+    def _tell_folder(self, status: str, message: str) -> None:
+        if self.heart:
+            self.heart.end(status, message)
 
     def _begin(self, resumed: bool) -> Progressed:
         done = beginning(self.task, self.plan)
@@ -325,10 +346,17 @@ class _Run:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
             if self.rounds:
                 done = done._replace(wall_seconds=float(self.rounds[-1]["wall_seconds"]))
-        write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
-        if not resumed:
-            about = environment(self.task.device.type)
-            write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
+        # Nothing of the folder is changed before all that may be refused has been looked at.
+        self.heart = Heart(self.folder.path, done.round)
+        try:
+            # config.toml makes it a run folder: a kill before it leaves a free one, a kill after it nothing undone.
+            if not (self.folder.path / ENVIRONMENT).exists() or not resumed:
+                about = environment(self.task.device.type)
+                write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
+            write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
+        except BaseException as error:
+            self._tell_error(error)
+            raise
         return done
 
     def _tell_start(self, done: Progressed) -> None:
@@ -340,6 +368,21 @@ class _Run:
         if not self.callbacks:
             for note in self.warnings:
                 warnings.warn(note, stacklevel=4)
+
+    def _steps(self, done: Progressed) -> Iterator[tuple[Progressed, Record]]:
+        """The rounds; what the user's own code raises in one, and any bad input that only shows there, names it."""
+        steps, number = run_rounds(self.task, self.plan, self.engine, done, self._on_steps), done.round
+        while True:
+            number += 1
+            try:
+                with blamed(flat(self.config), but=_Run._on_steps.__code__):
+                    step = next(steps, None)
+            except InputError as error:
+                named = str(error) if str(error).startswith("round ") else f"round {number}: {error}"
+                raise InputError(named) from error.__cause__
+            if step is None:
+                return
+            yield step
 
     def _on_steps(self, client_steps: int) -> None:
         for callback in self.callbacks:

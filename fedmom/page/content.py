@@ -19,6 +19,7 @@ from fedmom.pictures import COLOURS, DASHES, MARKERS
 from fedmom.records import CONFIG
 from fedmom.setup import load_task_data
 from fedmom.sheets import Sheet, Stat, written
+from fedmom.status import read_status
 from fedmom.tables import MEASURES, Measure, finite, number
 
 TRAIN = Measure("train_loss", "train loss", "Train loss", "#.4g")
@@ -215,6 +216,7 @@ def provenance(groups: Sequence[Group]) -> dict[str, Any]:
             {
                 "run": run.name,
                 "started": str(about.get("started", "")),
+                "ended": read_status(run.folder).text,
                 "command": shlex.join(map(str, words)) if isinstance(words, list) else "",
                 "again": f"fedmom run {shlex.quote(f'{run.name}.toml')}",
                 "config": (run.folder / CONFIG).read_text(encoding="utf-8"),
