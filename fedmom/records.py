@@ -30,6 +30,7 @@ CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
 CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
 STATUS = "status.json"  # how the run is or how it ended: `fedmom.status` writes and reads it
 ENDED = "ended.json"  # of a run under Flower's own command: how it ended, for whoever follows it from afar
+MANIFEST = "sweep.json"  # of a sweep's folder: what runs there are to be, and how each ended
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
 _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint

@@ -15,12 +15,12 @@ from fedmom.config import KEYS, Scalar, as_held, load, parse_sets, read_tables, 
 from fedmom.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.errors import InputError, unknown
 from fedmom.parsing import as_list, pieces
-from fedmom.records import CONFIG, RunFolder, fingerprint, read_rounds, write_text
+from fedmom.records import CONFIG, MANIFEST, RunFolder, fingerprint, read_rounds, write_text
 from fedmom.resolve import resolve, resume_config
 from fedmom.runner import check_place
 from fedmom.tables import MISSING
 
-MANIFEST = "sweep.json"
+WAITING = "not begun"  # of a cell that waits for its turn
 ENDED = ("done", "diverged")  # runs that another try would not change
 MOST_RUNS = 100_000
 LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, and some what they add to it
@@ -205,7 +205,9 @@ def sweep(
     KeyboardInterrupt where the sweep was asked to end, by Ctrl-C or SIGTERM, and not a run of it alone.
     """
     out.mkdir(parents=True, exist_ok=True)
-    known = _read(out)
+    mine = {cell.name for cell in cells}
+    # What an earlier call planned and did not begin was given up, unless it is asked for again.
+    known = {name: one for name, one in _read(out).items() if name in mine or one.get("status") != WAITING}
     waiting = []
     for cell in cells:
         before = known.get(cell.name, {})
@@ -213,6 +215,9 @@ def sweep(
             yield Ended(cell, before["status"], before.get("message", ""), 0.0)
         else:
             waiting.append(cell)
+    planned = {cell.name: {"status": WAITING, "message": "", "sets": cell.sets} for cell in waiting}
+    known = {**planned, **known}
+    _write(out, known)
     work = Work(str(config.resolve()), str(out.resolve()), tuple(sets), tuple(track))
     if ray and waiting:
         under_way = on_ray(work, waiting, workers, ray)
@@ -222,7 +227,7 @@ def sweep(
         under_way = one_by_one(work, waiting)
     for ended in under_way:
         known[ended.cell.name] = {"status": ended.status, "message": ended.message, "sets": ended.cell.sets}
-        write_text(out / MANIFEST, json.dumps(known, indent=1) + "\n")
+        _write(out, known)
         yield ended
 
 
@@ -235,15 +240,20 @@ def _longer(config: Path, cell: Cell, out: Path, sets: Sequence[str]) -> bool:
     return asked.run.num_rounds > load(folder / CONFIG).config.run.num_rounds
 
 
+def _write(out: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
+    write_text(out / MANIFEST, json.dumps(known, indent=1) + "\n")
+
+
 def _read(out: Path) -> dict[str, dict[str, Any]]:
     path = out / MANIFEST
     if not path.exists():
         return {}
     try:
-        known = json.loads(path.read_text())
-        assert isinstance(known, dict)
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known, dict) or not all(isinstance(one, dict) for one in known.values()):
+            raise ValueError("no table of runs")
         return known
-    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError):
+    except ValueError:
         raise InputError(f"{path}: is not what a sweep writes; remove it, and unfinished runs go on") from None
 
 
