@@ -13,6 +13,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,6 +31,7 @@ from fedmom.trackers import Tracking
 from fedmom.train import Record
 
 LOOK_SECONDS = 0.5  # between two looks at the file that tells actors to end, and at whether the parent lives
+ONE_REQUEST_SECONDS = 1.0  # a scheduler may send several signals for one
 ENDING = "ending: what runs leaves its checkpoint; once more ends it at once"
 
 
@@ -91,13 +93,13 @@ def run_cell(work: Work, cell: Cell, followers: Sequence[Callback] = ()) -> Ende
 
 
 class Requests:
-    """Ctrl-C, SIGTERM and SIGHUP within the block are noted, so that no answer is lost; a second one is raised.
+    """Ctrl-C, SIGTERM and SIGHUP within the block are noted, so that no answer is lost; a later one is raised.
 
     Those alone that are raised outside of it; outside of the main thread there is nothing to note.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self._since = False, 0.0
         self.line, self._wake = multiprocessing.Pipe(duplex=False)  # readable once somebody asked
         self._before: dict[int, Callable[[int, FrameType | None], object]] = {}
 
@@ -118,9 +120,10 @@ class Requests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            self._before[number](number, frame)
+            if time.monotonic() - self._since > ONE_REQUEST_SECONDS:
+                self._before[number](number, frame)
             return
-        self.asked = True
+        self.asked, self._since = True, time.monotonic()
         self._wake.send_bytes(b"!")
         with suppress(OSError):  # print might be interrupted print
             os.write(2, f"fedmom: {ENDING}\n".encode())
@@ -173,6 +176,7 @@ def side_by_side(work: Work, cells: Sequence[Cell], workers: int) -> Iterator[En
 def _hire(work: Work) -> tuple[Connection, BaseProcess]:
     """A process, and the line to it. It never hears the terminal's Ctrl-C, not even while it starts."""
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # the first process would start it, and it lets Ctrl-C in again
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, work, os.getpid()))
     with _interrupts_blocked():
@@ -221,6 +225,7 @@ def _answer(connection: Connection, process: BaseProcess, cell: Cell, told: bool
 def _serve(connection: Connection, work: Work, parent: int) -> None:
     """Run cells until the line ends. Asked to end, a cell under way leaves its checkpoint and is the last one."""
     asked = at_work = False
+    check = Asked(lambda: asked)
 
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal asked
@@ -237,7 +242,7 @@ def _serve(connection: Connection, work: Work, parent: int) -> None:
         while not asked:
             cell = connection.recv()
             at_work = True
-            ended = run_cell(work, cell)
+            ended = run_cell(work, cell, [check])
             at_work = False
             connection.send(ended)
 
@@ -266,7 +271,7 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
     def make_worker() -> Callable[[Cell], Ended]:
         if os.path.isdir(here):  # data.data-dir and module:function are looked for where the sweep was started
             os.chdir(here)
-        return lambda cell: Ended(cell, "", "", 0.0) if stop.exists() else run_cell(work, cell, [StopFile(stop)])
+        return lambda cell: Ended(cell, "", "", 0.0) if stop.exists() else run_cell(work, cell, [Asked(stop.exists)])
 
     options = PoolOptions(num_workers=min(workers, len(cells)), ray_address="" if address == "local" else address)
     try:
@@ -289,13 +294,16 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
         raise KeyboardInterrupt
 
 
-class StopFile(Callback):
-    """Interrupts a run, as Ctrl-C would, once a file is there."""
+class Asked(Callback):
+    """Interrupts a run, as Ctrl-C would, once it was asked to end: by a file, or by a signal whose exception got lost.
+
+    Python drops what is raised in a destructor, say.
+    """
 
     wants_state = False
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.looked = path, 0.0
+    def __init__(self, was_asked: Callable[[], bool]) -> None:
+        self.was_asked, self.looked = was_asked, 0.0
 
     def on_steps(self, client_steps: int) -> None:
         self.look()
@@ -306,5 +314,5 @@ class StopFile(Callback):
     def look(self) -> None:
         if time.monotonic() - self.looked > LOOK_SECONDS:
             self.looked = time.monotonic()
-            if self.path.exists():
+            if self.was_asked():
                 raise KeyboardInterrupt

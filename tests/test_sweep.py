@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from fedmom import crew
+from fedmom.crew import Requests
 from fedmom.errors import InputError
 from fedmom.records import read_rounds
+from fedmom.status import read_status
 from fedmom.sweep import (
     MANIFEST,
     Ended,
@@ -297,35 +301,103 @@ def test_the_same_run_twice_and_a_folder_that_is_none_of_a_sweep_are_refused(tmp
 
 
 def test_an_interrupted_run_ends_the_sweep(tmp_path, monkeypatch):
-    from fedmom import crew
-
     cells = cells_of(full(parse_grid(["algorithm.lr=0.1,0.2"])), [0])
     monkeypatch.setattr(crew, "run_cell", lambda work, cell: Ended(cell, "interrupted", "", 1.0))
     assert [one.status for one in sweep(QUADRATIC, cells, tmp_path)] == ["interrupted"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_sweep_that_is_asked_to_end_leaves_checkpoints_and_no_process(tmp_path, workers):
-    """SIGTERM to the command alone, as a scheduler sends it."""
-    words = ["--grid", "algorithm.lr=0.1,0.2", "--set", "run.num-rounds=200000", "--set", "engine.path=loop"]
-    words += ["--workers", workers, "--out", str(tmp_path / "sweep")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedmom", "sweep", str(QUADRATIC), *words], stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 90
-    while len(list((tmp_path / "sweep").glob("*/rounds.jsonl"))) < int(workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on" in err or "interrupted" in err
-    begun = list((tmp_path / "sweep").glob("*/rounds.jsonl"))
-    assert len(begun) == int(workers)
-    for path in begun:
+def test_the_first_request_to_end_is_noted_and_a_later_one_raised(monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    with Requests() as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.asked
+        assert requests.line.poll()
+        os.kill(os.getpid(), signal.SIGINT)  # at once: the same request
+        monkeypatch.setattr(crew, "ONE_REQUEST_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def children(pid):
+    """Process ids of a process's children."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextmanager
+def long_sweep(out, *words):
+    """`fedmom sweep` of four endless runs in a session of its own, as a terminal has it."""
+    command = [sys.executable, "-m", "fedmom", "sweep", str(QUADRATIC), "--grid", "algorithm.lr=0.1,0.2,0.3,0.4"]
+    command += ["--set", "run.num-rounds=2000000", "--set", "engine.path=loop", "--out", str(out), *words]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(process, happened):
+    while not happened():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+def has_ended_well(process, out, begun):
+    """Status 130, how to go on in the last line, no traceback, no process left, and only `begun` runs, all saved."""
+    _, err = process.communicate()  # until the last of them has closed it
+    assert process.returncode == 130, err
+    assert err.rstrip().endswith(f"the same command goes on from {out}")
+    assert "Traceback" not in err
+    assert len(list(out.glob("*/config.toml"))) == begun
+    for path in out.glob("*/config.toml"):
         assert (path.parent / "checkpoint.safetensors").exists()
-        rounds = len(read_rounds(path.parent))
-        time.sleep(0.5)
-        assert len(read_rounds(path.parent)) == rounds  # nobody writes any more
+        assert read_status(path.parent).status == "interrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="process ids as Linux has them")
+@pytest.mark.parametrize(
+    ("words", "whole_group", "number"),
+    [
+        ([], False, signal.SIGTERM),  # as a scheduler sends it
+        (["--workers", "2"], True, signal.SIGINT),  # as a terminal does
+        (["--workers", "2"], True, signal.SIGTERM),  # as systemd does
+        (["--workers", "2", "--ray", "local"], True, signal.SIGINT),
+    ],
+)
+def test_a_sweep_that_is_asked_to_end_leaves_checkpoints_and_begins_nothing(tmp_path, words, whole_group, number):
+    if "--ray" in words:
+        pytest.importorskip("ray")
+    out, running = tmp_path / "sweep", 2 if words else 1
+    with long_sweep(out, *words) as process:
+        wait_for(process, lambda: len(list(out.glob("*/rounds.jsonl"))) == running)
+        os.killpg(process.pid, number) if whole_group else process.send_signal(number)
+        has_ended_well(process, out, running)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="process ids as Linux has them")
+def test_ctrl_c_while_the_processes_of_a_sweep_start(tmp_path):
+    with long_sweep(tmp_path / "sweep", "--workers", "2") as process:
+        # The one that keeps account of shared memory, and two that import torch now.
+        wait_for(process, lambda: len(children(process.pid)) == 3)
+        os.killpg(process.pid, signal.SIGINT)
+        has_ended_well(process, tmp_path / "sweep", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="process ids as Linux has them")
+def test_a_process_that_is_killed_costs_its_run_alone(tmp_path):
+    out = tmp_path / "sweep"
+    with long_sweep(out, "--workers", "2") as process:
+        wait_for(process, lambda: len(list(out.glob("*/rounds.jsonl"))) == 2)
+        killed = read_status(next(out.glob("*/rounds.jsonl")).parent).pid
+        os.kill(killed, signal.SIGKILL)
+        wait_for(process, lambda: len(list(out.glob("*/rounds.jsonl"))) == 3)
+    known = json.loads((out / MANIFEST).read_text())
+    assert sorted(one["status"] for one in known.values()) == ["failed", *["not begun"] * 3]
+    assert "SIGKILL" in next(one["message"] for one in known.values() if one["status"] == "failed")
