@@ -18,7 +18,7 @@ from fedmom.parsing import as_list, pieces
 from fedmom.records import CONFIG, MANIFEST, RunFolder, fingerprint, read_rounds, write_text
 from fedmom.resolve import resolve, resume_config
 from fedmom.runner import check_place
-from fedmom.tables import MISSING
+from fedmom.tables import MISSING, finite, number
 
 WAITING = "not begun"  # of a cell that waits for its turn
 ENDED = ("done", "diverged")  # runs that another try would not change
@@ -263,27 +263,28 @@ def _read(out: Path) -> dict[str, dict[str, Any]]:
 def metric_of(folder: Path, metric: str = "") -> str:
     """What to rank by, from a run that is done: as asked, else accuracy or loss. InputError for another name."""
     records = read_rounds(folder)
-    numbers = {name for record in records for name, value in record.items() if isinstance(value, int | float)}
+    numbers = {name for record in records for name in record if number(record, name) is not None}
     if metric and metric not in numbers:
         raise unknown("--metric", metric, sorted(numbers))
     return metric or next((name for name in ("test_accuracy", "test_loss", "loss") if name in numbers), "train_loss")
 
 
 def best_table(ended: Sequence[Ended], out: Path, metric: str) -> tuple[list[str], list[list[str]]]:
-    """(header, a row per group, the best first): the metric's last value, mean ± deviation over seeds.
+    """(header, a row per group, the best first): the metric's last value, mean ± deviation over seeds that are done.
 
-    Accuracies are better when larger, everything else when smaller. Groups with a run that is not done come last.
+    Accuracies and speeds are better when larger, everything else when smaller. Groups with a run that is not done, or
+    that has no such number, come last.
     """
     groups: dict[str, list[float]] = {}
-    trouble: dict[str, str] = {}
+    trouble: dict[str, list[str]] = {}
     for one in ended:
-        groups.setdefault(one.cell.group, [])
-        if one.status != "done":
-            trouble[one.cell.group] = f"seed {one.cell.sets['run.seed']}: {one.status}"
-            continue
-        values = [record[metric] for record in read_rounds(out / one.cell.name) if metric in record]
-        groups[one.cell.group] += values[-1:]
-    sign = -1 if "accuracy" in metric else 1
+        values, seed = groups.setdefault(one.cell.group, []), one.cell.sets["run.seed"]
+        found = finite(read_rounds(out / one.cell.name), metric)[-1:] if one.status == "done" else []
+        values += found
+        if not found:
+            why = f"no {metric}" if one.status == "done" else one.status
+            trouble.setdefault(one.cell.group, []).append(f"seed {seed}: {why}")
+    sign = -1 if "accuracy" in metric or "per_second" in metric else 1
 
     def key(group: str) -> tuple[bool, float]:
         values = groups[group]
@@ -291,8 +292,9 @@ def best_table(ended: Sequence[Ended], out: Path, metric: str) -> tuple[list[str
 
     rows = []
     for group in sorted(groups, key=key):
-        values = groups[group]
+        values, missing = groups[group], trouble.get(group, [])
         cell = f"{mean(values):.4g}" if values else MISSING
         cell += f" ± {stdev(values):.2g}" if len(values) > 1 else ""
-        rows.append([group, cell, str(len(values)), trouble.get(group, "")])
+        of = f"{len(values)} of {len(values) + len(missing)}" if missing else f"{len(values)}"
+        rows.append([group, cell, of, "; ".join(missing)])
     return ["run", f"{metric}, mean ± deviation", "seeds", "not done"], rows

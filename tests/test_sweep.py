@@ -169,6 +169,21 @@ def test_the_table_ranks_by_the_metric(tmp_path):
         metric_of(done, "distanse")
 
 
+def test_a_run_without_the_number_stands_last_and_is_not_counted(tmp_path):
+    """Diverged, without such a measure, or not a number at its end."""
+    cells = cells_of([{"algorithm.lr": lr} for lr in (0.1, 0.2)], [0, 1, 2])
+    for cell, values in zip(cells, ([5.0], [7.0], [9.0], [1.0], [None], [float("nan")]), strict=True):
+        (tmp_path / cell.name).mkdir()
+        lines = [json.dumps({"round": 1, **({} if value is None else {"loss": value})}) for value in values]
+        (tmp_path / cell.name / "rounds.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    ended = [Ended(cell, "done", "", 1.0) for cell in cells]
+    _, rows = best_table([*ended[:2], ended[2]._replace(status="diverged"), *ended[3:]], tmp_path, "loss")
+    assert rows == [
+        ["lr=0.2", "1", "1 of 3", "seed 1: no loss; seed 2: no loss"],
+        ["lr=0.1", "6 ± 1.4", "2 of 3", "seed 2: diverged"],
+    ]
+
+
 def test_random_combinations_go_by_the_seed():
     grid = parse_grid(["algorithm.lr=0.1,0.2,0.3,0.4", "algorithm.beta=0.0,0.5,0.9"])
     chosen = drawn(grid, 5, 0)
