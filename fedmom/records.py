@@ -5,7 +5,6 @@ its last checkpoint, and rounds.jsonl is cut back to it.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedmom.errors import InputError
+from fedmom.identity import Identity
 from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.train import Progressed, Record
 
@@ -130,11 +130,6 @@ def _rows(done: Progressed) -> ClientState | None:
     if done.client_momentum is not None:
         return ClientState({}, done.client_momentum, {})
     return done.rows
-
-
-def fingerprint(settings: dict[str, Any]) -> str:
-    """Short hash of what makes a run this run and no other."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -262,11 +257,14 @@ class RunFolder:
                 f"{self.path / ROUNDS}: cannot be written ({error.strerror}); --resume continues"
             ) from None
 
-    def save(self, done: Progressed, run_id: str) -> None:
-        """A checkpoint. Rows of clients go first, and the older rows stay until the checkpoint itself is there."""
+    def save(self, done: Progressed, stamp: dict[str, Any]) -> None:
+        """A checkpoint; `stamp`: the run's own (see `fedmom.identity`).
+
+        Rows of clients go first, and the older rows stay until the checkpoint itself is there.
+        """
         with contextlib.suppress(FileNotFoundError), open(self.path / ROUNDS, "rb+") as file:
             os.fsync(file.fileno())
-        about = self._about(done, run_id)
+        about = self._about(done, stamp)
         checkpoint, clients, previous = (self.path / name for name in (CHECKPOINT, CLIENTS, _PREVIOUS_CLIENTS))
         if (rows := _rows(done)) is not None:
             # Rows of another round than the checkpoint's were left by a kill; the ones it needs are in `previous`.
@@ -276,28 +274,24 @@ class RunFolder:
         write_tensors(checkpoint, _checkpointed(done), about)
         previous.unlink(missing_ok=True)
 
-    def save_final(self, done: Progressed, run_id: str) -> None:
-        write_tensors(self.path / FINAL, flatten(done.state), self._about(done, run_id))
+    def save_final(self, done: Progressed, stamp: dict[str, Any]) -> None:
+        write_tensors(self.path / FINAL, flatten(done.state), self._about(done, stamp))
 
     @staticmethod
-    def _about(done: Progressed, run_id: str) -> dict[str, Any]:
+    def _about(done: Progressed, stamp: dict[str, Any]) -> dict[str, Any]:
         """No times: the bytes of a resumed run are those of an uninterrupted one."""
-        return {"run_id": run_id, **{name: getattr(done, name) for name in _COUNTS}}
+        return {**stamp, **{name: getattr(done, name) for name in _COUNTS}}
 
-    def load(self, run_id: str, template: Progressed, device: torch.device) -> Progressed:
-        """The last checkpoint, checked against this run; `template` (round 0) where there is none yet.
+    def load(self, identity: Identity, template: Progressed, device: torch.device) -> tuple[Progressed, dict[str, Any]]:
+        """The last checkpoint, checked against this run, and its stamp; `template` (round 0) where there is none yet.
 
         Raises InputError for a checkpoint that is truncated, of another run, or without its clients' rows.
         """
         path = self.path / CHECKPOINT
         if not path.exists():
-            return template
+            return template, identity.stamp
         tensors, about = read_tensors(path)
-        if about.get("run_id") != run_id:
-            raise InputError(
-                f"{path}: belongs to another run, or {CONFIG}, a file that it names or a client's own data were "
-                f"changed since (the checkpoint's run is {about.get('run_id')}, this one {run_id})"
-            )
+        stamp = identity.agreed(about, path)
         expected, found = _checkpointed(template), tensors
         wrong = [n for n in {**expected, **found} if n not in found or n not in expected]
         wrong += [n for n in expected if n in found and found[n].shape != expected[n].shape]
@@ -319,13 +313,14 @@ class RunFolder:
         slow = template.slow_momentum
         if slow is not None:
             slow = {name: tensors[_SLOW + name].to(device) for name in slow}
-        return template._replace(
+        done = template._replace(
             state=state,
             client_momentum=rows.momentum if rows and template.client_momentum is not None else None,
             rows=rows if template.rows is not None else None,
             slow_momentum=slow,
             **{name: about[name] for name in _COUNTS},
         )
+        return done, stamp
 
     def rewind(self, round_number: int, eval_every: int, measures: Collection[str]) -> list[Record]:
         """Cut rounds.jsonl back to the checkpoint's round and give the lines that stay.

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.config import Config, flat, load, parse_sets, replace, to_toml
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
+from fedmom.identity import identity_of
 from fedmom.imports import blamed, one_line
-from fedmom.objective import Classification, Task
+from fedmom.objective import Task
 from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, read_rounds, write_text
-from fedmom.resolve import resolve, resume_config, run_identity
+from fedmom.resolve import resolve, resume_config
 from fedmom.rounds import Rounds
 from fedmom.setup import make_engine, make_plan, make_task, resolve_device
 from fedmom.state import ClientState, Tree, num_bytes
@@ -251,7 +252,8 @@ class _Run:
         self.folder, self.callbacks = folder, callbacks
         self.warnings = [*overruled, *_warnings(config, task, plan)]
         self.notes = [*self.warnings, *chosen]
-        self.run_id = run_identity(config, _known_of_data(config, task))
+        self.identity = identity_of(config, task)
+        self.stamp = self.identity.stamp
         self.rounds: list[Record] = []
         self.heart: Heart | None = None
 
@@ -278,7 +280,7 @@ class _Run:
                 if self.folder and done.round % self.config.run.checkpoint_every == 0:
                     done = done.gathered()  # others may take long to bring it: Ctrl-C must get through
                     with interrupts_held():
-                        self.folder.save(done, self.run_id)
+                        self.folder.save(done, self.stamp)
                         saved = done.round
                 if any(callback.wants_state for callback in self.callbacks):
                     done = done.gathered()
@@ -295,7 +297,7 @@ class _Run:
                 with contextlib.suppress(InputError, ClientsFailedError):
                     done = done.gathered()
                     with interrupts_held():
-                        self.folder.save(done, self.run_id)
+                        self.folder.save(done, self.stamp)
             raise
         try:
             done = done.gathered()
@@ -305,9 +307,9 @@ class _Run:
             status, message, saved = "interrupted", f"interrupted after round {done.round}", done.round
         with interrupts_held():
             if self.folder and saved != done.round and done.round > 0:
-                self.folder.save(done, self.run_id)
+                self.folder.save(done, self.stamp)
             if self.folder and status == "done":
-                self.folder.save_final(done, self.run_id)
+                self.folder.save_final(done, self.stamp)
         return self._end(status, done, message)
 
     def _end(self, status: str, done: Progressed, message: str) -> Result:
@@ -330,7 +332,7 @@ class _Run:
         if not self.folder:
             return done
         if resumed:
-            done = self.folder.load(self.run_id, done, self.task.device)
+            done, self.stamp = self.folder.load(self.identity, done, self.task.device)
             recorded = len(read_rounds(self.folder.path))
             # A finished run keeps its last round's evaluation; in a longer one that round is like any other.
             every = self.config.run.eval_every if done.round < self.plan.num_rounds else 1
@@ -386,13 +388,6 @@ class _Run:
         path = self.folder.path if self.folder else None
         model = self.task.state_dict(state)
         return Result(status, self.rounds, model, state.momentum, self.config, path, message)
-
-
-def _known_of_data(config: Config, task: Task) -> dict[str, Any]:
-    """What a resumed run must find again where every client brings its own data: sizes, and the images' sums."""
-    if config.data.dataset != "local" or not isinstance(task, Classification):
-        return {}
-    return {"sizes": task.sizes.tolist(), "mean": task.dataset.mean, "std": task.dataset.std}
 
 
 def _warnings(config: Config, task: Task, plan: Plan) -> list[str]:
