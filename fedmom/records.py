@@ -11,113 +11,43 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from fedmom.errors import InputError
+from fedmom.files import CHECKPOINT as CHECKPOINT
+from fedmom.files import CLIENTS as CLIENTS
+from fedmom.files import CONFIG as CONFIG
+from fedmom.files import ENDED as ENDED
+from fedmom.files import ENVIRONMENT as ENVIRONMENT
+from fedmom.files import FINAL as FINAL
+from fedmom.files import ROUNDS as ROUNDS
+from fedmom.files import STATUS as STATUS
+from fedmom.files import over_text as over_text
+from fedmom.files import read_about as read_about
+from fedmom.files import read_tensors as read_tensors
+from fedmom.files import whole_file as whole_file
+from fedmom.files import write_tensors as write_tensors
+from fedmom.files import write_text as write_text
+from fedmom.history import last_round as last_round
+from fedmom.history import read_rounds as read_rounds
 from fedmom.identity import Identity
 from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.train import Progressed, Record
 
-CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
-CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
-STATUS = "status.json"  # how the run is or how it ended: `fedmom.status` writes and reads it
-ENDED = "ended.json"  # of a run under Flower's own command: how it ended, for whoever follows it from afar
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
 _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
-
-
-@contextlib.contextmanager
-def whole_file(path: Path, sync: bool = True) -> Iterator[Path]:
-    """A name to write to; when the block ends well the file is synced and takes `path`'s place, else removed.
-
-    sync: wait until it is on the disk, so that not even a power cut leaves an empty file.
-    Raises InputError in one line when the disk is full or the folder cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        if sync:
-            with open(aside, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(aside, path)
-        if sync:
-            _sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there is unharmed") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
 
 
 def _leftovers(folder: Path) -> list[str]:
     """Files that `whole_file` began in `folder` and a kill left behind."""
     names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, STATUS, "curves.png")
     return [p.name for p in folder.iterdir() if p.name.startswith(tuple(f".{name}." for name in names))]
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str, sync: bool = True) -> None:
-    with whole_file(path, sync) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def over_text(path: Path, text: str) -> None:
-    """Write over a file that is there, where no disk space is left for a new one. Raises OSError."""
-    with open(path, "r+", encoding="utf-8") as file:
-        file.write(text)
-        file.truncate()
-
-
-def write_tensors(path: Path, tensors: Tree, about: dict[str, Any]) -> None:
-    """A safetensors file; the same tensors and `about` give the same bytes."""
-    content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    # One metadata entry: safetensors keeps several in a hash map, whose order differs from process to process.
-    data = save(content, {"fedmom": json.dumps(about, sort_keys=True)})
-    with whole_file(path) as aside:
-        aside.write_bytes(data)
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """What a file of `write_tensors` says of itself; InputError where the file is missing or broken."""
-    return _read(path, lambda file: {})[1]
-
-
-def read_tensors(path: Path) -> tuple[Tree, dict[str, Any]]:
-    """Tensors and `about` of a file of `write_tensors`; InputError where the file is missing or broken."""
-    return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-
-
-def _read(path: Path, tensors: Callable[[Any], Tree]) -> tuple[Tree, dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return tensors(file), json.loads((file.metadata() or {})["fedmom"])
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        reason, hint = " ".join(str(error).split()), ""
-        if path.name == CHECKPOINT:
-            hint = "; without it the run starts again from round 1"
-        elif path.name == CLIENTS:
-            hint = f"; without it and {CHECKPOINT} the run starts again from round 1"
-        raise InputError(f"{path}: is not a whole checkpoint of fedmom ({reason}){hint}") from None
 
 
 def _checkpointed(done: Progressed) -> Tree:
@@ -270,8 +200,8 @@ class RunFolder:
             # Rows of another round than the checkpoint's were left by a kill; the ones it needs are in `previous`.
             if clients.exists() and checkpoint.exists() and read_about(clients) == read_about(checkpoint):
                 os.replace(clients, previous)
-            write_tensors(clients, flatten(rows), about)
-        write_tensors(checkpoint, _checkpointed(done), about)
+            write_tensors(clients, flatten(rows), about, checked=True)
+        write_tensors(checkpoint, _checkpointed(done), about, checked=True)
         previous.unlink(missing_ok=True)
 
     def save_final(self, done: Progressed, stamp: dict[str, Any]) -> None:
@@ -321,55 +251,3 @@ class RunFolder:
             **{name: about[name] for name in _COUNTS},
         )
         return done, stamp
-
-    def rewind(self, round_number: int, eval_every: int, measures: Collection[str]) -> list[Record]:
-        """Cut rounds.jsonl back to the checkpoint's round and give the lines that stay.
-
-        The last round of a run that is now longer loses its evaluation where the long run would not have made it.
-        """
-        kept = [record for record in read_rounds(self.path) if record["round"] <= round_number]
-        if kept and round_number % eval_every:
-            kept[-1] = {key: value for key, value in kept[-1].items() if key not in measures}
-        if [record["round"] for record in kept] != list(range(1, round_number + 1)):
-            raise InputError(f"{self.path / ROUNDS}: lacks rounds before the checkpoint's, {round_number}")
-        write_text(self.path / ROUNDS, "".join(json.dumps(record) + "\n" for record in kept))
-        return kept
-
-
-def read_rounds(path: Path) -> list[Record]:
-    """The records of a run folder; a last line that a kill cut short is left out."""
-    file = path / ROUNDS
-    if not file.is_file():
-        return []
-    records = []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("round"), int):
-                raise ValueError("not a round's record")
-        except ValueError:
-            if number == len(lines):
-                break
-            raise InputError(f"{file}:{number}: is not a round's record") from None
-        records.append(record)
-    return records
-
-
-def last_round(path: Path) -> int:
-    """The number of a run folder's last whole line; 0 where there is none. It reads the file's end alone."""
-    try:
-        with open(path / ROUNDS, "rb") as file:
-            size, length = file.seek(0, os.SEEK_END), 4096
-            while True:
-                file.seek(max(0, size - length))
-                lines = file.read().split(b"\n")
-                # Without the first, which may lack its beginning, and the last, which may lack its end.
-                for line in reversed(lines[:-1] if length >= size else lines[1:-1]):
-                    with contextlib.suppress(ValueError, KeyError, TypeError):
-                        return int(json.loads(line)["round"])
-                if length >= size:
-                    return 0
-                length *= 8
-    except OSError:
-        return 0

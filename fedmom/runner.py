@@ -2,126 +2,34 @@
 
 import contextlib
 import json
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedmom.algorithms import MOMENTUM_POLICIES
+from fedmom.callbacks import Callback as Callback
+from fedmom.callbacks import Result as Result
+from fedmom.callbacks import Start as Start
+from fedmom.callbacks import heard, interrupts_held
+from fedmom.callbacks import is_heard as is_heard
+from fedmom.callbacks import listening as listening
 from fedmom.config import Config, flat, load, parse_sets, replace, to_toml
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
+from fedmom.history import History, cut_back
 from fedmom.identity import identity_of
 from fedmom.imports import blamed, one_line
 from fedmom.objective import Task
-from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, read_rounds, write_text
+from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
 from fedmom.resolve import resolve, resume_config
 from fedmom.rounds import Rounds
 from fedmom.setup import make_engine, make_plan, make_task, resolve_device
-from fedmom.state import ClientState, Tree, num_bytes
+from fedmom.state import num_bytes
 from fedmom.status import Heart
 from fedmom.train import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 
-
-class Start(NamedTuple):
-    """What a callback learns before the first round."""
-
-    config: Config  # resolved
-    folder: Path | None
-    first_round: int  # 1, or the first after a checkpoint
-    client_steps: int  # per round, of all clients together
-    notes: tuple[str, ...]  # what was overruled, chosen or should be known
-
-
-class Callback:
-    """What happens along a run; override what you need."""
-
-    # Whether `on_round` looks at the state. Where clients hold the rows (Algorithm 2 on Ray), it must be brought here.
-    wants_state = True
-
-    def on_start(self, start: Start) -> None:
-        """Once, before the first round."""
-
-    def on_steps(self, client_steps: int) -> None:
-        """Within a round: so many more client-steps are done."""
-
-    def on_round(self, record: Record, state: ClientState) -> None:
-        """After every round: its line of rounds.jsonl, and x̂, û and the buffers."""
-
-    def on_end(self, result: "Result") -> None:
-        """Once, after the last round, an interruption, divergence or clients that failed."""
-
-    def on_error(self) -> None:
-        """Once, instead of on_end, when something else ended the run (a full disk): put the terminal in order."""
-
-
-class Result(NamedTuple):
-    """What a run came to."""
-
-    status: str  # "done", "interrupted", "diverged" or "failed" (clients did not answer)
-    rounds: list[Record]  # the lines of rounds.jsonl
-    state_dict: Tree  # of the mean model, as model.load_state_dict takes it
-    momentum: Tree  # û
-    config: Config  # resolved
-    folder: Path | None
-    message: str = ""  # what went wrong, in one line
-
-
 # (configuration, task, plan) -> the configuration with what was chosen, who runs the rounds, and notes
 MakeRounds = Callable[[Config, Task, Plan], tuple[Config, Rounds, list[str]]]
-
-
-@dataclass
-class Listener:
-    """Who hears of a run that a Flower ServerApp makes in this process."""
-
-    callbacks: list[Callback]
-    result: Result | None = None
-
-
-_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
-
-
-@contextlib.contextmanager
-def listening(callbacks: Iterable[Callback]) -> Iterator[Listener]:
-    """Within the block a run without callbacks of its own has these, and leaves its Result in the listener."""
-    listener = Listener(list(callbacks))
-    token = _LISTENER.set(listener)
-    try:
-        yield listener
-    finally:
-        _LISTENER.reset(token)
-
-
-def is_heard() -> bool:
-    """Whether somebody in this process listens to the run that is about to begin."""
-    return _LISTENER.get() is not None
-
-
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM within the block take effect after it: a round's record and state stay together."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, frame: held.append((number, frame))) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if held:
-            handler = before[signal.Signals(held[0][0])]
-            if callable(handler):
-                handler(*held[0])
-            elif handler == signal.SIG_DFL:
-                signal.raise_signal(held[0][0])
 
 
 def run(
@@ -170,7 +78,7 @@ def run(
             from fedmom.simulation import simulate  # which needs this module
 
             return simulate(settled, out=out, resume=resume, callbacks=callbacks, app=app)
-        listener = _LISTENER.get()
+        listener = heard()
         callbacks = list(callbacks) or (listener.callbacks if listener else [])
         here = resolve_device(settled)
         with blamed(flat(settled)):
@@ -254,7 +162,7 @@ class _Run:
         self.notes = [*self.warnings, *chosen]
         self.identity = identity_of(config, task)
         self.stamp = self.identity.stamp
-        self.rounds: list[Record] = []
+        self.rounds = History(folder.path if folder else None)
         self.heart: Heart | None = None
 
     def go(self, resumed: bool) -> Result:
@@ -333,14 +241,15 @@ class _Run:
             return done
         if resumed:
             done, self.stamp = self.folder.load(self.identity, done, self.task.device)
-            recorded = len(read_rounds(self.folder.path))
             # A finished run keeps its last round's evaluation; in a longer one that round is like any other.
             every = self.config.run.eval_every if done.round < self.plan.num_rounds else 1
-            self.rounds = self.folder.rewind(done.round, every, (*self.task.measures, *CLIENT_MEASURES))
+            self.rounds, recorded = cut_back(
+                self.folder.path, done.round, every, (*self.task.measures, *CLIENT_MEASURES)
+            )
             if recorded and not done.round:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
-            if self.rounds:
-                done = done._replace(wall_seconds=float(self.rounds[-1]["wall_seconds"]))
+            if self.rounds.last:
+                done = done._replace(wall_seconds=float(self.rounds.last["wall_seconds"]))
         # Nothing of the folder is changed before all that may be refused has been looked at.
         self.heart = Heart(self.folder.path, done.round)
         try:
@@ -387,7 +296,7 @@ class _Run:
         state = done.state
         path = self.folder.path if self.folder else None
         model = self.task.state_dict(state)
-        return Result(status, self.rounds, model, state.momentum, self.config, path, message)
+        return Result(status, self.rounds.settled(), model, state.momentum, self.config, path, message)
 
 
 def _warnings(config: Config, task: Task, plan: Plan) -> list[str]:
