@@ -1,9 +1,11 @@
 """Who hears of a run and what they are told; and how a run's own two steps stay together when a signal comes."""
 
 import contextlib
+import math
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,3 +117,49 @@ def interrupts_held() -> Iterator[None]:
                 handler(*held[0])
             elif handler == signal.SIG_DFL:
                 signal.raise_signal(held[0][0])
+
+
+class Interrupts:
+    """Within the block one request to end a run is one: what comes within a second after it is the same, only louder.
+
+    While `holding`, none is heard at all, so that what is done can be saved; but for what may take long (`waiting`),
+    where one more means that nobody wants to wait.
+    """
+
+    SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self.holding = False
+        self._before: dict[int, Callable[[int, FrameType | None], object]] = {}
+        self._last, self._more = -math.inf, False
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                if callable(handler := signal.getsignal(number)):
+                    self._before[number] = handler
+                    signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.holding or now - self._last < self.SECONDS:
+            self._more = True
+            return
+        self._last = now
+        self._before[number](number, frame)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """KeyboardInterrupt where there was one more, or is within the block."""
+        if self._more:
+            raise KeyboardInterrupt
+        self.holding, self._last = False, -math.inf
+        try:
+            yield
+        finally:
+            self.holding = True

@@ -24,6 +24,11 @@ ENDED = "ended.json"  # of a run under Flower's own command: how it ended, for w
 _CHECKED = re.compile(r"crc32:([0-9a-f]{8}) ")
 
 
+def at_home(path: str | Path) -> Path:
+    """The path, its leading ~ or ~user as the shell has it: it leaves --out=~/x and all values of keys as they are."""
+    return Path(os.path.expanduser(path))
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, sync: bool = True) -> Iterator[Path]:
     """A name to write to; when the block ends well the file is synced and takes `path`'s place, else removed.

@@ -25,6 +25,7 @@ from torch import Tensor
 from fedmom.algorithms import ALGORITHMS
 from fedmom.config import KEYS, Config, flat
 from fedmom.errors import InputError
+from fedmom.files import at_home
 from fedmom.imports import is_own_file, is_spec, load_object
 from fedmom.objective import Classification, Task
 from fedmom.topology import FILES
@@ -140,7 +141,7 @@ def _contents(config: Config, task: Task | None) -> dict[str, str]:
 
 
 def _hash_of_file(name: str) -> str:
-    return hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()
+    return hashlib.sha256(at_home(name).read_bytes()).hexdigest()
 
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -9,13 +9,14 @@ from typing import Any
 
 from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.callbacks import Callback as Callback
+from fedmom.callbacks import Interrupts, heard, interrupts_held
 from fedmom.callbacks import Result as Result
 from fedmom.callbacks import Start as Start
-from fedmom.callbacks import heard, interrupts_held
 from fedmom.callbacks import is_heard as is_heard
 from fedmom.callbacks import listening as listening
 from fedmom.config import Config, flat, load, parse_sets, replace, to_toml
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
+from fedmom.files import at_home
 from fedmom.history import History, cut_back
 from fedmom.identity import identity_of
 from fedmom.imports import blamed, one_line
@@ -53,6 +54,7 @@ def run(
     Raises InputError for bad input. Divergence, clients that failed and Ctrl-C are a Result's status, and leave a
     checkpoint in the folder.
     """
+    config = at_home(config) if isinstance(config, str | Path) else config
     changes = parse_sets([sets] if isinstance(sets, str) else sets)
     if device is not None:
         changes["engine.device"] = device
@@ -63,11 +65,11 @@ def run(
         raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
     folder = None
     if out is not None:
-        RunFolder.check_new(Path(out))  # before the data are read and the engine is timed
+        RunFolder.check_new(out)  # before the data are read and the engine is timed
     try:
         if resume is not None:
-            folder = RunFolder.open(Path(resume))
-            settled, notes = resume_config(Path(resume), config, changes)
+            folder = RunFolder.open(resume)
+            settled, notes = resume_config(resume, config, changes)
         else:
             settled, notes = resolve(load({} if config is None else config, changes))
         settled = replace(settled, "run", out="", resume="")
@@ -90,7 +92,7 @@ def run(
             settled, engine, chosen = make(settled, objectives, plan)
         try:
             if out is not None:
-                folder = RunFolder.create(Path(out))
+                folder = RunFolder.create(out)
             under_way = _Run(settled, objectives, plan, engine, folder, notes, chosen, callbacks)
             result = under_way.go(resume is not None)
             if listener:
@@ -113,10 +115,11 @@ def run_folders(
     sets: Iterable[str] | Mapping[str, Any],
     out: str | Path | None,
     resume: str | Path | None,
-) -> tuple[str | Path | None, str | Path | None]:
+) -> tuple[Path | None, Path | None]:
     """(folder to write, folder to resume): as given, else as the keys run.out and run.resume say, else None."""
     keys = load({} if config is None else config, sets).config.run
-    return out or keys.out or None, resume or keys.resume or None
+    out, resume = out or keys.out, resume or keys.resume
+    return at_home(out) if out else None, at_home(resume) if resume else None
 
 
 def local_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
@@ -174,6 +177,12 @@ class _Run:
             raise
 
     def _go(self, done: Progressed, saved: int) -> Result:
+        with Interrupts() as interrupts:
+            status, message, done = self._to_the_end(done, saved, interrupts)
+        return self._end(status, done, message)
+
+    def _to_the_end(self, done: Progressed, saved: int, interrupts: Interrupts) -> tuple[str, str, Progressed]:
+        """(how it ended, why, the last state), with the last checkpoint and final.safetensors written."""
         status, message = "done", ""
         try:
             self._tell_start(done)
@@ -199,26 +208,38 @@ class _Run:
         except ClientsFailedError as error:
             status, message = "failed", str(error)
         except KeyboardInterrupt:
+            interrupts.holding = True
             status, message = "interrupted", f"interrupted after round {done.round}"
-        except BaseException:  # a callback's error, a closed pipe, a full disk: what is done stays done
-            if self.folder and saved != done.round and done.round > 0:
-                with contextlib.suppress(InputError, ClientsFailedError):
-                    done = done.gathered()
-                    with interrupts_held():
-                        self.folder.save(done, self.stamp)
+        except BaseException:  # a callback's error, a full disk: what is done stays done
+            interrupts.holding = True
+            if saved != done.round:
+                with contextlib.suppress(InputError, ClientsFailedError, KeyboardInterrupt):
+                    done = self._gathered(done, interrupts)
+                    self._save(done)
             raise
+        interrupts.holding = True
         try:
-            done = done.gathered()
+            done = self._gathered(done, interrupts)
         except ClientsFailedError as error:  # whoever held the rows is gone: the last checkpoint is what there is
-            status, message, saved = "failed", message or str(error), done.round
+            return "failed", message or str(error), done
         except KeyboardInterrupt:  # they do not come, and nobody wants to wait
-            status, message, saved = "interrupted", f"interrupted after round {done.round}", done.round
-        with interrupts_held():
-            if self.folder and saved != done.round and done.round > 0:
-                self.folder.save(done, self.stamp)
-            if self.folder and status == "done":
-                self.folder.save_final(done, self.stamp)
-        return self._end(status, done, message)
+            return "interrupted", f"interrupted after round {done.round}", done
+        if saved != done.round:
+            self._save(done)
+        if self.folder and status == "done":
+            self.folder.save_final(done, self.stamp)
+        return status, message, done
+
+    @staticmethod
+    def _gathered(done: Progressed, interrupts: Interrupts) -> Progressed:
+        if done.fetch is None:
+            return done
+        with interrupts.waiting():
+            return done.gathered()
+
+    def _save(self, done: Progressed) -> None:
+        if self.folder and done.round > 0:
+            self.folder.save(done, self.stamp)
 
     def _end(self, status: str, done: Progressed, message: str) -> Result:
         self._tell_folder(status, message)
