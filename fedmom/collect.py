@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from fedmom.config import Scalar, flat, load
 from fedmom.errors import InputError
-from fedmom.records import CONFIG, ENVIRONMENT, MANIFEST, ROUNDS, read_rounds
+from fedmom.files import CONFIG, ENVIRONMENT, MANIFEST, ROUNDS
+from fedmom.history import read_rounds
 from fedmom.status import Status, read_status
 from fedmom.tables import RunHistory
 from fedmom.train import Record

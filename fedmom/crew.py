@@ -20,12 +20,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from fedmom.callbacks import STOPPING, Callback
 from fedmom.config import Scalar, parse_sets
 from fedmom.errors import InputError
+from fedmom.files import CONFIG
 from fedmom.imports import one_line
 from fedmom.progress import Quiet
-from fedmom.records import CONFIG
-from fedmom.runner import Callback, run
+from fedmom.runner import run
 from fedmom.state import ClientState
 from fedmom.trackers import Tracking
 from fedmom.train import Record
@@ -105,9 +106,8 @@ class Requests:
 
     def __enter__(self) -> "Requests":
         if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
-                before = signal.getsignal(number) if number else None
-                if number and callable(before):
+            for number in STOPPING:
+                if callable(before := signal.getsignal(number)):
                     self._before[number] = before
                     signal.signal(number, self._note)
         return self

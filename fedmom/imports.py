@@ -60,11 +60,12 @@ _LIBRARIES = (_HERE, f"{os.sep}site-packages{os.sep}", f"{os.sep}lib{os.sep}pyth
 
 def place_of(error: BaseException) -> str:
     """The last line of the user's own code that an exception came through, as " (file:line)"; "" if through none."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_own(f.filename)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_own_file(f.filename)]
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
-def _is_own(filename: str) -> bool:
+def is_own_file(filename: str) -> bool:
+    """Whether a file of code is the user's, and neither ours nor a library's."""
     return not any(part in filename for part in _LIBRARIES)
 
 
@@ -97,7 +98,7 @@ def _culprit(config: Mapping[str, Any], error: BaseException, but: CodeType | No
         if key != "model.name" and _code_of(key, spec) in codes:
             return key
     names = [frame.f_code.co_filename for frame in frames]
-    if "model.name" in specs and any(_is_own(name) or _TORCH in name for name in names):
+    if "model.name" in specs and any(is_own_file(name) or _TORCH in name for name in names):
         return "model.name"
     modules = {key: sys.modules.get(spec.partition(":")[0]) for key, spec in specs.items()}
     return next((key for key, module in modules.items() if getattr(module, "__file__", None) in names), None)

@@ -339,15 +339,13 @@ class PeerRounds:
         for call, peer in zip(calls, who, strict=True):
             try:
                 answers.append(self._ray.get(call, timeout=max(0.1, deadline - time.monotonic()) if limit else None))
-            except InputError:
-                raise
+            except InputError as error:  # Ray's own kind of one, whose words are a traceback
+                raise InputError(str(getattr(error, "cause", error))) from None
             except self._ray.exceptions.GetTimeoutError:
                 late = f"no answer within {limit:g} s (simulation.straggler-seconds)"
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {late}") from None
             except Exception as error:
                 cause = getattr(error, "cause", None)
-                if isinstance(cause, InputError):
-                    raise InputError(str(cause)) from None
                 died = "their Ray actor died" if type(error).__name__.startswith("Actor") else one_line(cause or error)
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {died}") from None
         self.driver_bytes += sum(map(_size, answers))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedmom import pictures
 from fedmom.errors import InputError
+from fedmom.history import thinned
 from fedmom.records import write_text
 from fedmom.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
 from fedmom.train import Record
@@ -41,7 +42,7 @@ def finished(folder: Path, rounds: Sequence[Record], width: int | None = None) -
     """
     lines, curves = [], folder / "curves.png"
     if rounds:
-        run = RunHistory(folder.name, list(rounds))
+        run = RunHistory(folder.name, thinned(rounds))
         draw_or_say_why(lambda: pictures.draw_curves([run], curves))
         header, (row,) = summary_table([run])
         text = as_text(header, [row])

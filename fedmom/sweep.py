@@ -1,5 +1,6 @@
 """`fedmom sweep`: many runs of one configuration, as ordinary run folders, side by side, resumable as a whole."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -14,8 +15,10 @@ from typing import Any
 from fedmom.config import KEYS, Scalar, as_held, load, parse_sets, read_tables, typed_value
 from fedmom.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.errors import InputError, unknown
+from fedmom.files import CONFIG, MANIFEST, write_text
+from fedmom.history import read_rounds
 from fedmom.parsing import as_list, pieces
-from fedmom.records import CONFIG, MANIFEST, RunFolder, fingerprint, read_rounds, write_text
+from fedmom.records import RunFolder
 from fedmom.resolve import resolve, resume_config
 from fedmom.runner import check_place
 from fedmom.tables import MISSING, finite, number
@@ -154,7 +157,7 @@ def _folder_name(group: str, seed: Scalar, same: str, taken: Collection[str]) ->
     if len(name.encode()) <= LONGEST_NAME and name not in taken:
         return name
     start = group.encode()[: LONGEST_NAME - 40].decode(errors="ignore")
-    return f"{start},{fingerprint({'run': same})[:8]},seed={seed}"
+    return f"{start},{hashlib.sha256(same.encode()).hexdigest()[:8]},seed={seed}"
 
 
 def check(config: Path, cells: Sequence[Cell], out: Path, sets: Sequence[str], *, here: bool = True) -> None:

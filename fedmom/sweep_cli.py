@@ -1,6 +1,5 @@
 """The command that runs many: `fedmom sweep`."""
 
-import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,8 @@ from fedmom import tables
 from fedmom.config import load
 from fedmom.crew import Cell, Ended
 from fedmom.errors import InputError
-from fedmom.terminal import DONE, STATUS, Sets, Tracks, exit_status
+from fedmom.files import at_home
+from fedmom.terminal import DONE, STATUS, Sets, Tracks, exit_status, heed_signals
 from fedmom.trackers import make_trackers
 
 
@@ -66,10 +66,11 @@ def sweep(
     values = sweeps.parse_grid(grid or ())
     every = sweeps.listed(file) if file else sweeps.drawn(values, some, 0) if some else sweeps.full(values)
     cells = sweeps.cells_of(every, sweeps.seeds_of(seeds, config, sets or (), every))
-    folder = out or Path(load(config, sets or ()).config.run.out or Path("runs") / f"{config.stem}-sweep")
+    own = load(config, sets or ()).config.run.out
+    folder = out or (at_home(own) if own else Path("runs") / f"{config.stem}-sweep")
     make_trackers(track or ())  # one that is not installed is said before anything runs
     sweeps.check(config, cells, folder, sets or (), here=not ray)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heed_signals()
     under_way = sweeps.sweep(config, cells, folder, sets=sets or (), workers=workers, ray=ray, track=track or ())
     ended, metric = _followed(under_way, cells, folder, metric)
     if len(ended) < len(cells) or any(one.status == "interrupted" for one in ended):

@@ -17,6 +17,7 @@ from rich.text import Text
 from fedmom.collect import is_run, sweep_runs
 from fedmom.config import flat, to_toml
 from fedmom.follow import Follower
+from fedmom.output import nobody_reads
 from fedmom.progress import describe
 from fedmom.status import STATUSES, read_status
 from fedmom.tables import MEASURES, finite
@@ -205,7 +206,7 @@ def watch(folder: Path, console: Console, *, once: bool = False, trackers: Seque
             console.print(view())
         elif console.is_terminal:
             with Live(view(), console=console, auto_refresh=False, transient=False) as live:
-                while not all_ended():
+                while not all_ended() and not nobody_reads():
                     time.sleep(SECONDS)
                     look()
                     live.update(view(), refresh=True)
@@ -230,7 +231,7 @@ def _lines(
                 text = describe(_last_known(rounds)) if rounds else "no round yet"
                 line = f"{one.follower.name}: round {at}/{one.follower.config.run.num_rounds} · {text}"
                 console.print(line, soft_wrap=True, markup=False, highlight=False)
-        if all_ended():
+        if all_ended() or nobody_reads():
             for one in watched:
                 if not one.status.is_done:
                     console.print(f"{one.follower.name}: {one.status.text}", soft_wrap=True, markup=False)

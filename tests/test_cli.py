@@ -554,16 +554,6 @@ def test_ctrl_c_before_the_first_round_is_one_line(fed, monkeypatch, workplace):
     assert tree(workplace) == before
 
 
-@pytest.mark.parametrize("command", ["keys", "run quadratic.toml --out x --set run.num-rounds=9999"])
-def test_a_reader_that_goes_away_ends_the_command_without_a_traceback(command):
-    arguments = [sys.executable, "-m", "fedmom", *command.split()]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait(timeout=60) == 130
-    process.stderr.close()
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_real_process_with_a_checkpoint(workplace, number):
     command = [sys.executable, "-m", "fedmom", "run", "quadratic.toml", "--out", "x"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedmom.algorithms import ALGORITHMS, theory_interval
 from fedmom.config import KEYS, LARGEST, SECTIONS, Config, Loaded, flat, load, parse_set, to_toml, toml_scalar
 from fedmom.errors import InputError
-from fedmom.resolve import Resolved, length_keys, resolve, run_identity
+from fedmom.resolve import Resolved, length_keys, resolve
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
@@ -495,21 +495,6 @@ def test_keys_that_disagree_are_named(algorithm, run, words):
 )
 def test_what_depends_on_the_length_of_the_run(algorithm, names):
     assert length_keys(load({"algorithm": algorithm}).config) == names
-
-
-def test_a_runs_identity_is_everything_but_its_length():
-    base = resolve(load({})).config
-    longer = resolve(load({"run.num-rounds": 999})).config
-    assert run_identity(base) == run_identity(longer)
-    others = {
-        "algorithm.lr": 0.051,
-        "run.seed": 1,
-        "algorithm.nesterov": True,
-        "engine.path": "loop",
-        "data.alpha": 0.31,
-    }
-    for name, value in others.items():
-        assert run_identity(base) != run_identity(resolve(load({name: value})).config)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.stem)
