@@ -51,7 +51,8 @@ class Peer:
         """(path, chunk size) as configured, or by timing; InputError where the path is not right for the model."""
         start, wanted = beginning(self.task, self.plan).state, self.config.engine
         job = clients_job(self.task, self.plan, 0, self.ids)
-        chosen = choose(self.task, self.plan.method, start, job, path=wanted.path, chunk_size=wanted.chunk_size)
+        path, chunk_size = wanted.path, wanted.chunk_size
+        chosen = choose(self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size, own_rows=True)
         return chosen.path, wanted.chunk_size or chosen.chunk_size
 
     def load(self, round_index: int, rows: Arrays, path: str, chunk_size: int) -> None:
