@@ -32,6 +32,10 @@ GOSSIP = {"algorithm.name": "d-sgd-m", "algorithm.topology": "exponential"}
 NESTEROV = {"algorithm.nesterov": True}
 
 
+# The tests of one SuperLink stay in one process: otherwise there would be two.
+on_the_simulated = pytest.mark.xdist_group("flower-simulated")
+
+
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     flower = Flower(tmp_path_factory.mktemp("simulated"))
@@ -67,6 +71,7 @@ def assert_the_engines(changes, folder, tolerance):
             np.testing.assert_allclose(got, right, rtol=max(1e-8, 10 * tolerance), atol=1e-10, err_msg=key)
 
 
+@on_the_simulated
 @pytest.mark.parametrize(
     ("changes", "num_nodes", "tolerance"),
     [
@@ -85,6 +90,7 @@ def test_flowers_simulation_engine_gives_the_engines_result(simulated, tmp_path,
     assert_the_engines(changes, tmp_path / "run", tolerance)
 
 
+@on_the_simulated
 def test_a_run_that_names_no_folder_says_where_its_own_is(simulated):
     """Float32, the default, too: 1e-5 after two rounds."""
     changes = {**FLOAT32, **NESTEROV}
@@ -95,6 +101,7 @@ def test_a_run_that_names_no_folder_says_where_its_own_is(simulated):
     assert_the_engines(changes, Path(folder), 1e-5)
 
 
+@on_the_simulated
 def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulated, tmp_path):
     """Of quadratics by option II, on nodes that hold blocks."""
     folder, changes = tmp_path / "run", {**QUADRATIC, **NESTEROV}
@@ -116,6 +123,7 @@ def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulate
     assert [path.name for path in taken.iterdir()] == ["mine"]
 
 
+@pytest.mark.xdist_group("flower-deployed")
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [
