@@ -248,7 +248,7 @@ def test_quasi_global_momentum_is_the_published_recursion():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sparse_and_dense_products_agree(dtype):
-    mixing = make_topology("ring", 100).matrices[0]
+    mixing = make_topology("directed-ring", 100).matrices[0]
     block, rows = Block(mixing), torch.randn(100, 3, 4, dtype=dtype)
     assert block.is_sparse()
     want = torch.einsum("ji,jab->iab", torch.from_numpy(mixing.dense()).to(dtype), rows)
@@ -299,12 +299,16 @@ def test_buffers_are_mixed_with_their_variance_pooled():
 
 @PATHS
 def test_a_network_with_batch_norm_mixes_all_it_has(path):
+    """With everybody x, u and the statistics of all clients become one; on a ring they stay apart."""
     task = image_task("resnet20", 4, norm="batch", dtype=torch.float64)
-    states = gossip(task, make_topology("ring", 4), rounds=2, path=path)
-    mean = mean_of(states[-1])
-    assert all(torch.isfinite(v).all() for tree in mean for v in tree.values())
-    rows = states[-1].params
-    assert max(float((x - x.mean(0)).abs().max()) for x in rows.values()) > 0
+    one, apart = (gossip(task, make_topology(name, 4), rounds=1, path=path)[-1] for name in ("complete", "ring"))
+    assert any(name.endswith("running_var") for name in one.buffers)
+    for tree in one:
+        for name, rows in tree.items():
+            torch.testing.assert_close(rows, rows[:1].expand_as(rows), rtol=1e-10, atol=1e-12, msg=name)
+    for tree in (apart.params, apart.momentum, {n: b for n, b in apart.buffers.items() if b.is_floating_point()}):
+        assert all(bool((rows != rows[0]).any()) for rows in tree.values())
+    assert all(torch.isfinite(v).all() for tree in mean_of(apart) for v in tree.values())
 
 
 def test_clients_own_models_are_measured():
