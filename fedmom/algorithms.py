@@ -4,6 +4,7 @@ Source: Yu, Jin, Yang, "On the Linear Speedup Analysis of Communication Efficien
 Non-Convex Optimization", ICML 2019 (arXiv 1905.03817), Algorithms 1 and 2. docs/method.md maps the symbols to names.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,8 +15,17 @@ from fedmom.state import ClientState, Tree, zeros_like
 
 # gradient(params, buffers, batch) -> (gradients, buffers after the forward pass, loss)
 Gradient = Callable[[Tree, Tree, Any], tuple[Tree, Tree, Tensor]]
-# correction(gradients, params, params at the start of the round) -> gradients, of one client
-Correction = Callable[[Tree, Tree, Tree], Tree]
+# correction(gradients, params, params at the start of the round) -> gradients, of one client; with a parameter `key` it
+# is also given the int64 address [] of the client's step, for random numbers
+Correction = Callable[..., Tree]
+
+
+def takes_key(correction: Correction) -> bool:
+    """Whether a correction wants the address of the step."""
+    try:
+        return "key" in inspect.signature(correction).parameters
+    except (TypeError, ValueError):  # what has no signature takes what all take
+        return False
 
 
 def momentum_step(state: ClientState, grads: Tree, *, lr: float, beta: float, nesterov: bool) -> ClientState:
@@ -41,18 +51,20 @@ def local_step(
     weight_decay: float = 0.0,
     correction: Correction | None = None,
     start: Tree | None = None,
+    key: Tensor | None = None,
 ) -> tuple[ClientState, Tensor]:
     """One client's step on one minibatch -> (state, loss before the step).
 
     L2 weight decay is part of f, so it enters g: g = ∇F(x; ξ) + λx. That is linear and keeps the mean. A `correction`
-    of the user's own comes after it: g ← correction(g, x, x at the `start` of the round).
+    of the user's own comes after it: g ← correction(g, x, x at the `start` of the round), and the `key` of the step.
     """
     grads, buffers, loss = gradient(state.params, state.buffers, batch)
     if weight_decay:
         grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}
     if correction is not None:
         assert start is not None
-        grads = correction(grads, state.params, start)
+        more = {} if key is None else {"key": key}
+        grads = correction(grads, state.params, start, **more)
     return momentum_step(state._replace(buffers=buffers), grads, lr=lr, beta=beta, nesterov=nesterov), loss
 
 

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fedmom.algorithms import ALGORITHMS, Correction
+from fedmom.algorithms import ALGORITHMS, Correction, takes_key
 from fedmom.choice import choose
 from fedmom.config import Config, EngineConfig, replace
 from fedmom.datasets import Dataset, load_dataset
@@ -21,6 +22,7 @@ from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.partition import Partition, make_partition
 from fedmom.quadratic import Quadratic
+from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds import Method, Rounds
 from fedmom.schedules import LearningRate
 from fedmom.state import ClientState, Tree, num_bytes
@@ -118,6 +120,7 @@ def _check_memory(config: Config, dataset: Dataset, device: str) -> None:
 def make_plan(config: Config) -> Plan:
     """The plain numbers of a resolved configuration."""
     algorithm = config.algorithm
+    _check_numbers(config)
     rate = LearningRate(
         lr=algorithm.lr,
         schedule=algorithm.lr_schedule,
@@ -134,7 +137,7 @@ def make_plan(config: Config) -> Plan:
             weight_decay=algorithm.weight_decay,
             momentum_policy=algorithm.momentum_policy,
             running_var=algorithm.running_var,
-            correction=_correction(algorithm.correction),
+            correction=_correction(algorithm.correction, config.run.seed),
         ),
         rate=rate,
         num_rounds=config.run.num_rounds,
@@ -153,27 +156,48 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _correction(spec: str) -> Correction | None:
-    """The user's function, watched over: it must give every gradient back, in its shape."""
+def _check_numbers(config: Config) -> None:
+    """What the method multiplies by must be a number of the dtype in which it is done."""
+    largest = torch.finfo(getattr(torch, config.run.dtype)).max
+    for key in ("lr", "weight_decay", "slow_lr"):
+        value = getattr(config.algorithm, key)
+        if value > largest:
+            name, dtype = key.replace("_", "-"), config.run.dtype
+            raise InputError(f"algorithm.{name} = {value:g}: in run.dtype = {dtype!r} it must be at most {largest:.3g}")
+
+
+def _correction(spec: str, seed: int) -> Correction | None:
+    """The user's function, watched over.
+
+    It must give every gradient back, in its shape and dtype, and leave x alone.
+    """
     if not is_spec(spec):
         return None
     function = load_object("algorithm.correction", spec)
+    said, keyed = f"algorithm.correction = {spec!r}", takes_key(function)
 
-    def correction(grads: Tree, params: Tree, start: Tree) -> Tree:
+    def correction(grads: Tree, params: Tree, start: Tree, key: Tensor | None = None) -> Tree:
+        more = {"key": random_bits(CORRECTION, seed, key)} if keyed and key is not None else {}
+        versions = [t._version for tree in (params, start) for t in tree.values()]
         try:
-            found = function(dict(grads), params, start)
+            found = function(dict(grads), dict(params), dict(start), **more)
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"algorithm.correction = {spec!r}: the function raised {one_line(error)}") from error
+            raise InputError(f"{said}: the function raised {one_line(error)}") from error
         if not isinstance(found, dict) or set(found) != set(grads):
-            raise InputError(f"algorithm.correction = {spec!r}: must return a dict of the gradients it was given")
-        wrong = next((name for name, g in grads.items() if getattr(found[name], "shape", None) != g.shape), None)
-        if wrong is not None:
-            shape = list(grads[wrong].shape)
-            raise InputError(f"algorithm.correction = {spec!r}: the gradient of {wrong} must keep its shape {shape}")
+            raise InputError(f"{said}: must return a dict of the gradients it was given")
+        for name, g in grads.items():
+            got, form = found[name], f"its shape {list(g.shape)}, dtype {g.dtype} and device {g.device}"
+            kept = isinstance(got, Tensor) and (got.shape, got.dtype, got.device) == (g.shape, g.dtype, g.device)
+            if not kept:
+                raise InputError(f"{said}: the gradient of {name} must keep {form}")
+        if versions != [t._version for tree in (params, start) for t in tree.values()]:
+            raise InputError(f"{said}: the function writes into the parameters it was given; return other gradients")
         return found
 
+    if not keyed:
+        return lambda grads, params, start: correction(grads, params, start)
     return correction
 
 
