@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedmom.errors import InputError
+from fedmom.files import at_home
 from fedmom.local_data import client_source, facts_of, from_record, read_source
 from fedmom.node import Local, Node, held_clients, settled, warm_node
 from fedmom.state import Tree, flatten, unflatten
@@ -131,7 +132,7 @@ def _own_source(context: Context) -> Path:
     if len(held) != 1:
         raise InputError(f"data.dataset = 'local': a node holds one client, this one {len(held)}: {held}")
     own = context.node_config.get("data-dir")
-    return Path(str(own)) if own else client_source(settled(context.run_config).data.data_dir, held[0])
+    return at_home(str(own)) if own else client_source(settled(context.run_config).data.data_dir, held[0])
 
 
 def _held(context: Context) -> Tensor:

@@ -7,11 +7,10 @@ import pickle
 import struct
 import sys
 import time
-import traceback
 from typing import Any, NamedTuple
 
 from fedmom.errors import InputError
-from fedmom.imports import one_line
+from fedmom.imports import one_line, place_of
 
 BATCH_SECONDS = 0.03  # a batch ends after the message that takes it past this
 BATCH_BYTES = 16 << 20  # and after this many bytes of answers; the same holds for what is sent
@@ -89,13 +88,6 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the largest that it takes
 
 
-def _where(error: BaseException) -> str:
-    """The last line of the user's own code that an exception came through: its traceback stays in this process."""
-    libraries = (os.path.dirname(__file__), f"{os.sep}site-packages{os.sep}", f"{os.sep}lib{os.sep}python")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(part in f.filename for part in libraries)]
-    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-
-
 class Actor:
     """What runs in a Ray actor's process: batches of messages, one message after the other."""
 
@@ -131,7 +123,7 @@ class Actor:
                 num_bytes += answer.nbytes()
                 answers.append(answer)
             except (Exception, SystemExit) as error:
-                answers.append(Failure("raised", f"{one_line(error)}{_where(error)}"))
+                answers.append(Failure("raised", f"{one_line(error)}{place_of(error)}"))
             if time.perf_counter() - begun > BATCH_SECONDS or num_bytes > BATCH_BYTES:
                 break
         return time.perf_counter() - begun, answers

@@ -1,13 +1,18 @@
-"""The user's own code by name: "package.module:function" in a config becomes the function."""
+"""The user's own code by name: "package.module:function" in a config becomes the function; whose an error is."""
 
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 from fedmom.errors import InputError
+
+OWN_KEYS = ("algorithm.correction", "data.dataset", "model.name")  # those that may name the user's own code
 
 
 def is_spec(name: str) -> bool:
@@ -40,6 +45,68 @@ def load_object(key: str, spec: str) -> Any:
 def one_line(error: BaseException) -> str:
     """Type and message of an exception, without line breaks."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had; on the CPU torch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__ or _CPU_IS_FULL in str(error)
+
+
+_CPU_IS_FULL = "DefaultCPUAllocator"
+_HERE = os.path.dirname(__file__)
+_TORCH = f"{os.sep}torch{os.sep}"
+_LIBRARIES = (_HERE, f"{os.sep}site-packages{os.sep}", f"{os.sep}lib{os.sep}python", "<")
+
+
+def place_of(error: BaseException) -> str:
+    """The last line of the user's own code that an exception came through, as " (file:line)"; "" if through none."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_own_file(f.filename)]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def is_own_file(filename: str) -> bool:
+    """Whether a file of code is the user's, and neither ours nor a library's."""
+    return not any(part in filename for part in _LIBRARIES)
+
+
+@contextmanager
+def blamed(config: Mapping[str, Any], *, but: CodeType | None = None) -> Iterator[None]:
+    """Errors of the user's own code within the block become an InputError of one line: the key, the error, the place.
+
+    config: {"section.key": value}, of which the user's code is named by OWN_KEYS. What came through the function
+    `but`, which calls somebody else's code, stays as it is; so does what is ours.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        key = None if memory_is_full(error) else _culprit(config, error, but)
+        if key is None:
+            raise
+        raise InputError(f"{key} = {config[key]!r}: {one_line(error)}{place_of(error)}") from error
+
+
+def _culprit(config: Mapping[str, Any], error: BaseException, but: CodeType | None) -> str | None:
+    """The key whose code raised: a function that the error came through, else the model, which is what torch calls."""
+    specs = {key: str(config[key]) for key in OWN_KEYS if is_spec(str(config.get(key, "")))}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    codes = {frame.f_code for frame in frames}
+    if but in codes:
+        return None
+    for key, spec in specs.items():
+        if key != "model.name" and _code_of(key, spec) in codes:
+            return key
+    names = [frame.f_code.co_filename for frame in frames]
+    if "model.name" in specs and any(is_own_file(name) or _TORCH in name for name in names):
+        return "model.name"
+    modules = {key: sys.modules.get(spec.partition(":")[0]) for key, spec in specs.items()}
+    return next((key for key, module in modules.items() if getattr(module, "__file__", None) in names), None)
+
+
+def _code_of(key: str, spec: str) -> CodeType | None:
+    function = inspect.unwrap(load_object(key, spec))
+    return getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
 
 
 @contextmanager

@@ -15,12 +15,12 @@ import torch
 from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.choice import choose
-from fedmom.config import Config, replace
+from fedmom.config import Config, flat, replace
 from fedmom.engine import Engine
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.executors import WARM_UP_SECONDS, join_ray
 from fedmom.gossip import mean_of
-from fedmom.imports import one_line
+from fedmom.imports import blamed, one_line
 from fedmom.mixing import EXCHANGES, Block, combine, spread
 from fedmom.objective import Task
 from fedmom.rounds import Outcome, Progress, Round
@@ -42,8 +42,10 @@ class Peer:
         keep_freed_memory()
         self.config, self.me, self.blocks = config, me, blocks
         self.ids = blocks[me]
-        self.task: Task = make_task(config, config.engine.device)
-        self.plan: Plan = make_plan(config)
+        self.keys = flat(config)
+        with blamed(self.keys):
+            self.task: Task = make_task(config, config.engine.device)
+            self.plan: Plan = make_plan(config)
         self.states: dict[int, ClientState] = {}  # {rounds done: the block's rows}
         self.received: dict[int, Tree] = {}  # {block: its rows of this round}
 
@@ -52,7 +54,8 @@ class Peer:
         start, wanted = beginning(self.task, self.plan).state, self.config.engine
         job = clients_job(self.task, self.plan, 0, self.ids)
         path, chunk_size = wanted.path, wanted.chunk_size
-        chosen = choose(self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size, own_rows=True)
+        with blamed(self.keys):
+            chosen = choose(self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size, own_rows=True)
         return chosen.path, wanted.chunk_size or chosen.chunk_size
 
     def load(self, round_index: int, rows: Arrays, path: str, chunk_size: int) -> None:
@@ -69,7 +72,8 @@ class Peer:
         import ray
 
         job = clients_job(self.task, self.plan, round_index, self.ids)
-        self.after, losses, _ = self.engine.run_rows(self.states[round_index], job)
+        with blamed(self.keys):
+            self.after, losses, _ = self.engine.run_rows(self.states[round_index], job)
         self.lr = job.lrs[0]
         out = {other: ray.put(_arrays(self._for(other, round_index))) for other in self._targets(round_index)}
         return {"losses": losses.tolist(), "out": out, **self._measured(self.after)}
@@ -115,7 +119,8 @@ class Peer:
         if evaluate:
             chosen = chosen_clients(len(self.task.sizes), self.plan.eval_clients)
             places = [int(np.searchsorted(self.ids, c)) for c in chosen if c in self.ids]
-            found["clients"] = [evaluate_rows(self.task, mixed, [place]) for place in places]
+            with blamed(self.keys):
+                found["clients"] = [evaluate_rows(self.task, mixed, [place]) for place in places]
         return found
 
     def measure(self, before: list[Any], after: list[Any], evaluate: bool) -> dict[str, Any]:
@@ -134,7 +139,8 @@ class Peer:
             start = self.task.start()
             state = unflatten({n: whole[n].to(v.dtype) for n, v in flatten(start).items() if n in whole})
             state = state._replace(buffers=self._buffers(rows))
-            found["measured"] = self.task.evaluate(to_device(state, self.task.device))
+            with blamed(self.keys):
+                found["measured"] = self.task.evaluate(to_device(state, self.task.device))
         return found
 
     def _buffers(self, rows: Tree) -> Tree:
@@ -334,15 +340,13 @@ class PeerRounds:
         for call, peer in zip(calls, who, strict=True):
             try:
                 answers.append(self._ray.get(call, timeout=max(0.1, deadline - time.monotonic()) if limit else None))
-            except InputError:
-                raise
+            except InputError as error:  # Ray's own kind of one, whose words are a traceback
+                raise InputError(str(getattr(error, "cause", error))) from None
             except self._ray.exceptions.GetTimeoutError:
                 late = f"no answer within {limit:g} s (simulation.straggler-seconds)"
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {late}") from None
             except Exception as error:
                 cause = getattr(error, "cause", None)
-                if isinstance(cause, InputError):
-                    raise InputError(str(cause)) from None
                 died = "their Ray actor died" if type(error).__name__.startswith("Actor") else one_line(cause or error)
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {died}") from None
         self.driver_bytes += sum(map(_size, answers))

@@ -3,8 +3,6 @@
 `resolve` for a new run, `resume_config` for one that goes on.
 """
 
-import contextlib
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,24 +11,11 @@ from typing import Any, NamedTuple
 from fedmom.algorithms import ALGORITHMS, theory_interval
 from fedmom.config import KEYS, AlgorithmConfig, Config, Loaded, Scalar, flat, load, replace
 from fedmom.errors import InputError
+from fedmom.identity import LENGTH, PLACE
 from fedmom.parsing import parse_numbers, parse_table
-from fedmom.records import CONFIG, fingerprint
+from fedmom.records import CONFIG
 from fedmom.schedules import SCHEDULES
-from fedmom.topology import FILES
 
-# Keys that may differ on resume without changing what is computed up to the rounds already done.
-_LENGTH = ("run.num-rounds", "run.num-steps")
-# Keys that say where a run happens and how its failures are met; a resumed run may have others.
-_PLACE = tuple(
-    f"{section}.{name}"
-    for section, names in {
-        "run": ("out", "resume"),
-        "engine": ("workers",),
-        "server": ("on-failure", "min-clients", "retries", "timeout-seconds", "wait-seconds", "window"),
-        "simulation": [name.partition(".")[2] for name in KEYS if name.startswith("simulation.")],
-    }.items()
-    for name in names
-)
 # Values with which a key leaves the choice to the engine; a resumed run keeps what was chosen.
 _OPEN: dict[str, Scalar] = {"engine.device": "auto", "engine.path": "auto", "engine.chunk-size": 0, "engine.threads": 0}
 
@@ -234,19 +219,6 @@ def length_keys(config: Config) -> list[str]:
     return [name for name, holds in reasons.items() if holds]
 
 
-def run_identity(config: Config, data: Mapping[str, Any] | None = None) -> str:
-    """Fingerprint of all that decides a run's numbers, its length aside.
-
-    `data`: what is known of data that the configuration does not name.
-    """
-    decides = {name: value for name, value in flat(config).items() if name not in _LENGTH + _PLACE}
-    if ALGORITHMS[config.algorithm.name].decentralized and config.algorithm.topology.endswith(FILES):
-        with contextlib.suppress(OSError):  # that it is missing is said by whoever reads W
-            content = Path(config.algorithm.topology).read_bytes()
-            decides["algorithm.topology's content"] = hashlib.sha256(content).hexdigest()
-    return fingerprint({**decides, **(data or {})})
-
-
 def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Resolved:
     """The configuration to resume with: the recorded one, possibly longer. InputError names what changed.
 
@@ -268,7 +240,7 @@ def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Reso
     config, notes = resolve(Loaded(load(loaded.config, kept).config, given))
     new = flat(config)
     for name in new:
-        if name not in _LENGTH + _PLACE and new[name] != old[name]:
+        if name not in LENGTH + PLACE and new[name] != old[name]:
             raise InputError(
                 f"{name} = {new[name]!r}: the run in {folder} has {old[name]!r}; a resume may change nothing but "
                 "the length; start a new run for the rest"

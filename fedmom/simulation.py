@@ -8,6 +8,7 @@ from pathlib import Path
 import fedmom
 from fedmom.config import Config, flat
 from fedmom.errors import InputError, RunStoppedError
+from fedmom.files import at_home
 from fedmom.runner import Callback, Result, listening
 from fedmom.setup import pool_options
 
@@ -46,7 +47,7 @@ def simulate(
 def app_folder(app: str | Path | None) -> Path:
     """The folder of the Flower app: as given, or here, or fedmom's own checkout."""
     if app is not None:
-        return Path(app)
+        return at_home(app)
     own = Path(fedmom.__file__).resolve().parent.parent
     here = Path.cwd()
     return here if _is_app(here) or not (own / "strategies").is_dir() else own

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedmom.errors import InputError, unknown
+from fedmom.files import at_home
 
 TOLERANCE = 1e-8  # of row and column sums: matrices in files are rounded
 LARGEST_SPECTRUM = 4096  # clients; beyond it the eigenvalues would take minutes
@@ -359,7 +360,7 @@ def check(matrix: np.ndarray, where: str) -> None:
 
 def read_file(name: str, num_clients: int, weights: str) -> Mixing:
     """W of a file: a matrix (.npy, .csv) or undirected edges (.edges: `i j` per line, clients from 0)."""
-    path = Path(name)
+    path = at_home(name)
     where = f"algorithm.topology = {name!r}"
     try:
         if path.suffix == ".npy":

@@ -27,6 +27,7 @@ from fedmom.wire import as_tensor
 
 _BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless
 _LARGE = 1 << 20  # the model is so large, in bytes, that sending a block's mean costs more than that
+_REFUSED = "InputError: "  # how the reason of such a failure begins
 Arrays = dict[str, np.ndarray]
 
 
@@ -99,7 +100,10 @@ class WorkerRounds:
             key, answer = self.pool.take() or (None, None)
             if isinstance(answer, Failure):
                 first, last = ids[places[key[1]]][[0, -1]]  # type: ignore[index]
-                raise ClientsFailedError(f"round {job.round_index + 1}: clients {first} … {last}: {answer.reason}")
+                where = f"round {job.round_index + 1}: clients {first} … {last}"
+                if answer.reason.startswith(_REFUSED):  # the input is at fault: no other actor would do better
+                    raise InputError(f"{where}: {answer.reason.removeprefix(_REFUSED)}")
+                raise ClientsFailedError(f"{where}: {answer.reason}")
             waiting[key] = answer  # type: ignore[assignment]
             while (at := (job.round_index, len(parts))) in waiting:
                 part = waiting.pop(at)
@@ -145,7 +149,7 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
         pool.submit("choose", Block(np.arange(size)))
         _, answer = pool.take() or (None, None)
         if isinstance(answer, Failure):
-            raise InputError(answer.reason.removeprefix("InputError: "))
+            raise InputError(answer.reason.removeprefix(_REFUSED))
         path, chunk_size = answer  # type: ignore[misc]
     except BaseException:
         pool.close()

@@ -15,8 +15,10 @@ from rich.console import Console
 
 from fedmom.config import Config, replace
 from fedmom.errors import InputError, RunStoppedError
+from fedmom.files import at_home
 from fedmom.node import settled
 from fedmom.objective import Task
+from fedmom.output import steady_output
 from fedmom.progress import callbacks
 from fedmom.records import ENDED, write_text
 from fedmom.report import finished
@@ -36,6 +38,7 @@ app = ServerApp()
 
 
 @app.main()
+@steady_output()
 def main(grid: Grid, context: Context) -> None:
     """Run as the run config says: records and checkpoints in `run.out`, or on with `run.resume`.
 
@@ -54,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
         # In full: this is the SuperLink's directory, which need not be the one of whoever reads the stream.
         out = out or ("" if where.resume else str(Path("runs").resolve() / f"flower-{datetime.now():%Y%m%d-%H%M%S}"))
         followers = callbacks(Console(highlight=False, width=160), quiet=False)
-        (Path(where.resume or out) / ENDED).unlink(missing_ok=True)
+        (at_home(where.resume or out) / ENDED).unlink(missing_ok=True)
     known, task = None, None
     if config.data.dataset == "local":
         known = _clients(config)
