@@ -1,7 +1,6 @@
 """Which path and how many clients at once: settled by memory and by timing the run's own first steps."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,36 +9,22 @@ from torch import nn
 from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.engine import FOLDED_PATHS, Engine
 from fedmom.errors import InputError
+from fedmom.imports import one_line
 from fedmom.layers import FoldError, looks_at_values
+from fedmom.look import look, look_at_correction
+from fedmom.memory import free_bytes
 from fedmom.objective import Classification, Task
 from fedmom.rounds import Method, Round, part_of
-from fedmom.stack import Stack, differs
-from fedmom.state import ClientState, num_bytes, row_of, stacked
+from fedmom.stack import Stack
+from fedmom.state import ClientState, num_bytes
 from fedmom.timings import now
+from fedmom.yardstick import Yardstick
 
 
 def bytes_per_client(task: Task, start: ClientState) -> int:
     """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
     # Twice the activations: backward adds a gradient to most of them.
     return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * task.activation_bytes(start)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be had now on `device`; in a container, of what the container may use."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 4 << 30  # no Linux: a guess that any machine of today has
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - used))
 
 
 class Choice(NamedTuple):
@@ -49,6 +34,7 @@ class Choice(NamedTuple):
     chunk_size: int
     measured: dict[str, float]
     trouble: str = ""  # why stacking was ruled out, if it was
+    note: str = ""  # what else should be known
 
 
 def is_settled(path: str, chunk_size: int) -> bool:
@@ -56,22 +42,39 @@ def is_settled(path: str, chunk_size: int) -> bool:
     return path == "loop" or (path != "auto" and chunk_size > 0)
 
 
-def choose(task: Task, method: Method, start: ClientState, job: Round, *, path: str, chunk_size: int) -> Choice:
+def choose(
+    task: Task,
+    method: Method,
+    start: ClientState,
+    job: Round,
+    *,
+    path: str,
+    chunk_size: int,
+    own_rows: bool = False,
+    compared: bool = False,
+) -> Choice:
     """Settle path = "auto" and chunk_size = 0 by memory and by timing a few steps of `job` in each way.
+
+    Every way is compared with plain torch before it may be chosen, the loop too (yardstick.py), but for a run that was
+    `compared` when it began. own_rows: clients start from rows of their own (Algorithm 2). Raises InputError where the
+    model cannot be trained, or not by the path asked for.
 
     "auto" tries the loop and one way of stacking: the folded model if it can be had and is right, else torch.vmap.
     Chunks are tried in several sizes because on a CPU a smaller one may fit into the cache. The timed steps are
     thrown away: batches are addressed, so the run itself begins unchanged.
     """
     cohort = len(job.clients)
-    _try_path(task, method, start, job, "loop")
+    if compared and is_settled(path, chunk_size):
+        return Choice(path, min(chunk_size or 1, cohort), {})
+    yardstick = _look(task, method, start, job, own_rows)
+    note = yardstick.note if yardstick else ""
     if path == "loop":
-        return Choice("loop", 1, {})
-    wide, trouble = _way_to_stack(task, method, start, job, path)
+        return Choice("loop", 1, {}, note=note)
+    wide, trouble = _way_to_stack(task, method, start, job, path, yardstick)
     if wide == "loop":
-        return Choice("loop", 1, {}, trouble)
+        return Choice("loop", 1, {}, trouble, note)
     if is_settled(path, chunk_size):
-        return Choice(path, min(chunk_size, cohort), {})
+        return Choice(path, min(chunk_size, cohort), {}, note=note)
     limit = max(1, min(cohort, int(0.5 * free_bytes(task.device) / bytes_per_client(task, start))))
     smallest = 0 if wide in FOLDED_PATHS else 1
     sizes = [min(chunk_size, cohort)] if chunk_size else sorted({min(4**k, limit) for k in range(smallest, 8)})
@@ -90,7 +93,11 @@ def choose(task: Task, method: Method, start: ClientState, job: Round, *, path: 
     if len(near) > 1:  # one measurement beside a busy neighbour says little
         rates |= {way: max(rates[way], _rate(task, method, start, job, *way)) for way in near}
     chosen = max(rates, key=lambda way: rates[way])
-    if path == "auto" and chosen[0] == "stack" and (rivals := _rivals(task, method, start, job, chosen, rates)):
+    if (
+        path == "auto"
+        and chosen[0] == "stack"
+        and (rivals := _rivals(task, method, start, job, chosen, rates, yardstick))
+    ):
         # Whether factors pay depends on the number of steps, so the comparison runs all of them.
         # The loop is timed again too: a lucky first measurement of the stack must not keep it out.
         for way in [("loop", 1), chosen, *rivals]:
@@ -99,7 +106,30 @@ def choose(task: Task, method: Method, start: ClientState, job: Round, *, path: 
             except torch.OutOfMemoryError:  # a rival in larger chunks than the stack's
                 torch.cuda.empty_cache()
         chosen = max(rates, key=lambda way: rates[way])
-    return Choice(*chosen, {f"{name} × {size}": rate for (name, size), rate in rates.items()}, trouble)
+    return Choice(*chosen, {f"{name} × {size}": rate for (name, size), rate in rates.items()}, trouble, note)
+
+
+def _look(task: Task, method: Method, start: ClientState, job: Round, own_rows: bool) -> Yardstick | None:
+    """What the ways of running this task are held to; None for a task that has no model.
+
+    Raises InputError where a step of one client fails, cannot be repeated, or is not plain torch's.
+    """
+    _try_path(task, method, start, job, "loop")
+    if not isinstance(task, Classification):
+        if method.correction is not None:
+            gradients = {name: torch.ones_like(x) for name, x in start.params.items()}
+            look_at_correction(method.correction, gradients, start.params)
+        return None
+    look(task, start, job, method.correction)
+    try:
+        yardstick = Yardstick(task, method, job, own_rows=own_rows)
+    except InputError:
+        raise
+    except Exception as error:  # a user's model may raise anything
+        raise InputError(f"{task.called}: plain steps of a copy of the model fail ({one_line(error)})") from error
+    if why := yardstick.differs("loop"):
+        raise InputError(f"{task.called}: fedmom cannot train this model: {why}")
+    return yardstick
 
 
 def _rivals(
@@ -109,33 +139,43 @@ def _rivals(
     job: Round,
     chosen: tuple[str, int],
     rates: Mapping[tuple[str, int], float],
+    yardstick: Yardstick | None,
 ) -> list[tuple[str, int]]:
     """Ways that may beat the best stack: factors, which like larger chunks, and vmap's grouped convolutions."""
     sizes = dict.fromkeys([chosen[1], max(size for _, size in rates)])
-    ways = [("factors", size) for size in sizes] if _may_factor(task, method, start, job) else []
+    ways = []
+    if _may_factor(task, method, start, job) and not (yardstick and yardstick.differs("factors")):
+        ways = [("factors", size) for size in sizes]
     layers = task.model.modules() if isinstance(task, Classification) else []
     if any(isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) for layer in layers):
         # Also its first step, which traces and is far slower than the others: timed, vmap would look half as fast.
         can = not _try_path(task, method, start, job, "vmap", num_rows=max(sizes), fatal=False)
+        can = can and not (yardstick and yardstick.differs("vmap"))
         ways += [("vmap", size) for size in sizes if can and size > 1]
     return ways
 
 
-def _way_to_stack(task: Task, method: Method, start: ClientState, job: Round, path: str) -> tuple[str, str]:
+def _way_to_stack(
+    task: Task, method: Method, start: ClientState, job: Round, path: str, yardstick: Yardstick | None
+) -> tuple[str, str]:
     """(path, note): the one that was asked for, or for "auto" the fastest that this model can take.
 
     Raises InputError where the path asked for is not to be had.
     """
     if path == "vmap":
         _try_path(task, method, start, job, "vmap")
+        if why := yardstick.differs("vmap") if yardstick else "":
+            raise InputError(f"engine.path = 'vmap': {why}; use loop")
         return "vmap", ""
-    why = _cannot_fold(task, method, start, job)
+    why = _cannot_fold(task, method, job, "stack" if path == "auto" else path, yardstick)
     if not why:
         return "stack" if path == "auto" else path, ""
     if path != "auto":
         raise InputError(f"engine.path = {path!r}: {why}; use auto, vmap or loop")
     if trouble := _try_path(task, method, start, job, "vmap", fatal=False):
         return "loop", trouble
+    if wrong := yardstick.differs("vmap") if yardstick else "":
+        return "loop", f"clients run one after another, for under torch.vmap {wrong}"
     return "vmap", f"clients are stacked by torch.vmap, for {why}" if isinstance(task, Classification) else ""
 
 
@@ -145,28 +185,19 @@ def _may_factor(task: Task, method: Method, start: ClientState, job: Round) -> b
     return shared and bool(Stack(task, method, factors=True).in_factors(start, job))
 
 
-def _cannot_fold(task: Task, method: Method, start: ClientState, job: Round) -> str:
-    """ "" or why the folded model cannot be used: it cannot be had, or one step of two clients is not the loop's."""
+def _cannot_fold(task: Task, method: Method, job: Round, path: str, yardstick: Yardstick | None) -> str:
+    """ "" or why the folded model cannot be used: it cannot be had, or it does not come to what plain torch does."""
     try:
-        if isinstance(task, Classification) and task.dtype == torch.bfloat16:
-            # Three digits cannot tell a step that is wrong from one that was rounded.
-            task = task.in_dtype(torch.float32)
-            start = task.start()
         stack = Stack(task, method)
-        part = part_of(job._replace(momentum=None), torch.arange(min(2, len(job.clients))))
-        part = part._replace(num_steps=torch.ones_like(part.num_steps), lrs=job.lrs[:1])
-        batch = next(iter(task.round_batches(part.clients, part.first_steps, 1)))
+        assert yardstick is not None  # whatever can be folded has a model
+        batch = next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))
         if why := looks_at_values(stack.task.model, batch.x[0]):
             return why
-        rows = stacked(start, len(part.clients))
-        ended = ClientState(*stack.run(start, part, rows=rows)[:3])
-        plain = Engine(task, method, path="loop", chunk_size=1).run_rows(rows, part)[0]
-        places = range(len(part.clients))
-        return differs([row_of(ended, i) for i in places], [row_of(plain, i) for i in places], start)
+        return yardstick.differs("stack") or (yardstick.differs(path) if path == "factors" else "")
     except FoldError as reason:
         return str(reason)
     except Exception as error:  # a user's model may raise anything
-        return "folding fails: " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return "folding fails: " + one_line(error)[:200]
 
 
 def _try_path(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import unfold
 
 from fedmom.timings import Timings
@@ -37,6 +38,7 @@ class _Loop(torch.autograd.Function):
         return torch.cat([torch.convolution(*row, *options) for row in rows])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d,), (x, weight) = grads, ctx.saved_tensors
         K, wants_x, together = len(weight), ctx.needs_input_grad[0], ctx.shared and len(weight) > 1
@@ -73,6 +75,7 @@ class _Grouped(torch.autograd.Function):
         return _apart(y, K)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d,), (x, weight), options = grads, ctx.saved_tensors, ctx.options
         K, out = weight.shape[:2]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fedmom.algorithms import momentum_step
 from fedmom.state import ClientState
@@ -62,7 +63,7 @@ class Factors:
         """x̂ and û [out, in]; the numbers of the round; w [K] of the means."""
         self.x, self.u, self.numbers, self.weights = x, u, numbers, weights
         self.of = numbers.of
-        self.step, self.calls, self.rows = 0, 0, 0
+        self.step, self.calls, self.backs, self.rows = 0, 0, 0, 0
 
     def _begin(self, num_clients: int, rows: int) -> None:
         steps, (size_out, size_in) = len(self.of.params) - 1, self.x.shape
@@ -102,6 +103,9 @@ class Factors:
 
     def backward(self, d: Tensor, wanted: bool) -> Tensor | None:
         """δ x for every client: [K, M, out] -> [K, M, in], if wanted; the step's δ is kept."""
+        if self.backs != self.step:
+            raise RuntimeError("a dense layer in factors runs backward once per step")
+        self.backs += 1
         past, end = self.past, self.past + self.rows
         self.d[:, past:end] = d
         self.dd[:, past:end, :end] = dd = torch.bmm(d, self.d[:, :end].transpose(1, 2))
@@ -120,6 +124,9 @@ class Factors:
         """To the next step."""
         if self.calls != self.step + 1:
             raise RuntimeError("a dense layer in factors runs once per step")
+        if self.backs != self.calls:  # what nobody wrote must not be read: no gradient came by, so δ = 0
+            self.d[:, self.past : self.past + self.rows].zero_()
+            self.backs = self.calls
         self.step += 1
         self._turn()
 
@@ -152,6 +159,7 @@ class _Factored(torch.autograd.Function):
         return factors.forward(h)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         return ctx.factors.backward(grads[0], ctx.needs_input_grad[0]), None, None
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @triton.jit
@@ -111,6 +112,7 @@ class Implicit(torch.autograd.Function):
         return _launch(x, weight.contiguous(), bias, y, ctx.geometry, back=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d,), (x, weight) = grads, ctx.saved_tensors
         before = None

@@ -5,17 +5,18 @@ any model made of known ones. The weights that layers see are [K, ...], one set 
 rows are one point, expanded, and the forward pass is an ordinary one over K·B examples.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm, embedding, group_norm, layer_norm
 
 from fedmom.convolutions import CONVOLUTIONS, Ways
 from fedmom.dropout import KEY, AddressedDropout, kept
 from fedmom.factors import Factors, factored
+from fedmom.places import bounded, copied, hooks_of
 from fedmom.state import Tree
 
 
@@ -50,6 +51,7 @@ class _Dense(torch.autograd.Function):
         return h @ weight[0].T if shared else torch.bmm(h, weight.transpose(1, 2))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
         (d,), (h, weight) = grads, ctx.saved_tensors
         before = None
@@ -87,7 +89,8 @@ class FoldedEmbedding(nn.Module):
         weight = self.clients.params[self.names["weight"]]
         K, V, _ = weight.shape
         first = (torch.arange(K, device=x.device) * V).reshape(K, *[1] * x.ndim)
-        return embedding((x.reshape(K, -1, *x.shape[1:]) + first).reshape(x.shape), weight.reshape(K * V, -1))
+        own = bounded(x, V).reshape(K, -1, *x.shape[1:])  # an index too large must not reach the next client's rows
+        return embedding((own + first).reshape(x.shape), weight.reshape(K * V, -1))
 
 
 # --- convolutions ---------------------------------------------------------------------------------------------
@@ -212,6 +215,7 @@ class _SameLayout(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0].contiguous(memory_format=ctx.format) if ctx.format else grads[0]
 
@@ -249,24 +253,38 @@ FOLDED: dict[type[nn.Module], Callable[..., nn.Module]] = {
 def fold(model: nn.Module) -> tuple[nn.Module, Clients]:
     """A copy of `model` for folded batches, [K·B, ...] -> [K·B, ...], whose layers take their weights from `Clients`.
 
-    Raises FoldError, with the reason, for a model with parameters outside of the layers in FOLDED. Whether its
-    forward function mixes examples cannot be seen from here: compare a step with the plain path.
+    Buffers of other modules stay as they are: constants, such as a mask. Raises FoldError, with the reason, for a model
+    with parameters outside of the layers in FOLDED. Whether its forward function mixes examples, or writes buffers,
+    cannot be seen from here: compare it with the plain path.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     names |= {id(b): name for name, b in model.named_buffers() if name.rpartition(".")[2] != KEY}
+    for name, parameter in model.named_parameters():
+        if hooks_of(parameter):
+            raise FoldError(f"a hook on the parameter {name} is written for one client")
     clients = Clients()
     memo: dict[int, Any] = {}
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         if make := FOLDED.get(type(layer)):
-            own = {**layer._parameters, **layer._buffers}
-            mine = {part: names[id(t)] for part, t in own.items() if t is not None and id(t) in names}
+            if own := _made_special(layer):
+                raise FoldError(f"the {type(layer).__name__} {name!r} has {own} of its own")
+            tensors = {**layer._parameters, **layer._buffers}
+            mine = {part: names[id(t)] for part, t in tensors.items() if t is not None and id(t) in names}
             frozen = [p for p in layer._parameters.values() if p is not None and not p.requires_grad]
             if frozen:
                 raise FoldError(f"a {type(layer).__name__} with parameters that are not trained")
             memo[id(layer)] = make(clients, layer, mine)
-        elif held := [name for name, t in {**layer._parameters, **layer._buffers}.items() if t is not None]:
+        elif held := [part for part, t in layer._parameters.items() if t is not None]:
             raise FoldError(f"{type(layer).__name__} holds {held[0]} itself")
-    return copy.deepcopy(model, memo), clients
+    return copied(model, memo), clients
+
+
+def _made_special(layer: nn.Module) -> str:
+    """What a layer has that its folded form would leave out, or ""."""
+    if "forward" in vars(layer):
+        return "a forward function"
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return next((kind.strip("_").replace("_", " ") for kind in kinds if vars(layer).get(kind)), "")
 
 
 def looks_at_values(model: nn.Module, x: Tensor) -> str:
@@ -274,7 +292,7 @@ def looks_at_values(model: nn.Module, x: Tensor) -> str:
 
     A branch on a value would be taken for all clients together. Tensors without values (torch's meta device) find it.
     """
-    empty = copy.deepcopy(model).to("meta").train()
+    empty = copied(model).to("meta").train()
     try:
         with torch.device("meta"), torch.no_grad():
             empty(torch.empty_like(x, device="meta"))

@@ -4,7 +4,6 @@ Every model must run under torch.func.functional_call and torch.vmap with stacke
 nothing here works in place or asks for a value of a tensor.
 """
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from fedmom.dropout import address_dropout
 from fedmom.errors import InputError, unknown
 from fedmom.imports import is_spec, load_object, one_line
+from fedmom.places import cast, check_model, copied
 
 Shape = tuple[int, ...]  # of one example: (C, H, W) for images
 
@@ -43,8 +43,9 @@ def build_model(
             model = MODELS[name].build(input_shape, num_classes, Options(norm, hidden))
         else:
             model = _call_user(name, function, input_shape, num_classes)
+        check_model(model, f"model.name = {name!r}")
         _check_parameters(name, model)
-        model = address_dropout(model.to("cpu", torch.float32).train())
+        model = address_dropout(cast(model, "cpu", torch.float32).train())
         _check_forward(name, model, input_shape, num_classes)
     return model
 
@@ -223,7 +224,7 @@ def _check_forward(name: str, model: nn.Module, input_shape: Shape, num_classes:
     before = torch.get_rng_state()
     try:
         with torch.no_grad():
-            logits = copy.deepcopy(model)(x)
+            logits = copied(model)(x)
     except Exception as error:
         raise InputError(
             f"model.name = {name!r}: fails on a batch of shape {list(x.shape)}: {one_line(error)}"

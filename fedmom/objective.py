@@ -11,10 +11,15 @@ from torch.nn.functional import cross_entropy
 
 from fedmom.batches import Sampler, crop_flip, normalised
 from fedmom.datasets import Dataset
-from fedmom.dropout import KEY
+from fedmom.errors import InputError
+from fedmom.imports import one_line
+from fedmom.memory import free_bytes, sizes_made
 from fedmom.partition import Partition
+from fedmom.places import BoundedGathers, Places, cast, check_model, copied
 from fedmom.randomness import DROPOUT, random_bits
 from fedmom.state import ClientState, Tree, initial_state
+
+_PIECE, _FEW = 500, 2  # examples judged at a time: at most, at least
 
 
 class Task(Protocol):
@@ -36,6 +41,9 @@ class Task(Protocol):
 
     def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Any]:
         """The minibatches of clients [K] for steps first_steps [K] + 0, 1, …: tensors [K, ...] per step."""
+
+    def check_evaluation(self, state: ClientState) -> None:
+        """Raise InputError where `evaluate` would fail."""
 
     def evaluate(self, state: ClientState) -> dict[str, Any]:
         """Measurements at the mean model."""
@@ -76,7 +84,14 @@ class Classification:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        name: str = "",
     ) -> None:
+        """`name`: of the model, for messages.
+
+        Raises InputError, naming the model, where it cannot be trained with tensors of the clients' own.
+        """
+        self.called = f"model.name = {name or type(model).__name__!r}"
+        check_model(model, self.called)
         self.device = torch.device(device)
         self.dataset = dataset._replace(
             **{name: getattr(dataset, name).to(self.device) for name in ("x_train", "y_train", "x_test", "y_test")}
@@ -84,20 +99,22 @@ class Classification:
         self.sizes = partition.sizes
         self.sampler = Sampler(partition, batch_size, sampling=sampling, seed=seed, device=self.device)
         self.augment, self.seed, self.dtype = augment, seed, dtype
-        self.model = model.to(self.device, dtype)
-        buffers = dict(self.model.named_buffers())
-        self.dropout_keys = [name for name in buffers if name.rpartition(".")[2] == KEY]
+        self._hold(cast(model, self.device, dtype))
+        self._each: int | None = None  # bytes that the evaluation of one example takes, where measured
+
+    def _hold(self, model: nn.Module) -> None:
+        self.model, self.places = model, Places(model)
+        self.dropout_keys = self.places.dropout_keys
 
     def in_dtype(self, dtype: torch.dtype) -> "Classification":
         """The same task, its model a copy in another dtype."""
         twin = copy.copy(self)
-        twin.dtype, twin.model = dtype, copy.deepcopy(self.model).to(dtype)
+        twin.dtype = dtype
+        twin._hold(cast(copied(self.model), self.device, dtype))
         return twin
 
     def start(self) -> ClientState:
-        params = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
-        buffers = {name: b.clone() for name, b in self.model.named_buffers() if name not in self.dropout_keys}
-        return initial_state(params, buffers)
+        return initial_state(*self.places.start())
 
     def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Batch]:
         indices = self.sampler.draw(clients, first_steps, num_steps)
@@ -117,26 +134,48 @@ class Classification:
 
     def loss(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """One client's loss on one minibatch, and the buffers after the forward pass."""
+        after = self._standing(buffers, batch)
+        loss = self.places.run(params, after, lambda model: self._forward(model, batch))
+        return loss, {name: after[name] for name in buffers}
+
+    def _standing(self, buffers: Tree, batch: Batch) -> Tree:
+        """What stands in the buffers' places during a step."""
         # BatchNorm writes into its buffers; the copies make that an output instead of a side effect.
         after = {name: buffer.clone() for name, buffer in buffers.items()}
-        keys = dict.fromkeys(self.dropout_keys, batch.dropout_key)
-        self.model.train()
-        logits = torch.func.functional_call(self.model, {**params, **after, **keys}, (batch.x,))
-        return cross_entropy(logits, batch.y), after
+        return {**after, **dict.fromkeys(self.dropout_keys, batch.dropout_key)}
+
+    @staticmethod
+    def _forward(model: nn.Module, batch: Batch) -> Tensor:
+        model.train()
+        return cross_entropy(model(batch.x), batch.y)
 
     def gradient(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Tree, Tree, Tensor]:
-        grads, (loss, after) = torch.func.grad_and_value(self.loss, has_aux=True)(params, buffers, batch)
+        with BoundedGathers():
+            grads, (loss, after) = torch.func.grad_and_value(self.loss, has_aux=True)(params, buffers, batch)
         return grads, after, loss
 
     def gradient_alone(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Tree, Tree, Tensor]:
-        """By autograd itself. torch.func also makes the graph of the gradient, and first imports torch._dynamo."""
+        """By autograd itself. torch.func also makes the graph of the gradient, and first imports torch._dynamo.
+
+        A parameter that the model leaves out has the gradient 0. Raises InputError where the model writes into one.
+        """
+
+        def step(model: nn.Module) -> Tensor:
+            loss = self._forward(model, batch)
+            loss.backward()  # not autograd.grad, which checkpoints with re-entry refuse
+            return loss
+
         with torch.enable_grad():
             leaves = {name: x.detach().requires_grad_() for name, x in params.items()}
-            loss, after = self.loss(leaves, buffers, batch)
-            # A model may leave a parameter out.
-            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        after = {name: buffer.detach() for name, buffer in after.items()}
-        return dict(zip(leaves, grads, strict=True)), after, loss.detach()
+            after, versions = self._standing(buffers, batch), {name: x._version for name, x in leaves.items()}
+            loss = self.places.run(leaves, after, step, hooks=True)
+        if written := next((name for name, x in leaves.items() if x._version != versions[name]), ""):
+            raise InputError(
+                f"{self.called}: a training step writes into the parameter {written} (an Embedding's max_norm does); "
+                "only the optimizer may move parameters"
+            )
+        grads = {name: _dense(x) for name, x in leaves.items()}
+        return grads, {name: after[name].detach() for name in buffers}, loss.detach()
 
     def activation_bytes(self, start: ClientState) -> int:
         """What the backward pass of one client's minibatch keeps in memory, and the minibatch."""
@@ -157,10 +196,11 @@ class Classification:
     @torch.no_grad()
     def state_dict(self, state: ClientState) -> Tree:
         """Frozen and tied tensors included, under the names that the model's own state_dict has."""
-        known = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for name, value in {**state.params, **state.buffers}.items():
-            known[name].copy_(value)
-        return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+        def copies(model: nn.Module) -> Tree:
+            return {name: value.clone() for name, value in model.state_dict().items()}
+
+        return self.places.run(state.params, dict(state.buffers), copies)
 
     @torch.no_grad()
     def evaluate(self, state: ClientState) -> dict[str, float]:
@@ -176,15 +216,72 @@ class Classification:
         loss, accuracy = self._judge(state, self.dataset.x_train[rows], self.dataset.y_train[rows])
         return {"loss": loss, "accuracy": accuracy}
 
+    def check_evaluation(self, state: ClientState) -> None:
+        """Judge a few examples, so that what fails in evaluation fails before the first round.
+
+        The examples with the smallest and the largest numbers are among them: they hold the token ids at the ends.
+        Raises InputError naming the model.
+        """
+        for name, x in (("test", self.dataset.x_test), ("training", self.dataset.x_train)):
+            if not len(x):
+                continue
+            flat = x.reshape(len(x), -1)
+            ends = [flat.amax(1).argmax(), flat.amin(1).argmin()] if flat.shape[1] and not x.is_complex() else []
+            rows = torch.tensor(sorted({0, *map(int, ends)}), device=x.device)
+            try:
+                logits = self._logits(state, self._normalised(x[rows]))
+            except Exception as error:  # a user's model may raise anything
+                where = f"on {name} examples {rows.tolist()}"
+                raise InputError(f"{self.called}: in evaluation the model fails {where}: {one_line(error)}") from error
+            want = [len(rows), self.dataset.num_classes]
+            if not isinstance(logits, Tensor) or list(logits.shape) != want:
+                got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise InputError(f"{self.called}: in evaluation the model must return logits {want}, it returned {got}")
+
     def _judge(self, state: ClientState, x_all: Tensor, y_all: Tensor) -> tuple[float, float]:
         """Mean loss and accuracy of a model on examples [n, ...]."""
-        self.model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
-        for x, y in zip(x_all.split(500), y_all.split(500), strict=True):
-            x = self._normalised(x)
-            logits = torch.func.functional_call(self.model, {**state.params, **state.buffers}, (x,))
+        each = self._piece(state, x_all)
+        for x, y in zip(x_all.split(each), y_all.split(each), strict=True):
+            logits = self._logits(state, self._normalised(x))
             loss += cross_entropy(logits, y, reduction="sum")
             right += (logits.argmax(1) == y).sum()
         count = max(1, len(y_all))
         return loss.item() / count, right.item() / count
+
+    def _piece(self, state: ClientState, x_all: Tensor) -> int:
+        """How many examples are judged at a time: so many that what a layer makes of them fits into the memory."""
+        if len(x_all) <= _FEW:
+            return _PIECE
+        if self._each is None:
+            self._each = self._evaluation_bytes(state, x_all[:_FEW])
+        return max(_FEW, min(_PIECE, int(0.3 * free_bytes(self.device) / max(1, self._each))))
+
+    def _evaluation_bytes(self, state: ClientState, x: Tensor) -> int:
+        """Of one example: the most that three successive modules give back together."""
+        made = [self._normalised(x).nbytes]
+        with sizes_made(made):
+            self._logits(state, self._normalised(x))
+        return max(sum(made[i : i + 3]) for i in range(len(made))) // len(x)
+
+    def _logits(self, state: ClientState, x: Tensor) -> Tensor:
+        """[n, classes] in evaluation mode, of one example too: models squeeze axes of length one."""
+        alone = len(x) == 1
+        x = torch.cat([x, x]) if alone else x
+
+        def judge(model: nn.Module) -> Tensor:
+            model.eval()
+            logits: Tensor = model(x)
+            return logits
+
+        logits = self.places.run(state.params, dict(state.buffers), judge)
+        return logits[:1] if alone and isinstance(logits, Tensor) else logits
+
+
+def _dense(leaf: Tensor) -> Tensor:
+    """The gradient of a leaf."""
+    g = leaf.grad
+    if g is None:
+        return torch.zeros_like(leaf)
+    return g if g.layout == torch.strided else g.to_dense()

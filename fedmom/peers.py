@@ -53,8 +53,9 @@ class Peer:
         """(path, chunk size) as configured, or by timing; InputError where the path is not right for the model."""
         start, wanted = beginning(self.task, self.plan).state, self.config.engine
         job = clients_job(self.task, self.plan, 0, self.ids)
+        path, chunk_size = wanted.path, wanted.chunk_size
         with blamed(self.keys):
-            chosen = choose(self.task, self.plan.method, start, job, path=wanted.path, chunk_size=wanted.chunk_size)
+            chosen = choose(self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size, own_rows=True)
         return chosen.path, wanted.chunk_size or chosen.chunk_size
 
     def load(self, round_index: int, rows: Arrays, path: str, chunk_size: int) -> None:

@@ -77,6 +77,9 @@ class Quadratic:
     def state_dict(self, state: ClientState) -> Tree:
         return {X: state.params[X].clone()}
 
+    def check_evaluation(self, state: ClientState) -> None:
+        """Nothing can fail."""
+
     def evaluate(self, state: ClientState) -> dict[str, Any]:
         """At the mean model: "loss" (1/N) Σ f_i(x̄), "optimal_loss", "optimum" x_opt [d], "distance" ‖x̄ − x_opt‖."""
 

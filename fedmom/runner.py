@@ -85,7 +85,7 @@ def run(
         here = resolve_device(settled)
         with blamed(flat(settled)):
             objectives = task(here) if task else make_task(here, here.engine.device)
-            plan = make_plan(settled)
+            plan = make_plan(settled)._replace(compared=resume is not None)
             # Under Flower every node resolves "auto" for itself, and a resumed run must leave it to them again.
             settled = settled if rounds else here
             make = rounds or local_rounds

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fedmom.algorithms import ALGORITHMS, Correction
-from fedmom.choice import choose, free_bytes
+from fedmom.choice import choose
 from fedmom.config import Config, EngineConfig, replace
 from fedmom.datasets import Dataset, load_dataset
 from fedmom.engine import Engine
@@ -15,6 +15,7 @@ from fedmom.executors import PoolOptions
 from fedmom.gossip import GossipRounds
 from fedmom.imports import is_spec, load_object, one_line
 from fedmom.local_data import everything
+from fedmom.memory import free_bytes
 from fedmom.models import build_model
 from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
@@ -97,6 +98,7 @@ def classification(
         seed=run.seed,
         dtype=getattr(torch, run.dtype),
         device=device,
+        name=config.model.name,
     )
 
 
@@ -226,6 +228,8 @@ def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds,
         round_job(task, plan, begin)._replace(rows=None),
         path=wanted.path,
         chunk_size=wanted.chunk_size,
+        own_rows=plan.topology is not None,
+        compared=plan.compared,
     )
     engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
     # A chunk size that was given stays in the record, though larger than needed: a resume compares the two.
@@ -235,6 +239,8 @@ def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds,
     if choice.measured:
         tried = ", ".join(f"{way} {rate:,.0f}" for way, rate in choice.measured.items())
         notes.append(f"engine: {choice.path} × {choice.chunk_size} (client-steps/s measured: {tried})")
+    if choice.note:
+        notes.append(f"engine: {choice.note}")
     if plan.topology is None:
         return settled, engine, notes
     home = rows_home(task, begin.state)

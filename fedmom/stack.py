@@ -130,30 +130,34 @@ class Stack:
             self.sizes = self._seen(start, job)
         return [n for n, (i, o, m) in self.sizes.items() if self.factors is None or pays(i, o, m, len(job.lrs))]
 
-    @torch.no_grad()
     def _seen(self, start: ClientState, job: Round) -> dict[str, tuple[int, int, int]]:
-        """{dense weight: (in, out, rows per step)} of the layers that run once in a pass."""
+        """{dense weight: (in, out, rows per step)} of the layers that run once in a step, forward and backward."""
         seen: dict[str, list[tuple[int, int, int]]] = {}
+        back: list[str] = []
 
-        def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def look(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
             assert isinstance(layer, FoldedLinear)
             name, x = layer.names["weight"], inputs[0]
             out, size_in = start.params[name].shape
             seen.setdefault(name, []).append((size_in, out, x.numel() // size_in))
+            if y.requires_grad:  # a detached branch has no backward pass, a checkpointed one runs forward twice
+                y.register_hook(lambda d: back.append(name))
 
         layers = [layer for layer in self.model.modules() if isinstance(layer, FoldedLinear)]
-        hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+        hooks = [layer.register_forward_hook(look) for layer in layers]
         one = job.clients[:1]
         batch = next(iter(self.task.round_batches(one, job.first_steps[:1], 1)))
         params, buffers = ({n: v[None].clone() for n, v in tree.items()} for tree in (start.params, start.buffers))
         try:
-            self._losses(params, buffers, {}, batch, 1, shared=True)
+            with torch.enable_grad():
+                leaves = {n: x.requires_grad_() for n, x in params.items()}
+                self._losses(leaves, buffers, {}, batch, 1, shared=True).sum().backward()
         finally:
             for hook in hooks:
                 hook.remove()
         # A weight that other layers use too is theirs as well: its gradient is no outer product.
         names = [name for layer in self.model.modules() for name in set(getattr(layer, "names", {}).values())]
-        return {n: calls[0] for n, calls in seen.items() if len(calls) == 1 and names.count(n) == 1}
+        return {n: calls[0] for n, calls in seen.items() if len(calls) == back.count(n) == names.count(n) == 1}
 
     def _losses(
         self, params: Tree, buffers: Tree, factors: dict[str, Factors], batch: Batch, K: int, *, shared: bool
@@ -249,19 +253,3 @@ class _Rows:
 def _in_order(ended: Ended, order: Tensor) -> Ended:
     params, momentum, buffers = ({n: v[order] for n, v in tree.items()} for tree in ended[:3])
     return Ended(params, momentum, buffers, ended.factors, ended.losses[order], ended.weights[order])
-
-
-def differs(stacked: Sequence[ClientState], looped: Sequence[ClientState], start: ClientState) -> str:
-    """Which tensor of clients' states after a step is not what the plain path says, or "": some models mix examples.
-
-    Generous to rounding: a wrong path is off by as much as the step itself.
-    """
-    for one, other in zip(stacked, looped, strict=True):
-        for part in ("params", "momentum", "buffers"):
-            for name, want in getattr(other, part).items():
-                got, before = getattr(one, part)[name], getattr(start, part)[name]
-                away = torch.linalg.vector_norm((got - want).double())
-                step = torch.linalg.vector_norm((want - before).double())
-                if away > 0.02 * step + 1e-5 * torch.linalg.vector_norm(want.double()) + 1e-9:
-                    return f"{part} {name} after one step differ by {float(away):.2g}"
-    return ""

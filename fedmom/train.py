@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     slow_lr: float = 1.0  # η of SlowMo
     topology: Topology | None = None  # W_t of Algorithm 2
     eval_clients: int = 0  # of Algorithm 2: how many clients' own models are measured; 0: all
+    compared: bool = False  # whether the run goes on whose ways were compared with plain torch when it began
 
     @property
     def slow(self) -> bool:
@@ -181,9 +182,12 @@ def run_rounds(
 ) -> Iterator[tuple[Progressed, Record]]:
     """Rounds done.round + 1 … R, each as the state after it and its record (see docs/method.md).
 
-    Raises DivergedError, with the round and the lr, when the loss, x or u is NaN or infinite.
+    Raises InputError before the first one where the model cannot be evaluated, and
+    DivergedError, with the round and the lr, when the loss, x or u is NaN or infinite.
     """
     clock = time.perf_counter
+    if done.round < plan.num_rounds:
+        task.check_evaluation(done.state)
     while done.round < plan.num_rounds:
         begin = clock()
         job = round_job(task, plan, done)

@@ -18,7 +18,7 @@ QUADRATIC = {
     "data.curvatures": "1;3;2;0.5;1.5",
     "data.centers": "4;-2;1;0;3",
     "algorithm.num-local-steps": 3,
-    "run.num-rounds": 20,
+    "run.num-rounds": 5,
 }
 DIGITS = {
     "data.num-clients": 5,
@@ -26,10 +26,14 @@ DIGITS = {
     "model.hidden": 32,
     "algorithm.num-local-steps": 2,
 }
-FLOAT64 = {**DIGITS, "run.dtype": "float64", "run.num-rounds": 20, "run.eval-every": 5}
+FLOAT64 = {**DIGITS, "run.dtype": "float64", "run.num-rounds": 4, "run.eval-every": 3}
 FLOAT32 = {**DIGITS, "run.num-rounds": 2}
 GOSSIP = {"algorithm.name": "d-sgd-m", "algorithm.topology": "exponential"}
 NESTEROV = {"algorithm.nesterov": True}
+
+
+# The tests of one SuperLink stay in one process: otherwise there would be two.
+on_the_simulated = pytest.mark.xdist_group("flower-simulated")
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +71,15 @@ def assert_the_engines(changes, folder, tolerance):
             np.testing.assert_allclose(got, right, rtol=max(1e-8, 10 * tolerance), atol=1e-10, err_msg=key)
 
 
+@on_the_simulated
 @pytest.mark.parametrize(
     ("changes", "num_nodes", "tolerance"),
     [
-        ({**QUADRATIC, **NESTEROV}, 2, 1e-10),
         ({**FLOAT64, **NESTEROV}, 5, 1e-10),
         (FLOAT64, 2, 1e-10),
         ({**FLOAT64, **GOSSIP}, 5, 1e-10),
     ],
-    ids=["quadratic-II-blocks", "digits-II", "digits-blocks", "decentralized"],
+    ids=["digits-II", "digits-blocks", "decentralized"],
 )
 def test_flowers_simulation_engine_gives_the_engines_result(simulated, tmp_path, changes, num_nodes, tolerance):
     ran = simulated.run({**changes, "run.out": str(tmp_path / "run")}, num_nodes)
@@ -86,6 +90,7 @@ def test_flowers_simulation_engine_gives_the_engines_result(simulated, tmp_path,
     assert_the_engines(changes, tmp_path / "run", tolerance)
 
 
+@on_the_simulated
 def test_a_run_that_names_no_folder_says_where_its_own_is(simulated):
     """Float32, the default, too: 1e-5 after two rounds."""
     changes = {**FLOAT32, **NESTEROV}
@@ -96,19 +101,21 @@ def test_a_run_that_names_no_folder_says_where_its_own_is(simulated):
     assert_the_engines(changes, Path(folder), 1e-5)
 
 
+@on_the_simulated
 def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulated, tmp_path):
-    folder = tmp_path / "run"
-    ran = simulated.run({**QUADRATIC, "run.num-rounds": 12, "run.out": str(folder)}, 5)
+    """Of quadratics by option II, on nodes that hold blocks."""
+    folder, changes = tmp_path / "run", {**QUADRATIC, **NESTEROV}
+    ran = simulated.run({**changes, "run.num-rounds": 3, "run.out": str(folder)}, 2)
     assert ran.status == "finished:completed", ran.text
-    ran = simulated.run({**QUADRATIC, "run.resume": str(folder)}, 5)
+    ran = simulated.run({**changes, "run.resume": str(folder)}, 2)
     assert ran.status == "finished:completed", ran.text
-    assert "resumed after round 12" in ran.text
-    assert_the_engines(QUADRATIC, folder, 1e-10)
+    assert "resumed after round 3" in ran.text
+    assert_the_engines(changes, folder, 1e-10)
 
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine").write_text("")
-    ran = simulated.run({**QUADRATIC, "run.out": str(taken)}, 5)
+    ran = simulated.run({**QUADRATIC, "run.out": str(taken)}, 2)
     assert ran.status == "finished:failed"
     reason = f"--out {taken}: exists already and is no run folder; name another --out"
     assert ran.details.endswith(f": {reason}")
@@ -116,6 +123,7 @@ def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulate
     assert [path.name for path in taken.iterdir()] == ["mine"]
 
 
+@pytest.mark.xdist_group("flower-deployed")
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [

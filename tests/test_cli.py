@@ -106,87 +106,47 @@ def tree(folder: Path) -> dict[Path, bytes]:
 
 
 # --- bad input: one line and exit status 2 ---------------------------------------------------------------
+# Each check is tested where it is made: test_config, test_datasets, test_models, test_partition, test_topology, ….
+# Here: whatever stage of a command finds a mistake, it becomes one line, and nothing is left behind.
 
-BAD_SETS = [
-    # unknown names, each with the nearest right ones
+STAGES = [
     ("algorithm.learning-rate=1", ["algorithm.learning-rate is not a key"]),
-    ("algorithm.momentum_policy=local", ["algorithm.momentum_policy", "did you mean algorithm.momentum-policy?"]),
     ("lr=0.1", ["lr is not a key", "did you mean algorithm.lr or server.lr?"]),
-    ("algoritm.lr=0.1", ["section = 'algoritm'", "did you mean algorithm?"]),
-    ("data.dataset=cifar-10", ["data.dataset = 'cifar-10'", "did you mean cifar10"]),
-    ("model.name=resnet", ["model.name = 'resnet'", "did you mean resnet"]),
-    ("data.partition=dirichlet", ["data.partition = 'dirichlet'", "did you mean dirichlet-"]),
-    ("algorithm.momentum-policy=averaged", ["algorithm.momentum-policy = 'averaged'", "did you mean average?"]),
-    ("algorithm.name=prsgdm", ["algorithm.name = 'prsgdm'", "did you mean pr-sgd-m"]),
-    ("engine.device=tpu", ["engine.device = 'tpu'", "choose one of auto, cpu, cuda"]),
-    # wrong types
     ("algorithm.lr=fast", ["algorithm.lr = 'fast'", "must be a number"]),
-    ("algorithm.lr=true", ["algorithm.lr = True", "must be a number"]),
-    ("algorithm.lr=[0.1]", ["algorithm.lr = [0.1]", "must be a number"]),
-    ("algorithm.lr=", ["algorithm.lr = ''", "must be a number"]),
-    ("run.num-rounds=2.5", ["run.num-rounds = 2.5", "must be a whole number"]),
-    ("algorithm.nesterov=1", ["algorithm.nesterov = 1", "true or false"]),
-    ("algorithm.lr", ["--set 'algorithm.lr'", "section.key=value"]),
-    # wrong values
     ("algorithm.lr=0", ["algorithm.lr = 0.0", "> 0"]),
-    ("algorithm.lr=-1e-3", ["algorithm.lr = -0.001", "> 0"]),
-    ("algorithm.lr=nan", ["algorithm.lr = nan", "> 0"]),
-    ("algorithm.lr=inf", ["algorithm.lr = inf", "> 0"]),
-    ("algorithm.beta=1.0", ["algorithm.beta = 1.0", "[0, 1)"]),
-    ("algorithm.beta=-0.5", ["algorithm.beta = -0.5", "[0, 1)"]),
-    ("algorithm.num-local-steps=-1", ["algorithm.num-local-steps = -1", ">= 0"]),
-    ("data.num-clients=0", ["data.num-clients = 0", ">= 1"]),
-    ("data.num-clients=99999999999999999999", ["data.num-clients = 99999999999999999999", "at most 2147483647"]),
-    ("data.num-clients=2000", ["data.num-clients = 2000", "1437 examples", "at least one"]),
     ("algorithm.cohort-size=4", ["algorithm.cohort-size = 4", "at most data.num-clients = 3"]),
-    ("data.batch-size=1000000000", ["data.batch-size = 1000000000", "GB are free"]),
-    ("run.seed=-1", ["run.seed = -1", ">= 0"]),
-    ("data.min-size=1000", ["data.min-size = 1000"]),
-    # what is not there
     ("data.dataset=none.npz", ["data.dataset = 'none.npz'", "no file none.npz"]),
-    ("data.dataset=digits.toml:f", ["data.dataset = 'digits.toml:f'", "no module named 'digits'"]),
     ("data.dataset=cifar10", ["data.dataset = 'cifar10'", "looked for", "fedmom datasets --download cifar10"]),
-    ("data.dataset=nowhere:load", ["data.dataset = 'nowhere:load'", "no module named 'nowhere'"]),
-    ("data.dataset=json:nothing", ["data.dataset = 'json:nothing'", "has no attribute 'nothing'"]),
-    ("data.dataset=:", ["data.dataset = ':'", "package.module:function"]),
+    ("data.dataset=mine:raises", ["data.dataset = 'mine:raises'", "the function raised OSError: one two"]),
+    ("data.dataset=broken:make", ["data.dataset = 'broken:make'", "importing 'broken' raised"]),
+    ("data.num-clients=2000", ["data.num-clients = 2000", "1437 examples", "at least one"]),
     ("model.name=nowhere:build", ["model.name = 'nowhere:build'", "no module named 'nowhere'"]),
-    ("model.name=os:sep", ["model.name = 'os:sep'", "not a function"]),
-    ("model.name=tiny.npz", ["model.name = 'tiny.npz'", "module:function"]),
-    ("data.augment=crop-flip", ["data.augment = 'crop-flip'"]),
-    # what does not go together
-    ("algorithm.interval=theory-iid", ["algorithm.interval = 'theory-iid'", "run.num-steps"]),
-    ("algorithm.lr-milestones=1;2", ["algorithm.lr-milestones = '1;2'", "commas"]),
-]  # fmt: skip
+    ("model.name=mine:leaves", ["model.name = 'mine:leaves'", "raised SystemExit: 7"]),
+    ("data.batch-size=1000000000", ["data.batch-size = 1000000000", "GB are free"]),
+]
 
 
-@pytest.mark.parametrize(("change", "words"), BAD_SETS, ids=[change for change, _ in BAD_SETS])
-def test_a_bad_key_or_value_is_one_line(refused, change, words):
-    config = "tiny.toml" if "crop-flip" in change else "digits.toml"
-    refused(words, "run", config, "--set", change)
+@pytest.mark.parametrize(("change", "words"), STAGES, ids=[change for change, _ in STAGES])
+def test_a_mistake_found_at_any_stage_of_a_run_is_one_line(refused, change, words):
+    raises = "def raises():\n    raise OSError('one\\ntwo')\n"
+    Path("mine.py").write_text(raises + "def leaves(*args):\n    raise SystemExit(7)\n", encoding="utf-8")
+    Path("broken.py").write_text("1 +\n", encoding="utf-8")
+    refused(words, "run", "digits.toml", "--set", change)
 
 
-CONTENTS = [
-    (None, ["bad.toml", "no such file", "configs/"]),
-    (b"", ["bad.toml", "is empty"]),
-    (b"hello", ["bad.toml", "is not TOML", "Expected '='"]),
-    (b"[run]\nseed = \n", ["bad.toml", "is not TOML", "line 2"]),
-    (b"\x80\x81\x82", ["bad.toml", "cannot be read as a text file"]),
-    (b"\x00\x01", ["bad.toml", "is not TOML"]),
-    (b"[algorithm]\nlr = 0\n", ["bad.toml: algorithm.lr = 0.0", "> 0"]),
-    (b"[algorithm]\nlr = 1979-05-27\n", ["bad.toml: algorithm.lr", "must be a number"]),
-    (b"[algorithm]\n\"a\\nb\" = 1\n", ["bad.toml", "is not a key"]),
-    (b"[data]\nalphas = 1\n", ["bad.toml: data.alphas is not a key", "did you mean data.alpha?"]),
-    (b"[datas]\nalpha = 1\n", ["bad.toml", "section = 'datas'", "did you mean data?"]),
-    (b"[run]\nseed = 0x" + b"f" * 5000, ["bad.toml", "run.seed", "at most"]),
-]  # fmt: skip
+def test_images_are_not_augmented_where_there_are_none(refused):
+    refused(["data.augment = 'crop-flip'"], "run", "tiny.toml", "--set", "data.augment=crop-flip")
 
 
-@pytest.mark.parametrize("command", ["run", "partition"])
-@pytest.mark.parametrize(("content", "words"), CONTENTS)
-def test_a_bad_file_is_one_line(refused, command, content, words):
-    if content is not None:
-        Path("bad.toml").write_bytes(content)
-    refused(words, command, "bad.toml")
+@pytest.mark.parametrize("command", ["run", "partition", "topology", "bench", "sweep"])
+def test_every_command_names_what_is_wrong_with_its_configuration(refused, command):
+    more = ["--grid", "run.num-rounds=1,2"] if command == "sweep" else []
+    refused(["algorithm.lr = 0.0", "> 0"], command, "digits.toml", "--set", "algorithm.lr=0", *more)
+    refused(["no.toml", "no such file", "configs/"], command, "no.toml", *more)
+    Path("bad.toml").write_bytes(b"[algorithm]\nlr = 1979-05-27\n")
+    refused(["bad.toml: algorithm.lr", "must be a number"], command, "bad.toml", *more)
+    Path("bad.toml").write_bytes(b'[algorithm]\n"a\\nb" = 1\n')  # a key with a line break in it
+    refused(["bad.toml", "is not a key"], command, "bad.toml", *more)
 
 
 def test_files_that_are_folders_and_folders_that_are_files(refused):
@@ -200,53 +160,6 @@ def test_files_that_are_folders_and_folders_that_are_files(refused):
 
 
 @pytest.mark.parametrize(
-    ("key", "body", "words"),
-    [
-        ("data.dataset", "return 3", ["must return a Dataset", "returned int"]),
-        ("data.dataset", "return None", ["returned NoneType"]),
-        ("data.dataset", "return {'x_train': 1}", ["has no y_train"]),
-        ("data.dataset", "raise OSError('one\\ntwo')", ["the function raised OSError: one two"]),
-        ("model.name", "return 3", ["must return an nn.Module", "returned int"]),
-        ("model.name", "import torch; return torch.nn.Linear(3, 3)", ["fails on a batch"]),
-        ("model.name", "import torch; return torch.nn.Flatten()", ["no trainable parameters"]),
-        ("model.name", "import sys; sys.exit(7)", ["raised SystemExit: 7"]),
-        ("model.name", "raise KeyError('x')", ["raised KeyError"]),
-        ("data.dataset", "raise SystemExit", ["raised SystemExit"]),
-    ],
-)
-def test_a_users_function_that_is_wrong_is_one_line(refused, key, body, words):
-    Path("mine.py").write_text(f"def make(*args):\n    {body}\n", encoding="utf-8")
-    refused([f"{key} = 'mine:make'", *words], "run", "digits.toml", "--set", f"{key}=mine:make")
-
-
-@pytest.mark.parametrize("body", ["import nothing_like_it", "raise RuntimeError", "1 +", "raise SystemExit"])
-@pytest.mark.parametrize("key", ["data.dataset", "model.name"])
-def test_a_users_module_that_does_not_import_is_one_line(refused, key, body):
-    Path("broken.py").write_text(f"{body}\n", encoding="utf-8")
-    refused(
-        [f"{key} = 'broken:make'", "importing 'broken' raised"], "run", "digits.toml", "--set", f"{key}=broken:make"
-    )
-
-
-QUADRATICS = [
-    (["data.curvatures=1;x"], ["data.curvatures = '1;x'", "numbers"]),
-    (["data.curvatures="], ["data.curvatures = ''", "numbers"]),
-    (["data.curvatures=nan;1"], ["data.curvatures = 'nan;1'", "numbers"]),
-    (["data.curvatures=0;0"], ["data.curvatures = '0;0'", "sum must be > 0"]),
-    (["data.curvatures=1,2;3,4"], ["data.curvatures = '1,2;3,4'", "number of coordinates, got [1, 2]"]),
-    (["data.curvatures=1;2;3"], ["data.centers = '4;-2'", "2 clients, data.curvatures 3"]),
-    (["data.start=inf"], ["data.start = 'inf'", "numbers"]),
-    (["data.noise-sigma=-1"], ["data.noise-sigma = -1.0", ">= 0"]),
-    (["data.num-clients=3"], ["data.num-clients = 3", "2 clients"]),
-]
-
-
-@pytest.mark.parametrize(("changes", "words"), QUADRATICS)
-def test_a_bad_quadratic_is_one_line(refused, changes, words):
-    refused(words, "run", "quadratic.toml", *(part for change in changes for part in ("--set", change)))
-
-
-@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["run"], ["CONFIG is missing", "--resume DIR"]),
@@ -254,22 +167,16 @@ def test_a_bad_quadratic_is_one_line(refused, changes, words):
         (["run", "quadratic.toml", "tiny.toml"], ["tiny.toml"]),
         (["run", "quadratic.toml", "--out"], ["--out", "requires an argument"]),
         (["run", "quadratic.toml", "--device", "nonsense"], ["engine.device = 'nonsense'", "auto, cpu, cuda"]),
-        (["run", "quadratic.toml", "--device", ""], ["engine.device = ''"]),
         (["run", "quadratic.toml", "--out", "a", "--resume", "b"], ["--out a", "--resume b"]),
         (["rnu", "quadratic.toml"], ["No such command 'rnu'"]),
         (["partition"], ["Missing argument 'CONFIG'"]),
         (["partition", "quadratic.toml"], ["data.dataset = 'quadratic'", "no examples"]),
-        (["partition", "digits.toml", "--set", "data.num-clients=9999"], ["data.num-clients = 9999"]),
         (["topology"], ["Missing argument 'CONFIG'"]),
         (["topology", RING, *torus(7)], ["algorithm.topology = 'torus'", "data.num-clients = 7", "near: 4, 6, 8, 9"]),
-        (["topology", RING, "--set", "algorithm.topology=rings"], ["'rings'", "did you mean ring", "hypercube"]),
-        (["topology", RING, "--set", "algorithm.topology=none.npy"], ["'none.npy'", "no such file"]),
-        (["run", RING, *torus(7)], ["algorithm.topology = 'torus'", "near: 4, 6, 8, 9"]),
         (["report"], ["Missing argument 'DIR...'"]),
         (["report", "nowhere"], ["nowhere: no such folder"]),
         (["report", "tiny.npz"], ["tiny.npz: is a file"]),
         (["keys", "xyzzy"], ["xyzzy", "fedmom keys"]),
-        (["datasets", "--download", "mnits"], ["data.dataset = 'mnits'", "did you mean mnist"]),
         (["datasets", "--download", "digits"], ["data.dataset = 'digits'", "nothing to download"]),
     ],
 )
@@ -381,12 +288,8 @@ def finished(fed, workplace):
 
 RESUMES = [
     ("algorithm.lr=0.06", ["algorithm.lr = 0.06", "has 0.05", "nothing but the length"]),
-    ("data.curvatures=2;3", ["data.curvatures = '2;3'", "has '1;3'"]),
-    ("run.seed=1", ["run.seed = 1", "has 0"]),
     ("engine.path=loop", ["engine.path = 'loop'", "has 'vmap'"]),
     ("run.num-rounds=3", ["run.num-rounds = 3", "has 4", "only become longer"]),
-    ("algorithm.lr=0", ["algorithm.lr = 0.0", "> 0"]),
-    ("no.such=1", ["section = 'no'"]),
 ]
 
 
@@ -424,9 +327,6 @@ def test_a_chunk_larger_than_the_cohort_is_no_change_on_resume(fed):
     ("changes", "name"),
     [
         (["algorithm.lr-schedule=cosine"], "algorithm.lr-schedule = 'cosine'"),
-        (["algorithm.lr-schedule=theory"], "algorithm.lr-schedule = 'theory'"),
-        (["algorithm.lr-schedule=step"], "algorithm.lr-unit = 'fraction'"),
-        (["algorithm.lr-warmup=0.5"], "algorithm.lr-unit = 'fraction'"),
         (["algorithm.interval=theory-iid", "algorithm.num-local-steps=0", "run.num-steps=32"], "algorithm.interval"),
     ],
 )
@@ -459,7 +359,7 @@ def test_a_broken_config_cannot_be_resumed(refused, finished):
     refused([str(finished / CONFIG), "is not TOML"], "run", "--resume", finished)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.99])
 def test_a_truncated_checkpoint_is_named(refused, finished, share):
     path = finished / CHECKPOINT
     content = path.read_bytes()
@@ -579,8 +479,14 @@ def test_a_signal_ends_a_real_process_with_a_checkpoint(workplace, number):
 # --- the other commands ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "deploy"])  # it has commands below
-def test_help_teaches_by_example(fed, command):
+def test_help_teaches_by_example(fed):
+    for command in COMMANDS:
+        if command != "deploy":  # it has commands below
+            teaches(fed, command)
+
+
+def teaches(fed, command):
+    """Its help has examples, and each of them parses."""
     status, out, err = fed(command, "--help")
     assert (status, err) == (0, [])
     usage, *lines = [line.strip() for line in out if line.strip()]

@@ -141,43 +141,26 @@ def test_files_that_are_not_there(tmp_path):
     ("name", "value", "right"),
     [
         ("algorithm.lr", 0, "> 0"),
-        ("algorithm.lr", -0.1, "> 0"),
-        ("algorithm.lr", math.nan, "> 0"),
-        ("algorithm.lr", math.inf, "> 0"),
         ("algorithm.lr", 10**400, "> 0"),
         ("algorithm.lr", True, "a number"),
         ("algorithm.lr", "0.1", "a number"),
         ("algorithm.lr", None, "a number"),
         ("algorithm.beta", 1, "[0, 1)"),
-        ("algorithm.beta", -0.1, "[0, 1)"),
-        ("algorithm.beta", math.nan, "[0, 1)"),
         ("algorithm.nesterov", 1, "true or false"),
-        ("algorithm.nesterov", "yes", "true or false"),
-        ("algorithm.num-local-steps", -1, ">= 0"),
         ("algorithm.num-local-steps", 2.0, "a whole number"),
         ("algorithm.num-local-steps", True, "a whole number"),
         ("algorithm.name", 3, "a string"),
         ("algorithm.name", "pr-sgdm", "did you mean pr-sgd-m"),
-        ("algorithm.momentum-policy", "averge", "did you mean average"),
         ("data.dataset", "digit", "did you mean digits"),
         ("data.dataset", "", "choose one of digits"),
-        ("data.partition", "dirichlet", "did you mean dirichlet-"),
-        ("model.name", "resnet-20", "did you mean resnet20"),
         ("model.name", "weights.npz", "choose one of"),
         ("model.norm", "a:b", "choose one of batch, group"),
         ("data.num-clients", 0, ">= 1"),
         ("data.num-clients", 10**30, "at most 2147483647"),
-        ("data.num-clients", -(10**30), ">= 1"),
         ("algorithm.lr", -(10**400), "> 0"),
-        ("data.alpha", 0, "> 0"),
-        ("data.noise-sigma", math.inf, ">= 0"),
         ("data.data-dir", "\udcff", "valid Unicode"),
-        ("data.batch-size", 0, ">= 1"),
         ("run.seed", -1, ">= 0"),
         ("run.seed", 2**31, "at most 2147483647"),
-        ("run.num-rounds", 0, ">= 1"),
-        ("run.checkpoint-every", 0, ">= 1"),
-        ("run.eval-every", 0, ">= 1"),
         ("engine.threads", 10**6, "1025"),
         ("engine.device", "gpu", "choose one of auto, cpu, cuda"),
     ],
@@ -188,6 +171,12 @@ def test_wrong_values_are_named_with_what_is_right(name, value, right):
     shown = {10**400: math.inf, -(10**400): -math.inf}.get(value, value)
     assert message.startswith((f"{name} = {shown!r}", f"{name} = {shown}.0"))
     assert name in refused(source={}, sets={name: value})
+
+
+def test_no_number_may_be_negative_and_none_infinite():
+    for name, key in KEYS.items():
+        for value in {int: [-1, 2**31], float: [-1.0, math.nan, math.inf]}.get(key.type, []):
+            assert refused(name, source={name: value}).startswith(f"{name} = {value}")
 
 
 def test_values_from_python_need_not_be_pythons_own():
@@ -219,17 +208,14 @@ def test_mappings_may_be_nested_or_flat_kebab_or_snake():
         ("algorithm.nesterov=true", "algorithm.nesterov", True),
         ("algorithm.nesterov=True", "algorithm.nesterov", "True"),
         ("data.dataset=digits", "data.dataset", "digits"),
-        ('data.dataset="digits"', "data.dataset", "digits"),
         ("data.dataset='digits'", "data.dataset", "digits"),
         ("data.start=0", "data.start", "0"),
-        ("data.start=true", "data.start", "true"),
         ("data.curvatures=1;3", "data.curvatures", "1;3"),
         ("data.data-dir=a=b=c", "data.data-dir", "a=b=c"),
         ('data.data-dir="a=\\"b"', "data.data-dir", 'a="b'),
         ('data.data-dir="open', "data.data-dir", '"open'),
         ("data.data-dir=", "data.data-dir", ""),
         ("algorithm.lr=", "algorithm.lr", ""),
-        ("algorithm.lr=fast", "algorithm.lr", "fast"),
         ("algorithm.lr=[[[", "algorithm.lr", "[[["),
         ("run.seed=" + "1" * 5000, "run.seed", "1" * 5000),
         ("no.such=1", "no.such", 1),
@@ -244,6 +230,10 @@ def test_set_needs_an_equals_sign_and_the_last_one_counts():
     refused("--set 'algorithm.lr'", "section.key=value", sets=["algorithm.lr"])
     refused("--set ''", sets=[""])
     refused("section = ''", sets=["=3"])
+    refused("section = 'algoritm'", "did you mean algorithm?", sets=["algoritm.lr=0.1"])
+    refused(
+        "algorithm.momentum_policy", "did you mean algorithm.momentum-policy?", sets=["algorithm.momentum_policy=x"]
+    )
     assert load({}, ["run.seed=1", "run.seed=2"]).config.run.seed == 2
 
 
@@ -274,16 +264,20 @@ def check_settled(config: Config) -> None:
     assert run.dtype != "auto"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_every_file_of_configs_resolves_and_stays_resolved(path):
-    config, notes = resolve(load(path))
-    assert notes == ()
-    check_settled(config)
+def test_every_file_of_configs_says_what_to_expect_and_resolves():
+    assert CONFIGS
+    for path in CONFIGS:
+        first = path.read_text(encoding="utf-8").partition("\n\n")[0].partition("[")[0]
+        assert first.startswith("# "), path
+        assert len(first.splitlines()) >= 2, f"{path}: what to expect, on what hardware, in what time"
+        config, notes = resolve(load(path))
+        assert notes == (), path
+        check_settled(config)
 
 
-@pytest.mark.parametrize("source", ODD_COMBINATIONS)
-def test_what_is_resolved_stays_resolved(source):
-    check_settled(resolve(load(source)).config)
+def test_what_is_resolved_stays_resolved():
+    for source in ODD_COMBINATIONS:
+        check_settled(resolve(load(source)).config)
 
 
 def test_the_quadratic_brings_its_own_clients_batches_and_dtype():
@@ -300,10 +294,8 @@ def test_the_quadratic_brings_its_own_clients_batches_and_dtype():
     [
         ({"curvatures": "1;x"}, ["data.curvatures = '1;x'", "clients separated by ;"]),
         ({"curvatures": ""}, ["data.curvatures = ''"]),
-        ({"curvatures": "1;3;"}, ["data.curvatures = '1;3;'"]),
         ({"curvatures": "nan;1"}, ["data.curvatures = 'nan;1'"]),
         ({"curvatures": "1;inf"}, ["data.curvatures = '1;inf'"]),
-        ({"curvatures": "1e999;1"}, ["data.curvatures = '1e999;1'"]),
         ({"centers": "4;--2"}, ["data.centers = '4;--2'"]),
         ({"start": "zero"}, ["data.start = 'zero'", "commas"]),
         ({"curvatures": "1;2;3"}, ["data.centers = '4;-2'", "has 2 clients, data.curvatures 3"]),
@@ -312,7 +304,6 @@ def test_the_quadratic_brings_its_own_clients_batches_and_dtype():
         ({"num_clients": 5}, ["data.num-clients = 5", "has 2 clients"]),
         ({"curvatures": "0;0"}, ["data.curvatures = '0;0'", "sum must be > 0", "got 0"]),
         ({"curvatures": "1,0;1,0", "centers": "1,1;1,1", "start": "0,0"}, ["sum must be > 0", "got 2, 0"]),
-        ({"curvatures": "-3;1"}, ["sum must be > 0", "got -2"]),
         ({"curvatures": "1e308;1e308"}, ["sum must be > 0", "got inf"]),
     ],
 )
@@ -435,7 +426,6 @@ def test_local_epochs_leave_the_interval_open():
         ({"lr_milestones": "80;120"}, {}, ["lr-milestones = '80;120'", "commas"]),
         ({"lr_milestones": ""}, {}, ["lr-milestones = ''"]),
         ({"lr_milestones": "0.75,0.5"}, {}, ["lr-milestones = '0.75,0.5'", "must rise"]),
-        ({"lr_milestones": "-1,0.5"}, {}, ["lr-milestones = '-1,0.5'", "from 0"]),
         ({"lr_schedule": "step", "lr_milestones": "80,120"}, {}, ["lr-milestones = '80,120'", "joint-epochs"]),
         ({"lr_warmup": 1.5}, {}, ["lr-warmup = 1.5", "at most 1"]),
         ({"lr_schedule": "cosine", "lr": 0.1, "lr_min": 0.2}, {}, ["lr-min = 0.2", "algorithm.lr = 0.1"]),
@@ -445,9 +435,8 @@ def test_keys_that_disagree_are_named(algorithm, run, words):
     refused(*words, source={"algorithm": algorithm, "run": run})
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "names"),
-    [
+def test_what_depends_on_the_length_of_the_run():
+    for algorithm, names in [
         ({}, []),
         ({"lr_schedule": "cosine"}, ["algorithm.lr-schedule"]),
         ({"lr_schedule": "theory"}, ["algorithm.lr-schedule"]),
@@ -456,19 +445,17 @@ def test_keys_that_disagree_are_named(algorithm, run, words):
         ({"lr_warmup": 0.1}, ["algorithm.lr-unit"]),
         ({"lr_warmup": 2.0, "lr_unit": "joint-epochs"}, []),
         ({"interval": "theory-iid"}, ["algorithm.interval"]),
-    ],
-)
-def test_what_depends_on_the_length_of_the_run(algorithm, names):
-    assert length_keys(load({"algorithm": algorithm}).config) == names
+    ]:
+        assert length_keys(load({"algorithm": algorithm}).config) == names, algorithm
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: path.stem)
-def test_flower_takes_every_config_as_a_run_config(path):
+def test_flower_takes_every_config_as_a_run_config():
     """By Flower's own rules: flattened, unknown keys refused; and it means what `fedmom run` makes of it."""
     from flwr.common.config import get_fused_config_from_dir, parse_config_args
 
     from fedmom.node import settled
 
-    run_config = get_fused_config_from_dir(ROOT, parse_config_args([str(path)]))
-    assert set(run_config) == set(KEYS)
-    assert settled(run_config) == resolve(load(path)).config
+    for path in CONFIGS:
+        run_config = get_fused_config_from_dir(ROOT, parse_config_args([str(path)]))
+        assert set(run_config) == set(KEYS), path
+        assert settled(run_config) == resolve(load(path)).config, path

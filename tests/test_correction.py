@@ -45,8 +45,7 @@ def write(text):
 
 
 @pytest.mark.parametrize("path", ["loop", "vmap"])
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("num_clients", [1, 2, 3])
+@pytest.mark.parametrize(("nesterov", "num_clients"), [(False, 1), (False, 3), (True, 2)])
 def test_fedprox_on_quadratics_is_the_recursion_written_out(path, nesterov, num_clients):
     """g_i = h_i (x_i − c_i) + μ (x_i − x̂), x̂ from the start of the round; then Algorithm 1 as ever."""
     h, c = np.array([1.0, 3.0, 0.5])[:num_clients, None], np.array([4.0, -2.0, 1.0])[:num_clients, None]
@@ -68,7 +67,7 @@ def test_fedprox_on_quadratics_is_the_recursion_written_out(path, nesterov, num_
     np.testing.assert_allclose(done.state.momentum["x"], u[0], rtol=1e-12)
 
 
-@pytest.mark.parametrize("policy", ["average", "local", "reset"])
+@pytest.mark.parametrize("policy", ["average", "local"])
 def test_loop_and_vmap_agree_on_a_network(policy):
     task, plan = image_task("mlp", 3), simple_plan(3, momentum_policy=policy, weight_decay=0.01)
     plan = plan._replace(method=plan.method._replace(correction=fedprox))
@@ -110,15 +109,13 @@ def test_one_that_looks_at_values_runs_in_the_loop():
     [
         ("def other(): pass", "has no attribute 'correct'"),
         ("def correct(grads, params, start):\n    return None\n", "must return a dict of the gradients"),
-        ("def correct(grads, params, start):\n    return {}\n", "must return a dict of the gradients"),
         ("def correct(grads, params, start):\n    return {n: g.sum() for n, g in grads.items()}\n", "keep its shape"),
         ("def correct(grads, params, start):\n    return 1 / 0\n", "ZeroDivisionError"),
         ("def correct(grads):\n    return grads\n", "TypeError"),
     ],
 )
-@pytest.mark.parametrize("path", ["auto", "loop"])
-def test_a_wrong_one_is_one_line_before_the_first_round(text, why, path):
-    sets = {"model.name": "logistic", "data.num-clients": 2, "run.num-rounds": 1, "engine.path": path, **write(text)}
+def test_a_wrong_one_is_one_line_before_the_first_round(text, why):
+    sets = {"model.name": "logistic", "data.num-clients": 2, "run.num-rounds": 1, **write(text)}
     with pytest.raises(InputError, match=why) as error:
         fedmom.run(sets, out="run")
     assert str(error.value).startswith("algorithm.correction = 'mine:correct': ")

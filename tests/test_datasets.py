@@ -117,7 +117,7 @@ def test_fashion_mnist_of_debian():
     assert data.y_train[:4].tolist() == [9, 0, 0, 3]
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 4])
 def test_statistics_of_user_images(tmp_path, channels):
     content = arrays(channels, 5, 7)
     data = load_dataset(save(tmp_path / "mine.npz", **content))
@@ -126,7 +126,7 @@ def test_statistics_of_user_images(tmp_path, channels):
     np.testing.assert_allclose(data.std, x.std(axis=(0, 2, 3)), rtol=1e-12)
 
 
-@pytest.mark.parametrize("value", [0, 7, 255])
+@pytest.mark.parametrize("value", [0, 7])
 def test_a_constant_channel_has_std_one(tmp_path, value):
     content = arrays(2, 5, 7)
     content["x_train"][:, 1] = value
@@ -142,13 +142,11 @@ def test_a_constant_channel_has_std_one(tmp_path, value):
 @pytest.mark.parametrize(
     ("stored", "shape"),
     [
-        ((3, 5, 7), (3, 5, 7)),
         ((1, 5, 7), (1, 5, 7)),
         ((5, 7), (1, 5, 7)),
         ((5, 7, 3), (3, 5, 7)),
         ((5, 7, 1), (1, 5, 7)),
         ((3, 7, 3), (3, 7, 3)),
-        ((4, 5, 7), (4, 5, 7)),
     ],
 )
 def test_image_layouts(tmp_path, stored, shape):
@@ -166,8 +164,7 @@ def test_image_layouts(tmp_path, stored, shape):
     assert data.y_train.tolist() == [0, 1, 2, 0, 1, 2]
 
 
-@pytest.mark.parametrize("dtype", ["f4", "f8", ">f4"])
-@pytest.mark.parametrize("shape", [(1,), (4,), (2, 3)])
+@pytest.mark.parametrize(("dtype", "shape"), [("f4", (1,)), ("f8", (4,)), (">f4", (2, 3))])
 def test_float_features_stay_as_they_are(tmp_path, dtype, shape):
     content = arrays(*shape)
     content["x_train"] = (content["x_train"] / 7).astype(dtype)
@@ -178,7 +175,7 @@ def test_float_features_stay_as_they_are(tmp_path, dtype, shape):
     assert (data.mean, data.std) == ((), ())
 
 
-@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", ">i4", "i8", "u8"])
+@pytest.mark.parametrize("dtype", ["u1", "i1", ">i4", "u8"])
 def test_labels_of_any_integer_type(tmp_path, dtype):
     content = arrays(2, 2)
     content["y_train"], content["y_test"] = (content[key].astype(dtype) for key in ("y_train", "y_test"))
@@ -374,16 +371,15 @@ def write_mnist(folder: Path, zipped: bool = False) -> dict[str, np.ndarray]:
     return files
 
 
-@pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize(
-    ("name", "below"),
+    ("name", "below", "zipped"),
     [
-        ("mnist", "."),
-        ("mnist", "mnist"),
-        ("mnist", "MNIST/raw"),
-        ("fashion-mnist", "."),
-        ("fashion-mnist", "fashion-mnist"),
-        ("fashion-mnist", "FashionMNIST/raw"),
+        ("mnist", ".", False),
+        ("mnist", "mnist", True),
+        ("mnist", "MNIST/raw", False),
+        ("fashion-mnist", ".", True),
+        ("fashion-mnist", "fashion-mnist", False),
+        ("fashion-mnist", "FashionMNIST/raw", True),
     ],
 )
 def test_idx_files_in_every_place(tmp_path, name, below, zipped):
@@ -395,12 +391,10 @@ def test_idx_files_in_every_place(tmp_path, name, below, zipped):
     assert data[4:] == (10, DATASETS[name].mean, DATASETS[name].std, "none")
 
 
-@pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
         (lambda content: content[:-1], "truncated"),
-        (lambda content: content[:9], "truncated"),
         (lambda content: content[:16], "truncated"),
         (lambda content: content + b"0", "too long"),
         (lambda content: b"", "not an idx file"),
@@ -412,16 +406,18 @@ def test_idx_files_in_every_place(tmp_path, name, below, zipped):
         (lambda content: idx(np.arange(12, dtype=np.uint8)), "x_train has shape [12]"),
     ],
 )
-def test_damaged_idx_files(tmp_path, damage, word, zipped):
-    write_mnist(tmp_path, zipped)
-    path = tmp_path / ("train-images-idx3-ubyte" + (".gz" if zipped else ""))
+def test_damaged_idx_files(tmp_path, damage, word):
     content = damage(idx(mnist_files()["train-images-idx3-ubyte"]))
-    path.write_bytes(gzip.compress(content) if zipped else content)
-    message = refused("mnist", word, data_dir=str(tmp_path))
-    assert "[" in word or str(path) in message  # a whole file of the wrong shape is named by its array
+    for zipped in (False, True):
+        folder = tmp_path / ("zipped" if zipped else "plain")
+        write_mnist(folder, zipped)
+        path = folder / ("train-images-idx3-ubyte" + (".gz" if zipped else ""))
+        path.write_bytes(gzip.compress(content) if zipped else content)
+        message = refused("mnist", word, data_dir=str(folder))
+        assert "[" in word or str(path) in message  # a whole file of the wrong shape is named by its array
 
 
-@pytest.mark.parametrize("cut", [0, 5, -1, -30])
+@pytest.mark.parametrize("cut", [0, -1])
 def test_damaged_gzip_files(tmp_path, cut):
     write_mnist(tmp_path, zipped=True)
     path = tmp_path / "train-images-idx3-ubyte.gz"
@@ -439,8 +435,9 @@ def test_gzip_files_that_are_none(tmp_path):
 # named sets as .npz, CIFAR through torchvision, and what is missing
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
-@pytest.mark.parametrize("whole_path", [False, True])
+@pytest.mark.parametrize(
+    ("name", "whole_path"), [("mnist", False), ("fashion-mnist", True), ("cifar10", True), ("cifar100", False)]
+)
 def test_named_sets_from_npz_come_before_other_files(tmp_path, name, whole_path):
     if "mnist" in name:
         write_mnist(tmp_path)
@@ -462,7 +459,7 @@ def test_a_named_set_must_look_like_itself(tmp_path):
     refused("cifar10", "there is no file", data_dir=str(tmp_path / "other.npz"))
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10"])
 def test_a_missing_set_says_where_it_looked_and_what_to_do(tmp_path, monkeypatch, name):
     monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     message = refused(

@@ -15,8 +15,7 @@ def mask(layer: AddressedDropout, shape: tuple[int, ...], key: int = 0) -> torch
     return layer(torch.ones(shape)) != 0
 
 
-@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])
-@pytest.mark.parametrize("key", [0, 7, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize(("p", "key"), [(0.1, 0), (0.25, 7), (0.5, -(2**63)), (0.9, 2**63 - 1)])
 def test_keep_rate_and_scale(p, key):
     layer = AddressedDropout(p, layer=1)
     layer.dropout_key = torch.tensor(key)
@@ -27,7 +26,7 @@ def test_keep_rate_and_scale(p, key):
     torch.testing.assert_close(out[kept], torch.full_like(out[kept], 3.0 / (1 - p)))
 
 
-@pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize("p", [0.1, 0.9])
 def test_the_scale_is_exact_in_float64(p):
     out = AddressedDropout(p, layer=1)(torch.ones(50, 50, dtype=torch.float64))
     assert out.dtype == torch.float64
@@ -53,8 +52,7 @@ def test_the_key_of_layer_n_is_not_the_next_key_of_layer_n_minus_1():
     assert abs((one == other).double().mean().item() - 0.5) < 0.04
 
 
-@pytest.mark.parametrize("channels", [False, True])
-@pytest.mark.parametrize("num_clients", [1, 2, 5])
+@pytest.mark.parametrize(("channels", "num_clients"), [(False, 1), (True, 2), (False, 5)])
 def test_vmap_equals_a_loop(channels, num_clients):
     layer = AddressedDropout(0.3, layer=4, channels=channels)
     x = torch.randn(num_clients, 6, 8, 3, generator=torch.Generator().manual_seed(0))
@@ -76,10 +74,10 @@ def test_channels_drop_whole_maps(shape):
     assert abs(kept.all(2).double().mean().item() - 0.5) < 5 * 0.5 / math.sqrt(2000)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_evaluation_is_the_identity(p):
+def test_evaluation_is_the_identity():
     x = torch.randn(4, 5)
-    assert torch.equal(AddressedDropout(p, 0).eval()(x), x)
+    for p in (0.0, 0.5, 1.0):
+        assert torch.equal(AddressedDropout(p, 0).eval()(x), x)
 
 
 def test_extreme_rates():

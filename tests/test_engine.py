@@ -27,8 +27,7 @@ def small_task(model, **options):
     return image_task(model, 3, data=tiny_images(side=side), **options)
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "nesterov"), [(model, i % 2 == 0) for i, model in enumerate(MODELS)])
 def test_vmap_equals_loop(model, nesterov):
     """Dropout (cnn) and BatchNorm (resnet20) included, in float64, over two rounds."""
     plan = simple_plan(3, num_rounds=2, nesterov=nesterov, weight_decay=1e-3)
@@ -41,8 +40,9 @@ def test_vmap_equals_loop(model, nesterov):
             assert a[key] == pytest.approx(b[key], rel=1e-9)
 
 
-@pytest.mark.parametrize("policy", ["average", "local", "reset"])
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize(
+    ("chunk_size", "policy"), [(1, "average"), (2, "local"), (2, "reset"), (3, "average"), (100, "local")]
+)
 def test_any_chunk_size_gives_the_same_numbers(chunk_size, policy):
     plan = simple_plan(5, momentum_policy=policy)
     whole, rows_whole = run_plan(image_task(num_clients=5), plan, path="vmap", chunk_size=5)

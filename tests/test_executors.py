@@ -17,6 +17,8 @@ from fedmom.executors import Failure, Pool, PoolOptions
 
 pytest.importorskip("ray")
 
+pytestmark = pytest.mark.xdist_group("executors")  # in one process, which has one Ray
+
 
 def make_worker():
     """Handles (what to do, a value)."""

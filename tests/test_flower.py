@@ -1,5 +1,6 @@
 """The Flower app on a Grid in this process: its rounds are the engine's, and a failure is never silent."""
 
+import itertools
 import json
 import math
 import re
@@ -71,30 +72,29 @@ def assert_same(one, other, tolerance=1e-10):
             np.testing.assert_allclose(*mine_and_theirs, rtol=1e-8, atol=1e-10, err_msg=key)
 
 
-@pytest.mark.parametrize("num_clients", [1, 2, 3, 7, 10, 1000])
-@pytest.mark.parametrize("num_nodes", [1, 2, 3, 7, 10])
-def test_blocks_are_contiguous_nearly_equal_and_hold_every_client_once(num_clients, num_nodes):
-    blocks = [held_clients(p, num_nodes, num_clients) for p in range(num_nodes)]
-    assert np.concatenate(blocks).tolist() == list(range(num_clients))
-    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
-    for p, block in enumerate(blocks):
-        assert all(c * num_nodes // num_clients == p for c in block)
+def test_blocks_are_contiguous_nearly_equal_and_hold_every_client_once():
+    for num_clients, num_nodes in itertools.product((1, 2, 3, 7, 10, 1000), (1, 2, 3, 7, 10)):
+        blocks = [held_clients(p, num_nodes, num_clients) for p in range(num_nodes)]
+        assert np.concatenate(blocks).tolist() == list(range(num_clients))
+        assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+        for p, block in enumerate(blocks):
+            assert all(c * num_nodes // num_clients == p for c in block)
 
 
-@pytest.mark.parametrize("num_nodes", [1, 2, 5, 7])
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("changes", [QUADRATIC, DIGITS], ids=["quadratic", "digits"])
+@pytest.mark.parametrize(
+    ("changes", "nesterov", "num_nodes"),
+    [(QUADRATIC, False, 1), (QUADRATIC, True, 2), (QUADRATIC, False, 7), (DIGITS, False, 2), (DIGITS, True, 5)],
+    ids=["quadratic-1", "quadratic-2", "quadratic-7", "digits-2", "digits-5"],
+)
 def test_rounds_are_the_engines(changes, nesterov, num_nodes):
     changes = {**changes, "algorithm.nesterov": nesterov}
     result, _ = by_flower(changes, num_nodes)
     assert_same(result, by_engine(changes))
 
 
-@pytest.mark.parametrize("num_nodes", [2, 5])
 @pytest.mark.parametrize(
     "changes",
     [
-        {"algorithm.momentum-policy": "local"},
         {"algorithm.momentum-policy": "reset"},
         {"algorithm.client-weights": "samples"},
         {"algorithm.cohort-size": 2},
@@ -107,13 +107,13 @@ def test_rounds_are_the_engines(changes, nesterov, num_nodes):
     ],
     ids=str,
 )
-def test_every_option_means_the_same(changes, num_nodes):
-    result, _ = by_flower({**DIGITS, **changes}, num_nodes)
+def test_every_option_means_the_same(changes):
+    """On two nodes, whose blocks are of 2 and 3 clients."""
+    result, _ = by_flower({**DIGITS, **changes}, 2)
     assert_same(result, by_engine({**DIGITS, **changes}), 1e-9)
 
 
-@pytest.mark.parametrize("running_var", ["pooled", "mean"])
-@pytest.mark.parametrize("num_nodes", [1, 2, 3])
+@pytest.mark.parametrize(("num_nodes", "running_var"), [(2, "pooled"), (3, "mean"), (3, "pooled")])
 def test_batch_norm_statistics_too(num_nodes, running_var):
     changes = {**RESNET, "algorithm.running-var": running_var}
     ours = by_engine(changes)
@@ -265,7 +265,7 @@ def test_stop_names_the_round_the_client_and_the_reason(fault, tmp_path):
     assert_same(again, by_engine({**keys, "server.timeout-seconds": 3600.0}))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["raises", "is silent", "NaN"])
 def test_retry_gives_the_whole_result(fault):
     what, _ = FAULTS[fault]
     keys = {**FAST, "server.on-failure": "retry", "server.retries": 2}
@@ -276,7 +276,7 @@ def test_retry_gives_the_whole_result(fault):
     assert result.message.endswith("(3 tries)")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["raises", "is silent", "NaN"])
 @pytest.mark.parametrize("policy", ["average", "local"])
 def test_proceed_averages_the_others_and_says_so(fault, policy):
     """One round without client 3 is one round over a cohort of the others."""

@@ -1,5 +1,6 @@
 """The laws of every partition rule, on the smallest sizes, odd labels and extreme alphas."""
 
+import itertools
 import time
 from unittest import mock
 
@@ -84,20 +85,15 @@ def test_every_example_has_one_client_and_the_seed_says_which(name, labels, wher
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
-@pytest.mark.parametrize("num_clients", [1, 2, 3, 50])
-@pytest.mark.parametrize("labels", ["one class", "absent classes", "all different"])
-def test_small_sizes_and_odd_labels(name, num_clients, labels):
-    labels = {
-        "one class": np.full(50, 7),
-        "absent classes": np.repeat([1, 4, 9], [3, 7, 40]),
-        "all different": np.arange(50),
-    }[labels]
-    part = split(name, labels, num_clients)
-    assert_partition(part, 50, num_clients)
-    if num_clients == 1:
-        np.testing.assert_array_equal(part.of(0), np.arange(50))
-    if num_clients == 50 and name != "dirichlet-class":
-        assert (part.sizes == 1).all()
+def test_small_sizes_and_odd_labels(name):
+    one_class, absent, all_different = np.full(50, 7), np.repeat([1, 4, 9], [3, 7, 40]), np.arange(50)
+    for labels, num_clients in itertools.product((one_class, absent, all_different), (1, 2, 3, 50)):
+        part = split(name, labels, num_clients)
+        assert_partition(part, 50, num_clients)
+        if num_clients == 1:
+            np.testing.assert_array_equal(part.of(0), np.arange(50))
+        if num_clients == 50 and name != "dirichlet-class":
+            assert (part.sizes == 1).all()
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
@@ -120,10 +116,10 @@ def test_rules_do_not_share_a_stream():
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
-@pytest.mark.parametrize("min_size", [2, 5])
-def test_min_size_holds_for_every_rule(name, min_size):
-    part = make_partition(name, skewed_labels(600), 20, alpha=1.0, min_size=min_size, sigma=3.0)
-    assert part.sizes.min() >= min_size
+def test_min_size_holds_for_every_rule(name):
+    for min_size in (2, 5):
+        part = make_partition(name, skewed_labels(600), 20, alpha=1.0, min_size=min_size, sigma=3.0)
+        assert part.sizes.min() >= min_size
 
 
 def test_class_counts_count():
@@ -137,10 +133,10 @@ def test_class_counts_count():
         part.class_counts(labels, 5)
 
 
-@pytest.mark.parametrize("client", [-1, 6])
-def test_there_is_no_such_client(client):
-    with pytest.raises(IndexError, match="there are 6"):
-        make_partition("iid", skewed_labels(200), 6).of(client)
+def test_there_is_no_such_client():
+    for client in (-1, 6):
+        with pytest.raises(IndexError, match="there are 6"):
+            make_partition("iid", skewed_labels(200), 6).of(client)
 
 
 # What each rule keeps
@@ -167,12 +163,12 @@ def test_balanced_counts_keep_both_margins(class_sizes, where, alpha, seed):
 
 
 @pytest.mark.parametrize("name", DIRICHLET)
-@pytest.mark.parametrize("alpha", [1e-3, 0.3, 1e6])
-def test_what_was_counted_is_what_is_dealt(name, alpha):
+def test_what_was_counted_is_what_is_dealt(name):
     labels = skewed_labels(500)
-    with mock.patch.object(partition, "_deal", wraps=partition._deal) as deal:
-        part = split(name, labels, 30, alpha=alpha)
-    np.testing.assert_array_equal(part.class_counts(labels, 10), deal.call_args.args[0])
+    for alpha in (1e-3, 0.3, 1e6):
+        with mock.patch.object(partition, "_deal", wraps=partition._deal) as deal:
+            part = split(name, labels, 30, alpha=alpha)
+        np.testing.assert_array_equal(part.class_counts(labels, 10), deal.call_args.args[0])
 
 
 def test_settling_keeps_rows_and_reaches_columns_from_anywhere():
@@ -209,16 +205,16 @@ def test_rounding_is_up_or_down_and_right_on_average():
     np.testing.assert_allclose(counts.mean(axis=0), totals[:, None] * shares, atol=0.04)  # 5 standard errors
 
 
-@pytest.mark.parametrize("offset", [0.0, 1 - 2**-53])
-@pytest.mark.parametrize("shares", [[0.1] * 10, [1.0, 0.0], [0.0, 1.0], [1.0]])
-def test_rounding_adds_up_where_floats_do_not(offset, shares):
-    rng = mock.Mock(random=lambda shape: np.full(shape, offset))  # the ends of what random() may return
-    counts = partition._round(np.array([shares, shares]), np.array([1, 3]), rng)  # 3 = 0.3 x 10 = 2.9999999999999996
-    np.testing.assert_array_equal(counts.sum(axis=1), [1, 3])
-    assert counts.min() >= 0
+@pytest.mark.parametrize("offset", [0.0, 1 - 2**-53])  # the ends of what random() may return
+def test_rounding_adds_up_where_floats_do_not(offset):
+    rng = mock.Mock(random=lambda shape: np.full(shape, offset))
+    for shares in ([0.1] * 10, [1.0, 0.0], [0.0, 1.0], [1.0]):  # 3 = 0.3 x 10 = 2.9999999999999996
+        counts = partition._round(np.array([shares, shares]), np.array([1, 3]), rng)
+        np.testing.assert_array_equal(counts.sum(axis=1), [1, 3])
+        assert counts.min() >= 0
 
 
-@pytest.mark.parametrize("alpha", [1e-4, 0.02, 0.5, 3.0, 1000.0])
+@pytest.mark.parametrize("alpha", [1e-4, 0.5, 1000.0])
 def test_log_gamma_is_the_logarithm_of_a_gamma(alpha):
     x, a = partition._log_gamma(alpha, (100_000,), np.random.default_rng(0)), torch.tensor(alpha).double()
     mean, variance = torch.special.digamma(a).item(), torch.special.polygamma(1, a).item()
@@ -288,12 +284,11 @@ def test_a_huge_alpha_is_near_the_prior(name):
     np.testing.assert_allclose(part.sizes, 1000, atol=20)
 
 
-@pytest.mark.parametrize("alpha", [1e-300, 1e-4, 1e-3])
 @pytest.mark.parametrize("name", ["dirichlet-client", "dirichlet-balanced"])
-def test_a_tiny_alpha_is_nearly_one_class_a_client(name, alpha):
+def test_a_tiny_alpha_is_nearly_one_class_a_client(name):
     labels = skewed_labels(4000)
-    part = make_partition(name, labels, 200, alpha=alpha)
-    assert skew(part, labels) > 0.93
+    for alpha in (1e-300, 1e-3):
+        assert skew(make_partition(name, labels, 200, alpha=alpha), labels) > 0.93
 
 
 @pytest.mark.parametrize("alpha", [1e-300, 1e-7])
@@ -336,7 +331,7 @@ def test_dirichlet_client_leaves_leftovers_and_balanced_does_not():
     assert distance("dirichlet-client", 3.0) > 1.5 * distance("dirichlet-balanced", 0.3)
 
 
-@pytest.mark.parametrize("shards_per_client", [1, 2, 5])
+@pytest.mark.parametrize("shards_per_client", [1, 5])
 def test_shards_hold_few_classes(shards_per_client):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 600))  # as McMahan et al., a tenth
     part = make_partition("shards", labels, 100, shards_per_client=shards_per_client)
@@ -350,7 +345,7 @@ def test_uneven_shards_are_equal_within_one():
     assert np.ptp(part.sizes) <= 3
 
 
-@pytest.mark.parametrize("sigma", [0.0, 0.5, 1.5])
+@pytest.mark.parametrize("sigma", [0.0, 1.5])
 def test_log_normal_sizes_have_the_spread_asked_for(sigma):
     part = make_partition("quantity", skewed_labels(400_000), 400, sigma=sigma)
     assert abs(np.log(part.sizes).std() - sigma) < 0.05 + 0.1 * sigma
@@ -392,7 +387,6 @@ def test_quantity_clients_above_min_size_stay_in_proportion():
             ["data.quantity-law = 'lognormal'", "log-normal"],
         ),
         ({"num_clients": 0}, ["data.num-clients = 0: must be >= 1"]),
-        ({"num_clients": -3}, ["data.num-clients = -3: must be >= 1"]),
         ({"num_clients": 101}, ["data.num-clients = 101: only 100 examples; each client needs at least one"]),
         ({"num_clients": 101, "min_size": 0}, ["data.num-clients = 101: only 100 examples"]),
         ({"num_clients": 101, "name": "dirichlet-class"}, ["data.num-clients = 101: only 100 examples"]),
@@ -401,7 +395,6 @@ def test_quantity_clients_above_min_size_stay_in_proportion():
             ["data.num-clients = 10: only 0 examples"],
         ),
         ({"alpha": 0.0}, ["data.alpha = 0.0: must be > 0"]),
-        ({"alpha": -1.0}, ["data.alpha = -1.0: must be > 0"]),
         ({"alpha": float("nan")}, ["data.alpha = nan: must be > 0"]),
         ({"alpha": float("inf")}, ["data.alpha = inf: must be > 0"]),
         ({"sigma": -0.5}, ["data.sigma = -0.5: must be >= 0"]),
@@ -476,11 +469,10 @@ def test_a_hundred_thousand_clients(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [1e-3, 0.3])
-@pytest.mark.parametrize("name", PARTITIONS)
-def test_a_million_clients(name, alpha):
+@pytest.mark.parametrize("name", DIRICHLET)
+def test_a_million_clients(name):
     labels = skewed_labels(2_000_000)
     begin = time.perf_counter()
-    part = split(name, labels, 1_000_000, alpha=alpha)
-    assert time.perf_counter() - begin < 120  # 5 s on two shared cores; dirichlet-balanced at 1e-3: 40 s
+    part = split(name, labels, 1_000_000, alpha=0.3)
+    assert time.perf_counter() - begin < 120  # 5 s on two shared cores
     assert_partition(part, 2_000_000, 1_000_000)

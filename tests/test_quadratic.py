@@ -34,8 +34,7 @@ def many_copies(num_copies, **options):
     return Quadratic(ones, zeros, [0.0] * num_copies, noise_sigma=1.0, **options)
 
 
-@pytest.mark.parametrize("num_clients", [1, 4])
-@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize(("num_clients", "interval"), [(1, 1), (4, 4)])
 def test_stationary_variance_falls_like_one_over_clients(num_clients, interval):
     """Var x̄ = γσ²(1+β) / (N h (1−β)(2(1+β) − γh)) for option I, whatever I."""
     gamma, beta, copies = 0.05, 0.9, 4000

@@ -23,6 +23,7 @@ from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.serverapp import Grid  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("ray-grid")  # in one process, which has one Ray
 PLAIN = Path(__file__).parent / "apps" / "plain_app"
 OPTIONS = PoolOptions(num_workers=2, num_cpus=0.5, retries=1, straggler_seconds=2)
 NUM_NODES = 6

@@ -31,15 +31,14 @@ DIGITS = {
 }
 
 
-@pytest.mark.parametrize("num_nodes", [1, 2, 5])
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "num_nodes"),
     [
-        QUADRATIC,
-        {**DIGITS, "algorithm.topology": "one-peer-exponential", "algorithm.nesterov": True},
-        {**DIGITS, "algorithm.momentum-policy": "local", "engine.path": "vmap", "engine.chunk-size": 2},
-        {**DIGITS, "algorithm.momentum-policy": "quasi-global", "algorithm.topology": "directed-ring"},
-        {**RESNET, **GOSSIP, "algorithm.num-local-steps": 2, "run.num-rounds": 2},
+        (QUADRATIC, 1),
+        ({**DIGITS, "algorithm.topology": "one-peer-exponential", "algorithm.nesterov": True}, 5),
+        ({**DIGITS, "algorithm.momentum-policy": "local", "engine.path": "vmap", "engine.chunk-size": 2}, 2),
+        ({**DIGITS, "algorithm.momentum-policy": "quasi-global", "algorithm.topology": "directed-ring"}, 2),
+        ({**RESNET, **GOSSIP, "algorithm.num-local-steps": 2, "run.num-rounds": 2}, 2),
     ],
     ids=["quadratic", "one-peer-II", "local", "quasi-global", "batch-norm"],
 )

@@ -52,13 +52,17 @@ def task_of(name, num_clients=5, **options):
     return image_task(name.removesuffix("-group"), num_clients, **MODELS[name], **options)
 
 
-@pytest.mark.parametrize("policy", ["average", "reset"])
-@pytest.mark.parametrize("path", ["stack", "factors"])
-@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet20"])
+@pytest.mark.parametrize(
+    ("name", "path", "policy"),
+    [
+        ("mlp", "stack", "average"),
+        ("mlp", "factors", "reset"),
+        ("cnn", "factors", "average"),
+        ("resnet20", "stack", "reset"),  # its one dense layer is no other than cnn's
+    ],
+)
 def test_replayed_rounds_are_the_stacks(name, path, policy):
     """Other cohorts, weights, starts and minibatches in every round; a last chunk that is smaller."""
-    if name == "resnet20" and path == "factors":
-        pytest.skip("its one dense layer is covered by cnn")
     options = {"cohort_size": 5, "client_weights": "samples", "momentum_policy": policy, "weight_decay": 0.01}
     plan = simple_plan(7, num_rounds=4, num_local_steps=2, **options)
     *found, replays = replayed(task_of(name, 7), plan, path=path, chunk_size=2)

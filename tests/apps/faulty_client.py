@@ -1,7 +1,9 @@
-"""fedmom's ClientApp with a fault: what FEDMOM_TEST_FAULT says ("kill", "raise", "hang" or "nan") happens to client 3
-in round 2, once for each line that may still be written into the file FEDMOM_TEST_TRIES.
+"""fedmom's ClientApp with a fault: what the file FEDMOM_TEST_FAULTS says happens to client 3 in round 2.
+
+{"fault": "kill", "raise", "hang" or "nan", "most": how often, "tries": a file with a letter for each time}
 """
 
+import json
 import os
 import signal
 import time
@@ -12,9 +14,8 @@ from flwr.app import Array, ArrayRecord
 
 from clients.client_app import app
 
-_tries = Path(os.environ["FEDMOM_TEST_TRIES"])
-_most = int(os.environ["FEDMOM_TEST_MOST"])
-_fault = os.environ["FEDMOM_TEST_FAULT"]
+_plan = json.loads(Path(os.environ["FEDMOM_TEST_FAULTS"]).read_text())
+_tries, _most, _fault = Path(_plan["tries"]), _plan["most"], _plan["fault"]
 
 
 def _faulty(message, context, call_next):

@@ -1,0 +1,192 @@
+"""A look at the user's model and correction before the first round: can a step be repeated, and is its state all there?
+
+A run must give the same numbers whoever asks for a client's step, and in whatever order. So a step may not depend on
+random numbers that nobody addressed, nor on attributes that a forward pass changes: no client has those of its own.
+"""
+
+import copy
+import pickle
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedmom.algorithms import Correction
+from fedmom.errors import InputError
+from fedmom.objective import Batch, Classification
+from fedmom.rounds import Round
+from fedmom.state import ClientState, Tree
+
+_KEPT = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+
+
+def look(task: Classification, start: ClientState, job: Round, correction: Correction | None) -> None:
+    """One client's step three times, from the same state on the same minibatch, by a copy of the model.
+
+    Raises InputError naming the model (or algorithm.correction) and what makes its step another one each time.
+    """
+    twin = task.in_dtype(task.dtype)
+    batch = Batch(*(field[0] for field in next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))))
+    constant = {name: b.clone() for name, b in twin.model.named_buffers() if name in twin.places.constant}
+
+    def step() -> tuple[Tree, Tree, Tensor]:
+        grads, buffers, loss = twin.gradient_alone(start.params, start.buffers, batch)
+        return grads, buffers, loss
+
+    def check(before: Mapping[str, Any]) -> None:
+        if name := _drawn(before):
+            advice = "use nn.Dropout layers, whose masks are addressed by (seed, client, step)"
+            raise InputError(f"{task.called}: draws random numbers of {name} in a training step; {advice}")
+
+    with _random_states() as before:
+        step()  # what is made at first use is made
+        check(before)
+        attributes = _attributes(twin.model)
+        first = step()
+        second = step()
+        check(before)
+    if name := _changed(attributes, _attributes(twin.model)):
+        advice = "clients have no attributes of their own; register it as a buffer"
+        raise InputError(f"{task.called}: a training step changes the attribute {name} ({advice})")
+    if name := _first_that_differs(first, second):
+        advice = "a step must be the same whenever it is repeated"
+        raise InputError(f"{task.called}: {name} differs between two training steps from one state ({advice})")
+    _check_buffers(task, start, first[1], twin, constant)
+    if correction is not None:
+        look_at_correction(correction, first[0], start.params)
+
+
+def _check_buffers(task: Classification, start: ClientState, after: Tree, twin: Classification, constant: Tree) -> None:
+    for name, b in start.buffers.items():
+        if after[name].shape != b.shape or after[name].dtype != b.dtype:
+            now = f"{list(b.shape)} {b.dtype} into {list(after[name].shape)} {after[name].dtype}"
+            raise InputError(f"{task.called}: a training step turns the buffer {name} from {now}; keep its shape")
+    for name, b in twin.model.named_buffers():
+        if name in constant and not torch.equal(b, constant[name]):
+            kind = "is complex" if b.is_complex() else "starts infinite"
+            raise InputError(
+                f"{task.called}: the buffer {name} {kind} and a step changes it: it has no mean over clients"
+            )
+
+
+def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> None:
+    """The same gradients twice. Raises InputError where the answers differ or random numbers were drawn."""
+    said = "algorithm.correction: the function"
+    with _random_states() as before:
+        answers = [correction({n: g.clone() for n, g in grads.items()}, params, params) for _ in range(2)]
+        if name := _drawn(before):
+            advice = "take fedmom.randomness.normal(…), which is addressed"
+            raise InputError(f"{said} draws random numbers of {name}, so that no run can be repeated; {advice}")
+    if name := _first_that_differs((answers[0], {}, torch.zeros(())), (answers[1], {}, torch.zeros(()))):
+        raise InputError(f"{said} gives two answers for the same gradients (of {name})")
+
+
+# --- random states -------------------------------------------------------------------------------------------
+
+_GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+    "torch": (torch.get_rng_state, torch.set_rng_state),
+    "numpy": (np.random.get_state, np.random.set_state),
+    "Python's random": (random.getstate, random.setstate),
+}
+
+
+def _states() -> dict[str, Any]:
+    found = {name: get() for name, (get, _) in _GENERATORS.items()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["torch.cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+@contextmanager
+def _random_states() -> Iterator[dict[str, Any]]:
+    """The states of the global generators, which are put back at the end."""
+    before = _states()
+    try:
+        yield before
+    finally:
+        for name, (_, put) in _GENERATORS.items():
+            put(before[name])
+        if "torch.cuda" in before:
+            torch.cuda.set_rng_state(before["torch.cuda"])
+
+
+def _drawn(before: Mapping[str, Any]) -> str:
+    """The generator that has moved on, or ""."""
+    return next((name for name, state in _states().items() if name in before and not _same(before[name], state)), "")
+
+
+# --- attributes ----------------------------------------------------------------------------------------------
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """Copies of what modules hold besides parameters, buffers and modules; of what cannot be copied nothing."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in _KEPT or key.endswith("_hooks") or isinstance(value, nn.Module):
+                continue
+            at = f"{key!r} of {type(module).__name__}" + (f" {name!r}" if name else "")
+            try:
+                found[at] = _copy(value)
+            except Exception:  # a user's object may refuse
+                continue
+    return found
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, dict):
+        return {key: _copy(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(v) for v in value]
+    if callable(value) and not isinstance(value, np.random.Generator | random.Random):
+        return None
+    return copy.deepcopy(value)
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+    return next((name for name, value in after.items() if not _same(before.get(name), value)), "")
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return (
+            one.shape == other.shape and one.dtype == other.dtype and torch.allclose(one, other, 1e-4, equal_nan=True)
+        )
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, np.random.Generator) and isinstance(other, np.random.Generator):
+        return _same(one.bit_generator.state, other.bit_generator.state)
+    if isinstance(one, random.Random) and isinstance(other, random.Random):
+        return one.getstate() == other.getstate()
+    if type(one) is not type(other):
+        return False
+    try:
+        return bool(one == other) or pickle.dumps(one) == pickle.dumps(other)
+    except Exception:  # what cannot be compared is not said to differ
+        return True
+
+
+def _first_that_differs(one: tuple[Tree, Tree, Tensor], other: tuple[Tree, Tree, Tensor]) -> str:
+    """The name of a gradient or buffer, or "the loss", that is not the same but for rounding."""
+    pairs = [("the loss", one[2], other[2])]
+    pairs += [(f"the gradient of {n}", g, other[0][n]) for n, g in one[0].items()]
+    pairs += [(f"the buffer {n}", b, other[1][n]) for n, b in one[1].items()]
+    scale = max((float(g.detach().abs().max()) for g in one[0].values() if g.numel()), default=0.0)
+    for name, a, b in pairs:
+        a, b = a.detach().double(), b.detach().double()
+        eps = 1e-2 if one[2].dtype in (torch.bfloat16, torch.float16) else 1e-4
+        if not torch.allclose(a, b, eps, eps * scale, equal_nan=True):
+            return name
+    return ""

@@ -1,0 +1,160 @@
+"""A client's own tensors in a model's places: for the forward pass, for the backward pass, and for nobody else.
+
+torch.func.functional_call puts tensors in for one call. What autograd runs later (a checkpointed layer runs its forward
+pass again, a hook reads a weight) must find the same ones, so the whole step happens inside one call.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+from torch.overrides import TorchFunctionMode
+
+from fedmom.dropout import KEY
+from fedmom.errors import InputError
+from fedmom.state import Tree
+
+T = TypeVar("T")
+
+
+class _Within(nn.Module):
+    """Whose forward pass is any function of the model inside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module], T]) -> T:
+        return function(self.model)
+
+
+class Places:
+    """Where the tensors of a model stand, each under one name, however many modules or attributes share it.
+
+    Trained parameters are x. A complex one is trained as its real and imaginary parts: real, with a last axis of 2, as
+    torch.optim does it; so all that is sent, averaged and stored is real.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.within = _Within(model)
+        first = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        buffers = dict(model.named_buffers())
+        self.dropout_keys = [name for name in buffers if name.rpartition(".")[2] == KEY]
+        self.buffers = {name: b for name, b in buffers.items() if name not in self.dropout_keys and _averages(b)}
+        # Complex or infinite from the start (phases, a mask of −inf): it has no mean, so it stays as it is. That no
+        # step changes it is looked at before the first round (look.py).
+        self.constant = [name for name in buffers if name not in self.dropout_keys and name not in self.buffers]
+        self.complex = {name for name, p in self.params.items() if p.is_complex()}
+        self.hooked = [name for name, p in self.params.items() if hooks_of(p)]
+        # A module under two names is one place, a weight that two modules share is two.
+        self.names: dict[str, list[str]] = {}
+        for prefix, module in model.named_modules():
+            for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    name = f"{prefix}.{own}" if prefix else own
+                    self.names.setdefault(first[id(tensor)], []).append(f"model.{name}")
+
+    def start(self) -> tuple[Tree, Tree]:
+        """Copies of x⁰ and of the buffers."""
+        params = {name: (torch.view_as_real(p) if name in self.complex else p) for name, p in self.params.items()}
+        return tuple({n: t.detach().clone() for n, t in tree.items()} for tree in (params, self.buffers))  # type: ignore[return-value]
+
+    def run(self, params: Tree, buffers: Tree, function: Callable[[nn.Module], T], *, hooks: bool = False) -> T:
+        """function(model) with these tensors in the model's places; what it assigns to buffers is put into `buffers`.
+
+        hooks: call the parameters' own hooks on the gradients of the tensors in their places.
+        """
+        standing = {}
+        for name, tensor in params.items():
+            here = torch.view_as_complex(tensor) if name in self.complex else tensor
+            if hooks and name in self.hooked:
+                _hook(here, self.params[name])
+            standing[name] = here
+        given = {place: t for name, t in {**standing, **buffers}.items() for place in self.names[name]}
+        found: T = torch.func.functional_call(self.within, given, (function,), tie_weights=False)
+        # A module may also have been given another tensor for a buffer (self.mean = 0.9 * self.mean + …).
+        buffers |= {name: given[self.names[name][0]] for name in buffers}
+        return found
+
+
+def _averages(buffer: Tensor) -> bool:
+    if buffer.is_complex():
+        return False
+    return not buffer.is_floating_point() or bool(torch.isfinite(buffer).all())
+
+
+def hooks_of(parameter: Tensor) -> list[tuple[str, Callable[..., Any]]]:
+    """(how it is registered, the hook) of a parameter."""
+    kinds = {"register_hook": "_backward_hooks", "register_post_accumulate_grad_hook": "_post_accumulate_grad_hooks"}
+    return [(how, h) for how, kept in kinds.items() for h in (getattr(parameter, kept, None) or {}).values()]
+
+
+def _hook(tensor: Tensor, parameter: Tensor) -> None:
+    for how, hook in hooks_of(parameter):
+        getattr(tensor, how)(hook)
+
+
+def cast(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """The model itself on `device`: real numbers in `dtype`, complex ones in the complex dtype that holds it."""
+    wide = torch.complex128 if dtype == torch.float64 else torch.complex64
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(device, wide)
+        return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+
+    return model._apply(moved)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, hooks of parameters included; results that a forward pass left as attributes are cut off.
+
+    memo: {id of a module inside: what stands for it in the copy}.
+    """
+    instead = dict(memo or {})
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                instead[id(value)] = value.detach().clone()
+    twin = copy.deepcopy(model, instead)
+    for one in [] if memo else model.parameters():
+        if one.is_leaf and hooks_of(one):
+            _hook(instead[id(one)], one)  # which Parameter.__deepcopy__ forgets
+    return twin
+
+
+def check_model(model: nn.Module, called: str) -> None:
+    """Raise InputError, which begins with `called`, for a model in whose places no other tensors can be put."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            at = f"its part {name!r} is" if name else "it is"
+            raise InputError(f"{called}: {at} scripted by torch.jit; give the nn.Module that was scripted")
+
+
+def bounded(index: Tensor, size: int) -> Tensor:
+    """The same index, but far out of every range where it is not one of 0 … size − 1."""
+    return torch.where((index >= 0) & (index < size), index, torch.iinfo(index.dtype).max // 2)
+
+
+def _embedding(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    return embedding(bounded(input, weight.shape[0]), weight, *args, **kwargs)
+
+
+def _torch_embedding(weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.embedding(weight, bounded(indices, weight.shape[0]), *args, **kwargs)
+
+
+class BoundedGathers(TorchFunctionMode):
+    """Within it an index out of an embedding's range fails under torch.vmap as it does alone.
+
+    torch lays the tables of all clients one after the other there, and such an index would read another client's row.
+    """
+
+    bounded: ClassVar[dict[Any, Any]] = {embedding: _embedding, torch.embedding: _torch_embedding}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.bounded.get(func, func)(*args, **(kwargs or {}))

@@ -1,0 +1,295 @@
+"""What every way of running clients is held to before it is trusted: plain torch, one client after another.
+
+Deep copies of the model, `loss.backward()` and the steps of torch.optim.SGD, in float64, from an x and a u that are not
+the model's own. A way that stacks clients, or puts their tensors in a module's places, must come to the same x, u,
+buffers, losses and spreads after two steps, to rounding of the whole step.
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.overrides import TorchFunctionMode
+
+from fedmom.algorithms import MOMENTUM_POLICIES
+from fedmom.averaging import WeightedMean
+from fedmom.convolutions import CONVOLUTIONS
+from fedmom.engine import Engine
+from fedmom.objective import Batch, Classification
+from fedmom.places import copied
+from fedmom.randomness import uniform
+from fedmom.rounds import Method, Round
+from fedmom.state import ClientState, row_of
+
+F64 = torch.float64
+_CLIENTS, _CHUNK = 3, 2  # so that the last chunk is shorter
+_LRS = (0.02, 0.05)  # of the two steps: no run's own, which may be 0 at the start or far too large
+_EXACT = 1e-9  # of the whole step's norm, in float64
+_UNITS = 300  # of rounding, where a model computes in fewer digits than float64 itself; at most
+_LOOSE = 0.02
+_SECONDS, _WAYS = 20.0, 6  # that comparing so many ways may take before it is made smaller
+_FEW_EXAMPLES = 8
+
+
+class _Went(NamedTuple):
+    """What clients came to: plainly, or by some way."""
+
+    states: list[ClientState]  # by name in `parts`: the mean, or every client's own
+    losses: Tensor  # [C] float64
+    spreads: tuple[float, float]  # of x and of u, where they are means
+
+
+class _Precision(TorchFunctionMode):
+    """The roundest real dtype that a call of torch gives back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = torch.finfo(F64).eps
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and (found.is_floating_point() or found.is_complex()):
+            self.eps = max(self.eps, torch.finfo(found.dtype).eps)
+        return found
+
+
+class Yardstick:
+    """A few clients' two steps in plain torch, and how far each way of running them is from that."""
+
+    def __init__(self, task: Classification, method: Method, job: Round, *, own_rows: bool) -> None:
+        """own_rows: clients start from x and u of their own (Algorithm 2). Raises what the model raises."""
+        self.method, self.own_rows = method, own_rows
+        self.note = ""  # what was made smaller
+        self.tolerance = _EXACT
+        self.found: dict[tuple[str, str], str] = {}  # {(path, convolution): how it differs}
+        self.task = task.in_dtype(F64)
+        self.model = copied(self.task.model)  # as it was before any step
+        count = min(_CLIENTS, len(job.clients))
+        with _Precision() as seen:
+            self._try(job)
+        if seen.eps > torch.finfo(F64).eps:
+            self.tolerance = min(_UNITS * seen.eps, _LOOSE)
+        begin = time.monotonic()
+        self._try(job)
+        if count * (time.monotonic() - begin) * _WAYS > _SECONDS:
+            count = min(2, count)
+            self.task.sampler = copy.copy(self.task.sampler)
+            self.task.sampler.batch_size = min(_FEW_EXAMPLES, self.task.sampler.batch_size)
+            self.note = f"compared with plain torch on {count} clients' two steps of {_FEW_EXAMPLES} examples"
+        self.job = self._short(job, count)
+        self.start, self.rows = self._begin(count, 0.01)
+        self.want = self._plain(0.0)
+        if not _finite(self.want):  # a parameter that may not be moved; the model's own x must do
+            self.start, self.rows = self._begin(count, 0.0)
+            self.want = self._plain(0.0)
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is anything to compare with: plain torch came to finite numbers."""
+        return _finite(self.want)
+
+    def differs(self, path: str) -> str:
+        """ "" or how the way `path` of engine.PATHS differs from plain torch, in words."""
+        ways = [""]
+        if path == "stack" and any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in self.model.modules()):
+            ways = self._convolutions()
+        for convolution in ways:
+            if (path, convolution) not in self.found:
+                self.found[path, convolution] = self._compare(path, convolution)
+        return next((why for w in ways if (why := self.found[path, w])), "")
+
+    def _convolutions(self) -> list[str]:
+        """The ways to convolve that may be chosen here; what cannot run is never chosen."""
+        cuda = self.task.device.type == "cuda"
+        return list(CONVOLUTIONS) if cuda else ["loop", "grouped"]
+
+    def _compare(self, path: str, convolution: str) -> str:
+        engine = Engine(self.task, self.method, path=path, chunk_size=_CHUNK, convolution=convolution)
+        for _ in range(3 if engine.replays else 1):  # the third one is replayed
+            got = self._by(engine)
+        found = self._away(got, self.want)
+        if found is None or not found[0] > self.tolerance:
+            return ""
+        # Some models amplify rounding: as much as between plain torch and itself from a start that is rounded anew.
+        natural = self._away(self._plain(8 * torch.finfo(F64).eps), self.want)
+        if natural is not None and found[0] <= 100 * natural[0]:
+            return ""
+        return f"{found[1]} differs from plain torch's after two steps, by {found[0]:.1g} of the whole step"
+
+    # --- the few clients -------------------------------------------------------------------------------------
+
+    def _try(self, job: Round) -> None:
+        """One client's two steps."""
+        self.job = self._short(job, 1)
+        self.start, self.rows = self._begin(1, 0.0)
+        self._plain(0.0)
+
+    def _short(self, job: Round, count: int) -> Round:
+        uneven = not bool((job.num_steps == job.num_steps[0]).all())
+        steps = torch.full((count,), len(_LRS), dtype=torch.int64, device=job.clients.device)
+        if uneven:
+            steps[1::2] = 1
+        weights = torch.arange(1, count + 1, dtype=F64, device=job.clients.device)
+        return job._replace(
+            clients=job.clients[:count],
+            first_steps=job.first_steps[:count],
+            num_steps=steps,
+            weights=weights,
+            lrs=list(_LRS),
+            momentum=None,
+            rows=None,
+        )
+
+    def _begin(self, count: int, by: float) -> tuple[ClientState, ClientState]:
+        """(the common start, every client's own start [C, ...]): x off the model's own, u not zero."""
+        own = self.task.start()
+        keeps = MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows
+        common = self._moved(own, 0, by)
+        if self.method.momentum_policy == "reset" and not self.own_rows:
+            common = common._replace(momentum={n: torch.zeros_like(u) for n, u in own.momentum.items()})
+        rows = [self._moved(own, 1 + i, by) if self.own_rows or keeps else common for i in range(count)]
+        if not self.own_rows:
+            rows = [common._replace(momentum=row.momentum) for row in rows]
+        trees = zip(*rows, strict=True)
+        return common, ClientState(*({n: torch.stack([t[n] for t in tree]) for n in tree[0]} for tree in trees))
+
+    def _moved(self, own: ClientState, which: int, by: float) -> ClientState:
+        params, momentum = {}, {}
+        for number, (name, x) in enumerate(own.params.items()):
+            places = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+            away = [2 * uniform(which, number, part, places) - 1 for part in (0, 1)]
+            size = x.abs() + (x.square().mean().sqrt() if x.numel() else 0) + 1e-3
+            params[name], momentum[name] = x + by * size * away[0], 0.1 * size * away[1]
+        return ClientState(params, momentum, {n: b.clone() for n, b in own.buffers.items()})
+
+    # --- plainly, and by an engine ---------------------------------------------------------------------------
+
+    def _plain(self, rounding: float) -> _Went:
+        """rounding: by how much x starts elsewhere, relatively."""
+        batches = list(self.task.round_batches(self.job.clients, self.job.first_steps, len(_LRS)))
+        ends, losses = [], []
+        for i, steps in enumerate(self.job.num_steps.tolist()):
+            own = [Batch(*(field[i] for field in batch)) for batch in batches[:steps]]
+            state, loss = self._one_client(row_of(self.rows, i), own, rounding)
+            ends.append(state)
+            losses.append(loss)
+        every = torch.tensor(losses, dtype=F64)
+        if self.own_rows:
+            return _Went(ends, every, (0.0, 0.0))
+        mean = WeightedMean(self.method.running_var)
+        for state, weight in zip(ends, self.job.weights.tolist(), strict=True):
+            mean.add(
+                ClientState(*({n: v[None] for n, v in tree.items()} for tree in state)),
+                self.job.weights.new_tensor([weight]),
+            )
+        averages = mean.mean()
+        states = [averages]
+        if MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows:
+            states += [ClientState({}, state.momentum, {}) for state in ends]
+        return _Went(states, every, (mean.spread("params"), mean.spread("momentum")))
+
+    def _one_client(self, start: ClientState, batches: Sequence[Batch], rounding: float) -> tuple[ClientState, float]:
+        model, m = copied(self.model), self.method
+        here = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        buffers = dict(model.named_buffers())
+        with torch.no_grad():
+            for number, (name, x) in enumerate(start.params.items()):
+                places = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+                x = x * (1 + rounding * (2 * uniform(9, number, places) - 1)) if rounding else x
+                here[name].copy_(_as(here[name], x))
+            for name, b in start.buffers.items():
+                buffers[name].copy_(b)
+        begun = {name: p.detach().clone() for name, p in here.items()}
+        momenta = {n: _as(p, start.momentum[n]).clone() for n, p in here.items()}
+        total = 0.0
+        for batch, lr in zip(batches, _LRS, strict=False):
+            for name in self.task.dropout_keys:
+                buffers[name].copy_(batch.dropout_key)
+            for p in here.values():
+                p.grad = None
+            model.train()
+            loss = cross_entropy(model(batch.x), batch.y)
+            loss.backward()
+            with torch.no_grad():
+                grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for n, p in here.items()}
+                grads = {n: g + m.weight_decay * here[n] for n, g in grads.items()}
+                if m.correction is not None:
+                    trees = (grads, here, begun)
+                    sent, now, then = ({n: _real(t.detach().clone()) for n, t in tree.items()} for tree in trees)
+                    grads = {n: _as(here[n], g) for n, g in m.correction(sent, now, then).items()}
+                # As torch.optim.SGD(momentum=β, nesterov=…) does, whose first step would take seconds to import
+                # torch._dynamo.
+                for n, p in here.items():
+                    momenta[n] = m.beta * momenta[n] + grads[n]
+                    p.sub_(lr * (grads[n] + m.beta * momenta[n] if m.nesterov else momenta[n]))
+            total += float(loss.detach())
+        params = {name: _real(p.detach()) for name, p in here.items()}
+        momentum = {n: _real(u) for n, u in momenta.items()}
+        after = dict(model.named_buffers())
+        return ClientState(params, momentum, {n: after[n] for n in start.buffers}), total / len(batches)
+
+    def _by(self, engine: Engine) -> _Went:
+        if self.own_rows:
+            rows, losses, _ = engine.run_rows(self.rows, self.job._replace(rows=None))
+            return _Went([row_of(rows, i) for i in range(len(losses))], losses.cpu(), (0.0, 0.0))
+        job = self.job
+        keeps = MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows
+        if keeps:
+            job = job._replace(momentum={n: u.cpu() for n, u in self.rows.momentum.items()})
+        outcome = engine.run_round(self.start, job)
+        states = [outcome.mean]
+        if outcome.momentum is not None:
+            own = {n: u.to(self.task.device) for n, u in outcome.momentum.items()}
+            states += [ClientState({}, {n: u[i] for n, u in own.items()}, {}) for i in range(len(job.clients))]
+        return _Went(states, outcome.losses.cpu(), (outcome.consensus_distance, outcome.momentum_spread))
+
+    # --- how far apart ---------------------------------------------------------------------------------------
+
+    def _away(self, got: _Went, want: _Went) -> tuple[float, str] | None:
+        """(the largest distance, in parts of the whole step, and what is so far), or None where nothing is finite."""
+        begun = [row_of(self.rows, i) if self.own_rows else self.start for i in range(len(want.states))]
+        found: list[tuple[float, str]] = []
+        for part in ("params", "momentum"):
+            away, step, names = 0.0, 0.0, list[tuple[float, str]]()
+            for one, other, before in zip(got.states, want.states, begun, strict=True):
+                for name, value in getattr(other, part).items():
+                    square = float((getattr(one, part)[name] - value).abs().double().square().sum())
+                    names.append((square, name))
+                    away += square
+                    step += float((value - getattr(before, part)[name]).abs().double().square().sum())
+            worst = max(names, key=lambda pair: pair[0])[1] if names else ""
+            found.append((_ratio(away**0.5, step**0.5), f"{'x' if part == 'params' else 'u'} of {worst}"))
+        for one, other, before in zip(got.states, want.states, begun, strict=True):
+            for name, value in other.buffers.items():
+                off = float((one.buffers[name].double() - value.double()).square().sum()) ** 0.5
+                moved = float((value.double() - before.buffers[name].double()).square().sum()) ** 0.5
+                size = float(value.double().square().sum()) ** 0.5
+                found.append((_ratio(off, moved + size), f"the buffer {name}"))
+        off = float((got.losses - want.losses).abs().max())
+        found.append((_ratio(off, 1 + float(want.losses.abs().max())), "the loss"))
+        for name, a, b in zip(("consensus distance", "momentum spread"), got.spreads, want.spreads, strict=True):
+            moved = float(sum(t.double().square().sum() for t in want.states[0].params.values()))
+            found.append((_ratio(abs(a - b), b + 1e-12 * moved), f"the {name}"))
+        return max(found, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0])
+
+
+def _ratio(away: float, step: float) -> float:
+    return 0.0 if away == 0 else away / step if step > 0 else float("inf")
+
+
+def _finite(went: _Went) -> bool:
+    tensors = [t for state in went.states for tree in state for t in tree.values() if t.is_floating_point()]
+    return all(bool(torch.isfinite(t).all()) for t in [*tensors, went.losses])
+
+
+def _as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A value of x or u as the parameter itself holds it: complex ones travel as real numbers."""
+    return torch.view_as_complex(value) if parameter.is_complex() else value
+
+
+def _real(value: Tensor) -> Tensor:
+    return torch.view_as_real(value) if value.is_complex() else value
