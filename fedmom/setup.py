@@ -20,6 +20,7 @@ from fedmom.models import build_model
 from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.partition import Partition, make_partition
+from fedmom.precision import allow_tf32
 from fedmom.quadratic import Quadratic
 from fedmom.rounds import Method, Rounds
 from fedmom.schedules import LearningRate
@@ -212,8 +213,7 @@ def set_up_torch(keys: EngineConfig) -> None:
     """Threads, and how exactly a GPU multiplies float32, for the whole process."""
     if keys.threads:
         torch.set_num_threads(keys.threads)
-    torch.backends.cuda.matmul.allow_tf32 = keys.matmul == "tf32"
-    torch.backends.cudnn.allow_tf32 = keys.matmul == "tf32"  # torch's own default is True
+    allow_tf32(keys.matmul == "tf32")
 
 
 def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
@@ -230,6 +230,7 @@ def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds,
         chunk_size=wanted.chunk_size,
         own_rows=plan.topology is not None,
         compared=plan.compared,
+        steady=plan.steady,
     )
     engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
     # A chunk size that was given stays in the record, though larger than needed: a resume compares the two.
