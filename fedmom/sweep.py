@@ -22,6 +22,7 @@ from fedmom.progress import Quiet
 from fedmom.records import CONFIG, read_rounds, write_text
 from fedmom.resolve import resolve, resume_config
 from fedmom.runner import run
+from fedmom.setup import share_of_gpus
 from fedmom.tables import MISSING
 from fedmom.trackers import Tracking
 
@@ -219,7 +220,9 @@ def _on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> It
             os.chdir(here)
         return lambda cell: _run_one(work, cell)
 
-    options = PoolOptions(num_workers=min(workers, len(cells)), ray_address="" if address == "local" else address)
+    count = min(workers, len(cells))
+    share = share_of_gpus(load({} if work.config is None else work.config, work.sets).config, count)
+    options = PoolOptions(num_workers=count, num_gpus=share, ray_address="" if address == "local" else address)
     with Pool(make_worker, options) as pool:
         cell_of = {cell.name: cell for cell in cells}
         for cell in cells:

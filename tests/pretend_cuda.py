@@ -404,12 +404,12 @@ def site() -> str:
 
 
 @contextlib.contextmanager
-def pretend(free: int = 80 << 30) -> Iterator[Card]:
-    """A card with so many free bytes."""
+def pretend(free: int = 80 << 30, count: int = 1) -> Iterator[Card]:
+    """A card with so many free bytes; of so many, one is used."""
     card = Card()
     names: dict[str, Any] = {
         "is_available": lambda: True,
-        "device_count": lambda: 1,
+        "device_count": lambda: count,
         "get_device_name": lambda *_: "pretended",
         "mem_get_info": lambda *_: (free, free),
         "max_memory_allocated": lambda *_: 0,
