@@ -201,7 +201,9 @@ class SimulationConfig:
     clients_per_node: int = key(1, "clients that one simulated Flower node holds", at_least(1))
     num_actors: int = key(0, "Ray actors; 0: as many as fit", at_least(0))
     num_cpus: float = key(1.0, "CPU cores per actor", at_least(0))
-    num_gpus: float = key(0.0, "GPUs per actor; a fraction lets several share one", at_least(0))
+    num_gpus: float = key(
+        0.0, "GPUs per actor; a fraction lets several share one; 0: a share where engine.device is cuda", at_least(0)
+    )
     ray_address: str = key("", "a Ray cluster to join; empty: start Ray here")
     retries: int = key(2, "how often a message is tried again after its actor died", at_least(0))
     on_link_failure: str = key("stop", "d-sgd-m with engine.workers: when rows do not arrive", ON_LINK_FAILURE)

@@ -24,7 +24,7 @@ from fedmom.imports import blamed, one_line
 from fedmom.mixing import EXCHANGES, Block, combine, spread
 from fedmom.objective import Task
 from fedmom.rounds import Outcome, Progress, Round
-from fedmom.setup import make_plan, make_task, pool_options, set_up_torch
+from fedmom.setup import actors_device, make_plan, make_task, pool_options, set_up_torch
 from fedmom.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
 from fedmom.topology import Mixing
 from fedmom.train import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
@@ -226,15 +226,15 @@ class PeerRounds:
                 f"simulation.on-link-failure = 'skip': topology {plan.topology.name!r} is directed, and leaving out a "
                 "link would make W neither mean- nor consensus-preserving; use stop"
             )
-        options = pool_options(config)
         num_clients = len(task.sizes)
         wanted = min(config.engine.workers, num_clients)
+        self.options = options = pool_options(replace(config, "engine", workers=wanted))
         self._ray, self._started, _ = join_ray(options, wanted)
         try:
             self.blocks = np.array_split(np.arange(num_clients), wanted)
             self.limit = config.simulation.straggler_seconds
             self.seconds = self.limit or LINK_SECONDS
-            inside = replace(config, "engine", device="cuda" if options.num_gpus else "cpu", threads=0, workers=0)
+            inside = replace(config, "engine", device=actors_device(options), threads=0, workers=0)
             actor = self._ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Peer)
             self.peers = [actor.remote(inside, number, self.blocks) for number in range(wanted)]
             self.at = -1  # rounds that the peers' rows have behind them
@@ -378,6 +378,7 @@ def make_peer_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Pe
     rounds = PeerRounds(config, task, plan)
     path, chunk_size = rounds.path, rounds.chunk_size
     settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
+    settled = replace(settled, "simulation", num_gpus=rounds.options.num_gpus)
     biggest = max(map(len, rounds.blocks))
-    what = f"{len(rounds.peers)} Ray actors of at most {biggest} clients"
+    what = f"{len(rounds.peers)} Ray actors on {actors_device(rounds.options)}, of at most {biggest} clients"
     return settled, rounds, [f"{what} exchange rows directly; each {path} × {chunk_size}"]

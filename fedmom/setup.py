@@ -21,6 +21,7 @@ from fedmom.models import build_model
 from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.partition import Partition, make_partition
+from fedmom.precision import allow_tf32
 from fedmom.quadratic import Quadratic
 from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds import Method, Rounds
@@ -211,16 +212,34 @@ def topology_of(config: Config) -> Topology | None:
 
 
 def pool_options(config: Config) -> PoolOptions:
-    """The actors that [simulation] describes."""
-    keys = config.simulation
+    """The actors that [simulation] describes; engine.workers is their number where it is given.
+
+    Ray hides the GPUs from an actor that asks for none, so on a GPU each gets its share, if none was named.
+    """
+    keys, workers = config.simulation, config.engine.workers
+    num_workers = workers or keys.num_actors
     return PoolOptions(
-        num_workers=keys.num_actors,
+        num_workers=num_workers,
+        count_key="engine.workers" if workers else "simulation.num-actors",
         num_cpus=keys.num_cpus,
-        num_gpus=keys.num_gpus,
+        num_gpus=keys.num_gpus or share_of_gpus(config, num_workers),
         ray_address=keys.ray_address,
         retries=keys.retries,
         straggler_seconds=keys.straggler_seconds,
     )
+
+
+def share_of_gpus(config: Config, num_workers: int) -> float:
+    """GPUs per actor, as large as lets all have one (0 actors: as many as there are GPUs); 0 on a CPU."""
+    if resolve_device(config).engine.device == "cpu":
+        return 0.0
+    together = math.ceil(max(1, num_workers) / max(1, torch.cuda.device_count()))  # actors on one GPU
+    return math.floor(1e4 / together) / 1e4  # Ray counts ten-thousandths
+
+
+def actors_device(options: PoolOptions) -> str:
+    """Where the actors' tensors live."""
+    return "cuda" if options.num_gpus else "cpu"
 
 
 def resolve_device(config: Config) -> Config:
@@ -236,8 +255,7 @@ def set_up_torch(keys: EngineConfig) -> None:
     """Threads, and how exactly a GPU multiplies float32, for the whole process."""
     if keys.threads:
         torch.set_num_threads(keys.threads)
-    torch.backends.cuda.matmul.allow_tf32 = keys.matmul == "tf32"
-    torch.backends.cudnn.allow_tf32 = keys.matmul == "tf32"  # torch's own default is True
+    allow_tf32(keys.matmul == "tf32")
 
 
 def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
@@ -254,6 +272,7 @@ def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds,
         chunk_size=wanted.chunk_size,
         own_rows=plan.topology is not None,
         compared=plan.compared,
+        steady=plan.steady,
     )
     engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
     # A chunk size that was given stays in the record, though larger than needed: a resume compares the two.
