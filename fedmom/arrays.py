@@ -122,7 +122,7 @@ def _tensor(what: str, array: object) -> Tensor:
     if isinstance(array, Tensor):
         if array.layout != torch.strided or array.is_nested or array.is_quantized or array.is_meta:
             raise InputError(f"{what} is a tensor without plain values ({array.layout}): give it dense and in memory")
-        tensor = array.detach().cpu()
+        tensor = array.detach().cpu().contiguous()
         if tensor.dtype not in (torch.uint8, torch.bool, *_FLOATS, *_INTEGERS):
             advice = _INSTEAD["c" if tensor.is_complex() else "f"]
             raise InputError(f"{what} has dtype {dtype_name(tensor.dtype)}: {advice}")

@@ -27,7 +27,7 @@ _KEY = "data.dataset = 'local'"
 class Examples(NamedTuple):
     """What one client, or the server, holds."""
 
-    x_train: Tensor  # [n, *shape]: uint8 images [n, C, H, W], or float features; n may be 0 at the server
+    x_train: Tensor  # [n, *shape]: uint8 images [n, C, H, W], or features; n may be 0 at the server
     y_train: Tensor  # [n] int64
     x_test: Tensor  # [m, *shape], m may be 0
     y_test: Tensor  # [m] int64
@@ -41,7 +41,7 @@ class Facts(NamedTuple):
     num_classes: int  # highest label + 1
     shape: tuple[int, ...]
     dtype: str
-    pixels: int  # per channel, of all training images; 0 for float features
+    pixels: int  # per channel, of all training images; 0 for features
     sums: tuple[int, ...]  # [C] of the pixels' values 0 … 255
     squares: tuple[int, ...]  # [C] of their squares
 
@@ -54,7 +54,7 @@ class Common(NamedTuple):
     num_classes: int
     shape: tuple[int, ...]
     dtype: str
-    mean: tuple[float, ...]  # [C] of uint8 / 255; () for float features
+    mean: tuple[float, ...]  # [C] of uint8 / 255; () for features
     std: tuple[float, ...]  # [C]
 
 

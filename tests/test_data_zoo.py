@@ -91,6 +91,7 @@ IMAGE_ARRAYS = [
         says="could be axis 1 or axis 3",
         why="neither square nor few",
     ),
+    Row("uint8 of five axes", lambda: u8(4, 3, 2, 5, 5), says="uint8 images are [n, H, W] or [n, C, H, W]"),
     Row(
         "uint8 `[n, d]`",
         lambda: u8(4, 64),
@@ -216,11 +217,20 @@ def judge(row: Row, found: Any, made: Any, where: str, key: str = "data.dataset"
     return [] if alike and found.is_contiguous() else [f"{row.what} ({where}): {found.dtype} {list(found.shape)}"]
 
 
+def plain_numbers(v: np.ndarray) -> bool:
+    """Whether torch takes the array as it is."""
+    fits = v.dtype.kind in "biuf" and v.dtype.itemsize <= 8 and v.dtype.isnative and min(v.strides, default=0) >= 0
+    return fits and v.flags.writeable and not isinstance(v, np.ma.MaskedArray)
+
+
 def forms(zoo: Any, content: dict[str, Any]) -> dict[str, str]:
-    """{how it is given: data.dataset}: by a function and, where numpy can, by a file."""
+    """{how it is given: data.dataset}: by a function, as tensors where torch can, by a file where numpy can."""
     zoo.value = content
     ways = {"function": "zoo_of_data:load"}
     plain = all(isinstance(v, np.ndarray) and not v.dtype.hasobject for v in content.values())
+    if all(isinstance(v, np.ndarray) and plain_numbers(v) for v in content.values()):
+        zoo.tensors = lambda: {name: torch.from_numpy(value) for name, value in content.items()}
+        ways["tensors"] = "zoo_of_data:tensors"
     if plain and not any(np.ma.is_masked(v) for v in content.values()):
         np.savez(zoo.folder / "Mine.NPZ.npz", **content)
         ways["file"] = str((zoo.folder / "Mine.NPZ.npz").rename(zoo.folder / "mine.NPZ"))
@@ -273,7 +283,15 @@ FILES = [
     Row("some other file", lambda: b"x,y\n1,2\n", says="is not an .npz file, or truncated"),
     Row("damaged inside", lambda: pack()[:90] + b"????" + pack()[94:], says="cannot read"),
     Row("pickled arrays", lambda: pack(x_test=ragged()), says="Object arrays cannot be loaded"),
-    Row("an array is missing", lambda: pack(y_test=None), says="has no y_test"),
+    Row("arrays are missing", lambda: pack(y_test=None, x_train=None), says="has no x_train, y_test"),
+    Row("test labels are fewer", lambda: pack(y_test=np.arange(3)), says="x_test has 4 examples, y_test has 3"),
+    Row("no test examples", lambda: pack(x_test=np.ones((0, 2)), y_test=np.arange(0)), says="x_test is empty"),
+    Row("NaN among test examples", lambda: pack(x_test=np.full((4, 2), np.nan)), says="x_test has values that are NaN"),
+    Row(
+        "images for training, features for the test",
+        lambda: pack(x_train=u8(4, 2, 2)),
+        says="those of x_test are float64 [2]",
+    ),
     Row(
         "training and test examples differ",
         lambda: pack(x_test=np.ones((4, 3))),
@@ -433,7 +451,11 @@ IMAGES = [
     Row("a link to nothing", lambda: linked("nowhere.png"), says="cannot read"),
     Row("cut off", lambda: cut, says="cannot read"),
     Row("empty, or no image inside", lambda: beside("0/1.png", b""), says="cannot read"),
-    Row("two sizes", lambda: two("L", "L", turn=True), says="the same channels, height and width"),
+    Row(
+        "two sizes",
+        lambda: two("L", "L", turn=True),
+        says="is [1, 5, 6], 0.png is [1, 6, 5]; all images of all clients need the same",
+    ),
     Row("grey beside colour", lambda: two("L", "RGB"), says="the same channels, height and width"),
     Row("folders `01` and `1`", lambda: labelled("01", "1"), says="put both into one folder"),
     Row("a folder without a number", lambda: labelled("cat"), says="data.classes must name it"),
