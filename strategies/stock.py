@@ -23,7 +23,8 @@ from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.config import Config, ServerConfig
 from fedmom.errors import InputError
 from fedmom.state import ClientState
-from strategies.holders import Holder
+
+from .holders import Holder
 
 
 class Stock(NamedTuple):
