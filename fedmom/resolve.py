@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.algorithms import ALGORITHMS, theory_interval
+from fedmom.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.config import KEYS, AlgorithmConfig, Config, Loaded, Scalar, flat, load, replace
 from fedmom.errors import InputError
 from fedmom.identity import LENGTH, PLACE
@@ -128,9 +128,10 @@ _TOPOLOGY_KEYS = ("topology", "mixing-weights", "topology-degree", "topology-p")
 def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]) -> None:
     """Algorithm 2 has every client in every step, with equal weights; Algorithm 1 has no topology."""
     algorithm = config.algorithm
+    policy, named = MOMENTUM_POLICIES[algorithm.momentum_policy], algorithm.momentum_policy
     if not ALGORITHMS[algorithm.name].decentralized:
-        if algorithm.momentum_policy == "quasi-global":
-            raise InputError("algorithm.momentum-policy = 'quasi-global': needs algorithm.name = 'd-sgd-m'")
+        if policy.gossip_only:
+            raise InputError(f"algorithm.momentum-policy = {named!r}: needs algorithm.name = 'd-sgd-m'")
         idle = [f"algorithm.{name}" for name in _TOPOLOGY_KEYS if f"algorithm.{name}" in given]
         idle = [name for name in idle if flat(config)[name] != KEYS[name].default]
         if idle:
@@ -148,9 +149,9 @@ def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]
     for name, (value, wanted, why) in right.items():
         if value != wanted:
             raise InputError(f"{name} = {value!r}: with d-sgd-m {why}; leave it {wanted!r}")
-    if algorithm.momentum_policy == "quasi-global" and algorithm.num_local_steps > 1:
+    if policy.one_step and algorithm.num_local_steps > 1:
         raise InputError(
-            f"algorithm.num-local-steps = {algorithm.num_local_steps}: momentum-policy 'quasi-global' is published for "
+            f"algorithm.num-local-steps = {algorithm.num_local_steps}: momentum-policy {named!r} is published for "
             "1 step between two exchanges; set 1"
         )
 

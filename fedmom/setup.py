@@ -15,6 +15,7 @@ from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.executors import PoolOptions
 from fedmom.gossip import GossipRounds
+from fedmom.graphs import Options
 from fedmom.imports import is_spec, load_object, one_line
 from fedmom.local_data import everything
 from fedmom.memory import free_bytes
@@ -27,7 +28,7 @@ from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds import Method, Rounds
 from fedmom.schedules import LearningRate
 from fedmom.state import ClientState, Tree, num_bytes
-from fedmom.topology import Options, Topology, make_topology
+from fedmom.topology import Topology, make_topology
 from fedmom.train import Plan, beginning, round_job
 
 
