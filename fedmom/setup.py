@@ -83,15 +83,21 @@ def classification(
     augment = dataset.augment if data.augment == "auto" else data.augment
     _check_examples(config, dataset, augment)
     _check_memory(config, dataset, device)
-    model = build_model(
-        config.model.name,
-        tuple(dataset.x_train.shape[1:]),
-        dataset.num_classes,
-        seed=run.seed,
-        norm=config.model.norm,
-        hidden=config.model.hidden,
-        integers=dataset.x_train.dtype == torch.int64,
-    )
+    try:
+        model = build_model(
+            config.model.name,
+            tuple(dataset.x_train.shape[1:]),
+            dataset.num_classes,
+            seed=run.seed,
+            norm=config.model.norm,
+            hidden=config.model.hidden,
+            integers=dataset.x_train.dtype == torch.int64,
+        )
+    except RuntimeError as error:  # of torch's allocator
+        sizes = f"{dataset.num_classes} classes and examples of {list(dataset.x_train.shape[1:])}"
+        raise InputError(
+            f"model.name = {config.model.name!r}: cannot be made for {sizes}: {one_line(error)}"
+        ) from error
     return kind(
         dataset,
         model,

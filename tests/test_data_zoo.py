@@ -564,6 +564,21 @@ def test_what_the_keys_would_spoil_is_refused_before_training(zoo):
     assert not wrong, "\n".join(wrong)
 
 
+def test_what_a_model_writes_into_its_input_changes_no_example(zoo):
+    class Writes(Parity):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.mul_(0).to(self.linear.weight.dtype))
+
+    zoo.model = lambda shape, num_classes: Writes()
+    for x in (reals(4, 1), np.array([[1], [2], [3], [4]])):
+        test = torch.from_numpy(x.copy())
+        zoo.value = dict(zip(ARRAYS, (x, np.arange(4) % 2, test, np.arange(4) % 2), strict=True))
+        keys = {"data.dataset": "zoo_of_data:load", "data.num-clients": 1, "model.name": "zoo_of_data:model"}
+        task = make_task(resolve(load(keys)).config, "cpu")
+        task.evaluate(task.start())
+        np.testing.assert_array_equal(test.numpy(), x)
+
+
 def test_every_partition_gives_each_example_once_or_says_what_fits():
     for name in PARTITIONS:
         for labels, num_clients in (([0], 1), ([3] * 6, 2), ([0, 10**6, 5, 5], 2), (list(range(6)), 3)):
