@@ -22,12 +22,14 @@ from fedmom.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.datasets import DATASETS
 from fedmom.engine import PATHS
 from fedmom.errors import InputError, unknown
+from fedmom.graphs import TOPOLOGIES, WEIGHTS
 from fedmom.imports import is_spec
 from fedmom.models import MODELS, NORMS
 from fedmom.parsing import as_list, read_toml, typed, without_brackets
 from fedmom.partition import PARTITIONS, QUANTITY_LAWS
 from fedmom.schedules import SCHEDULES, UNITS
-from fedmom.topology import FILES, TOPOLOGIES, WEIGHTS
+from fedmom.stock_rules import STRATEGIES
+from fedmom.topology import FILES
 
 Scalar = str | bool | int | float
 Check = Callable[[Any], str | None]  # value -> what would be right, or None where it is
@@ -54,15 +56,6 @@ ON_FAILURE = {
 ON_LINK_FAILURE = {
     "stop": "the run stops and names the link",
     "skip": "both keep the weight of that link (symmetric W only)",
-}
-STRATEGIES = {
-    "pr-sgd-m": "ours: model, momentum and buffers averaged in client order",
-    "fedavg": "Flower's FedAvg",
-    "fedavgm": "Flower's FedAvgM: server momentum on top of FedAvg",
-    "fedadam": "Flower's FedAdam",
-    "fedtrimmedavg": "Flower's FedTrimmedAvg",
-    "krum": "Flower's Krum",
-    "dp-fedavg": "Flower's FedAvg with central differential privacy (fixed clipping at the server)",
 }
 OTHER_DATA = ("quadratic", "local")  # exact gradients; every client's own examples
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
@@ -192,7 +185,7 @@ class ServerConfig:
     momentum: float = key(0.9, "server momentum of fedavgm", within(0, 1))
     trim: float = key(0.2, "fedtrimmedavg: share cut off at each end", within(0, 0.5))
     num_malicious: int = key(0, "krum: clients that may lie", at_least(0))
-    noise_multiplier: float = key(1.0, "dp-fedavg: noise over clipping-norm", at_least(0))
+    noise_multiplier: float = key(1.0, "dp-fedavg: noise over clipping-norm (no ε is accounted)", at_least(0))
     clipping_norm: float = key(1.0, "dp-fedavg: bound on the norm of a client's update", above(0))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.choice import choose
@@ -21,7 +22,7 @@ from fedmom.errors import ClientsFailedError, InputError
 from fedmom.executors import WARM_UP_SECONDS, join_ray
 from fedmom.gossip import mean_of
 from fedmom.imports import blamed, one_line
-from fedmom.mixing import EXCHANGES, Block, combine, spread
+from fedmom.mixing import Block, combine, spread
 from fedmom.objective import Task
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import actors_device, make_plan, make_task, pool_options, set_up_torch
@@ -173,7 +174,7 @@ class Peer:
 
     def _sent(self, rows: ClientState) -> ClientState:
         """What travels: x, the real buffers, and u if the policy mixes it."""
-        momentum = rows.momentum if EXCHANGES[self.plan.method.momentum_policy].sends_momentum else {}
+        momentum = rows.momentum if MOMENTUM_POLICIES[self.plan.method.momentum_policy].sends_momentum else {}
         return ClientState(rows.params, momentum, rows.buffers)
 
     def _for(self, other: int, round_index: int) -> Tree:

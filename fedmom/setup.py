@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedmom.algorithms import ALGORITHMS, Correction, takes_key
+from fedmom.arrays import channel_axis, check_cast
 from fedmom.choice import choose
 from fedmom.config import Config, EngineConfig, replace
 from fedmom.datasets import Dataset, load_dataset
@@ -14,10 +15,11 @@ from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.executors import PoolOptions
 from fedmom.gossip import GossipRounds
+from fedmom.graphs import Options
 from fedmom.imports import is_spec, load_object, one_line
 from fedmom.local_data import everything
 from fedmom.memory import free_bytes
-from fedmom.models import build_model
+from fedmom.models import MODELS, build_model
 from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.partition import Partition, make_partition
@@ -27,7 +29,7 @@ from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds import Method, Rounds
 from fedmom.schedules import LearningRate
 from fedmom.state import ClientState, Tree, num_bytes
-from fedmom.topology import Options, Topology, make_topology
+from fedmom.topology import Topology, make_topology
 from fedmom.train import Plan, beginning, round_job
 
 
@@ -80,17 +82,23 @@ def classification(
     """The clients' objectives on these examples."""
     data, run = config.data, config.run
     augment = dataset.augment if data.augment == "auto" else data.augment
-    if augment != "none" and dataset.x_train.ndim != 4:
-        raise InputError(f"data.augment = {augment!r}: needs images, data.dataset = {data.dataset!r} has none")
+    _check_examples(config, dataset, augment)
     _check_memory(config, dataset, device)
-    model = build_model(
-        config.model.name,
-        tuple(dataset.x_train.shape[1:]),
-        dataset.num_classes,
-        seed=run.seed,
-        norm=config.model.norm,
-        hidden=config.model.hidden,
-    )
+    try:
+        model = build_model(
+            config.model.name,
+            tuple(dataset.x_train.shape[1:]),
+            dataset.num_classes,
+            seed=run.seed,
+            norm=config.model.norm,
+            hidden=config.model.hidden,
+            integers=dataset.x_train.dtype == torch.int64,
+        )
+    except RuntimeError as error:  # of torch's allocator
+        sizes = f"{dataset.num_classes} classes and examples of {list(dataset.x_train.shape[1:])}"
+        raise InputError(
+            f"model.name = {config.model.name!r}: cannot be made for {sizes}: {one_line(error)}"
+        ) from error
     return kind(
         dataset,
         model,
@@ -103,6 +111,24 @@ def classification(
         device=device,
         name=config.model.name,
     )
+
+
+def _check_examples(config: Config, dataset: Dataset, augment: str) -> None:
+    """What the keys make of these examples must be what they are."""
+    key, x = f"data.dataset = {config.data.dataset!r}", dataset.x_train
+    for split, examples in (("train", x), ("test", dataset.x_test)):
+        check_cast(key, split, examples, getattr(torch, config.run.dtype))
+    ours, real = MODELS.get(config.model.name), x.is_floating_point()
+    if ours and x.dtype == torch.int64:
+        raise InputError(
+            f"{key}: x_train has integers, and model.name = {config.model.name!r} takes real numbers: give float32 "
+            "features or uint8 images; a model of your own gets integers as they are"
+        )
+    if augment != "none" and (x.ndim != 4 or x.dtype == torch.int64):
+        raise InputError(f"data.augment = {augment!r}: needs images, {key} has none")
+    if real and x.ndim == 4 and channel_axis(x.shape[1:]) == 2 and ((ours and ours.images) or augment != "none"):
+        asks = f"data.augment = {augment!r}" if augment != "none" else f"model.name = {config.model.name!r}"
+        raise InputError(f"{asks}: {key} has x_train {list(x.shape)}, must be [n, C, H, W]: x.transpose(0, 3, 1, 2)")
 
 
 def _check_memory(config: Config, dataset: Dataset, device: str) -> None:
