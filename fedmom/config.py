@@ -22,12 +22,14 @@ from fedmom.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.datasets import DATASETS
 from fedmom.engine import PATHS
 from fedmom.errors import InputError, unknown
+from fedmom.graphs import TOPOLOGIES, WEIGHTS
 from fedmom.imports import is_spec
 from fedmom.models import MODELS, NORMS
 from fedmom.parsing import as_list, read_toml, typed, without_brackets
 from fedmom.partition import PARTITIONS, QUANTITY_LAWS
 from fedmom.schedules import SCHEDULES, UNITS
-from fedmom.topology import FILES, TOPOLOGIES, WEIGHTS
+from fedmom.stock_rules import STRATEGIES
+from fedmom.topology import FILES
 
 Scalar = str | bool | int | float
 Check = Callable[[Any], str | None]  # value -> what would be right, or None where it is
@@ -54,15 +56,6 @@ ON_FAILURE = {
 ON_LINK_FAILURE = {
     "stop": "the run stops and names the link",
     "skip": "both keep the weight of that link (symmetric W only)",
-}
-STRATEGIES = {
-    "pr-sgd-m": "ours: model, momentum and buffers averaged in client order",
-    "fedavg": "Flower's FedAvg",
-    "fedavgm": "Flower's FedAvgM: server momentum on top of FedAvg",
-    "fedadam": "Flower's FedAdam",
-    "fedtrimmedavg": "Flower's FedTrimmedAvg",
-    "krum": "Flower's Krum",
-    "dp-fedavg": "Flower's FedAvg with central differential privacy (fixed clipping at the server)",
 }
 OTHER_DATA = ("quadratic", "local")  # exact gradients; every client's own examples
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
@@ -192,7 +185,7 @@ class ServerConfig:
     momentum: float = key(0.9, "server momentum of fedavgm", within(0, 1))
     trim: float = key(0.2, "fedtrimmedavg: share cut off at each end", within(0, 0.5))
     num_malicious: int = key(0, "krum: clients that may lie", at_least(0))
-    noise_multiplier: float = key(1.0, "dp-fedavg: noise over clipping-norm", at_least(0))
+    noise_multiplier: float = key(1.0, "dp-fedavg: noise over clipping-norm (no ε is accounted)", at_least(0))
     clipping_norm: float = key(1.0, "dp-fedavg: bound on the norm of a client's update", above(0))
 
 
@@ -201,7 +194,9 @@ class SimulationConfig:
     clients_per_node: int = key(1, "clients that one simulated Flower node holds", at_least(1))
     num_actors: int = key(0, "Ray actors; 0: as many as fit", at_least(0))
     num_cpus: float = key(1.0, "CPU cores per actor", at_least(0))
-    num_gpus: float = key(0.0, "GPUs per actor; a fraction lets several share one", at_least(0))
+    num_gpus: float = key(
+        0.0, "GPUs per actor; a fraction lets several share one; 0: a share where engine.device is cuda", at_least(0)
+    )
     ray_address: str = key("", "a Ray cluster to join; empty: start Ray here")
     retries: int = key(2, "how often a message is tried again after its actor died", at_least(0))
     on_link_failure: str = key("stop", "d-sgd-m with engine.workers: when rows do not arrive", ON_LINK_FAILURE)

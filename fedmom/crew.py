@@ -21,12 +21,13 @@ from types import FrameType
 from typing import NamedTuple
 
 from fedmom.callbacks import STOPPING, Callback
-from fedmom.config import Scalar, parse_sets
+from fedmom.config import Scalar, load, parse_sets
 from fedmom.errors import InputError
 from fedmom.files import CONFIG
 from fedmom.imports import one_line
 from fedmom.progress import Quiet
 from fedmom.runner import run
+from fedmom.setup import share_of_gpus
 from fedmom.state import ClientState
 from fedmom.trackers import Tracking
 from fedmom.train import Record
@@ -273,7 +274,9 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
             os.chdir(here)
         return lambda cell: Ended(cell, "", "", 0.0) if stop.exists() else run_cell(work, cell, [Asked(stop.exists)])
 
-    options = PoolOptions(num_workers=min(workers, len(cells)), ray_address="" if address == "local" else address)
+    count = min(workers, len(cells))
+    share = share_of_gpus(load(work.config or {}, work.sets).config, count)
+    options = PoolOptions(num_workers=count, num_gpus=share, ray_address="" if address == "local" else address)
     try:
         with Pool(make_worker, options) as pool, Requests() as requests:
             cell_of = {cell.name: cell for cell in cells}

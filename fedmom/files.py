@@ -75,14 +75,14 @@ def over_text(path: Path, text: str) -> None:
         file.truncate()
 
 
-def write_tensors(path: Path, tensors: Tree, about: dict[str, Any], *, checked: bool = False) -> None:
+def write_tensors(path: Path, tensors: Tree, about: dict[str, Any]) -> None:
     """A safetensors file; the same tensors and `about` give the same bytes.
 
-    checked: with a checksum, by which a reader finds a damaged disk or copy.
+    Those that a run goes on from get a checksum, by which a damaged disk or copy is found.
     """
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps(about, sort_keys=True)
-    if checked:
+    if path.name in (CHECKPOINT, CLIENTS):
         text = f"crc32:{_checksum(content, text)} {text}"
     # One metadata entry: safetensors keeps several in a hash map, whose order differs from process to process.
     data = save(content, {"fedmom": text})

@@ -200,8 +200,8 @@ class RunFolder:
             # Rows of another round than the checkpoint's were left by a kill; the ones it needs are in `previous`.
             if clients.exists() and checkpoint.exists() and read_about(clients) == read_about(checkpoint):
                 os.replace(clients, previous)
-            write_tensors(clients, flatten(rows), about, checked=True)
-        write_tensors(checkpoint, _checkpointed(done), about, checked=True)
+            write_tensors(clients, flatten(rows), about)
+        write_tensors(checkpoint, _checkpointed(done), about)
         previous.unlink(missing_ok=True)
 
     def save_final(self, done: Progressed, stamp: dict[str, Any]) -> None:

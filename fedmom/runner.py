@@ -26,7 +26,7 @@ from fedmom.resolve import resolve, resume_config
 from fedmom.rounds import Rounds
 from fedmom.setup import make_engine, make_plan, make_task, resolve_device
 from fedmom.state import num_bytes
-from fedmom.status import Heart
+from fedmom.status import Heart, read_status
 from fedmom.train import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 
 # (configuration, task, plan) -> the configuration with what was chosen, who runs the rounds, and notes
@@ -268,6 +268,9 @@ class _Run:
         if not self.folder:
             return done
         if resumed:
+            before = read_status(self.folder.path)
+            if before.status not in ("done", "running", "unfinished"):
+                self.notes.append(f"it was {before.text}")
             done, self.stamp = self.folder.load(self.identity, done, self.task.device)
             # A finished run keeps its last round's evaluation; in a longer one that round is like any other.
             every = self.config.run.eval_every if done.round < self.plan.num_rounds else 1

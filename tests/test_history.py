@@ -44,9 +44,10 @@ def test_one_flipped_bit_anywhere_is_refused_in_one_line(tmp_path, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
 def test_a_checksum_is_of_every_kind_of_tensor(tmp_path, dtype):
     tensors = {"a": torch.ones(2, 3).to(dtype).T, "none": torch.ones(0, 3).to(dtype), "one": torch.ones(()).to(dtype)}
-    write_tensors(tmp_path / "x", tensors, {"round": 1}, checked=True)
-    found, about = read_tensors(tmp_path / "x")
-    assert about == read_about(tmp_path / "x") == {"round": 1}
+    write_tensors(tmp_path / CHECKPOINT, tensors, {"round": 1})
+    found, about = read_tensors(tmp_path / CHECKPOINT)
+    assert about == read_about(tmp_path / CHECKPOINT) == {"round": 1}
+    assert b"crc32:" in (tmp_path / CHECKPOINT).read_bytes()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fedmom
-from fedmom import cli, output, terminal
+from fedmom import cli, output, pictures, terminal
 from fedmom.output import Output, steady_output
 from fedmom.records import CHECKPOINT, FINAL, read_about
 from fedmom.status import read_status
@@ -22,7 +22,8 @@ LETTERS = "γ = 0.1 · N × I – û ≤ ∞ ⌈n⌉ ⠁⠀ │ naïve 😀 \udc
 
 
 @pytest.fixture
-def workplace(in_tmp):
+def workplace(in_tmp, monkeypatch):
+    monkeypatch.setattr(pictures, "draw_curves", lambda runs, path: None)  # which take time
     Path("q.toml").write_text(QUADRATIC)
     return in_tmp
 
@@ -75,7 +76,7 @@ def test_what_cannot_be_written_is_dropped(error, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_no_command_dies_of_a_terminal_with_few_letters(workplace, monkeypatch, encoding):
-    for words in (["run", "q.toml", "--out", "x"], ["watch", "x"], ["keys"], ["run", "--help"], ["report", "x"]):
+    for words in (["run", "q.toml", "--out", "x"], ["watch", "x"], ["keys"], ["run", "--help"]):
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
         assert cli.call(words) == 0, words
@@ -134,6 +135,7 @@ def test_a_tilde_is_home_in_every_path(workplace, monkeypatch, capsys):
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     (home / "q.toml").write_text(QUADRATIC)
+    (home / "digits.toml").write_text("[data]\nnum-clients = 3\n")
     (home / "w.csv").write_text("0.5,0.5\n0.5,0.5\n")
     sets = {"algorithm.name": "d-sgd-m", "algorithm.topology": "~/w.csv"}
     quiet = [fedmom.Callback()]
@@ -143,11 +145,11 @@ def test_a_tilde_is_home_in_every_path(workplace, monkeypatch, capsys):
         ["run", "~/q.toml", "--out=~/b"],
         ["run", "q.toml", "--set", "run.out=~/c"],
         ["run", "--resume=~/c", "--set", "run.num-rounds=4"],
-        ["report", "~/b", "--out=~/r"],
+        ["partition", "~/digits.toml", "--out=~/p.png"],
         ["watch", "~/b"],
     ):
         assert cli.call([*words]) == 0, (words, capsys.readouterr().err)
-    assert {"a", "b", "c", "r"} <= {path.name for path in home.iterdir()}
+    assert {"a", "b", "c", "p.png"} <= {path.name for path in home.iterdir()}
     assert not [path for path in workplace.rglob("*") if path.name.startswith("~")]
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import fedmom
-from fedmom import records, status
+from fedmom import files, records, status
+from fedmom.errors import InputError
 from fedmom.status import read_status
 
 QUADRATIC = {
@@ -133,6 +134,55 @@ def test_a_refused_resume_leaves_the_status_as_it_was(tmp_path):
     fedmom.run(QUADRATIC, out=tmp_path, callbacks=[At(2, lambda: throw(KeyboardInterrupt()))])
     before = (tmp_path / records.STATUS).read_bytes()
     (tmp_path / records.CHECKPOINT).write_bytes(b"broken")
-    with pytest.raises(fedmom.InputError):
+    with pytest.raises(InputError):
         fedmom.run(resume=tmp_path, callbacks=[fedmom.Callback()])
     assert (tmp_path / records.STATUS).read_bytes() == before
+
+
+def test_a_resume_says_how_the_run_was(tmp_path):
+    notes = []
+
+    class Listen(fedmom.Callback):
+        def on_start(self, start):
+            notes.extend(start.notes)
+
+    with contextlib.suppress(ValueError):
+        fedmom.run(QUADRATIC, out=tmp_path, callbacks=[At(2, lambda: throw(ValueError("mine")))])
+    fedmom.run(resume=tmp_path, callbacks=[Listen()])
+    assert "it was failed: ValueError: mine" in notes
+
+
+def test_a_full_disk_still_takes_the_last_word(tmp_path, monkeypatch):
+    """The file's own place is written over where no new file can be made."""
+
+    def full(path, sync=True):
+        raise InputError(f"{path}: cannot be written (No space left on device)")
+
+    def fill():
+        monkeypatch.setattr(files, "whole_file", full)
+
+    with pytest.raises(InputError, match="No space left"):
+        fedmom.run(QUADRATIC, sets={"run.checkpoint-every": 3}, out=tmp_path, callbacks=[At(2, fill)])
+    monkeypatch.undo()
+    found = read_status(tmp_path)
+    assert (found.status, found.round) == ("failed", 3)
+    assert "No space left on device" in found.reason
+    assert fedmom.run(resume=tmp_path, callbacks=[fedmom.Callback()]).status == "done"
+
+
+@pytest.mark.parametrize("name", [records.CONFIG, records.ROUNDS, records.CHECKPOINT])
+def test_a_kill_loses_no_environment(tmp_path, monkeypatch, name):
+    """As of any file that appears whole: at the moment at which each file is there, environment.json is."""
+    replace, seen = os.replace, []
+
+    def look(source, target):
+        replace(source, target)
+        if Path(target).name == name:
+            seen.append((tmp_path / records.ENVIRONMENT).is_file())
+
+    monkeypatch.setattr(os, "replace", look)
+    fedmom.run(QUADRATIC, out=tmp_path, callbacks=[fedmom.Callback()])
+    assert all(seen)
+    (tmp_path / records.ENVIRONMENT).unlink()
+    fedmom.run(resume=tmp_path, callbacks=[fedmom.Callback()])
+    assert (tmp_path / records.ENVIRONMENT).is_file()
