@@ -223,7 +223,7 @@ def test_a_resumed_run_notices_that_a_clients_data_changed(tmp_path):
     assert (again.status, len(again.rounds)) == ("done", 2)
     held = dict(np.load(tmp_path / "client-1.npz"))
     np.savez(tmp_path / "client-1.npz", **{name: value[:-1] for name, value in held.items()})
-    with pytest.raises(InputError, match="own data were changed since"):
+    with pytest.raises(InputError, match="what the clients hold was changed since"):
         fedmom.run(resume=tmp_path / "run", sets={"run.num-rounds": 3})
 
 
