@@ -31,7 +31,8 @@ def query(message: Message, context: Context) -> Message:
     answer = ConfigRecord({"clients": _held(context).tolist()})
     asked = message.content.config_records.get("config", {})
     if asked.get("facts", False):
-        facts = facts_of(read_source(_own_source(context), settled(context.run_config).data.classes))
+        config = settled(context.run_config)
+        facts = facts_of(read_source(_own_source(context), config.data.classes), config.run.dtype)
         for name, value in facts._asdict().items():
             answer[name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
     elif asked.get("engine", False) or not _is_local(context):

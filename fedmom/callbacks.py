@@ -103,8 +103,8 @@ def interrupts_held() -> Iterator[None]:
         yield
         return
     held: list[tuple[int, FrameType | None]] = []
-    # One whose handler is not Python's cannot be put back, so it is left alone.
-    numbers = [number for number in STOPPING if signal.getsignal(number) is not None]
+    # One whose handler is not Python's cannot be put back, so it is left alone, as one that is ignored (nohup) is.
+    numbers = [number for number in STOPPING if signal.getsignal(number) not in (None, signal.SIG_IGN)]
     before = {number: signal.signal(number, lambda number, frame: held.append((number, frame))) for number in numbers}
     try:
         yield

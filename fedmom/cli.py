@@ -11,10 +11,9 @@ from typing import Annotated
 import click
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from typer.core import TyperGroup
 
-from fedmom import data_cli, results_cli, tables
+from fedmom import data_cli, results_cli, sweep_cli
 from fedmom.config import parse_sets
 from fedmom.deploy.cli import app as deploy_app
 from fedmom.errors import InputError
@@ -26,23 +25,22 @@ from fedmom.progress import Replies, callbacks
 from fedmom.ray_grid import simulate_app
 from fedmom.runner import run as run_config
 from fedmom.runner import run_folders
-from fedmom.sweep import Ended, best_table, cells_of, check, drawn, full, listed, metric_of, parse_grid, sweep
 from fedmom.terminal import (
     BAD_INPUT,
     DONE,
     INTERRUPTED,
-    STATUS,
     ConfigFile,
     Out,
     Quiet,
     Resume,
     Sets,
+    Tracks,
     exit_status,
     fresh_folder,
     heed_signals,
     show_run,
 )
-from fedmom.trackers import TRACKERS, Tracking, make_trackers
+from fedmom.trackers import Tracking
 
 
 class Commands(TyperGroup):
@@ -66,11 +64,6 @@ app = typer.Typer(
 )
 
 app.add_typer(deploy_app)
-
-Tracks = Annotated[
-    list[str] | None,
-    typer.Option("--track", metavar="|".join(TRACKERS), help="Who else hears of every round; may be repeated."),
-]
 
 
 @app.command()
@@ -173,67 +166,7 @@ def simulate_flower_app(
 app.command()(data_cli.partition)
 
 
-@app.command("sweep")
-def sweep_command(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
-    grid: Annotated[
-        list[str] | None,
-        typer.Option("--grid", metavar="SECTION.KEY=V,V,…", help="Values of a key; several make all combinations."),
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Run every combination with run.seed 0 … n − 1.", min=1)] = 1,
-    sets: Sets = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Holds the run folders (default: runs/NAME-sweep).")
-    ] = None,
-    workers: Annotated[int, typer.Option("--workers", help="Runs at a time, each in its process.", min=1)] = 1,
-    ray: Annotated[
-        str, typer.Option("--ray", metavar="local|HOST:PORT", help="Runs on Ray actors, --workers of them.")
-    ] = "",
-    some: Annotated[
-        int, typer.Option("--random", metavar="N", help="That many combinations at random instead of all.", min=0)
-    ] = 0,
-    file: Annotated[
-        Path | None, typer.Option("--list", metavar="FILE.toml", help="Combinations from tables [[run]] instead.")
-    ] = None,
-    metric: Annotated[
-        str, typer.Option("--metric", help="A key of rounds.jsonl to rank by (default: accuracy, else loss).")
-    ] = "",
-    track: Tracks = None,
-) -> int:
-    """Run a configuration with every combination of some keys and several seeds; rank the combinations.
-
-    fedmom sweep configs/quickstart.toml --grid algorithm.num-local-steps=1,4,16 --grid data.alpha=0.1,1 --seeds 3
-
-    Every run is an ordinary run folder in DIR. The same command again goes on where the last one stopped: what is done
-    is not run again.
-    """
-    if bool(grid) == bool(file):
-        raise InputError("give --grid SECTION.KEY=V,V,… (once or more) or --list FILE.toml")
-    values = parse_grid(grid or ())
-    combinations = listed(file) if file else drawn(values, some, 0) if some else full(values)
-    cells = cells_of(combinations, range(seeds))
-    folder = out or Path("runs") / f"{config.stem}-sweep"
-    make_trackers(track or ())  # one that is not installed is said before anything runs
-    check(config, cells, folder, sets or ())
-    console, ended = Console(stderr=True, highlight=False), list[Ended]()
-    heed_signals()
-    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=len(cells))
-        for one in sweep(config, cells, folder, sets=sets or (), workers=workers, ray=ray, track=track or ()):
-            ended.append(one)
-            bar.advance(task)
-            if one.status == "done":  # a wrong name is found at the first run's end, not at the last one's
-                metric = metric_of(folder / one.cell.name, metric)
-            if one.seconds or one.status != "done":
-                why = f": {one.message}" if one.message else f" in {one.seconds:.0f} s"
-                bar.console.print(f"{len(ended)}/{len(cells)} {one.cell.name}: {one.status}{why}")
-    if ended and ended[-1].status == "interrupted":
-        return _complain(f"interrupted; the same command goes on from {folder}", INTERRUPTED)
-    if metric:
-        print(tables.as_text(*best_table(ended, folder, metric)))
-    print(folder)
-    worst = [STATUS[one.status] for one in ended if one.status != "done"]
-    return max(worst, default=DONE)
+app.command()(sweep_cli.sweep)
 
 
 for command in (

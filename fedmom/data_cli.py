@@ -129,7 +129,7 @@ def datasets(
         return DONE
     rows = [[name, entry.summary] for name, entry in DATASETS.items()]
     rows.append(["quadratic", "f_i(x) = Σ h/2 (x − c)², exact gradients: data.curvatures, centers, start, noise-sigma"])
-    rows.append(["FILE.npz", "arrays x_train, y_train, x_test, y_test (uint8 images or float features)"])
+    rows.append(["FILE.npz", "arrays x_train, y_train, x_test, y_test (uint8 images, float features, integer ids)"])
     rows.append(["module:function", "your own: returns those four arrays"])
     _print_list(rows)
     return DONE

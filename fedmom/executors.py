@@ -457,7 +457,7 @@ def _num_workers(ray: Any, options: PoolOptions) -> int:
         if wanted[kind] > most:
             right = (
                 f"Ray sees at most {most:g} {kind}s on one machine" if most else f"Ray sees no {kind} here; set it to 0"
-            )
+            ) + (" and engine.device to cpu" if kind == "GPU" and not most else "")
             raise InputError(f"simulation.{key} = {wanted[kind]:g}: {right}")
     if not any(wanted.values()):  # nothing limits them
         return options.num_workers or sum(int(node.get("CPU", 0)) for node in nodes)

@@ -106,10 +106,16 @@ class Node:
                 rows = {n: u.expand(size, *u.shape) for n, u in start.momentum.items()}
             job = clients_job(self.task, self.plan, 0, clients, rows)
             path, chunk_size = wanted.path, wanted.chunk_size
-            own_rows = self.plan.topology is not None
             with blamed(self._keys):
                 choice = choose(
-                    self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size, own_rows=own_rows
+                    self.task,
+                    self.plan.method,
+                    start,
+                    job,
+                    path=path,
+                    chunk_size=chunk_size,
+                    own_rows=self.plan.topology is not None,
+                    steady=self.plan.steady,
                 )
             self._choices[size] = (choice.path, wanted.chunk_size or choice.chunk_size)
         return self._choices[size]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.choice import choose
@@ -21,10 +22,10 @@ from fedmom.errors import ClientsFailedError, InputError
 from fedmom.executors import WARM_UP_SECONDS, join_ray
 from fedmom.gossip import mean_of
 from fedmom.imports import blamed, one_line
-from fedmom.mixing import EXCHANGES, Block, combine, spread
+from fedmom.mixing import Block, combine, spread
 from fedmom.objective import Task
 from fedmom.rounds import Outcome, Progress, Round
-from fedmom.setup import make_plan, make_task, pool_options, set_up_torch
+from fedmom.setup import actors_device, make_plan, make_task, pool_options, set_up_torch
 from fedmom.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
 from fedmom.topology import Mixing
 from fedmom.train import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
@@ -173,7 +174,7 @@ class Peer:
 
     def _sent(self, rows: ClientState) -> ClientState:
         """What travels: x, the real buffers, and u if the policy mixes it."""
-        momentum = rows.momentum if EXCHANGES[self.plan.method.momentum_policy].sends_momentum else {}
+        momentum = rows.momentum if MOMENTUM_POLICIES[self.plan.method.momentum_policy].sends_momentum else {}
         return ClientState(rows.params, momentum, rows.buffers)
 
     def _for(self, other: int, round_index: int) -> Tree:
@@ -226,15 +227,15 @@ class PeerRounds:
                 f"simulation.on-link-failure = 'skip': topology {plan.topology.name!r} is directed, and leaving out a "
                 "link would make W neither mean- nor consensus-preserving; use stop"
             )
-        options = pool_options(config)
         num_clients = len(task.sizes)
         wanted = min(config.engine.workers, num_clients)
+        self.options = options = pool_options(replace(config, "engine", workers=wanted))
         self._ray, self._started, _ = join_ray(options, wanted)
         try:
             self.blocks = np.array_split(np.arange(num_clients), wanted)
             self.limit = config.simulation.straggler_seconds
             self.seconds = self.limit or LINK_SECONDS
-            inside = replace(config, "engine", device="cuda" if options.num_gpus else "cpu", threads=0, workers=0)
+            inside = replace(config, "engine", device=actors_device(options), threads=0, workers=0)
             actor = self._ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Peer)
             self.peers = [actor.remote(inside, number, self.blocks) for number in range(wanted)]
             self.at = -1  # rounds that the peers' rows have behind them
@@ -378,6 +379,7 @@ def make_peer_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Pe
     rounds = PeerRounds(config, task, plan)
     path, chunk_size = rounds.path, rounds.chunk_size
     settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
+    settled = replace(settled, "simulation", num_gpus=rounds.options.num_gpus)
     biggest = max(map(len, rounds.blocks))
-    what = f"{len(rounds.peers)} Ray actors of at most {biggest} clients"
+    what = f"{len(rounds.peers)} Ray actors on {actors_device(rounds.options)}, of at most {biggest} clients"
     return settled, rounds, [f"{what} exchange rows directly; each {path} × {chunk_size}"]

@@ -13,11 +13,14 @@ from fedmom.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal
 from fedmom.train import Record
 
 
-def draw_report(runs: Sequence[RunHistory], out_dir: Path) -> dict[str, Path]:
-    """Write curves.png and report.md (the tables, and the picture linked) into `out_dir`."""
+def draw_report(runs: Sequence[RunHistory], out_dir: Path, notes: Sequence[str] = ()) -> dict[str, Path]:
+    """Write curves.png and report.md (the tables, and the picture linked) into `out_dir`.
+
+    notes: what was left out, or is not finished; both files say so.
+    """
     paths = {"curves": out_dir / "curves.png", "report": out_dir / "report.md"}
-    pictures.draw_curves(runs, paths["curves"])
-    parts = ["# Runs", "![Curves of the runs](curves.png)"]
+    pictures.draw_curves(runs, paths["curves"], *[list(notes)] * bool(notes))
+    parts = ["# Runs", "![Curves of the runs](curves.png)", *notes]
     parts += ["## At the end", as_markdown(*summary_table(runs))]
     parts += ["Values of the last evaluation; client-steps/s is the median over the rounds."]
     for axis, name in AXES.items():

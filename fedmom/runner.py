@@ -135,6 +135,13 @@ def local_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds
     return make_worker_rounds(config, task, plan)
 
 
+def check_place(config: Config, *, here: bool) -> None:
+    """InputError unless a run of this (settled) configuration can be made: its backend and, if here, its device."""
+    _check_backend(config, None)
+    if here and config.run.backend == "engine":
+        resolve_device(config)
+
+
 def _check_backend(config: Config, rounds: MakeRounds | None) -> None:
     backend, strategy = config.run.backend, config.server.strategy
     if backend == "flower" and rounds is None:

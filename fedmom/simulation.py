@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import fedmom
-from fedmom.config import Config, flat
+from fedmom.config import Config, flat, replace
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.files import at_home
 from fedmom.runner import Callback, Result, listening
@@ -30,12 +30,11 @@ def simulate(
 
     _check_writable(out)
     num_nodes = -(-config.data.num_clients // config.simulation.clients_per_node)
-    where = {"run.out": str(out or ""), "run.resume": str(resume or "")}
+    options = pool_options(replace(config, "engine", workers=0))
+    where = {"run.out": str(out or ""), "run.resume": str(resume or ""), "simulation.num-gpus": options.num_gpus}
     with listening(callbacks) as heard:
         try:
-            simulate_app(
-                app_folder(app), num_nodes=num_nodes, run_config={**flat(config), **where}, options=pool_options(config)
-            )
+            simulate_app(app_folder(app), num_nodes=num_nodes, run_config={**flat(config), **where}, options=options)
         except RunStoppedError:
             if heard.result is None:
                 raise

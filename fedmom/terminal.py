@@ -16,6 +16,7 @@ from rich.console import Console
 from fedmom.callbacks import STOPPING
 from fedmom.errors import InputError
 from fedmom.report import finished
+from fedmom.trackers import TRACKERS
 from fedmom.train import Record
 
 DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
@@ -33,6 +34,10 @@ Resume = Annotated[
     typer.Option("--resume", metavar="DIR", help="Go on with this run folder; CONFIG may be left out."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")]
+Tracks = Annotated[
+    list[str] | None,
+    typer.Option("--track", metavar="|".join(TRACKERS), help="Who else hears of every round; may be repeated."),
+]
 
 
 def fresh_folder(config: Path) -> Path:

@@ -16,11 +16,11 @@ from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.config import Config, replace
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.executors import Failure, Pool, PoolOptions
+from fedmom.executors import Failure, Pool
 from fedmom.node import Node, Trained
 from fedmom.objective import Task
 from fedmom.rounds import Outcome, Progress, Round
-from fedmom.setup import pool_options
+from fedmom.setup import actors_device, pool_options
 from fedmom.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
 from fedmom.train import Plan
 from fedmom.wire import as_tensor
@@ -139,9 +139,7 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
     Raises InputError where the actors cannot be had.
     """
     options = pool_options(config)
-    options = PoolOptions(**{**vars(options), "num_workers": config.engine.workers, "count_key": "engine.workers"})
-    # Ray hides the GPUs from an actor that asked for none.
-    inside = replace(config, "engine", device="cuda" if options.num_gpus else "cpu", threads=0, workers=0)
+    inside = replace(config, "engine", device=actors_device(options), threads=0, workers=0)
     pool = Pool(partial(make_worker, inside), options)
     try:
         model = num_bytes(task.start().params)
@@ -155,7 +153,8 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
         pool.close()
         raise
     settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
-    notes = [f"{pool.num_workers} Ray actors, each {path} × {chunk_size}"]
+    settled = replace(settled, "simulation", num_gpus=options.num_gpus)
+    notes = [f"{pool.num_workers} Ray actors on {inside.engine.device}, each {path} × {chunk_size}"]
     return settled, WorkerRounds(pool, task, plan.method.running_var, path, chunk_size), notes
 
 

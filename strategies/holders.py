@@ -10,7 +10,8 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedmom.errors import InputError
-from strategies.dispatch import OVERDUE, Exchange, anew, exchange
+
+from .dispatch import OVERDUE, Exchange, anew, exchange
 
 _QUERY_WINDOW = 256
 _SECONDS_BETWEEN_LOOKS = 1.0

@@ -26,13 +26,14 @@ from fedmom.rounds import Rounds
 from fedmom.runner import Callback, is_heard, run
 from fedmom.state import num_bytes
 from fedmom.train import Plan
-from strategies.averaging import PRSGDM
-from strategies.failures import Clients
-from strategies.gossip import DSGDM, RelayRounds
-from strategies.holders import ask
-from strategies.local import LocalClassification, local_task
-from strategies.rounds import AveragingRounds, StockRounds
-from strategies.stock import make_stock
+
+from .averaging import PRSGDM
+from .failures import Clients
+from .gossip import DSGDM, RelayRounds
+from .holders import ask
+from .local import LocalClassification, local_task
+from .rounds import AveragingRounds, StockRounds
+from .stock import make_stock
 
 app = ServerApp()
 
