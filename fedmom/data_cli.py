@@ -12,9 +12,10 @@ from rich.console import Console
 from fedmom import pictures, tables
 from fedmom.bench import as_rows
 from fedmom.bench import bench as measure
-from fedmom.config import KEYS, load, replace, toml_scalar
+from fedmom.config import KEYS, flat, load, replace, toml_scalar
 from fedmom.datasets import DATASETS, download
 from fedmom.errors import InputError
+from fedmom.imports import blamed
 from fedmom.models import MODELS
 from fedmom.report import draw_or_say_why
 from fedmom.resolve import resolve
@@ -67,7 +68,9 @@ def bench(
     loaded = load(config, sets or ())
     console = Console(stderr=True)
     with console.status("…") as status:
-        found = measure(resolve(loaded).config, seconds=seconds, progress=lambda text: status.update(f"{text} …"))
+        settled = resolve(loaded).config
+        with blamed(flat(settled)):
+            found = measure(settled, seconds=seconds, progress=lambda text: status.update(f"{text} …"))
     for note in found.notes:
         print(note)
     print(tables.as_text([str(config), ""], as_rows(found)))

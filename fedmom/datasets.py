@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmom.array_files import ARRAYS, idx_files, read_idx, read_npz_arrays
 from fedmom.arrays import checked_whole, count_classes, kind_of
 from fedmom.errors import InputError, unknown
+from fedmom.files import at_home
 from fedmom.imports import is_spec, load_object, one_line
 
 
@@ -82,13 +83,13 @@ Arrays = tuple[object, object, object, object]  # x_train, y_train, x_test, y_te
 def load_dataset(name: str, data_dir: str = "data") -> Dataset:
     """One of DATASETS, the path of an .npz file, or the user's "module:function"."""
     if name.lower().endswith(".npz"):
-        path = Path(name).expanduser()
+        path = at_home(name)
         return _user_dataset(name, _read_npz(f"data.dataset = {name!r}", path))
     if is_spec(name):
         return _call_user(name, data_dir)
     if name not in DATASETS:
         raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", '"module:function"'])
-    arrays = _digits() if name == "digits" else _find(name, Path(data_dir).expanduser())
+    arrays = _digits() if name == "digits" else _find(name, at_home(data_dir))
     return _named_dataset(name, arrays)
 
 
@@ -101,7 +102,7 @@ def download(name: str, data_dir: str) -> None:
     dataset_class = _torchvision_class(name)
     try:
         for train in (True, False):
-            dataset_class(root=str(Path(data_dir).expanduser()), train=train, download=True)
+            dataset_class(root=str(at_home(data_dir)), train=train, download=True)
     except Exception as error:  # torchvision lets through whatever the network and the disk raise
         raise InputError(f"data.dataset = {name!r}: the download to {data_dir!r} failed: {one_line(error)}") from error
 

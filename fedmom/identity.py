@@ -170,6 +170,9 @@ class _Reached:
     """(where, source or value) of what can be reached from one object."""
 
     def __init__(self, value: Any) -> None:
+        # The package that the configuration names is the user's, though it be installed like a library; not torch's.
+        package = str(getattr(inspect.unwrap(value), "__module__", "")).partition(".")[0]
+        self._package = "" if package in ("torch", "torchvision") else package
         self.parts: set[tuple[str, str]] = set()
         self._seen: set[int] = set()
         self._kept: list[Any] = []  # so that no id is given twice
@@ -200,7 +203,7 @@ class _Reached:
             self.parts.add((where, repr(value)))
         elif isinstance(value, Tensor | np.ndarray):
             self.parts.add((where, of_tensors({"": torch.as_tensor(value)})))
-        elif _is_owned(type(value)):
+        elif self._is_owned(type(value).__module__):
             self._class(type(value))
             self._later(where, vars(value) if hasattr(value, "__dict__") else {})
 
@@ -208,7 +211,7 @@ class _Reached:
         self._waiting += [(f"{where}.{name}", value) for name, value in values.items()]
 
     def _class(self, cls: type) -> None:
-        if _is_owned(cls):
+        if self._is_owned(cls.__module__):
             self._source(cls)
             # Of names like __firstlineno__ Python makes its own.
             own = {n: v for n, v in vars(cls).items() if isinstance(v, FunctionType) or not n.startswith("__")}
@@ -221,7 +224,7 @@ class _Reached:
         for cell, name in zip(function.__closure__ or (), code.co_freevars, strict=True):
             with contextlib.suppress(ValueError):  # not filled yet
                 self._later(where, {name: cell.cell_contents})
-        if not is_own_file(code.co_filename):
+        if not self._is_owned(function.__module__) and not is_own_file(code.co_filename):
             return
         self._source(function)
         self._later(where, {"defaults": function.__defaults__, "more": function.__kwdefaults__})
@@ -235,11 +238,15 @@ class _Reached:
         """What a name in a function stands for; of a module, what that function takes from it."""
         if not isinstance(value, ModuleType):
             self._later("", {where: value})
-        elif is_own_file(getattr(value, "__file__", None) or "<"):
+        elif self._is_owned(value.__name__):
             for name in names:
                 inner = getattr(value, name, None)
                 if inner is not None and inner is not value:
                     self._named(f"{value.__name__}.{name}", inner, [n for n in names if n != name])
+
+    def _is_owned(self, name: str | None) -> bool:
+        file = getattr(sys.modules.get(name or ""), "__file__", None) or "<"
+        return str(name).partition(".")[0] == self._package or is_own_file(file)
 
     def _source(self, thing: Any) -> None:
         try:
@@ -251,11 +258,6 @@ class _Reached:
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-
-
-def _is_owned(cls: type) -> bool:
-    module = sys.modules.get(cls.__module__)
-    return is_own_file(getattr(module, "__file__", None) or "<")
 
 
 def _names_in(code: CodeType) -> list[str]:

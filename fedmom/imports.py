@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,9 +56,10 @@ def memory_is_full(error: BaseException) -> bool:
 
 
 _CPU_IS_FULL = "DefaultCPUAllocator"
-_HERE = os.path.dirname(__file__)
 _TORCH = f"{os.sep}torch{os.sep}"
-_LIBRARIES = (_HERE, f"{os.sep}site-packages{os.sep}", f"{os.sep}lib{os.sep}python", "<")
+_OURS = (os.path.dirname(__file__), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")))
+_OUTSIDE = tuple(os.path.join(path, "") for path in _OURS)
+_PACKAGES = tuple(f"{os.sep}{name}-packages{os.sep}" for name in ("site", "dist"))
 
 
 def place_of(error: BaseException) -> str:
@@ -68,7 +70,7 @@ def place_of(error: BaseException) -> str:
 
 def is_own_file(filename: str) -> bool:
     """Whether a file of code is the user's, and neither ours nor a library's."""
-    return not any(part in filename for part in _LIBRARIES)
+    return not filename.startswith((*_OUTSIDE, "<")) and not any(part in filename for part in _PACKAGES)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from fedmom.array_files import read_npz_arrays
 from fedmom.arrays import check_cast, checked_part, count_classes, dtype_name, kind_of
 from fedmom.datasets import Dataset
 from fedmom.errors import InputError
+from fedmom.files import at_home
 from fedmom.images import read_images
 from fedmom.partition import Partition
 
@@ -74,7 +75,7 @@ def from_record(record: Mapping[str, Any]) -> Common:
 
 def client_source(data_dir: str, client: int) -> Path:
     """Where a client's examples lie below `data_dir`: client-C.npz, client-C/data (as in a deployment), client-C."""
-    root = Path(data_dir).expanduser()
+    root = at_home(data_dir)
     file, folder = root / f"client-{client}.npz", root / f"client-{client}"
     places = [file, folder / "data", folder]
     there = [place for place in places if place.exists()]
@@ -87,7 +88,7 @@ def client_source(data_dir: str, client: int) -> Path:
 
 def read_server(data_dir: str, classes: str = "") -> Examples | None:
     """The server's test examples: test.npz, test/LABEL/…, or in server/data; None where it has none."""
-    root = Path(data_dir).expanduser()
+    root = at_home(data_dir)
     for place in (root, root / "server" / "data"):
         files = [file] if (file := place / "test.npz").is_file() else []
         if place != root and place.is_dir():

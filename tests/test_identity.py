@@ -14,6 +14,7 @@ from fedmom import config, identity
 from fedmom.config import load
 from fedmom.errors import InputError
 from fedmom.identity import identity_of
+from fedmom.imports import load_object
 from fedmom.records import CHECKPOINT, FINAL, read_about, read_rounds, read_tensors
 from fedmom.resolve import resolve
 
@@ -144,6 +145,22 @@ def test_what_decides_no_number_may_change(workplace, what):
     fedmom.run({}, sets={**TINY, **OWN}, out="run", callbacks=QUIET)
     SAME[what]()
     assert fedmom.run(resume="run", sets={"run.num-rounds": 3}, callbacks=QUIET).status == "done"
+
+
+def test_a_package_that_was_installed_is_still_the_users(in_tmp, monkeypatch):
+    folder = in_tmp / "site-packages/installed"
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = set()
+    for scale in (1, 1, 2):
+        (folder / "__init__.py").touch()
+        (folder / "inner.py").write_text(f"import torch\nclass Net(torch.nn.Module):\n    scale = {scale}\n")
+        (folder / "models.py").write_text("from installed.inner import Net\ndef net(*a):\n    return Net()\n")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "installed"]:
+            del sys.modules[name]
+        found.add(identity.of_code(load_object("model.name", "installed.models:net")))
+    assert len(found) == 2
 
 
 def test_a_runs_identity_is_every_key_but_its_length_and_place():
