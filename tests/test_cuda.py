@@ -9,6 +9,7 @@ import torch
 
 from fedmom.choice import choose
 from fedmom.config import load
+from fedmom.convolutions import CONVOLUTIONS
 from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.gossip import GossipRounds
@@ -116,3 +117,20 @@ def test_workers_run_where_the_configuration_says(monkeypatch):
     assert (settled.engine.device, inside.engine.device) == ("cuda", "cuda")
     assert (settled.simulation.num_gpus, options.num_gpus) == (0.5, 0.5)
     assert "on cuda" in note
+
+
+def test_a_way_to_convolve_that_cannot_run_here_does_not_rule_out_the_others(monkeypatch):
+    """Such as Triton's kernels where there is no compiler for them."""
+
+    def cannot(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setitem(CONVOLUTIONS, "implicit", cannot)
+    for way in ("grouped", "unfold"):
+        monkeypatch.delitem(CONVOLUTIONS, way)
+    plan = simple_plan(2, num_local_steps=2, batch_size=2)
+    with pretend():
+        task = image_task("cnn", 2, device="cuda", batch_size=2)
+        done = beginning(task, plan)
+        chosen = choose(task, plan.method, done.state, round_job(task, plan, done), path="stack", chunk_size=2)
+    assert (chosen.path, chosen.chunk_size, chosen.trouble) == ("stack", 2, "")
