@@ -15,6 +15,7 @@ from fedmom.layers import FoldError, looks_at_values
 from fedmom.look import look, look_at_correction
 from fedmom.memory import free_bytes
 from fedmom.objective import Classification, Task
+from fedmom.replays import COMINGS
 from fedmom.rounds import Method, Round, part_of
 from fedmom.stack import Stack
 from fedmom.state import ClientState, num_bytes
@@ -250,7 +251,7 @@ def _rate(
     on_cpu = task.device.type == "cpu"
     untimed = min(steps, 2) if on_cpu else steps
     each = _seconds_of(engine, start, job, num_rows, untimed) / untimed
-    for _ in range(4):  # a chunk is taken, recorded, compared, and from then on replayed
+    for _ in range(COMINGS):
         if engine.replays is not None and not engine.replays.num_replayed and not engine.replays.trouble:
             _seconds_of(engine, start, job, num_rows, steps)
     if on_cpu and each > _VERY_LONG:

@@ -29,6 +29,7 @@ from fedmom.went import Distances, distances
 Record = Callable[[Callable[[], Distances]], tuple[Distances, Callable[[], None]]]
 Key = tuple[Any, ...]
 
+COMINGS = 4  # of a chunk: it is taken, recorded, compared, and from then on replayed
 _MOST = 4  # recordings that are kept, each with the memory of its steps
 _BATCHES = 0.1  # of the free memory: more minibatches of a chunk than fit into it are drawn step by step, unrecorded
 
