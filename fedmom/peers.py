@@ -18,11 +18,12 @@ from fedmom.choice import choose
 from fedmom.config import Config, replace
 from fedmom.engine import Engine
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.executors import WARM_UP_SECONDS, join_ray
+from fedmom.executors import WARM_UP_SECONDS
 from fedmom.gossip import mean_of
 from fedmom.imports import one_line
 from fedmom.mixing import EXCHANGES, Block, combine, spread
 from fedmom.objective import Task
+from fedmom.ray_start import join_ray
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import make_plan, make_task, pool_options, set_up_torch
 from fedmom.state import ClientState, Tree, flatten, rows_of, to_device, unflatten

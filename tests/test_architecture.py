@@ -21,7 +21,7 @@ EXTRAS = {
     "mlflow": {"trackers.py"},
     "wandb": {"trackers.py"},
     "flwr": {"ray_grid.py", "ray_messages.py"},
-    "ray": {"executors.py", "peers.py"},
+    "ray": {"ray_start.py", "peers.py"},
 }
 IMPORT_CALLS = ("__import__", "import_module", "importlib.import_module")
 MAY_BE_ABSENT = ("flwr", "ray", "torchvision", "matplotlib", "plotly")
