@@ -21,12 +21,12 @@ from fedmom.bench import as_rows, bench
 from fedmom.config import KEYS, load, parse_sets, replace, toml_scalar
 from fedmom.datasets import DATASETS, download
 from fedmom.deploy.cli import app as deploy_app
-from fedmom.errors import InputError
+from fedmom.errors import ClientsFailedError, InputError
 from fedmom.executors import PoolOptions
+from fedmom.flower_app import simulate_app
 from fedmom.imports import one_line
 from fedmom.models import MODELS
 from fedmom.progress import Replies, callbacks
-from fedmom.ray_grid import simulate_app
 from fedmom.report import draw_or_say_why
 from fedmom.resolve import resolve
 from fedmom.runner import run as run_config
@@ -36,6 +36,7 @@ from fedmom.sweep import Ended, best_table, cells_of, check, drawn, full, listed
 from fedmom.terminal import (
     BAD_INPUT,
     DONE,
+    FAILED,
     INTERRUPTED,
     STATUS,
     ConfigFile,
@@ -409,6 +410,8 @@ def call(arguments: Sequence[str] | None = None) -> int:
         return int(app(args=arguments, standalone_mode=False) or DONE)
     except InputError as error:
         return _complain(str(error), BAD_INPUT)
+    except ClientsFailedError as error:  # in an app that keeps no run folder
+        return _complain(str(error), FAILED)
     except click.ClickException as error:
         return _complain(error.format_message(), BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):

@@ -5,6 +5,7 @@ large model as for a small one. Rows go from actor to actor through Ray's object
 actor, which measures disagreement and evaluates the mean model. Checkpoints alone bring the rows to the driver.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from fedmom.gossip import mean_of
 from fedmom.imports import one_line
 from fedmom.mixing import EXCHANGES, Block, combine, spread
 from fedmom.objective import Task
-from fedmom.ray_start import join_ray
+from fedmom.ray_start import Watch, join_ray
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import make_plan, make_task, pool_options, set_up_torch
 from fedmom.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
@@ -225,6 +226,8 @@ class PeerRounds:
         num_clients = len(task.sizes)
         wanted = min(config.engine.workers, num_clients)
         self._ray, self._started, _ = join_ray(options, wanted)
+        self._gone = ""  # what of Ray has ended
+        self._watch = Watch(self._ray, lambda what: setattr(self, "_gone", what))
         try:
             self.blocks = np.array_split(np.arange(num_clients), wanted)
             self.limit = config.simulation.straggler_seconds
@@ -244,15 +247,17 @@ class PeerRounds:
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
+        self._watch.close()
         if self._started:
             self._ray.shutdown()
-        elif self._ray.is_initialized():
+        elif self._ray.is_initialized() and not self._gone:
             for peer in getattr(self, "peers", []):
                 self._ray.kill(peer)
 
     def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
         """I local steps in every actor, then the exchange among them. ClientsFailedError where one cannot go on."""
         number = job.round_index
+        self._check(number)
         if self.at != number:
             self._load(number, job)
         everybody, self.driver_bytes = list(range(len(self.peers))), 0
@@ -320,27 +325,44 @@ class PeerRounds:
 
     def _fetch(self, done: int) -> tuple[ClientState, ClientState]:
         """(mean, rows) after so many rounds, brought to this process."""
+        self._check(done - 1)
         counted = self.driver_bytes
         parts = self._all([peer.collect.remote(done) for peer in self.peers], list(range(len(self.peers))), done - 1)
         self.driver_bytes = counted
         rows = unflatten({name: torch.cat([as_tensor(part[name]) for part in parts]) for name in parts[0]})
         return to_device(mean_of(rows, self.plan.method.running_var), self.task.device), rows
 
+    def _check(self, number: int) -> None:
+        """ClientsFailedError where Ray is gone: it would end the process that calls it."""
+        if self._gone:
+            raise ClientsFailedError(f"round {number + 1}: {self._gone}")
+
+    def _answer(self, call: Any, deadline: float, number: int) -> Any:
+        """What the call gives; looks now and then whether it still can give anything."""
+        while True:
+            try:
+                return self._ray.get(call, timeout=max(0.1, min(1.0, deadline - time.monotonic())))
+            except self._ray.exceptions.GetTimeoutError:
+                self._check(number)
+                if time.monotonic() > deadline:
+                    raise
+
     def _all(self, calls: list[Any], who: list[int], number: int) -> list[Any]:
         """The answers of all calls; ClientsFailedError names the clients of an actor that died, failed or is late."""
         answers = []
         # The first calls read data and build models.
         limit = max(self.limit, WARM_UP_SECONDS) if self.limit and self.at < 0 else self.limit
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + limit if limit else math.inf
         for call, peer in zip(calls, who, strict=True):
             try:
-                answers.append(self._ray.get(call, timeout=max(0.1, deadline - time.monotonic()) if limit else None))
-            except InputError:
+                answers.append(self._answer(call, deadline, number))
+            except (InputError, ClientsFailedError):
                 raise
             except self._ray.exceptions.GetTimeoutError:
                 late = f"no answer within {limit:g} s (simulation.straggler-seconds)"
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {late}") from None
             except Exception as error:
+                self._check(number)
                 cause = getattr(error, "cause", None)
                 if isinstance(cause, InputError):
                     raise InputError(str(cause)) from None

@@ -15,7 +15,7 @@ import torch
 from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.config import Config, replace
-from fedmom.errors import ClientsFailedError, InputError
+from fedmom.errors import ClientsFailedError, InputError, RayEndedError
 from fedmom.executors import Failure, Pool, PoolOptions
 from fedmom.node import Node, Trained
 from fedmom.objective import Task
@@ -85,6 +85,12 @@ class WorkerRounds:
 
     def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
         """I local steps of the cohort on the actors. ClientsFailedError where a block cannot be had."""
+        try:
+            return self._run_round(start, job, progress)
+        except RayEndedError as error:
+            raise ClientsFailedError(f"round {job.round_index + 1}: {error}") from None
+
+    def _run_round(self, start: ClientState, job: Round, progress: Progress | None) -> Outcome:
         ids = job.clients.cpu().numpy()
         places = _blocks(len(ids), self.pool.num_workers, self.chunk_size, num_bytes(start.params))
         shared, waiting = self.pool.share(_arrays(flatten(start))), dict[Any, Answer]()

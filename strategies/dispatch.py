@@ -82,7 +82,7 @@ def exchange(
                     pause = _SHORTEST_WAIT
                 elif wait is not None:
                     nearest = min(slot.deadline for slot in pending.values())
-                    wait(min(_LONGEST_WAIT, max(0.0, nearest - time.monotonic())))
+                    wait(min(_LONGEST_WAIT, max(0.0, nearest - time.monotonic())), pending)
                 else:
                     time.sleep(pause)
                     pause = min(2 * pause, _LONGEST_WAIT)

@@ -10,7 +10,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedmom.config import ON_FAILURE
-from fedmom.errors import ClientsFailedError, unknown
+from fedmom.errors import ClientsFailedError, RayEndedError, unknown
 from strategies.dispatch import Exchange, anew, exchange
 from strategies.holders import Holder, learn_holders
 from strategies.updates import CONFIG
@@ -65,7 +65,10 @@ class Clients:
             accept=accept,
             again=lambda failed: self._again(grid, server_round, failed),
         )
-        return (one.answer for one in done if one.answer is not None)
+        try:
+            yield from (one.answer for one in done if one.answer is not None)
+        except RayEndedError as error:
+            raise ClientsFailedError(f"round {server_round}: {error}") from None
 
     def answered(
         self,
