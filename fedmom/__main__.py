@@ -2,6 +2,7 @@
 
 import sys
 
+from fedmom import supervise
 from fedmom.allocator import keep_freed_memory
 
 
@@ -12,7 +13,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("fedmom: interrupted", file=sys.stderr)
         sys.exit(130)
-    sys.exit(call())
+    sys.exit(supervise.main(call))
 
 
 if __name__ == "__main__":

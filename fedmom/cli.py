@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from typer.core import TyperGroup
 
-from fedmom import pictures, results_cli, tables
+from fedmom import pictures, results_cli, supervise, tables
 from fedmom.bench import as_rows, bench
 from fedmom.config import KEYS, load, parse_sets, replace, toml_scalar
 from fedmom.datasets import DATASETS, download
@@ -27,6 +27,7 @@ from fedmom.flower_app import simulate_app
 from fedmom.imports import one_line
 from fedmom.models import MODELS
 from fedmom.progress import Replies, callbacks
+from fedmom.records import CONFIG
 from fedmom.report import draw_or_say_why
 from fedmom.resolve import resolve
 from fedmom.runner import run as run_config
@@ -136,6 +137,10 @@ def run(
     changes = [*(sets or ()), *([f"run.backend={backend}"] if backend else [])]
     if config is not None and run_folders(config, changes, out, resume) == (None, None):
         out = fresh_folder(config)
+    if _uses_ray(config, changes, resume):
+        folder = run_folders(config, changes, out, resume)
+        where = Path(folder[1] or folder[0] or ".")
+        supervise.stand_by(where / CONFIG, f"go on with: fedmom run --resume {where}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     followers = callbacks(console, quiet=quiet)
     trackers = [*(track or ()), *(["tensorboard"] if tensorboard else [])]
@@ -148,6 +153,15 @@ def run(
     show_run(result.folder, result.rounds, console, quiet=quiet)
     ours = result.config.server.strategy == "pr-sgd-m"  # Flower's keep state that no checkpoint holds
     return exit_status(result.status, result.message, f"fedmom run --resume {result.folder}" if ours else "")
+
+
+def _uses_ray(config: Path | None, sets: Sequence[str], resume: Path | None) -> bool:
+    """Whether a run is about to start Ray; bad input is for the run to refuse."""
+    try:
+        keys = load(config or ({} if resume is None else resume / CONFIG), sets).config
+    except (InputError, OSError):
+        return False
+    return keys.run.backend == "simulation" or keys.engine.workers > 0
 
 
 @app.command(name="simulate-app")
@@ -173,6 +187,7 @@ def simulate_flower_app(
     """
     console = Console(highlight=False, stderr=True)
     options = PoolOptions(num_actors, num_cpus, num_gpus, ray_address, retries, straggler_seconds)
+    supervise.stand_by(None, "")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     begin = time.monotonic()
     with Replies(console) as replies:
