@@ -141,7 +141,7 @@ def _learn(grid: Grid, clients: Clients, known: Clients | None, task: Task) -> d
     if known is None:
         clients.learn(grid)
     else:
-        clients.holders = known.holders
+        clients.use(known.holders)
     return task.facts if isinstance(task, LocalClassification) else {}
 
 

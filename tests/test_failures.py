@@ -301,6 +301,79 @@ def test_a_node_that_is_gone_is_not_asked_again():
     assert len(grid.pushed) == 5
 
 
+class Moving(LocalGrid):
+    """Client 3's node goes in mid-round; if it `comes_back`, then under another id, with a reply that `change` made."""
+
+    def __init__(self, changes, *, comes_back=True, change=lambda reply: reply):
+        super().__init__(client_app, 5, run_config(changes))
+        self.comes_back, self.change, self.moved = comes_back, change, 0
+
+    def _answer(self, message):
+        node_id = message.metadata.dst_node_id
+        if message.metadata.message_type == "query" or node_id != self.ids[3]:
+            return super()._answer(message)
+        if self.moved:
+            return self.change(super()._answer(message))
+        self.moved, context = node_id + 1, self.contexts[node_id]
+        self.ids[3:4] = [self.moved] if self.comes_back else []
+        self.contexts[self.moved] = context
+        return Message(Error(3, "gone"), reply_to=message)
+
+
+RETRIED = {
+    "averaging": (QUADRATIC, lambda **keys: PRSGDM(5, **keys)),
+    "local": (LOCAL, lambda **keys: PRSGDM(5, momentum_policy="local", **keys)),
+    "gossip": (GOSSIP, lambda **keys: DSGDM(make_topology("ring", 5), Method(0.9), **keys)),
+}
+retried = pytest.mark.parametrize("name", RETRIED)
+
+
+@retried
+def test_a_node_that_comes_back_under_another_id_is_the_same_node(name):
+    changes, make = RETRIED[name]
+    calm, start = of(changes)
+    grid = Moving(changes)
+    found = make(on_failure="retry").start(grid, start, num_rounds=2)
+    right = make().start(calm, start, num_rounds=2)
+    assert grid.moved
+    for tensor, value in unpack(right.arrays).items():
+        torch.testing.assert_close(unpack(found.arrays)[tensor], value, rtol=0, atol=0)
+
+
+nan = float("nan")
+
+
+def spoil_all(reply):
+    for record in ("arrays", "rows"):
+        if record in reply.content:
+            reply.content[record] = pack({n: t * nan for n, t in unpack(reply.content[record]).items()})
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, spoil_all) for name in RETRIED),
+        ("local", change_rows(lambda rows: {n: u / 0 for n, u in rows.items()})),
+    ],
+)
+def test_what_it_answers_then_is_checked_as_before(name, change):
+    changes, make = RETRIED[name]
+    _, start = of(changes)
+    with pytest.raises(ClientsFailedError, match=r"round 1: client 3, node \d+: .*NaN or infinite"):
+        make(on_failure="retry").start(Moving(changes, change=change), start, num_rounds=1)
+
+
+@retried
+def test_a_node_that_never_comes_back_fails_the_run_by_name(name):
+    """Asking who holds what is set-up, where its failure is bad input; in mid-run it ends the run as a failure does."""
+    changes, make = RETRIED[name]
+    _, start = of(changes)
+    grid = Moving(changes, comes_back=False)
+    with pytest.raises(ClientsFailedError, match=r"round 1: client 3, node \d+: gone; it did not come back: "):
+        make(on_failure="retry", wait_seconds=0).start(grid, start, num_rounds=1)
+
+
 class TwoTries(LocalGrid):
     """Nothing comes until a second try is out; then what `late(first, second, asked for)` makes of them."""
 
