@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,8 @@ from fedmom.executors import PoolOptions
 from fedmom.flower_app import simulate_app
 from fedmom.imports import one_line
 from fedmom.models import MODELS
-from fedmom.progress import Replies, callbacks
+from fedmom.parsing import counted
+from fedmom.progress import Replies, callbacks, show_output
 from fedmom.records import CONFIG
 from fedmom.report import draw_or_say_why
 from fedmom.resolve import resolve
@@ -177,6 +179,7 @@ def simulate_flower_app(
     ray_address: Annotated[str, typer.Option(metavar="HOST:PORT", help="A Ray cluster to join.")] = "",
     retries: Annotated[int, typer.Option(min=0, help="New tries of a message whose actor died.")] = 2,
     straggler_seconds: Annotated[float, typer.Option(min=0, help="Replace an actor that takes longer; 0: never.")] = 0,
+    output: Annotated[bool, typer.Option("--show-output", help="Print what clients print and log.")] = False,
 ) -> int:
     """Simulate any Flower app, unchanged, on resident Ray actors.
 
@@ -192,10 +195,16 @@ def simulate_flower_app(
     begin = time.monotonic()
     with Replies(console) as replies:
         simulate_app(
-            folder, num_nodes=num_clients, run_config=parse_sets(sets or ()), options=options, on_reply=replies.count
+            folder,
+            num_nodes=num_clients,
+            run_config=parse_sets(sets or ()),
+            options=options,
+            on_reply=replies.count,
+            on_output=partial(show_output, console) if output else None,
         )
     seconds = time.monotonic() - begin
-    told = f"{replies.number:,} replies of {num_clients:,} clients{replies.failed()}"
+    number = counted(replies.number, "reply", "replies")
+    told = f"{number} of {counted(num_clients, 'client')}{replies.failed()}"
     console.print(f"{folder}: done in {seconds:.1f} s, {told}", soft_wrap=True, markup=False)
     return DONE
 

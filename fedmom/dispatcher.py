@@ -18,9 +18,10 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedmom.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, Progress
+from fedmom.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, Progress, Started
 from fedmom.errors import InputError, RayEndedError
 from fedmom.imports import one_line
+from fedmom.output import printed
 from fedmom.ray_start import PoolOptions, count_workers, first_line
 from fedmom.scratch import ScratchFolder
 
@@ -57,6 +58,7 @@ class _Worker:
     progress: Progress
     pid: int = 0  # 0 until it is up
     told: bool = False  # does it write its progress?
+    files: list[str] = field(default_factory=list)  # into which it prints
     batches: deque[_Batch] = field(default_factory=deque)  # under way; the first is being worked on
     since: float = 0.0  # when the first batch became the first
     alone: bool = False  # the batch under way must stay the only one
@@ -70,8 +72,8 @@ class _Worker:
 class Dispatcher:
     """All but `__init__` runs in its thread, or says otherwise."""
 
-    def __init__(self, options: PoolOptions) -> None:
-        self._options = options
+    def __init__(self, options: PoolOptions, on_output: Callable[[Hashable, str], None] | None = None) -> None:
+        self._options, self._on_output = options, on_output
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[tuple[Hashable, Packed | Failure] | None] = queue.SimpleQueue()
         self._broken: Exception | None = None
@@ -127,7 +129,11 @@ class Dispatcher:
         path = os.path.join(self._folder.path, str(self._num_starts))
         worker = _Worker(self._actor_class.remote(), Progress(path, create=True))
         self._workers.append(worker)
-        self._call(worker.actor.start.remote(sys.path, self._make_worker, path), self._on_start, worker)
+        self._call(
+            worker.actor.start.remote(sys.path, self._make_worker, path, self._on_output is not None),
+            self._on_start,
+            worker,
+        )
 
     def _call(self, ref: Any, handle: Callable[..., None], *arguments: Any) -> None:
         """When `ref` is there, `handle(*arguments, result or exception)` becomes an event."""
@@ -137,9 +143,9 @@ class Dispatcher:
 
         ref.future().add_done_callback(done)
 
-    def _on_start(self, worker: _Worker, result: tuple[int, bool, str] | Exception) -> None:
-        if not isinstance(result, Exception) and not result[2]:
-            worker.pid, worker.told, _ = result
+    def _on_start(self, worker: _Worker, result: Started | Exception) -> None:
+        if not isinstance(result, Exception) and not result.trouble:
+            worker.pid, worker.told, worker.files = result.pid, result.told, result.files
             self._failed_starts = 0
             self._first_up.set()
             return
@@ -148,9 +154,9 @@ class Dispatcher:
         self._failed_starts += 1
         self._ray.kill(worker.actor)
         if not isinstance(result, Exception) and not self._first_up.is_set():
-            self._break(InputError(result[2]))  # make_worker raised, and would do so again
+            self._break(InputError(result.trouble))  # make_worker raised, and would do so again
         elif self._failed_starts >= MAX_FAILED_STARTS:
-            why = first_line(result) if isinstance(result, Exception) else result[2]
+            why = first_line(result) if isinstance(result, Exception) else result.trouble
             kind = RayEndedError if self._first_up.is_set() else InputError  # in mid-run it is no bad input
             self._break(kind(f"{self._failed_starts} Ray actors in a row did not start: {why}"))
         else:
@@ -184,7 +190,10 @@ class Dispatcher:
         if isinstance(result, Exception):
             self._retire(worker, None)
             return
-        seconds, answers = result
+        seconds, answers, texts = result
+        for message, text in zip(batch.messages, texts, strict=False):
+            if text and self._on_output:
+                self._on_output(message.key, text)
         worker.batches.remove(batch)
         worker.since, worker.alone, worker.warm = time.monotonic(), False, True
         for message, answer in zip(batch.messages, answers, strict=False):
@@ -228,7 +237,9 @@ class Dispatcher:
                     self._finish(message, Failure("late", late))
                 elif message.deaths > self._options.retries:
                     count = f"{message.deaths} times" if message.deaths > 1 else "once"
-                    self._finish(message, Failure("died", f"its Ray actor died {count}"))
+                    into = printed(worker.files)
+                    told = f"; it printed into {into}" if into else ""
+                    self._finish(message, Failure("died", f"its Ray actor died {count}{told}"))
                 else:
                     self._requeue([message], alone=True)
         self._ray.kill(worker.actor)  # also where only the call failed, such as on a lost object: a fresh start

@@ -19,13 +19,19 @@ class Pool(Dispatcher):
     Payloads and answers are pickled, `make_worker` cloudpickled. Every message that was submitted and not forgotten is
     taken exactly once, as an answer or as a `Failure`. Any thread may submit and take. InputError when no worker can be
     had: from here, or from `take` under `wait = False`, which returns before a worker is up. RayEndedError from `take`
-    when there were workers and there will be none any more.
+    when there were workers and there will be none any more. `on_output(key, text)` hears, in another thread, what a
+    message's handler printed.
     """
 
     def __init__(
-        self, make_worker: Callable[[], Callable[..., Any]], options: PoolOptions, *, wait: bool = True
+        self,
+        make_worker: Callable[[], Callable[..., Any]],
+        options: PoolOptions,
+        *,
+        wait: bool = True,
+        on_output: Callable[[Hashable, str], None] | None = None,
     ) -> None:
-        super().__init__(options)
+        super().__init__(options, on_output)
         self._closed = False
         try:
             self._ray, self._started_ray = start_ray(options.ray_address)

@@ -68,12 +68,13 @@ def simulate_app(
     options: PoolOptions,
     grid_ready: Callable[[RayGrid], None] | None = None,
     on_reply: Callable[[Message], None] | None = None,
+    on_output: Callable[[int, str], None] | None = None,
 ) -> Context:
     """Run the Flower app in `app_dir` with `num_nodes` clients, in this thread; gives the server's Context.
 
     `run_config` overrides keys of [tool.flwr.app.config], flattened with dots. `grid_ready` sees the Grid before the
-    ServerApp starts, `on_reply` every reply as it arrives. What the ServerApp raises comes out as it is; the workers
-    end in any case.
+    ServerApp starts, `on_reply` every reply as it arrives, `on_output(partition, text)` what clients print. What the
+    ServerApp raises comes out as it is, and a Ray that ended as RayEndedError; the workers end in any case.
     """
     from flwr.app import Context, RecordDict
     from flwr.common.constant import SUPERLINK_NODE_ID
@@ -92,6 +93,7 @@ def simulate_app(
         run_config=config,
         options=options,
         on_reply=on_reply,
+        on_output=on_output,
     )
     with grid, _restored_path(), _interrupts_told(grid):
         server_app = load_component("ServerApp", components.server_app, Path(app_dir).absolute())

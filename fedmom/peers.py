@@ -24,6 +24,7 @@ from fedmom.gossip import mean_of
 from fedmom.imports import one_line
 from fedmom.mixing import EXCHANGES, Block, combine, spread
 from fedmom.objective import Task
+from fedmom.parsing import counted
 from fedmom.ray_start import Watch, join_ray
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import make_plan, make_task, pool_options, set_up_torch
@@ -398,5 +399,5 @@ def make_peer_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Pe
     path, chunk_size = rounds.path, rounds.chunk_size
     settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
     biggest = max(map(len, rounds.blocks))
-    what = f"{len(rounds.peers)} Ray actors of at most {biggest} clients"
+    what = f"{counted(len(rounds.peers), 'Ray actor')} of at most {counted(biggest, 'client')}"
     return settled, rounds, [f"{what} exchange rows directly; each {path} × {chunk_size}"]

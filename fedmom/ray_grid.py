@@ -11,16 +11,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from fedmom import ray_messages
-from fedmom.executors import Failure, Pool, PoolOptions, Shared
+from fedmom.executors import Failure, Pool, PoolOptions
 from fedmom.ray_client import serve_client
-from fedmom.ray_messages import Answer, Content, State, Work
+from fedmom.ray_messages import Answer, Pending, State, Work
 
 # flwr's classes, which may be absent
 Context = Any
@@ -31,18 +30,6 @@ RUN_ID = 1
 FIRST_NODE_ID = 1_000_000
 
 
-@dataclass(eq=False)
-class _Pending:
-    """A message without a reply."""
-
-    metadata: tuple[Any, ...]
-    node_id: int
-    content: Content
-    shared: tuple[Shared, ...]
-    used: list[Any]
-    inbox: deque[Message] | None  # of whoever waits for the reply; None: it will be pulled
-
-
 class RayGrid:
     """A flwr.serverapp.Grid for any number of threads; close it, or use it as a context manager.
 
@@ -50,8 +37,9 @@ class RayGrid:
     another goes on. One lock guards all state; nobody keeps it while waiting, or in others' code but `on_reply`.
 
     Messages to one node are handled one after the other. A client that raises, returns no message, takes its worker
-    down again and again or is late is an error reply; InputError means that no worker can be had or that the ClientApp
-    `client_app` ("module:attribute" in `app_dir`) does not load. `on_reply` sees every reply as it comes.
+    down again and again or is late is an error reply; InputError: no worker can be had, or the ClientApp `client_app`
+    ("module:attribute" in `app_dir`) does not load. `on_reply` sees every reply as it comes; `on_output(partition,
+    text)`, in another thread, what was printed or logged.
     """
 
     shares_memory = True  # arrays lie in Ray's store, where all workers read them: nothing to gain from bundles
@@ -65,6 +53,7 @@ class RayGrid:
         run_config: Mapping[str, Any],
         options: PoolOptions,
         on_reply: Callable[[Message], None] | None = None,
+        on_output: Callable[[int, str], None] | None = None,
     ) -> None:
         from flwr.common.constant import SUPERLINK_NODE_ID
         from flwr.serverapp import Grid
@@ -73,8 +62,8 @@ class RayGrid:
         Grid.register(RayGrid)  # rather than a subclass, which would need flwr to import this file
         self.run = Run.create_empty(RUN_ID)
         self._num_nodes = num_nodes
-        self._on_reply = on_reply
-        self._pending: dict[str, _Pending] = {}  # by message id; what is forgotten is gone at once
+        self._on_reply, self._show = on_reply, on_output
+        self._pending: dict[str, Pending] = {}  # by message id; what is forgotten is gone at once
         self._queues: dict[int, deque[str]] = {}  # busy nodes: ids of messages that wait for the one under way
         self._states: dict[int, State] = {}  # of nodes that have one
         self._arrived: dict[str, Message] = {}  # replies to what was pushed that nobody has pulled yet
@@ -84,7 +73,7 @@ class RayGrid:
         self._identity = ray_messages.identify(RUN_ID, SUPERLINK_NODE_ID, 0)
         make_worker = partial(serve_client, client_app, Path(app_dir).absolute(), num_nodes, dict(run_config))
         try:
-            self._pool = Pool(make_worker, options, wait=False)
+            self._pool = Pool(make_worker, options, wait=False, on_output=self._on_output if on_output else None)
         except BaseException:
             ray_messages.identify(*self._identity)
             raise
@@ -98,7 +87,7 @@ class RayGrid:
         self.close()
 
     def close(self) -> None:
-        """End the workers. May be called again. Threads that still wait are told."""
+        """End the workers; threads that still wait are told. May be called again."""
         self._pool.close()
         ray_messages.identify(*self._identity)
 
@@ -214,7 +203,7 @@ class RayGrid:
                 self._file(message_id, inbox, reply)
                 return message_id
             content, shared, used = self._data.pack(message.content)
-            self._pending[message_id] = _Pending(values, node_id, content, shared, used, inbox)
+            self._pending[message_id] = Pending(values, node_id, content, shared, used, inbox)
             if node_id in self._queues:
                 self._queues[node_id].append(message_id)
             else:
@@ -266,6 +255,11 @@ class RayGrid:
         self._file(message_id, pending.inbox, reply)
         if self._on_reply:
             self._on_reply(reply)
+
+    def _on_output(self, message_id: Any, text: str) -> None:
+        pending = self._pending.get(message_id)
+        if pending and self._show:
+            self._show(pending.node_id - FIRST_NODE_ID, text)
 
     def _file(self, message_id: str, inbox: deque[Message] | None, reply: Message) -> None:
         if inbox is None:

@@ -9,6 +9,7 @@ flwr is imported when a function here runs.
 
 import functools
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -59,6 +60,18 @@ class Answer(NamedTuple):
     content: Content | None
     error: tuple[int, str | None] | None
     state: State | None  # None: as before
+
+
+@dataclass(eq=False)
+class Pending:
+    """A message of the Grid without a reply."""
+
+    metadata: tuple[Any, ...]
+    node_id: int
+    content: Content
+    shared: tuple[Shared, ...]
+    used: list[Any]
+    inbox: deque[Message] | None  # of whoever waits for the reply; None: it will be pulled
 
 
 @dataclass(eq=False)

@@ -31,9 +31,18 @@ def simulate(
     num_nodes = -(-config.data.num_clients // config.simulation.clients_per_node)
     where = {"run.out": str(out or ""), "run.resume": str(resume or "")}
     with listening(callbacks) as heard:
+
+        def show(partition: int, text: str) -> None:
+            for callback in heard.callbacks:
+                callback.on_output(partition, text)
+
         try:
             simulate_app(
-                app_folder(app), num_nodes=num_nodes, run_config={**flat(config), **where}, options=pool_options(config)
+                app_folder(app),
+                num_nodes=num_nodes,
+                run_config={**flat(config), **where},
+                options=pool_options(config),
+                on_output=show if config.simulation.show_output else None,
             )
         except RunStoppedError:
             if heard.result is None:

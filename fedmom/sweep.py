@@ -16,6 +16,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from fedmom.config import Scalar, load, parse_sets
+from fedmom.cores import usable_cores
 from fedmom.errors import InputError, unknown
 from fedmom.imports import one_line
 from fedmom.progress import Quiet
@@ -190,7 +191,7 @@ def _side_by_side(work: Work, cells: Sequence[Cell], workers: int) -> Iterator[E
         for cell in cells:
             yield _run_one(work, cell)
         return
-    work = work._replace(threads=max(1, (os.cpu_count() or 1) // workers))
+    work = work._replace(threads=max(1, usable_cores() // workers))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(cells)), context, _die_with_parent, (os.getpid(),)) as pool:
         futures: dict[Future[Ended], Cell] = {pool.submit(_run_one, work, cell): cell for cell in cells}
@@ -212,7 +213,7 @@ def _on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> It
     from fedmom.executors import Failure, Pool, PoolOptions
 
     here = os.getcwd()
-    work = work._replace(threads=max(1, (os.cpu_count() or 1) // workers))
+    work = work._replace(threads=max(1, usable_cores() // workers))
 
     def make_worker() -> Callable[[Cell], Ended]:
         if os.path.isdir(here):  # data.data-dir and module:function are looked for where the sweep was started

@@ -19,6 +19,7 @@ from fedmom.errors import ClientsFailedError, InputError, RayEndedError
 from fedmom.executors import Failure, Pool, PoolOptions
 from fedmom.node import Node, Trained
 from fedmom.objective import Task
+from fedmom.parsing import counted
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import pool_options
 from fedmom.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
@@ -157,7 +158,7 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
         pool.close()
         raise
     settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
-    notes = [f"{pool.num_workers} Ray actors, each {path} × {chunk_size}"]
+    notes = [f"{counted(pool.num_workers, 'Ray actor')}, each {path} × {chunk_size}"]
     return settled, WorkerRounds(pool, task, plan.method.running_var, path, chunk_size), notes
 
 

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from fedmom.config import ON_FAILURE
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError, unknown
+from fedmom.parsing import counted
 from strategies.dispatch import Exchange, anew, exchange
 from strategies.holders import Holder, learn_holders
 from strategies.updates import CONFIG
@@ -125,7 +126,7 @@ class Clients:
         """Raises ClientsFailedError where too few clients answered for a round."""
         if answered < self.min_clients:
             raise ClientsFailedError(
-                f"round {server_round}: {answered} clients answered, server.min-clients = {self.min_clients}"
+                f"round {server_round}: {counted(answered, 'client')} answered, server.min-clients = {self.min_clients}"
             )
 
     def _again(self, grid: Grid, server_round: int, failed: Exchange) -> Message | None:

@@ -296,7 +296,7 @@ def test_a_node_that_is_gone_is_not_asked_again():
         return message
 
     grid._answer = once
-    with pytest.raises(InputError, match=r"5 of 5 clients are missing, 0 nodes are connected"):
+    with pytest.raises(InputError, match=r"5 of 5 clients missing, 0 nodes connected"):
         learn_holders(grid, 5, wait_seconds=1, ask_again_after=0.1)
     assert len(grid.pushed) == 5
 
