@@ -102,14 +102,14 @@ def _keep_freed_memory() -> None:
 def _where(error: BaseException) -> str:
     """The last line of the user's own code that an exception came through: its traceback stays in this process.
 
-    Without any, such as in a mod of Flower's, the last one of a library's, and of ours where there is no other.
+    Without any, such as in a mod of Flower's, the last one of a library's.
     """
     frames = traceback.extract_tb(error.__traceback__)
     own = os.path.dirname(__file__) + os.sep
     others = [f for f in frames if not f.filename.startswith((own, "<frozen"))]
     libraries = (f"{os.sep}site-packages{os.sep}", f"{os.sep}lib{os.sep}python")
     users = [f for f in others if not any(part in f.filename for part in libraries)]
-    last = (users or others or frames)[-1:]
+    last = (users or others)[-1:]
     return f" ({last[0].filename}:{last[0].lineno})" if last else ""
 
 

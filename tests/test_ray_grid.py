@@ -223,12 +223,24 @@ def test_a_client_that_fails_is_one_error_reply(grid, seen, do, code, reason):
     ("action", "reason"),
     [
         ("query.wrong", "TypeError: the ClientApp returned str, not a Message"),
-        ("query.unknown", "ValueError: No query function registered with name 'unknown'"),
+        ("query.unknown", r"ValueError: No query function registered with name 'unknown' \(.*flwr.*\.py:\d+\)"),
     ],
 )
 def test_no_message_and_no_function_are_the_clients_errors(grid, seen, action, reason):
     (reply,) = grid.send_and_receive([query(grid.get_node_ids()[0], action)])
-    assert reply.error.reason == reason
+    assert re.fullmatch(reason, reply.error.reason)
+
+
+def test_an_error_inside_a_library_says_where_too(grid, seen):
+    (reply,) = grid.send_and_receive([query(grid.get_node_ids()[0], "query.library")])
+    assert re.search(r"\(.*site-packages.*\.py:\d+\)$", reply.error.reason)
+
+
+def test_what_a_client_printed_before_it_failed_is_found(grid, seen):
+    node_id = grid.get_node_ids()[1]
+    (reply,) = grid.send_and_receive(train_messages([node_id], do="print and raise"))
+    found = re.fullmatch(r"ValueError: as told \(.*\.py:\d+\); it printed into (\S+)", reply.error.reason)
+    assert "seen by nobody\n" in Path(found[1]).read_text()
 
 
 def test_a_node_that_does_not_exist_is_an_error_reply(grid, seen):
@@ -357,7 +369,13 @@ def test_whoever_waits_is_told_when_the_grid_gives_up(grid):
 def test_a_whole_app_of_flowers_older_kind(grid, tmp_path):
     out = tmp_path / "seen.txt"
     options = PoolOptions(num_workers=2, num_cpus=0.1)
-    simulate_app(OLDER, num_nodes=7, run_config={"out": str(out)}, options=options)
+    shown = []
+
+    def hear(*printed):
+        shown.append(printed)
+
+    simulate_app(OLDER, num_nodes=7, run_config={"out": str(out)}, options=options, on_output=hear)
+    assert sorted(shown) == sorted([(node, f"fit of {node}\n") for node in range(7)] * 2)
     told = [json.loads(line) for line in out.read_text().splitlines()]
     for n, found in enumerate(told[1::2], start=1):
         assert found == pytest.approx([n, 1 + 3 * n, 3 * n])  # every round adds the mean partition
