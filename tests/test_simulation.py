@@ -230,12 +230,19 @@ def test_a_run_whose_ray_was_killed_ends_with_a_line_and_goes_on(tmp_path, way, 
     first, second = err.splitlines()
     assert "raylet" in first or "head" in first
     assert second == f"fedmom: go on with: fedmom run --resume {folder}"
-    there = len(read_rounds(folder))
-    goal = {"run.num-rounds": there + 2}
-    again = run(None, sets=goal, resume=folder)
-    assert again.status == "done"
-    changes = {**DIGITS, "run.eval-every": 1000, **dict(one[6:].split("=") for one in WAYS[way] if "algorithm" in one)}
-    assert_same(again, fedmom.run(ROOT / "configs" / "quickstart.toml", sets={**changes, **goal}, callbacks=[QUIET]))
+    last = len(read_rounds(folder)) + 2
+
+    class Until(fedmom.Callback):
+        def on_round(self, record, state):
+            if record["round"] == last:
+                raise KeyboardInterrupt
+
+    again = fedmom.run(None, resume=folder, callbacks=[Until()])
+    assert [record["round"] for record in again.rounds] == [*range(1, last + 1)]
+    own = dict(option[6:].split("=") for option in WAYS[way] if "algorithm." in option)
+    changes = {**DIGITS, **own, "run.num-rounds": last}
+    assert_same(again, fedmom.run(ROOT / "configs" / "quickstart.toml", sets=changes, callbacks=[QUIET]))
+    assert_gone(processes)
 
 
 def _runs(pid: str) -> bool:
