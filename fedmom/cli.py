@@ -283,6 +283,8 @@ def sweep_command(
     folder = out or Path("runs") / f"{config.stem}-sweep"
     make_trackers(track or ())  # one that is not installed is said before anything runs
     check(config, cells, folder, sets or ())
+    if ray:
+        supervise.stand_by(folder, f"the same command goes on from {folder}")
     console, ended = Console(stderr=True, highlight=False), list[Ended]()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
