@@ -56,6 +56,8 @@ def start(tmp_path):
     [
         ("return 0", 0, ""),
         ("return 3", 3, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit(7)", 7, ""),
         ("raise ValueError('ours')", 1, "ValueError: ours\n"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 4, "killed (signal 9), perhaps for want of memory\n"),
         ("os._exit(1)", 4, "Ray ended the run's process: its raylet or its head was killed"),
