@@ -453,12 +453,12 @@ GIVEN = {**MIXING, "engine.path": "stack", "engine.chunk-size": 4}
 
 @pytest.mark.parametrize("num_nodes", [1, 2])
 def test_a_given_path_is_compared_with_the_loop_under_flower(num_nodes):
-    with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after one step differ"):
+    with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after two steps"):
         by_flower(GIVEN, num_nodes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}], ids=str)
 def test_a_given_path_is_compared_with_the_loop_on_actors(changes):
-    with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after one step differ"):
+    with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after two steps"):
         by_engine({**GIVEN, "data.num-clients": 16, "engine.workers": 1, **changes})
