@@ -52,7 +52,7 @@ def measure(changes: dict[str, Any], rounds: int) -> dict[str, Any]:
     }
     done = subprocess.run([sys.executable, "-c", CHILD, json.dumps(keys)], capture_output=True, text=True)
     if done.returncode:
-        return {"trouble": done.stderr.strip().splitlines()[-1]}
+        return {"trouble": (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]}
     found = json.loads(done.stdout.splitlines()[-1])
     each = [b - a for a, b in pairwise(found.pop("seconds")[:-1])][1:]
     steps = keys["algorithm.cohort-size"] * keys["algorithm.num-local-steps"]
@@ -78,9 +78,9 @@ def main() -> None:
     lines = [f"| client-steps/s | {' | '.join(PATHS)} | auto took |", "|---" * (len(PATHS) + 2) + "|"]
     for name, row in rows.items():
         rates = {path: found.get("rate") for path, found in row.items()}
-        best = max(rate for path, rate in rates.items() if rate and path != "auto")
+        best = max((rate for path, rate in rates.items() if rate and path != "auto"), default=None)
         cells = [("–" if r is None else f"**{r:,.0f}**" if r == best else f"{r:,.0f}") for r in rates.values()]
-        took = f"{row['auto']['path']} × {row['auto']['chunk']}"
+        took = f"{row['auto']['path']} × {row['auto']['chunk']}" if "path" in row["auto"] else row["auto"]["trouble"]
         lines.append(f"| {name} | {' | '.join(cells)} | {took} |")
     (options.out / "auto.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -9,6 +9,7 @@ other seeds with it. Finished runs are kept in DIR and not run again. Prints tab
 
 import argparse
 import sys
+from math import isfinite, nan
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -44,6 +45,8 @@ def ensure(folder: Path, cell: tuple[str, str, float], lr: float, seed: int, rou
         }
         where = {"resume": path} if (path / CONFIG).exists() else {"out": path}
         result = fedmom.run(CONFIGURATION, sets=sets, callbacks=[Quiet()], **where)
+        if result.status == "interrupted":
+            raise KeyboardInterrupt
         records = result.rounds if result.status == "done" else []
         print(
             path.name,
@@ -56,11 +59,19 @@ def ensure(folder: Path, cell: tuple[str, str, float], lr: float, seed: int, rou
 
 
 def accuracy(record: dict, which: str) -> float:
-    return 100 * record.get(which, 0.0)
+    """In %; NaN for a run that diverged."""
+    return 100 * record.get(which, nan)
+
+
+def finite(values: list[float]) -> list[float]:
+    return [value for value in values if isfinite(value)]
 
 
 def shown(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    found = finite(values)
+    text = f"{mean(found):.1f}" if found else "–"
+    text += f" ± {stdev(found):.1f}" if len(found) > 1 else ""
+    return text if len(found) == len(values) else f"{text} [{len(found)} of {len(values)}]"
 
 
 def draw(results: dict, path: Path) -> None:
@@ -79,9 +90,9 @@ def draw(results: dict, path: Path) -> None:
         for axes, alpha in zip(row, ALPHAS, strict=True):
             for shift, policy in enumerate(POLICIES):
                 colour, marker, line = looks[policy]
-                values = [[accuracy(r, which) for r in results[t, policy, alpha][1]] for t in TOPOLOGIES]
+                values = [finite([accuracy(r, which) for r in results[t, policy, alpha][1]]) for t in TOPOLOGIES]
                 x = [i + 0.1 * (shift - 1) for i in range(len(TOPOLOGIES))]
-                y, error = [mean(v) for v in values], [stdev(v) if len(v) > 1 else 0 for v in values]
+                y, error = [mean(v) if v else nan for v in values], [stdev(v) if len(v) > 1 else 0 for v in values]
                 axes.errorbar(x, y, error, color=colour, marker=marker, linestyle=line, capsize=3, label=NAMES[policy])
             axes.set_title("" if place else f"α = {alpha:g}", fontsize=10)
             axes.set_xticks(range(len(TOPOLOGIES)), TOPOLOGIES, fontsize=9)
@@ -105,7 +116,7 @@ def main() -> None:
             for policy in POLICIES:
                 cell = (topology, policy, alpha)
                 first = {lr: ensure(options.out, cell, lr, 0, options.rounds) for lr in LRS}
-                best = max(LRS, key=lambda lr: accuracy(first[lr], "mean_client_accuracy"))
+                best = max(LRS, key=lambda lr: first[lr].get("mean_client_accuracy", 0.0))
                 others = [ensure(options.out, cell, best, seed, options.rounds) for seed in range(1, options.seeds)]
                 results[cell] = (best, [first[best], *others])
     for which in ("mean_client_accuracy", "worst_client_accuracy", "test_accuracy"):

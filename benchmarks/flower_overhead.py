@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -149,35 +150,33 @@ def digits_ways(actors: int) -> dict[str, tuple[dict[str, Any], int]]:
     }
 
 
-def measure_digits(actors: int) -> dict[str, float]:
-    """{way: ms per client and round}, the median of the rounds but the first two and the last (evaluated) one."""
+def measure_digits(changes: dict[str, Any], num_nodes: int, actors: int) -> dict[str, float]:
+    """ms per client and round, the median of the rounds but the first two and the last (evaluated) one."""
     from fedmom.records import read_rounds
 
-    found = {}
-    for way, (changes, num_nodes) in digits_ways(actors).items():
-        print(f"digits {way} …", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(prefix="overhead-") as name:
-            folder, config = Path(name), {**DIGITS, **changes}
-            if num_nodes:
-                flwr_run(ROOT, num_nodes, {**config, "run.out": str(folder / "run")}, actors, folder)
-            else:
-                sets = [f"--set={key}={value}" for key, value in config.items()]
-                quickstart = str(ROOT / "configs" / "quickstart.toml")
-                command = [sys.executable, "-m", "fedmom", "run", quickstart, *sets, "--out", str(folder / "run")]
-                call(command, ENVIRONMENT, folder)
-            seconds = [record["wall_seconds"] for record in read_rounds(folder / "run")]
-        each = [after - before for before, after in pairwise(seconds)][1:-1]
-        found[way] = 1000 * statistics.median(each) / DIGITS["data.num-clients"]
-    return found
+    with tempfile.TemporaryDirectory(prefix="overhead-") as name:
+        folder, config = Path(name), {**DIGITS, **changes}
+        if num_nodes:
+            flwr_run(ROOT, num_nodes, {**config, "run.out": str(folder / "run")}, actors, folder)
+        else:
+            sets = [f"--set={key}={value}" for key, value in config.items()]
+            quickstart = str(ROOT / "configs" / "quickstart.toml")
+            command = [sys.executable, "-m", "fedmom", "run", quickstart, *sets, "--out", str(folder / "run")]
+            call(command, ENVIRONMENT, folder)
+        seconds = [record["wall_seconds"] for record in read_rounds(folder / "run")]
+    each = [after - before for before, after in pairwise(seconds)][1:-1]
+    return {"ms": 1000 * statistics.median(each) / DIGITS["data.num-clients"]}
 
 
-def digits_table(found: dict[str, float]) -> str:
+def digits_table(found: dict[str, Any]) -> str:
     steps = DIGITS["algorithm.num-local-steps"]
     lines = [
         "| digits, 100 clients, mlp 64, I = 4, B = 8 | ms per client and round | client-steps/s |",
         "|---|---|---|",
     ]
-    lines += [f"| {way} | {ms:.2f} | {1000 * steps / ms:,.0f} |" for way, ms in found.items()]
+    for way, row in found.items():
+        rate = f"{1000 * steps / row['ms']:,.0f}" if "ms" in row else row["failed"]
+        lines.append(f"| {way} | {cell(row, 'ms', 2)} | {rate} |")
     return "\n".join(lines) + "\n"
 
 
@@ -228,6 +227,15 @@ def measure_floor(num_clients: int, num_params: int) -> dict[str, Any]:
     return {"ms": sum(parts.values()), **parts}
 
 
+def tried(measured: Callable[[], Any]) -> Any:
+    """What was measured, or {"failed": why}: one system's failure costs its row alone."""
+    try:
+        return measured()
+    except (Exception, SystemExit) as error:
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+        return {"failed": f"failed: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}"}
+
+
 def cell(row: dict[str, Any], key: str, digits: int) -> str:
     return f"{row[key]:.{digits}f}" if key in row else "–"
 
@@ -236,7 +244,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| clients × parameters | system | ms per client and round | range | start-up, s | own MB | store MB |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
-        spread = f"{min(row['ms_all']):.2f}–{max(row['ms_all']):.2f}" if "ms_all" in row else "–"
+        spread = f"{min(row['ms_all']):.2f}–{max(row['ms_all']):.2f}" if "ms_all" in row else row.get("failed", "–")
         if "client_ms" in row:
             spread = f"client {row['client_ms']:.2f} + aggregation {row['aggregation_ms']:.2f}"
         cells = [f"{row['clients']:,} × {row['params']:,}", row["system"], cell(row, "ms", 2), spread]
@@ -262,16 +270,19 @@ def main() -> None:
         for system in options.systems:
             print(f"{case} {system} …", file=sys.stderr, flush=True)
             if system == "floor":
-                row = measure_floor(num_clients, num_params)
+                row = tried(partial(measure_floor, num_clients, num_params))
             else:
-                row = measure(system, num_clients, num_params, options.rounds, options.actors)
+                row = tried(partial(measure, system, num_clients, num_params, options.rounds, options.actors))
             rows.append({"clients": num_clients, "params": num_params, "system": system, **row})
             report = {"machine": f"{platform.platform()}, {os.cpu_count()} cores", "rows": rows}
             (options.out / "overhead.json").write_text(json.dumps(report, indent=1))
             (options.out / "overhead.md").write_text(table(rows))
     text = table(rows)
     if options.digits:
-        report["digits"] = found = measure_digits(options.actors)
+        report["digits"] = found = dict[str, Any]()
+        for way, (changes, num_nodes) in digits_ways(options.actors).items():
+            print(f"digits {way} …", file=sys.stderr, flush=True)
+            found[way] = tried(partial(measure_digits, changes, num_nodes, options.actors))
         text += "\n" + digits_table(found)
         (options.out / "overhead.json").write_text(json.dumps(report, indent=1))
         (options.out / "overhead.md").write_text(text)

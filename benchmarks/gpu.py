@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
-"""The engine on a GPU, in one script: first that it is right, then how fast it is, then how near to the card's limits.
+"""The engine on a GPU, section by section: first that it is right, then how fast it is, and the card's own limits.
 
-    python benchmarks/gpu.py --out "$OUT" [--cifar FILE.npz] [--seconds 5] [--only check speed resnet]
+    python benchmarks/gpu.py --out "$OUT" [--section NAME …] [--cifar FILE.npz] [--seconds 5]
 
-Needs torch, numpy and this checkout; neither flwr nor ray. Writes OUT/gpu.json and gpu.md after every step, so that a
-run that is cut off leaves what it had.
+Needs torch, numpy and this checkout; neither flwr nor ray. `--list` names the sections; each takes some minutes at most
+and can be run alone, on another day. Every row is appended to OUT/rows.jsonl as soon as it is there, and OUT/gpu.md is
+the table of all rows so far, so a run that is cut off leaves what it had.
 
-* `check`: every path and every way to convolve against the plain loop on the CPU, all models: in float64 the largest
-  difference of x, u and buffers after four rounds; in float32, with TF32 products and in bfloat16 the distance from
-  that float64 run, relative to how far the model went, beside the plain loop's own on the same device.
-* `speed`: pfl's CIFAR-10 benchmark (1,000 clients of 50 images, cohort 50, batch 10, 5 steps, momentum 0.9):
-  client-steps/s by path, way to convolve and chunk size, and of one resident model in plain PyTorch; the card's
-  measured bandwidth and matrix product rate.
-* `resnet`: ResNet-56, 8 clients, batch 64, the same.
+* `check-MODEL`: every path and every way to convolve against the plain loop on the CPU in float64: x, u, buffers, the
+  losses and the spreads of all rounds, in float64, float32, with TF32 products and in bfloat16. Twice six rounds with
+  two lr lists, so that on a GPU recordings of both are replayed, and the first again after the second. Exit status 1
+  where float64 is off by more than rounding or a recording was given up.
+* `peaks`: the card's measured bandwidth and matrix product rate.
+* `speed-WAY`: pfl's CIFAR-10 benchmark (1,000 clients of 50 images, cohort 50, batch 10, 5 steps, momentum 0.9):
+  client-steps/s by way to convolve and chunk size; `speed-resident`: of one resident model in plain PyTorch;
+  `speed-forms`: the best so far without replays, with TF32 products and in bfloat16.
+* `resnet-WAY`: ResNet-56, 8 clients, batch 64, the same.
 
 `--device cpu --quick` tries the script itself on small sizes.
 """
@@ -24,6 +27,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +45,10 @@ from fedmom.engine import Engine  # noqa: E402
 from fedmom.models import build_model  # noqa: E402
 from fedmom.objective import Classification  # noqa: E402
 from fedmom.partition import make_partition  # noqa: E402
+from fedmom.precision import allow_tf32  # noqa: E402
 from fedmom.rounds import Method  # noqa: E402
 from fedmom.schedules import LearningRate  # noqa: E402
-from fedmom.state import to_device  # noqa: E402
+from fedmom.state import ClientState, to_device  # noqa: E402
 from fedmom.train import Plan, beginning, round_job, run_rounds  # noqa: E402
 
 MODELS = {"logistic": {}, "mlp": {"hidden": 64}, "cnn": {}, "resnet20": {}, "resnet20-group": {"norm": "group"}}
@@ -84,89 +90,80 @@ def engine_of(
 
 # --- right? ---------------------------------------------------------------------------------------------------
 
-
-def trained(task: Classification, plan: Plan, engine: Engine) -> Any:
-    *_, (done, _) = run_rounds(task, plan, engine, beginning(task, plan))
-    return to_device(done.state, "cpu")
-
-
-def apart(one: Any, other: Any) -> float:
-    """The largest difference of any number of x, u and buffers."""
-    return max(
-        float((a[name].double() - b[name].double()).abs().max())
-        for a, b in zip(one, other, strict=True)
-        for name in b
-        if b[name].is_floating_point()
-    )
+FORMS = {  # storage, and whether float32 products may be TF32
+    "float64": (torch.float64, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "bfloat16": (torch.bfloat16, False),
+}
+MEASURES = ("train_loss", "consensus_distance", "momentum_spread")
+ROUNDING = 1e-6  # in float64, relative: what is wrong is off by more
 
 
-def error(state: Any, exact: Any, start: Any) -> float:
-    """‖x − exact‖ over ‖exact − start‖, the worst tensor."""
-    return max(
-        float((x.double() - exact.params[n]).norm() / (exact.params[n] - start.params[n].double()).norm())
-        for n, x in state.params.items()
-    )
+def trained(task: Classification, plan: Plan, engine: Engine) -> tuple[ClientState, list[dict[str, Any]]]:
+    """The plan twice, one after the other, by one engine -> (the last state, the records of both)."""
+    records: list[dict[str, Any]] = []
+    for _ in range(2):
+        steps = list(run_rounds(task, plan, engine, beginning(task, plan)))
+        records += [record for _, record in steps]
+    return to_device(steps[-1][0].state, "cpu"), records
 
 
-# Storage and products: (column, dtype, whether float32 products may be TF32).
-FORMS = (
-    ("float64", torch.float64, False),
-    ("float32", torch.float32, False),
-    ("tf32", torch.float32, True),
-    ("bfloat16", torch.bfloat16, False),
-)
+def errors(found: Any, exact: Any, start: ClientState) -> dict[str, float]:
+    """Of x, u and buffers ‖found − exact‖ over how far the exact ones went; of each measure the worst round's."""
+    (state, records), (want, wanted) = found, exact
+    row = {}
+    for part in ("params", "momentum", "buffers"):
+        trees = [getattr(s, part) for s in (state, want, start)]
+        names = [n for n, v in trees[1].items() if v.is_floating_point()]
+        got, right, before = (torch.cat([t[n].double().flatten() for n in names] or [torch.zeros(1)]) for t in trees)
+        row[part] = float((got - right).norm() / ((right - before).norm() or 1))
+    for name in MEASURES:
+        row[name] = max(abs(a[name] - b[name]) / (abs(b[name]) or 1) for a, b in zip(records, wanted, strict=True))
+    return row
 
 
-def allow_tf32(allowed: bool) -> None:
-    """As engine.matmul does."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-
-
-def check(device: str, quick: bool) -> list[dict[str, Any]]:
-    """Four rounds each, so that on a GPU the last two are replayed."""
-    rows, data = [], images(60, 16)
-    for model in list(MODELS)[: 3 if quick else None]:
-        plan = plan_of(3, 5, 3, rounds=4)
-        exact_task = task_of(model, data, 3, 5, "cpu", torch.float64)
-        exact = trained(exact_task, plan, engine_of(exact_task, plan, "loop", 1))
-        ways = [("loop", ""), ("vmap", ""), ("factors", "")]
-        ways += [("stack", way) for way in (CONVOLUTIONS if "cnn" in model or "resnet" in model else [""])]
-        for path, convolution in ways:
-            row: dict[str, Any] = {"model": model, "way": f"{path} {convolution}".strip()}
-            for column, dtype, tf32 in FORMS:
-                allow_tf32(tf32)
-                try:
-                    task = task_of(model, data, 3, 5, device, dtype)
-                    engine = engine_of(task, plan, path, 3, convolution)
-                    state = trained(task, plan, engine)
-                except Exception as failure:  # no kernel for this dtype or device
-                    row[f"{column} failed"] = str(failure).splitlines()[0][:120]
-                    continue
-                row[column] = apart(state, exact) if column == "float64" else error(state, exact, exact_task.start())
-                if engine.replays is not None:
-                    row["replayed"] = row.get("replayed", 0) + engine.replays.num_replayed
-                    row["trouble"] = row.get("trouble") or engine.replays.trouble
-            rows.append(row)
-            print(row, file=sys.stderr, flush=True)
+def check(model: str, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    data = images(60, 16)
+    plan = plan_of(3, 5, 3, rounds=6)
+    plan = plan._replace(rate=plan.rate._replace(schedule="step", milestones=(0.5,), unit="fraction"))
+    exact_task = task_of(model, data, 3, 5, "cpu", torch.float64)
+    exact = trained(exact_task, plan, engine_of(exact_task, plan, "loop", 1))
+    ways = [("loop", ""), ("vmap", ""), ("factors", "")]
+    ways += [("stack", way) for way in (CONVOLUTIONS if "cnn" in model or "resnet" in model else [""])]
+    for path, convolution in ways:
+        for form, (dtype, tf32) in FORMS.items():
+            row: dict[str, Any] = {"model": model, "way": f"{path} {convolution}".strip(), "form": form}
+            allow_tf32(tf32)
+            try:
+                task = task_of(model, data, 3, 5, device, dtype)
+                engine = engine_of(task, plan, path, 2, convolution)  # a chunk of 2 and one of 1
+                row |= errors(trained(task, plan, engine), exact, exact_task.start())
+            except Exception as failure:  # no kernel for this dtype or device
+                yield {**row, "failed": str(failure).splitlines()[0][:120]}
+                continue
+            if engine.replays is not None:
+                row |= {"replayed": engine.replays.num_replayed, "trouble": engine.replays.trouble}
+            off = [v for v in row.values() if isinstance(v, float) and not v <= ROUNDING]
+            yield {**row, "wrong": bool(row.get("trouble") or (form == "float64" and off))}
     allow_tf32(False)
-    return rows
 
 
 # --- fast? ----------------------------------------------------------------------------------------------------
 
 
 def rate_of(task: Classification, plan: Plan, engine: Engine, seconds: float) -> float:
-    """Client-steps/s, the median of rounds after the first two."""
+    """Client-steps/s, the median of rounds after those that are recorded and compared."""
     done = beginning(task, plan)
     job = round_job(task, plan, done)
     times: list[float] = []
-    while len(times) < 5 or (sum(times) < seconds and len(times) < 200):
+    while len(times) < 6 or (sum(times) < seconds and len(times) < 200):
         begin = now(task.device)
         engine.run_round(done.state, job)
         times.append(now(task.device) - begin)
         if sum(times) > 6 * seconds:
             break
-    return float(job.num_steps.sum()) / statistics.median(times[2:] or times)
+    return float(job.num_steps.sum()) / statistics.median(times[3:] or times)
 
 
 def now(device: torch.device) -> float:
@@ -220,61 +217,105 @@ def measured(
     return row
 
 
-def speed(model: str, device: str, options: argparse.Namespace, **sizes: int) -> list[dict[str, Any]]:
+SIZES = {
+    "speed": ("cnn", {"clients": 1000, "each": 50, "cohort": 50, "batch": 10, "steps": 5}),
+    "resnet": ("resnet56", {"clients": 8, "each": 640, "cohort": 8, "batch": 64, "steps": 4}),
+}
+QUICK = {"clients": 8, "each": 10, "cohort": 4, "batch": 5, "steps": 2}
+WAYS = {  # of `speed` and `resnet`; without a name each layer takes the way that was fastest for its shape
+    "resident": [],
+    "factors": [("factors", way) for way in ("", *CONVOLUTIONS)],
+    "stack": [("stack", way) for way in ("", *CONVOLUTIONS)],
+    "vmap": [("vmap", "")],
+    "forms": [],
+}
+
+
+def speed(what: str, part: str, device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    model, sizes = SIZES[what]
+    if options.quick:
+        model, sizes = model.replace("56", "20"), QUICK
     allow_tf32(False)
     data = images(sizes["clients"] * sizes["each"], path=options.cifar)
     of = (model, data, sizes["clients"], sizes["batch"], device)
     task, plan = task_of(*of), plan_of(sizes["cohort"], sizes["batch"], sizes["steps"])
-    rows = [{"model": model, "way": "resident model, plain PyTorch", "rate": resident(task, plan, options.seconds)}]
+    if part == "resident":
+        rate = resident(task, plan, options.seconds)
+        yield {"model": model, "way": "resident model, plain PyTorch", "rate": rate}
     chunks = sorted({min(k, sizes["cohort"]) for k in (1, 5, 10, 25, 50)})
-    # Without a name each layer takes the way that was fastest for its shape.
-    ways = [(path, way) for path in ("factors", "stack") for way in ("", *CONVOLUTIONS)] + [("vmap", "")]
-    for path, convolution in ways:
+    best = max((r["rate"] for r in known(options.out, f"{what}-") if "rate" in r and "chunk" in r), default=0.0)
+    for path, convolution in WAYS[part]:
         for chunk in reversed(chunks):
             row = {"model": model, **measured(task, plan, options, path, chunk, convolution)}
-            rows.append(row)
-            print(row, file=sys.stderr, flush=True)
-            if "failed" not in row and row["rate"] < 0.5 * max(r.get("rate", 0) for r in rows):
+            yield row
+            best = max(best, row.get("rate", 0.0))
+            if "failed" not in row and row["rate"] < 0.5 * best:
                 break  # the way is far behind: other chunks of it would only take time
-    best = max((row for row in rows if "chunk" in row), key=lambda row: row.get("rate", 0))
-    path, _, convolution = best["way"].partition(" ")
+    if part == "forms":
+        yield from forms(what, of, plan, options)
+
+
+def forms(what: str, of: Any, plan: Plan, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The fastest way so far in other forms."""
+    rows = [r for r in known(options.out, f"{what}-") if "rate" in r and "chunk" in r and "," not in r["way"]]
+    fastest = max(rows, key=lambda r: r["rate"], default={"way": "stack", "chunk": 10**9})
+    path, _, convolution = fastest["way"].partition(" ")
+    chunk = min(fastest["chunk"], plan.cohort_size)
     for name, dtype, tf32, replays in (
         ("no graph", torch.float32, False, False),
         ("tf32", torch.float32, True, True),
         ("bfloat16", torch.bfloat16, False, True),
     ):
         allow_tf32(tf32)
-        found = measured(task_of(*of, dtype), plan, options, path, best["chunk"], convolution, replays=replays)
-        rows.append({"model": model, **found, "way": f"{best['way']}, {name}"})
-        print(rows[-1], file=sys.stderr, flush=True)
+        found = measured(task_of(*of, dtype), plan, options, path, chunk, convolution, replays=replays)
+        yield {"model": of[0], **found, "way": f"{fastest['way']}, {name}"}
     allow_tf32(False)
-    return rows
+
+
+def card_peaks(device: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    flops, bandwidth = peaks(torch.device(device))
+    yield {"flops": flops, "bandwidth": bandwidth}
 
 
 # --- the table ------------------------------------------------------------------------------------------------
 
+SECTIONS: dict[str, Callable[[str, argparse.Namespace], Iterator[dict[str, Any]]]] = {
+    **{f"check-{model}": partial(check, model) for model in MODELS},
+    "peaks": card_peaks,
+    **{f"{what}-{part}": partial(speed, what, part) for what in SIZES for part in WAYS},
+}
 
-def table(report: dict[str, Any]) -> str:
-    lines = [f"{report['device']}, torch {report['torch']}, commit {report['commit']}, `{report['command']}`", ""]
-    if rows := report.get("check"):
-        names = [column for column, *_ in FORMS]
-        lines += ["float64: largest difference; others: relative error; – where a way cannot be had.", ""]
-        lines += [
-            "| model | way | " + " | ".join(names) + " | chunks replayed |",
-            "|---|---|" + "---|" * (len(names) + 1),
-        ]
-        for r in rows:
-            cells = [f"{r[name]:.1e}" if name in r else "–" for name in names]
-            lines.append(
-                f"| {r['model']} | {r['way']} | {' | '.join(cells)} | {r.get('trouble') or r.get('replayed', '–')} |"
-            )
-        lines.append("")
-    if "bandwidth" in report:
-        lines += [f"Measured: {report['bandwidth'] / 1e9:,.0f} GB/s copying, {report['flops'] / 1e12:,.1f} TFLOP/s", ""]
-    for key in ("speed", "resnet"):
-        if rows := report.get(key):
+
+def known(out: Path, section: str = "") -> list[dict[str, Any]]:
+    """All rows so far of the sections whose names begin so; of a way that was run twice the last."""
+    path = out / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    names = ("section", "model", "way", "form", "chunk")
+    last = {tuple(row.get(name) for name in names): row for row in rows if row["section"].startswith(section)}
+    return list(last.values())
+
+
+def table(out: Path) -> str:
+    lines = []
+    rows = known(out)
+    for card in dict.fromkeys((r["device"], r["torch"], r["commit"]) for r in rows):
+        mine = [r for r in rows if (r["device"], r["torch"], r["commit"]) == card]
+        lines += ["{}, torch {}, commit {}".format(*card), ""]
+        if checks := [r for r in mine if r["section"].startswith("check")]:
+            names = ("params", "momentum", "buffers", *MEASURES)
+            lines += ["Relative errors against the plain loop on the CPU in float64, after twelve rounds.", ""]
+            lines += ["| model | way | form | " + " | ".join(names) + " | chunks replayed |"]
+            lines += ["|" + "---|" * (len(names) + 4)]
+            for r in checks:
+                cells = [f"{r[name]:.1e}" for name in names] if "failed" not in r else [r["failed"], *["–"] * 5]
+                said = r.get("trouble") or f"{r.get('replayed', '–')}{', WRONG' if r.get('wrong') else ''}"
+                lines.append("| {model} | {way} | {form} | ".format(**r) + " | ".join(cells) + f" | {said} |")
+            lines.append("")
+        for r in (r for r in mine if "bandwidth" in r):
+            lines += [f"Measured: {r['bandwidth'] / 1e9:,.0f} GB/s copying, {r['flops'] / 1e12:,.1f} TFLOP/s", ""]
+        if speeds := [r for r in mine if r["section"].startswith(tuple(SIZES))]:
             lines += ["| model | way | K | client-steps/s | memory, GB |", "|---|---|---|---|---|"]
-            for r in rows:
+            for r in speeds:
                 rate = f"{r['rate']:,.0f}" if "rate" in r else r["failed"]
                 memory = f"{r['memory_gb']:.1f}" if "memory_gb" in r else "–"
                 lines.append(f"| {r['model']} | {r['way']} | {r.get('chunk', '–')} | {rate} | {memory} |")
@@ -282,47 +323,39 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--section", nargs="+", metavar="NAME", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--list", action="store_true", help="name the sections")
     parser.add_argument("--cifar", type=Path)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=5.0, help="for every measurement")
-    parser.add_argument("--only", nargs="+", default=["check", "speed", "resnet"])
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    if options.list:
+        print("\n".join(SECTIONS))
+        return 0
+    if options.out is None:
+        parser.error("--out DIR is missing")
     options.out.mkdir(parents=True, exist_ok=True)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     card = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-    report: dict[str, Any] = {
-        "device": card,
-        "torch": torch.__version__,
-        "commit": git.stdout.strip() or "unknown",
-        "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:]),
-    }
-    small = {"clients": 8, "each": 10, "cohort": 4, "batch": 5, "steps": 2}
-    steps = {
-        "check": lambda: check(options.device, options.quick),
-        "speed": lambda: speed(
-            "cnn",
-            options.device,
-            options,
-            **(small if options.quick else {"clients": 1000, "each": 50, "cohort": 50, "batch": 10, "steps": 5}),
-        ),
-        "resnet": lambda: speed(
-            "resnet20" if options.quick else "resnet56",
-            options.device,
-            options,
-            **(small if options.quick else {"clients": 8, "each": 640, "cohort": 8, "batch": 64, "steps": 4}),
-        ),
-    }
-    report["flops"], report["bandwidth"] = peaks(torch.device(options.device))
-    for name in options.only:
-        report[name] = steps[name]()
-        (options.out / "gpu.json").write_text(json.dumps(report, indent=1))
-        (options.out / "gpu.md").write_text(table(report))
-    print(table(report))
+    run = {"device": card, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown"}
+    wrong = 0
+    for section in options.section:
+        begin = time.perf_counter()
+        with (options.out / "rows.jsonl").open("a") as file:
+            for row in SECTIONS[section](options.device, options):
+                print(row, file=sys.stderr, flush=True)
+                file.write(json.dumps({"section": section, **run, **row}) + "\n")
+                file.flush()
+                wrong += row.get("wrong", False)
+        (options.out / "gpu.md").write_text(table(options.out))
+        print(f"{section}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    print(table(options.out))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

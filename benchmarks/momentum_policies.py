@@ -48,6 +48,8 @@ def ensure(config: str, folder: Path, policy: str, interval: int, lr: float, see
         }
         where = {"resume": path} if (path / CONFIG).exists() else {"out": path}
         result = fedmom.run(config, sets=sets, callbacks=[fedmom.Callback()], **where)
+        if result.status == "interrupted":
+            raise KeyboardInterrupt
         records = result.rounds
         print(f"{path.name}: {result.status}, {value(records, rounds)}", file=sys.stderr, flush=True)
     return {r["round"]: 100 * r["test_accuracy"] for r in records if "test_accuracy" in r}
@@ -59,12 +61,17 @@ def value(records: list[dict], number: int) -> str:
 
 
 def cell(runs: dict[float, list[dict[int, float]]], number: int) -> str:
-    """Best lr by mean accuracy at a round: `mean ± deviation (lr)`; * where that lr is at the edge of the tried."""
-    finished = {lr: [r.get(number, 0.0) for r in seeds] for lr, seeds in runs.items()}
-    best = max(finished, key=lambda lr: mean(finished[lr]))
-    edge = "*" if best in (min(finished), max(finished)) else ""
-    spread = f" ± {stdev(finished[best]):.1f}" if len(finished[best]) > 1 else ""
-    return f"{mean(finished[best]):.1f}{spread} ({best:g}{edge})"
+    """Best lr by mean accuracy at a round: `mean ± deviation (lr)`; * where that lr is at the edge of the tried.
+
+    A seed that diverged speaks against its lr as 0 % would, and is no part of the mean: "[2 of 3]".
+    """
+    best = max(runs, key=lambda lr: mean(r.get(number, 0.0) for r in runs[lr]))
+    found = [r[number] for r in runs[best] if number in r]
+    edge = "*" if best in (min(runs), max(runs)) else ""
+    text = f"{mean(found):.1f}" if found else "–"
+    text += f" ± {stdev(found):.1f}" if len(found) > 1 else ""
+    text += f" [{len(found)} of {len(runs[best])}]" if len(found) < len(runs[best]) else ""
+    return f"{text} ({best:g}{edge})"
 
 
 def main() -> None:

@@ -25,6 +25,8 @@ Workloads: `cnn` is pfl's CIFAR-10 benchmark (1,000 clients of 50 images, batch 
 Client-steps/s: the median over rounds after the first two; no evaluation. All but fedmom start u from 0 in every round
 and average x alone: their work is less.
 
+A system that fails, or gives no rates, is a marked cell with its reason below the table; the others are measured.
+
 That all do the same work is checked as far as it shows: as many parameters, and a training loss that is finite and
 comes down; a system where it is not so is marked.
 
@@ -38,7 +40,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,17 +130,21 @@ def blazefl(load: dict[str, Any], folder: Path, rounds: int, python: Any, worker
 
 
 def measured(load: dict[str, Any], system: str, way: Any, rounds: int) -> dict[str, Any]:
-    """One cell of the table."""
+    """One cell of the table; whatever one system does, the others are measured."""
     row: dict[str, Any] = {"workload": load["name"], "system": system, "source": load["source"]}
     row |= {"load": os.getloadavg()[0]}  # of the machine, before
     try:
         found = way(load, max(4, round(rounds * load.get("part", 1))))
-    except (RuntimeError, SystemExit, subprocess.TimeoutExpired) as error:
-        return row | {"failed": "failed", "why": str(error)}
-    rates = [load["cohort"] * load["steps"] / seconds for seconds in found["seconds"][2:]]
-    row |= {"rate": statistics.median(rates), "all": rates}
-    row |= {"parameters": found["parameters"], "losses": [found["losses"][0], found["losses"][-1]]}
-    return row | ({"doubt": doubt} if (doubt := doubts(load, row)) else {})
+        for key, least in (("seconds", 3), ("losses", 2)):
+            if len(found[key]) < least:
+                raise RuntimeError(f"its run gave {len(found[key])} {key}")
+        rates = [load["cohort"] * load["steps"] / seconds for seconds in found["seconds"][2:]]
+        row |= {"rate": statistics.median(rates), "all": rates}
+        row |= {"parameters": found["parameters"], "losses": [found["losses"][0], found["losses"][-1]]}
+        return row | ({"doubt": doubt} if (doubt := doubts(load, row)) else {})
+    except (Exception, SystemExit) as error:  # the last is how flower_overhead's `call` says it
+        kept = {key: value for key, value in row.items() if key not in ("rate", "all")}
+        return kept | {"failed": "failed", "why": f"{type(error).__name__}: {error}"}
 
 
 def doubts(load: dict[str, Any], row: dict[str, Any]) -> str:
@@ -190,7 +195,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for place, row in zip(places, mine, strict=True):
             axes.text(row["rate"], place, f" {row['rate']:,.0f}", va="center", fontsize=8)
         axes.set_title(name, fontsize=10)
-        axes.set_xlim(0, 1.35 * max(row["rate"] for row in mine))
+        axes.set_xlim(0, 1.35 * max((row["rate"] for row in mine), default=1))
         axes.set_yticks(range(len(systems)), systems, fontsize=8)
         axes.set_xticks([])
         axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -222,7 +227,7 @@ def main() -> None:
             row["chosen"] = load.pop("chosen", None)
             report = {"machine": platform.platform(), "cores": os.cpu_count(), "rows": rows}
             path.write_text(json.dumps(report, indent=1))
-    (options.out / "peers.md").write_text(table(rows))
+            (options.out / "peers.md").write_text(table(rows))
     print(table(rows))
     try:
         draw(rows, options.out / "peers.png")

@@ -97,6 +97,7 @@ def loop(load: dict[str, Any], rounds: int, processes: int, device: str = "cpu")
     jobs, answers = [context.Queue() for _ in range(processes)], context.Queue()
     workers = [context.Process(target=loop_worker, args=(load, device, job, answers)) for job in jobs]
     for worker in workers:
+        worker.daemon = True  # one that died leaves the others waiting for work
         worker.start()
     params, rng = [p.detach() for p in common.model_of(load).parameters()], np.random.default_rng(0)
     seconds, losses = [], []
@@ -105,7 +106,7 @@ def loop(load: dict[str, Any], rounds: int, processes: int, device: str = "cpu")
         cohort = rng.choice(load["clients"], load["cohort"], replace=False)
         for job, clients in zip(jobs, np.array_split(cohort, processes), strict=True):
             job.put((params, clients.tolist()))
-        sums, totals = zip(*[answers.get() for _ in workers], strict=True)
+        sums, totals = zip(*[answers.get(timeout=900) for _ in workers], strict=True)
         losses.append(sum(totals) / load["cohort"])
         params = [sum(parts) / load["cohort"] for parts in zip(*sums, strict=True)]
         seconds.append(time.perf_counter() - begin)

@@ -116,12 +116,15 @@ def main() -> None:
     cases += [("cohort", 100_000, c, 5, 0) for c in (250, 500, 1000, 2000, 4000)]
     cases += [("steps", 100_000, 1000, i, 0) for i in (1, 2, 4, 8, 16)]
     cases += [("size", 100_000, 1000, 5, width) for width in (64, 128, 256, 512)]
-    rows = []
+    rows, failed = list[dict[str, Any]](), list[str]()
     for varied, *case in cases:
         begin = time.perf_counter()
-        rows.append({"varied": varied, **measure(*case, options.rounds, options.out)})
-        print(rows[-1], f"{time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    (options.out / "scale.json").write_text(json.dumps(rows, indent=1))
+        try:
+            rows.append({"varied": varied, **measure(*case, options.rounds, options.out)})
+        except Exception as error:  # out of memory, say: the others are measured
+            failed.append(f"{varied}, {case}: failed ({type(error).__name__}: {str(error)[-200:]})")
+        print((rows or [failed])[-1], f"{time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+        (options.out / "scale.json").write_text(json.dumps({"rows": rows, "failed": failed}, indent=1))
     lines = [
         "| N | cohort | I | d | start-up, s | peak memory, MB | ms per round | client-steps/s |",
         "|---|---|---|---|---|---|---|---|",
@@ -131,6 +134,7 @@ def main() -> None:
         f"{r['peak_mb']:,.0f} | {r['round_ms']:.1f} | {r['rate']:,.0f} |"
         for r in rows
     ]
+    lines += ["", *failed] if failed else []
     (options.out / "scale.md").write_text("\n".join(lines) + "\n")
     draw(rows, options.out / "scale.png")
     print("\n".join(lines))

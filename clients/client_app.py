@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedmom.errors import InputError
+from fedmom.files import at_home
 from fedmom.local_data import client_source, facts_of, from_record, read_source
 from fedmom.node import Local, Node, held_clients, settled, warm_node
 from fedmom.state import Tree, flatten, unflatten
@@ -30,7 +31,8 @@ def query(message: Message, context: Context) -> Message:
     answer = ConfigRecord({"clients": _held(context).tolist()})
     asked = message.content.config_records.get("config", {})
     if asked.get("facts", False):
-        facts = facts_of(read_source(_own_source(context), settled(context.run_config).data.classes))
+        config = settled(context.run_config)
+        facts = facts_of(read_source(_own_source(context), config.data.classes), config.run.dtype)
         for name, value in facts._asdict().items():
             answer[name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
     elif asked.get("engine", False) or not _is_local(context):
@@ -131,7 +133,7 @@ def _own_source(context: Context) -> Path:
     if len(held) != 1:
         raise InputError(f"data.dataset = 'local': a node holds one client, this one {len(held)}: {held}")
     own = context.node_config.get("data-dir")
-    return Path(str(own)) if own else client_source(settled(context.run_config).data.data_dir, held[0])
+    return at_home(str(own)) if own else client_source(settled(context.run_config).data.data_dir, held[0])
 
 
 def _held(context: Context) -> Tensor:

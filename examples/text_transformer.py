@@ -2,7 +2,7 @@
 
     python examples/text_transformer.py
 
-fedmom hands float features [n, length] to a model; here they are numbers of words, which the model makes whole again.
+Integers [n, length] reach a model as they are, whatever run.dtype is; here they are numbers of words.
 """
 
 import importlib
@@ -21,7 +21,7 @@ LENGTH, WORDS = 16, 800  # words of an example; of the vocabulary
 
 
 def lines() -> dict[str, np.ndarray]:
-    """Real code, 16 words an example, as numbers [n, LENGTH] (float32, 0: not in the vocabulary), and its package."""
+    """Real code, 16 words an example, as numbers [n, LENGTH] (0: not in the vocabulary), and its package."""
     found: list[tuple[list[str], int]] = []
     for label, name in enumerate(PACKAGES):
         folder = Path(str(importlib.import_module(name).__file__)).parent
@@ -33,7 +33,7 @@ def lines() -> dict[str, np.ndarray]:
     cut = len(examples) * 4 // 5
     counts = Counter(word for words, _ in examples[:cut] for word in words)
     number = {word: place for place, (word, _) in enumerate(counts.most_common(WORDS - 1), 1)}
-    x = np.array([[number.get(word, 0) for word in words] for words, _ in examples], dtype=np.float32)
+    x = np.array([[number.get(word, 0) for word in words] for words, _ in examples])
     y = np.array([label for _, label in examples])
     return {"x_train": x[:cut], "y_train": y[:cut], "x_test": x[cut:], "y_test": y[cut:]}
 
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, length] -> [B, num_classes]
-        h = self.words(x.long().clamp(0, WORDS - 1)) + self.places
+        h = self.words(x) + self.places
         n = self.first(h)
         h = h + self.attention(n, n, n, need_weights=False)[0]
         h = h + self.wide(self.second(h))

@@ -7,12 +7,11 @@ import pickle
 import struct
 import sys
 import time
-import traceback
 from typing import Any, NamedTuple
 
 from fedmom.errors import InputError
-from fedmom.imports import one_line
-from fedmom.output import Output
+from fedmom.imports import one_line, place_of
+from fedmom.worker_output import WorkerOutput
 
 BATCH_SECONDS = 0.03  # a batch ends after the message that takes it past this
 BATCH_BYTES = 16 << 20  # and after this many bytes of answers; the same holds for what is sent
@@ -99,26 +98,12 @@ def _keep_freed_memory() -> None:
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the largest that it takes
 
 
-def _where(error: BaseException) -> str:
-    """The last line of the user's own code that an exception came through: its traceback stays in this process.
-
-    Without any, such as in a mod of Flower's, the last one of a library's.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    own = os.path.dirname(__file__) + os.sep
-    others = [f for f in frames if not f.filename.startswith((own, "<frozen"))]
-    libraries = (f"{os.sep}site-packages{os.sep}", f"{os.sep}lib{os.sep}python")
-    users = [f for f in others if not any(part in f.filename for part in libraries)]
-    last = (users or others)[-1:]
-    return f" ({last[0].filename}:{last[0].lineno})" if last else ""
-
-
 class Actor:
     """What runs in a Ray actor's process: batches of messages, one message after the other."""
 
     def start(self, paths: list[str], make_worker: bytes, progress: str, show: bool = False) -> "Started":
         """`paths` is the driver's sys.path; `show`: whether answers bring along what was printed meanwhile."""
-        self.output, self.show = Output(), show
+        self.output, self.show = WorkerOutput(), show
         sys.path[:0] = [path for path in paths if path not in sys.path]
         try:
             self.progress: Progress | None = Progress(progress)
@@ -153,7 +138,7 @@ class Actor:
             except (Exception, SystemExit) as error:
                 into = self.output.grown(sizes)
                 printed = f"; it printed into {into}" if into else ""
-                answers.append(Failure("raised", f"{one_line(error)}{_where(error)}{printed}"))
+                answers.append(Failure("raised", f"{one_line(error)}{place_of(error, anywhere=True)}{printed}"))
             if self.show:
                 texts.append(self.output.since(sizes))
             if time.perf_counter() - begun > BATCH_SECONDS or num_bytes > BATCH_BYTES:

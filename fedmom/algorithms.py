@@ -4,6 +4,7 @@ Source: Yu, Jin, Yang, "On the Linear Speedup Analysis of Communication Efficien
 Non-Convex Optimization", ICML 2019 (arXiv 1905.03817), Algorithms 1 and 2. docs/method.md maps the symbols to names.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,8 +15,17 @@ from fedmom.state import ClientState, Tree, zeros_like
 
 # gradient(params, buffers, batch) -> (gradients, buffers after the forward pass, loss)
 Gradient = Callable[[Tree, Tree, Any], tuple[Tree, Tree, Tensor]]
-# correction(gradients, params, params at the start of the round) -> gradients, of one client
-Correction = Callable[[Tree, Tree, Tree], Tree]
+# correction(gradients, params, params at the start of the round) -> gradients, of one client; with a parameter `key` it
+# is also given the int64 address [] of the client's step, for random numbers
+Correction = Callable[..., Tree]
+
+
+def takes_key(correction: Correction) -> bool:
+    """Whether a correction wants the address of the step."""
+    try:
+        return "key" in inspect.signature(correction).parameters
+    except (TypeError, ValueError):  # what has no signature takes what all take
+        return False
 
 
 def momentum_step(state: ClientState, grads: Tree, *, lr: float, beta: float, nesterov: bool) -> ClientState:
@@ -41,18 +51,20 @@ def local_step(
     weight_decay: float = 0.0,
     correction: Correction | None = None,
     start: Tree | None = None,
+    key: Tensor | None = None,
 ) -> tuple[ClientState, Tensor]:
     """One client's step on one minibatch -> (state, loss before the step).
 
     L2 weight decay is part of f, so it enters g: g = ∇F(x; ξ) + λx. That is linear and keeps the mean. A `correction`
-    of the user's own comes after it: g ← correction(g, x, x at the `start` of the round).
+    of the user's own comes after it: g ← correction(g, x, x at the `start` of the round), and the `key` of the step.
     """
     grads, buffers, loss = gradient(state.params, state.buffers, batch)
     if weight_decay:
         grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}
     if correction is not None:
         assert start is not None
-        grads = correction(grads, state.params, start)
+        more = {} if key is None else {"key": key}
+        grads = correction(grads, state.params, start, **more)
     return momentum_step(state._replace(buffers=buffers), grads, lr=lr, beta=beta, nesterov=nesterov), loss
 
 
@@ -83,19 +95,67 @@ def start_reset(mean: Tree, own: Tree | None) -> Tree:
     return zeros_like(mean)
 
 
+class Rows(NamedTuple):
+    """What Algorithm 2 knows of the receivers' momentum when W is applied; every tree is [n, ...]."""
+
+    mix: Callable[[], Tree]  # u after the local steps of all senders, times W
+    own: Tree  # u after the local steps
+    u_before: Tree  # u before the local steps
+    x_before: Tree
+    x_mixed: Tree
+    lr: float  # γ
+    beta: float
+
+
+def exchange_average(rows: Rows) -> Tree:
+    """The paper: u is mixed with W as x is."""
+    return rows.mix()
+
+
+def exchange_local(rows: Rows) -> Tree:
+    """DSGDm: every client keeps its own u."""
+    return rows.own
+
+
+def exchange_reset(rows: Rows) -> Tree:
+    """Ours, to compare with: u = 0 after every exchange."""
+    return zeros_like(rows.own)
+
+
+def exchange_quasi_global(rows: Rows) -> Tree:
+    """m̂ <- β m̂ + (1 − β) (x − x_mixed) / γ: Lin et al. (ICML 2021), Algorithm 1 (QG-DSGDm) with μ = β."""
+    share = (1 - rows.beta) / rows.lr
+    return {n: rows.beta * m + share * (rows.x_before[n] - rows.x_mixed[n]) for n, m in rows.u_before.items()}
+
+
 class MomentumPolicy(NamedTuple):
+    """What happens to u between rounds, under both algorithms."""
+
     start: Callable[[Tree, Tree | None], Tree]  # (û, own u or None) -> u that a client starts a round with
+    exchange: Callable[[Rows], Tree]  # Algorithm 2: the receivers' u after the exchange
     sends_momentum: bool  # whether u travels, and counts in bytes_sent
     keeps_rows: bool  # whether every client's own u must be stored between rounds
     summary: str
+    gossip_only: bool = False  # whether it means something under Algorithm 2 alone
+    one_step: bool = False  # whether it is for one step between two exchanges
 
 
-MOMENTUM_POLICIES = {  # mixing.EXCHANGES says what each means where rows are mixed
-    "average": MomentumPolicy(start_average, True, False, "the paper: u is averaged, everyone restarts from û"),
-    "local": MomentumPolicy(start_local, False, True, "every client keeps its own u (x alone is averaged)"),
-    "reset": MomentumPolicy(start_reset, False, False, "u = 0 at the start of every round"),
+MOMENTUM_POLICIES = {
+    "average": MomentumPolicy(
+        start_average, exchange_average, True, False, "the paper: u is averaged, everyone restarts from û"
+    ),
+    "local": MomentumPolicy(
+        start_local, exchange_local, False, True, "every client keeps its own u (x alone is averaged)"
+    ),
+    "reset": MomentumPolicy(start_reset, exchange_reset, False, False, "u = 0 at the start of every round"),
     "quasi-global": MomentumPolicy(
-        start_local, False, True, "d-sgd-m alone: u follows how far x moved (Lin et al. 2021)"
+        start_local,
+        exchange_quasi_global,
+        False,
+        True,
+        "d-sgd-m alone: u follows how far x moved (Lin et al. 2021)",
+        gossip_only=True,
+        one_step=True,
     ),
 }
 

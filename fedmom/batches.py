@@ -105,9 +105,12 @@ def crop_flip(images: Tensor, seed: int, clients: Tensor, steps: Tensor, pad: in
 
 
 def normalised(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tensor:
-    """uint8 images [..., C, H, W] -> (images / 255 − mean) / std in `dtype`; other tensors are cast if real."""
+    """uint8 images [..., C, H, W] -> (images / 255 − mean) / std in `dtype`; other tensors are cast if real.
+
+    A copy in any case: a model may write into its input, and the examples must stay what they are.
+    """
     if images.dtype != torch.uint8:
-        return images.to(dtype) if images.is_floating_point() else images
+        return images.to(dtype if images.is_floating_point() else images.dtype, copy=True)
     scale, shift = _constants(tuple(np.ravel(mean).tolist()), tuple(np.ravel(std).tolist()), dtype, images.device)
     return images.to(dtype).mul_(scale).sub_(shift)
 

@@ -1,6 +1,7 @@
 """Which path and how many clients at once: settled by memory and by timing the run's own first steps."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ def choose(
     chunk_size: int,
     own_rows: bool = False,
     compared: bool = False,
+    steady: bool = True,
 ) -> Choice:
     """Settle path = "auto" and chunk_size = 0 by memory and by timing a few steps of `job` in each way.
 
@@ -61,13 +63,17 @@ def choose(
 
     "auto" tries the loop and one way of stacking: the folded model if it can be had and is right, else torch.vmap.
     Chunks are tried in several sizes because on a CPU a smaller one may fit into the cache. The timed steps are
-    thrown away: batches are addressed, so the run itself begins unchanged.
+    thrown away: batches are addressed, so the run itself begins unchanged. `steady`: whether other rounds will have
+    the same γ, so that a GPU may replay them.
     """
     cohort = len(job.clients)
     if compared and is_settled(path, chunk_size):
         return Choice(path, min(chunk_size or 1, cohort), {})
     yardstick = _look(task, method, start, job, own_rows)
     note = yardstick.note if yardstick else ""
+    even = bool((job.num_steps == len(job.lrs)).all())
+    replays = steady and even and not own_rows and not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
+    rate = partial(_rate, task, method, start, job, replays=replays)
     if path == "loop":
         return Choice("loop", 1, {}, note=note)
     wide, trouble = _way_to_stack(task, method, start, job, path, yardstick)
@@ -83,7 +89,7 @@ def choose(
         if len(rates) > 1 and rates[list(rates)[-1]] < 0.5 * max(rates.values()):
             break  # larger stacks lose already (convolutions on a CPU), and take longer to say so
         try:
-            rates[way] = _rate(task, method, start, job, *way)
+            rates[way] = rate(*way)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
@@ -91,7 +97,7 @@ def choose(
         raise InputError(f"engine.path = {path!r}: the memory of {task.device} is too small for {sizes[0]} clients")
     near = [way for way in rates if rates[way] > 0.6 * max(rates.values())]
     if len(near) > 1:  # one measurement beside a busy neighbour says little
-        rates |= {way: max(rates[way], _rate(task, method, start, job, *way)) for way in near}
+        rates |= {way: max(rates[way], rate(*way)) for way in near}
     chosen = max(rates, key=lambda way: rates[way])
     if (
         path == "auto"
@@ -102,7 +108,7 @@ def choose(
         # The loop is timed again too: a lucky first measurement of the stack must not keep it out.
         for way in [("loop", 1), chosen, *rivals]:
             try:
-                rates[way] = _rate(task, method, start, job, *way, most=64)
+                rates[way] = rate(*way, most=64)
             except torch.OutOfMemoryError:  # a rival in larger chunks than the stack's
                 torch.cuda.empty_cache()
         chosen = max(rates, key=lambda way: rates[way])
@@ -221,22 +227,55 @@ def _try_path(
     return ""
 
 
-def _rate(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int, most: int = 4) -> float:
-    """Client-steps per second of one way: of a short round, or of one step where that is long enough to measure."""
-    seconds = _seconds(task, method, start, job, path, num_rows)
-    if seconds > 0.5:
-        return num_rows / seconds
-    steps = min(len(job.lrs), most)  # as in the run, several steps share one exchange
-    return num_rows * steps / _seconds(task, method, start, job, path, num_rows, steps)
-
-
-def _seconds(
-    task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int, steps: int = 1
+def _rate(
+    task: Task,
+    method: Method,
+    start: ClientState,
+    job: Round,
+    path: str,
+    num_rows: int,
+    *,
+    most: int = 4,
+    replays: bool = True,
 ) -> float:
+    """Client-steps per second of one way, in a short round in which nothing is done for the first time.
+
+    Whatever is loaded, compiled or measured per shape comes in a round's first step (all clients at one point) or in
+    its second (each at its own); on a GPU the minibatches of another number of steps are another shape too.
+    replays: on a GPU, rounds as they are when they are replayed.
+    """
+    engine = _engine(task, method, path, num_rows)
+    engine.replays = engine.replays if replays else None
+    steps = min(len(job.lrs), most)  # as in the run, several steps share one exchange
+    on_cpu = task.device.type == "cpu"
+    untimed = min(steps, 2) if on_cpu else steps
+    each = _seconds_of(engine, start, job, num_rows, untimed) / untimed
+    for _ in range(4):  # a chunk is taken, recorded, compared, and from then on replayed
+        if engine.replays is not None and not engine.replays.num_replayed and not engine.replays.trouble:
+            _seconds_of(engine, start, job, num_rows, steps)
+    if on_cpu and each > _VERY_LONG:
+        return num_rows / each
+    steps = 1 if on_cpu and each > _LONG else steps
+    return num_rows * steps / _seconds_of(engine, start, job, num_rows, steps)
+
+
+_LONG = 0.5  # seconds of a step: one is enough to measure
+_VERY_LONG = 2.0  # what a CPU does for the first time is little beside it, and another would be long to wait for
+
+
+def _seconds(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int) -> float:
+    """Time of a step of the first `num_rows` clients of `job`, with all that is done for the first time."""
+    return _seconds_of(_engine(task, method, path, num_rows), start, job, num_rows, 1)
+
+
+def _engine(task: Task, method: Method, path: str, num_rows: int) -> Engine:
+    return Engine(task, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
+
+
+def _seconds_of(engine: Engine, start: ClientState, job: Round, num_rows: int, steps: int) -> float:
     """Time of a round of `steps` local steps of the first `num_rows` clients of `job`."""
     part = part_of(job._replace(momentum=None), torch.arange(num_rows))
     short = part._replace(num_steps=torch.full_like(part.num_steps, steps), lrs=job.lrs[:steps])
-    engine = Engine(task, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
-    begin = now(task.device)
+    begin = now(engine.task.device)
     engine.run_round(start, short)
-    return now(task.device) - begin
+    return now(engine.task.device) - begin

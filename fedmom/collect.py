@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from fedmom.config import Scalar, flat, load
 from fedmom.errors import InputError
-from fedmom.records import CONFIG, ENVIRONMENT, ROUNDS, read_rounds
+from fedmom.files import CONFIG, ENVIRONMENT, MANIFEST, ROUNDS
+from fedmom.history import read_rounds
+from fedmom.status import Status, read_status
 from fedmom.tables import RunHistory
 from fedmom.train import Record
 
@@ -19,43 +21,74 @@ class Run(NamedTuple):
     folder: Path
     rounds: list[Record]
     settings: dict[str, Scalar]  # the resolved configuration, {"section.key": value}
+    status: Status
 
     @property
     def history(self) -> RunHistory:
         return RunHistory(self.name, self.rounds)
 
     @property
-    def is_cut(self) -> bool:
-        """Whether it has fewer rounds than its configuration asks for."""
-        return self.rounds[-1]["round"] < int(self.settings["run.num-rounds"])
+    def is_finished(self) -> bool:
+        """Whether it came to its end: only then do its numbers stand beside others'.
+
+        A folder that does not say how its run ended (an older version's, a copy without tensors) has all its rounds.
+        """
+        whole = bool(self.rounds) and self.rounds[-1]["round"] >= int(self.settings["run.num-rounds"])
+        return self.status.is_done or (self.status.status == "unfinished" and whole)
+
+    @property
+    def standing(self) -> str:
+        """How it is, for a note: "interrupted, 4 of 9 rounds"."""
+        rounds = f"{self.rounds[-1]['round'] if self.rounds else 0} of {self.settings['run.num-rounds']} rounds"
+        return rounds if self.status.status == "unfinished" else f"{self.status.status}, {rounds}"
 
 
 def collect(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """(every run of these folders, once each; what should be known of them).
 
-    A folder with a config.toml is a run; one that holds such folders is a sweep's. Runs of a sweep that have no round
-    yet are left out with a note. Raises InputError for a folder that is neither, or a run without rounds.
+    A folder with a config.toml is a run; one that holds such folders is a sweep's. Runs of a sweep without a round yet,
+    and those that it names and that have no folder, have no rounds. Raises InputError for a folder that is neither, or
+    where no run has a round.
     """
-    notes, found = list[str](), dict[Path, list[Record]]()
+    notes, found, absent = list[str](), dict[Path, list[Record]](), dict[Path, tuple[Path, Status, Scalar]]()
     for folder in folders:
         if is_run(folder):
             found[folder.resolve()] = _rounds(folder)
             continue
-        inside = sweep_runs(folder)
-        begun = {run: records for run in inside if (records := read_rounds(run))}
-        if not begun:
+        inside = {run.resolve(): read_rounds(run) for run in sweep_runs(folder)}
+        if not any(inside.values()):
             raise InputError(f"{folder}: none of its {len(inside)} runs has finished a round yet")
-        waiting = [run.name for run in inside if run not in begun]
-        if waiting:
-            notes.append(f"{folder}: left out, without a finished round: {', '.join(waiting)}")
-        found |= {run.resolve(): records for run, records in begun.items()}
-    shown = _names(list(found))
-    runs = [Run(shown[path], path, records, flat(load(path / CONFIG).config)) for path, records in found.items()]
-    for run in runs:
-        if run.is_cut:
-            done, wanted = run.rounds[-1]["round"], run.settings["run.num-rounds"]
-            notes.append(f"{run.name}: has {done} of {wanted} rounds")
+        found |= inside
+        missing, alone = _missing(folder.resolve())
+        absent |= missing
+        if alone:
+            notes.append(f"{folder}: left out, without a folder: {', '.join(alone)}")
+    shown = _names([*found, *absent])
+    settings = {path: flat(load(path / CONFIG).config) for path in found}
+    runs = [Run(shown[path], path, records, settings[path], read_status(path)) for path, records in found.items()]
+    for path, (like, status, seed) in absent.items():
+        runs.append(Run(shown[path], path, [], {**settings[like], "run.seed": seed}, status))
     return runs, notes
+
+
+def _missing(folder: Path) -> tuple[dict[Path, tuple[Path, Status, Scalar]], list[str]]:
+    """Runs that a sweep names and that have no folder: ({path: (a run of other seed, how it ended, seed)}, the others).
+
+    Without them three seeds of which one was refused would look like two.
+    """
+    try:
+        known = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        cells = {folder / name: (one["sets"], Status(one["status"], one["message"])) for name, one in known.items()}
+        groups = {path: json.dumps({**sets, "run.seed": 0}, sort_keys=True) for path, (sets, _) in cells.items()}
+        seeds = {path: int(sets["run.seed"]) for path, (sets, _) in cells.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}, []
+    there = {groups[path]: path for path in cells if is_run(path)}
+    missing = [path for path in cells if not is_run(path)]
+    return (
+        {path: (there[groups[path]], cells[path][1], seeds[path]) for path in missing if groups[path] in there},
+        [f"{path.name} ({cells[path][1].status})" for path in missing if groups[path] not in there],
+    )
 
 
 def is_run(folder: Path) -> bool:

@@ -36,4 +36,5 @@ def draw_figures(groups: Sequence[Group], targets: Sequence[Target], out: Path) 
     yield from compare_pictures.draw_spreads(groups, out / "spreads")
     for number, target in enumerate(targets):
         stem = "speedup" if number == 0 else f"speedup-{number + 1}"
-        yield from compare_pictures.draw_speedup(speedups(groups, target), target, out / stem)
+        footing = compare_pictures.foot(groups)
+        yield from compare_pictures.draw_speedup(speedups(groups, target), target, out / stem, footing)

@@ -74,6 +74,15 @@ def styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
     ]
 
 
+def foot(groups: Sequence[Group]) -> str:
+    """What a figure says below of runs that are not finished or not counted; the tables name them."""
+    left = sum(len(group.left) for group in groups)
+    counted = sum(not run.is_finished for group in groups for run in group.runs)
+    of = sum(len(group.members) for group in groups)
+    parts = [f"{left} of {of} runs left out"] * bool(left) + [f"{counted} of {of} runs unfinished"] * bool(counted)
+    return ", ".join(parts)
+
+
 def draw_comparison(groups: Sequence[Group], stem: Path) -> list[Path]:
     """A row per measure, against rounds, joint epochs, bytes and seconds, as PNG and PDF."""
     runs = [run for group in groups for run in group.runs]
@@ -89,19 +98,21 @@ def draw_spreads(groups: Sequence[Group], stem: Path) -> list[Path]:
 
 
 def _draw_grid(groups: Sequence[Group], rows: Sequence[Measure], axes: Sequence[str], stem: Path) -> list[Path]:
+    looks = [look for group, look in zip(groups, styles(groups), strict=True) if group.runs]
+    footing = foot(groups)
+    groups = [group for group in groups if group.runs]
     runs = [run for group in groups for run in group.runs]
     ends = {axis: [end for run in runs if (end := max(finite(run.rounds, axis), default=0.0)) > 0] for axis in axes}
     columns = [axis for axis in axes if ends[axis]]
     if not rows or not columns:
         return []
     divisor, unit = byte_unit(max(ends.get("bytes_sent", []), default=0.0))
-    labels = [group.label for group in groups]
+    labels = [f"{group.label} ({group.seeds} seeds)" if group.note else group.label for group in groups]
     width = 0.5 + 2.7 * max(len(columns), 1.6)
     per_line = max(1, min(len(labels), int(width / (0.65 + 0.075 * max(map(len, labels))))))
     lines = ceil(len(labels) / per_line)
     figure = _figure(width, 0.5 + 2.1 * len(rows) + 0.19 * lines)
     panels = figure.subplots(len(rows), len(columns), sharex="col", sharey="row", squeeze=False)
-    looks = styles(groups)
     for row, measure in zip(panels, rows, strict=True):
         for panel, axis in zip(row, columns, strict=True):
             for group, look in zip(groups, looks, strict=True):
@@ -121,7 +132,8 @@ def _draw_grid(groups: Sequence[Group], rows: Sequence[Measure], axes: Sequence[
         elif axis == "round":
             panel.xaxis.set_major_locator(_integers(6))
     seeds = any(len(group.runs) > 1 for group in groups)
-    _legend(figure, panels[0, 0], labels, looks, per_line, "mean ± standard deviation over seeds" if seeds else "")
+    title = ["mean ± standard deviation over seeds"] * seeds + [footing] * bool(footing)
+    _legend(figure, panels[0, 0], labels, looks, per_line, "; ".join(title))
     figure.align_ylabels(panels[:, 0])
     return _save_all(figure, stem)
 
@@ -157,7 +169,7 @@ def _legend(
         text.set_parse_math(False)
 
 
-def draw_speedup(found: Sequence[Speedup], target: Target, stem: Path) -> list[Path]:
+def draw_speedup(found: Sequence[Speedup], target: Target, stem: Path, footing: str = "") -> list[Path]:
     """The paper's figure: how many times sooner N clients get there, beside the line of a linear speedup."""
     if not found:
         return []
@@ -194,7 +206,8 @@ def draw_speedup(found: Sequence[Speedup], target: Target, stem: Path) -> list[P
         panel.grid(color=LIGHT, linewidth=0.6)
     panels[0].set_ylabel(f"Speedup to {target.title}")
     handles, labels = panels[0].get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "frameon": False, "title": footing or None}
+    legend = figure.legend(handles, labels, **place, fontsize=8.5, title_fontsize=8)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return _save_all(figure, stem)

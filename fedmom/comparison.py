@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fedmom.collect import Run
 from fedmom.errors import InputError, unknown
-from fedmom.groups import Group, names_of, said
+from fedmom.groups import Group, check_counted, names_of, said
 from fedmom.sheets import Cell, Column, Sheet, Stat, stat
 from fedmom.tables import MEASURES, Measure, byte_unit, finite, last_evaluated, measures_of, number
 from fedmom.train import Record
@@ -88,12 +88,15 @@ def usual_targets(runs: Sequence[Run]) -> list[Target]:
 
 
 def all_sheets(groups: Sequence[Group], targets: Sequence[Target]) -> list[Sheet]:
+    """Every table, each with what it leaves out. InputError where no run counts."""
+    check_counted(groups)
     sheets = [end_sheet(groups)]
     if len(groups) > 1:
         sheets += [sheet for axis in AXES if (sheet := equal_sheet(groups, axis)).rows]
     sheets += [target_sheet(groups, target) for target in targets]
     sheets += [speedup for target in targets if (speedup := speedup_sheet(groups, target)) is not None]
-    return sheets
+    left = {group.label: group.note for group in groups}
+    return [sheet._replace(left=left) for sheet in sheets] if any(left.values()) else sheets
 
 
 def _of(group: Group, value: Callable[[Run], float | None]) -> Stat | None:
@@ -118,7 +121,7 @@ def end_sheet(groups: Sequence[Group]) -> Sheet:
     columns += [Column(f"{unit} sent"), Column("seconds"), Column("client-steps/s")]
     rows = []
     for group in groups:
-        row: list[Cell] = [group.label, str(len(group.runs))]
+        row: list[Cell] = [group.label, group.seeds]
         row += [stat([number(run.rounds[-1], key) for run in group.runs]) for key in ("round", "joint_epochs")]
         last = [last_evaluated(run.rounds) for run in group.runs]
         for measure in measures:
@@ -147,7 +150,7 @@ def equal_sheet(groups: Sequence[Group], axis: str) -> Sheet:
     for limit in (half, end):
         for group in groups if limit > 0 else ():
             found = [_evaluated_by(run.rounds, axis, limit) for run in group.runs]
-            row: list[Cell] = [group.label, str(len(group.runs)), Stat(limit / divisor, None, 1, 1)]
+            row: list[Cell] = [group.label, group.seeds, Stat(limit / divisor, None, 1, 1)]
             row.append(stat([_scaled(number(record, axis), 1 / divisor) for record in found]))
             row += [stat([_scaled(number(record, m.key), m.factor) for record in found]) for m in measures]
             rows.append(row)
@@ -166,12 +169,12 @@ def target_sheet(groups: Sequence[Group], target: Target) -> Sheet:
     histories = [run.history for group in groups for run in group.runs]
     largest = max((end for h in histories for end in finite(h.rounds[-1:], "bytes_sent")), default=0.0)
     divisor, unit = byte_unit(largest)
-    columns = [Column("run"), Column("reached by")]
+    columns = [Column("run"), Column("seeds"), Column("reached by")]
     columns += [Column("rounds"), Column("steps"), Column("joint epochs"), Column(f"{unit} sent"), Column("seconds")]
     rows = list[list[Cell]]()
     for group in groups:
         found = [record for run in group.runs if (record := target.reached(run.rounds)) is not None]
-        row: list[Cell] = [group.label, f"{len(found)} of {len(group.runs)}"]
+        row: list[Cell] = [group.label, group.seeds, f"{len(found)} of {len(group.runs)}"]
         for key in ("round", "steps", "joint_epochs", "bytes_sent", "wall_seconds"):
             row.append(stat([_scaled(number(r, key), 1 / divisor if key == "bytes_sent" else 1.0) for r in found]))
         rows.append(row)
@@ -190,6 +193,7 @@ class Speedup(NamedTuple):
 
     label: str  # what the runs have in common
     num_clients: list[int]
+    seeds: list[str]  # how many, of each N
     by_steps: list[Stat | None]  # in local steps of one client: time, if all clients work at once
     by_seconds: list[Stat | None]  # on the clock of these runs
 
@@ -202,15 +206,18 @@ def speedups(groups: Sequence[Group], target: Target) -> list[Speedup]:
         families.setdefault(", ".join(said(*item) for item in others.items()), []).append(group)
     found = []
     for label, members in families.items():
-        members = sorted(members, key=lambda group: int(group.settings[N]))
+        members = sorted((group for group in members if group.runs), key=lambda group: int(group.settings[N]))
+        if len(members) < 2:
+            continue
         columns = []
         for key in ("steps", "wall_seconds"):
             taken = [[_taken(run, target, key) for run in group.runs] for group in members]
             first = stat(taken[0])
             columns.append([stat([first.mean / t if first and t else None for t in times]) for times in taken])
-        if len(members) > 1 and sum(cell is not None for cell in columns[0]) > 1:
+        if sum(cell is not None for cell in columns[0]) > 1:
             sizes = [int(group.settings[N]) for group in members]
-            found.append(Speedup(label or "all clients together", sizes, *columns))
+            seeds = [group.seeds for group in members]
+            found.append(Speedup(label or "all clients together", sizes, seeds, *columns))
     return found
 
 
@@ -223,12 +230,12 @@ def speedup_sheet(groups: Sequence[Group], target: Target) -> Sheet | None:
     found = speedups(groups, target)
     if not found:
         return None
-    columns = [Column("run"), Column("N"), Column("ideal"), Column("by steps"), Column("by seconds")]
+    columns = [Column("run"), Column("N"), Column("seeds"), Column("ideal"), Column("by steps"), Column("by seconds")]
     rows = list[list[Cell]]()
     for family in found:
-        for n, steps, seconds in zip(family.num_clients, family.by_steps, family.by_seconds, strict=True):
+        for n, seeds, *columns_of_n in zip(*family[1:], strict=True):
             ideal = Stat(n / family.num_clients[0], None, 1, 1)
-            rows.append([family.label, str(n), ideal, steps, seconds])
+            rows.append([family.label, str(n), seeds, ideal, *columns_of_n])
     note = (
         "How many times sooner than the fewest clients; by steps: local steps of one client, which is time where all "
         "clients work at once; by seconds: on this machine's clock. Ideal is linear in N."

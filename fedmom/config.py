@@ -9,7 +9,6 @@ import difflib
 import json
 import math
 import os
-import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,11 +22,14 @@ from fedmom.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.datasets import DATASETS
 from fedmom.engine import PATHS
 from fedmom.errors import InputError, unknown
+from fedmom.graphs import TOPOLOGIES, WEIGHTS
 from fedmom.imports import is_spec
 from fedmom.models import MODELS, NORMS
+from fedmom.parsing import as_list, read_toml, typed, without_brackets
 from fedmom.partition import PARTITIONS, QUANTITY_LAWS
 from fedmom.schedules import SCHEDULES, UNITS
-from fedmom.topology import FILES, TOPOLOGIES, WEIGHTS
+from fedmom.stock_rules import STRATEGIES
+from fedmom.topology import FILES
 
 Scalar = str | bool | int | float
 Check = Callable[[Any], str | None]  # value -> what would be right, or None where it is
@@ -55,15 +57,6 @@ ON_LINK_FAILURE = {
     "stop": "the run stops and names the link",
     "skip": "both keep the weight of that link (symmetric W only)",
 }
-STRATEGIES = {
-    "pr-sgd-m": "ours: model, momentum and buffers averaged in client order",
-    "fedavg": "Flower's FedAvg",
-    "fedavgm": "Flower's FedAvgM: server momentum on top of FedAvg",
-    "fedadam": "Flower's FedAdam",
-    "fedtrimmedavg": "Flower's FedTrimmedAvg",
-    "krum": "Flower's Krum",
-    "dp-fedavg": "Flower's FedAvg with central differential privacy (fixed clipping at the server)",
-}
 OTHER_DATA = ("quadratic", "local")  # exact gradients; every client's own examples
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
 
@@ -80,17 +73,23 @@ def within(low: float, high: float) -> Check:
     return lambda value: None if low <= value < high else f"must be in [{low:g}, {high:g})"
 
 
-def key(default: Scalar, doc: str, right: Check | Iterable[str] | None = None, also: str = "") -> Any:
-    """One key: its default, one line on it, and either a check or the names it may take (`also`: other forms)."""
+def key(
+    default: Scalar, doc: str, right: Check | Iterable[str] | None = None, also: str = "", *, holds: str = ""
+) -> Any:
+    """One key: its default, one line on it, and either a check or the names it may take (`also`: other forms).
+
+    holds: "," where its string is a list, ";" where it is a list of lists.
+    """
     check, choices = (right, ()) if callable(right) else (None, tuple(right or ()))
-    return field(default=default, metadata={"doc": doc, "check": check, "choices": choices, "also": also})
+    about = {"doc": doc, "check": check, "choices": choices, "also": also, "holds": holds}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str = key("digits", "see `fedmom datasets`", [*DATASETS, *OTHER_DATA], "FILE.npz or module:function")
     data_dir: str = key("data", "folder (or .npz file) that holds the data set")
-    classes: str = key("", "local: names of image folders in the order of their labels, by ,")
+    classes: str = key("", "local: names of image folders in the order of their labels, by ,", holds=",")
     num_clients: int = key(20, "N", at_least(1))
     partition: str = key("dirichlet-client", "who gets which examples", PARTITIONS)
     alpha: float = key(0.3, "Dirichlet concentration; small is skewed", above(0))
@@ -101,9 +100,9 @@ class DataConfig:
     batch_size: int = key(32, "B, examples per client and step", at_least(1))
     sampling: str = key("shuffle", "how a client's stream of examples is drawn", SAMPLINGS)
     augment: str = key("auto", "random changes to training images (auto: the data set's)", AUGMENTATIONS)
-    curvatures: str = key("1;3", "quadratic: h_ik, clients by ; and coordinates by ,")
-    centers: str = key("4;-2", "quadratic: c_ik, in the same form")
-    start: str = key("0", "quadratic: x at the start, coordinates by ,")
+    curvatures: str = key("1;3", "quadratic: h_ik, clients by ; and coordinates by ,", holds=";")
+    centers: str = key("4;-2", "quadratic: c_ik, in the same form", holds=";")
+    start: str = key("0", "quadratic: x at the start, coordinates by ,", holds=",")
     noise_sigma: float = key(0.0, "quadratic: standard deviation of the gradient noise", at_least(0))
 
 
@@ -124,7 +123,7 @@ class AlgorithmConfig:
     beta: float = key(0.9, "β, momentum coefficient", within(0, 1))
     lr: float = key(0.05, "γ, learning rate (c for lr-schedule theory)", above(0))
     lr_schedule: str = key("constant", "how γ changes over the run", SCHEDULES)
-    lr_milestones: str = key("0.5,0.75", "where schedule step decays, in lr-unit")
+    lr_milestones: str = key("0.5,0.75", "where schedule step decays, in lr-unit", holds=",")
     lr_decay: float = key(0.1, "factor at each milestone", above(0))
     lr_unit: str = key("fraction", "unit of lr-milestones and lr-warmup", UNITS)
     lr_warmup: float = key(0.0, "length of the linear warm-up, in lr-unit", at_least(0))
@@ -186,7 +185,7 @@ class ServerConfig:
     momentum: float = key(0.9, "server momentum of fedavgm", within(0, 1))
     trim: float = key(0.2, "fedtrimmedavg: share cut off at each end", within(0, 0.5))
     num_malicious: int = key(0, "krum: clients that may lie", at_least(0))
-    noise_multiplier: float = key(1.0, "dp-fedavg: noise over clipping-norm", at_least(0))
+    noise_multiplier: float = key(1.0, "dp-fedavg: noise over clipping-norm (no ε is accounted)", at_least(0))
     clipping_norm: float = key(1.0, "dp-fedavg: bound on the norm of a client's update", above(0))
 
 
@@ -195,7 +194,9 @@ class SimulationConfig:
     clients_per_node: int = key(1, "clients that one simulated Flower node holds", at_least(1))
     num_actors: int = key(0, "Ray actors; 0: as many as fit", at_least(0))
     num_cpus: float = key(1.0, "CPU cores per actor", at_least(0))
-    num_gpus: float = key(0.0, "GPUs per actor; a fraction lets several share one", at_least(0))
+    num_gpus: float = key(
+        0.0, "GPUs per actor; a fraction lets several share one; 0: a share where engine.device is cuda", at_least(0)
+    )
     ray_address: str = key("", "a Ray cluster to join; empty: start Ray here")
     retries: int = key(2, "how often a message is tried again after its actor died", at_least(0))
     on_link_failure: str = key("stop", "d-sgd-m with engine.workers: when rows do not arrive", ON_LINK_FAILURE)
@@ -227,6 +228,7 @@ class Key(NamedTuple):
     check: Check | None
     choices: tuple[str, ...]  # the names it may take, if it takes names
     also: str  # other forms of a name
+    holds: str  # what separates the parts of a list in it: "", "," or ";"
 
 
 def _kebab(name: str) -> str:
@@ -276,9 +278,10 @@ def _shown(value: Any) -> str:
         return "(thousands of digits)"
 
 
-def _plain(value: Any, kind: type[Any]) -> Any:
-    """What a caller from Python may pass as well: numpy's numbers, paths, whole numbers for floats."""
+def _plain(value: Any, kind: type[Any], holds: str = "") -> Any:
+    """What a caller from Python may pass as well: numpy's numbers, paths, whole numbers for floats, lists."""
     value = value.item() if isinstance(value, np.generic) else value
+    value = as_list(value, holds) if holds else value
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     if kind is float and type(value) is int:
@@ -291,7 +294,7 @@ def _checked(name: str, value: Any) -> Scalar:
     if name not in KEYS:
         raise _not_a_key(name)
     known = KEYS[name]
-    value = _plain(value, known.type)
+    value = _plain(value, known.type, known.holds)
     if type(value) is not known.type:
         want = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[known.type]
         raise InputError(f"{name} = {_shown(value)}: must be {want}")
@@ -310,6 +313,14 @@ def _checked(name: str, value: Any) -> Scalar:
     return value
 
 
+def as_held(name: str, value: Any) -> Any:
+    """The value as the configuration would hold it: 1 is an lr of 1.0. A wrong one as it is."""
+    try:
+        return _checked(name, value)
+    except InputError:
+        return repr(value)
+
+
 def _build(values: Mapping[str, Any], base: Config) -> Config:
     """`base` with `values` in place of some of its keys; each is checked by itself."""
     for name, value in values.items():
@@ -319,17 +330,23 @@ def _build(values: Mapping[str, Any], base: Config) -> Config:
 
 
 def parse_set(text: str) -> tuple[str, Any]:
-    """`section.key=value` from the command line; the value in TOML, or bare for a string."""
+    """`section.key=value` from the command line, unchecked."""
     name, equals, value = text.partition("=")
     name = name.strip()
     if not equals:
         raise InputError(f"--set {text!r}: must read section.key=value")
-    if name in KEYS and KEYS[name].type is str and not value.startswith(('"', "'")):
-        return name, value
+    return name, typed_value(name, value)
+
+
+def typed_value(name: str, text: str) -> Any:
+    """The value of a key as somebody types it: numbers in any form, names without quotes, lists in brackets."""
+    if name not in KEYS:
+        return typed(text)
+    found = typed(text, KEYS[name].type)
     try:
-        return name, tomllib.loads(f"value = {value}")["value"]
-    except (ValueError, RecursionError):  # no TOML, 4,300 digits, or brackets without end
-        return name, value
+        return without_brackets(found) if KEYS[name].holds and isinstance(found, str) else found
+    except ValueError as error:
+        raise InputError(f"{name} = {found!r}: {error}") from None
 
 
 def parse_sets(sets: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -346,18 +363,23 @@ def _flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    """{"section.key": value} of one file, unchecked."""
+def read_tables(path: Path, remedy: str = "") -> dict[str, Any]:
+    """The tables of a TOML file, with a byte order mark or without. InputError names the file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; configs/ holds complete examples") from None
+        raise InputError(f"{path}: no such file{remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a text file ({error})") from None
     try:
-        tables = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+        return read_toml(text)
+    except ValueError as error:
         raise InputError(f"{path}: is not TOML: {error}") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """{"section.key": value} of one file, unchecked."""
+    tables = read_tables(path, "; configs/ holds complete examples")
     if not tables:
         raise InputError(f"{path}: is empty; a config has sections {', '.join(SECTIONS)}")
     values: dict[str, Any] = {}
@@ -389,7 +411,7 @@ def load(source: str | Path | Mapping[str, Any] | Config, sets: Iterable[str] | 
         values = _flattened(source)
     else:
         where = f"{source}: "
-        values = _read_toml(Path(source))
+        values = _read_config(Path(source))
     changes = parse_sets(sets)
     try:
         config = _build(values, Config())

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import unfold
 
+from fedmom.precision import convolves_in_tf32
 from fedmom.timings import Timings
 
 convolution_backward = torch.ops.aten.convolution_backward
@@ -206,8 +207,8 @@ def _described(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, opt
     parts = [f"{len(weight)}x{len(x) // len(weight)}", "x".join(map(str, x.shape[1:]))]
     parts += ["to", "x".join(map(str, weight.shape[1:])), f"stride {stride} padding {padding} dilation {dilation}"]
     parts += [f"groups {groups}", str(x.dtype).removeprefix("torch."), "bias" if bias is not None else ""]
-    tf32 = torch.backends.cudnn.allow_tf32 if x.is_cuda else False
-    parts += ["shared" if shared else "", "first" if not x.requires_grad else "", "tf32" if tf32 else ""]
+    tf32 = "tf32" if convolves_in_tf32(x) else ""
+    parts += ["shared" if shared else "", "first" if not x.requires_grad else "", tf32]
     return " ".join(part for part in parts if part)
 
 

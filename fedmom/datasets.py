@@ -1,14 +1,10 @@
-"""Data sets by name, as uint8 images (or float features) and int64 labels on the CPU, checked on the way in.
+"""Data sets by name, as uint8 images (or features) and int64 labels on the CPU, checked on the way in (arrays.py).
 
 torchvision and scikit-learn are imported here only, and only by the data sets that need them.
 """
 
-import gzip
 import inspect
 import math
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.array_files import ARRAYS, idx_files, read_idx, read_npz_arrays
+from fedmom.arrays import checked_whole, count_classes, kind_of
 from fedmom.errors import InputError, unknown
 from fedmom.imports import is_spec, load_object, one_line
 
@@ -24,13 +22,13 @@ from fedmom.imports import is_spec, load_object, one_line
 class Dataset(NamedTuple):
     """Train and test examples; uint8 means images, which training scales to (x / 255 - mean) / std."""
 
-    x_train: Tensor  # [n, *shape]: uint8 images [n, C, H, W], or float features
+    x_train: Tensor  # [n, *shape]: uint8 images [n, C, H, W], or float or int64 features
     y_train: Tensor  # [n] int64
     x_test: Tensor  # [m, *shape]
     y_test: Tensor  # [m] int64
     num_classes: int
-    mean: tuple[float, ...]  # [C] of uint8 / 255; () for float features
-    std: tuple[float, ...]  # [C]; () for float features
+    mean: tuple[float, ...]  # [C] of uint8 / 255; () for features
+    std: tuple[float, ...]  # [C]; () for features
     augment: str  # what data.augment = "auto" means here: "none" or "crop-flip"
 
     @property
@@ -76,7 +74,6 @@ DATASETS: dict[str, Entry] = {
     ),
 }  # fmt: skip
 
-ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 
 Arrays = tuple[object, object, object, object]  # x_train, y_train, x_test, y_test, not yet checked
@@ -84,7 +81,7 @@ Arrays = tuple[object, object, object, object]  # x_train, y_train, x_test, y_te
 
 def load_dataset(name: str, data_dir: str = "data") -> Dataset:
     """One of DATASETS, the path of an .npz file, or the user's "module:function"."""
-    if name.endswith(".npz"):
+    if name.lower().endswith(".npz"):
         path = Path(name).expanduser()
         return _user_dataset(name, _read_npz(f"data.dataset = {name!r}", path))
     if is_spec(name):
@@ -112,10 +109,10 @@ def download(name: str, data_dir: str) -> None:
 def _named_dataset(name: str, arrays: Arrays) -> Dataset:
     entry = DATASETS[name]
     key = f"data.dataset = {name!r}"
-    x_train, y_train, x_test, y_test = _checked(key, arrays)
+    x_train, y_train, x_test, y_test = checked_whole(key, arrays)
     if x_train.dtype != torch.uint8 or x_train.shape[1:] != entry.shape:
         expected = f"uint8 {list(entry.shape)}"
-        raise InputError(f"{key}: examples of x_train are {_kind(x_train)}, expected {expected}")
+        raise InputError(f"{key}: examples of x_train are {kind_of(x_train)}, expected {expected}")
     top = max(int(y_train.max()), int(y_test.max()))
     if top >= entry.num_classes:
         raise InputError(f"{key}: has a label {top}, expected 0 to {entry.num_classes - 1}")
@@ -123,8 +120,9 @@ def _named_dataset(name: str, arrays: Arrays) -> Dataset:
 
 
 def _user_dataset(name: str, arrays: Arrays) -> Dataset:
-    x_train, y_train, x_test, y_test = _checked(f"data.dataset = {name!r}", arrays)
-    num_classes = max(int(y_train.max()), int(y_test.max())) + 1
+    key = f"data.dataset = {name!r}"
+    x_train, y_train, x_test, y_test = checked_whole(key, arrays)
+    num_classes = count_classes(key, max(int(y_train.max()), int(y_test.max())), len(y_train) + len(y_test))
     mean, std = _statistics(x_train) if x_train.dtype == torch.uint8 else ((), ())
     return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, "none")
 
@@ -166,7 +164,7 @@ def _find(name: str, data_dir: Path) -> Arrays:
     """The first of the places where a named data set may be."""
     entry = DATASETS[name]
     key = f"data.dataset = {name!r}"
-    if data_dir.suffix == ".npz":
+    if data_dir.suffix.lower() == ".npz":
         return _read_npz(key, data_dir)
     looked = [data_dir / f"{name}.npz"]
     if looked[0].exists():
@@ -176,8 +174,8 @@ def _find(name: str, data_dir: Path) -> Arrays:
         if name == "fashion-mnist":
             folders.append(DEBIAN_FASHION_MNIST)
         for folder in folders:
-            if (files := _idx_files(folder)) is not None:
-                x_train, y_train, x_test, y_test = (_read_idx(key, file) for file in files)
+            if (files := idx_files(folder)) is not None:
+                x_train, y_train, x_test, y_test = (read_idx(key, file) for file in files)
                 return x_train, y_train, x_test, y_test
         looked += folders
     else:
@@ -189,34 +187,6 @@ def _find(name: str, data_dir: Path) -> Arrays:
         advice += ", or: apt install dataset-fashion-mnist"
     places = ", ".join(str(path) for path in looked)
     raise InputError(f"{key}: not found (looked for {places}); {advice}")
-
-
-def _idx_files(folder: Path) -> list[Path] | None:
-    """MNIST's four files in the order of ARRAYS, each plain or gzipped; None unless all are there."""
-    files = []
-    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        found = [path for end in ("-ubyte", "-ubyte.gz") if (path := folder / f"{stem}{end}").is_file()]
-        if not found:
-            return None
-        files.append(found[0])
-    return files
-
-
-def _read_idx(key: str, path: Path) -> np.ndarray:
-    """The uint8 array of an idx file: bytes 0 0 8 ndim, ndim big-endian int32 sizes, then the values."""
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{key}: cannot read {path}: {one_line(error)}") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08" or content[3] == 0:
-        raise InputError(f"{key}: {path} is not an idx file of bytes (it must start with 0 0 8)")
-    start = 4 + 4 * content[3]
-    shape = struct.unpack(f">{content[3]}I", content[4:start]) if len(content) >= start else ()
-    expected = start + math.prod(shape)
-    if not shape or len(content) != expected:
-        problem = "truncated" if len(content) < expected else "too long"
-        raise InputError(f"{key}: {path} is {problem}: {len(content)} bytes, expected {expected}")
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy()
 
 
 def _read_cifar(name: str, data_dir: Path) -> Arrays:
@@ -240,19 +210,6 @@ def _torchvision_class(name: str) -> Callable:
 
 def _read_npz(key: str, path: Path) -> Arrays:
     return _four(f"{key}: {path}", read_npz_arrays(key, path))
-
-
-def read_npz_arrays(key: str, path: Path) -> dict[str, object]:
-    """Those of ARRAYS that an .npz file has, unchecked; InputError beginning with `key` where it cannot be read."""
-    if not path.is_file():
-        raise InputError(f"{key}: there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{key}: {path} is not an .npz file, or truncated")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in ARRAYS if name in archive}
-    except Exception as error:  # zipfile, zlib and numpy's header parser each have their own
-        raise InputError(f"{key}: cannot read {path}: {one_line(error)}") from error
 
 
 def _call_user(name: str, data_dir: str) -> Dataset:
@@ -290,100 +247,29 @@ def _four(key: str, arrays: Mapping[str, object]) -> Arrays:
     return arrays["x_train"], arrays["y_train"], arrays["x_test"], arrays["y_test"]
 
 
-# What is checked of them.
-
-
-def _checked(key: str, arrays: Arrays) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = [_tensor(f"{key}: {name}", array) for name, array in zip(ARRAYS, arrays, strict=True)]
-    x_train, x_test = _inputs(f"{key}: x_train", tensors[0]), _inputs(f"{key}: x_test", tensors[2])
-    y_train, y_test = _labels(f"{key}: y_train", tensors[1]), _labels(f"{key}: y_test", tensors[3])
-    for split, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        if len(x) != len(y):
-            raise InputError(f"{key}: x_{split} has {len(x)} examples, y_{split} has {len(y)}")
-        if len(x) == 0:
-            raise InputError(f"{key}: x_{split} is empty")
-    if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
-        kinds = f"{_kind(x_train)}, those of x_test are {_kind(x_test)}"
-        raise InputError(f"{key}: examples of x_train are {kinds}")
-    return x_train, y_train, x_test, y_test
-
-
-def checked_part(key: str, split: str, x: object, y: object) -> tuple[Tensor, Tensor]:
-    """One split by itself, "train" or "test", checked as in a whole data set."""
-    inputs = _inputs(f"{key}: x_{split}", _tensor(f"{key}: x_{split}", x))
-    labels = _labels(f"{key}: y_{split}", _tensor(f"{key}: y_{split}", y))
-    if len(inputs) != len(labels):
-        raise InputError(f"{key}: x_{split} has {len(inputs)} examples, y_{split} has {len(labels)}")
-    return inputs, labels
+# What is checked of a Dataset that the user made.
 
 
 def _checked_dataset(key: str, dataset: Dataset) -> Dataset:
     """A Dataset that the user made: its arrays are checked like any others, its statistics are kept."""
-    x_train, y_train, x_test, y_test = _checked(key, dataset[:4])
-    highest = max(int(y_train.max()), int(y_test.max()))
-    if not isinstance(dataset.num_classes, int) or dataset.num_classes <= highest:
-        raise InputError(f"{key}: num_classes = {dataset.num_classes!r}, but there is a label {highest}")
-    if dataset.augment not in ("none", "crop-flip"):
-        raise unknown(f"{key}: augment", str(dataset.augment), ("none", "crop-flip"))
-    if dataset.augment == "crop-flip" and x_train.ndim != 4:
-        raise InputError(f"{key}: augment = 'crop-flip' needs images [n, C, H, W], not {_kind(x_train)}")
-    channels = x_train.shape[1] if x_train.dtype == torch.uint8 else 0
     try:
         mean, std = tuple(map(float, dataset.mean)), tuple(map(float, dataset.std))
     except (TypeError, ValueError) as error:
         raise InputError(f"{key}: mean and std must be tuples of floats: {one_line(error)}") from error
+    x_train, y_train, x_test, y_test = checked_whole(
+        key, (dataset.x_train, dataset.y_train, dataset.x_test, dataset.y_test), len(mean)
+    )
+    highest = max(int(y_train.max()), int(y_test.max()))
+    num_classes = dataset.num_classes.item() if isinstance(dataset.num_classes, np.integer) else dataset.num_classes
+    if type(num_classes) is not int or num_classes <= highest:
+        raise InputError(f"{key}: num_classes = {num_classes!r}, but there is a label {highest}")
+    if dataset.augment not in ("none", "crop-flip"):
+        raise unknown(f"{key}: augment", str(dataset.augment), ("none", "crop-flip"))
+    if dataset.augment == "crop-flip" and x_train.ndim != 4:
+        raise InputError(f"{key}: augment = 'crop-flip' needs images [n, C, H, W], not {kind_of(x_train)}")
+    channels = x_train.shape[1] if x_train.dtype == torch.uint8 else 0
     if len(mean) != channels or len(std) != channels or not all(map(math.isfinite, mean)):
         raise InputError(f"{key}: mean = {mean}, std = {std}: needs {channels} numbers each")
     if not all(0 < s < math.inf for s in std):
         raise InputError(f"{key}: std = {std}: must be positive")
-    return Dataset(x_train, y_train, x_test, y_test, dataset.num_classes, mean, std, dataset.augment)
-
-
-def _kind(x: Tensor) -> str:
-    return f"{x.dtype} {list(x.shape[1:])}".removeprefix("torch.")
-
-
-def _tensor(what: str, array: object) -> Tensor:
-    if isinstance(array, Tensor):
-        return array.detach().cpu()
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{what} is a {type(array).__name__}, not a numpy array or tensor")
-    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-        raise InputError(f"{what} has dtype {array.dtype}, not numbers")
-    # torch reads neither another machine's byte order nor negative strides.
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
-
-
-def _inputs(what: str, x: Tensor) -> Tensor:
-    """uint8 images as [n, C, H, W]; float features as they are."""
-    shape = list(x.shape)
-    if 0 in shape[1:]:
-        raise InputError(f"{what} has shape {shape}: its examples are empty")
-    if x.dtype == torch.uint8:
-        if x.ndim == 3:
-            return x[:, None]
-        if x.ndim != 4:
-            raise InputError(f"{what} has shape {shape}: uint8 images are [n, H, W] or [n, C, H, W]")
-        if shape[3] in (1, 3) and shape[1] not in (1, 3):
-            return x.movedim(3, 1).contiguous()
-        return x
-    if not x.dtype.is_floating_point:
-        dtype = str(x.dtype).removeprefix("torch.")
-        raise InputError(f"{what} has dtype {dtype}: give uint8 images or float features")
-    if x.ndim < 2:
-        raise InputError(f"{what} has shape {shape}: float features are [n, d] or [n, ...]")
-    if not bool(torch.isfinite(x).all()):
-        raise InputError(f"{what} has values that are NaN or infinite")
-    return x
-
-
-def _labels(what: str, y: Tensor) -> Tensor:
-    if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
-        dtype = str(y.dtype).removeprefix("torch.")
-        raise InputError(f"{what} has dtype {dtype}: labels are integers 0, 1, 2, ...")
-    if y.ndim != 1:
-        raise InputError(f"{what} has shape {list(y.shape)}: labels are [n]")
-    y = y.to(torch.int64)
-    if len(y) and int(y.min()) < 0:
-        raise InputError(f"{what} has a negative label, {int(y.min())}: labels are 0, 1, 2, ...")
-    return y
+    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, dataset.augment)

@@ -21,9 +21,9 @@ from typing import Any
 from fedmom.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, Progress, Started
 from fedmom.errors import InputError, RayEndedError
 from fedmom.imports import one_line
-from fedmom.output import printed
 from fedmom.ray_start import PoolOptions, count_workers, first_line
 from fedmom.scratch import ScratchFolder
+from fedmom.worker_output import printed
 
 WARM_UP_SECONDS = 60.0  # the straggler limit of a worker's first message, if longer: data are read, models built
 LONG_SECONDS = 0.15  # a batch that takes longer is at a long message: those behind it go elsewhere

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fedmom.algorithms import MOMENTUM_POLICIES, local_step
+from fedmom.algorithms import MOMENTUM_POLICIES, local_step, takes_key
 from fedmom.averaging import WeightedMean
 from fedmom.objective import Task
+from fedmom.randomness import random_bits
 from fedmom.replays import Replays
 from fedmom.rounds import Method, Outcome, Progress, Round, part_of
 from fedmom.stack import Stack
@@ -31,17 +32,26 @@ from fedmom.state import (
 from fedmom.went import Distances, Went, distances
 
 
-def vmap_step(state: ClientState, batch: Any, start: Tree, **method: Any) -> tuple[ClientState, Tensor]:
+def vmap_step(
+    state: ClientState, batch: Any, start: Tree, key: Tensor | None, **method: Any
+) -> tuple[ClientState, Tensor]:
     """One local step of K stacked clients at once."""
     if method.get("correction") is None:
         return torch.vmap(partial(local_step, **method))(state, batch)
-    return torch.vmap(lambda state, batch, start: local_step(state, batch, start=start, **method))(state, batch, start)
+
+    def step(state: ClientState, batch: Any, start: Tree, *key: Tensor) -> tuple[ClientState, Tensor]:
+        return local_step(state, batch, start=start, key=key[0] if key else None, **method)
+
+    return torch.vmap(step)(state, batch, start, *([] if key is None else [key]))
 
 
-def loop_step(state: ClientState, batch: Any, start: Tree, **method: Any) -> tuple[ClientState, Tensor]:
+def loop_step(
+    state: ClientState, batch: Any, start: Tree, key: Tensor | None, **method: Any
+) -> tuple[ClientState, Tensor]:
     """One local step of a stack of one client, in the plain way."""
     state, batch, start = tree_map(lambda t: t[0], (state, batch, start))
-    return tree_map(lambda t: t[None], local_step(state, batch, start=start, **method))
+    own = None if key is None else key[0]
+    return tree_map(lambda t: t[None], local_step(state, batch, start=start, key=own, **method))
 
 
 PATHS = {
@@ -67,6 +77,7 @@ class Engine:
             self.stack = Stack(task, method, factors=path == "factors", convolution=convolution)
         self.replays = Replays(self.stack) if self.stack is not None and task.device.type == "cuda" else None
         self.step, self.gradient = (vmap_step, task.gradient) if path == "vmap" else (loop_step, task.gradient_alone)
+        self.keyed = method.correction is not None and takes_key(method.correction)
         # The loop keeps one client resident: a larger chunk would only hold finished rows for longer.
         self.chunk_size = 1 if path == "loop" else chunk_size
 
@@ -177,7 +188,8 @@ class Engine:
         points: list[Tensor] = []
         start = state.params
         for s, batch in enumerate(self.task.round_batches(job.clients, job.first_steps, most)):
-            after, loss = self._one_step(state, batch, start, job.lrs[s])
+            key = random_bits(job.clients, job.first_steps + s) if self.keyed else None
+            after, loss = self._one_step(state, batch, start, job.lrs[s], key)
             moved = len(job.clients)
             if s < least:
                 state = after
@@ -195,13 +207,16 @@ class Engine:
         points += [points[-1]] * (len(job.lrs) - most) if points else []
         return state, losses / job.num_steps, points
 
-    def _one_step(self, state: ClientState, batch: Any, start: Tree, lr: float) -> tuple[ClientState, Tensor]:
+    def _one_step(
+        self, state: ClientState, batch: Any, start: Tree, lr: float, key: Tensor | None
+    ) -> tuple[ClientState, Tensor]:
         method = self.method
         try:
             return self.step(
                 state,
                 batch,
                 start,
+                key,
                 gradient=self.gradient,
                 lr=lr,
                 beta=method.beta,

@@ -143,7 +143,10 @@ class Factors:
         steps, rows = self.step, self.rows
         # ⟨g_j, g_k⟩ = Σ (δ_j δ_kᵀ)(h_j h_kᵀ) over both minibatches' rows; j ≥ k was kept.
         shape = (len(self.weights), steps, rows, steps, rows)
-        inner = (self.hh * self.dd).reshape(shape).sum((2, 4)).to(torch.float64)  # [K, steps, steps]
+        hh, dd = (self.hh.double(), self.dd.double()) if self.hh.is_cuda else (self.hh, self.dd)
+        inner = (hh * dd).reshape(shape).sum((2, 4)).to(torch.float64)  # [K, steps, steps]
+        if not self.hh.is_cuda and not bool(torch.isfinite(inner).all()):  # products beyond 1e38
+            inner = (self.hh.double() * self.dd.double()).reshape(shape).sum((2, 4))
         inner = inner.tril() + inner.tril(-1).transpose(1, 2)
         found = []
         for total, numbers in zip((self.total_x, self.total_u), self.numbers.last, strict=True):

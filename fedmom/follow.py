@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fedmom.config import Config, load
 from fedmom.errors import InputError
-from fedmom.records import CONFIG, FINAL, ROUNDS
+from fedmom.records import CONFIG, ROUNDS
 from fedmom.train import Record
 
 
@@ -37,11 +37,6 @@ class Follower:
     def config(self) -> Config:
         """As it is now: a resumed run may have become longer."""
         return load(self.folder / CONFIG).config
-
-    @property
-    def is_done(self) -> bool:
-        ended = bool(self.rounds) and self.rounds[-1]["round"] >= self.config.run.num_rounds
-        return ended and (self.folder / FINAL).is_file()
 
     def look(self) -> News:
         """Read what is new. A last line without its end is left for the next look."""

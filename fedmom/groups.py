@@ -42,20 +42,59 @@ _SAME = {
 }
 
 
+class Left(NamedTuple):
+    """A run that is not counted: it is not finished, or it is another one once more."""
+
+    run: Run
+    same_as: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.run.name} ({f'the same run as {self.same_as}' if self.same_as else self.run.standing})"
+
+
 class Group(NamedTuple):
     """Runs of one configuration with different seeds."""
 
     label: str
-    runs: list[Run]
+    runs: list[Run]  # those that count, a seed each; [] where none does
     differs: dict[str, Scalar]  # the keys in which groups differ, and this group's values
+    left: list[Left] = []  # noqa: RUF012 - never changed
 
     @property
     def settings(self) -> dict[str, Scalar]:
-        return self.runs[0].settings
+        return self.members[0].settings
+
+    @property
+    def members(self) -> list[Run]:
+        return [*self.runs, *(left.run for left in self.left)]
+
+    @property
+    def seeds(self) -> str:
+        """Of seeds: "3", "2 of 3", "3, 1 unfinished"."""
+        of = len(self.runs) + sum(not left.same_as for left in self.left)
+        unfinished = sum(not run.is_finished for run in self.runs)
+        text = f"{len(self.runs)} of {of}" if of > len(self.runs) else f"{of}"
+        return f"{text}, {unfinished} unfinished" if unfinished else text
+
+    @property
+    def note(self) -> str:
+        """What a reader of its numbers must know; "" where every run of it is finished and counted."""
+        counted = [f"{run.name} ({run.standing})" for run in self.runs if not run.is_finished]
+        parts = {"left out": [left.text for left in self.left], "counted though not finished": counted}
+        return "; ".join(f"{what}: {_several(names)}" for what, names in parts.items() if names)
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order of what differs between them (numbers by size, names as they come)."""
+def _several(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def group_runs(runs: Sequence[Run], *, unfinished: bool = False) -> list[Group]:
+    """Groups in the order of what differs between them (numbers by size, names as they come).
+
+    unfinished: count runs that are not finished too, as far as they got. A run that is alone counts as it is.
+    """
     keys = differing(runs)
     members: dict[tuple[Scalar, ...], list[Run]] = {}
     for run in runs:
@@ -71,8 +110,35 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         label = ", ".join(said(key, value) for key, value in differs.items())
         if not label:
             label = own[0].name if len(own) == 1 else f"{own[0].settings['algorithm.name']}, {len(own)} seeds"
-        groups.append(Group(label, own, differs))
+        counted, left = _counted(own, unfinished or len(runs) == 1)
+        groups.append(Group(label, counted, differs, left))
     return groups
+
+
+def _counted(runs: Sequence[Run], unfinished: bool) -> tuple[list[Run], list[Left]]:
+    """(runs that count, one of each seed; the others)."""
+    counted, left = list[Run](), list[Left]()
+    for seed in dict.fromkeys(run.settings["run.seed"] for run in runs):
+        same = [run for run in runs if run.settings["run.seed"] == seed]
+        best = max(same, key=lambda run: (run.is_finished, len(run.rounds)))
+        if best.is_finished or (unfinished and best.rounds):
+            counted.append(best)
+        else:
+            left.append(Left(best))
+        left += [Left(run, best.name) for run in same if run is not best]
+    return counted, left
+
+
+def of_groups(groups: Sequence[Group]) -> list[str]:
+    """The notes of all groups, a line each."""
+    return [f"{group.label}: {group.note}" for group in groups if group.note]
+
+
+def check_counted(groups: Sequence[Group]) -> None:
+    """InputError where no run counts."""
+    left = [left.text for group in groups for left in group.left]
+    if not any(group.runs for group in groups):
+        raise InputError(f"no run is finished: {_several(left)}; --unfinished shows how far they got")
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
@@ -104,9 +170,9 @@ def _in_order(values: Iterable[Scalar]) -> list[Scalar]:
 
 def check_fit(groups: Sequence[Group]) -> None:
     """InputError where results cannot stand in one table: other data, or nothing measured that all runs have."""
-    first = groups[0].runs[0]
-    quadratic = ("data.curvatures", "data.centers") if first.settings["data.dataset"] == "quadratic" else ()
     runs = [run for group in groups for run in group.runs]
+    first = runs[0]
+    quadratic = ("data.curvatures", "data.centers") if first.settings["data.dataset"] == "quadratic" else ()
     for run in runs:
         for key in ("data.dataset", *quadratic):
             here, there = first.settings[key], run.settings[key]

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedmom.precision import convolves_in_tf32
+
 
 @triton.jit
 def _convolve(
@@ -160,5 +162,5 @@ def _launch_weights(source: Tensor, gradient: Tensor, result: Tensor, geometry: 
 
 def _sums(operand: Tensor) -> tuple[Any, str]:
     """What sums are held in, and how exact a product is: as torch's own convolutions are asked to be."""
-    tf32 = operand.is_cuda and torch.backends.cudnn.allow_tf32
-    return tl.float64 if operand.dtype == torch.float64 else tl.float32, "tf32" if tf32 else "ieee"
+    precision = "tf32" if convolves_in_tf32(operand) else "ieee"
+    return tl.float64 if operand.dtype == torch.float64 else tl.float32, precision

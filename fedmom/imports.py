@@ -1,13 +1,20 @@
-"""The user's own code by name: "package.module:function" in a config becomes the function."""
+"""The user's own code by name: "package.module:function" in a config becomes the function; whose an error is."""
 
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from fedmom.errors import InputError
+
+OWN_KEYS = ("algorithm.correction", "data.dataset", "model.name")  # those that may name the user's own code
 
 
 def is_spec(name: str) -> bool:
@@ -42,6 +49,75 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
+def memory_is_full(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had; on the CPU torch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__ or _CPU_IS_FULL in str(error)
+
+
+_CPU_IS_FULL = "DefaultCPUAllocator"
+_HERE = os.path.dirname(__file__)
+_TORCH = f"{os.sep}torch{os.sep}"
+_LIBRARIES = (_HERE, f"{os.sep}site-packages{os.sep}", f"{os.sep}lib{os.sep}python", "<")
+
+
+def place_of(error: BaseException, *, anywhere: bool = False) -> str:
+    """The last line of the user's own code that an exception came through, as " (file:line)"; "" if through none.
+
+    `anywhere`: then a library's, such as a mod of Flower's.
+    """
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in every if is_own_file(f.filename)]
+    if anywhere and not frames:
+        ours = (os.path.dirname(__file__) + os.sep, "<frozen")
+        frames = [f for f in every if not f.filename.startswith(ours)]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def is_own_file(filename: str) -> bool:
+    """Whether a file of code is the user's, and neither ours nor a library's."""
+    return not any(part in filename for part in _LIBRARIES)
+
+
+@contextmanager
+def blamed(config: Mapping[str, Any], *, but: CodeType | None = None) -> Iterator[None]:
+    """Errors of the user's own code within the block become an InputError of one line: the key, the error, the place.
+
+    config: {"section.key": value}, of which the user's code is named by OWN_KEYS. What came through the function
+    `but`, which calls somebody else's code, stays as it is; so does what is ours.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        key = None if memory_is_full(error) else _culprit(config, error, but)
+        if key is None:
+            raise
+        raise InputError(f"{key} = {config[key]!r}: {one_line(error)}{place_of(error)}") from error
+
+
+def _culprit(config: Mapping[str, Any], error: BaseException, but: CodeType | None) -> str | None:
+    """The key whose code raised: a function that the error came through, else the model, which is what torch calls."""
+    specs = {key: str(config[key]) for key in OWN_KEYS if is_spec(str(config.get(key, "")))}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    codes = {frame.f_code for frame in frames}
+    if but in codes:
+        return None
+    for key, spec in specs.items():
+        if key != "model.name" and _code_of(key, spec) in codes:
+            return key
+    names = [frame.f_code.co_filename for frame in frames]
+    if "model.name" in specs and any(is_own_file(name) or _TORCH in name for name in names):
+        return "model.name"
+    modules = {key: sys.modules.get(spec.partition(":")[0]) for key, spec in specs.items()}
+    return next((key for key, module in modules.items() if getattr(module, "__file__", None) in names), None)
+
+
+def _code_of(key: str, spec: str) -> CodeType | None:
+    function = inspect.unwrap(load_object(key, spec))
+    return getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+
+
 @contextmanager
 def _current_directory_on_path() -> Iterator[None]:
     """An installed `fedmom` command, unlike `python -m`, does not look for modules where it is started."""
@@ -52,3 +128,29 @@ def _current_directory_on_path() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
+
+
+# Any project may have a package `clients` or `strategies` of its own; nobody has one of these names.
+_OWN = {"clients": "client_app.py", "strategies": "server_app.py"}
+
+
+def own_app(package: str) -> Any:
+    """The Flower app in clients/client_app.py or strategies/server_app.py, in the first checkout on sys.path.
+
+    It is imported as fedmom_clients or fedmom_strategies, so that `import clients` stays the user's. Raises InputError
+    where fedmom was installed without the two folders.
+    """
+    name = f"fedmom_{package}"
+    if name not in sys.modules:
+        marks = ["fedmom/__init__.py", *(f"{folder}/{file}" for folder, file in _OWN.items())]
+        roots = [*map(Path, sys.path), Path(__file__).parents[1]]
+        root = next((root for root in roots if all((root / mark).is_file() for mark in marks)), None)
+        if root is None:
+            raise InputError(f"{package}/{_OWN[package]}: is not beside fedmom; Flower's part needs the whole checkout")
+        folder = root.absolute() / package
+        spec = spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(f"{name}.{_OWN[package].removesuffix('.py')}").app

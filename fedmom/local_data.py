@@ -14,19 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.datasets import Dataset, checked_part, read_npz_arrays
+from fedmom.array_files import read_npz_arrays
+from fedmom.arrays import check_cast, checked_part, count_classes, dtype_name, kind_of
+from fedmom.datasets import Dataset
 from fedmom.errors import InputError
-from fedmom.imports import one_line
+from fedmom.images import read_images
 from fedmom.partition import Partition
 
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
 _KEY = "data.dataset = 'local'"
 
 
 class Examples(NamedTuple):
     """What one client, or the server, holds."""
 
-    x_train: Tensor  # [n, *shape]: uint8 images [n, C, H, W], or float features; n may be 0 at the server
+    x_train: Tensor  # [n, *shape]: uint8 images [n, C, H, W], or features; n may be 0 at the server
     y_train: Tensor  # [n] int64
     x_test: Tensor  # [m, *shape], m may be 0
     y_test: Tensor  # [m] int64
@@ -40,7 +41,7 @@ class Facts(NamedTuple):
     num_classes: int  # highest label + 1
     shape: tuple[int, ...]
     dtype: str
-    pixels: int  # per channel, of all training images; 0 for float features
+    pixels: int  # per channel, of all training images; 0 for features
     sums: tuple[int, ...]  # [C] of the pixels' values 0 … 255
     squares: tuple[int, ...]  # [C] of their squares
 
@@ -53,7 +54,7 @@ class Common(NamedTuple):
     num_classes: int
     shape: tuple[int, ...]
     dtype: str
-    mean: tuple[float, ...]  # [C] of uint8 / 255; () for float features
+    mean: tuple[float, ...]  # [C] of uint8 / 255; () for features
     std: tuple[float, ...]  # [C]
 
 
@@ -74,10 +75,13 @@ def from_record(record: Mapping[str, Any]) -> Common:
 def client_source(data_dir: str, client: int) -> Path:
     """Where a client's examples lie below `data_dir`: client-C.npz, client-C/data (as in a deployment), client-C."""
     root = Path(data_dir).expanduser()
-    places = [root / f"client-{client}.npz", root / f"client-{client}" / "data", root / f"client-{client}"]
-    for place in places:
-        if place.exists():
-            return place
+    file, folder = root / f"client-{client}.npz", root / f"client-{client}"
+    places = [file, folder / "data", folder]
+    there = [place for place in places if place.exists()]
+    if file in there and folder in there:
+        raise InputError(f"{_KEY}: client {client} has {file} and {folder}; leave one of them")
+    if there:
+        return there[0]
     raise InputError(f"{_KEY}: client {client} has nothing (looked for {', '.join(map(str, places))})")
 
 
@@ -85,20 +89,23 @@ def read_server(data_dir: str, classes: str = "") -> Examples | None:
     """The server's test examples: test.npz, test/LABEL/…, or in server/data; None where it has none."""
     root = Path(data_dir).expanduser()
     for place in (root, root / "server" / "data"):
-        if (place / "test.npz").is_file():
-            return _read_npz(place / "test.npz", ("x_test", "y_test"))
-        if (place / "test").is_dir():
+        files = [file] if (file := place / "test.npz").is_file() else []
+        if place != root and place.is_dir():
+            files = sorted(path for path in place.iterdir() if path.suffix.lower() == ".npz")
+        folders = [folder] if (folder := place / "test").is_dir() else []
+        if len(found := files + folders) > 1:
+            raise InputError(f"{_KEY}: {place} has {found[0].name} and {found[1].name}; leave the server one test set")
+        if files:
+            return _read_npz(files[0], ("x_test", "y_test"))
+        if folders:
             return _read_folder(place, classes, ("test",))
-        found = sorted(place.glob("*.npz")) if place != root and place.is_dir() else []
-        if len(found) == 1:
-            return _read_npz(found[0], ("x_test", "y_test"))
     return None
 
 
 def read_source(place: Path, classes: str = "") -> Examples:
     """A client's examples. Raises InputError naming the file and what would be right."""
     if place.is_dir() and not (place / "train").is_dir():
-        files = sorted(place.glob("*.npz"))
+        files = sorted(path for path in place.iterdir() if path.suffix.lower() == ".npz")
         if len(files) != 1:
             what = f"has {len(files)} .npz files" if files else "has neither an .npz file nor a folder train"
             raise InputError(f"{_KEY}: {place}: {what}; it needs one .npz file, or images in train/LABEL/")
@@ -109,8 +116,13 @@ def read_source(place: Path, classes: str = "") -> Examples:
     return examples
 
 
-def facts_of(examples: Examples) -> Facts:
-    """A client's facts; the sums are exact whole numbers, so those of all clients are those of all images."""
+def facts_of(examples: Examples, dtype: str = "float64") -> Facts:
+    """A client's facts; the sums are exact whole numbers, so those of all clients are those of all images.
+
+    Raises InputError where the run's `dtype` cannot hold the examples.
+    """
+    for split, features in (("train", examples.x_train), ("test", examples.x_test)):
+        check_cast(_KEY, split, features, getattr(torch, dtype))
     x, labels = examples.x_train, (examples.y_train, examples.y_test)
     top = max(int(y.max()) for y in labels if len(y))
     pixels, sums, squares = 0, list[int](), list[int]()
@@ -121,7 +133,7 @@ def facts_of(examples: Examples) -> Facts:
             pixels = int(counts.sum())
             sums.append(int(counts @ values))
             squares.append(int(counts @ values**2))
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = dtype_name(x.dtype)
     shape = tuple(x.shape[1:])
     return Facts(len(x), len(examples.x_test), top + 1, shape, dtype, pixels, tuple(sums), tuple(squares))
 
@@ -138,7 +150,7 @@ def agreed(facts: Sequence[Facts], server: Examples | None = None) -> Common:
     num_classes = max(one.num_classes for one in facts)
     if server is not None:
         num_classes = max(num_classes, int(server.y_test.max()) + 1)
-        shape, dtype = tuple(server.x_test.shape[1:]), str(server.x_test.dtype).removeprefix("torch.")
+        shape, dtype = tuple(server.x_test.shape[1:]), dtype_name(server.x_test.dtype)
         if (shape, dtype) != (first.shape, first.dtype):
             raise InputError(
                 f"{_KEY}: the server's test examples are {dtype} {list(shape)}, those of client 0 "
@@ -146,6 +158,7 @@ def agreed(facts: Sequence[Facts], server: Examples | None = None) -> Common:
             )
     elif not any(one.test_size for one in facts):
         raise InputError(f"{_KEY}: nobody has test examples; give the server a test.npz, or clients x_test and y_test")
+    count_classes(_KEY, num_classes - 1, sum(one.size + one.test_size for one in facts))
     mean, std = list[float](), list[float]()
     pixels = sum(one.pixels for one in facts)
     for channel in range(len(first.sums)):
@@ -208,6 +221,9 @@ def _read_npz(path: Path, required: tuple[str, ...]) -> Examples:
         raise InputError(f"{_KEY}: {path}: has no {', '.join(missing)}")
     parts = {}
     for split in ("train", "test"):
+        for one, other in ((f"x_{split}", f"y_{split}"), (f"y_{split}", f"x_{split}")):
+            if one in arrays and other not in arrays:
+                raise InputError(f"{_KEY}: {path}: has {one} and no {other}")
         if f"x_{split}" in arrays and f"y_{split}" in arrays:
             parts[split] = checked_part(f"{_KEY}: {path}", split, arrays[f"x_{split}"], arrays[f"y_{split}"])
     return _filled(parts)
@@ -219,51 +235,13 @@ def _filled(parts: dict[str, tuple[Tensor, Tensor]]) -> Examples:
     empty = x[:0], y[:0]
     train, test = parts.get("train", empty), parts.get("test", empty)
     if train[0].shape[1:] != test[0].shape[1:] or train[0].dtype != test[0].dtype:
-        raise InputError(f"{_KEY}: x_train is {list(train[0].shape)}, x_test {list(test[0].shape)}: shapes must agree")
+        kinds = f"{kind_of(train[0])}, those of x_test are {kind_of(test[0])}"
+        raise InputError(f"{_KEY}: examples of x_train are {kinds}")
     return Examples(*train, *test)
 
 
 def _read_folder(folder: Path, classes: str, splits: tuple[str, ...]) -> Examples:
-    parts = {split: _read_images(folder / split, classes) for split in splits if (folder / split).is_dir()}
+    parts = {split: read_images(_KEY, folder / split, classes) for split in splits if (folder / split).is_dir()}
     if not parts:
         raise InputError(f"{_KEY}: {folder}: has no folder {' or '.join(splits)}")
     return _filled(parts)
-
-
-def _read_images(folder: Path, classes: str) -> tuple[Tensor, Tensor]:
-    """Images of folder/LABEL/…, in the order of labels and file names: uint8 [n, C, H, W] and int64 [n]."""
-    from PIL import Image, UnidentifiedImageError
-
-    names = [name.strip() for name in classes.split(",")] if classes else []
-    x, y, first = list[np.ndarray](), list[int](), None
-    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        label = _label(place, names)
-        for path in sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGES):
-            try:
-                with Image.open(path) as image:
-                    pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-            except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-                raise InputError(f"{_KEY}: cannot read {path}: {one_line(error)}") from None
-            pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-            first = first or (path, pixels.shape)
-            if pixels.shape != first[1]:
-                raise InputError(
-                    f"{_KEY}: {path}: is {list(pixels.shape)}, {first[0].name} is {list(first[1])}; all images of all "
-                    "clients need the same channels, height and width"
-                )
-            x.append(pixels)
-            y.append(label)
-    if not x:
-        raise InputError(f"{_KEY}: {folder}: has no images ({', '.join(IMAGES)}) in folders of labels")
-    order = np.argsort(y, kind="stable")
-    return torch.from_numpy(np.stack(x)[order]), torch.from_numpy(np.array(y, dtype=np.int64)[order])
-
-
-def _label(place: Path, names: list[str]) -> int:
-    """The number that a folder's name stands for; clients lack classes, so it cannot be its place in the alphabet."""
-    if place.name in names:
-        return names.index(place.name)
-    if not names and place.name.isdecimal():
-        return int(place.name)
-    right = f"one of data.classes = {','.join(names)!r}" if names else "a number, or data.classes must name it"
-    raise InputError(f"{_KEY}: {place}: the folder's name must be {right}")

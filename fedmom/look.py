@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmom.algorithms import Correction
+from fedmom.algorithms import Correction, takes_key
 from fedmom.errors import InputError
 from fedmom.objective import Batch, Classification
 from fedmom.rounds import Round
@@ -75,11 +75,12 @@ def _check_buffers(task: Classification, start: ClientState, after: Tree, twin: 
 
 def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> None:
     """The same gradients twice. Raises InputError where the answers differ or random numbers were drawn."""
-    said = "algorithm.correction: the function"
+    said, device = "algorithm.correction: the function", next(iter(params.values())).device
     with _random_states() as before:
-        answers = [correction({n: g.clone() for n, g in grads.items()}, params, params) for _ in range(2)]
+        more = {"key": torch.zeros((), dtype=torch.int64, device=device)} if takes_key(correction) else {}
+        answers = [correction({n: g.clone() for n, g in grads.items()}, params, params, **more) for _ in range(2)]
         if name := _drawn(before):
-            advice = "take fedmom.randomness.normal(…), which is addressed"
+            advice = "take a parameter `key`, and fedmom.randomness.normal_like(g, key, number of g)"
             raise InputError(f"{said} draws random numbers of {name}, so that no run can be repeated; {advice}")
     if name := _first_that_differs((answers[0], {}, torch.zeros(())), (answers[1], {}, torch.zeros(()))):
         raise InputError(f"{said} gives two answers for the same gradients (of {name})")

@@ -5,13 +5,13 @@ Yu, Jin, Yang (ICML 2019), Algorithm 2: u_i <- Σ_j ũ_j W_ji and x_i <- Σ_j x�
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.state import ClientState, Tree, zeros_like
+from fedmom.algorithms import MOMENTUM_POLICIES, Rows
+from fedmom.state import ClientState, Tree
 from fedmom.topology import Mixing
 
 # Above this share of non-zero entries, and for few clients, one dense product is faster (measured: docs/log.md).
@@ -75,40 +75,6 @@ def mix_buffers(apply: Apply, buffers: Tree, own: Tree, pooled: bool) -> Tree:
     return mixed
 
 
-class Exchange(NamedTuple):
-    """What a momentum policy makes of the clients' rows after their local steps."""
-
-    sends_momentum: bool
-    # (apply W, u after the steps, all senders' | receivers' u before, after, receivers' x before, mixed, γ, β) -> u
-    momentum: Callable[..., Tree]
-    summary: str
-
-
-def _mixed(apply: Apply, senders: Tree, **_: object) -> Tree:
-    return {name: apply(u) for name, u in senders.items()}
-
-
-def _kept(own: Tree, **_: object) -> Tree:
-    return own
-
-
-def _reset(own: Tree, **_: object) -> Tree:
-    return zeros_like(own)
-
-
-def _quasi_global(u_before: Tree, x_before: Tree, x_mixed: Tree, lr: float, beta: float, **_: object) -> Tree:
-    """m̂ <- β m̂ + (1 − β) (x − x_mixed) / γ: Lin et al. (ICML 2021), Algorithm 1 (QG-DSGDm) with μ = β."""
-    return {name: beta * m + (1 - beta) / lr * (x_before[name] - x_mixed[name]) for name, m in u_before.items()}
-
-
-EXCHANGES = {
-    "average": Exchange(True, _mixed, "the paper: u is mixed with W as x is"),
-    "local": Exchange(False, _kept, "DSGDm: every client keeps its own u"),
-    "reset": Exchange(False, _reset, "u = 0 after every exchange"),
-    "quasi-global": Exchange(False, _quasi_global, "QG-DSGDm (Lin et al. 2021): u follows how far x moved"),
-}
-
-
 def combine(
     apply: Apply,
     after: ClientState,
@@ -125,9 +91,8 @@ def combine(
     after: rows of all senders; own: the receivers' part of them; before: the receivers' rows before the round.
     """
     params = {name: apply(x) for name, x in after.params.items()}
-    momentum = EXCHANGES[policy].momentum(
-        apply=apply,
-        senders=after.momentum,
+    rows = Rows(
+        mix=lambda: {name: apply(u) for name, u in after.momentum.items()},
         own=own.momentum,
         u_before=before.momentum,
         x_before=before.params,
@@ -135,6 +100,7 @@ def combine(
         lr=lr,
         beta=beta,
     )
+    momentum = MOMENTUM_POLICIES[policy].exchange(rows)
     return ClientState(params, momentum, mix_buffers(apply, after.buffers, own.buffers, pooled))
 
 

@@ -19,12 +19,19 @@ Shape = tuple[int, ...]  # of one example: (C, H, W) for images
 
 
 def build_model(
-    name: str, input_shape: Shape, num_classes: int, *, seed: int, norm: str = "batch", hidden: int = 200
+    name: str,
+    input_shape: Shape,
+    num_classes: int,
+    *,
+    seed: int,
+    norm: str = "batch",
+    hidden: int = 200,
+    integers: bool = False,
 ) -> nn.Module:
     """A float32 model on the CPU, in training mode: [B, *input_shape] -> [B, num_classes] logits.
 
     The same seed gives the same parameters; torch's global random state is neither read nor changed. A user's
-    "module:function" is called as f(input_shape, num_classes).
+    "module:function" is called as f(input_shape, num_classes). `integers`: examples are int64 ids, not real numbers.
     """
     if norm not in NORMS:
         raise unknown("model.norm", norm, NORMS)
@@ -46,7 +53,7 @@ def build_model(
         check_model(model, f"model.name = {name!r}")
         _check_parameters(name, model)
         model = address_dropout(cast(model, "cpu", torch.float32).train())
-        _check_forward(name, model, input_shape, num_classes)
+        _check_forward(name, model, input_shape, num_classes, integers)
     return model
 
 
@@ -172,14 +179,15 @@ def resnet56(input_shape: Shape, num_classes: int, options: Options) -> nn.Modul
 class Entry(NamedTuple):
     build: Callable[[Shape, int, Options], nn.Module]
     summary: str  # one line; parameters counted for 3x32x32 images and 10 classes
+    images: bool = False  # whether it looks at neighbouring pixels, so that [C, H, W] must be that
 
 
 MODELS: dict[str, Entry] = {
     "logistic": Entry(logistic, "multinomial logistic regression, 30,730 parameters on CIFAR-10"),
     "mlp": Entry(mlp, "two hidden layers of 200 (model.hidden), 656,810 parameters on CIFAR-10"),
-    "cnn": Entry(cnn, "two convolutions, dropout, two dense layers; 1,626,442 parameters on CIFAR-10"),
-    "resnet20": Entry(resnet20, "CIFAR ResNet of 20 layers, normalised by model.norm, 269,722 parameters"),
-    "resnet56": Entry(resnet56, "CIFAR ResNet of 56 layers, normalised by model.norm, 853,018 parameters"),
+    "cnn": Entry(cnn, "two convolutions, dropout, two dense layers; 1,626,442 parameters on CIFAR-10", True),
+    "resnet20": Entry(resnet20, "CIFAR ResNet of 20 layers, normalised by model.norm, 269,722 parameters", True),
+    "resnet56": Entry(resnet56, "CIFAR ResNet of 56 layers, normalised by model.norm, 853,018 parameters", True),
 }
 
 
@@ -218,9 +226,9 @@ def _check_parameters(name: str, model: nn.Module) -> None:
         raise InputError(f"model.name = {name!r}: has no trainable parameters")
 
 
-def _check_forward(name: str, model: nn.Module, input_shape: Shape, num_classes: int) -> None:
+def _check_forward(name: str, model: nn.Module, input_shape: Shape, num_classes: int, integers: bool) -> None:
     """Two examples through a copy in training mode, because BatchNorm would remember them."""
-    x = torch.rand(2, *input_shape)
+    x = torch.zeros(2, *input_shape, dtype=torch.int64) if integers else torch.rand(2, *input_shape)
     before = torch.get_rng_state()
     try:
         with torch.no_grad():

@@ -17,6 +17,7 @@ from fedmom.choice import choose
 from fedmom.config import Config, Scalar, flat, load
 from fedmom.engine import Engine
 from fedmom.errors import InputError
+from fedmom.imports import blamed
 from fedmom.local_data import Common, one_of, read_source
 from fedmom.objective import Task
 from fedmom.resolve import resolve
@@ -80,13 +81,15 @@ class Node:
         """`local`: where this node's own examples are, under data.dataset = "local"."""
         set_up_torch(config.engine)
         self.config, self.local = resolve_device(config), local
+        self._keys = flat(self.config)
         device = self.config.engine.device
-        if local is None:
-            self.task: Task = make_task(self.config, device)
-        else:
-            held = read_source(Path(local.source), config.data.classes)
-            self.task = classification(self.config, device, *one_of(local.common, local.client, held))
-        self.plan: Plan = make_plan(self.config)
+        with blamed(self._keys):
+            if local is None:
+                self.task: Task = make_task(self.config, device)
+            else:
+                held = read_source(Path(local.source), config.data.classes)
+                self.task = classification(self.config, device, *one_of(local.common, local.client, held))
+            self.plan: Plan = make_plan(self.config)
         self._choices: dict[int, tuple[str, int]] = {}
         self._engines: dict[tuple[str, int], Engine] = {}
 
@@ -103,10 +106,17 @@ class Node:
                 rows = {n: u.expand(size, *u.shape) for n, u in start.momentum.items()}
             job = clients_job(self.task, self.plan, 0, clients, rows)
             path, chunk_size = wanted.path, wanted.chunk_size
-            own_rows = self.plan.topology is not None
-            choice = choose(
-                self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size, own_rows=own_rows
-            )
+            with blamed(self._keys):
+                choice = choose(
+                    self.task,
+                    self.plan.method,
+                    start,
+                    job,
+                    path=path,
+                    chunk_size=chunk_size,
+                    own_rows=self.plan.topology is not None,
+                    steady=self.plan.steady,
+                )
             self._choices[size] = (choice.path, wanted.chunk_size or choice.chunk_size)
         return self._choices[size]
 
@@ -136,7 +146,8 @@ class Node:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
         job = clients_job(self.task, self.plan, round_index, ids, momentum)
-        outcome = engine.run_round(to_device(start, self.task.device), job)
+        with blamed(self._keys):
+            outcome = engine.run_round(to_device(start, self.task.device), job)
         return Trained(
             outcome._replace(mean=to_device(outcome.mean, "cpu"), losses=outcome.losses.cpu()),
             float(job.weights.sum()),
@@ -157,7 +168,8 @@ class Node:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
         job = clients_job(self.task, self.plan, round_index, ids)
-        after, losses, points = engine.run_rows(to_device(rows, self.task.device), job)
+        with blamed(self._keys):
+            after, losses, points = engine.run_rows(to_device(rows, self.task.device), job)
         return TrainedRows(to_device(after, "cpu"), losses.cpu(), int(job.num_steps.sum()), job.lrs[0], points)
 
     def _ids(self, clients: Sequence[int]) -> np.ndarray:
@@ -177,9 +189,11 @@ class Node:
         self._check(start)
         if self.local is not None:
             num_examples = self.local.common.test_sizes[self.local.client]
-            return self.task.evaluate(to_device(start, self.task.device)), num_examples
+            with blamed(self._keys):
+                return self.task.evaluate(to_device(start, self.task.device)), num_examples
         ids = torch.tensor(sorted(clients), device=self.task.device)
-        measured = self.task.evaluate_clients(to_device(start, self.task.device), ids)
+        with blamed(self._keys):
+            measured = self.task.evaluate_clients(to_device(start, self.task.device), ids)
         return measured, int(self.task.sizes[ids.cpu().numpy()].sum())
 
     def _check(self, start: ClientState) -> None:

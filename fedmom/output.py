@@ -1,57 +1,133 @@
-"""What a worker's process prints or logs: Ray sends it to two files, of which somebody must be told."""
+"""What is printed never ends what prints it: a terminal with few letters, a reader that went away, a full disk.
 
+Letters that a stream's encoding lacks are written in others; text that cannot be written at all is dropped.
+"""
+
+import codecs
 import os
-from pathlib import Path
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-_MOST_BYTES = 64 << 10  # of one message's that are shown
+_PLAIN = {
+    "…": "...",
+    "–": "-",
+    "—": "-",
+    "−": "-",
+    "·": "|",
+    "×": "x",
+    "→": "->",
+    "←": "<-",
+    "±": "+-",
+    "≤": "<=",
+    "≥": ">=",
+    "∞": "inf",
+    "‖": "||",
+    "√": "sqrt",
+    "Σ": "sum",
+    "∝": "~",
+    "α": "alpha",
+    "β": "beta",
+    "γ": "gamma",
+    "δ": "delta",
+    "ε": "epsilon",
+    "η": "eta",
+    "λ": "lambda",
+    "μ": "mu",
+    "σ": "sigma",
+    "ρ": "rho",
+    "„": '"',
+    "“": '"',
+    "”": '"',
+    "‘": "'",
+    "’": "'",
+}
+_HANDLER = "fedmom.plain"  # for `errors=` of encoders
+
+
+def _letter(letter: str) -> str:
+    """One letter in ASCII: as people write it, without its accents, as a dot of a picture, or a question mark."""
+    if letter in _PLAIN:
+        return _PLAIN[letter]
+    number = ord(letter)
+    if 0x2800 <= number <= 0x28FF:  # Braille, by which curves are drawn
+        return "*" if number > 0x2800 else " "
+    if 0x2500 <= number <= 0x259F:  # lines and blocks
+        return "|" if letter in "│┃║" else "-" if letter in "─━═╸╺╴╶" else "#" if number >= 0x2580 else "+"
+    if 0xDC80 <= number <= 0xDCFF:  # a byte of a file's name that is no letter
+        return f"\\x{number - 0xDC00:02x}"
+    plain = "".join(c for c in unicodedata.normalize("NFKD", letter) if c.isascii())
+    return plain or ("" if unicodedata.combining(letter) else "?")
+
+
+def _handle(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(map(_letter, error.object[error.start : error.end])), error.end
+
+
+codecs.register_error(_HANDLER, _handle)
 
 
 class Output:
-    """The files behind standard output and error of this process; none where they are no files."""
+    """A text stream whose `write` and `flush` never raise for what the reader, the terminal or the disk is like."""
 
-    def __init__(self) -> None:
-        self._files = {number: path for number in (1, 2) if (path := _file_of(number))}
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.lost = False  # whether nobody reads any more
 
-    @property
-    def paths(self) -> list[str]:
-        return list(self._files.values())
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
-    def sizes(self) -> dict[int, int]:
-        """How much is written so far, by file."""
-        return {number: os.fstat(number).st_size for number in self._files}
+    def write(self, text: str) -> int:
+        if not self.lost:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding or "ascii"
+                self.write(text.encode(encoding, _HANDLER).decode(encoding))
+            except (OSError, ValueError) as error:
+                self._lose(error)
+        return len(text)
 
-    def since(self, sizes: dict[int, int]) -> str:
-        """What was written since then; of very much, the end."""
-        parts = []
-        for number, path in self._files.items():
-            begin, end = sizes[number], os.fstat(number).st_size
-            if end > begin:
-                with open(path, "rb") as file:
-                    file.seek(max(begin, end - _MOST_BYTES))
-                    parts.append(file.read(end - begin).decode("utf-8", "replace"))
-        return "".join(part if part.endswith("\n") else f"{part}\n" for part in parts)
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
 
-    def grown(self, sizes: dict[int, int]) -> str:
-        """The file into which something was written since then, standard error first; "" for none."""
-        now = self.sizes()
-        return next((self._files[n] for n in sorted(now, reverse=True) if now[n] > sizes[n]), "")
+    def flush(self) -> None:
+        if not self.lost:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        if isinstance(error, BlockingIOError):  # a reader that is slow: this text alone is lost
+            return
+        self.lost = True
+        try:  # Python itself would say so at its end, of what is left in the buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        except (OSError, ValueError):  # closed, or no file
+            return
 
 
-def _file_of(number: int) -> str:
+@contextmanager
+def steady_output() -> Iterator[None]:
+    """Within the block standard output and error are `Output`s."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, Output) or stream is None else Output(stream) for stream in before
+    )
     try:
-        path = os.readlink(f"/proc/self/fd/{number}")
-    except OSError:
-        return ""
-    return path if os.path.isfile(path) else ""
+        yield
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    finally:
+        sys.stdout, sys.stderr = before
 
 
-def printed(paths: list[str]) -> str:
-    """The first of these files, standard error first, that holds more than Ray's own lines; "" for none."""
-    for path in reversed(paths):
-        try:
-            lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:  # on another machine
-            continue
-        if any(line and not line.startswith((":job_id:", ":actor_name:", ":task_name:")) for line in lines):
-            return path
-    return ""
+def nobody_reads() -> bool:
+    """Whether standard output's reader went away: what only shows something may end."""
+    return bool(getattr(sys.stdout, "lost", False))

@@ -1,8 +1,113 @@
-"""Numbers inside strings: a configuration holds scalars only, so lists are written as "80,120" and "1;3"."""
+"""Text -> values, as people type them; and lists inside strings, for a configuration holds scalars only.
+
+A list is written as "80,120", one list per client as "1;3"; on the command line also as [80,120] and [[1],[3]].
+"""
 
 import math
+import re
+import tomllib
+from typing import Any
 
 from fedmom.errors import InputError
+
+# TOML has neither ".1" nor "5."; "05" stays out here too: it may be the rest of a decimal comma.
+_NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][\d_]*)(?:\.[\d_]*)?|\.\d[\d_]*)(?:[eE][+-]?\d+)?", re.ASCII)
+_CLOSING = {"[": "]", '"': '"', "'": "'"}
+Number = int | float
+
+
+def as_number(text: str) -> Number | None:
+    """The number that somebody typed (".1", "5.", "+1", "1e-3", "1_000"), or None if it is none."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    try:
+        return int(text) if text.lstrip("+-").replace("_", "").isdigit() else float(text)
+    except ValueError:  # two underscores side by side; more digits than Python reads
+        return None
+
+
+def typed(text: str, kind: type[Any] | None = None) -> Any:
+    """A value from the command line, read as `kind` where it can be, else as it stands; None: a kind nobody knows."""
+    text = text.strip()
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), _toml(text))
+    if kind is str:
+        found = _toml(text) if text[:1] in ('"', "'") else text
+        return found if isinstance(found, str) else text
+    found = as_number(text)
+    found = _toml(text) if found is None else found
+    whole = kind is int and isinstance(found, float) and found.is_integer()
+    return int(found) if whole else found  # 1e3 rounds
+
+
+def _toml(text: str) -> Any:
+    """What TOML reads, else the text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):  # no TOML, 4,300 digits, or brackets without end
+        return text
+
+
+def read_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML file. ValueError, with a remedy for a number such as .1 or 5."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("brackets without end") from None
+    except ValueError as error:
+        for number, line in enumerate(text.splitlines(), 1):
+            found = re.search(r"=\s*([+-]?(?:\.\d+|\d+\.(?!\d))(?:[eE][+-]?\d+)?)\s*(?:#.*)?$", line)
+            if found and f"at line {number}," in str(error):
+                raise ValueError(f"{error}; in a file, {found[1]} is written {float(found[1])}") from None
+        raise
+
+
+def pieces(text: str) -> list[str]:
+    """ "0.1, [1,2],'a,b'" -> ["0.1", "[1,2]", "'a,b'"]: split at commas outside of brackets and quotes.
+
+    ValueError, in words, for a bracket or a quote without its end, and for a piece that is empty.
+    """
+    found, begin, closing, fresh = list[str](), 0, list[str](), True
+    for place, letter in enumerate(f"{text},"):
+        if closing and letter == closing[-1]:
+            closing.pop()
+        elif closing[-1:] in (['"'], ["'"]):
+            continue
+        elif fresh and letter in _CLOSING:  # brackets and quotes inside a name are letters
+            closing.append(_CLOSING[letter])
+        elif letter == "," and not closing:
+            found.append(text[begin:place].strip())
+            begin = place + 1
+        fresh = letter in ",[" or (fresh and letter.isspace())
+    if closing:
+        raise ValueError(f"a closing {closing[-1]} is missing")
+    if not all(found):
+        raise ValueError('a value is missing (an empty one is written "")')
+    return found
+
+
+def without_brackets(text: str) -> str:
+    """ "[0.5, 0.75]" -> "0.5,0.75" and "[[1,2],[3]]" -> "1,2;3"; other text as it is."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return text
+    parts = pieces(text[1:-1])
+    if all(part.startswith("[") for part in parts):
+        return ";".join(map(without_brackets, parts))
+    return ",".join(str(typed(part, str)) for part in parts)
+
+
+def as_list(value: Any, separator: str) -> Any:
+    """A list as a configuration holds it, from TOML's or Python's: [80, 120] -> "80,120", with ";" [[1], [3]] -> "1;3".
+
+    Other values as they are, for whoever checks them.
+    """
+    if not isinstance(value, list | tuple):
+        return value
+    if separator == ";":
+        rows = [as_list(row, ",") for row in value]
+        return ";".join(rows) if rows and all(isinstance(row, list | tuple) for row in value) else value
+    plain = all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in value)
+    return ",".join(map(str, value)) if plain else value
 
 
 def parse_numbers(key: str, text: str) -> tuple[float, ...]:

@@ -13,21 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.choice import choose
-from fedmom.config import Config, replace
+from fedmom.config import Config, flat, replace
 from fedmom.engine import Engine
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.executors import WARM_UP_SECONDS
 from fedmom.gossip import mean_of
-from fedmom.imports import one_line
-from fedmom.mixing import EXCHANGES, Block, combine, spread
+from fedmom.imports import blamed, one_line
+from fedmom.mixing import Block, combine, spread
 from fedmom.objective import Task
 from fedmom.parsing import counted
 from fedmom.ray_start import Watch, join_ray
 from fedmom.rounds import Outcome, Progress, Round
-from fedmom.setup import make_plan, make_task, pool_options, set_up_torch
+from fedmom.setup import actors_device, make_plan, make_task, pool_options, set_up_torch
 from fedmom.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
 from fedmom.topology import Mixing
 from fedmom.train import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
@@ -45,8 +46,10 @@ class Peer:
         keep_freed_memory()
         self.config, self.me, self.blocks = config, me, blocks
         self.ids = blocks[me]
-        self.task: Task = make_task(config, config.engine.device)
-        self.plan: Plan = make_plan(config)
+        self.keys = flat(config)
+        with blamed(self.keys):
+            self.task: Task = make_task(config, config.engine.device)
+            self.plan: Plan = make_plan(config)
         self.states: dict[int, ClientState] = {}  # {rounds done: the block's rows}
         self.received: dict[int, Tree] = {}  # {block: its rows of this round}
 
@@ -55,7 +58,8 @@ class Peer:
         start, wanted = beginning(self.task, self.plan).state, self.config.engine
         job = clients_job(self.task, self.plan, 0, self.ids)
         path, chunk_size = wanted.path, wanted.chunk_size
-        chosen = choose(self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size, own_rows=True)
+        with blamed(self.keys):
+            chosen = choose(self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size, own_rows=True)
         return chosen.path, wanted.chunk_size or chosen.chunk_size
 
     def load(self, round_index: int, rows: Arrays, path: str, chunk_size: int) -> None:
@@ -72,7 +76,8 @@ class Peer:
         import ray
 
         job = clients_job(self.task, self.plan, round_index, self.ids)
-        self.after, losses, _ = self.engine.run_rows(self.states[round_index], job)
+        with blamed(self.keys):
+            self.after, losses, _ = self.engine.run_rows(self.states[round_index], job)
         self.lr = job.lrs[0]
         out = {other: ray.put(_arrays(self._for(other, round_index))) for other in self._targets(round_index)}
         return {"losses": losses.tolist(), "out": out, **self._measured(self.after)}
@@ -118,7 +123,8 @@ class Peer:
         if evaluate:
             chosen = chosen_clients(len(self.task.sizes), self.plan.eval_clients)
             places = [int(np.searchsorted(self.ids, c)) for c in chosen if c in self.ids]
-            found["clients"] = [evaluate_rows(self.task, mixed, [place]) for place in places]
+            with blamed(self.keys):
+                found["clients"] = [evaluate_rows(self.task, mixed, [place]) for place in places]
         return found
 
     def measure(self, before: list[Any], after: list[Any], evaluate: bool) -> dict[str, Any]:
@@ -137,7 +143,8 @@ class Peer:
             start = self.task.start()
             state = unflatten({n: whole[n].to(v.dtype) for n, v in flatten(start).items() if n in whole})
             state = state._replace(buffers=self._buffers(rows))
-            found["measured"] = self.task.evaluate(to_device(state, self.task.device))
+            with blamed(self.keys):
+                found["measured"] = self.task.evaluate(to_device(state, self.task.device))
         return found
 
     def _buffers(self, rows: Tree) -> Tree:
@@ -170,7 +177,7 @@ class Peer:
 
     def _sent(self, rows: ClientState) -> ClientState:
         """What travels: x, the real buffers, and u if the policy mixes it."""
-        momentum = rows.momentum if EXCHANGES[self.plan.method.momentum_policy].sends_momentum else {}
+        momentum = rows.momentum if MOMENTUM_POLICIES[self.plan.method.momentum_policy].sends_momentum else {}
         return ClientState(rows.params, momentum, rows.buffers)
 
     def _for(self, other: int, round_index: int) -> Tree:
@@ -223,9 +230,9 @@ class PeerRounds:
                 f"simulation.on-link-failure = 'skip': topology {plan.topology.name!r} is directed, and leaving out a "
                 "link would make W neither mean- nor consensus-preserving; use stop"
             )
-        options = pool_options(config)
         num_clients = len(task.sizes)
         wanted = min(config.engine.workers, num_clients)
+        self.options = options = pool_options(replace(config, "engine", workers=wanted))
         self._ray, self._started, _ = join_ray(options, wanted)
         self._gone = ""  # what of Ray has ended
         self._watch = Watch(self._ray, lambda what: setattr(self, "_gone", what))
@@ -233,7 +240,7 @@ class PeerRounds:
             self.blocks = np.array_split(np.arange(num_clients), wanted)
             self.limit = config.simulation.straggler_seconds
             self.seconds = self.limit or LINK_SECONDS
-            inside = replace(config, "engine", device="cuda" if options.num_gpus else "cpu", threads=0, workers=0)
+            inside = replace(config, "engine", device=actors_device(options), threads=0, workers=0)
             actor = self._ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Peer)
             self.peers = [actor.remote(inside, number, self.blocks) for number in range(wanted)]
             self.at = -1  # rounds that the peers' rows have behind them
@@ -357,16 +364,16 @@ class PeerRounds:
         for call, peer in zip(calls, who, strict=True):
             try:
                 answers.append(self._answer(call, deadline, number))
-            except (InputError, ClientsFailedError):
+            except ClientsFailedError:
                 raise
+            except InputError as error:  # Ray's own kind of one, whose words are a traceback
+                raise InputError(str(getattr(error, "cause", error))) from None
             except self._ray.exceptions.GetTimeoutError:
                 late = f"no answer within {limit:g} s (simulation.straggler-seconds)"
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {late}") from None
             except Exception as error:
                 self._check(number)
                 cause = getattr(error, "cause", None)
-                if isinstance(cause, InputError):
-                    raise InputError(str(cause)) from None
                 died = "their Ray actor died" if type(error).__name__.startswith("Actor") else one_line(cause or error)
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {died}") from None
         self.driver_bytes += sum(map(_size, answers))
@@ -398,6 +405,8 @@ def make_peer_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Pe
     rounds = PeerRounds(config, task, plan)
     path, chunk_size = rounds.path, rounds.chunk_size
     settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
+    settled = replace(settled, "simulation", num_gpus=rounds.options.num_gpus)
     biggest = max(map(len, rounds.blocks))
-    what = f"{counted(len(rounds.peers), 'Ray actor')} of at most {counted(biggest, 'client')}"
+    actors = counted(len(rounds.peers), "Ray actor")
+    what = f"{actors} on {actors_device(rounds.options)}, of at most {counted(biggest, 'client')}"
     return settled, rounds, [f"{what} exchange rows directly; each {path} × {chunk_size}"]

@@ -85,8 +85,11 @@ def _short_name(name: str) -> str:
 # --- curves ----------------------------------------------------------------------------------------------
 
 
-def draw_curves(runs: Sequence[RunHistory], path: Path) -> None:
-    """PNG: a row per measure, against rounds, joint epochs and bytes sent. Pale lines are the train loss."""
+def draw_curves(runs: Sequence[RunHistory], path: Path, notes: Sequence[str] = ()) -> None:
+    """PNG: a row per measure, against rounds, joint epochs and bytes sent. Pale lines are the train loss.
+
+    notes: small lines below the names of the runs.
+    """
     check(runs)
     measures = [m for m in (*MEASURES, CONSENSUS) if any(_keys(run, m) for run in runs)] or MEASURES[:1]
     ends = {axis: [end for run in runs if (end := max(finite(run.rounds, axis), default=0.0)) > 0] for axis in AXES}
@@ -97,7 +100,9 @@ def draw_curves(runs: Sequence[RunHistory], path: Path) -> None:
     width = 0.5 + 3.1 * max(len(columns), 1.5)
     # 0.078 inches a letter at 8.5 points, 0.6 for the line before it
     names_per_line = max(1, min(len(names), int(width / (0.6 + 0.078 * max(map(len, names))))))
-    figure = _figure(width, 0.3 + 2.45 * len(measures) + 0.19 * ceil(len(names) / names_per_line))
+    foot = "\n".join(line for note in notes for line in textwrap.wrap(note, int(width / 0.072)))
+    lines_below = ceil(len(names) / names_per_line) + foot.count("\n") + bool(foot)
+    figure = _figure(width, 0.3 + 2.45 * len(measures) + 0.19 * lines_below)
     panels = figure.subplots(len(measures), len(columns), sharex="col", sharey="row", squeeze=False)
 
     for row, measure in zip(panels, measures, strict=True):
@@ -114,8 +119,10 @@ def draw_curves(runs: Sequence[RunHistory], path: Path) -> None:
 
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": names_per_line, "frameon": False}
     lines = [panels[0, 0].plot([], [], **_style(index))[0] for index in range(len(runs))]
-    legend = figure.legend(lines, names, **place, fontsize=8.5, handlelength=3.2, columnspacing=1.6)
-    for text in legend.get_texts():
+    legend = figure.legend(
+        lines, names, **place, fontsize=8.5, handlelength=3.2, columnspacing=1.6, title=foot or None, title_fontsize=7.5
+    )
+    for text in (*legend.get_texts(), legend.get_title()):
         text.set_parse_math(False)
     figure.align_ylabels(panels[:, 0])
     _save(figure, path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # The first word of an address says what the numbers are for, so that no two purposes share a stream.
-COHORT, SHUFFLE, REPLACEMENT, CROP, FLIP, DROPOUT, NOISE = range(1, 8)
+COHORT, SHUFFLE, REPLACEMENT, CROP, FLIP, DROPOUT, NOISE, CORRECTION = range(1, 9)
 
 
 def _signed(word: int) -> int:
@@ -68,3 +68,12 @@ def normal(*address: int | Tensor) -> Tensor:
     first = (_shift_right(bits, 32).to(torch.float64) + 0.5) * 2.0**-32
     second = (bits & 0xFFFFFFFF).to(torch.float64) * 2.0**-32
     return torch.sqrt(-2.0 * torch.log(first)) * torch.cos(2.0 * math.pi * second)
+
+
+def normal_like(tensor: Tensor, *address: int | Tensor) -> Tensor:
+    """Standard normal numbers in the shape, dtype and device of `tensor`, by an address: noise that can be repeated.
+
+    In an `algorithm.correction`: normal_like(g, key, number of g), with the key of the client's step.
+    """
+    places = torch.arange(tensor.numel(), device=tensor.device)
+    return normal(*address, places).reshape(tensor.shape).to(tensor.dtype)

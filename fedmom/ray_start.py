@@ -147,7 +147,7 @@ def count_workers(ray: Any, options: PoolOptions) -> int:
             right = (
                 f"Ray sees at most {most:g} {kind}{'s' * (most != 1)} on one machine"
                 if most
-                else f"Ray sees no {kind} here; set it to 0"
+                else f"Ray sees no {kind} here; set it to 0" + " and engine.device to cpu" * (kind == "GPU")
             )
             raise InputError(f"simulation.{key} = {wanted[kind]:g}: {right}")
     if not any(wanted.values()):  # nothing limits them

@@ -1,112 +1,53 @@
-"""The run folder: config.toml, environment.json, rounds.jsonl, checkpoint.safetensors, final.safetensors.
+"""The run folder: config.toml, environment.json, rounds.jsonl, checkpoint.safetensors, final.safetensors, status.json.
 
 Every file appears whole or not at all (written aside, synced, renamed), so a run killed at any moment resumes from
 its last checkpoint, and rounds.jsonl is cut back to it.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from fedmom.errors import InputError
+from fedmom.files import CHECKPOINT as CHECKPOINT
+from fedmom.files import CLIENTS as CLIENTS
+from fedmom.files import CONFIG as CONFIG
+from fedmom.files import ENDED as ENDED
+from fedmom.files import ENVIRONMENT as ENVIRONMENT
+from fedmom.files import FINAL as FINAL
+from fedmom.files import ROUNDS as ROUNDS
+from fedmom.files import STATUS as STATUS
+from fedmom.files import over_text as over_text
+from fedmom.files import read_about as read_about
+from fedmom.files import read_tensors as read_tensors
+from fedmom.files import whole_file as whole_file
+from fedmom.files import write_tensors as write_tensors
+from fedmom.files import write_text as write_text
+from fedmom.history import last_round as last_round
+from fedmom.history import read_rounds as read_rounds
+from fedmom.identity import Identity
 from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.train import Progressed, Record
 
-CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
-CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
-ENDED = "ended.json"  # of a run under Flower's own command: how it ended, for whoever follows it from afar
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
 _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; when the block ends well the file is synced and takes `path`'s place, else removed.
-
-    Raises InputError in one line when the disk is full or the folder cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there is unharmed") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-
-
 def _leftovers(folder: Path) -> list[str]:
     """Files that `whole_file` began in `folder` and a kill left behind."""
-    names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, "curves.png")
+    names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, STATUS, "curves.png")
     return [p.name for p in folder.iterdir() if p.name.startswith(tuple(f".{name}." for name in names))]
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    with whole_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def write_tensors(path: Path, tensors: Tree, about: dict[str, Any]) -> None:
-    """A safetensors file; the same tensors and `about` give the same bytes."""
-    content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    # One metadata entry: safetensors keeps several in a hash map, whose order differs from process to process.
-    data = save(content, {"fedmom": json.dumps(about, sort_keys=True)})
-    with whole_file(path) as aside:
-        aside.write_bytes(data)
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """What a file of `write_tensors` says of itself; InputError where the file is missing or broken."""
-    return _read(path, lambda file: {})[1]
-
-
-def read_tensors(path: Path) -> tuple[Tree, dict[str, Any]]:
-    """Tensors and `about` of a file of `write_tensors`; InputError where the file is missing or broken."""
-    return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-
-
-def _read(path: Path, tensors: Callable[[Any], Tree]) -> tuple[Tree, dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return tensors(file), json.loads((file.metadata() or {})["fedmom"])
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        reason, hint = " ".join(str(error).split()), ""
-        if path.name == CHECKPOINT:
-            hint = "; without it the run starts again from round 1"
-        elif path.name == CLIENTS:
-            hint = f"; without it and {CHECKPOINT} the run starts again from round 1"
-        raise InputError(f"{path}: is not a whole checkpoint of fedmom ({reason}){hint}") from None
 
 
 def _checkpointed(done: Progressed) -> Tree:
@@ -119,11 +60,6 @@ def _rows(done: Progressed) -> ClientState | None:
     if done.client_momentum is not None:
         return ClientState({}, done.client_momentum, {})
     return done.rows
-
-
-def fingerprint(settings: dict[str, Any]) -> str:
-    """Short hash of what makes a run this run and no other."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -185,7 +121,7 @@ class RunFolder:
         """InputError unless `create` may make a run folder here."""
         if path.is_dir():
             # A run killed before its config was written has left nothing to resume: its folder is free.
-            if {p.name for p in path.iterdir()} <= {ENVIRONMENT, *_leftovers(path)}:
+            if {p.name for p in path.iterdir()} <= {ENVIRONMENT, STATUS, *_leftovers(path)}:
                 return
             if (path / CONFIG).is_file():
                 raise InputError(f"--out {path}: exists already; use --resume {path} to go on, or another --out")
@@ -251,11 +187,14 @@ class RunFolder:
                 f"{self.path / ROUNDS}: cannot be written ({error.strerror}); --resume continues"
             ) from None
 
-    def save(self, done: Progressed, run_id: str) -> None:
-        """A checkpoint. Rows of clients go first, and the older rows stay until the checkpoint itself is there."""
+    def save(self, done: Progressed, stamp: dict[str, Any]) -> None:
+        """A checkpoint; `stamp`: the run's own (see `fedmom.identity`).
+
+        Rows of clients go first, and the older rows stay until the checkpoint itself is there.
+        """
         with contextlib.suppress(FileNotFoundError), open(self.path / ROUNDS, "rb+") as file:
             os.fsync(file.fileno())
-        about = self._about(done, run_id)
+        about = self._about(done, stamp)
         checkpoint, clients, previous = (self.path / name for name in (CHECKPOINT, CLIENTS, _PREVIOUS_CLIENTS))
         if (rows := _rows(done)) is not None:
             # Rows of another round than the checkpoint's were left by a kill; the ones it needs are in `previous`.
@@ -265,28 +204,24 @@ class RunFolder:
         write_tensors(checkpoint, _checkpointed(done), about)
         previous.unlink(missing_ok=True)
 
-    def save_final(self, done: Progressed, run_id: str) -> None:
-        write_tensors(self.path / FINAL, flatten(done.state), self._about(done, run_id))
+    def save_final(self, done: Progressed, stamp: dict[str, Any]) -> None:
+        write_tensors(self.path / FINAL, flatten(done.state), self._about(done, stamp))
 
     @staticmethod
-    def _about(done: Progressed, run_id: str) -> dict[str, Any]:
+    def _about(done: Progressed, stamp: dict[str, Any]) -> dict[str, Any]:
         """No times: the bytes of a resumed run are those of an uninterrupted one."""
-        return {"run_id": run_id, **{name: getattr(done, name) for name in _COUNTS}}
+        return {**stamp, **{name: getattr(done, name) for name in _COUNTS}}
 
-    def load(self, run_id: str, template: Progressed, device: torch.device) -> Progressed:
-        """The last checkpoint, checked against this run; `template` (round 0) where there is none yet.
+    def load(self, identity: Identity, template: Progressed, device: torch.device) -> tuple[Progressed, dict[str, Any]]:
+        """The last checkpoint, checked against this run, and its stamp; `template` (round 0) where there is none yet.
 
         Raises InputError for a checkpoint that is truncated, of another run, or without its clients' rows.
         """
         path = self.path / CHECKPOINT
         if not path.exists():
-            return template
+            return template, identity.stamp
         tensors, about = read_tensors(path)
-        if about.get("run_id") != run_id:
-            raise InputError(
-                f"{path}: belongs to another run, or {CONFIG}, a file that it names or a client's own data were "
-                f"changed since (the checkpoint's run is {about.get('run_id')}, this one {run_id})"
-            )
+        stamp = identity.agreed(about, path)
         expected, found = _checkpointed(template), tensors
         wrong = [n for n in {**expected, **found} if n not in found or n not in expected]
         wrong += [n for n in expected if n in found and found[n].shape != expected[n].shape]
@@ -308,43 +243,11 @@ class RunFolder:
         slow = template.slow_momentum
         if slow is not None:
             slow = {name: tensors[_SLOW + name].to(device) for name in slow}
-        return template._replace(
+        done = template._replace(
             state=state,
             client_momentum=rows.momentum if rows and template.client_momentum is not None else None,
             rows=rows if template.rows is not None else None,
             slow_momentum=slow,
             **{name: about[name] for name in _COUNTS},
         )
-
-    def rewind(self, round_number: int, eval_every: int, measures: Collection[str]) -> list[Record]:
-        """Cut rounds.jsonl back to the checkpoint's round and give the lines that stay.
-
-        The last round of a run that is now longer loses its evaluation where the long run would not have made it.
-        """
-        kept = [record for record in read_rounds(self.path) if record["round"] <= round_number]
-        if kept and round_number % eval_every:
-            kept[-1] = {key: value for key, value in kept[-1].items() if key not in measures}
-        if [record["round"] for record in kept] != list(range(1, round_number + 1)):
-            raise InputError(f"{self.path / ROUNDS}: lacks rounds before the checkpoint's, {round_number}")
-        write_text(self.path / ROUNDS, "".join(json.dumps(record) + "\n" for record in kept))
-        return kept
-
-
-def read_rounds(path: Path) -> list[Record]:
-    """The records of a run folder; a last line that a kill cut short is left out."""
-    file = path / ROUNDS
-    if not file.is_file():
-        return []
-    records = []
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("round"), int):
-                raise ValueError("not a round's record")
-        except ValueError:
-            if number == len(lines):
-                break
-            raise InputError(f"{file}:{number}: is not a round's record") from None
-        records.append(record)
-    return records
+        return done, stamp

@@ -7,16 +7,20 @@ from pathlib import Path
 
 from fedmom import pictures
 from fedmom.errors import InputError
+from fedmom.history import thinned
 from fedmom.records import write_text
 from fedmom.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
 from fedmom.train import Record
 
 
-def draw_report(runs: Sequence[RunHistory], out_dir: Path) -> dict[str, Path]:
-    """Write curves.png and report.md (the tables, and the picture linked) into `out_dir`."""
+def draw_report(runs: Sequence[RunHistory], out_dir: Path, notes: Sequence[str] = ()) -> dict[str, Path]:
+    """Write curves.png and report.md (the tables, and the picture linked) into `out_dir`.
+
+    notes: what was left out, or is not finished; both files say so.
+    """
     paths = {"curves": out_dir / "curves.png", "report": out_dir / "report.md"}
-    pictures.draw_curves(runs, paths["curves"])
-    parts = ["# Runs", "![Curves of the runs](curves.png)"]
+    pictures.draw_curves(runs, paths["curves"], *[list(notes)] * bool(notes))
+    parts = ["# Runs", "![Curves of the runs](curves.png)", *notes]
     parts += ["## At the end", as_markdown(*summary_table(runs))]
     parts += ["Values of the last evaluation; client-steps/s is the median over the rounds."]
     for axis, name in AXES.items():
@@ -38,7 +42,7 @@ def finished(folder: Path, rounds: Sequence[Record], width: int | None = None) -
     """
     lines, curves = [], folder / "curves.png"
     if rounds:
-        run = RunHistory(folder.name, list(rounds))
+        run = RunHistory(folder.name, thinned(rounds))
         draw_or_say_why(lambda: pictures.draw_curves([run], curves))
         header, (row,) = summary_table([run])
         text = as_text(header, [row])

@@ -3,34 +3,20 @@
 `resolve` for a new run, `resume_config` for one that goes on.
 """
 
-import contextlib
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.algorithms import ALGORITHMS, theory_interval
+from fedmom.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.config import KEYS, AlgorithmConfig, Config, Loaded, Scalar, flat, load, replace
 from fedmom.errors import InputError
+from fedmom.identity import LENGTH, PLACE
 from fedmom.parsing import parse_numbers, parse_table
-from fedmom.records import CONFIG, fingerprint
+from fedmom.records import CONFIG
 from fedmom.schedules import SCHEDULES
-from fedmom.topology import FILES
+from fedmom.stock_rules import OURS, check_strategy, idle_keys
 
-# Keys that may differ on resume without changing what is computed up to the rounds already done.
-_LENGTH = ("run.num-rounds", "run.num-steps")
-# Keys that say where a run happens and how its failures are met; a resumed run may have others.
-_PLACE = tuple(
-    f"{section}.{name}"
-    for section, names in {
-        "run": ("out", "resume"),
-        "engine": ("workers",),
-        "server": ("on-failure", "min-clients", "retries", "timeout-seconds", "wait-seconds", "window"),
-        "simulation": [name.partition(".")[2] for name in KEYS if name.startswith("simulation.")],
-    }.items()
-    for name in names
-)
 # Values with which a key leaves the choice to the engine; a resumed run keeps what was chosen.
 _OPEN: dict[str, Scalar] = {"engine.device": "auto", "engine.path": "auto", "engine.chunk-size": 0, "engine.threads": 0}
 
@@ -55,6 +41,7 @@ def resolve(loaded: Loaded) -> Resolved:
     _check_decentralized(config, given, notes)
     config = _settle_interval(config)
     config = _settle_rounds(config, given, notes)
+    _check_strategy(config, given, notes)
     _check_schedule(config.algorithm)
     return Resolved(config, tuple(notes))
 
@@ -141,9 +128,10 @@ _TOPOLOGY_KEYS = ("topology", "mixing-weights", "topology-degree", "topology-p")
 def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]) -> None:
     """Algorithm 2 has every client in every step, with equal weights; Algorithm 1 has no topology."""
     algorithm = config.algorithm
+    policy, named = MOMENTUM_POLICIES[algorithm.momentum_policy], algorithm.momentum_policy
     if not ALGORITHMS[algorithm.name].decentralized:
-        if algorithm.momentum_policy == "quasi-global":
-            raise InputError("algorithm.momentum-policy = 'quasi-global': needs algorithm.name = 'd-sgd-m'")
+        if policy.gossip_only:
+            raise InputError(f"algorithm.momentum-policy = {named!r}: needs algorithm.name = 'd-sgd-m'")
         idle = [f"algorithm.{name}" for name in _TOPOLOGY_KEYS if f"algorithm.{name}" in given]
         idle = [name for name in idle if flat(config)[name] != KEYS[name].default]
         if idle:
@@ -156,16 +144,38 @@ def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]
         "algorithm.interval": (algorithm.interval, "fixed", "the theorem is Algorithm 1's"),
         "algorithm.slow-momentum": (algorithm.slow_momentum, 0.0, "there is no server"),
         "algorithm.slow-lr": (algorithm.slow_lr, 1.0, "there is no server"),
-        "server.strategy": (config.server.strategy, "pr-sgd-m", "Flower's own strategies average"),
+        "server.strategy": (config.server.strategy, OURS, "Flower's own strategies average"),
     }
     for name, (value, wanted, why) in right.items():
         if value != wanted:
             raise InputError(f"{name} = {value!r}: with d-sgd-m {why}; leave it {wanted!r}")
-    if algorithm.momentum_policy == "quasi-global" and algorithm.num_local_steps > 1:
+    if policy.one_step and algorithm.num_local_steps > 1:
         raise InputError(
-            f"algorithm.num-local-steps = {algorithm.num_local_steps}: momentum-policy 'quasi-global' is published for "
+            f"algorithm.num-local-steps = {algorithm.num_local_steps}: momentum-policy {named!r} is published for "
             "1 step between two exchanges; set 1"
         )
+
+
+def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> None:
+    """Flower's strategies suppose things of their clients that other keys decide."""
+    server, algorithm = config.server, config.algorithm
+    fewest = server.min_clients if server.on_failure == "proceed" else algorithm.cohort_size
+    check_strategy(
+        server.strategy,
+        momentum_policy=algorithm.momentum_policy,
+        slow=bool(algorithm.slow_momentum or algorithm.slow_lr != 1),
+        client_weights=algorithm.client_weights,
+        on_failure=server.on_failure,
+        fewest=min(fewest, algorithm.cohort_size),
+        cohort_size=algorithm.cohort_size,
+        trim=server.trim,
+        num_malicious=server.num_malicious,
+    )
+    idle = [name for name in idle_keys(server.strategy) if name in given and flat(config)[name] != KEYS[name].default]
+    if idle:
+        notes.append(f"server.strategy = {server.strategy!r} does not read {', '.join(idle)}: it changes nothing")
+    if server.strategy == "dp-fedavg" and not server.noise_multiplier:
+        notes.append("server.noise-multiplier = 0: dp-fedavg clips, and adds no noise: nothing is private")
 
 
 def _settle_interval(config: Config) -> Config:
@@ -234,19 +244,6 @@ def length_keys(config: Config) -> list[str]:
     return [name for name, holds in reasons.items() if holds]
 
 
-def run_identity(config: Config, data: Mapping[str, Any] | None = None) -> str:
-    """Fingerprint of all that decides a run's numbers, its length aside.
-
-    `data`: what is known of data that the configuration does not name.
-    """
-    decides = {name: value for name, value in flat(config).items() if name not in _LENGTH + _PLACE}
-    if ALGORITHMS[config.algorithm.name].decentralized and config.algorithm.topology.endswith(FILES):
-        with contextlib.suppress(OSError):  # that it is missing is said by whoever reads W
-            content = Path(config.algorithm.topology).read_bytes()
-            decides["algorithm.topology's content"] = hashlib.sha256(content).hexdigest()
-    return fingerprint({**decides, **(data or {})})
-
-
 def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Resolved:
     """The configuration to resume with: the recorded one, possibly longer. InputError names what changed.
 
@@ -268,7 +265,7 @@ def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Reso
     config, notes = resolve(Loaded(load(loaded.config, kept).config, given))
     new = flat(config)
     for name in new:
-        if name not in _LENGTH + _PLACE and new[name] != old[name]:
+        if name not in LENGTH + PLACE and new[name] != old[name]:
             raise InputError(
                 f"{name} = {new[name]!r}: the run in {folder} has {old[name]!r}; a resume may change nothing but "
                 "the length; start a new run for the rest"

@@ -13,12 +13,15 @@ from fedmom.collect import collect
 from fedmom.compare import default_out, draw_figures, write_tables
 from fedmom.comparison import all_sheets, parse_target, usual_targets
 from fedmom.errors import unknown
-from fedmom.groups import check_fit, group_runs
+from fedmom.groups import check_counted, check_fit, group_runs, of_groups
 from fedmom.page import write_page
 from fedmom.report import draw_or_say_why, draw_report
 from fedmom.sheets import FORMATS
 from fedmom.watch import watch as watch_folder
 
+Unfinished = Annotated[
+    bool, typer.Option("--unfinished", help="Count runs that are not finished too, as far as they got.")
+]
 Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders, or folders of sweeps.")]
 
 
@@ -39,6 +42,7 @@ def compare(
         Path | None,
         typer.Option("--out", metavar="DIR", help="For figures and tables (default: SWEEP/comparison, ./comparison)."),
     ] = None,
+    unfinished: Unfinished = False,
 ) -> int:
     """Compare runs over seeds: tables and figures for a paper.
 
@@ -47,16 +51,20 @@ def compare(
     Runs that differ in nothing but the seed are one group, shown as mean ± standard deviation. Tables: at the end; at
     equal rounds, joint epochs, bytes and seconds; what a target took; the speedup over N where N varies. They are
     printed, and written as Markdown, CSV and LaTeX beside figures in PNG and PDF.
+
+    Runs that are not finished (interrupted, diverged, at work) are left out: "2 of 3" seeds, and a line says which.
     """
     if form not in FORMATS:
         raise unknown("--format", form, FORMATS)
     runs, notes = collect(folders)
-    groups = group_runs(runs)
+    groups = group_runs(runs, unfinished=unfinished)
+    check_counted(groups)
     check_fit(groups)
-    wanted = [parse_target(text, runs) for text in targets or ()] or usual_targets(runs)
+    counted = [run for group in groups for run in group.runs]
+    wanted = [parse_target(text, counted) for text in targets or ()] or usual_targets(counted)
     sheets = all_sheets(groups, wanted)
     target = out or default_out(folders)
-    _tell(notes)
+    _tell([*notes, *of_groups(groups)])
     print("\n\n".join(map(FORMATS[form], sheets)))
     pictures: list[Path] = []
     draw_or_say_why(lambda: pictures.extend(draw_figures(groups, wanted, target)))
@@ -80,6 +88,7 @@ def report(
             "--out", metavar="DIR|FILE.html", help="A folder, or the page alone (default: the one folder, or ./report)."
         ),
     ] = None,
+    unfinished: Unfinished = False,
 ) -> int:
     """Show runs: one self-contained HTML page with interactive curves, a picture of them, and tables.
 
@@ -89,10 +98,15 @@ def report(
 
     The page needs no network: what was run, curves, sortable tables, who holds which classes, settings and what
     differs, environment, and the configurations to run it again. A folder also gets curves.png and report.md.
+
+    Runs that are not finished (interrupted, diverged, at work) are left out, and a line says which.
     """
     runs, notes = collect(folders)
-    groups = group_runs(runs)
-    histories = [run.history for run in runs]
+    groups = group_runs(runs, unfinished=unfinished)
+    check_counted(groups)
+    counted = [run for group in groups for run in group.runs]
+    told = of_groups(groups)
+    histories = [run.history for run in runs if run in counted]
     one = folders[0] if len(folders) == 1 else None
     page_alone = out is not None and out.suffix.lower() in (".html", ".htm")
     target = out or one or Path("report")
@@ -101,10 +115,12 @@ def report(
     for axis, title in tables.AXES.items():
         print(f"\nat equal {title}{'s' if title == 'round' else ''}")
         print(tables.as_text(*tables.equal_table(histories, axis)))
+    for line in told:
+        print(line)
     if not page_alone:
-        draw_or_say_why(lambda: [print(path) for path in draw_report(histories, target).values()])
+        draw_or_say_why(lambda: [print(path) for path in draw_report(histories, target, told).values()])
     page = target if page_alone else target / "report.html"
-    draw_or_say_why(lambda: print(write_page(groups, usual_targets(runs), page, notes=notes)), what="page")
+    draw_or_say_why(lambda: print(write_page(groups, usual_targets(counted), page, notes=[*notes, *told])), what="page")
     return 0
 
 

@@ -2,126 +2,35 @@
 
 import contextlib
 import json
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedmom.algorithms import MOMENTUM_POLICIES
-from fedmom.config import Config, load, parse_sets, replace, to_toml
+from fedmom.callbacks import Callback as Callback
+from fedmom.callbacks import Interrupts, heard, interrupts_held
+from fedmom.callbacks import Result as Result
+from fedmom.callbacks import Start as Start
+from fedmom.callbacks import is_heard as is_heard
+from fedmom.callbacks import listening as listening
+from fedmom.config import Config, flat, load, parse_sets, replace, to_toml
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
-from fedmom.objective import Classification, Task
-from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, read_rounds, write_text
-from fedmom.resolve import resolve, resume_config, run_identity
+from fedmom.files import at_home
+from fedmom.history import History, cut_back
+from fedmom.identity import identity_of
+from fedmom.imports import blamed, one_line
+from fedmom.objective import Task
+from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
+from fedmom.resolve import resolve, resume_config
 from fedmom.rounds import Rounds
 from fedmom.setup import make_engine, make_plan, make_task, resolve_device
-from fedmom.state import ClientState, Tree, num_bytes
+from fedmom.state import num_bytes
+from fedmom.status import Heart, read_status
 from fedmom.train import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
-
-
-class Start(NamedTuple):
-    """What a callback learns before the first round."""
-
-    config: Config  # resolved
-    folder: Path | None
-    first_round: int  # 1, or the first after a checkpoint
-    client_steps: int  # per round, of all clients together
-    notes: tuple[str, ...]  # what was overruled, chosen or should be known
-
-
-class Callback:
-    """What happens along a run; override what you need."""
-
-    # Whether `on_round` looks at the state. Where clients hold the rows (Algorithm 2 on Ray), it must be brought here.
-    wants_state = True
-
-    def on_start(self, start: Start) -> None:
-        """Once, before the first round."""
-
-    def on_steps(self, client_steps: int) -> None:
-        """Within a round: so many more client-steps are done."""
-
-    def on_round(self, record: Record, state: ClientState) -> None:
-        """After every round: its line of rounds.jsonl, and x̂, û and the buffers."""
-
-    def on_output(self, node: int, text: str) -> None:
-        """In another thread: what the client of a simulated node printed or logged (simulation.show-output)."""
-
-    def on_end(self, result: "Result") -> None:
-        """Once, after the last round, an interruption, divergence or clients that failed."""
-
-    def on_error(self) -> None:
-        """Once, instead of on_end, when something else ended the run (a full disk): put the terminal in order."""
-
-
-class Result(NamedTuple):
-    """What a run came to."""
-
-    status: str  # "done", "interrupted", "diverged" or "failed" (clients did not answer)
-    rounds: list[Record]  # the lines of rounds.jsonl
-    state_dict: Tree  # of the mean model, as model.load_state_dict takes it
-    momentum: Tree  # û
-    config: Config  # resolved
-    folder: Path | None
-    message: str = ""  # what went wrong, in one line
-
 
 # (configuration, task, plan) -> the configuration with what was chosen, who runs the rounds, and notes
 MakeRounds = Callable[[Config, Task, Plan], tuple[Config, Rounds, list[str]]]
-
-
-@dataclass
-class Listener:
-    """Who hears of a run that a Flower ServerApp makes in this process."""
-
-    callbacks: list[Callback]
-    result: Result | None = None
-
-
-_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
-
-
-@contextlib.contextmanager
-def listening(callbacks: Iterable[Callback]) -> Iterator[Listener]:
-    """Within the block a run without callbacks of its own has these, and leaves its Result in the listener."""
-    listener = Listener(list(callbacks))
-    token = _LISTENER.set(listener)
-    try:
-        yield listener
-    finally:
-        _LISTENER.reset(token)
-
-
-def is_heard() -> bool:
-    """Whether somebody in this process listens to the run that is about to begin."""
-    return _LISTENER.get() is not None
-
-
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Ctrl-C and SIGTERM within the block take effect after it: a round's record and state stay together."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, frame: held.append((number, frame))) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if held:
-            handler = before[signal.Signals(held[0][0])]
-            if callable(handler):
-                handler(*held[0])
-            elif handler == signal.SIG_DFL:
-                signal.raise_signal(held[0][0])
 
 
 def run(
@@ -145,6 +54,7 @@ def run(
     Raises InputError for bad input. Divergence, clients that failed and Ctrl-C are a Result's status, and leave a
     checkpoint in the folder.
     """
+    config = at_home(config) if isinstance(config, str | Path) else config
     changes = parse_sets([sets] if isinstance(sets, str) else sets)
     if device is not None:
         changes["engine.device"] = device
@@ -155,11 +65,11 @@ def run(
         raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
     folder = None
     if out is not None:
-        RunFolder.check_new(Path(out))  # before the data are read and the engine is timed
+        RunFolder.check_new(out)  # before the data are read and the engine is timed
     try:
         if resume is not None:
-            folder = RunFolder.open(Path(resume))
-            settled, notes = resume_config(Path(resume), config, changes)
+            folder = RunFolder.open(resume)
+            settled, notes = resume_config(resume, config, changes)
         else:
             settled, notes = resolve(load({} if config is None else config, changes))
         settled = replace(settled, "run", out="", resume="")
@@ -170,18 +80,19 @@ def run(
             from fedmom.simulation import simulate  # which needs this module
 
             return simulate(settled, out=out, resume=resume, callbacks=callbacks, app=app)
-        listener = _LISTENER.get()
+        listener = heard()
         callbacks = list(callbacks) or (listener.callbacks if listener else [])
         here = resolve_device(settled)
-        objectives = task(here) if task else make_task(here, here.engine.device)
-        plan = make_plan(settled)._replace(compared=resume is not None)
-        # Under Flower every node resolves "auto" for itself, and a resumed run must leave it to them again.
-        settled = settled if rounds else here
-        make = rounds or local_rounds
-        settled, engine, chosen = make(settled, objectives, plan)
+        with blamed(flat(settled)):
+            objectives = task(here) if task else make_task(here, here.engine.device)
+            plan = make_plan(settled)._replace(compared=resume is not None)
+            # Under Flower every node resolves "auto" for itself, and a resumed run must leave it to them again.
+            settled = settled if rounds else here
+            make = rounds or local_rounds
+            settled, engine, chosen = make(settled, objectives, plan)
         try:
             if out is not None:
-                folder = RunFolder.create(Path(out))
+                folder = RunFolder.create(out)
             under_way = _Run(settled, objectives, plan, engine, folder, notes, chosen, callbacks)
             result = under_way.go(resume is not None)
             if listener:
@@ -204,10 +115,11 @@ def run_folders(
     sets: Iterable[str] | Mapping[str, Any],
     out: str | Path | None,
     resume: str | Path | None,
-) -> tuple[str | Path | None, str | Path | None]:
+) -> tuple[Path | None, Path | None]:
     """(folder to write, folder to resume): as given, else as the keys run.out and run.resume say, else None."""
     keys = load({} if config is None else config, sets).config.run
-    return out or keys.out or None, resume or keys.resume or None
+    out, resume = out or keys.out, resume or keys.resume
+    return at_home(out) if out else None, at_home(resume) if resume else None
 
 
 def local_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
@@ -221,6 +133,13 @@ def local_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds
     from fedmom.workers import make_worker_rounds  # which needs Ray, if not at once
 
     return make_worker_rounds(config, task, plan)
+
+
+def check_place(config: Config, *, here: bool) -> None:
+    """InputError unless a run of this (settled) configuration can be made: its backend and, if here, its device."""
+    _check_backend(config, None)
+    if here and config.run.backend == "engine":
+        resolve_device(config)
 
 
 def _check_backend(config: Config, rounds: MakeRounds | None) -> None:
@@ -251,25 +170,41 @@ class _Run:
         self.folder, self.callbacks = folder, callbacks
         self.warnings = [*overruled, *_warnings(config, task, plan)]
         self.notes = [*self.warnings, *chosen]
-        self.run_id = run_identity(config, _known_of_data(config, task))
-        self.rounds: list[Record] = []
+        self.identity = identity_of(config, task)
+        self.stamp = self.identity.stamp
+        self.rounds = History(folder.path if folder else None)
+        self.heart: Heart | None = None
 
     def go(self, resumed: bool) -> Result:
         done = self._begin(resumed)
-        saved = done.round if resumed else -1
+        try:
+            return self._go(done, done.round if resumed else -1)
+        except BaseException as error:
+            self._tell_error(error)
+            raise
+
+    def _go(self, done: Progressed, saved: int) -> Result:
+        with Interrupts() as interrupts:
+            status, message, done = self._to_the_end(done, saved, interrupts)
+        return self._end(status, done, message)
+
+    def _to_the_end(self, done: Progressed, saved: int, interrupts: Interrupts) -> tuple[str, str, Progressed]:
+        """(how it ended, why, the last state), with the last checkpoint and final.safetensors written."""
         status, message = "done", ""
         try:
             self._tell_start(done)
-            for new, record in run_rounds(self.task, self.plan, self.engine, done, self._on_steps):
+            for new, record in self._steps(done):
                 with interrupts_held():
                     if self.folder:
                         self.folder.append(record)
                     self.rounds.append(record)
                     done = new
+                if self.heart:
+                    self.heart.round = done.round
                 if self.folder and done.round % self.config.run.checkpoint_every == 0:
                     done = done.gathered()  # others may take long to bring it: Ctrl-C must get through
                     with interrupts_held():
-                        self.folder.save(done, self.run_id)
+                        self.folder.save(done, self.stamp)
                         saved = done.round
                 if any(callback.wants_state for callback in self.callbacks):
                     done = done.gathered()
@@ -280,51 +215,83 @@ class _Run:
         except ClientsFailedError as error:
             status, message = "failed", str(error)
         except KeyboardInterrupt:
+            interrupts.holding = True
             status, message = "interrupted", f"interrupted after round {done.round}"
-        except BaseException:  # a callback's error, a closed pipe, a full disk: what is done stays done
-            if self.folder and saved != done.round and done.round > 0:
-                with contextlib.suppress(InputError, ClientsFailedError):
-                    done = done.gathered()
-                    with interrupts_held():
-                        self.folder.save(done, self.run_id)
+        except BaseException:  # a callback's error, a full disk: what is done stays done
+            interrupts.holding = True
+            if saved != done.round:
+                with contextlib.suppress(InputError, ClientsFailedError, KeyboardInterrupt):
+                    done = self._gathered(done, interrupts)
+                    self._save(done)
             raise
+        interrupts.holding = True
         try:
-            done = done.gathered()
+            done = self._gathered(done, interrupts)
         except ClientsFailedError as error:  # whoever held the rows is gone: the last checkpoint is what there is
-            status, message, saved = "failed", message or str(error), done.round
+            return "failed", message or str(error), done
         except KeyboardInterrupt:  # they do not come, and nobody wants to wait
-            status, message, saved = "interrupted", f"interrupted after round {done.round}", done.round
-        with interrupts_held():
-            if self.folder and saved != done.round and done.round > 0:
-                self.folder.save(done, self.run_id)
-            if self.folder and status == "done":
-                self.folder.save_final(done, self.run_id)
-        return self._end(status, done, message)
+            return "interrupted", f"interrupted after round {done.round}", done
+        if saved != done.round:
+            self._save(done)
+        if self.folder and status == "done":
+            self.folder.save_final(done, self.stamp)
+        return status, message, done
+
+    @staticmethod
+    def _gathered(done: Progressed, interrupts: Interrupts) -> Progressed:
+        if done.fetch is None:
+            return done
+        with interrupts.waiting():
+            return done.gathered()
+
+    def _save(self, done: Progressed) -> None:
+        if self.folder and done.round > 0:
+            self.folder.save(done, self.stamp)
 
     def _end(self, status: str, done: Progressed, message: str) -> Result:
+        self._tell_folder(status, message)
         result = self._result(status, done, message)
         for callback in self.callbacks:
             callback.on_end(result)
         return result
+
+    def _tell_error(self, error: BaseException) -> None:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        self._tell_folder(status, str(error) if isinstance(error, InputError) else one_line(error))
+
+    def _tell_folder(self, status: str, message: str) -> None:
+        if self.heart:
+            self.heart.end(status, message)
 
     def _begin(self, resumed: bool) -> Progressed:
         done = beginning(self.task, self.plan)
         if not self.folder:
             return done
         if resumed:
-            done = self.folder.load(self.run_id, done, self.task.device)
-            recorded = len(read_rounds(self.folder.path))
+            before = read_status(self.folder.path)
+            if before.status not in ("done", "running", "unfinished"):
+                self.notes.append(f"it was {before.text}")
+            done, self.stamp = self.folder.load(self.identity, done, self.task.device)
             # A finished run keeps its last round's evaluation; in a longer one that round is like any other.
             every = self.config.run.eval_every if done.round < self.plan.num_rounds else 1
-            self.rounds = self.folder.rewind(done.round, every, (*self.task.measures, *CLIENT_MEASURES))
+            self.rounds, recorded = cut_back(
+                self.folder.path, done.round, every, (*self.task.measures, *CLIENT_MEASURES)
+            )
             if recorded and not done.round:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
-            if self.rounds:
-                done = done._replace(wall_seconds=float(self.rounds[-1]["wall_seconds"]))
-        write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
-        if not resumed:
-            about = environment(self.task.device.type)
-            write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
+            if self.rounds.last:
+                done = done._replace(wall_seconds=float(self.rounds.last["wall_seconds"]))
+        # Nothing of the folder is changed before all that may be refused has been looked at.
+        self.heart = Heart(self.folder.path, done.round)
+        try:
+            # config.toml makes it a run folder: a kill before it leaves a free one, a kill after it nothing undone.
+            if not (self.folder.path / ENVIRONMENT).exists() or not resumed:
+                about = environment(self.task.device.type)
+                write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
+            write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
+        except BaseException as error:
+            self._tell_error(error)
+            raise
         return done
 
     def _tell_start(self, done: Progressed) -> None:
@@ -337,6 +304,21 @@ class _Run:
             for note in self.warnings:
                 warnings.warn(note, stacklevel=4)
 
+    def _steps(self, done: Progressed) -> Iterator[tuple[Progressed, Record]]:
+        """The rounds; what the user's own code raises in one, and any bad input that only shows there, names it."""
+        steps, number = run_rounds(self.task, self.plan, self.engine, done, self._on_steps), done.round
+        while True:
+            number += 1
+            try:
+                with blamed(flat(self.config), but=_Run._on_steps.__code__):
+                    step = next(steps, None)
+            except InputError as error:
+                named = str(error) if str(error).startswith("round ") else f"round {number}: {error}"
+                raise InputError(named) from error.__cause__
+            if step is None:
+                return
+            yield step
+
     def _on_steps(self, client_steps: int) -> None:
         for callback in self.callbacks:
             callback.on_steps(client_steps)
@@ -345,14 +327,7 @@ class _Run:
         state = done.state
         path = self.folder.path if self.folder else None
         model = self.task.state_dict(state)
-        return Result(status, self.rounds, model, state.momentum, self.config, path, message)
-
-
-def _known_of_data(config: Config, task: Task) -> dict[str, Any]:
-    """What a resumed run must find again where every client brings its own data: sizes, and the images' sums."""
-    if config.data.dataset != "local" or not isinstance(task, Classification):
-        return {}
-    return {"sizes": task.sizes.tolist(), "mean": task.dataset.mean, "std": task.dataset.std}
+        return Result(status, self.rounds.settled(), model, state.momentum, self.config, path, message)
 
 
 def _warnings(config: Config, task: Task, plan: Plan) -> list[str]:

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fedmom.algorithms import ALGORITHMS, Correction
+from fedmom.algorithms import ALGORITHMS, Correction, takes_key
+from fedmom.arrays import channel_axis, check_cast
 from fedmom.choice import choose
 from fedmom.config import Config, EngineConfig, replace
 from fedmom.cores import usable_cores
@@ -14,18 +16,21 @@ from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.executors import PoolOptions
 from fedmom.gossip import GossipRounds
+from fedmom.graphs import Options
 from fedmom.imports import is_spec, load_object, one_line
 from fedmom.local_data import everything
 from fedmom.memory import free_bytes
-from fedmom.models import build_model
+from fedmom.models import MODELS, build_model
 from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.partition import Partition, make_partition
+from fedmom.precision import allow_tf32
 from fedmom.quadratic import Quadratic
+from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds import Method, Rounds
 from fedmom.schedules import LearningRate
 from fedmom.state import ClientState, Tree, num_bytes
-from fedmom.topology import Options, Topology, make_topology
+from fedmom.topology import Topology, make_topology
 from fedmom.train import Plan, beginning, round_job
 
 
@@ -78,17 +83,23 @@ def classification(
     """The clients' objectives on these examples."""
     data, run = config.data, config.run
     augment = dataset.augment if data.augment == "auto" else data.augment
-    if augment != "none" and dataset.x_train.ndim != 4:
-        raise InputError(f"data.augment = {augment!r}: needs images, data.dataset = {data.dataset!r} has none")
+    _check_examples(config, dataset, augment)
     _check_memory(config, dataset, device)
-    model = build_model(
-        config.model.name,
-        tuple(dataset.x_train.shape[1:]),
-        dataset.num_classes,
-        seed=run.seed,
-        norm=config.model.norm,
-        hidden=config.model.hidden,
-    )
+    try:
+        model = build_model(
+            config.model.name,
+            tuple(dataset.x_train.shape[1:]),
+            dataset.num_classes,
+            seed=run.seed,
+            norm=config.model.norm,
+            hidden=config.model.hidden,
+            integers=dataset.x_train.dtype == torch.int64,
+        )
+    except RuntimeError as error:  # of torch's allocator
+        sizes = f"{dataset.num_classes} classes and examples of {list(dataset.x_train.shape[1:])}"
+        raise InputError(
+            f"model.name = {config.model.name!r}: cannot be made for {sizes}: {one_line(error)}"
+        ) from error
     return kind(
         dataset,
         model,
@@ -101,6 +112,24 @@ def classification(
         device=device,
         name=config.model.name,
     )
+
+
+def _check_examples(config: Config, dataset: Dataset, augment: str) -> None:
+    """What the keys make of these examples must be what they are."""
+    key, x = f"data.dataset = {config.data.dataset!r}", dataset.x_train
+    for split, examples in (("train", x), ("test", dataset.x_test)):
+        check_cast(key, split, examples, getattr(torch, config.run.dtype))
+    ours, real = MODELS.get(config.model.name), x.is_floating_point()
+    if ours and x.dtype == torch.int64:
+        raise InputError(
+            f"{key}: x_train has integers, and model.name = {config.model.name!r} takes real numbers: give float32 "
+            "features or uint8 images; a model of your own gets integers as they are"
+        )
+    if augment != "none" and (x.ndim != 4 or x.dtype == torch.int64):
+        raise InputError(f"data.augment = {augment!r}: needs images, {key} has none")
+    if real and x.ndim == 4 and channel_axis(x.shape[1:]) == 2 and ((ours and ours.images) or augment != "none"):
+        asks = f"data.augment = {augment!r}" if augment != "none" else f"model.name = {config.model.name!r}"
+        raise InputError(f"{asks}: {key} has x_train {list(x.shape)}, must be [n, C, H, W]: x.transpose(0, 3, 1, 2)")
 
 
 def _check_memory(config: Config, dataset: Dataset, device: str) -> None:
@@ -119,6 +148,7 @@ def _check_memory(config: Config, dataset: Dataset, device: str) -> None:
 def make_plan(config: Config) -> Plan:
     """The plain numbers of a resolved configuration."""
     algorithm = config.algorithm
+    _check_numbers(config)
     rate = LearningRate(
         lr=algorithm.lr,
         schedule=algorithm.lr_schedule,
@@ -135,7 +165,7 @@ def make_plan(config: Config) -> Plan:
             weight_decay=algorithm.weight_decay,
             momentum_policy=algorithm.momentum_policy,
             running_var=algorithm.running_var,
-            correction=_correction(algorithm.correction),
+            correction=_correction(algorithm.correction, config.run.seed),
         ),
         rate=rate,
         num_rounds=config.run.num_rounds,
@@ -154,27 +184,48 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _correction(spec: str) -> Correction | None:
-    """The user's function, watched over: it must give every gradient back, in its shape."""
+def _check_numbers(config: Config) -> None:
+    """What the method multiplies by must be a number of the dtype in which it is done."""
+    largest = torch.finfo(getattr(torch, config.run.dtype)).max
+    for key in ("lr", "weight_decay", "slow_lr"):
+        value = getattr(config.algorithm, key)
+        if value > largest:
+            name, dtype = key.replace("_", "-"), config.run.dtype
+            raise InputError(f"algorithm.{name} = {value:g}: in run.dtype = {dtype!r} it must be at most {largest:.3g}")
+
+
+def _correction(spec: str, seed: int) -> Correction | None:
+    """The user's function, watched over.
+
+    It must give every gradient back, in its shape and dtype, and leave x alone.
+    """
     if not is_spec(spec):
         return None
     function = load_object("algorithm.correction", spec)
+    said, keyed = f"algorithm.correction = {spec!r}", takes_key(function)
 
-    def correction(grads: Tree, params: Tree, start: Tree) -> Tree:
+    def correction(grads: Tree, params: Tree, start: Tree, key: Tensor | None = None) -> Tree:
+        more = {"key": random_bits(CORRECTION, seed, key)} if keyed and key is not None else {}
+        versions = [t._version for tree in (params, start) for t in tree.values()]
         try:
-            found = function(dict(grads), params, start)
+            found = function(dict(grads), dict(params), dict(start), **more)
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"algorithm.correction = {spec!r}: the function raised {one_line(error)}") from error
+            raise InputError(f"{said}: the function raised {one_line(error)}") from error
         if not isinstance(found, dict) or set(found) != set(grads):
-            raise InputError(f"algorithm.correction = {spec!r}: must return a dict of the gradients it was given")
-        wrong = next((name for name, g in grads.items() if getattr(found[name], "shape", None) != g.shape), None)
-        if wrong is not None:
-            shape = list(grads[wrong].shape)
-            raise InputError(f"algorithm.correction = {spec!r}: the gradient of {wrong} must keep its shape {shape}")
+            raise InputError(f"{said}: must return a dict of the gradients it was given")
+        for name, g in grads.items():
+            got, form = found[name], f"its shape {list(g.shape)}, dtype {g.dtype} and device {g.device}"
+            kept = isinstance(got, Tensor) and (got.shape, got.dtype, got.device) == (g.shape, g.dtype, g.device)
+            if not kept:
+                raise InputError(f"{said}: the gradient of {name} must keep {form}")
+        if versions != [t._version for tree in (params, start) for t in tree.values()]:
+            raise InputError(f"{said}: the function writes into the parameters it was given; return other gradients")
         return found
 
+    if not keyed:
+        return lambda grads, params, start: correction(grads, params, start)
     return correction
 
 
@@ -188,16 +239,34 @@ def topology_of(config: Config) -> Topology | None:
 
 
 def pool_options(config: Config) -> PoolOptions:
-    """The actors that [simulation] describes."""
-    keys = config.simulation
+    """The actors that [simulation] describes; engine.workers is their number where it is given.
+
+    Ray hides the GPUs from an actor that asks for none, so on a GPU each gets its share, if none was named.
+    """
+    keys, workers = config.simulation, config.engine.workers
+    num_workers = workers or keys.num_actors
     return PoolOptions(
-        num_workers=keys.num_actors,
+        num_workers=num_workers,
+        count_key="engine.workers" if workers else "simulation.num-actors",
         num_cpus=keys.num_cpus,
-        num_gpus=keys.num_gpus,
+        num_gpus=keys.num_gpus or share_of_gpus(config, num_workers),
         ray_address=keys.ray_address,
         retries=keys.retries,
         straggler_seconds=keys.straggler_seconds,
     )
+
+
+def share_of_gpus(config: Config, num_workers: int) -> float:
+    """GPUs per actor, as large as lets all have one (0 actors: as many as there are GPUs); 0 on a CPU."""
+    if resolve_device(config).engine.device == "cpu":
+        return 0.0
+    together = math.ceil(max(1, num_workers) / max(1, torch.cuda.device_count()))  # actors on one GPU
+    return math.floor(1e4 / together) / 1e4  # Ray counts ten-thousandths
+
+
+def actors_device(options: PoolOptions) -> str:
+    """Where the actors' tensors live."""
+    return "cuda" if options.num_gpus else "cpu"
 
 
 def resolve_device(config: Config) -> Config:
@@ -213,8 +282,7 @@ def set_up_torch(keys: EngineConfig) -> None:
     """Threads, and how exactly a GPU multiplies float32, for the whole process."""
     # torch counts the cores of the affinity, but knows no cgroup's limit.
     torch.set_num_threads(keys.threads or min(torch.get_num_threads(), usable_cores()))
-    torch.backends.cuda.matmul.allow_tf32 = keys.matmul == "tf32"
-    torch.backends.cudnn.allow_tf32 = keys.matmul == "tf32"  # torch's own default is True
+    allow_tf32(keys.matmul == "tf32")
 
 
 def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
@@ -231,6 +299,7 @@ def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds,
         chunk_size=wanted.chunk_size,
         own_rows=plan.topology is not None,
         compared=plan.compared,
+        steady=plan.steady,
     )
     engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
     # A chunk size that was given stays in the record, though larger than needed: a resume compares the two.

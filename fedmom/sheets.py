@@ -3,12 +3,15 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from statistics import mean, stdev
+from types import MappingProxyType
 from typing import NamedTuple
 
 from fedmom.tables import MISSING, as_markdown, as_text
+
+MOST_FOOT = 8  # groups that are named below a table
 
 
 class Stat(NamedTuple):
@@ -36,6 +39,14 @@ class Sheet(NamedTuple):
     columns: list[Column]
     rows: list[list[Cell]]
     note: str = ""
+    left: Mapping[str, str] = MappingProxyType({})  # {group: what of it is not counted, or not finished}, if anything
+
+    @property
+    def foot(self) -> str:
+        """What its numbers leave out, in a line; "" where they are of all runs."""
+        parts = [f"{group}: {text}" for group, text in self.left.items() if text]
+        more = f"; and of {len(parts) - MOST_FOOT} more groups" if len(parts) > MOST_FOOT else ""
+        return "; ".join(parts[:MOST_FOOT]) + more
 
 
 def stat(values: Sequence[float | None]) -> Stat | None:
@@ -73,22 +84,25 @@ def _written(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
 
 
 def sheet_text(sheet: Sheet) -> str:
-    parts = [sheet.title, as_text(*_written(sheet)), sheet.note]
+    parts = [sheet.title, as_text(*_written(sheet)), sheet.note, sheet.foot]
     return "\n".join(part for part in parts if part)
 
 
 def sheet_markdown(sheet: Sheet) -> str:
-    parts = [f"## {sheet.title}", as_markdown(*_written(sheet)), sheet.note]
+    parts = [f"## {sheet.title}", as_markdown(*_written(sheet)), sheet.note, sheet.foot]
     return "\n\n".join(part for part in parts if part)
 
 
 def sheet_csv(sheet: Sheet) -> str:
-    """Numbers in full, a column each for mean, deviation and how many seeds, for programs to read."""
+    """Numbers in full, a column each for mean, deviation and how many seeds, for programs to read.
+
+    What is left out stands in a last column, for a line below the table would break a program.
+    """
     numeric = [any(isinstance(row[i], Stat) for row in sheet.rows) for i in range(len(sheet.columns))]
     header: list[str] = []
     for column, is_number in zip(sheet.columns, numeric, strict=True):
         header += [f"{column.title}{end}" for end in (("", " sd", " n") if is_number else ("",))]
-    lines = [header]
+    lines = [[*header, "left out"] if sheet.left else header]
     for row in sheet.rows:
         line: list[str] = []
         for cell, is_number in zip(row, numeric, strict=True):
@@ -96,7 +110,8 @@ def sheet_csv(sheet: Sheet) -> str:
                 line += [f"{cell.mean:.10g}", "" if cell.sd is None else f"{cell.sd:.10g}", str(cell.num)]
             else:
                 line += [cell or ""] + ["", ""] * is_number
-        lines.append(line)
+        # A row that is no group's (of a speedup) is said all of them.
+        lines.append([*line, sheet.left.get(str(row[0]), sheet.foot)] if sheet.left else line)
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(lines)
     return file.getvalue()
@@ -155,7 +170,8 @@ def sheet_latex(sheet: Sheet) -> str:
     for row in sheet.rows:
         cells = [cell(value, column.digits) for value, column in zip(row, sheet.columns, strict=True)]
         lines.append(" & ".join(cells) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+    foot = [rf"\par\smallskip\footnotesize {latex(sheet.foot)}"] if sheet.left else []
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *foot, r"\end{table}"])
 
 
 FORMATS: dict[str, Callable[[Sheet], str]] = {

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import fedmom
-from fedmom.config import Config, flat
+from fedmom.config import Config, flat, replace
 from fedmom.errors import InputError, RunStoppedError
+from fedmom.files import at_home
 from fedmom.runner import Callback, Result, listening
 from fedmom.setup import pool_options
 
@@ -29,7 +30,8 @@ def simulate(
 
     _check_writable(out)
     num_nodes = -(-config.data.num_clients // config.simulation.clients_per_node)
-    where = {"run.out": str(out or ""), "run.resume": str(resume or "")}
+    options = pool_options(replace(config, "engine", workers=0))
+    where = {"run.out": str(out or ""), "run.resume": str(resume or ""), "simulation.num-gpus": options.num_gpus}
     with listening(callbacks) as heard:
 
         def show(partition: int, text: str) -> None:
@@ -41,7 +43,7 @@ def simulate(
                 app_folder(app),
                 num_nodes=num_nodes,
                 run_config={**flat(config), **where},
-                options=pool_options(config),
+                options=options,
                 on_output=show if config.simulation.show_output else None,
             )
         except RunStoppedError:
@@ -55,7 +57,7 @@ def simulate(
 def app_folder(app: str | Path | None) -> Path:
     """The folder of the Flower app: as given, or here, or fedmom's own checkout."""
     if app is not None:
-        return Path(app)
+        return at_home(app)
     own = Path(fedmom.__file__).resolve().parent.parent
     here = Path.cwd()
     return here if _is_app(here) or not (own / "strategies").is_dir() else own

@@ -227,6 +227,15 @@ class Stack:
             torch._foreach_copy_(us, grads)
             torch._foreach_add_(xs, grads, alpha=-lr)
             return
+        if not _fuses(xs[0]):
+            if m.weight_decay:
+                torch._foreach_add_(grads, xs, alpha=m.weight_decay)
+            torch._foreach_mul_(us, m.beta)
+            torch._foreach_add_(us, grads)
+            if m.nesterov:
+                torch._foreach_add_(grads, us, alpha=m.beta)
+            torch._foreach_add_(xs, grads if m.nesterov else us, alpha=-lr)
+            return
         torch._fused_sgd_(
             xs,
             grads,
@@ -239,6 +248,11 @@ class Stack:
             maximize=False,
             is_first_step=False,
         )
+
+
+def _fuses(x: Tensor) -> bool:
+    """Whether torch's fused SGD is right for weights like x: on a CPU torch 2.11's is not in 16 bits."""
+    return x.is_cuda or x.dtype.itemsize >= 4
 
 
 class _Rows:

@@ -30,6 +30,9 @@ def main(call: Callable[[], int]) -> int:
     status = 1  # of a traceback
     try:
         status = call()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        raise
     except SystemExit as end:  # an app's own
         status = end.code % 256 if isinstance(end.code, int) else int(end.code is not None)
         raise

@@ -1,62 +1,60 @@
 """`fedmom sweep`: many runs of one configuration, as ordinary run folders, side by side, resumable as a whole."""
 
+import hashlib
 import itertools
 import json
-import multiprocessing
+import math
 import os
 import random
-import signal
-import threading
-import time
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
-from fedmom.config import Scalar, load, parse_sets
-from fedmom.cores import usable_cores
+from fedmom.config import KEYS, Scalar, as_held, load, parse_sets, read_tables, typed_value
+from fedmom.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.errors import InputError, unknown
-from fedmom.imports import one_line
-from fedmom.progress import Quiet
-from fedmom.records import CONFIG, read_rounds, write_text
+from fedmom.files import CONFIG, MANIFEST, write_text
+from fedmom.history import read_rounds
+from fedmom.parsing import as_list, pieces
+from fedmom.records import RunFolder
 from fedmom.resolve import resolve, resume_config
-from fedmom.runner import run
-from fedmom.tables import MISSING
-from fedmom.trackers import Tracking
+from fedmom.runner import check_place
+from fedmom.tables import MISSING, finite, number
 
-MANIFEST = "sweep.json"
+WAITING = "not begun"  # of a cell that waits for its turn
 ENDED = ("done", "diverged")  # runs that another try would not change
-
-
-class Cell(NamedTuple):
-    """One run of a sweep."""
-
-    name: str  # of its folder
-    sets: dict[str, Scalar]  # what it changes, run.seed included
-    group: str  # the name without the seed
-
-
-class Ended(NamedTuple):
-    """How a cell ended, now or in an earlier call."""
-
-    cell: Cell
-    status: str
-    message: str
-    seconds: float  # 0 if nothing had to be run
+MOST_RUNS = 100_000
+LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, and some what they add to it
 
 
 def parse_grid(words: Sequence[str]) -> dict[str, list[Scalar]]:
-    """["algorithm.lr=0.1,0.3"] -> {"algorithm.lr": [0.1, 0.3]}. InputError for a wrong key, value or form."""
+    """["algorithm.lr=0.1,0.3"] -> {"algorithm.lr": [0.1, 0.3]}. InputError for a wrong key, value or form.
+
+    A value with commas stands in brackets or quotes: "algorithm.lr-milestones=[0.5,0.75],[0.3]".
+    """
     grid: dict[str, list[Scalar]] = {}
     for word in words:
-        name, equals, values = word.partition("=")
-        if not equals or not values:
+        name, equals, text = (part.strip() for part in word.partition("="))
+        if not equals or not text:
             raise InputError(f"--grid {word!r}: write SECTION.KEY=VALUE,VALUE,…")
         if name in grid:
             raise InputError(f"--grid {word!r}: {name} is given twice")
-        grid[name] = [parse_sets([f"{name}={value}"])[name] for value in values.split(",")]
+        try:
+            parts = pieces(text)
+        except ValueError as error:
+            raise InputError(f"--grid {word!r}: {error}") from None
+        known = KEYS.get(name)
+        bare = [part for part in parts if part[0] not in "[\"'"]
+        if known and known.holds and bare and len(parts) > 1:
+            raise InputError(
+                f"--grid {word!r}: {name} holds commas itself: write each of its values in brackets, {name}=[{text}] "
+                f"for one, {name}={','.join(f'[{part}]' for part in parts)} for {len(parts)}"
+            )
+        if known and not known.holds and len(bare) < len(parts) and any(part.startswith("[") for part in parts):
+            raise InputError(f"--grid {word!r}: {name} holds no list: write its values without brackets")
+        grid[name] = [typed_value(name, part) for part in parts]
         doubled = [value for value in grid[name] if grid[name].count(value) > 1]
         if doubled:
             raise InputError(f"--grid {word!r}: {doubled[0]!r} is given twice")
@@ -64,48 +62,87 @@ def parse_grid(words: Sequence[str]) -> dict[str, list[Scalar]]:
 
 
 def full(grid: Mapping[str, Sequence[Scalar]]) -> list[dict[str, Scalar]]:
-    """Every combination, the last key varying fastest."""
+    """Every combination, the last key varying fastest. InputError for more than anybody runs."""
+    total = math.prod(map(len, grid.values()))
+    if total > MOST_RUNS:
+        raise InputError(f"--grid: has {total:,} combinations, at most {MOST_RUNS:,} can be run; --random N takes some")
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def drawn(grid: Mapping[str, Sequence[Scalar]], number: int, seed: int) -> list[dict[str, Scalar]]:
     """`number` different combinations at random, by the seed alone. InputError for more than there are."""
-    every = full(grid)
-    if number > len(every):
-        raise InputError(f"--random {number}: the grid has {len(every)} combinations")
-    return random.Random(seed).sample(every, number)
+    total = math.prod(map(len, grid.values()))
+    if number > total:
+        raise InputError(f"--random {number}: the grid has {total} combinations")
+    found = []
+    draw, places = random.Random(seed), dict[int, None]()  # places: the grid may be too large to write out
+    if total <= sys.maxsize:
+        places = dict.fromkeys(draw.sample(range(total), number))
+    while len(places) < number:
+        places[draw.randrange(total)] = None
+    for place in places:
+        one = dict[str, Scalar]()
+        for key, values in reversed([*grid.items()]):
+            place, at = divmod(place, len(values))
+            one[key] = values[at]
+        found.append({key: one[key] for key in grid})
+    return found
 
 
 def listed(path: Path) -> list[dict[str, Scalar]]:
     """Combinations from a TOML file with a table [[run]] for each: "section.key" = value. InputError by name."""
     try:
-        tables = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"--list {path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--list {path}: not TOML ({error})") from None
+        tables = read_tables(path)
+    except InputError as error:
+        raise InputError(f"--list {error}") from None
     runs = tables.get("run")
     if not isinstance(runs, list) or not all(isinstance(one, dict) for one in runs) or set(tables) != {"run"}:
         raise InputError(f'--list {path}: write a table [[run]] for each run, with lines such as "algorithm.lr" = 0.1')
-    return [parse_sets(one) for one in runs]
+    return [
+        {
+            key: as_list(value, KEYS[key].holds) if key in KEYS and KEYS[key].holds else value
+            for key, value in one.items()
+        }
+        for one in map(parse_sets, runs)
+    ]
+
+
+def seeds_of(
+    number: int | None, config: Path, sets: Sequence[str], combinations: Sequence[Mapping[str, Scalar]]
+) -> Sequence[int]:
+    """The seeds of combinations that name none: 0 … number − 1, else the configuration's own (--set included)."""
+    where = "--set" if "run.seed" in parse_sets(sets) else ""
+    own = any("run.seed" in one for one in combinations)
+    if own and (where or number is not None):
+        raise InputError(f"run.seed: is given by {where or '--seeds'} and by --grid or --list; leave one of them out")
+    if where and number is not None:
+        raise InputError(f"--seeds {number}: --set gives run.seed too; for other seeds write --grid run.seed=7,8,9")
+    return range(number) if number is not None else [load(config, sets).config.run.seed]
 
 
 def cells_of(combinations: Sequence[Mapping[str, Scalar]], seeds: Sequence[int]) -> list[Cell]:
-    """Every combination with every seed. Folder names say what differs."""
+    """Every combination with every seed, or with its own. Folder names say what differs."""
+    for key in ("run.out", "run.resume"):
+        if any(key in one for one in combinations):
+            raise InputError(f"{key}: every run of a sweep has a folder of its own, in --out; leave it out")
     keys = list(dict.fromkeys(key for one in combinations for key in one))
     short = {key: key.rpartition(".")[2] for key in keys}
     for key in keys:  # two sections may have a key of one name
         if [*short.values()].count(short[key]) > 1:
             short[key] = key
-    cells = []
+    cells, seen = list[Cell](), dict[str, str]()
     for one in combinations:
-        group = ",".join(f"{short[key]}={_word(value)}" for key, value in one.items()) or "base"
-        for seed in seeds:
-            cells.append(Cell(f"{group},seed={seed}", {**one, "run.seed": seed}, group))
-    names = [cell.name for cell in cells]
-    doubled = next((name for name in names if names.count(name) > 1), None)
-    if doubled:
-        raise InputError(f"two runs of the sweep are the same: {doubled}")
+        others = {key: value for key, value in one.items() if key != "run.seed"}
+        group = ",".join(f"{short[key]}={_word(value)}" for key, value in others.items()) or "base"
+        for seed in [one["run.seed"]] if "run.seed" in one else seeds:
+            # In the form that counts: 1 and 1.0 are one lr. Wrong values are for `check` to name.
+            sets = {**others, "run.seed": seed}
+            same = json.dumps({key: as_held(key, value) for key, value in sets.items()}, sort_keys=True)
+            name = _folder_name(group, seed, same, taken={cell.name for cell in cells} if same not in seen else set())
+            if same in seen:
+                raise InputError(f"two runs of the sweep are the same: {seen[same]} and {name}")
+            seen[same] = name
+            cells.append(Cell(name, sets, group))
     return cells
 
 
@@ -114,18 +151,39 @@ def _word(value: Scalar) -> str:
     return str(value).replace(os.sep, "_").replace(" ", "")
 
 
-def check(config: Path, cells: Sequence[Cell], out: Path, sets: Sequence[str]) -> None:
+def _folder_name(group: str, seed: Scalar, same: str, taken: Collection[str]) -> str:
+    """What a run's folder is called; with a hash where that is too long, or another run's already."""
+    name = f"{group},seed={seed}"
+    if len(name.encode()) <= LONGEST_NAME and name not in taken:
+        return name
+    start = group.encode()[: LONGEST_NAME - 40].decode(errors="ignore")
+    return f"{start},{hashlib.sha256(same.encode()).hexdigest()[:8]},seed={seed}"
+
+
+def check(config: Path, cells: Sequence[Cell], out: Path, sets: Sequence[str], *, here: bool = True) -> None:
     """Every run's configuration, before the first one starts. InputError by the run's name.
 
-    A run that is there already may only have become longer, as with any resume.
+    A run that is there already may only have become longer, as with any resume. here: on this machine's devices.
     """
+    given = parse_sets(sets)
+    if given.get("run.resume") or load(config, given).config.run.resume:
+        raise InputError("run.resume: a sweep goes on by the same command; leave it out")
+    for key in given:
+        if key != "run.seed" and cells and all(key in cell.sets for cell in cells):
+            raise InputError(f"{key}: is given by --set and for every run by --grid or --list; leave one of them out")
+    if (out / CONFIG).exists() or (out.exists() and not out.is_dir()):
+        raise InputError(
+            f"--out {out}: is {'a run folder' if out.is_dir() else 'a file'}; a sweep needs one of its own"
+        )
     for cell in cells:
-        changes = {**parse_sets(sets), **cell.sets}
+        changes = {**given, **cell.sets, "run.out": "", "run.resume": ""}
         try:
             if (out / cell.name / CONFIG).exists():
-                resume_config(out / cell.name, config, changes)
+                settled = resume_config(out / cell.name, config, changes).config
             else:
-                resolve(load(config, changes))
+                settled = resolve(load(config, changes)).config
+                RunFolder.check_new(out / cell.name)
+            check_place(settled, here=here)
         except InputError as error:
             raise InputError(f"{cell.name}: {error}") from None
 
@@ -146,10 +204,13 @@ def sweep(
     machines must see `out` under the same path.
 
     Every run is an ordinary folder out/NAME; one that was cut off goes on from its checkpoint, one that is to be longer
-    than it was goes on from its end. out/sweep.json says how each ended. A run that is interrupted ends the sweep.
+    than it was goes on from its end. out/sweep.json says how each ended. Where a run is interrupted no other is begun;
+    KeyboardInterrupt where the sweep was asked to end, by Ctrl-C or SIGTERM, and not a run of it alone.
     """
     out.mkdir(parents=True, exist_ok=True)
-    known = _read(out)
+    mine = {cell.name for cell in cells}
+    # What an earlier call planned and did not begin was given up, unless it is asked for again.
+    known = {name: one for name, one in _read(out).items() if name in mine or one.get("status") != WAITING}
     waiting = []
     for cell in cells:
         before = known.get(cell.name, {})
@@ -157,14 +218,20 @@ def sweep(
             yield Ended(cell, before["status"], before.get("message", ""), 0.0)
         else:
             waiting.append(cell)
+    planned = {cell.name: {"status": WAITING, "message": "", "sets": cell.sets} for cell in waiting}
+    known = {**planned, **known}
+    _write(out, known)
     work = Work(str(config.resolve()), str(out.resolve()), tuple(sets), tuple(track))
-    spread = _on_ray(work, waiting, workers, ray) if ray and waiting else None
-    for ended in spread or _side_by_side(work, waiting, workers):
+    if ray and waiting:
+        under_way = on_ray(work, waiting, workers, ray)
+    elif workers > 1 and len(waiting) > 1:
+        under_way = side_by_side(work, waiting, workers)
+    else:
+        under_way = one_by_one(work, waiting)
+    for ended in under_way:
         known[ended.cell.name] = {"status": ended.status, "message": ended.message, "sets": ended.cell.sets}
-        write_text(out / MANIFEST, json.dumps(known, indent=1) + "\n")
+        _write(out, known)
         yield ended
-        if ended.status == "interrupted":
-            return
 
 
 def _longer(config: Path, cell: Cell, out: Path, sets: Sequence[str]) -> bool:
@@ -172,98 +239,12 @@ def _longer(config: Path, cell: Cell, out: Path, sets: Sequence[str]) -> bool:
     folder = out / cell.name
     if not (folder / CONFIG).exists():
         return True
-    asked = resume_config(folder, config, {**parse_sets(sets), **cell.sets}).config
+    asked = resume_config(folder, config, {**parse_sets(sets), **cell.sets, "run.resume": ""}).config
     return asked.run.num_rounds > load(folder / CONFIG).config.run.num_rounds
 
 
-class Work(NamedTuple):
-    """What every run of a sweep has in common; it travels to other processes."""
-
-    config: str
-    out: str
-    sets: tuple[str, ...]
-    track: tuple[str, ...]
-    threads: int = 0  # of torch; 0: as the configuration says
-
-
-def _side_by_side(work: Work, cells: Sequence[Cell], workers: int) -> Iterator[Ended]:
-    if workers <= 1 or len(cells) <= 1:
-        for cell in cells:
-            yield _run_one(work, cell)
-        return
-    work = work._replace(threads=max(1, usable_cores() // workers))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(cells)), context, _die_with_parent, (os.getpid(),)) as pool:
-        futures: dict[Future[Ended], Cell] = {pool.submit(_run_one, work, cell): cell for cell in cells}
-        try:
-            for future in as_completed(futures):
-                try:
-                    yield future.result()
-                except Exception as error:  # its process died
-                    yield Ended(futures[future], "failed", f"{type(error).__name__}: {error}".split("\n")[0], 0.0)
-        except BaseException:  # Ctrl-C, SIGTERM, a reader that went away: the runs leave their checkpoints too
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Iterator[Ended]:
-    from fedmom.executors import Failure, Pool, PoolOptions
-
-    here = os.getcwd()
-    work = work._replace(threads=max(1, usable_cores() // workers))
-
-    def make_worker() -> Callable[[Cell], Ended]:
-        if os.path.isdir(here):  # data.data-dir and module:function are looked for where the sweep was started
-            os.chdir(here)
-        return lambda cell: _run_one(work, cell)
-
-    options = PoolOptions(num_workers=min(workers, len(cells)), ray_address="" if address == "local" else address)
-    with Pool(make_worker, options) as pool:
-        cell_of = {cell.name: cell for cell in cells}
-        for cell in cells:
-            pool.submit(cell.name, cell)
-        for _ in cells:
-            taken = pool.take()
-            assert taken is not None
-            name, answer = taken
-            yield Ended(cell_of[str(name)], "failed", answer.reason, 0.0) if isinstance(answer, Failure) else answer
-
-
-def _run_one(work: Work, cell: Cell) -> Ended:
-    """One cell, new or from where it was."""
-    begin, folder = time.monotonic(), Path(work.out) / cell.name
-    changes = {**parse_sets(work.sets), **cell.sets}
-    followers = [Quiet(), Tracking(work.track)] if work.track else [Quiet()]
-    try:
-        if (folder / CONFIG).exists():
-            result = run(work.config, sets=changes, resume=folder, callbacks=followers)
-        else:
-            if work.threads:
-                changes.setdefault("engine.threads", work.threads)
-            result = run(work.config, sets=changes, out=folder, callbacks=followers)
-    except InputError as error:
-        return Ended(cell, "failed", str(error), time.monotonic() - begin)
-    except Exception as error:  # of the user's own model, say: the other runs go on
-        return Ended(cell, "failed", one_line(error), time.monotonic() - begin)
-    return Ended(cell, result.status, result.message, time.monotonic() - begin)
-
-
-def _die_with_parent(parent: int) -> None:
-    """A sweep that was killed leaves no runs behind, which would hold their folders against the next call.
-
-    One that is asked to end asks them, as Ctrl-C does.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _write(out: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
+    write_text(out / MANIFEST, json.dumps(known, indent=1) + "\n")
 
 
 def _read(out: Path) -> dict[str, dict[str, Any]]:
@@ -271,10 +252,11 @@ def _read(out: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        known = json.loads(path.read_text())
-        assert isinstance(known, dict)
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known, dict) or not all(isinstance(one, dict) for one in known.values()):
+            raise ValueError("no table of runs")
         return known
-    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError):
+    except ValueError:
         raise InputError(f"{path}: is not what a sweep writes; remove it, and unfinished runs go on") from None
 
 
@@ -284,27 +266,28 @@ def _read(out: Path) -> dict[str, dict[str, Any]]:
 def metric_of(folder: Path, metric: str = "") -> str:
     """What to rank by, from a run that is done: as asked, else accuracy or loss. InputError for another name."""
     records = read_rounds(folder)
-    numbers = {name for record in records for name, value in record.items() if isinstance(value, int | float)}
+    numbers = {name for record in records for name in record if number(record, name) is not None}
     if metric and metric not in numbers:
         raise unknown("--metric", metric, sorted(numbers))
     return metric or next((name for name in ("test_accuracy", "test_loss", "loss") if name in numbers), "train_loss")
 
 
 def best_table(ended: Sequence[Ended], out: Path, metric: str) -> tuple[list[str], list[list[str]]]:
-    """(header, a row per group, the best first): the metric's last value, mean ± deviation over seeds.
+    """(header, a row per group, the best first): the metric's last value, mean ± deviation over seeds that are done.
 
-    Accuracies are better when larger, everything else when smaller. Groups with a run that is not done come last.
+    Accuracies and speeds are better when larger, everything else when smaller. Groups with a run that is not done, or
+    that has no such number, come last.
     """
     groups: dict[str, list[float]] = {}
-    trouble: dict[str, str] = {}
+    trouble: dict[str, list[str]] = {}
     for one in ended:
-        groups.setdefault(one.cell.group, [])
-        if one.status != "done":
-            trouble[one.cell.group] = f"seed {one.cell.sets['run.seed']}: {one.status}"
-            continue
-        values = [record[metric] for record in read_rounds(out / one.cell.name) if metric in record]
-        groups[one.cell.group] += values[-1:]
-    sign = -1 if "accuracy" in metric else 1
+        values, seed = groups.setdefault(one.cell.group, []), one.cell.sets["run.seed"]
+        found = finite(read_rounds(out / one.cell.name), metric)[-1:] if one.status == "done" else []
+        values += found
+        if not found:
+            why = f"no {metric}" if one.status == "done" else one.status
+            trouble.setdefault(one.cell.group, []).append(f"seed {seed}: {why}")
+    sign = -1 if "accuracy" in metric or "per_second" in metric else 1
 
     def key(group: str) -> tuple[bool, float]:
         values = groups[group]
@@ -312,8 +295,9 @@ def best_table(ended: Sequence[Ended], out: Path, metric: str) -> tuple[list[str
 
     rows = []
     for group in sorted(groups, key=key):
-        values = groups[group]
+        values, missing = groups[group], trouble.get(group, [])
         cell = f"{mean(values):.4g}" if values else MISSING
         cell += f" ± {stdev(values):.2g}" if len(values) > 1 else ""
-        rows.append([group, cell, str(len(values)), trouble.get(group, "")])
+        of = f"{len(values)} of {len(values) + len(missing)}" if missing else f"{len(values)}"
+        rows.append([group, cell, of, "; ".join(missing)])
     return ["run", f"{metric}, mean ± deviation", "seeds", "not done"], rows

@@ -1,15 +1,22 @@
 """What the commands that run something share: options, the default run folder, the last words, exit statuses."""
 
+import contextlib
+import itertools
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 
+from fedmom.callbacks import STOPPING
+from fedmom.errors import InputError
 from fedmom.report import finished
+from fedmom.trackers import TRACKERS
 from fedmom.train import Record
 
 DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
@@ -27,13 +34,44 @@ Resume = Annotated[
     typer.Option("--resume", metavar="DIR", help="Go on with this run folder; CONFIG may be left out."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")]
+Tracks = Annotated[
+    list[str] | None,
+    typer.Option("--track", metavar="|".join(TRACKERS), help="Who else hears of every round; may be repeated."),
+]
 
 
 def fresh_folder(config: Path) -> Path:
-    """runs/NAME-TIME, not there yet."""
-    name = f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    free = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000))
-    return next(path for path in free if not path.exists())
+    """runs/NAME-TIME or, where that is taken, with a number: made here, so that no other command takes it too.
+
+    It goes when the command ends and has left nothing in it.
+    """
+    name, runs = f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}", Path("runs")
+    made = not runs.exists()
+    for number in itertools.count(1):
+        path = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if not runs.is_dir():
+                raise InputError(f"{runs}: is a file; name another folder by --out") from None
+    if context := click.get_current_context(silent=True):
+
+        def tidy() -> None:
+            with contextlib.suppress(OSError):  # it is in use
+                path.rmdir()
+                if made:
+                    runs.rmdir()
+
+        context.call_on_close(tidy)
+    return path
+
+
+def heed_signals() -> None:
+    """SIGTERM and SIGHUP (the terminal was closed) end a command as Ctrl-C does; ignored ones (nohup) stay ignored."""
+    for number in STOPPING:
+        if number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def show_run(folder: Path, rounds: Sequence[Record], console: Console, *, quiet: bool) -> None:

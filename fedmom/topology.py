@@ -6,7 +6,7 @@ i. Rows that sum to 1 keep the mean, columns that sum to 1 keep consensus; W is 
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from fedmom.errors import InputError, unknown
+from fedmom.files import at_home
+from fedmom.graphs import TOPOLOGIES, WEIGHTS, Edges, Options
 
 TOLERANCE = 1e-8  # of row and column sums: matrices in files are rounded
+FILES = (".npy", ".csv", ".edges")
 LARGEST_SPECTRUM = 4096  # clients; beyond it the eigenvalues would take minutes
-
-Edges = Iterable[tuple[int, int]]
 
 
 class Mixing(NamedTuple):
@@ -52,24 +53,29 @@ class Mixing(NamedTuple):
 
     def is_symmetric(self) -> bool:
         """Whether W = Wᵀ."""
-        forth = {(j, i): w for j, i, w in zip(*self[1:], strict=True)}
-        return all(abs(forth.get((i, j), 0.0) - w) <= TOLERANCE for (j, i), w in forth.items())
+        kept = (self.weights > TOLERANCE) & (self.sources != self.targets)
+        forth = self.sources[kept] * self.num_clients + self.targets[kept]
+        back = self.targets[kept] * self.num_clients + self.sources[kept]
+        # Both in the order of the entry (j, i): what W and Wᵀ have there.
+        one, other = np.argsort(forth), np.argsort(back)
+        if not np.array_equal(forth[one], back[other]):
+            return False
+        weights = self.weights[kept]
+        return bool((np.abs(weights[one] - weights[other]) <= TOLERANCE).all())
 
     def without(self, pairs: Iterable[tuple[int, int]]) -> "Mixing":
         """W after links failed: each pair's weight goes to both diagonals, which keeps a symmetric W doubly stochastic.
 
         Raises ValueError for a W that is not symmetric: there it would change the sums.
         """
-        gone = {frozenset(pair) for pair in pairs}
-        if not gone:
+        gone = np.array(sorted({(min(pair), max(pair)) for pair in pairs}), dtype=np.int64).reshape(-1, 2)
+        if not len(gone):
             return self
         if not self.is_symmetric():
             raise ValueError("links can only be left out of a symmetric W")
-        targets = [
-            j if frozenset((j, i)) in gone else i
-            for j, i in zip(self.sources.tolist(), self.targets.tolist(), strict=True)
-        ]
-        return self._replace(targets=np.array(targets, dtype=np.int64))
+        low, high = np.minimum(self.sources, self.targets), np.maximum(self.sources, self.targets)
+        away = np.isin(low * self.num_clients + high, gone @ [self.num_clients, 1])
+        return self._replace(targets=np.where(away, self.sources, self.targets))
 
 
 class Topology:
@@ -125,21 +131,19 @@ class Topology:
     @cached_property
     def components(self) -> list[list[int]]:
         """Clients that hear from one another, over a whole period: one list if the graph is connected."""
-        parent = list(range(self.num_clients))
-
-        def root(i: int) -> int:
-            while parent[i] != i:
-                parent[i] = parent[parent[i]]
-                i = parent[i]
-            return i
-
-        for matrix in self.matrices:
-            for j, i in zip(matrix.sources.tolist(), matrix.targets.tolist(), strict=True):
-                parent[root(j)] = root(i)
-        groups: dict[int, list[int]] = {}
-        for i in range(self.num_clients):
-            groups.setdefault(root(i), []).append(i)
-        return list(groups.values())
+        part = np.arange(self.num_clients)  # [N] the lowest client that each is known to be joined with
+        while True:
+            before = part
+            for matrix in self.matrices:
+                ends = part[matrix.sources], part[matrix.targets]
+                lower, part = np.minimum(*ends), part.copy()
+                for end in ends:
+                    np.minimum.at(part, end, lower)
+                while not np.array_equal(part, part[part]):
+                    part = part[part]
+            if np.array_equal(part, before):
+                order = np.argsort(part, kind="stable")
+                return [one.tolist() for one in np.split(order, np.flatnonzero(np.diff(part[order])) + 1)]
 
     @cached_property
     def warnings(self) -> list[str]:
@@ -155,160 +159,12 @@ class Topology:
         return []
 
 
-# --- graphs ----------------------------------------------------------------------------------------------
-
-
-class Options(NamedTuple):
-    """Section `algorithm`'s numbers for the topologies that need one."""
-
-    degree: int = 4  # of random-regular
-    probability: float = 0.0  # of an edge of erdos-renyi; 0: 2 ln N / N
-    seed: int = 0
-
-
-def _sizes(name: str, num_clients: int, which: str, fit: Iterable[int]) -> InputError:
-    sizes = sorted(set(fit), key=lambda n: (abs(n - num_clients), n))[:4]
-    near = ", ".join(map(str, sorted(sizes)))
-    return InputError(f"algorithm.topology = {name!r}: needs {which}, data.num-clients = {num_clients}; near: {near}")
-
-
-def complete(n: int, options: Options) -> Edges:
-    return [(i, j) for i in range(n) for j in range(i + 1, n)]
-
-
-def ring(n: int, options: Options) -> Edges:
-    return {(min(i, (i + 1) % n), max(i, (i + 1) % n)) for i in range(n) if n > 1}
-
-
-def path(n: int, options: Options) -> Edges:
-    return [(i, i + 1) for i in range(n - 1)]
-
-
-def star(n: int, options: Options) -> Edges:
-    """Client 0 is the hub."""
-    return [(0, i) for i in range(1, n)]
-
-
-def torus_shape(n: int) -> tuple[int, int] | None:
-    """(rows, columns) of the squarest torus of n clients; None for primes."""
-    return next(((a, n // a) for a in range(math.isqrt(n), 1, -1) if n % a == 0), None)
-
-
-def torus(n: int, options: Options) -> Edges:
-    shape = (1, 1) if n == 1 else torus_shape(n)
-    if shape is None:
-        fit = [m for m in range(max(4, n - 6), n + 7) if torus_shape(m)]
-        raise _sizes("torus", n, "N = rows × columns, both at least 2", fit)
-    rows, columns = shape
-    edges = set()
-    for r in range(rows):
-        for c in range(columns):
-            for other in (((r + 1) % rows) * columns + c, r * columns + (c + 1) % columns):
-                here = r * columns + c
-                edges.add((min(here, other), max(here, other)))
-    return {edge for edge in edges if edge[0] != edge[1]}
-
-
-def hypercube(n: int, options: Options) -> Edges:
-    if n & (n - 1):
-        raise _sizes("hypercube", n, "N = 2^k", [1 << k for k in range(n.bit_length() + 2)])
-    return [(i, i | 1 << k) for i in range(n) for k in range(n.bit_length() - 1) if not i >> k & 1]
-
-
-def random_regular(n: int, options: Options) -> Edges:
-    degree = options.degree
-    if n == 1:
-        return []
-    if degree >= n or n * degree % 2 or (degree == 1 and n > 2):
-        fit = [m for m in range(degree + 1, max(n, degree) + 8) if m * degree % 2 == 0 and (degree > 1 or m == 2)]
-        name = "random-regular"
-        raise _sizes(name, n, f"N > topology-degree = {degree} and N × degree even (degree 1: N = 2)", fit)
-    import networkx
-
-    return _connected("random-regular", n, options, lambda seed: networkx.random_regular_graph(degree, n, seed=seed))
-
-
-def erdos_renyi(n: int, options: Options) -> Edges:
-    probability = options.probability or min(1.0, 2 * math.log(max(n, 2)) / n)
-    import networkx
-
-    return _connected("erdos-renyi", n, options, lambda seed: networkx.gnp_random_graph(n, probability, seed=seed))
-
-
-def _connected(name: str, n: int, options: Options, draw: Callable[[int], object]) -> Edges:
-    """The first connected one of 200 graphs by seed."""
-    import networkx
-
-    for attempt in range(200):
-        graph = draw(options.seed * 1_000_003 + attempt)
-        if networkx.is_connected(graph):
-            return sorted((min(e), max(e)) for e in graph.edges)  # type: ignore[attr-defined]
-    key, value = ("topology-p", options.probability) if name == "erdos-renyi" else ("topology-degree", options.degree)
-    raise InputError(f"algorithm.{key} = {value}: none of 200 {name} graphs of {n} clients is connected; raise it")
-
-
-def hops(n: int) -> list[int]:
-    """2^0, 2^1, … below n: the exponential graph's."""
-    return [1 << k for k in range(max(n - 1, 0).bit_length())]
-
-
-# undirected: who is linked with whom; the weights come from WEIGHTS
-GRAPHS: dict[str, Callable[[int, Options], Edges]] = {
-    "complete": complete,
-    "ring": ring,
-    "torus": torus,
-    "hypercube": hypercube,
-    "star": star,
-    "path": path,
-    "random-regular": random_regular,
-    "erdos-renyi": erdos_renyi,
-}
-# directed circulants: lists of hops, one list per round of the period; W = 1/(hops + 1)
-CIRCULANTS: dict[str, Callable[[int], list[list[int]]]] = {
-    "exponential": lambda n: [hops(n)],
-    "one-peer-exponential": lambda n: [[hop] for hop in hops(n)] or [[]],
-    "directed-ring": lambda n: [[1] if n > 1 else []],
-}
-TOPOLOGIES = {
-    "complete": "everybody with everybody: W = 11ᵀ/N",
-    "ring": "i with i ± 1",
-    "torus": "a grid whose ends meet, as square as N allows",
-    "hypercube": "i with i ⊕ 2^k; N = 2^k",
-    "star": "client 0 with everybody",
-    "path": "a ring that is cut open",
-    "exponential": "i sends to i + 2^k, all k in every round",
-    "one-peer-exponential": "i sends to i + 2^k, one k per round in turn",
-    "directed-ring": "i sends to i + 1",
-    "random-regular": "topology-degree neighbours each, by seed, connected",
-    "erdos-renyi": "every pair with probability topology-p, by seed, connected",
-}
-FILES = (".npy", ".csv", ".edges")
-
-
-# --- weights ---------------------------------------------------------------------------------------------
-
-
-def metropolis(degrees: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 / (1 + max(degree_a, degree_b)): Metropolis-Hastings; symmetric and doubly stochastic on any graph."""
-    return 1.0 / (1 + np.maximum(degrees[a], degrees[b]))
-
-
-def uniform(degrees: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 / (degree + 1) on a regular graph."""
-    if len(set(degrees.tolist())) > 1:
-        raise InputError(
-            f"algorithm.mixing-weights = 'uniform': needs a regular graph, here degrees go from {degrees.min()} to "
-            f"{degrees.max()}; use metropolis"
-        )
-    return 1.0 / (1 + degrees[a])
-
-
-WEIGHTS = {"metropolis": metropolis, "uniform": uniform}
+# --- from graphs ---------------------------------------------------------------------------------------------
 
 
 def from_edges(num_clients: int, edges: Edges, weights: str = "metropolis") -> Mixing:
     """W of an undirected graph; what a client does not give away it keeps."""
-    pairs = np.array(sorted(edges), dtype=np.int64).reshape(-1, 2)
+    pairs = edges if isinstance(edges, np.ndarray) else np.array(sorted(edges), dtype=np.int64).reshape(-1, 2)
     a, b = pairs.T
     degrees = np.bincount(pairs.ravel(), minlength=num_clients)
     values = WEIGHTS[weights](degrees, a, b)
@@ -359,7 +215,7 @@ def check(matrix: np.ndarray, where: str) -> None:
 
 def read_file(name: str, num_clients: int, weights: str) -> Mixing:
     """W of a file: a matrix (.npy, .csv) or undirected edges (.edges: `i j` per line, clients from 0)."""
-    path = Path(name)
+    path = at_home(name)
     where = f"algorithm.topology = {name!r}"
     try:
         if path.suffix == ".npy":
@@ -423,8 +279,10 @@ def make_topology(
     options = options or Options()
     if is_file(name):
         return Topology(name, [read_file(name, num_clients, weights)])
-    if name in CIRCULANTS:
-        return Topology(name, [from_hops(num_clients, hop_list) for hop_list in CIRCULANTS[name](num_clients)])
-    if name not in GRAPHS:
+    if name not in TOPOLOGIES:
         raise unknown("algorithm.topology", name, [*TOPOLOGIES, "FILE.npy, FILE.csv or FILE.edges"])
-    return Topology(name, [from_edges(num_clients, GRAPHS[name](num_clients, options), weights)])
+    rule = TOPOLOGIES[name]
+    if rule.hops is not None:
+        return Topology(name, [from_hops(num_clients, hop_list) for hop_list in rule.hops(num_clients)])
+    assert rule.edges is not None
+    return Topology(name, [from_edges(num_clients, rule.edges(num_clients, options), weights)])

@@ -16,7 +16,7 @@ from fedmom.errors import DivergedError
 from fedmom.objective import Task
 from fedmom.randomness import COHORT, random_bits
 from fedmom.rounds import Method, Outcome, Progress, Round, Rounds, part_of
-from fedmom.schedules import Horizon, LearningRate
+from fedmom.schedules import SCHEDULES, Horizon, LearningRate
 from fedmom.state import ClientState, Tree, is_finite, num_bytes, row_of, stacked, to_device, zeros_like
 from fedmom.topology import Topology
 
@@ -47,6 +47,11 @@ class Plan(NamedTuple):
     def slow(self) -> bool:
         """Whether the server takes a step of its own."""
         return self.slow_momentum > 0 or self.slow_lr != 1
+
+    @property
+    def steady(self) -> bool:
+        """Whether many rounds have the same γ, so that a GPU may record one and replay it."""
+        return SCHEDULES[self.rate.schedule].steady
 
     def evaluates(self, round_number: int) -> bool:
         """Whether round 1, 2, … ends with an evaluation."""

@@ -1,6 +1,7 @@
 """`fedmom watch`: a live view of a run, or of a sweep, in the terminal."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import isfinite, log10
 from pathlib import Path
@@ -16,7 +17,9 @@ from rich.text import Text
 from fedmom.collect import is_run, sweep_runs
 from fedmom.config import flat, to_toml
 from fedmom.follow import Follower
+from fedmom.output import nobody_reads
 from fedmom.progress import describe
+from fedmom.status import STATUSES, read_status
 from fedmom.tables import MEASURES, finite
 from fedmom.trackers import Tracked, Tracking
 from fedmom.train import Record
@@ -52,27 +55,40 @@ class Watched:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.follower, self.clock = Follower(folder), clock
         self.changed = clock()
-        self.looked = False
+        self.looked = self.moved = False
+        self.status = read_status(folder)
 
     def look(self) -> bool:
         """Whether there is something new."""
+        # The status first: a run that was at its end then has no line that the next look would not see.
+        self.status = read_status(self.follower.folder)
         news = self.follower.look()
         if (news.records or news.rewound) and self.looked:
-            self.changed = self.clock()
+            self.changed, self.moved = self.clock(), True
         self.looked = True
         return bool(news.records or news.rewound)
 
     @property
+    def is_running(self) -> bool:
+        """Whether there may be more to see. An older version's run says nothing of itself but its rounds."""
+        return self.status.is_running or (self.status.status == "unfinished" and self.moved)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is to come; who cannot tell (an older version, another machine) looks on."""
+        return self.status.status not in ("running", "silent", "unfinished")
+
+    @property
     def state(self) -> str:
-        """In words. That a run is still at work can only be seen by its rounds."""
+        """In a word or two; `self.status.reason` says why."""
+        if not self.is_running:
+            return self.status.status
         rounds = self.follower.rounds
-        if self.follower.is_done:
-            return "done"
         if not rounds:
             return "no round yet"
-        silent = self.clock() - self.changed
+        quiet = self.clock() - self.changed
         usual = rounds[-1].get("wall_seconds", 0.0) / rounds[-1]["round"]
-        return f"silent for {silent:.0f} s" if silent > max(QUIET_SECONDS, 10 * usual) else "running"
+        return f"no round for {quiet:.0f} s" if quiet > max(QUIET_SECONDS, 10 * usual) else "running"
 
 
 def run_view(watched: Watched, width: int) -> RenderableType:
@@ -87,9 +103,11 @@ def run_view(watched: Watched, width: int) -> RenderableType:
     parts: list[RenderableType] = [Text(what, style="dim")]
     bar = Table.grid(padding=(0, 1))
     seconds = rounds[-1].get("wall_seconds", 0.0) if rounds else 0.0
-    left = f"{seconds / done * (total - done):,.0f} s left" if 0 < done < total else ""
+    left = f"{seconds / done * (total - done):,.0f} s left" if 0 < done < total and watched.is_running else ""
     bar.add_row(ProgressBar(total=total, completed=done, width=max(10, min(40, width - 50))), f"{done}/{total}", left)
     parts.append(bar)
+    if watched.status.reason and not watched.is_running:
+        parts.append(Text(watched.status.reason, style="bold"))
     if rounds:
         parts.append(Text(describe(_last_known(rounds))))
         sent, rate = rounds[-1].get("bytes_sent", 0) / 1e6, rounds[-1].get("client_steps_per_second", 0.0)
@@ -147,12 +165,13 @@ def sweep_view(runs: Sequence[Watched]) -> RenderableType:
         rounds, total = one.follower.rounds, one.follower.config.run.num_rounds
         text = describe(_last_known(rounds)) if rounds else ""
         table.add_row(one.follower.name, f"{rounds[-1]['round'] if rounds else 0}/{total}", one.state, text)
-    done = sum(one.follower.is_done for one in runs)
-    return Group(table, Text(f"{done} of {len(runs)} runs done", style="dim"))
+    counts = Counter(one.status.status for one in runs)
+    others = "".join(f", {counts[name]} {name}" for name in STATUSES if counts[name] and name != "done")
+    return Group(table, Text(f"{counts['done']} of {len(runs)} runs done{others}", style="dim"))
 
 
 def watch(folder: Path, console: Console, *, once: bool = False, trackers: Sequence[str] = ()) -> None:
-    """Show a run folder, or a sweep's, until all its runs are done (or once). Trackers hear of every round.
+    """Show a run folder, or a sweep's, until all its runs have ended (or once). Trackers hear of every round.
 
     Reads files alone, so the run may be another process's, another machine's, or a container's on a shared folder.
     """
@@ -178,28 +197,28 @@ def watch(folder: Path, console: Console, *, once: bool = False, trackers: Seque
     def view() -> RenderableType:
         return run_view(watched[0], console.width) if single else sweep_view(watched)
 
-    def all_done() -> bool:
-        return all(one.follower.is_done for one in watched)
+    def all_ended() -> bool:
+        return all(one.has_ended for one in watched)
 
     look()
     try:
-        if once or all_done():
+        if once or all_ended():
             console.print(view())
         elif console.is_terminal:
             with Live(view(), console=console, auto_refresh=False, transient=False) as live:
-                while not all_done():
+                while not all_ended() and not nobody_reads():
                     time.sleep(SECONDS)
                     look()
                     live.update(view(), refresh=True)
         else:
-            _lines(watched, console, look, all_done)
+            _lines(watched, console, look, all_ended)
     finally:
         for one, track in zip(watched, tracking, strict=False):
-            track.end("done" if one.follower.is_done else "interrupted")
+            track.end(one.status.status if one.status.status in ("done", "diverged", "failed") else "interrupted")
 
 
 def _lines(
-    watched: Sequence[Watched], console: Console, look: Callable[[], bool], all_done: Callable[[], bool]
+    watched: Sequence[Watched], console: Console, look: Callable[[], bool], all_ended: Callable[[], bool]
 ) -> None:
     """Where nobody looks at a terminal: a line when something is new, at most one in two seconds and run."""
     said: dict[str, int] = {}
@@ -212,7 +231,10 @@ def _lines(
                 text = describe(_last_known(rounds)) if rounds else "no round yet"
                 line = f"{one.follower.name}: round {at}/{one.follower.config.run.num_rounds} · {text}"
                 console.print(line, soft_wrap=True, markup=False, highlight=False)
-        if all_done():
+        if all_ended() or nobody_reads():
+            for one in watched:
+                if not one.status.is_done:
+                    console.print(f"{one.follower.name}: {one.status.text}", soft_wrap=True, markup=False)
             return
         time.sleep(2 * SECONDS)
         look()

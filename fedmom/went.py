@@ -48,12 +48,20 @@ def distances(start: ClientState, ended: Ended) -> Distances:
         for names in _together(rows):
             away, base = _side_by_side(rows, names, 1), _side_by_side(bases, names, 0)
             away.sub_(base)
-            norms = torch.linalg.vector_norm(away, dim=1).to(F64)
+            norms = row_norms(away)
             sums[part, names] = (ended.weights.to(away.dtype) @ away, ended.weights @ norms**2, base)
     for name, factors in ended.factors.items():
         for part, (total, square), base in zip(("params", "momentum"), factors.sums(), factors.base(), strict=True):
             sums[part, (name,)] = (total.reshape(-1), square, base.reshape(-1))
     return Distances(sums, ended.buffers, ended.losses, ended.weights)
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """[K] float64 norms of rows [K, d]; squares of numbers beyond 1e19 do not fit into float32."""
+    if rows.is_cuda:  # to look whether they are finite would wait for the device
+        return torch.linalg.vector_norm(rows, dim=1, dtype=F64)
+    norms = torch.linalg.vector_norm(rows, dim=1).to(F64)
+    return norms if bool(torch.isfinite(norms).all()) else torch.linalg.vector_norm(rows, dim=1, dtype=F64)
 
 
 def _together(rows: Tree) -> list[tuple[str, ...]]:

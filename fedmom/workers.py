@@ -16,18 +16,19 @@ from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.config import Config, replace
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError
-from fedmom.executors import Failure, Pool, PoolOptions
+from fedmom.executors import Failure, Pool
 from fedmom.node import Node, Trained
 from fedmom.objective import Task
 from fedmom.parsing import counted
 from fedmom.rounds import Outcome, Progress, Round
-from fedmom.setup import pool_options
+from fedmom.setup import actors_device, pool_options
 from fedmom.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
 from fedmom.train import Plan
 from fedmom.wire import as_tensor
 
 _BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless
 _LARGE = 1 << 20  # the model is so large, in bytes, that sending a block's mean costs more than that
+_REFUSED = "InputError: "  # how the reason of such a failure begins
 Arrays = dict[str, np.ndarray]
 
 
@@ -106,7 +107,10 @@ class WorkerRounds:
             key, answer = self.pool.take() or (None, None)
             if isinstance(answer, Failure):
                 first, last = ids[places[key[1]]][[0, -1]]  # type: ignore[index]
-                raise ClientsFailedError(f"round {job.round_index + 1}: clients {first} … {last}: {answer.reason}")
+                where = f"round {job.round_index + 1}: clients {first} … {last}"
+                if answer.reason.startswith(_REFUSED):  # the input is at fault: no other actor would do better
+                    raise InputError(f"{where}: {answer.reason.removeprefix(_REFUSED)}")
+                raise ClientsFailedError(f"{where}: {answer.reason}")
             waiting[key] = answer  # type: ignore[assignment]
             while (at := (job.round_index, len(parts))) in waiting:
                 part = waiting.pop(at)
@@ -142,9 +146,7 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
     Raises InputError where the actors cannot be had.
     """
     options = pool_options(config)
-    options = PoolOptions(**{**vars(options), "num_workers": config.engine.workers, "count_key": "engine.workers"})
-    # Ray hides the GPUs from an actor that asked for none.
-    inside = replace(config, "engine", device="cuda" if options.num_gpus else "cpu", threads=0, workers=0)
+    inside = replace(config, "engine", device=actors_device(options), threads=0, workers=0)
     pool = Pool(partial(make_worker, inside), options)
     try:
         model = num_bytes(task.start().params)
@@ -152,13 +154,14 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
         pool.submit("choose", Block(np.arange(size)))
         _, answer = pool.take() or (None, None)
         if isinstance(answer, Failure):
-            raise InputError(answer.reason.removeprefix("InputError: "))
+            raise InputError(answer.reason.removeprefix(_REFUSED))
         path, chunk_size = answer  # type: ignore[misc]
     except BaseException:
         pool.close()
         raise
     settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
-    notes = [f"{counted(pool.num_workers, 'Ray actor')}, each {path} × {chunk_size}"]
+    settled = replace(settled, "simulation", num_gpus=options.num_gpus)
+    notes = [f"{counted(pool.num_workers, 'Ray actor')} on {inside.engine.device}, each {path} × {chunk_size}"]
     return settled, WorkerRounds(pool, task, plan.method.running_var, path, chunk_size), notes
 
 

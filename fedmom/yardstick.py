@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
-from fedmom.algorithms import MOMENTUM_POLICIES
+from fedmom.algorithms import MOMENTUM_POLICIES, takes_key
 from fedmom.averaging import WeightedMean
 from fedmom.convolutions import CONVOLUTIONS
 from fedmom.engine import Engine
 from fedmom.objective import Batch, Classification
 from fedmom.places import copied
-from fedmom.randomness import uniform
+from fedmom.randomness import random_bits, uniform
 from fedmom.rounds import Method, Round
 from fedmom.state import ClientState, row_of
 
@@ -174,7 +174,7 @@ class Yardstick:
         ends, losses = [], []
         for i, steps in enumerate(self.job.num_steps.tolist()):
             own = [Batch(*(field[i] for field in batch)) for batch in batches[:steps]]
-            state, loss = self._one_client(row_of(self.rows, i), own, rounding)
+            state, loss = self._one_client(i, own, rounding)
             ends.append(state)
             losses.append(loss)
         every = torch.tensor(losses, dtype=F64)
@@ -192,8 +192,9 @@ class Yardstick:
             states += [ClientState({}, state.momentum, {}) for state in ends]
         return _Went(states, every, (mean.spread("params"), mean.spread("momentum")))
 
-    def _one_client(self, start: ClientState, batches: Sequence[Batch], rounding: float) -> tuple[ClientState, float]:
-        model, m = copied(self.model), self.method
+    def _one_client(self, i: int, batches: Sequence[Batch], rounding: float) -> tuple[ClientState, float]:
+        """Client i of the few, from its start."""
+        model, m, start = copied(self.model), self.method, row_of(self.rows, i)
         here = {name: p for name, p in model.named_parameters() if p.requires_grad}
         buffers = dict(model.named_buffers())
         with torch.no_grad():
@@ -206,7 +207,7 @@ class Yardstick:
         begun = {name: p.detach().clone() for name, p in here.items()}
         momenta = {n: _as(p, start.momentum[n]).clone() for n, p in here.items()}
         total = 0.0
-        for batch, lr in zip(batches, _LRS, strict=False):
+        for s, (batch, lr) in enumerate(zip(batches, _LRS, strict=False)):
             for name in self.task.dropout_keys:
                 buffers[name].copy_(batch.dropout_key)
             for p in here.values():
@@ -220,7 +221,10 @@ class Yardstick:
                 if m.correction is not None:
                     trees = (grads, here, begun)
                     sent, now, then = ({n: _real(t.detach().clone()) for n, t in tree.items()} for tree in trees)
-                    grads = {n: _as(here[n], g) for n, g in m.correction(sent, now, then).items()}
+                    more = {}
+                    if takes_key(m.correction):
+                        more["key"] = random_bits(self.job.clients[i], self.job.first_steps[i] + s)
+                    grads = {n: _as(here[n], g) for n, g in m.correction(sent, now, then, **more).items()}
                 # As torch.optim.SGD(momentum=β, nesterov=…) does, whose first step would take seconds to import
                 # torch._dynamo.
                 for n, p in here.items():

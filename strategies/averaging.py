@@ -21,8 +21,9 @@ from fedmom.averaging import WeightedMean
 from fedmom.errors import InputError
 from fedmom.state import ClientState, Tree, flatten, unflatten, zeros_like
 from fedmom.train import cohort
-from strategies.failures import Clients
-from strategies.updates import (
+
+from .failures import Clients
+from .updates import (
     ARRAYS,
     CONFIG,
     ROWS,

@@ -12,9 +12,10 @@ from flwr.serverapp import Grid
 from fedmom.config import ON_FAILURE
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError, unknown
 from fedmom.parsing import counted
-from strategies.dispatch import Exchange, anew, exchange
-from strategies.holders import Holder, learn_holders
-from strategies.updates import CONFIG
+
+from .dispatch import Exchange, anew, exchange
+from .holders import Holder, learn_holders
+from .updates import CONFIG
 
 _WINDOW_BYTES = 48 << 20  # per worker: its two batches of at most 16 MB, and replies that wait for their turn
 _LARGEST_WINDOW = 1024  # messages

@@ -25,8 +25,9 @@ from fedmom.objective import Task
 from fedmom.rounds import Method, Outcome, Progress, Round
 from fedmom.state import ClientState, flatten, rows_of, stacked, unflatten
 from fedmom.topology import Mixing, Topology
-from strategies.failures import Clients
-from strategies.updates import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack
+
+from .failures import Clients
+from .updates import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack
 
 
 class Mixed(NamedTuple):

@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 
 from fedmom.errors import InputError
 from fedmom.parsing import counted
-from strategies.dispatch import OVERDUE, Exchange, anew, exchange
+
+from .dispatch import OVERDUE, Exchange, anew, exchange
 
 _QUERY_WINDOW = 256
 _SECONDS_BETWEEN_LOOKS = 1.0

@@ -11,8 +11,9 @@ from fedmom.local_data import Common, Facts, agreed, as_record, none_of, read_se
 from fedmom.objective import Classification
 from fedmom.setup import classification
 from fedmom.state import ClientState, flatten
-from strategies.failures import Clients
-from strategies.updates import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory
+
+from .failures import Clients
+from .updates import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory
 
 
 class LocalClassification(Classification):

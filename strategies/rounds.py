@@ -13,10 +13,11 @@ from fedmom.errors import ClientsFailedError
 from fedmom.objective import Task
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
-from strategies.averaging import PRSGDM, SPREADS, Answer
-from strategies.failures import Clients
-from strategies.stock import CohortGrid
-from strategies.updates import Update, accept, pack, shares_memory, unpack
+
+from .averaging import PRSGDM, SPREADS, Answer
+from .failures import Clients
+from .stock import CohortGrid
+from .updates import Update, accept, pack, shares_memory, unpack
 
 
 class AveragingRounds:

@@ -15,8 +15,10 @@ from rich.console import Console
 
 from fedmom.config import Config, replace
 from fedmom.errors import InputError, RunStoppedError
+from fedmom.files import at_home
 from fedmom.node import settled
 from fedmom.objective import Task
+from fedmom.output import steady_output
 from fedmom.parsing import counted
 from fedmom.progress import callbacks
 from fedmom.records import ENDED, write_text
@@ -25,18 +27,20 @@ from fedmom.rounds import Rounds
 from fedmom.runner import Callback, is_heard, run
 from fedmom.state import num_bytes
 from fedmom.train import Plan
-from strategies.averaging import PRSGDM
-from strategies.failures import Clients
-from strategies.gossip import DSGDM, RelayRounds
-from strategies.holders import ask
-from strategies.local import LocalClassification, local_task
-from strategies.rounds import AveragingRounds, StockRounds
-from strategies.stock import make_stock
+
+from .averaging import PRSGDM
+from .failures import Clients
+from .gossip import DSGDM, RelayRounds
+from .holders import ask
+from .local import LocalClassification, local_task
+from .rounds import AveragingRounds, StockRounds
+from .stock import make_stock
 
 app = ServerApp()
 
 
 @app.main()
+@steady_output()
 def main(grid: Grid, context: Context) -> None:
     """Run as the run config says: records and checkpoints in `run.out`, or on with `run.resume`.
 
@@ -55,7 +59,7 @@ def main(grid: Grid, context: Context) -> None:
         # In full: this is the SuperLink's directory, which need not be the one of whoever reads the stream.
         out = out or ("" if where.resume else str(Path("runs").resolve() / f"flower-{datetime.now():%Y%m%d-%H%M%S}"))
         followers = callbacks(Console(highlight=False, width=160), quiet=False)
-        (Path(where.resume or out) / ENDED).unlink(missing_ok=True)
+        (at_home(where.resume or out) / ENDED).unlink(missing_ok=True)
     known, task = None, None
     if config.data.dataset == "local":
         known = _clients(config)

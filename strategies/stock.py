@@ -5,7 +5,7 @@ says what each then averages.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -19,19 +19,12 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.config import Config, ServerConfig
 from fedmom.errors import InputError
 from fedmom.state import ClientState
-from strategies.holders import Holder
+from fedmom.stock_rules import STRATEGIES
 
-
-class Stock(NamedTuple):
-    """One of Flower's strategies and what it can take."""
-
-    make: Callable[[ServerConfig, int, dict[str, Any]], Strategy]  # (keys, clients per round, options of FedAvg)
-    means_of_means: bool  # whether a block's mean may stand for its clients
-    moves_buffers: bool  # whether the server's step could drive a running_var negative
+from .holders import Holder
 
 
 def _dp(keys: ServerConfig, cohort: int, options: dict[str, Any]) -> Strategy:
@@ -44,26 +37,23 @@ def _fedavgm(keys: ServerConfig, cohort: int, options: dict[str, Any]) -> Strate
     return FedAvgM(**options, server_learning_rate=keys.lr or 1.0, server_momentum=keys.momentum)
 
 
-STOCK: dict[str, Stock] = {
-    "fedavg": Stock(lambda keys, cohort, options: FedAvg(**options), True, False),
-    "fedavgm": Stock(_fedavgm, True, True),
-    "fedadam": Stock(lambda keys, cohort, options: FedAdam(**options, eta=keys.lr or 0.1), True, True),
-    "fedtrimmedavg": Stock(lambda keys, cohort, options: FedTrimmedAvg(**options, beta=keys.trim), False, False),
-    "krum": Stock(lambda keys, cohort, options: Krum(**options, num_malicious_nodes=keys.num_malicious), False, False),
-    "dp-fedavg": Stock(_dp, False, True),
+Make = Callable[[ServerConfig, int, dict[str, Any]], Strategy]  # (keys, clients per round, options of FedAvg)
+STOCK: dict[str, Make] = {  # of fedmom.stock_rules.STRATEGIES all but ours
+    "fedavg": lambda keys, cohort, options: FedAvg(**options),
+    "fedavgm": _fedavgm,
+    "fedadam": lambda keys, cohort, options: FedAdam(**options, eta=keys.lr or 0.1),
+    "fedtrimmedavg": lambda keys, cohort, options: FedTrimmedAvg(**options, beta=keys.trim),
+    "krum": lambda keys, cohort, options: Krum(**options, num_malicious_nodes=keys.num_malicious),
+    "dp-fedavg": _dp,
 }
 
 
 def make_stock(config: Config, start: ClientState, holders: Iterable[Holder]) -> Strategy:
     """The strategy that `server.strategy` names; InputError where it would be wrong on this model or these nodes."""
-    keys, algorithm, name = config.server, config.algorithm, config.server.strategy
-    stock, named = STOCK[name], f"server.strategy = {name!r}"
-    if MOMENTUM_POLICIES[algorithm.momentum_policy].keeps_rows:
-        raise InputError(f"{named}: algorithm.momentum-policy = {algorithm.momentum_policy!r} needs pr-sgd-m")
-    if algorithm.slow_momentum or algorithm.slow_lr != 1:
-        raise InputError(f"{named}: algorithm.slow-momentum and slow-lr need pr-sgd-m")
+    algorithm, name = config.algorithm, config.server.strategy
+    rule, named = STRATEGIES[name], f"server.strategy = {name!r}"
     blocks = [holder for holder in holders if len(holder.clients) > 1]
-    if blocks and not stock.means_of_means:
+    if blocks and not rule.means_of_means:
         raise InputError(
             f"{named}: node {blocks[0].node_id} holds {len(blocks[0].clients)} clients and answers with their mean; "
             "give every client its own node (simulation.clients-per-node = 1, or as many nodes as clients)"
@@ -72,20 +62,14 @@ def make_stock(config: Config, start: ClientState, holders: Iterable[Holder]) ->
         raise InputError(
             f"{named}: takes whole nodes, so algorithm.cohort-size = {algorithm.cohort_size} needs one client per node"
         )
-    fewest = 2 * keys.num_malicious + 3
-    if name == "krum" and algorithm.cohort_size < fewest:
-        raise InputError(
-            f"server.num-malicious = {keys.num_malicious}: Krum needs at least {fewest} clients in a round (2m + 3: "
-            f"Blanchard et al., 2017), algorithm.cohort-size = {algorithm.cohort_size}"
-        )
-    if stock.moves_buffers and start.buffers:
+    if rule.moves_buffers and start.buffers:
         raise InputError(
             f"{named}: its step could make a running variance negative, and model.name = {config.model.name!r} has "
             "buffers; take a model without (cnn, mlp, logistic, or model.norm = 'group')"
         )
     # It sees the nodes of the round's cohort alone, so it takes all it sees.
     options = {"fraction_evaluate": 0.0, "min_train_nodes": 1, "min_available_nodes": 1}
-    return stock.make(keys, algorithm.cohort_size, options)
+    return STOCK[name](config.server, algorithm.cohort_size, options)
 
 
 class CohortGrid(Grid):

@@ -38,8 +38,9 @@ def quadratic(name, num_rounds, rate=0.5):
 
 
 def make_run(folder, sets, records):
-    """A run folder as a run leaves it, with these records."""
+    """A run folder as an older version's run leaves it, with these records; finished unless `sets` says a length."""
     folder.mkdir(parents=True)
+    sets = {**({"run.num-rounds": len(records)} if records else {}), **sets}
     config = resolve(load({"data.dataset": "digits"}, sets)).config
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     (folder / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -24,9 +24,9 @@ class WatchedEngine(Engine):
         super().__init__(*args, **kwargs)
         self.seen: list = []
 
-    def _one_step(self, state, batch, start, lr):
+    def _one_step(self, state, batch, start, lr, key):
         self.seen.append(state)
-        return super()._one_step(state, batch, start, lr)
+        return super()._one_step(state, batch, start, lr, key)
 
 
 def engine_runner(path: str, chunk_size: int = 64) -> Runner:

@@ -130,3 +130,26 @@ def test_the_two_sides_of_flower_never_meet(side, other):
         packages = set(imported(path))
         assert not {other, "tests", "benchmarks", "ray", "torchvision", "matplotlib"} & packages, path
     assert any("fedmom" in imported(path) and "flwr" in imported(path) for path in files)
+
+
+OWN = """
+import sys
+sys.path.insert(0, "")
+import clients.mine, strategies  # the user's, before ours and after
+from fedmom.ray_grid import load_components
+from fedmom.ray_messages import load_component
+components = load_components({root!r})
+for kind in ("ServerApp", "ClientApp"):
+    load_component(kind, getattr(components, f"{{kind[:6].lower()}}_app"), __import__("pathlib").Path({root!r}))
+import strategies.later
+assert (clients.mine.whose, strategies.later.whose) == ("mine", "mine")
+"""
+
+
+def test_a_project_may_have_packages_called_clients_and_strategies(tmp_path):
+    for name in ("clients/__init__", "clients/mine", "strategies/__init__", "strategies/later"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("whose = 'mine'\n")
+    code = OWN.format(root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

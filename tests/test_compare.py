@@ -2,13 +2,14 @@
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fedmom import cli, compare_pictures, pictures
+from fedmom import cli, compare_pictures, pictures, results_cli
 from fedmom.collect import collect
 from fedmom.compare import default_out, draw_figures
 from fedmom.compare_pictures import curve, styles
@@ -23,8 +24,10 @@ from fedmom.comparison import (
     usual_targets,
 )
 from fedmom.errors import InputError
-from fedmom.groups import check_fit, group_runs
-from fedmom.sheets import Stat, latex, sheet_csv, sheet_latex, sheet_markdown, sheet_text, stat, written
+from fedmom.groups import check_fit, group_runs, of_groups
+from fedmom.page import content
+from fedmom.sheets import FORMATS, Stat, latex, sheet_csv, sheet_latex, sheet_markdown, sheet_text, stat, written
+from fedmom.tables import MEASURES, RunHistory
 from histories import make_run, records
 
 ROOT = Path(__file__).parents[1]
@@ -119,8 +122,8 @@ def test_a_target_is_the_first_evaluation_that_reached_it(tmp_path):
     target = parse_target("loss=0.11", runs)
     rows = {row[0]: row for row in target_sheet(group_runs(runs), target).rows}
     fast, slow = rows["γ = 0.05"], rows["γ = 0.5"]
-    assert fast[1:3] == ["1 of 1", Stat(12, None, 1, 1)]  # 1/r <= 0.11 from round 10 on, evaluated at 12
-    assert slow[1:] == ["0 of 1", *[None] * 5]
+    assert fast[1:4] == ["1", "1 of 1", Stat(12, None, 1, 1)]  # 1/r <= 0.11 from round 10 on, evaluated at 12
+    assert slow[1:] == ["1", "0 of 1", *[None] * 5]
     assert parse_target("accuracy=90%", runs) == parse_target("test_accuracy=0.9", runs)
 
 
@@ -188,13 +191,11 @@ def test_a_curve_is_the_mean_over_seeds_with_its_deviation(sweep):
     np.testing.assert_allclose(drawn.sd, np.std([0.01, -0.01], ddof=1))
 
 
-def test_a_seed_that_ended_early_cuts_the_curve(tmp_path):
+def test_a_seed_that_ended_early_and_is_counted_cuts_the_curve(tmp_path):
     make_run(tmp_path / "a", {"run.num-rounds": 9}, records(9))
     make_run(tmp_path / "b", {"run.num-rounds": 9, "run.seed": 1}, records(4))
-    runs, notes = collect([tmp_path])
-    (group,) = group_runs(runs)
+    (group,) = group_runs(collect([tmp_path])[0], unfinished=True)
     assert curve(group, "round", "test_loss").x.tolist() == [1, 2, 3, 4]
-    assert notes == ["b: has 4 of 9 rounds"]
 
 
 def test_curves_can_be_told_apart_in_grey(tmp_path):
@@ -283,12 +284,115 @@ def test_a_half_written_line_is_left_out_and_a_broken_one_named(sweep, capsys):
     assert "rounds.jsonl:1: is not a round's record" in err[0]
 
 
-def test_a_run_of_a_sweep_that_has_not_begun_is_left_out_with_a_note(sweep):
-    (sweep / "I=1,seed=0" / "rounds.jsonl").unlink()
-    runs, notes = collect([sweep])
-    assert len(runs) == 3
-    assert len(notes) == 1
-    assert "I=1,seed=0" in notes[0]
+# --- runs that are not finished, or once more what another one is ----------------------------------------------
+
+
+def ended(folder, status, round_number):
+    """The folder, as this version leaves it."""
+    about = {"status": status, "reason": "so", "round": round_number, "pid": 0, "host": "h", "seen": "2026-01-01"}
+    (folder / "status.json").write_text(json.dumps(about))
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Two groups. I = 1: seeds 0 and 1 done. I = 8: 0 and 1 done, five that are not, by every way not to be."""
+    folder, cells = tmp_path / "mixed", {}
+    for I in (1, 8):  # noqa: E741
+        lines = {"done": 9, "done too": 9}
+        lines |= {"interrupted": 4, "diverged": 3, "older": 2, "empty": 0, "refused": None} if I == 8 else {}
+        for seed, (name, rounds) in enumerate(lines.items()):
+            sets = {"algorithm.num-local-steps": I, "run.seed": seed, "run.num-rounds": 9}
+            cells[f"{I} {name}"] = {"status": name, "message": "", "sets": sets}
+            if rounds is None:
+                continue
+            lines_of = records(rounds, speed=I, shift=0.01 * (-1) ** seed if seed < 2 else 0.5, I=I)
+            run = make_run(folder / f"{I} {name}", sets, lines_of)
+            if name in ("done", "done too", "interrupted", "diverged"):
+                ended(run, name.split()[0], rounds)
+    (folder / "sweep.json").write_text(json.dumps(cells))
+    return folder
+
+
+def without(folder, kept):
+    """Only the runs that are done, elsewhere."""
+    other = folder.with_name("finished")
+    other.mkdir()
+    for run in folder.glob("*done*"):
+        run.rename(other / run.name)
+    return other
+
+
+LEFT = ("interrupted, 4", "diverged, 3", "older (2", "refused, 0", "empty (0")
+
+
+def test_numbers_are_of_finished_runs_alone_and_every_format_says_so(mixed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(pictures, "draw_curves", lambda runs, path, notes: path.parent.mkdir())
+    monkeypatch.setattr(content, "partitions", lambda groups: [])
+    groups = groups_of(mixed)
+    assert [group.seeds for group in groups] == ["2", "2 of 7"]
+    counted = [run for group in groups for run in group.runs]
+    sheets = all_sheets(groups, usual_targets(counted))
+    texts = [write(sheet) for sheet in sheets for write in FORMATS.values()]
+    status, out, err = call(capsys, mixed, "--out", tmp_path / "out")
+    assert (status, len(err)) == (0, 1)
+    assert cli.call(["report", str(mixed), "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    markdown = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    for text in (out, *err, page, markdown, capsys.readouterr().out, *texts):
+        assert [name for name in LEFT if f"{name} of 9 rounds" not in text] == []
+    assert all("2 of 7" in text for text in (out, page, *texts))
+
+    alone = groups_of(without(mixed, "done"))
+    kept = [run for group in alone for run in group.runs]
+    for sheet, other in zip(sheets, all_sheets(alone, usual_targets(kept)), strict=True):
+        assert [row[2:] for row in sheet.rows] == [row[2:] for row in other.rows]
+
+
+def test_figures_say_what_they_leave_out(mixed, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(compare_pictures, "_save_all", lambda figure, stem: figures.append(figure) or [])
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    groups = groups_of(mixed)
+    compare_pictures._draw_grid(groups, MEASURES[:1], ["round"], tmp_path / "x")
+    runs = [run.history for group in groups for run in group.runs]
+    short = [RunHistory(run.name, [{"round": 1, "test_loss": 1.0}]) for run in runs]
+    pictures.draw_curves(short, tmp_path, of_groups(groups))
+    for figure in figures:
+        legend = figure.legends[0]
+        said = " ".join([legend.get_title().get_text(), *(text.get_text() for text in legend.get_texts())])
+        assert "left out" in said
+    assert "5 of 9 runs left out" in figures[0].legends[0].get_title().get_text()
+    assert "I = 8 (2 of 7 seeds)" in [text.get_text() for text in figures[0].legends[0].get_texts()]
+
+
+def test_unfinished_runs_count_where_that_is_asked_for(mixed, capsys, monkeypatch):
+    one, eight = group_runs(collect([mixed])[0], unfinished=True)
+    assert (one.seeds, eight.seeds) == ("2", "5 of 7, 3 unfinished")
+    assert "counted though not finished: 8 interrupted" in eight.note
+    assert equal_sheet([one, eight], "round").rows[-1][2].mean == 2
+    monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
+    status, out, _ = call(capsys, mixed, "--unfinished")
+    assert status == 0
+    assert "5 of 7, 3 unfinished" in out
+
+
+def test_where_nothing_is_finished_that_is_said_and_a_run_alone_is_shown(mixed, capsys, monkeypatch):
+    monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
+    status, out, err = call(capsys, mixed / "8 interrupted", mixed / "8 diverged")
+    assert (status, out, len(err)) == (2, "", 1)
+    assert "8 interrupted (interrupted, 4 of 9 rounds), 8 diverged (diverged, 3 of 9 rounds); --unfinished" in err[0]
+    status, out, _ = call(capsys, mixed / "8 interrupted")
+    assert status == 0
+    assert "1, 1 unfinished" in out
+
+
+def test_one_seed_is_one_seed_however_often_it_was_run(tmp_path):
+    for name, seed, rounds in (("a", 0, 5), ("b", 0, 9), ("c", 1, 9)):
+        make_run(tmp_path / name, {"run.seed": seed, "run.num-rounds": 9}, records(rounds))
+    (group,) = groups_of(tmp_path)
+    assert ([run.name for run in group.runs], group.seeds) == (["b", "c"], "2")
+    assert group.note == "left out: a (the same run as b)"
 
 
 def test_runs_that_do_not_fit_together_say_what_differs(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedmom.algorithms import ALGORITHMS, theory_interval
 from fedmom.config import KEYS, LARGEST, SECTIONS, Config, Loaded, flat, load, parse_set, to_toml, toml_scalar
 from fedmom.errors import InputError
-from fedmom.resolve import Resolved, length_keys, resolve, run_identity
+from fedmom.resolve import Resolved, length_keys, resolve
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
@@ -206,7 +206,7 @@ def test_mappings_may_be_nested_or_flat_kebab_or_snake():
         (" algorithm.lr = 1e-3", "algorithm.lr", 0.001),
         ("run.seed=3", "run.seed", 3),
         ("algorithm.nesterov=true", "algorithm.nesterov", True),
-        ("algorithm.nesterov=True", "algorithm.nesterov", "True"),
+        ("algorithm.nesterov=True", "algorithm.nesterov", True),
         ("data.dataset=digits", "data.dataset", "digits"),
         ("data.dataset='digits'", "data.dataset", "digits"),
         ("data.start=0", "data.start", "0"),
@@ -219,11 +219,46 @@ def test_mappings_may_be_nested_or_flat_kebab_or_snake():
         ("algorithm.lr=[[[", "algorithm.lr", "[[["),
         ("run.seed=" + "1" * 5000, "run.seed", "1" * 5000),
         ("no.such=1", "no.such", 1),
+        ("no.such=.5", "no.such", 0.5),
+        ("algorithm.lr=0,05", "algorithm.lr", "0,05"),
+        ("model.name = mlp ", "model.name", "mlp"),
+        ("algorithm.lr-milestones=[.5, 0.75]", "algorithm.lr-milestones", ".5,0.75"),
+        ("data.curvatures=[[1,2],[3,4]]", "data.curvatures", "1,2;3,4"),
+        ("data.classes=['cat', dog]", "data.classes", "cat,dog"),
     ],
 )
 def test_set_forms(text, name, value):
     assert parse_set(text) == (name, value)
     assert type(parse_set(text)[1]) is type(value)
+
+
+@pytest.mark.parametrize("form", ["{}", "+{}", "{}.", ".{}", "{}e0", "{}E+0", "0.{}e1", "1_{}", " {} "])
+def test_a_number_is_read_as_it_is_typed(form):
+    """Python's own reading of it, for a key that takes any number and for one that takes whole numbers."""
+    text, value = form.format(25), float(form.format(25))
+    found = parse_set(f"data.noise-sigma={text}")[1]
+    assert (load({}, [f"data.noise-sigma={text}"]).config.data.noise_sigma, type(found) is str) == (value, False)
+    if value.is_integer():
+        assert load({}, [f"run.seed={text}"]).config.run.seed == int(value)
+    else:
+        refused("whole number", sets=[f"run.seed={text}"])
+
+
+def test_keys_that_hold_lists_take_lists_and_no_others_do():
+    """By their defaults and their doc; a list from TOML or Python is the string that the key holds."""
+    for name, known in KEYS.items():
+        assert bool(known.holds) == (" by ," in known.doc or any(mark in str(known.default) for mark in ",;")), name
+    config = load({"algorithm.lr-milestones": [0.5, 0.75], "data.curvatures": [[1, 2], (3, 4)]}).config
+    assert (config.algorithm.lr_milestones, config.data.curvatures) == ("0.5,0.75", "1,2;3,4")
+    refused("must be a string", source={"data.curvatures": [1, 3]})
+    refused("must be a string", source={"data.data-dir": ["a"]})
+    refused("closing ] is missing", sets=["data.start=[[1,2]"])
+
+
+def test_a_number_that_toml_does_not_read_is_named_with_the_one_it_does(tmp_path):
+    for text, right in ((".1", "0.1"), ("5.", "5.0"), ("-.5e3", "-500.0")):
+        (tmp_path / "a.toml").write_text(f"\ufeff[algorithm]\nbeta = 0.5\nlr = {text} # so\n", encoding="utf-8")
+        refused(f"is written {right}", source=tmp_path / "a.toml")
 
 
 def test_set_needs_an_equals_sign_and_the_last_one_counts():
@@ -447,21 +482,6 @@ def test_what_depends_on_the_length_of_the_run():
         ({"interval": "theory-iid"}, ["algorithm.interval"]),
     ]:
         assert length_keys(load({"algorithm": algorithm}).config) == names, algorithm
-
-
-def test_a_runs_identity_is_everything_but_its_length():
-    base = resolve(load({})).config
-    longer = resolve(load({"run.num-rounds": 999})).config
-    assert run_identity(base) == run_identity(longer)
-    others = {
-        "algorithm.lr": 0.051,
-        "run.seed": 1,
-        "algorithm.nesterov": True,
-        "engine.path": "loop",
-        "data.alpha": 0.31,
-    }
-    for name, value in others.items():
-        assert run_identity(base) != run_identity(resolve(load({name: value})).config)
 
 
 def test_flower_takes_every_config_as_a_run_config():

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import fedmom
+import fedmom.setup
 from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.quadratic import Quadratic
+from fedmom.randomness import random_bits
 from fedmom.rounds import Method
 from fedmom.schedules import LearningRate
 from fedmom.train import Plan, beginning, run_rounds
@@ -119,5 +121,52 @@ def test_a_wrong_one_is_one_line_before_the_first_round(text, why):
     with pytest.raises(InputError, match=why) as error:
         fedmom.run(sets, out="run")
     assert str(error.value).startswith("algorithm.correction = 'mine:correct': ")
+    assert "\n" not in str(error.value)
+    assert not Path("run").exists()
+
+
+NOISE = """
+from fedmom.randomness import normal_like
+def correct(grads, params, start, key):
+    return {name: g + 0.1 * normal_like(g, key, i) for i, (name, g) in enumerate(grads.items())}
+"""
+
+
+def test_addressed_noise_is_the_same_on_every_path_and_another_for_every_client_step_and_seed():
+    """Local differential privacy is such a correction: its noise must be there again when the run is resumed."""
+    sets = {"data.dataset": "digits", "model.name": "logistic", "data.num-clients": 3, "run.num-rounds": 2}
+    sets |= {"run.dtype": "float64", **write(NOISE)}
+    ends = [fedmom.run({**sets, "engine.path": path}).state_dict for path in ("loop", "vmap")]
+    for name, x in ends[0].items():
+        torch.testing.assert_close(x, ends[1][name], rtol=1e-11, atol=1e-12)
+    seen = set()
+    correct = fedmom.setup._correction("mine:correct", 0)
+    other = fedmom.setup._correction("mine:correct", 1)
+    zero = {"x": torch.zeros(2, dtype=F64)}
+    for function in (correct, other):
+        for client in range(2):
+            for step in range(2):
+                key = random_bits(torch.tensor(client), torch.tensor(step))
+                seen |= set(function(zero, zero, zero, key)["x"].tolist())
+    assert len(seen) == 16
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("return {n: g + torch.randn(g.shape) for n, g in grads.items()}", "draws random numbers of torch"),
+        ("return {n: g * np.random.rand() for n, g in grads.items()}", "draws random numbers of numpy"),
+        ("return {n: g * calls.append(0) or g * len(calls) for n, g in grads.items()}", "gives two answers"),
+        ("return {n: g.half() for n, g in grads.items()}", "must keep its shape .* dtype torch.float32"),
+        ("params['1.weight'].mul_(0.9); return grads", "writes into the parameters"),
+        ("[x.zero_() for x in start.values()]; return grads", "writes into the parameters"),
+    ],
+)
+def test_one_that_breaks_the_contract_is_refused_before_the_first_round(body, why):
+    body = body.replace("g * calls.append(0) or g * len(calls)", "(calls.append(0), g * len(calls))[1]")
+    text = f"import numpy as np, torch\ncalls = []\ndef correct(grads, params, start):\n    {body}\n"
+    sets = {"model.name": "logistic", "data.num-clients": 2, "run.num-rounds": 1, "engine.path": "loop", **write(text)}
+    with pytest.raises(InputError, match=rf"^algorithm\.correction.*{why}") as error:
+        fedmom.run(sets, out="run")
     assert "\n" not in str(error.value)
     assert not Path("run").exists()

@@ -425,8 +425,6 @@ def test_a_stock_strategy_sees_the_rounds_cohort():
         ({"server.strategy": "fedavgm", **RESNET}, 3, "'fedavgm': its step could make a running variance negative"),
         ({"server.strategy": "fedadam", **RESNET}, 3, "'fedadam': its step could"),
         ({"server.strategy": "dp-fedavg", **RESNET}, 3, "'dp-fedavg': its step could"),
-        ({"server.strategy": "fedavg", "algorithm.momentum-policy": "local"}, 5, "'local' needs pr-sgd-m"),
-        ({"server.strategy": "fedavg", "algorithm.slow-momentum": 0.5}, 5, "need pr-sgd-m"),
     ],
     ids=str,
 )

@@ -6,16 +6,18 @@ import torch
 
 import fedmom
 import laws
+from fedmom.algorithms import MOMENTUM_POLICIES, exchange_average, start_average
 from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.gossip import GossipRounds, mean_of
+from fedmom.graphs import TOPOLOGIES
 from fedmom.mixing import Block, mix_buffers
 from fedmom.quadratic import Quadratic, X
 from fedmom.records import read_rounds, read_tensors
 from fedmom.rounds import Method
 from fedmom.schedules import LearningRate
 from fedmom.state import ClientState
-from fedmom.topology import TOPOLOGIES, Mixing, Topology, make_topology
+from fedmom.topology import Mixing, Topology, make_topology
 from fedmom.train import Plan, beginning, evaluate_rows, round_job, run_rounds
 from laws import Trajectory, close, sample_problem
 from runs import engine_runner, image_task
@@ -64,6 +66,23 @@ def doubly_stochastic(num_clients: int, period: int) -> list[np.ndarray]:
     return [
         sum(share * one[rng.permutation(num_clients)] for share in rng.dirichlet(np.ones(3))) for _ in range(period)
     ]
+
+
+def test_a_policy_is_one_row_of_one_table(monkeypatch):
+    """Averaging with everybody, one step, is Algorithm 1 under every policy, and under one that nobody knew."""
+    halved = MOMENTUM_POLICIES["average"]._replace(
+        start=lambda mean, own: {n: u / 2 for n, u in start_average(mean, own).items()},
+        exchange=lambda rows: {n: u / 2 for n, u in exchange_average(rows).items()},
+    )
+    monkeypatch.setitem(MOMENTUM_POLICIES, "halved", halved)
+    p = sample_problem(3, False, interval=1, lrs=[0.1] * 5)
+    for name in [name for name, policy in MOMENTUM_POLICIES.items() if not policy.gossip_only]:
+        rows = gossip(quadratic(p), make_topology("complete", 3), lr=0.1, rounds=5, momentum_policy=name)
+        plan = Plan(Method(0.9, momentum_policy=name), LearningRate(0.1), 5, 3, 1, num_local_steps=1)
+        task = quadratic(p)
+        engine = Engine(task, plan.method, path="vmap", chunk_size=64)
+        *_, (done, _) = run_rounds(task, plan, engine, beginning(task, plan))
+        torch.testing.assert_close(rows[-1].params[X].mean(0), done.state.params[X], rtol=1e-12, atol=1e-12, msg=name)
 
 
 def step_by_step(p, matrices, *, rounds, lr, nesterov, policy) -> Trajectory:

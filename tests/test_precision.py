@@ -3,20 +3,28 @@
 import pytest
 import torch
 
+from fedmom.algorithms import momentum_step
 from fedmom.config import load
 from fedmom.convolutions import _described
 from fedmom.errors import InputError
+from fedmom.precision import allow_tf32, convolves_in_tf32
 from fedmom.resolve import resolve
+from fedmom.rounds import Method
 from fedmom.setup import set_up_torch
+from fedmom.stack import Stack
+from fedmom.state import ClientState
+from pretend_cuda import pretend
 from runs import F64, image_task, run_plan, simple_plan
 
 
 @pytest.fixture
 def torch_as_it_was():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_num_threads()
+    threads = torch.get_num_threads()
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[:2]
-    torch.set_num_threads(before[2])
+    torch.backends.fp32_precision = "none"
+    torch.backends.cudnn.fp32_precision = "none"
+    allow_tf32(False)
+    torch.set_num_threads(threads)
 
 
 def error(found, exact, start):
@@ -58,11 +66,52 @@ def test_bfloat16_does_not_travel(changes):
         resolve(load({"run.dtype": "bfloat16", **changes}))
 
 
-@pytest.mark.parametrize(("matmul", "allowed"), [("float32", False), ("tf32", True)])
-def test_tf32_is_a_key(torch_as_it_was, matmul, allowed):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
+def test_the_update_is_the_methods_in_every_dtype(monkeypatch, dtype):
+    """On a CPU torch 2.11's fused SGD writes garbage in 16 bits, from the sixteenth number on."""
+    fused = torch._fused_sgd_
+
+    def as_in_torch_2_11(xs, *rest, **options):
+        fused(xs, *rest, **options)
+        if dtype.itemsize < 4:
+            xs[0].flatten()[16:] = 7.0
+
+    monkeypatch.setattr(torch, "_fused_sgd_", as_in_torch_2_11)
+    task, bound = image_task("mlp", dtype=dtype), 4 * torch.finfo(dtype).eps  # a rounding for each operation
+    for beta, nesterov, weight_decay in [(0.9, True, 0.01), (0.9, False, 0.0), (0.0, False, 0.01)]:
+        x, u, g = (torch.linspace(-1, 1, 40).roll(place).to(dtype) for place in (0, 7, 20))
+        exact, grads = ClientState({"": x.double()}, {"": u.double()}, {}), g.double() + weight_decay * x.double()
+        want = momentum_step(exact, {"": grads}, lr=0.1, beta=beta, nesterov=nesterov)
+        Stack(task, Method(beta, nesterov, weight_decay))._update([x], [u], [g], 0.1)
+        torch.testing.assert_close(x.double(), want.params[""], rtol=bound, atol=bound)
+        torch.testing.assert_close(u.double(), want.momentum[""], rtol=bound, atol=bound)
+
+
+USERS = {
+    "nothing": "pass",
+    "the old way": "b.cuda.matmul.allow_tf32 = True; b.cudnn.allow_tf32 = False",
+    "one kind, the new way": "b.cudnn.conv.fp32_precision = 'ieee'",
+    "all kinds, the new way": "b.fp32_precision = 'tf32'",
+    "cuDNN, the new way": "b.cudnn.fp32_precision = 'tf32'; b.cuda.matmul.fp32_precision = 'ieee'",
+    "by words": "torch.set_float32_matmul_precision('medium')",
+}
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_tf32_is_a_key_whatever_the_user_set(torch_as_it_was, user):
     """torch's own default is TF32 in convolutions and not in products; here both are as the key says."""
-    set_up_torch(load({"engine.matmul": matmul}).config.engine)
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
+    b = torch.backends
+    with pretend():
+        x = torch.zeros(1, device="cuda")
+        for matmul, allowed in (("float32", False), ("tf32", True), ("float32", False)):
+            exec(USERS[user], {"torch": torch, "b": b})
+            convolves_in_tf32(x)  # may be asked before the first engine is made
+            set_up_torch(load({"engine.matmul": matmul}).config.engine)
+            assert (b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32, convolves_in_tf32(x)) == (allowed,) * 3
+            new = {part.fp32_precision for part in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn)}
+            assert new == {"tf32" if allowed else "ieee"}
+            assert not convolves_in_tf32(x.double())
+            torch.get_float32_matmul_precision()  # raises where both ways disagree
 
 
 def test_on_a_cpu_tf32_is_no_other_shape(torch_as_it_was):

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -300,19 +299,3 @@ def test_final_file_holds_model_and_momentum(tmp_path):
         assert torch.equal(tensors[f"params/{name}"], value)
     for name, value in result.momentum.items():
         assert torch.equal(tensors[f"momentum/{name}"], value)
-
-
-def test_another_matrix_in_the_same_file_is_another_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ring = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])
-    changes = {"algorithm": {"name": "d-sgd-m", "topology": "w.csv"}, "run": {"num_rounds": 2}}
-    changes = {**DIGITS, **changes, "data": {**DIGITS["data"], "num_clients": 3}}
-    np.savetxt("w.csv", ring, delimiter=",")
-    fedmom.run(changes, out="run", callbacks=[fedmom.Callback()])
-    np.savetxt("w.csv", np.full((3, 3), 1 / 3), delimiter=",")
-    with pytest.raises(
-        InputError, match=r"belongs to another run, or .* a file that it names or a client's own data were changed"
-    ):
-        fedmom.run(resume="run", sets={"run.num-rounds": 3}, callbacks=[fedmom.Callback()])
-    np.savetxt("w.csv", ring, delimiter=",")
-    assert fedmom.run(resume="run", sets={"run.num-rounds": 3}, callbacks=[fedmom.Callback()]).status == "done"

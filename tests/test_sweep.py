@@ -6,13 +6,30 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from fedmom import crew
+from fedmom.crew import Requests
 from fedmom.errors import InputError
 from fedmom.records import read_rounds
-from fedmom.sweep import MANIFEST, Ended, best_table, cells_of, check, drawn, full, listed, metric_of, parse_grid, sweep
+from fedmom.status import read_status
+from fedmom.sweep import (
+    MANIFEST,
+    Ended,
+    best_table,
+    cells_of,
+    check,
+    drawn,
+    full,
+    listed,
+    metric_of,
+    parse_grid,
+    seeds_of,
+    sweep,
+)
 
 ROOT = Path(__file__).parents[1]
 QUADRATIC = ROOT / "configs/quadratic.toml"
@@ -89,7 +106,7 @@ def test_a_model_that_breaks_is_a_failed_run_and_the_others_go_on(tmp_path, monk
     (tmp_path / "two.toml").write_text("[data]\nnum-clients = 2\n[run]\nnum-rounds = 1\n")
     cells = cells_of(full(parse_grid(["model.name=breaks:model,logistic"])), [0])
     ended = list(sweep(Path("two.toml"), cells, tmp_path / "out"))
-    assert [one.status for one in ended] == ["failed", "done"]
+    assert [one.status for one in ended] == ["refused", "done"]  # as `fedmom run` would: exit status 2
     assert "no weights" in ended[0].message
     assert "no weights" in json.loads((tmp_path / "out" / MANIFEST).read_text())[ended[0].cell.name]["message"]
 
@@ -152,6 +169,21 @@ def test_the_table_ranks_by_the_metric(tmp_path):
         metric_of(done, "distanse")
 
 
+def test_a_run_without_the_number_stands_last_and_is_not_counted(tmp_path):
+    """Diverged, without such a measure, or not a number at its end."""
+    cells = cells_of([{"algorithm.lr": lr} for lr in (0.1, 0.2)], [0, 1, 2])
+    for cell, values in zip(cells, ([5.0], [7.0], [9.0], [1.0], [None], [float("nan")]), strict=True):
+        (tmp_path / cell.name).mkdir()
+        lines = [json.dumps({"round": 1, **({} if value is None else {"loss": value})}) for value in values]
+        (tmp_path / cell.name / "rounds.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    ended = [Ended(cell, "done", "", 1.0) for cell in cells]
+    _, rows = best_table([*ended[:2], ended[2]._replace(status="diverged"), *ended[3:]], tmp_path, "loss")
+    assert rows == [
+        ["lr=0.2", "1", "1 of 3", "seed 1: no loss; seed 2: no loss"],
+        ["lr=0.1", "6 ± 1.4", "2 of 3", "seed 2: diverged"],
+    ]
+
+
 def test_random_combinations_go_by_the_seed():
     grid = parse_grid(["algorithm.lr=0.1,0.2,0.3,0.4", "algorithm.beta=0.0,0.5,0.9"])
     chosen = drawn(grid, 5, 0)
@@ -174,57 +206,213 @@ def test_a_list_of_runs_comes_from_a_file(tmp_path):
         listed(tmp_path / "none.toml")
 
 
+def seeds_and_names(number, words, sets=()):
+    combinations = full(parse_grid(words))
+    cells = cells_of(combinations, seeds_of(number, QUADRATIC, sets, combinations))
+    return [(cell.sets["run.seed"], cell.name, cell.group) for cell in cells]
+
+
+def test_the_seeds_are_those_that_were_asked_for(tmp_path):
+    """By --seeds, a grid or --set, else the configuration's; where two of them say it, neither is dropped."""
+    rounds = "run.num-rounds=3"
+    assert seeds_and_names(2, [rounds]) == [(s, f"num-rounds=3,seed={s}", "num-rounds=3") for s in (0, 1)]
+    assert seeds_and_names(None, ["run.seed=5,7"]) == [(s, f"base,seed={s}", "base") for s in (5, 7)]
+    assert seeds_and_names(None, [rounds], ["run.seed=7"]) == [(7, "num-rounds=3,seed=7", "num-rounds=3")]
+    config = tmp_path / "nine.toml"
+    config.write_text(QUADRATIC.read_text().replace("[run]", "[run]\nseed = 9"))
+    assert list(seeds_of(None, config, [], [{}])) == [9]
+    for number, words, sets in (
+        (2, ["run.seed=1,2"], []),
+        (2, [rounds], ["run.seed=7"]),
+        (None, ["run.seed=1"], ["run.seed=7"]),
+    ):
+        with pytest.raises(InputError, match=r"run\.seed"):
+            seeds_and_names(number, words, sets)
+    ended = run(tmp_path / "out", ["run.seed=1,2"], seeds=[0], sets=["data.noise-sigma=1"])
+    assert len({(tmp_path / "out" / one.cell.name / "final.safetensors").read_bytes() for one in ended}) == 2
+
+
+def test_values_that_hold_commas_stand_in_brackets():
+    grid = ["algorithm.lr-milestones=[0.5, 0.75],[.3]", "data.start='1,2'", "data.curvatures=[1;3],[[2,1],[4,1]]"]
+    assert parse_grid(grid) == {
+        "algorithm.lr-milestones": ["0.5,0.75", ".3"],
+        "data.start": ["1,2"],
+        "data.curvatures": ["1;3", "2,1;4,1"],
+    }
+    assert parse_grid(["algorithm.lr-milestones=0.5", "algorithm.lr=.1, 5., 1e-3,+1"]) == {
+        "algorithm.lr-milestones": ["0.5"],
+        "algorithm.lr": [0.1, 5.0, 0.001, 1],
+    }
+    assert parse_grid(["algorithm.momentum-policy= average, reset ", 'data.data-dir="a,b",c']) == {
+        "algorithm.momentum-policy": ["average", "reset"],
+        "data.data-dir": ["a,b", "c"],
+    }
+
+
+def test_a_list_of_runs_may_begin_with_a_byte_order_mark_and_hold_lists(tmp_path):
+    path = tmp_path / "runs.toml"
+    path.write_text('\ufeff[[run]]\nalgorithm.lr-milestones = [0.5, 0.75]\n"run.seed" = 4\n', encoding="utf-8")
+    (cell,) = cells_of(listed(path), [0])
+    check(QUADRATIC, [cell], tmp_path / "out", [])
+    assert (cell.sets["run.seed"], cell.name) == (4, "lr-milestones=0.5,0.75,seed=4")
+
+
+def test_names_fit_any_file_system_and_are_the_runs_own(tmp_path):
+    long = {"data.data-dir": "ü" * 300}
+    cells = cells_of([long, {"data.data-dir": "ü" * 301}, {"data.data-dir": "a/b"}, {"data.data-dir": "a_b"}], [0, 1])
+    assert len({cell.name for cell in cells}) == 8
+    assert all(len(cell.name.encode()) < 255 and "/" not in cell.name for cell in cells)
+    assert cells[0].name == cells_of([long], [0])[0].name  # whatever stands beside it
+
+
+def test_random_combinations_of_a_grid_too_large_to_write_out():
+    grid = {f"key{i}": list(range(100)) for i in range(20)}
+    assert len({tuple(one.values()) for one in drawn(grid, 3, 0)}) == 3
+    with pytest.raises(InputError, match="--random N"):
+        full(grid)
+
+
 @pytest.mark.parametrize(
-    ("words", "why"),
+    ("words", "sets", "why"),
     [
-        (["algorithm.lr"], "SECTION.KEY=VALUE"),
-        (["algorithm.lr="], "SECTION.KEY=VALUE"),
-        (["algorithm.lrr=1"], "did you mean"),
-        (["algorithm.lr=0.1,0.1"], "given twice"),
-        (["algorithm.lr=0.1", "algorithm.lr=0.2"], "given twice"),
+        (["algorithm.lr"], [], "SECTION.KEY=VALUE"),
+        (["algorithm.lr="], [], "SECTION.KEY=VALUE"),
+        (["algorithm.lrr=1"], [], "did you mean"),
+        (["algorithm.lr=0.1,0.1"], [], "given twice"),
+        (["algorithm.lr=1,1.0"], [], "given twice"),
+        (["algorithm.lr=0.1", "algorithm.lr=0.2"], [], "given twice"),
+        (["algorithm.lr=0.1,,0.2"], [], "a value is missing"),
+        (["algorithm.lr=0.1,"], [], "a value is missing"),
+        (["algorithm.lr=[0.1,0.2]"], [], "without brackets"),
+        (["algorithm.lr-milestones=0.5,0.75"], [], r"lr-milestones=\[0.5\],\[0.75\] for 2"),
+        (["data.curvatures=1;3,2;6"], [], r"data.curvatures=\[1;3\],\[2;6\] for 2"),
+        (["algorithm.lr-milestones=[0.5,0.75"], [], "closing ] is missing"),
+        (["algorithm.lr=0,05,0,1"], [], r"given twice|algorithm\.lr"),
+        (["algorithm.lr=0.1,-1"], [], r"lr=-1.*seed=0: algorithm\.lr"),
+        (["run.out=a,b"], [], "folder of its own"),
+        (["run.resume=a"], [], "folder of its own"),
+        (["run.backend=engine,flower"], [], r"backend=flower,seed=0: run\.backend"),
+        (["engine.device=cpu,cuda"], [], r"device=cuda,seed=0: engine\.device"),
+        (["algorithm.lr=0.1,0.2"], ["algorithm.lr=0.3"], r"algorithm\.lr: is given by --set and"),
+        (["algorithm.lr=0.1"], ["run.resume=x"], r"run\.resume"),
+        (["algorithm.lr=0.3"], [], r"lr=0\.3,seed=0: --out .* is no run folder"),
     ],
 )
-def test_a_bad_grid_is_one_line(tmp_path, words, why):
-    with pytest.raises(InputError, match=why):
-        check(QUADRATIC, cells_of(full(parse_grid(words)), [0]), tmp_path, [])
+def test_what_is_wrong_is_one_line_before_anything_runs(tmp_path, words, sets, why):
+    (tmp_path / "lr=0.3,seed=0").mkdir()
+    (tmp_path / "lr=0.3,seed=0" / "mine").touch()
+    with pytest.raises(InputError, match=why) as error:
+        check(QUADRATIC, cells_of(full(parse_grid(words)), [0]), tmp_path, sets)
+    assert "\n" not in str(error.value)
 
 
-def test_a_wrong_value_is_found_before_anything_runs(tmp_path):
-    cells = cells_of(full(parse_grid(["algorithm.lr=0.1,-1"])), [0])
-    with pytest.raises(InputError, match=r"lr=-1.*seed=0: algorithm\.lr"):
-        check(QUADRATIC, cells, tmp_path, [])
+def test_the_same_run_twice_and_a_folder_that_is_none_of_a_sweep_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"lr=1,seed=0 and lr=1\.0,seed=0"):
+        cells_of([{"algorithm.lr": 1}, {"algorithm.lr": 1.0}], [0])
+    (alone,) = run(tmp_path, ["algorithm.lr=0.1"])
+    for folder, what in ((tmp_path / alone.cell.name, "a run folder"), (tmp_path / MANIFEST, "a file")):
+        with pytest.raises(InputError, match=what):
+            check(QUADRATIC, [alone.cell], folder, [])
 
 
 def test_an_interrupted_run_ends_the_sweep(tmp_path, monkeypatch):
-    from fedmom import sweep as module
-
     cells = cells_of(full(parse_grid(["algorithm.lr=0.1,0.2"])), [0])
-    monkeypatch.setattr(module, "_run_one", lambda work, cell: Ended(cell, "interrupted", "", 1.0))
+    monkeypatch.setattr(crew, "run_cell", lambda work, cell: Ended(cell, "interrupted", "", 1.0))
     assert [one.status for one in sweep(QUADRATIC, cells, tmp_path)] == ["interrupted"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_sweep_that_is_asked_to_end_leaves_checkpoints_and_no_process(tmp_path, workers):
-    """SIGTERM to the command alone, as a scheduler sends it."""
-    words = ["--grid", "algorithm.lr=0.1,0.2", "--set", "run.num-rounds=200000", "--set", "engine.path=loop"]
-    words += ["--workers", workers, "--out", str(tmp_path / "sweep")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedmom", "sweep", str(QUADRATIC), *words], stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 90
-    while len(list((tmp_path / "sweep").glob("*/rounds.jsonl"))) < int(workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on" in err or "interrupted" in err
-    begun = list((tmp_path / "sweep").glob("*/rounds.jsonl"))
-    assert len(begun) == int(workers)
-    for path in begun:
+def test_the_first_request_to_end_is_noted_and_a_later_one_raised(monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    with Requests() as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.asked
+        assert requests.line.poll()
+        os.kill(os.getpid(), signal.SIGINT)  # at once: the same request
+        monkeypatch.setattr(crew, "ONE_REQUEST_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def children(pid):
+    """Process ids of a process's children."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@contextmanager
+def long_sweep(out, *words):
+    """`fedmom sweep` of four endless runs in a session of its own, as a terminal has it."""
+    command = [sys.executable, "-m", "fedmom", "sweep", str(QUADRATIC), "--grid", "algorithm.lr=0.1,0.2,0.3,0.4"]
+    command += ["--set", "run.num-rounds=2000000", "--set", "engine.path=loop", "--out", str(out), *words]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(process, happened):
+    while not happened():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+def has_ended_well(process, out, begun):
+    """Status 130, how to go on in the last line, no traceback, no process left, and only `begun` runs, all saved."""
+    _, err = process.communicate()  # until the last of them has closed it
+    assert process.returncode == 130, err
+    assert err.rstrip().endswith(f"the same command goes on from {out}")
+    assert "Traceback" not in err
+    assert len(list(out.glob("*/config.toml"))) == begun
+    for path in out.glob("*/config.toml"):
         assert (path.parent / "checkpoint.safetensors").exists()
-        rounds = len(read_rounds(path.parent))
-        time.sleep(0.5)
-        assert len(read_rounds(path.parent)) == rounds  # nobody writes any more
+        assert read_status(path.parent).status == "interrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="process ids as Linux has them")
+@pytest.mark.parametrize(
+    ("words", "whole_group", "number"),
+    [
+        ([], False, signal.SIGTERM),  # as a scheduler sends it
+        (["--workers", "2"], True, signal.SIGINT),  # as a terminal does
+        (["--workers", "2"], True, signal.SIGTERM),  # as systemd does
+        (["--workers", "2", "--ray", "local"], True, signal.SIGINT),
+    ],
+)
+def test_a_sweep_that_is_asked_to_end_leaves_checkpoints_and_begins_nothing(tmp_path, words, whole_group, number):
+    if "--ray" in words:
+        pytest.importorskip("ray")
+    out, running = tmp_path / "sweep", 2 if words else 1
+    with long_sweep(out, *words) as process:
+        wait_for(process, lambda: len(list(out.glob("*/rounds.jsonl"))) == running)
+        os.killpg(process.pid, number) if whole_group else process.send_signal(number)
+        has_ended_well(process, out, running)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="process ids as Linux has them")
+def test_ctrl_c_while_the_processes_of_a_sweep_start(tmp_path):
+    with long_sweep(tmp_path / "sweep", "--workers", "2") as process:
+        # The one that keeps account of shared memory, and two that import torch now.
+        wait_for(process, lambda: len(children(process.pid)) == 3)
+        os.killpg(process.pid, signal.SIGINT)
+        has_ended_well(process, tmp_path / "sweep", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="process ids as Linux has them")
+def test_a_process_that_is_killed_costs_its_run_alone(tmp_path):
+    out = tmp_path / "sweep"
+    with long_sweep(out, "--workers", "2") as process:
+        wait_for(process, lambda: len(list(out.glob("*/rounds.jsonl"))) == 2)
+        killed = read_status(next(out.glob("*/rounds.jsonl")).parent).pid
+        os.kill(killed, signal.SIGKILL)
+        wait_for(process, lambda: len(list(out.glob("*/rounds.jsonl"))) == 3)
+    known = json.loads((out / MANIFEST).read_text())
+    assert sorted(one["status"] for one in known.values()) == ["failed", *["not begun"] * 3]
+    assert "SIGKILL" in next(one["message"] for one in known.values() if one["status"] == "failed")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedmom.errors import InputError
-from fedmom.topology import TOPOLOGIES, Options, from_edges, make_topology, torus_shape
+from fedmom.graphs import TOPOLOGIES, Options, torus_shape
+from fedmom.topology import Mixing, Topology, from_edges, make_topology
 
 SIZES = [1, 2, 3, 4, 9, 16]
 # (topology, N) that cannot be built; everything else must be.
@@ -65,14 +66,31 @@ def test_second_eigenvalues_that_are_known(name, sizes, value):
 
 
 def test_a_sweep_of_the_one_peer_graph_averages_exactly():
-    """Round t's hop is 2^t in turn, so that a period's product is 11ᵀ/N where N = 2^k."""
-    for num_clients in (1, 2, 4, 16):
+    """Round t's hop is 2^t in turn, so that a period's product is 11ᵀ/N where N = 2^k, and nowhere else."""
+    for num_clients in (1, 2, 3, 4, 6, 9, 16):
         topology = make_topology("one-peer-exponential", num_clients)
         product, here = np.eye(num_clients), np.arange(num_clients)
         for t in range(topology.period):
             product = product @ topology.at(t).dense()
             assert (topology.at(t + topology.period).dense()[here, (here + 2**t) % num_clients] >= 0.5).all()
-        np.testing.assert_allclose(product, 1 / num_clients, atol=1e-15)
+        exact = num_clients & (num_clients - 1) == 0
+        assert np.allclose(product, 1 / num_clients, rtol=0, atol=1e-15) == exact, num_clients
+
+
+def test_symmetry_and_parts_are_those_of_the_dense_matrix():
+    import networkx
+
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        n = int(rng.integers(1, 9))
+        dense = np.where(rng.random((n, n)) < 0.25, rng.random((n, n)), 0)
+        dense = dense + dense.T if trial % 2 else dense
+        i, j = rng.integers(n, size=2)
+        dense[i, j] += [0, 1e-9, 1e-6, 0.1][trial // 2 % 4]
+        matrix = Mixing.of(dense)
+        assert matrix.is_symmetric() == bool((np.abs(dense - dense.T) <= 1e-8).all())
+        parts = networkx.connected_components(networkx.from_numpy_array(dense + dense.T))
+        assert Topology("any", [matrix]).components == sorted(map(sorted, parts))
 
 
 def test_the_directed_ring_sends_to_the_next():

@@ -11,6 +11,7 @@ from rich.console import Console
 from fedmom import cli
 from fedmom.errors import InputError
 from fedmom.follow import Follower
+from fedmom.status import Heart
 from fedmom.watch import QUIET_SECONDS, Watched, curve, run_view, watch
 from histories import make_run, records
 
@@ -66,32 +67,58 @@ def test_a_run_without_rounds_and_what_is_no_run(tmp_path):
     (folder / "rounds.jsonl").unlink()
     watched = Watched(folder)
     assert not watched.look()
-    assert watched.state == "no round yet"
+    assert watched.state == "unfinished"
     assert "0/100" in shown(run_view(watched, 100))
     for wrong in (tmp_path / "none", tmp_path):
         with pytest.raises(InputError, match=wrong.name):
             Follower(wrong)
 
 
-def test_silence_is_said_and_the_end_is_seen(tmp_path):
+@pytest.mark.parametrize("heart", [True, False])  # False: of an older version, which wrote no status.json
+def test_silence_is_said_and_the_end_is_seen(tmp_path, heart):
     now = [0.0]
     folder = make_run(tmp_path / "run", {"run.num-rounds": 5}, records(2))
+    beats = Heart(folder, 2) if heart else None
     watched = Watched(folder, clock=lambda: now[0])
+    watched.look()
+    assert watched.state == ("running" if heart else "unfinished")
+    append(folder, json.dumps(records(5)[2]) + "\n")
     watched.look()
     assert watched.state == "running"
     now[0] = QUIET_SECONDS + 1
-    assert watched.state == f"silent for {QUIET_SECONDS + 1:.0f} s"
-    append(folder, "".join(json.dumps(line) + "\n" for line in records(5)[2:]))
+    assert watched.state == f"no round for {QUIET_SECONDS + 1:.0f} s"
+    append(folder, "".join(json.dumps(line) + "\n" for line in records(5)[3:]))
     watched.look()
     assert watched.state == "running"
     (folder / "final.safetensors").touch()
+    if beats:
+        beats.end("done")
+    watched.look()
     assert watched.state == "done"
+    assert watched.has_ended
+
+
+@pytest.mark.parametrize("status", ["interrupted", "diverged", "failed"])
+def test_what_ended_before_its_time_is_never_called_running(tmp_path, capsys, status):
+    folder = make_run(tmp_path / "sweep/run", {"run.num-rounds": 5}, records(2))
+    Heart(folder, 2).end(status, "for a reason")
+    assert cli.call(["watch", str(folder)]) == 0  # it ends by itself
+    text = capsys.readouterr().out
+    assert f"run: {status}" in text
+    assert "for a reason" in text
+    assert "running" not in text
+    assert "s left" not in text
+    assert cli.call(["watch", str(tmp_path / "sweep")]) == 0
+    text = capsys.readouterr().out
+    assert f"0 of 1 runs done, 1 {status}" in text
 
 
 def test_the_view_says_what_matters_at_any_width(tmp_path):
     folder = make_run(tmp_path / "run", {"run.num-rounds": 50}, records(40))
+    beats = Heart(folder, 40)
     watched = Watched(folder)
     watched.look()
+    beats.end("done")
     for width in (60, 100, 200):
         text = shown(run_view(watched, width), width)
         for word in ("40/50", "run: running", "accuracy", "best accuracy 98.75 %", "momentum average"):

@@ -1,7 +1,6 @@
 """`fedmom deploy …`: real clients in containers."""
 
 import shlex
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from fedmom.errors import InputError
 from fedmom.progress import Bar, Lines
 from fedmom.runner import Callback
 from fedmom.simulation import app_folder
-from fedmom.terminal import ConfigFile, Out, Quiet, Resume, Sets, exit_status, fresh_folder, show_run
+from fedmom.terminal import ConfigFile, Out, Quiet, Resume, Sets, exit_status, fresh_folder, heed_signals, show_run
 
 app = typer.Typer(
     name="deploy",
@@ -137,7 +136,7 @@ def run(
         RunFolder.check_new(target)
         to_send, settled = config_to_send(config, sets or (), name=name, resume=None)
         _check_clients(settled.data.num_clients, commands)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heed_signals()
     if not (not dry_run and operate.is_up(commands)):
         operate.up(commands, source, say, build_arguments=build_arg or (), wait=wait)
     remote = RemoteRuns(commands)

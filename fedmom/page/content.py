@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedmom.algorithms import ALGORITHMS
-from fedmom.collect import Run, environment_of
+from fedmom.collect import Run, environment_of, is_run
 from fedmom.compare_pictures import SPREADS, styles
 from fedmom.comparison import AXES, Target, all_sheets
 from fedmom.config import KEYS, load, toml_scalar
@@ -42,6 +42,8 @@ def summary(groups: Sequence[Group]) -> list[str]:
         if len(runs) > 1
         else "One run"
     )
+    left = sum(len(group.left) for group in groups)
+    count += f" ({left} more are left out)" if left else ""
     text = f"{count}; seeds {', '.join(map(str, seeds))}." if len(seeds) > 1 else f"{count}, seed {seeds[0]}."
     if varied:
         text += f" Between the groups differs: {', '.join(varied)}."
@@ -79,13 +81,14 @@ def curves(groups: Sequence[Group]) -> dict[str, Any]:
         ],
         "groups": [
             {
-                "label": group.label,
+                "label": f"{group.label} ({group.seeds} seeds)" if group.note else group.label,
                 "colour": COLOURS.index(look["color"]),
                 "dash": DASHES.index(look["linestyle"]),
                 "marker": MARKERS.index(look["marker"]),
                 **_lines(group, [m.key for m in measures], axes, most),
             }
             for group, look in zip(groups, looks, strict=True)
+            if group.runs
         ],
     }
 
@@ -138,6 +141,7 @@ def _table(sheet: Sheet) -> dict[str, Any]:
         "header": [c.title for c in sheet.columns],
         "rows": rows,
         "note": sheet.note,
+        "foot": sheet.foot,
     }
 
 
@@ -156,7 +160,8 @@ def partitions(groups: Sequence[Group]) -> list[dict[str, Any]]:
             title += f", α = {settings['data.alpha']:g}"
         title += f", seed {settings['run.seed']}"
         try:
-            dataset, split = load_task_data(load(group.runs[0].folder / CONFIG).config)
+            folder = next(run.folder for run in group.members if is_run(run.folder))
+            dataset, split = load_task_data(load(folder / CONFIG).config)
         except InputError as error:
             found[key] = {"title": title, "trouble": str(error)}
             continue
@@ -198,8 +203,8 @@ def settings(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def provenance(groups: Sequence[Group]) -> dict[str, Any]:
-    """Versions and machine (every value that occurs), and for each run how to repeat it."""
-    runs = [run for group in groups for run in group.runs]
+    """Versions and machine (every value that occurs), and for each run how to repeat it, left out or not."""
+    runs = [run for group in groups for run in group.members if is_run(run.folder)]
     seen: dict[str, list[str]] = {}
     commands = []
     for run in runs:
@@ -215,6 +220,7 @@ def provenance(groups: Sequence[Group]) -> dict[str, Any]:
             {
                 "run": run.name,
                 "started": str(about.get("started", "")),
+                "ended": run.status.text,
                 "command": shlex.join(map(str, words)) if isinstance(words, list) else "",
                 "again": f"fedmom run {shlex.quote(f'{run.name}.toml')}",
                 "config": (run.folder / CONFIG).read_text(encoding="utf-8"),

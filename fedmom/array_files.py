@@ -1,0 +1,56 @@
+"""Files that hold arrays, .npz and MNIST's idx: read whole, or one line that names the file."""
+
+import gzip
+import math
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fedmom.errors import InputError
+from fedmom.imports import one_line
+
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def read_npz_arrays(key: str, path: Path) -> dict[str, object]:
+    """Those of ARRAYS that an .npz file has, unchecked; InputError beginning with `key` where it cannot be read."""
+    if not path.is_file():
+        raise InputError(f"{key}: there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{key}: {path} is not an .npz file, or truncated")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in ARRAYS if name in archive}
+    except Exception as error:  # zipfile, zlib and numpy's header parser each have their own
+        raise InputError(f"{key}: cannot read {path}: {one_line(error)}") from error
+
+
+def idx_files(folder: Path) -> list[Path] | None:
+    """MNIST's four files in the order of ARRAYS, each plain or gzipped; None unless all are there."""
+    files = []
+    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        found = [path for end in ("-ubyte", "-ubyte.gz") if (path := folder / f"{stem}{end}").is_file()]
+        if not found:
+            return None
+        files.append(found[0])
+    return files
+
+
+def read_idx(key: str, path: Path) -> np.ndarray:
+    """The uint8 array of an idx file: bytes 0 0 8 ndim, ndim big-endian int32 sizes, then the values."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{key}: cannot read {path}: {one_line(error)}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or content[3] == 0:
+        raise InputError(f"{key}: {path} is not an idx file of bytes (it must start with 0 0 8)")
+    start = 4 + 4 * content[3]
+    shape = struct.unpack(f">{content[3]}I", content[4:start]) if len(content) >= start else ()
+    expected = start + math.prod(shape)
+    if not shape or len(content) != expected:
+        problem = "truncated" if len(content) < expected else "too long"
+        raise InputError(f"{key}: {path} is {problem}: {len(content)} bytes, expected {expected}")
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy()

@@ -1,0 +1,216 @@
+"""What people's arrays may be: one rule each for dtypes, for the layout of images, for features and for labels.
+
+Whatever comes in, from a file, a function or a client's folder, passes `checked_part`; what comes out is a uint8 image
+[n, C, H, W], a float feature [n, ...] or an int64 one, and a label [n] int64. docs/data.md has the table.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmom.errors import InputError
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint32, torch.uint64)
+# What would do instead of a dtype that is neither; by numpy's kind.
+_INSTEAD = {
+    "O": "all examples need one shape and one dtype (np.stack them)",
+    "U": "number the words: np.unique(words, return_inverse=True)[1]",
+    "S": "number the words: np.unique(words, return_inverse=True)[1]",
+    "T": "number the words: np.unique(words, return_inverse=True)[1]",
+    "M": "give numbers, such as days since the first: (t - t.min()) / np.timedelta64(1, 'D')",
+    "m": "give numbers, such as days: t / np.timedelta64(1, 'D')",
+    "c": "give real and imaginary part side by side: np.stack([x.real, x.imag], axis=1)",
+    "V": "give its fields side by side as one array of numbers",
+    "f": "give float64 or float32",
+}
+_MANY = 1000  # classes that no data set is too small for
+
+
+def checked_part(key: str, split: str, x: object, y: object, channels: int | None = None) -> tuple[Tensor, Tensor]:
+    """One split by itself, "train" or "test": examples and labels, as many of the one as of the other.
+
+    `channels`: how many the images have, where that is known. Raises InputError naming the array and what would do.
+    """
+    inputs = _inputs(f"{key}: x_{split}", _tensor(f"{key}: x_{split}", x), channels)
+    labels = _labels(f"{key}: y_{split}", _tensor(f"{key}: y_{split}", y))
+    if len(inputs) != len(labels):
+        raise InputError(f"{key}: x_{split} has {len(inputs)} examples, y_{split} has {len(labels)}")
+    return inputs, labels
+
+
+def checked_whole(
+    key: str, arrays: tuple[object, object, object, object], channels: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_train, y_train, x_test and y_test, each split right and both alike."""
+    x_train, y_train = checked_part(key, "train", arrays[0], arrays[1], channels)
+    x_test, y_test = checked_part(key, "test", arrays[2], arrays[3], channels)
+    for split, x in (("train", x_train), ("test", x_test)):
+        if len(x) == 0:
+            raise InputError(f"{key}: x_{split} is empty")
+    if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
+        raise InputError(f"{key}: examples of x_train are {kind_of(x_train)}, those of x_test are {kind_of(x_test)}")
+    return x_train, y_train, x_test, y_test
+
+
+def count_classes(key: str, highest: int, num_examples: int) -> int:
+    """One more than the highest label. InputError for labels that are ids: the model would have an output for each."""
+    if highest >= max(_MANY, num_examples):
+        raise InputError(
+            f"{key}: has a label {highest} among {num_examples} examples, and a model has an output for each of 0 to "
+            f"the highest: renumber them (np.unique(y, return_inverse=True)[1], over train and test together), or "
+            'return a fedmom.datasets.Dataset, which says num_classes, from a "module:function"'
+        )
+    return highest + 1
+
+
+def kind_of(x: Tensor) -> str:
+    """Dtype and shape of one example, as messages show them."""
+    return f"{dtype_name(x.dtype)} {list(x.shape[1:])}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Images
+
+
+def channel_axis(shape: Sequence[int], channels: int | None = None) -> int | None:
+    """0 where images of `shape` are [C, H, W], 2 where they are [H, W, C], None where it could be either.
+
+    `channels`, if known, decides. Else the axis with 1 or 3 entries; else the one that leaves square images; else the
+    one with fewer than both others have: at most half as many, or at most four. Two answers, or none, are no answer.
+    """
+    a, b, c = shape
+    if channels in (a, c):
+        return 0 if a == channels else 2
+    first, last = a in (1, 3), c in (1, 3)
+    if first == last:
+        first, last = b == c, a == b
+    if first == last:
+        first, last = (k < min(rest) and (k <= 4 or 2 * k <= min(rest)) for k, rest in ((a, (b, c)), (c, (a, b))))
+    return None if first == last else 0 if first else 2
+
+
+def _images(what: str, x: Tensor, channels: int | None) -> Tensor:
+    """uint8 [n, H, W], [n, C, H, W] or [n, H, W, C] -> [n, C, H, W]."""
+    shape = list(x.shape)
+    if x.ndim == 3:
+        return x[:, None]
+    if x.ndim != 4:
+        raise InputError(
+            f"{what} has shape {shape}: uint8 images are [n, H, W] or [n, C, H, W]; features and ids are another dtype "
+            "(astype(np.float32), astype(np.int64))"
+        )
+    axis = channel_axis(shape[1:], channels)
+    if axis is None:
+        raise InputError(
+            f"{what} has shape {shape}: its channels could be axis 1 or axis 3; return a fedmom.datasets.Dataset from "
+            'a "module:function": its mean has one number for each channel'
+        )
+    return x if axis == 0 else x.movedim(3, 1).contiguous()
+
+
+# Arrays, features, labels
+
+
+def _tensor(what: str, array: object) -> Tensor:
+    """Any array as a strided tensor on the CPU that may be written; whole numbers but uint8 as int64."""
+    if isinstance(array, Tensor):
+        if array.layout != torch.strided or array.is_nested or array.is_quantized or array.is_meta:
+            raise InputError(f"{what} is a tensor without plain values ({array.layout}): give it dense and in memory")
+        tensor = array.detach().cpu().contiguous()
+        if tensor.dtype not in (torch.uint8, torch.bool, *_FLOATS, *_INTEGERS):
+            advice = _INSTEAD["c" if tensor.is_complex() else "f"]
+            raise InputError(f"{what} has dtype {dtype_name(tensor.dtype)}: {advice}")
+    elif isinstance(array, np.ndarray):
+        if np.ma.is_masked(array):
+            count = int(np.ma.count_masked(array))
+            raise InputError(f"{what} has {count} masked values: fill them (x.filled(value)), or drop those examples")
+        if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+            raise InputError(f"{what} has dtype {array.dtype}, not numbers: {_INSTEAD[array.dtype.kind]}")
+        # torch reads neither another machine's byte order nor negative strides, and warns where it may not write.
+        plain = np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
+        tensor = torch.from_numpy(plain if plain.flags.writeable else plain.copy())
+    else:
+        hint = " (its to_numpy() may be one)" if hasattr(array, "to_numpy") else " (np.asarray may make it one)"
+        raise InputError(f"{what} is a {type(array).__name__}, not a numpy array or tensor{hint}")
+    if tensor.dtype not in _INTEGERS:
+        return tensor
+    whole = tensor.to(torch.int64)
+    if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
+        raise InputError(f"{what} has whole numbers of 2^63 and more: at most {2**63 - 1} fits")
+    return whole
+
+
+def _inputs(what: str, x: Tensor, channels: int | None) -> Tensor:
+    """uint8 images as [n, C, H, W]; float and int64 features as they are."""
+    shape = list(x.shape)
+    if 0 in shape[1:]:
+        raise InputError(f"{what} has shape {shape}: its examples are empty")
+    if x.dtype == torch.uint8:
+        return _images(what, x, channels)
+    if x.dtype == torch.bool:
+        raise InputError(f"{what} has dtype bool: give uint8 images, float features (astype(np.float32)) or int64 ids")
+    if x.ndim < 2:
+        raise InputError(f"{what} has shape {shape}: features are [n, d] or [n, ...]; x.reshape(-1, 1) for one each")
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        raise InputError(f"{what} has values that are NaN or infinite: fill them, or drop those examples")
+    return x
+
+
+def _labels(what: str, y: Tensor) -> Tensor:
+    shape = list(y.shape)
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise InputError(f"{what} has dtype {dtype_name(y.dtype)}: labels are integers 0, 1, 2, … (astype(np.int64))")
+    if y.ndim != 1:
+        advice = "y.reshape(-1)" if shape[1:] and set(shape[1:]) == {1} else "of one-hot rows y.argmax(1)"
+        raise InputError(f"{what} has shape {shape}: labels are [n], one number for each example; {advice}")
+    y = y.to(torch.int64)
+    if len(y) and int(y.min()) < 0:
+        raise InputError(f"{what} has a negative label, {int(y.min())}: labels are 0, 1, 2, …; drop or renumber it")
+    return y
+
+
+# What the run's dtype makes of them
+
+
+def check_cast(key: str, split: str, x: Tensor, dtype: torch.dtype) -> None:
+    """InputError where the run's `dtype` would turn finite features into infinite ones, or whole numbers into others.
+
+    Rounding of real numbers is what a dtype is for. A feature that is a whole number in every example is an id or a
+    count, and another one is another word. Integers are not cast.
+    """
+    if not x.is_floating_point() or torch.promote_types(x.dtype, dtype) == dtype or not len(x):
+        return
+    flat = x.reshape(len(x), -1)
+    changed, whole = (torch.full(flat.shape[1:], value) for value in (False, True))
+    for piece in flat.split(max(1, 2**20 // flat.shape[1])):
+        cast = piece.to(dtype)
+        if not bool(torch.isfinite(cast).all()):
+            value = float(piece[~torch.isfinite(cast)][0])
+            raise InputError(
+                f"{key}: x_{split} has {value:g}, which run.dtype = {dtype_name(dtype)!r} makes infinite: scale the "
+                "features, or run.dtype = 'float64'"
+            )
+        changed |= (cast.to(piece.dtype) != piece).any(0)
+        whole &= (piece == piece.round()).all(0)
+    if not bool((changed & whole).any()):
+        return
+    column = flat[:, int((changed & whole).int().argmax())]
+    lost = column[column.to(dtype).to(column.dtype) != column][:1]
+    before, after = lost.item(), lost.to(dtype).item()
+    raise InputError(
+        f"{key}: x_{split} has whole numbers that run.dtype = {dtype_name(dtype)!r} would change ({before:.0f} to "
+        f"{after:.0f}): give ids as integers (astype(np.int64)), which reach the model as they are; scale counts, or "
+        f"run.dtype = {_wider(column, dtype)!r}"
+    )
+
+
+def _wider(column: Tensor, dtype: torch.dtype) -> str:
+    """The narrowest run.dtype that holds these whole numbers."""
+    fits = bool((column.to(torch.float32).to(column.dtype) == column).all())
+    return "float32" if fits and dtype != torch.float32 else "float64"

@@ -1,0 +1,169 @@
+"""The commands that look at a configuration before anything runs, and those that list what one can name."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from fedmom import pictures, tables
+from fedmom.bench import as_rows
+from fedmom.bench import bench as measure
+from fedmom.config import KEYS, load, replace, toml_scalar
+from fedmom.datasets import DATASETS, download
+from fedmom.errors import InputError
+from fedmom.models import MODELS
+from fedmom.report import draw_or_say_why
+from fedmom.resolve import resolve
+from fedmom.setup import load_task_data, topology_of
+from fedmom.terminal import DONE, Sets
+from fedmom.topology import LARGEST_SPECTRUM
+from fedmom.topology_pictures import draw_topology
+
+
+def partition(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    sets: Sets = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture.")] = Path("partition.png"),
+) -> int:
+    """Show who would hold which data: a summary, and the class-by-client picture.
+
+    fedmom partition configs/quickstart.toml --set data.alpha=0.05 --out skewed.png
+    """
+    settled = resolve(load(config, sets or ())).config
+    data = settled.data
+    if data.dataset == "quadratic":
+        raise InputError("data.dataset = 'quadratic': has no examples to partition")
+    dataset, split = load_task_data(settled)
+    counts = split.class_counts(dataset.y_train.numpy(), dataset.num_classes)
+    sizes, present = split.sizes, (counts > 0).sum(1)
+    title = f"{data.dataset}, {data.partition}, N = {data.num_clients}"
+    title += f", α = {data.alpha:g}" if "dirichlet" in data.partition else ""
+    rows = [
+        ["clients", f"{split.num_clients:,}"],
+        ["examples", f"{sizes.sum():,}"],
+        ["examples per client: min, median, max", f"{sizes.min():,}, {np.median(sizes):,.0f}, {sizes.max():,}"],
+        ["classes per client: min, median, max", f"{present.min()}, {np.median(present):.0f}, {present.max()}"],
+        ["share of a client's largest class, mean", f"{(counts.max(1) / sizes).mean():.3f}"],
+    ]
+    print(tables.as_text([title, ""], rows))
+    draw_or_say_why(lambda: pictures.draw_partition(counts, out, title=title))
+    print(out)
+    return DONE
+
+
+def bench(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    sets: Sets = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long to run rounds.", min=0.1)] = 10.0,
+) -> int:
+    """Measure how fast a configuration runs on this machine, how near to its limits, and where the time goes.
+
+    fedmom bench configs/fashion-mnist.toml --set algorithm.num-local-steps=16
+    """
+    loaded = load(config, sets or ())
+    console = Console(stderr=True)
+    with console.status("…") as status:
+        found = measure(resolve(loaded).config, seconds=seconds, progress=lambda text: status.update(f"{text} …"))
+    for note in found.notes:
+        print(note)
+    print(tables.as_text([str(config), ""], as_rows(found)))
+    return DONE
+
+
+def topology(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    sets: Sets = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture.")] = Path("topology.png"),
+) -> int:
+    """Show who would exchange with whom: checks, spectral gap, mixing time, and a picture of graph and spectrum.
+
+    fedmom topology configs/decentralized/ring.toml --set algorithm.topology=exponential --out exponential.png
+    """
+    loaded = load(config, sets or ())
+    settled = resolve(loaded._replace(config=replace(loaded.config, "algorithm", name="d-sgd-m"))).config
+    graph = topology_of(settled)
+    assert graph is not None
+    degrees = np.mean([matrix.out_degrees() for matrix in graph.matrices], axis=0)
+    links = sum(matrix.num_links() for matrix in graph.matrices) / graph.period
+    small = graph.num_clients <= LARGEST_SPECTRUM
+    far = graph.rounds_to(0.01) if small else float("inf")
+    rows = [
+        ["clients", f"{graph.num_clients:,}"],
+        ["W", "symmetric" if graph.is_symmetric else "directed"],
+        ["rounds in a period", f"{graph.period}"],
+        ["sends to, per round: min, mean, max", f"{degrees.min():g}, {degrees.mean():.3g}, {degrees.max():g}"],
+        ["rows sent per round, all clients", f"{links:,.5g} × (x and u)"],
+        ["doubly stochastic", "yes"],
+        ["connected", "yes" if len(graph.components) == 1 else f"no, {len(graph.components)} parts"],
+        ["|λ₂| per round", f"{graph.second_eigenvalue:.6g}" if small else tables.MISSING],
+        ["spectral gap 1 − |λ₂|", f"{graph.spectral_gap:.6g}" if small else tables.MISSING],
+        ["rounds until 1 % of disagreement", f"{far:,.0f}" if small and np.isfinite(far) else tables.MISSING],
+    ]
+    print(tables.as_text([graph.name, ""], rows))
+    for warning in graph.warnings:
+        print(f"fedmom: {warning}", file=sys.stderr)
+    if small:
+        draw_or_say_why(lambda: draw_topology(graph, out))
+        print(out)
+    return DONE
+
+
+def datasets(
+    fetch: Annotated[str | None, typer.Option("--download", metavar="NAME", help="Fetch it by torchvision.")] = None,
+    data_dir: Annotated[str, typer.Option("--data-dir", metavar="DIR", help="Where to put it.")] = "data",
+) -> int:
+    """List the data sets that a config can name, or download one.
+
+    fedmom datasets --download cifar10 --data-dir data
+    """
+    if fetch is not None:
+        download(fetch, data_dir)
+        print(f"{fetch} is in {data_dir}")
+        return DONE
+    rows = [[name, entry.summary] for name, entry in DATASETS.items()]
+    rows.append(["quadratic", "f_i(x) = Σ h/2 (x − c)², exact gradients: data.curvatures, centers, start, noise-sigma"])
+    rows.append(["FILE.npz", "arrays x_train, y_train, x_test, y_test (uint8 images, float features, integer ids)"])
+    rows.append(["module:function", "your own: returns those four arrays"])
+    _print_list(rows)
+    return DONE
+
+
+def models() -> int:
+    """List the models that a config can name.
+
+    fedmom run configs/quickstart.toml --set model.name=resnet20
+    """
+    rows = [[name, entry.summary] for name, entry in MODELS.items()]
+    rows.append(["module:function", "your own: function(input_shape, num_classes) returns a torch.nn.Module"])
+    _print_list(rows)
+    return DONE
+
+
+def keys(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[WORD]...", help="Only keys with such a word.")] = None,
+) -> int:
+    """Explain the keys of a config: default, meaning, and the values a key can take.
+
+    fedmom keys momentum
+    """
+    rows = []
+    for name, key in KEYS.items():
+        names = ", ".join([*key.choices, key.also] if key.also else key.choices)
+        row = [name, toml_scalar(key.default), f"{key.doc}: {names}" if names else key.doc]
+        if not words or any(word.lower() in " ".join(row).lower() for word in words):
+            rows.append(row)
+    if not rows:
+        raise InputError(f"{' '.join(words or [])}: is in no key, default or meaning; `fedmom keys` lists them all")
+    _print_list(rows)
+    return DONE
+
+
+def _print_list(rows: Sequence[Sequence[str]]) -> None:
+    """Columns of words, so to the left; the last one is a sentence."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    for *words, sentence in rows:
+        print("  ".join([*(word.ljust(width) for word, width in zip(words, widths, strict=True)), sentence]))

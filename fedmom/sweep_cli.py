@@ -1,0 +1,107 @@
+"""The command that runs many: `fedmom sweep`."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from fedmom import supervise, tables
+from fedmom import sweep as sweeps
+from fedmom.config import load
+from fedmom.crew import Cell, Ended
+from fedmom.errors import InputError
+from fedmom.files import at_home
+from fedmom.terminal import DONE, STATUS, Sets, Tracks, exit_status, heed_signals
+from fedmom.trackers import make_trackers
+
+
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grid",
+            metavar="SECTION.KEY=V,V,…",
+            help="Values of a key (lists in brackets: [0.5,0.75],[0.3]); several make all combinations.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", help="Run every combination with run.seed 0 … n − 1 (default: CONFIG's seed).", min=1),
+    ] = None,
+    sets: Sets = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Holds the run folders (default: run.out, runs/NAME-sweep)."),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", help="Runs at a time, each in its process.", min=1)] = 1,
+    ray: Annotated[
+        str, typer.Option("--ray", metavar="local|HOST:PORT", help="Runs on Ray actors, --workers of them.")
+    ] = "",
+    some: Annotated[
+        int, typer.Option("--random", metavar="N", help="That many combinations at random instead of all.", min=0)
+    ] = 0,
+    file: Annotated[
+        Path | None, typer.Option("--list", metavar="FILE.toml", help="Combinations from tables [[run]] instead.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option("--metric", help="A key of rounds.jsonl to rank by (default: accuracy, else loss).")
+    ] = "",
+    track: Tracks = None,
+) -> int:
+    """Run a configuration with every combination of some keys and several seeds; rank the combinations.
+
+    fedmom sweep configs/quickstart.toml --grid algorithm.num-local-steps=1,4,16 --grid data.alpha=0.1,1 --seeds 3
+
+    Every run is an ordinary run folder in DIR. The same command again goes on where the last one stopped: what is done
+    is not run again.
+    """
+    if bool(grid) == bool(file):
+        raise InputError("give --grid SECTION.KEY=V,V,… (once or more) or --list FILE.toml")
+    if some and file:
+        raise InputError(f"--random {some}: goes with --grid; --list names every run")
+    values = sweeps.parse_grid(grid or ())
+    every = sweeps.listed(file) if file else sweeps.drawn(values, some, 0) if some else sweeps.full(values)
+    cells = sweeps.cells_of(every, sweeps.seeds_of(seeds, config, sets or (), every))
+    own = load(config, sets or ()).config.run.out
+    folder = out or (at_home(own) if own else Path("runs") / f"{config.stem}-sweep")
+    make_trackers(track or ())  # one that is not installed is said before anything runs
+    sweeps.check(config, cells, folder, sets or (), here=not ray)
+    if ray:
+        supervise.stand_by(folder, f"the same command goes on from {folder}")
+    heed_signals()
+    under_way = sweeps.sweep(config, cells, folder, sets=sets or (), workers=workers, ray=ray, track=track or ())
+    ended, metric = _followed(under_way, cells, folder, metric)
+    if len(ended) < len(cells) or any(one.status == "interrupted" for one in ended):
+        done = sum(one.status == "done" for one in ended)
+        how = f"the same command goes on from {folder}"
+        return exit_status("interrupted", f"interrupted, {done} of {len(cells)} runs are done; {how}")
+    if metric:
+        print(tables.as_text(*sweeps.best_table(ended, folder, metric)))
+    print(folder)
+    worst = [STATUS[one.status] for one in ended if one.status != "done"]
+    return max(worst, default=DONE)
+
+
+def _followed(under_way: Iterable[Ended], cells: Sequence[Cell], folder: Path, metric: str) -> tuple[list[Ended], str]:
+    """(those that ended, up to an interruption; the metric to rank by, "" where none is done), with a bar over all."""
+    console, ended = Console(stderr=True, highlight=False), list[Ended]()
+    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("runs", total=len(cells))
+        try:
+            for one in under_way:
+                ended.append(one)
+                bar.advance(task)
+                if one.seconds or one.status != "done":
+                    why = f": {one.message}" if one.message else f" in {one.seconds:.0f} s"
+                    text = f"{len(ended)}/{len(cells)} {one.cell.name}: {one.status}{why}"
+                    bar.console.print(text, soft_wrap=True, markup=False)
+                # A wrong name is found at the first run's end, not at the last one's.
+                if one.status == "done" and sum(other.status == "done" for other in ended) == 1:
+                    metric = sweeps.metric_of(folder / one.cell.name, metric)
+        except KeyboardInterrupt:
+            pass
+    return ended, metric if any(one.status == "done" for one in ended) else ""

@@ -1,0 +1,441 @@
+"""A CUDA device that is not there: tensors on the CPU that say they are on one, and are watched as they are used.
+
+Inside of `pretend()` whatever is sent to "cuda" answers as it would there, and the `Card` writes down, by the place in
+fedmom: what is launched, where the host waits, what is copied to the card, operators that mix devices, and memory that
+one stream uses before another is done with it. Graphs are emulated: a capture's operators are written down and a replay
+takes them again on the same memory. Memory that the capture did not make is held weakly, as CUDA holds it: if nobody
+else keeps it, the replay reads NaN and the card says what it was. What a capture may not do raises, as on a card.
+
+Kernels of Triton and the card's own rounding are not here.
+"""
+
+import contextlib
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
+COPIES = {"_to_copy", "copy_"}
+INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+FORM_ALONE = {"squeeze_", "unsqueeze_", "t_", "transpose_", "as_strided_", "detach_"}
+
+
+class Memory:
+    """What is known of one storage on the card."""
+
+    def __init__(self, stream: "Stream", graph: "Graph | None") -> None:
+        self.stream, self.graph = stream, graph
+        self.written = (stream, 0 if graph else stream.now)  # a capture does nothing yet
+        self.read: dict[Stream, int] = {}
+        self.known_to = {stream}  # streams that the allocator was told of
+
+
+class Stream:
+    """Work in order; of other streams it knows what it has waited for."""
+
+    device = CUDA
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.now, self.seen = 0, dict[Stream, int]()
+
+    def done(self) -> dict["Stream", int]:
+        return {**self.seen, self: self.now}
+
+    def learn(self, done: dict["Stream", int]) -> None:
+        for stream, number in done.items():
+            self.seen[stream] = max(number, self.seen.get(stream, 0))
+
+    def has_seen(self, stream: "Stream", number: int) -> bool:
+        return stream is self or self.seen.get(stream, 0) >= number
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.learn(other.done())
+
+    def record_event(self, *_: Any) -> dict["Stream", int]:
+        return self.done()
+
+    def wait_event(self, event: dict["Stream", int]) -> None:
+        self.learn(event)
+
+
+class Place(NamedTuple):
+    """A tensor of a recorded operator: a part of some memory."""
+
+    memory: Any  # the storage, or of memory that the capture did not make a weak reference to it
+    dtype: torch.dtype
+    layout: tuple[Any, ...]  # offset, size, stride
+    what: str
+
+
+class Graph:
+    """torch.cuda.CUDAGraph."""
+
+    card: "Card"
+
+    def __init__(self, **_: Any) -> None:
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.broken = False
+
+    def capture_begin(self) -> None:
+        self.card.graph = self
+
+    def capture_end(self) -> None:
+        self.card.graph = None
+        if self.broken:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def place(self, t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        memory, storage = memory_of(t), t.untyped_storage()
+        layout = (t.storage_offset(), tuple(t.size()), tuple(t.stride()))
+        own = memory is None or memory.graph is self
+        if own:
+            return Place(storage, t.dtype, layout, "")
+        return Place(weakref.ref(storage), t.dtype, layout, _described(t))
+
+    def replay(self) -> None:
+        assert self.card.graph is None, "a replay while a graph is captured"
+        self.card.replays += 1
+        with _disable_current_modes(), torch.no_grad():
+            for func, args, kwargs, places in self.calls:
+                again = func(*tree_map(self._there, args, is_leaf=_is_place), **tree_map(self._there, kwargs))
+                for place, new in zip(places, _tensors(again), strict=True):
+                    if place is not None:
+                        self._there(place).copy_(new)
+
+    def _there(self, place: Any) -> Any:
+        if not _is_place(place):
+            return place
+        storage = place.memory() if isinstance(place.memory, weakref.ref) else place.memory
+        if storage is None:
+            self.card.dead[place.what] += 1
+            return torch.full(place.layout[1], torch.nan if place.dtype.is_floating_point else 77, dtype=place.dtype)
+        if memory := getattr(storage, "on_card", None):
+            self.card.use(memory, lambda: place.what, writes=memory.graph is self)
+        return torch.empty(0, dtype=place.dtype).set_(storage, *place.layout)
+
+
+def _described(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} at {site()}"
+
+
+def _is_place(leaf: Any) -> bool:
+    return isinstance(leaf, Place)
+
+
+class Capture:
+    """torch.cuda.graph, which leaves its stream current where the capture failed."""
+
+    def __init__(self, graph: Graph, **_: Any) -> None:
+        self.graph, self.context = graph, torch.cuda.stream(Stream())
+
+    def __enter__(self) -> None:
+        self.graph.card.wait("synchronize")
+        self.context.__enter__()
+        self.graph.capture_begin()
+
+    def __exit__(self, *raised: Any) -> None:
+        self.graph.capture_end()
+        self.context.__exit__(*raised)
+
+
+class OnStream:
+    """torch.cuda.stream: what is left open stays."""
+
+    card: "Card"
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        self.before = self.card.current
+        self.card.set_stream(self.stream)
+
+    def __exit__(self, *_: Any) -> None:
+        self.card.set_stream(self.before)
+
+
+class Card:
+    """What the device saw; every Counter is by the place in the code."""
+
+    def __init__(self) -> None:
+        self.launches, self.waits, self.sent = Counter[str](), Counter[str](), Counter[str]()
+        self.mixed, self.races, self.dead = Counter[str](), Counter[str](), Counter[str]()
+        self.replays = 0
+        self.seconds, self.launch_seconds, self.first_seconds = 0.0, 1e-5, 0.0  # a clock that only launches move
+        self.current, self.graph = Stream(), None
+        self.makes: bool | None = None  # whether what a call in Python makes is on the card; None outside of any
+        self.streams = weakref.WeakSet([self.current])
+        self._shapes = set[Any]()
+
+    def troubles(self) -> dict[str, int]:
+        """What no program may do."""
+        return {**self.mixed, **self.races, **self.dead}
+
+    def set_stream(self, stream: Stream) -> None:
+        self.current = stream
+        self.streams.add(stream)
+
+    def forbid(self, what: str) -> None:
+        if self.graph is not None:
+            self.graph.broken = True
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what} at {site()})")
+
+    def wait(self, what: str) -> None:
+        """The host waits: whatever is launched afterwards comes after all that was."""
+        self.forbid(what)
+        self.waits[f"{what} {site()}"] += 1
+        for stream in list(self.streams):
+            for other in list(self.streams):
+                stream.learn(other.done())
+
+    def send(self, what: str) -> None:
+        self.forbid(what)
+        self.sent[f"{what} {site()}"] += 1
+
+    def make(self, t: Tensor) -> Tensor:
+        """t, whose memory is new, is on the card."""
+        if _is_dense(t) and not memory_of(t):
+            storage = bare(t).untyped_storage()
+            storage.on_card = Memory(self.current, self.graph)
+            weakref.finalize(storage, self._freed, storage.on_card)
+        return t
+
+    def _freed(self, memory: Memory) -> None:
+        for stream, number in memory.read.items():
+            if stream not in memory.known_to and not memory.stream.has_seen(stream, number):
+                self.races["memory is freed that another stream may still read, and record_stream was not called"] += 1
+
+    def use(self, memory: Memory, what: Callable[[], str], *, writes: bool) -> None:
+        now = self.current
+        if memory.written[0] not in self.streams:  # of another pretended card: something kept it
+            memory.written, memory.read = (now, 0), {}
+        others = [memory.written, *(memory.read.items() if writes else ())]
+        if any(not now.has_seen(*other) for other in others):
+            self.races[f"{what()} is {'written' if writes else 'read'} before another stream is done with it"] += 1
+        if writes:
+            memory.written, memory.read = (now, now.now), {}
+        else:
+            memory.read[now] = now.now
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """One operator."""
+        name, ins = func._schema.name.removeprefix("aten::"), _tensors((args, kwargs))
+        device = kwargs.get("device")
+        if ins and device is None:
+            wanted: bool | None = None  # where its operands are
+        elif device is not None and torch.device(device).type != "cpu":
+            wanted = torch.device(device).type == "cuda"
+            kwargs = {**kwargs, "device": CPU} if wanted else kwargs
+        else:
+            # What torch makes for itself goes where it is at work, and that looks like the CPU to it.
+            wanted = torch._C._current_graph_task_id() != -1 if self.makes is None else self.makes
+        here = [t for t in ins if memory_of(t)]
+        if here or wanted:
+            self._judge(func, name, args, kwargs, ins, here, wanted)
+        graph = self.graph
+        recorded = tree_map(graph.place, (args, kwargs)) if graph and here else (args, kwargs)
+        found = func(*args, **kwargs)
+        outs, known = _tensors(found), {t.untyped_storage()._cdata for t in ins}
+        new = [t.untyped_storage()._cdata not in known for t in outs]
+        on_card = wanted if wanted is not None else bool(here)
+        if name == "copy_":
+            on_card = bool(memory_of(args[0]))
+        launches = on_card and (any(new) or func._schema.is_mutable) and name not in FORM_ALONE
+        if launches:
+            self._launch(func, name, args, kwargs)
+        for t, is_new in zip(outs, new, strict=True):
+            if is_new and on_card:
+                self.make(t)
+        if graph and launches and "empty" not in name:
+            graph.calls.append(
+                (func, *recorded, [graph.place(t) if n else None for t, n in zip(outs, new, strict=True)])
+            )
+        return found
+
+    def _judge(
+        self, func: Any, name: str, args: Any, kwargs: Any, ins: list[Tensor], here: list[Tensor], wanted: bool | None
+    ) -> None:
+        """Waits, copies and mixed devices."""
+        away = [t for t in ins if t.dim() and not memory_of(t)]
+        if name in COPIES:
+            source, into = ins[-1], memory_of(ins[0]) if name == "copy_" else wanted
+            if into is not None and bool(memory_of(source)) != bool(into):
+                (self.send if into else self.wait)(f"{name} to the {'card' if into else 'host'}")
+            return
+        indices = _tensors(args[1]) if name in INDEXED else []
+        if away and here:
+            if all(any(t is i for i in indices) for t in away):
+                self.send("an index")
+            else:
+                self.mixed[f"{name} mixes devices at {site()}"] += 1
+        boolean = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
+        counted = name == "repeat_interleave" and func._overloadname == "Tensor" and kwargs.get("output_size") is None
+        if name in WAITS or boolean or counted:
+            self.wait(name)
+
+    def _launch(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
+        if "empty" not in name:
+            self.launches[name] += 1
+            self.current.now += 1
+            self.seconds += self.launch_seconds
+            shapes = (name, *(tuple(t.shape) for t in _tensors((args, kwargs))))
+            self.seconds += 0 if shapes in self._shapes else self.first_seconds
+            self._shapes.add(shapes)
+        if self.graph is not None:
+            return
+        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+        for argument in func._schema.arguments:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            for t in _tensors(given.get(argument.name)):
+                if memory := memory_of(t):
+                    self.use(memory, partial(_described, t), writes=writes)
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.card.call(func, args, kwargs or {})
+
+
+class _Functions(TorchFunctionMode):
+    """What is asked of tensors in Python: on which device they are, and to go to another."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, card = kwargs or {}, self.card
+        name, subject = getattr(func, "__name__", ""), args[0] if args else None
+        if name == "__get__" and isinstance(subject, Tensor):
+            asked, there = getattr(func.__self__, "__name__", ""), bool(memory_of(subject))
+            if there and asked in ("is_cuda", "is_cpu", "device"):
+                return {"is_cuda": True, "is_cpu": False, "device": CUDA}[asked]
+        if name in ("numpy", "__array__") and memory_of(subject):
+            raise TypeError(f"can't convert cuda:0 device type tensor to numpy ({site()})")
+        if name == "tolist" and memory_of(subject):
+            card.wait(name)
+        if name in ("to", "cpu", "cuda") and isinstance(subject, Tensor):
+            return self._moved(func, name, subject, args[1:], kwargs)
+        wanted = _is_cuda(kwargs.get("device"))
+        sends = wanted and name in ("tensor", "as_tensor")
+        if sends:
+            card.send(f"torch.{name}")
+        outer, card.makes = card.makes, not sends and (wanted or any(map(memory_of, _tensors((args, kwargs)))))
+        try:
+            found = func(*args, **({**kwargs, "device": CPU} if wanted else kwargs))
+        finally:
+            card.makes = outer
+        if wanted or (name == "__deepcopy__" and memory_of(subject)):
+            for t in _tensors(found):
+                card.make(t)
+        return found
+
+    def _moved(self, func: Any, name: str, t: Tensor, args: Any, kwargs: Any) -> Tensor:
+        device = {"cpu": CPU, "cuda": CUDA}.get(name, kwargs.get("device"))
+        rest = list(args) if name == "to" else []
+        if rest and isinstance(rest[0], torch.device | str):
+            device = rest.pop(0)
+        elif rest and isinstance(rest[0], Tensor):
+            device, rest = (CUDA if memory_of(rest[0]) else CPU), [rest[0].dtype]
+        there, wanted = bool(memory_of(t)), _is_cuda(device)
+        dtype = next((a for a in rest if isinstance(a, torch.dtype)), kwargs.get("dtype") or t.dtype)
+        if device is not None and torch.device(device).type == "meta":
+            return torch.Tensor.to(t, device, dtype)
+        if device is None or there == wanted:
+            return torch.Tensor.to(t, dtype, copy=kwargs.get("copy", False))
+        (self.card.send if wanted else self.card.wait)(f"to the {'card' if wanted else 'host'}")
+        with _disable_current_modes():
+            moved = torch.Tensor.to(t, dtype, copy=True)
+        return self.card.make(moved) if wanted else moved
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def bare(t: Tensor) -> Tensor:
+    """The tensor that torch.func's levels lie around."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
+def memory_of(t: Any) -> Memory | None:
+    """What is known of a tensor's memory; None where it is not on the card."""
+    return getattr(bare(t).untyped_storage(), "on_card", None) if _is_dense(t) else None
+
+
+def _is_dense(leaf: Any) -> bool:
+    """Sparse tensors have no storage of their own, and are not watched."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if _is_dense(leaf)]
+
+
+def site() -> str:
+    """Where in fedmom we are."""
+    frame, found = sys._getframe(1), []
+    while frame is not None and len(found) < 2:
+        path = frame.f_code.co_filename
+        if "/fedmom/" in path or "/strategies/" in path:
+            found.append(f"{path.rsplit('/', 1)[1]}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(found)
+
+
+@contextlib.contextmanager
+def pretend(free: int = 80 << 30, count: int = 1) -> Iterator[Card]:
+    """A card with so many free bytes; of so many, one is used."""
+    card = Card()
+    names: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: count,
+        "get_device_name": lambda *_: "pretended",
+        "mem_get_info": lambda *_: (free, free),
+        "max_memory_allocated": lambda *_: 0,
+        "empty_cache": lambda: None,
+        "synchronize": lambda *_: card.wait("synchronize"),
+        "current_stream": lambda *_: card.current,
+        "set_stream": card.set_stream,
+        "stream": type("OnStream", (OnStream,), {"card": card}),
+        "Stream": Stream,
+        "CUDAGraph": type("CUDAGraph", (Graph,), {"card": card}),
+        "graph": Capture,
+    }
+
+    def record_stream(t: Tensor, stream: Stream) -> None:
+        if memory := memory_of(t):
+            memory.known_to.add(stream)
+
+    with contextlib.ExitStack() as stack:
+        for name, value in names.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", record_stream))
+        stack.enter_context(_Operators(card))
+        stack.enter_context(_Functions(card))
+        yield card
+
+
+def clock(card: Card) -> Any:
+    """In the place of the module `time`: the card's own seconds."""
+    return SimpleNamespace(perf_counter=lambda: card.seconds)

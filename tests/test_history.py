@@ -1,0 +1,106 @@
+"""What a run leaves in its folder: damage is found, and long runs are not held in memory."""
+
+import json
+import tracemalloc
+
+import pytest
+import torch
+
+import fedmom
+from fedmom import history
+from fedmom.errors import InputError
+from fedmom.files import read_about, read_tensors, write_tensors
+from fedmom.history import History, cut_back, thinned
+from fedmom.records import CHECKPOINT, CLIENTS, ROUNDS, read_rounds
+
+QUADRATIC = {
+    "data.dataset": "quadratic",
+    "algorithm.momentum-policy": "local",
+    "run.num-rounds": 4,
+    "engine.path": "loop",
+    "engine.threads": 1,
+}
+QUIET = [fedmom.Callback()]
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT, CLIENTS])
+def test_one_flipped_bit_anywhere_is_refused_in_one_line(tmp_path, name):
+    fedmom.run({}, sets=QUADRATIC, out=tmp_path, callbacks=QUIET)
+    whole = (tmp_path / name).read_bytes()
+    for at in range(0, 8 * len(whole), 37):
+        broken = bytearray(whole)
+        broken[at // 8] ^= 1 << at % 8
+        (tmp_path / name).write_bytes(broken)
+        with pytest.raises(InputError) as error:
+            read_tensors(tmp_path / name)
+        assert "\n" not in str(error.value)
+        assert str(tmp_path / name) in str(error.value)
+    with pytest.raises(InputError):
+        fedmom.run(resume=tmp_path, sets={"run.num-rounds": 5}, callbacks=QUIET)
+    (tmp_path / name).write_bytes(whole)
+    assert fedmom.run(resume=tmp_path, sets={"run.num-rounds": 5}, callbacks=QUIET).status == "done"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+def test_a_checksum_is_of_every_kind_of_tensor(tmp_path, dtype):
+    tensors = {"a": torch.ones(2, 3).to(dtype).T, "none": torch.ones(0, 3).to(dtype), "one": torch.ones(()).to(dtype)}
+    write_tensors(tmp_path / CHECKPOINT, tensors, {"round": 1})
+    found, about = read_tensors(tmp_path / CHECKPOINT)
+    assert about == read_about(tmp_path / CHECKPOINT) == {"round": 1}
+    assert b"crc32:" in (tmp_path / CHECKPOINT).read_bytes()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def write(folder, count):
+    lines = [{"round": r, "test_loss": 1 / r, "wall_seconds": float(r)} for r in range(1, count + 1)]
+    (folder / ROUNDS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+@pytest.mark.parametrize("most", [3, 100])
+def test_rounds_are_a_sequence_wherever_they_are(tmp_path, monkeypatch, most):
+    monkeypatch.setattr(history, "MOST_KEPT", most)
+    lines = write(tmp_path, 9)
+    found, count = cut_back(tmp_path, 7, 1, ())
+    rounds, lines = found.settled(), lines[:7]
+    assert (count, isinstance(rounds, list)) == (9, most == 100)
+    assert read_rounds(tmp_path) == lines
+    assert len(rounds) == 7
+    assert list(rounds) == lines
+    assert rounds == lines
+    assert rounds != lines[:6]
+    assert [rounds[0], rounds[-1], rounds[3]] == [lines[0], lines[-1], lines[3]]
+    assert rounds[2:5] == lines[2:5]
+    assert rounds[::-2] == lines[::-2]
+    assert list(reversed(rounds)) == lines[::-1]
+    with pytest.raises(IndexError):
+        rounds[7]
+
+
+def test_a_long_runs_result_is_that_of_a_short_one(tmp_path, monkeypatch):
+    short = fedmom.run({}, sets=QUADRATIC, out=tmp_path / "short", callbacks=QUIET)
+    monkeypatch.setattr(history, "MOST_KEPT", 2)
+    assert fedmom.run(resume=tmp_path / "short", callbacks=QUIET).rounds == short.rounds
+    assert fedmom.run({}, sets=QUADRATIC, callbacks=QUIET).rounds[-1]["round"] == 4  # without a folder
+
+
+def test_memory_does_not_grow_with_the_rounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "MOST_KEPT", 100)
+    lines = write(tmp_path, 5000)
+    tracemalloc.start()
+    rounds, _ = cut_back(tmp_path, 5000, 1, ())
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 3e5  # a list of them takes 2.5 MB
+    some = thinned(rounds, 100)
+    assert len(some) < 200
+    assert (some[0], some[-1]) == (lines[0], lines[-1])
+
+
+def test_records_that_were_added_are_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "MOST_KEPT", 3)
+    rounds = History(tmp_path)
+    for line in write(tmp_path, 8):
+        rounds.append(line)
+    assert list(rounds) == read_rounds(tmp_path)
+    assert rounds.last == rounds[-1] == read_rounds(tmp_path)[-1]
