@@ -4,6 +4,7 @@ import contextlib
 import signal
 import sys
 
+from fedmom import supervise
 from fedmom.allocator import keep_freed_memory
 
 
@@ -12,7 +13,7 @@ def main() -> None:
     try:
         from fedmom.cli import call  # seconds, most of them torch: Ctrl-C may come within
 
-        status = call()
+        status = supervise.main(call)
     except KeyboardInterrupt:  # within the imports, or once more while the first was answered
         with contextlib.suppress(OSError, ValueError, KeyboardInterrupt):
             print("fedmom: interrupted", file=sys.stderr)

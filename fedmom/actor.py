@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from fedmom.errors import InputError
 from fedmom.imports import one_line, place_of
+from fedmom.worker_output import WorkerOutput
 
 BATCH_SECONDS = 0.03  # a batch ends after the message that takes it past this
 BATCH_BYTES = 16 << 20  # and after this many bytes of answers; the same holds for what is sent
@@ -21,6 +22,15 @@ class Failure(NamedTuple):
 
     kind: str  # "raised": the handler did; "died": its worker did, again and again; "late": past straggler_seconds
     reason: str  # one line
+
+
+class Started(NamedTuple):
+    """What a worker says once it is there."""
+
+    pid: int
+    told: bool  # whether it writes its progress
+    trouble: str  # "" or why there is no handler
+    files: list[str]  # into which it prints
 
 
 class Packed(NamedTuple):
@@ -91,39 +101,46 @@ def _keep_freed_memory() -> None:
 class Actor:
     """What runs in a Ray actor's process: batches of messages, one message after the other."""
 
-    def start(self, paths: list[str], make_worker: bytes, progress: str) -> tuple[int, bool, str]:
-        """(process id, whether progress is told, "" or why there is no handler). `paths` is the driver's sys.path."""
+    def start(self, paths: list[str], make_worker: bytes, progress: str, show: bool = False) -> "Started":
+        """`paths` is the driver's sys.path; `show`: whether answers bring along what was printed meanwhile."""
+        self.output, self.show = WorkerOutput(), show
         sys.path[:0] = [path for path in paths if path not in sys.path]
         try:
             self.progress: Progress | None = Progress(progress)
         except OSError:
             self.progress = None
-        told = self.progress is not None
+        told = Started(os.getpid(), self.progress is not None, "", self.output.paths)
         _keep_freed_memory()
         try:
             self.handler = pickle.loads(make_worker)()
         except InputError as error:
-            return os.getpid(), told, str(error)
+            return told._replace(trouble=str(error))
         except (Exception, SystemExit) as error:
-            return os.getpid(), told, f"a worker could not start: {one_line(error)}"
-        return os.getpid(), told, ""
+            return told._replace(trouble=f"a worker could not start: {one_line(error)}")
+        return told
 
     def run(
         self, batch: int, calls: list[tuple[bytes, list[Any], list[int]]], *shared: Any
-    ) -> tuple[float, list[Packed | Failure]]:
-        """Seconds taken, and answers to the first of `calls`; those without one were not begun."""
+    ) -> tuple[float, list[Packed | Failure], list[str]]:
+        """Seconds taken, answers to the first of `calls`, what each printed; those without one were not begun."""
         answers: list[Packed | Failure] = []
+        texts: list[str] = []
         num_bytes = 0
         begun = time.perf_counter()
         for place, (head, buffers, numbers) in enumerate(calls):
             if self.progress and not self.progress.may_begin(batch, place):
                 break
+            sizes = self.output.sizes()
             try:
                 answer = Packed.of(self.handler(Packed(head, buffers).value(), *(shared[number] for number in numbers)))
                 num_bytes += answer.nbytes()
                 answers.append(answer)
             except (Exception, SystemExit) as error:
-                answers.append(Failure("raised", f"{one_line(error)}{place_of(error)}"))
+                into = self.output.grown(sizes)
+                printed = f"; it printed into {into}" if into else ""
+                answers.append(Failure("raised", f"{one_line(error)}{place_of(error, anywhere=True)}{printed}"))
+            if self.show:
+                texts.append(self.output.since(sizes))
             if time.perf_counter() - begun > BATCH_SECONDS or num_bytes > BATCH_BYTES:
                 break
-        return time.perf_counter() - begun, answers
+        return time.perf_counter() - begun, answers, texts

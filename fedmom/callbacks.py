@@ -45,6 +45,9 @@ class Callback:
     def on_round(self, record: Record, state: ClientState) -> None:
         """After every round: its line of rounds.jsonl, and x̂, û and the buffers."""
 
+    def on_output(self, node: int, text: str) -> None:
+        """In another thread: what the client of a simulated node printed or logged (simulation.show-output)."""
+
     def on_end(self, result: "Result") -> None:
         """Once, after the last round, an interruption, divergence or clients that failed."""
 

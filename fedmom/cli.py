@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,21 +14,24 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from fedmom import data_cli, results_cli, sweep_cli
-from fedmom.config import parse_sets
+from fedmom import data_cli, results_cli, supervise, sweep_cli
+from fedmom.config import load, parse_sets
 from fedmom.deploy.cli import app as deploy_app
-from fedmom.errors import InputError
+from fedmom.errors import ClientsFailedError, InputError
 from fedmom.executors import PoolOptions
 from fedmom.files import at_home
+from fedmom.flower_app import simulate_app
 from fedmom.imports import memory_is_full, one_line
 from fedmom.output import steady_output
-from fedmom.progress import Replies, callbacks
-from fedmom.ray_grid import simulate_app
+from fedmom.parsing import counted
+from fedmom.progress import Replies, callbacks, show_output
+from fedmom.records import CONFIG
 from fedmom.runner import run as run_config
 from fedmom.runner import run_folders
 from fedmom.terminal import (
     BAD_INPUT,
     DONE,
+    FAILED,
     INTERRUPTED,
     ConfigFile,
     Out,
@@ -112,6 +116,10 @@ def run(
     changes = [*(sets or ()), *([f"run.backend={backend}"] if backend else [])]
     if config is not None and run_folders(config, changes, out, resume) == (None, None):
         out = fresh_folder(config)
+    if _uses_ray(config, changes, resume):
+        folders = run_folders(config, changes, out, resume)
+        where = Path(folders[1] or folders[0] or ".")
+        supervise.stand_by(where / CONFIG, f"go on with: fedmom run --resume {shlex.quote(str(where))}")
     heed_signals()
     followers = callbacks(console, quiet=quiet)
     trackers = [*(track or ()), *(["tensorboard"] if tensorboard else [])]
@@ -128,6 +136,15 @@ def run(
     return exit_status(result.status, result.message, go_on)
 
 
+def _uses_ray(config: Path | None, sets: Sequence[str], resume: Path | None) -> bool:
+    """Whether a run is about to start Ray; bad input is for the run to refuse."""
+    try:
+        keys = load(config or ({} if resume is None else resume / CONFIG), sets).config
+    except (InputError, OSError):
+        return False
+    return keys.run.backend == "simulation" or keys.engine.workers > 0
+
+
 @app.command(name="simulate-app")
 def simulate_flower_app(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of any Flower app (with pyproject.toml).")],
@@ -141,6 +158,7 @@ def simulate_flower_app(
     ray_address: Annotated[str, typer.Option(metavar="HOST:PORT", help="A Ray cluster to join.")] = "",
     retries: Annotated[int, typer.Option(min=0, help="New tries of a message whose actor died.")] = 2,
     straggler_seconds: Annotated[float, typer.Option(min=0, help="Replace an actor that takes longer; 0: never.")] = 0,
+    output: Annotated[bool, typer.Option("--show-output", help="Print what clients print and log.")] = False,
 ) -> int:
     """Simulate any Flower app, unchanged, on resident Ray actors.
 
@@ -151,14 +169,21 @@ def simulate_flower_app(
     """
     console = Console(highlight=False, stderr=True)
     options = PoolOptions(num_actors, num_cpus, num_gpus, ray_address, retries, straggler_seconds)
+    supervise.stand_by(None, "")
     heed_signals()
     begin = time.monotonic()
     with Replies(console) as replies:
         simulate_app(
-            folder, num_nodes=num_clients, run_config=parse_sets(sets or ()), options=options, on_reply=replies.count
+            folder,
+            num_nodes=num_clients,
+            run_config=parse_sets(sets or ()),
+            options=options,
+            on_reply=replies.count,
+            on_output=partial(show_output, console) if output else None,
         )
     seconds = time.monotonic() - begin
-    told = f"{replies.number:,} replies of {num_clients:,} clients{replies.failed()}"
+    number = counted(replies.number, "reply", "replies")
+    told = f"{number} of {counted(num_clients, 'client')}{replies.failed()}"
     console.print(f"{folder}: done in {seconds:.1f} s, {told}", soft_wrap=True, markup=False)
     return DONE
 
@@ -202,6 +227,8 @@ def _call(words: Sequence[str]) -> int:
         return int(app(args=words, standalone_mode=False) or DONE)
     except InputError as error:
         return _complain(str(error), BAD_INPUT)
+    except ClientsFailedError as error:  # in an app that keeps no run folder
+        return _complain(str(error), FAILED)
     except click.ClickException as error:
         return _complain(error.format_message(), BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):

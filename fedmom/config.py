@@ -203,6 +203,7 @@ class SimulationConfig:
     straggler_seconds: float = key(
         0.0, "an actor that works longer on a message (60 s on its first) is replaced; 0: never", at_least(0)
     )
+    show_output: bool = key(False, "backend simulation: print what the nodes' clients print and log")
 
 
 @dataclass(frozen=True)

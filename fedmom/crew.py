@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from fedmom.callbacks import STOPPING, Callback
 from fedmom.config import Scalar, load, parse_sets
+from fedmom.cores import usable_cores
 from fedmom.errors import InputError
 from fedmom.files import CONFIG
 from fedmom.imports import one_line
@@ -138,7 +139,7 @@ def side_by_side(work: Work, cells: Sequence[Cell], workers: int) -> Iterator[En
 
     Raises KeyboardInterrupt at its end where it was asked to end before.
     """
-    work = work._replace(threads=max(1, (os.cpu_count() or 1) // workers))
+    work = work._replace(threads=max(1, usable_cores() // workers))
     waiting, busy = deque(cells), dict[Connection, tuple[BaseProcess, Cell]]()
     told = False
     with Requests() as requests:
@@ -266,7 +267,7 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
     from fedmom.executors import Failure, Pool, PoolOptions
 
     here = os.getcwd()
-    work = work._replace(threads=max(1, (os.cpu_count() or 1) // workers))
+    work = work._replace(threads=max(1, usable_cores() // workers))
     stop = Path(work.out) / f".stop-{uuid.uuid4().hex[:8]}"  # signals do not reach other machines
 
     def make_worker() -> Callable[[Cell], Ended]:

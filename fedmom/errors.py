@@ -24,5 +24,9 @@ class ClientsFailedError(RuntimeError):
     """Clients did not answer as they must. The message names the round, the clients and the reason, in one line."""
 
 
+class RayEndedError(ClientsFailedError):
+    """Ray itself, or all that could run clients in it, is gone; the message says what ended."""
+
+
 class RunStoppedError(RuntimeError):
     """A run inside a Flower app ended early: the message says why, and its records are in the run folder."""

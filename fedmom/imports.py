@@ -62,9 +62,16 @@ _OUTSIDE = tuple(os.path.join(path, "") for path in _OURS)
 _PACKAGES = tuple(f"{os.sep}{name}-packages{os.sep}" for name in ("site", "dist"))
 
 
-def place_of(error: BaseException) -> str:
-    """The last line of the user's own code that an exception came through, as " (file:line)"; "" if through none."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_own_file(f.filename)]
+def place_of(error: BaseException, *, anywhere: bool = False) -> str:
+    """The last line of the user's own code that an exception came through, as " (file:line)"; "" if through none.
+
+    `anywhere`: then a library's, such as a mod of Flower's.
+    """
+    every = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in every if is_own_file(f.filename)]
+    if anywhere and not frames:
+        ours = (os.path.dirname(__file__) + os.sep, "<frozen")
+        frames = [f for f in every if not f.filename.startswith(ours)]
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 

@@ -129,3 +129,8 @@ def parse_table(key: str, text: str) -> tuple[tuple[float, ...], ...]:
         raise InputError(
             f'{key} = {text!r}: must be numbers, clients separated by ; and coordinates by , as in "1,2;3,4"'
         ) from None
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number of things in words: `several` ("replies") where it is not `one` ("reply"), whose plural takes an s."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"

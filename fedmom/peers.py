@@ -5,6 +5,7 @@ large model as for a small one. Rows go from actor to actor through Ray's object
 actor, which measures disagreement and evaluates the mean model. Checkpoints alone bring the rows to the driver.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,11 +20,13 @@ from fedmom.choice import choose
 from fedmom.config import Config, flat, replace
 from fedmom.engine import Engine
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.executors import WARM_UP_SECONDS, join_ray
+from fedmom.executors import WARM_UP_SECONDS
 from fedmom.gossip import mean_of
 from fedmom.imports import blamed, one_line
 from fedmom.mixing import Block, combine, spread
 from fedmom.objective import Task
+from fedmom.parsing import counted
+from fedmom.ray_start import Watch, join_ray
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import actors_device, make_plan, make_task, pool_options, set_up_torch
 from fedmom.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
@@ -231,6 +234,8 @@ class PeerRounds:
         wanted = min(config.engine.workers, num_clients)
         self.options = options = pool_options(replace(config, "engine", workers=wanted))
         self._ray, self._started, _ = join_ray(options, wanted)
+        self._gone = ""  # what of Ray has ended
+        self._watch = Watch(self._ray, lambda what: setattr(self, "_gone", what))
         try:
             self.blocks = np.array_split(np.arange(num_clients), wanted)
             self.limit = config.simulation.straggler_seconds
@@ -250,15 +255,17 @@ class PeerRounds:
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
+        self._watch.close()
         if self._started:
             self._ray.shutdown()
-        elif self._ray.is_initialized():
+        elif self._ray.is_initialized() and not self._gone:
             for peer in getattr(self, "peers", []):
                 self._ray.kill(peer)
 
     def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
         """I local steps in every actor, then the exchange among them. ClientsFailedError where one cannot go on."""
         number = job.round_index
+        self._check(number)
         if self.at != number:
             self._load(number, job)
         everybody, self.driver_bytes = list(range(len(self.peers))), 0
@@ -326,27 +333,46 @@ class PeerRounds:
 
     def _fetch(self, done: int) -> tuple[ClientState, ClientState]:
         """(mean, rows) after so many rounds, brought to this process."""
+        self._check(done - 1)
         counted = self.driver_bytes
         parts = self._all([peer.collect.remote(done) for peer in self.peers], list(range(len(self.peers))), done - 1)
         self.driver_bytes = counted
         rows = unflatten({name: torch.cat([as_tensor(part[name]) for part in parts]) for name in parts[0]})
         return to_device(mean_of(rows, self.plan.method.running_var), self.task.device), rows
 
+    def _check(self, number: int) -> None:
+        """ClientsFailedError where Ray is gone: it would end the process that calls it."""
+        if self._gone:
+            raise ClientsFailedError(f"round {number + 1}: {self._gone}")
+
+    def _answer(self, call: Any, deadline: float, number: int) -> Any:
+        """What the call gives; looks now and then whether it still can give anything."""
+        while True:
+            try:
+                return self._ray.get(call, timeout=max(0.1, min(1.0, deadline - time.monotonic())))
+            except self._ray.exceptions.GetTimeoutError:
+                self._check(number)
+                if time.monotonic() > deadline:
+                    raise
+
     def _all(self, calls: list[Any], who: list[int], number: int) -> list[Any]:
         """The answers of all calls; ClientsFailedError names the clients of an actor that died, failed or is late."""
         answers = []
         # The first calls read data and build models.
         limit = max(self.limit, WARM_UP_SECONDS) if self.limit and self.at < 0 else self.limit
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + limit if limit else math.inf
         for call, peer in zip(calls, who, strict=True):
             try:
-                answers.append(self._ray.get(call, timeout=max(0.1, deadline - time.monotonic()) if limit else None))
+                answers.append(self._answer(call, deadline, number))
+            except ClientsFailedError:
+                raise
             except InputError as error:  # Ray's own kind of one, whose words are a traceback
                 raise InputError(str(getattr(error, "cause", error))) from None
             except self._ray.exceptions.GetTimeoutError:
                 late = f"no answer within {limit:g} s (simulation.straggler-seconds)"
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {late}") from None
             except Exception as error:
+                self._check(number)
                 cause = getattr(error, "cause", None)
                 died = "their Ray actor died" if type(error).__name__.startswith("Actor") else one_line(cause or error)
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {died}") from None
@@ -381,5 +407,6 @@ def make_peer_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Pe
     settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
     settled = replace(settled, "simulation", num_gpus=rounds.options.num_gpus)
     biggest = max(map(len, rounds.blocks))
-    what = f"{len(rounds.peers)} Ray actors on {actors_device(rounds.options)}, of at most {biggest} clients"
+    actors = counted(len(rounds.peers), "Ray actor")
+    what = f"{actors} on {actors_device(rounds.options)}, of at most {counted(biggest, 'client')}"
     return settled, rounds, [f"{what} exchange rows directly; each {path} × {chunk_size}"]

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from fedmom.algorithms import ALGORITHMS
+from fedmom.parsing import counted
 from fedmom.runner import Callback, Result, Start
 from fedmom.state import ClientState
 from fedmom.train import Record
@@ -104,6 +105,12 @@ class Lines(Callback):
         self.console.print(text, soft_wrap=True, highlight=False)
 
 
+def show_output(console: Console, node: int, text: str) -> None:
+    """What a node's client printed, line by line, each with the node's number."""
+    for line in text.splitlines():
+        console.print(f"node {node}: {line}", soft_wrap=True, highlight=False, markup=False)
+
+
 class Notes(Callback):
     """What was overruled, chosen or should be known, before the first round."""
 
@@ -127,6 +134,9 @@ class Notes(Callback):
             self._say(f"resumed after round {start.first_round - 1}")
         for note in start.notes:
             self._say(note)
+
+    def on_output(self, node: int, text: str) -> None:
+        show_output(self.console, node, text)
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
@@ -171,7 +181,8 @@ class Replies:
         now = time.monotonic()
         if now - self.last > (0.2 if self.status else 10):
             self.last = now
-            text = f"{self.number:,} replies, {self.number / (now - self.begin):,.0f}/s{self.failed()}"
+            rate = f"{self.number / (now - self.begin):,.0f}/s"
+            text = f"{counted(self.number, 'reply', 'replies')}, {rate}{self.failed()}"
             if self.status:
                 self.status.update(text)
             else:
@@ -179,4 +190,6 @@ class Replies:
 
     def failed(self) -> str:
         """Of them, how many are errors, and the first one's reason."""
-        return f"; {self.errors:,} are errors, the first: {self.first_error}" if self.errors else ""
+        if not self.errors:
+            return ""
+        return f"; {self.errors:,} {'is an error' if self.errors == 1 else 'are errors, the first'}: {self.first_error}"

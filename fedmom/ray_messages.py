@@ -1,4 +1,4 @@
-"""Flower messages as plain values for Ray's store and back, in the driver and in the workers; a ClientApp served there.
+"""Flower messages as plain values for Ray's store and back, in the driver and in the workers.
 
 What one message alone carries is pickled with it. Array data that a second message under way carries too is put into
 the store once, and every further message only names it. On the other side an array is a view of the store until someone
@@ -9,16 +9,15 @@ flwr is imported when a function here runs.
 
 import functools
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, cast
+from uuid import uuid4
 
 import numpy as np
 
-from fedmom.errors import InputError
 from fedmom.executors import Shared
-from fedmom.imports import one_line
 from fedmom.npy import npy_header
 
 # flwr.app's classes, which may be absent
@@ -61,6 +60,18 @@ class Answer(NamedTuple):
     content: Content | None
     error: tuple[int, str | None] | None
     state: State | None  # None: as before
+
+
+@dataclass(eq=False)
+class Pending:
+    """A message of the Grid without a reply."""
+
+    metadata: tuple[Any, ...]
+    node_id: int
+    content: Content
+    shared: tuple[Shared, ...]
+    used: list[Any]
+    inbox: deque[Message] | None  # of whoever waits for the reply; None: it will be pulled
 
 
 @dataclass(eq=False)
@@ -248,64 +259,26 @@ def identify(run_id: int | None, node_id: int | None, task_id: int | None) -> tu
     return before
 
 
-def load_component(kind: str, spec: str, app_dir: Path) -> Any:
-    """The `ClientApp` or `ServerApp` that "module:attribute" names, looked for in `app_dir` first."""
-    from flwr.supercore.object_ref import load_app
+def _error_code(kind: str) -> int:
+    """Flower's number for the kind of a Failure, or for an "unknown" node."""
+    from flwr.common.constant import ErrorCode
 
-    where = f"{kind.lower()} = {spec!r} in {app_dir}"
-    try:
-        app = load_app(spec, LookupError, app_dir)
-    except (Exception, SystemExit) as error:
-        cause = (
-            " ".join(str(error.args[0]).split("\n\n")[0].split())
-            if isinstance(error, LookupError) and error.args
-            else ""
-        )
-        raise InputError(f"{where}: {cause or f'loading it raised {one_line(error)}'}") from error
-    if type(app).__name__ != kind:
-        raise InputError(f"{where}: is not a {kind} but of type {type(app).__name__}")
-    return app
+    codes = {
+        "raised": ErrorCode.CLIENT_APP_RAISED_EXCEPTION,
+        "died": ErrorCode.CLIENT_APP_CRASHED,
+        "unknown": ErrorCode.NODE_UNAVAILABLE,
+    }
+    return codes.get(kind, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 
 
-def serve_client(spec: str, app_dir: Path, num_nodes: int, run_config: dict[str, Any]) -> Callable[..., Answer]:
-    """The handler of a worker: any node's message with that node's state, through the ClientApp, to the reply."""
-    from flwr.app import Context, RecordDict
-    from flwr.app import Message as FlowerMessage
+def error_reply(metadata: tuple[Any, ...], kind: str, reason: str) -> Message:
+    """The reply to a message that got none; `kind` as of a Failure, or "unknown" for its node."""
+    from flwr.app import Error, Message, RecordDict
 
-    app = load_component("ClientApp", spec, app_dir)
-
-    def handle(work: Work, *shared: Sequence[Any]) -> Answer:
-        message = message_of(work.metadata, unpack(work.content, shared))
-        run_id, message_id, node_id = message.metadata.run_id, message.metadata.message_id, message.metadata.dst_node_id
-        identify(run_id, node_id, 0)
-        node_config: dict[str, Any] = {"partition-id": work.partition_id, "num-partitions": num_nodes}
-        state = unpack(Content(pickle.loads(work.state.head), work.state.buffers)) if work.state else RecordDict()
-        context = Context(run_id, node_id, node_config, state, dict(run_config))
-        reply = app(message=message, context=context)
-        if not isinstance(reply, FlowerMessage):
-            raise TypeError(f"the ClientApp returned {type(reply).__name__}, not a Message")
-        if reply.metadata.reply_to_message_id != message_id:
-            raise ValueError("the ClientApp returned a Message without reply_to=message")
-        content = pack(reply.content) if reply.has_content() else None
-        error = (reply.error.code, reply.error.reason) if reply.has_error() else None
-        return Answer(metadata_values(reply), content, error, _changed(context.state, work.state))
-
-    return handle
+    return with_id(Message(Error(_error_code(kind), reason), reply_to=message_of(metadata, RecordDict())))
 
 
-def _changed(state: RecordDict, before: State | None) -> State | None:
-    """The state to keep, or None if it is as before. Large data counts as changed once it is another object."""
-    if not state and before is None:
-        return None
-    records, buffers = pack(state)
-    head = pickle.dumps(records, protocol=5)
-    if before and head == before.head and len(buffers) == len(before.buffers):
-        pairs = zip(buffers, before.buffers, strict=True)
-        if all(_address(new) == _address(old) for new, old in pairs):
-            return None
-    return State(head, buffers)
-
-
-def _address(buffer: Any) -> tuple[int, int]:
-    array = np.frombuffer(buffer, np.uint8)
-    return array.ctypes.data, array.size
+def with_id(reply: Message) -> Message:
+    """The reply, with an id of its own, as Flower's own engine gives it."""
+    reply.metadata.__dict__["_message_id"] = str(uuid4())
+    return reply

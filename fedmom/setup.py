@@ -10,6 +10,7 @@ from fedmom.algorithms import ALGORITHMS, Correction, takes_key
 from fedmom.arrays import channel_axis, check_cast
 from fedmom.choice import choose
 from fedmom.config import Config, EngineConfig, replace
+from fedmom.cores import usable_cores
 from fedmom.datasets import Dataset, load_dataset
 from fedmom.engine import Engine
 from fedmom.errors import InputError
@@ -279,8 +280,8 @@ def resolve_device(config: Config) -> Config:
 
 def set_up_torch(keys: EngineConfig) -> None:
     """Threads, and how exactly a GPU multiplies float32, for the whole process."""
-    if keys.threads:
-        torch.set_num_threads(keys.threads)
+    # torch counts the cores of the affinity, but knows no cgroup's limit.
+    torch.set_num_threads(keys.threads or min(torch.get_num_threads(), usable_cores()))
     allow_tf32(keys.matmul == "tf32")
 
 

@@ -26,15 +26,26 @@ def simulate(
     None: the working directory if it holds a Flower app, else the checkout that fedmom runs from.
     Raises InputError for bad input, also the app's own.
     """
-    from fedmom.ray_grid import simulate_app
+    from fedmom.flower_app import simulate_app
 
     _check_writable(out)
     num_nodes = -(-config.data.num_clients // config.simulation.clients_per_node)
     options = pool_options(replace(config, "engine", workers=0))
     where = {"run.out": str(out or ""), "run.resume": str(resume or ""), "simulation.num-gpus": options.num_gpus}
     with listening(callbacks) as heard:
+
+        def show(partition: int, text: str) -> None:
+            for callback in heard.callbacks:
+                callback.on_output(partition, text)
+
         try:
-            simulate_app(app_folder(app), num_nodes=num_nodes, run_config={**flat(config), **where}, options=options)
+            simulate_app(
+                app_folder(app),
+                num_nodes=num_nodes,
+                run_config={**flat(config), **where},
+                options=options,
+                on_output=show if config.simulation.show_output else None,
+            )
         except RunStoppedError:
             if heard.result is None:
                 raise

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from fedmom import supervise, tables
 from fedmom import sweep as sweeps
-from fedmom import tables
 from fedmom.config import load
 from fedmom.crew import Cell, Ended
 from fedmom.errors import InputError
@@ -70,6 +70,8 @@ def sweep(
     folder = out or (at_home(own) if own else Path("runs") / f"{config.stem}-sweep")
     make_trackers(track or ())  # one that is not installed is said before anything runs
     sweeps.check(config, cells, folder, sets or (), here=not ray)
+    if ray:
+        supervise.stand_by(folder, f"the same command goes on from {folder}")
     heed_signals()
     under_way = sweeps.sweep(config, cells, folder, sets=sets or (), workers=workers, ray=ray, track=track or ())
     ended, metric = _followed(under_way, cells, folder, metric)

@@ -15,10 +15,11 @@ import torch
 from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.config import Config, replace
-from fedmom.errors import ClientsFailedError, InputError
+from fedmom.errors import ClientsFailedError, InputError, RayEndedError
 from fedmom.executors import Failure, Pool
 from fedmom.node import Node, Trained
 from fedmom.objective import Task
+from fedmom.parsing import counted
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import actors_device, pool_options
 from fedmom.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
@@ -86,6 +87,12 @@ class WorkerRounds:
 
     def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
         """I local steps of the cohort on the actors. ClientsFailedError where a block cannot be had."""
+        try:
+            return self._run_round(start, job, progress)
+        except RayEndedError as error:
+            raise ClientsFailedError(f"round {job.round_index + 1}: {error}") from None
+
+    def _run_round(self, start: ClientState, job: Round, progress: Progress | None) -> Outcome:
         ids = job.clients.cpu().numpy()
         places = _blocks(len(ids), self.pool.num_workers, self.chunk_size, num_bytes(start.params))
         shared, waiting = self.pool.share(_arrays(flatten(start))), dict[Any, Answer]()
@@ -154,7 +161,7 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
         raise
     settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
     settled = replace(settled, "simulation", num_gpus=options.num_gpus)
-    notes = [f"{pool.num_workers} Ray actors on {inside.engine.device}, each {path} × {chunk_size}"]
+    notes = [f"{counted(pool.num_workers, 'Ray actor')} on {inside.engine.device}, each {path} × {chunk_size}"]
     return settled, WorkerRounds(pool, task, plan.method.running_var, path, chunk_size), notes
 
 

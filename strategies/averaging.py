@@ -5,7 +5,7 @@ sums are taken in client order in float64, reply by reply, so the result does no
 memory does not grow with the number of clients.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from logging import INFO
 from typing import Any, NamedTuple
@@ -106,6 +106,7 @@ class PRSGDM(Strategy):
         self.evaluate_clients = evaluate_clients
         self.keeps_rows = MOMENTUM_POLICIES[momentum_policy].keeps_rows
         self.rows: dict[int, Tree] = {}  # {client: its own u}, sent along where there are any (policy "local")
+        self.needs_losses = False  # whether a reply must tell each client's training loss
         self._expected: Tree = {}  # what the updates of this round must look like
         self._asked: dict[int, list[int]] = {}  # {node: clients} of this round's training
         self._judging: dict[int, list[int]] | None = None  # {node: clients} of this round's evaluation
@@ -232,11 +233,11 @@ class PRSGDM(Strategy):
         updates = self.clients.exchange(grid, server_round, messages, arrays, timeout=timeout, accept=self._accept)
         return self._average(server_round, updates, on_update)
 
-    def _accept(self, reply: Message) -> Update:
-        clients, rows = self._asked.get(reply.metadata.src_node_id, []), None
+    def _accept(self, clients: Sequence[int], reply: Message) -> Update:
+        rows = None
         if self.rows and clients:
             rows = {name: u.expand(len(clients), *u.shape) for name, u in self.rows[clients[0]].items()}
-        return accept(reply, self._expected, self.weighted_by_key, clients=clients, rows=rows)
+        return accept(reply, self._expected, self.weighted_by_key, clients=clients, rows=rows, losses=self.needs_losses)
 
     def _average(
         self,

@@ -35,8 +35,9 @@ class Exchange:
         return self.answer is not None or bool(self.failure)
 
 
-# reply -> what the caller makes of it; raises ValueError with the reason to refuse it
-Accept = Callable[[Message], Any]
+# (message, its reply) -> what the caller makes of it; raises ValueError with the reason to refuse it. What a reply must
+# be is known by the message that it answers: a node may come back under another id.
+Accept = Callable[[Message, Message], Any]
 # Asked after each failed try: the message to send instead (a new one: ids are not used twice), or None to give up.
 Again = Callable[[Exchange], Message | None]
 
@@ -53,7 +54,7 @@ def exchange(
     *,
     window: int,
     timeout: float = 0.0,
-    accept: Accept = lambda reply: reply,
+    accept: Accept = lambda message, reply: reply,
     again: Again = lambda failed: None,
 ) -> Iterator[Exchange]:
     """Send `messages` and give each with its answer, in their order.
@@ -82,7 +83,7 @@ def exchange(
                     pause = _SHORTEST_WAIT
                 elif wait is not None:
                     nearest = min(slot.deadline for slot in pending.values())
-                    wait(min(_LONGEST_WAIT, max(0.0, nearest - time.monotonic())))
+                    wait(min(_LONGEST_WAIT, max(0.0, nearest - time.monotonic())), pending)
                 else:
                     time.sleep(pause)
                     pause = min(2 * pause, _LONGEST_WAIT)
@@ -151,7 +152,7 @@ def _collect(grid: Grid, pending: dict[str, Exchange], accept: Accept) -> list[E
             failure, code = _reason(reply), reply.error.code
         else:
             try:
-                slot.answer = accept(reply)
+                slot.answer = accept(slot.message, reply)
             except ValueError as error:
                 failure = str(error)
         if not failure:

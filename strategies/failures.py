@@ -10,7 +10,8 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedmom.config import ON_FAILURE
-from fedmom.errors import ClientsFailedError, unknown
+from fedmom.errors import ClientsFailedError, InputError, RayEndedError, unknown
+from fedmom.parsing import counted
 
 from .dispatch import Exchange, anew, exchange
 from .holders import Holder, learn_holders
@@ -18,6 +19,9 @@ from .updates import CONFIG
 
 _WINDOW_BYTES = 48 << 20  # per worker: its two batches of at most 16 MB, and replies that wait for their turn
 _LARGEST_WINDOW = 1024  # messages
+
+# (the clients that were asked for, a reply) -> what the caller makes of it; ValueError with the reason to refuse it
+Accept = Callable[[Sequence[int], Message], Any]
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Clients:
     window: int = 0
     wait_seconds: float = 600.0
     holders: list[Holder] = field(default_factory=list)
+    _held: dict[int, tuple[int, ...]] = field(default_factory=dict)  # {node: its clients}, also of nodes now gone
 
     def __post_init__(self) -> None:
         if self.on_failure not in ON_FAILURE:
@@ -42,7 +47,17 @@ class Clients:
 
     def learn(self, grid: Grid, question: dict[str, Any] | None = None) -> None:
         """Find out which node holds which clients, and what it answers to a question besides."""
-        self.holders = learn_holders(grid, self.num_clients, wait_seconds=self.wait_seconds, question=question)
+        self.use(learn_holders(grid, self.num_clients, wait_seconds=self.wait_seconds, question=question))
+
+    def use(self, holders: Iterable[Holder]) -> None:
+        """These nodes hold the clients from now on."""
+        self.holders = list(holders)
+        self._held |= {holder.node_id: holder.clients for holder in self.holders}
+
+    def asked_of(self, message: Message) -> list[int]:
+        """The clients that a message is for: those it names, else all that its node holds, or held when it was sent."""
+        named = message.content.config_records.get(CONFIG, {}).get("clients", [])
+        return list(named) or list(self._held.get(message.metadata.dst_node_id, ()))
 
     def exchange(
         self,
@@ -52,7 +67,7 @@ class Clients:
         arrays: ArrayRecord,
         *,
         timeout: float = 0.0,
-        accept: Callable[[Message], Any] = lambda reply: reply,
+        accept: Accept = lambda clients, reply: reply,
     ) -> Iterator[Any]:
         """What `accept` made of the replies, in the order of `messages`, without the failures that policy lets pass."""
         size = sum(len(array.data) for array in arrays.values())
@@ -63,17 +78,20 @@ class Clients:
             messages,
             window=min(window, _LARGEST_WINDOW),
             timeout=timeout,
-            accept=accept,
+            accept=lambda message, reply: accept(self.asked_of(message), reply),
             again=lambda failed: self._again(grid, server_round, failed),
         )
-        return (one.answer for one in done if one.answer is not None)
+        try:
+            yield from (one.answer for one in done if one.answer is not None)
+        except RayEndedError as error:
+            raise ClientsFailedError(f"round {server_round}: {error}") from None
 
     def answered(
         self,
         server_round: int,
         asked: Mapping[int, Sequence[int]] | None,
         replies: Iterable[Message],
-        accept: Callable[[Message], Any] = lambda reply: reply,
+        accept: Accept = lambda clients, reply: reply,
     ) -> Iterator[Any]:
         """What `accept` made of replies that somebody else collected; `asked`: {node: the clients it was asked for}.
 
@@ -91,7 +109,7 @@ class Clients:
                 self._without(_named(server_round, node_id, clients, reply.error.reason or f"error {reply.error.code}"))
                 continue
             try:
-                answer = accept(reply)
+                answer = accept(clients, reply)
             except ValueError as error:
                 self._without(_named(server_round, node_id, clients, str(error)))
                 continue
@@ -109,15 +127,12 @@ class Clients:
         """Raises ClientsFailedError where too few clients answered for a round."""
         if answered < self.min_clients:
             raise ClientsFailedError(
-                f"round {server_round}: {answered} clients answered, server.min-clients = {self.min_clients}"
+                f"round {server_round}: {counted(answered, 'client')} answered, server.min-clients = {self.min_clients}"
             )
 
     def _again(self, grid: Grid, server_round: int, failed: Exchange) -> Message | None:
         """A message for another try, None to go on without; raises ClientsFailedError where the run must stop."""
-        metadata, content = failed.message.metadata, failed.message.content
-        node_id = metadata.dst_node_id
-        clients = list(content.config_records[CONFIG].get("clients", []))
-        clients = clients or [c for holder in self.holders if holder.node_id == node_id for c in holder.clients]
+        node_id, clients = failed.message.metadata.dst_node_id, self.asked_of(failed.message)
         reason = _named(server_round, node_id, clients, failed.failure)
         if self.on_failure == "proceed":
             self._without(reason)
@@ -126,9 +141,19 @@ class Clients:
             raise ClientsFailedError(reason + (f" ({failed.tries} tries)" if failed.tries > 1 else ""))
         log(WARNING, "%s; try %d of %d", reason, failed.tries + 1, self.retries + 1)
         if node_id not in set(grid.get_node_ids()):  # it may be back under another id
-            self.learn(grid)
-            node_id = next(holder.node_id for holder in self.holders if set(clients) <= set(holder.clients))
+            return anew(failed.message, self._found_again(grid, reason, clients))
         return anew(failed.message, node_id)
+
+    def _found_again(self, grid: Grid, reason: str, clients: Sequence[int]) -> int:
+        """The node that holds these clients now. In mid-run it is no bad input that there is none."""
+        try:
+            self.learn(grid)
+        except InputError as error:
+            raise ClientsFailedError(f"{reason}; it did not come back: {error}") from None
+        for holder in self.holders:
+            if set(clients) <= set(holder.clients):
+                return holder.node_id
+        raise ClientsFailedError(f"{reason}; it came back, but no node holds all of its clients any more")
 
 
 def _named(server_round: int, node_id: int, clients: Sequence[int], reason: str) -> str:

@@ -6,7 +6,8 @@ through the server, and its memory grows with N·d. The result is Algorithm 2's 
 is a star's, 2·(x, u) per client and round, whatever the topology. `bytes_sent` counts the topology's links.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from logging import INFO
 from typing import Any, NamedTuple
 
@@ -105,7 +106,7 @@ class DSGDM(Strategy):
         """Mixes the replies into `self.rows`, and gives their mean; failures as `on_failure` says."""
         assert self.rows is not None
         rows, asked = self.rows, {holder.node_id: holder.clients for holder in self.clients.holders}
-        updates = self.clients.answered(server_round, asked, replies, lambda reply: self._accept(reply, rows))
+        updates = self.clients.answered(server_round, asked, replies, partial(self._accept, rows))
         mixed = self._mix(server_round, rows, updates, None)
         self.rows = mixed.rows
         losses = [about["loss"] for about in mixed.updates.values()]
@@ -175,19 +176,15 @@ class DSGDM(Strategy):
             messages,
             pack(flatten(rows_of(rows, slice(0, block)))),  # how large a message is
             timeout=timeout,
-            accept=lambda reply: self._accept(reply, rows),
+            accept=partial(self._accept, rows),
         )
         return self._mix(server_round, rows, updates, progress)
 
-    def _accept(self, reply: Message, rows: ClientState) -> Update:
-        """The reply, checked against the rows of the clients that it names. ValueError with the reason to refuse it."""
-        ids = list(reply.content.config_records.get("clients", {}).get("clients", []))
-        node_id = reply.metadata.src_node_id
-        if not any(h.node_id == node_id and list(h.clients) == ids for h in self.clients.holders):
-            raise ValueError(f"its reply is of clients {ids[:5]}, which it does not hold")
-        if self._updates.keys() & set(ids):
-            raise ValueError(f"its clients {ids[:5]} have answered already in this round")
-        return accept(reply, flatten(rows_of(rows, torch.tensor(ids))), WEIGHT)
+    def _accept(self, rows: ClientState, clients: Sequence[int], reply: Message) -> Update:
+        """The reply, checked against the rows of the clients asked for. ValueError with the reason to refuse it."""
+        if self._updates.keys() & set(clients):
+            raise ValueError(f"its clients {list(clients)[:5]} have answered already in this round")
+        return accept(reply, flatten(rows_of(rows, torch.tensor(list(clients)))), WEIGHT, clients=clients, losses=True)
 
     def _mix(self, server_round: int, rows: ClientState, updates: Iterable[Update], progress: Progress | None) -> Mixed:
         after = ClientState(*({name: value.clone() for name, value in tree.items()} for tree in rows))

@@ -10,6 +10,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedmom.errors import InputError
+from fedmom.parsing import counted
 
 from .dispatch import OVERDUE, Exchange, anew, exchange
 
@@ -78,7 +79,7 @@ def learn_holders(
             why = f" ({reasons[0]})" if reasons else ""
             raise InputError(
                 f"server.wait-seconds = {wait_seconds:g}: no node holds client {missing[0]} ({len(missing)} of "
-                f"{num_clients} clients are missing, {len(connected)} nodes are connected){why}"
+                f"{counted(num_clients, 'client')} missing, {counted(len(connected), 'node')} connected){why}"
             )
         if time.monotonic() - told > 10:
             told = time.monotonic()

@@ -26,6 +26,7 @@ class AveragingRounds:
     def __init__(self, strategy: PRSGDM, grid: Grid, task: Task, asked: dict[str, Any], timeout: float) -> None:
         """`asked`: what every train message says besides the round and the clients. `timeout` in seconds, 0: none."""
         self.strategy, self.grid, self.task, self.asked, self.timeout = strategy, grid, task, asked, timeout
+        strategy.needs_losses = True
 
     def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
         """I local steps of the cohort on the nodes. Raises ClientsFailedError as the strategy's policy says."""
@@ -77,7 +78,7 @@ class StockRounds:
             messages,
             arrays,
             timeout=self.timeout,
-            accept=lambda reply: accept(reply, tensors),
+            accept=lambda clients, reply: accept(reply, tensors, clients=clients, losses=True),
         ):
             _tell(progress, update)
             mean.add_one(update.state, update.weight)

@@ -19,6 +19,7 @@ from fedmom.files import at_home
 from fedmom.node import settled
 from fedmom.objective import Task
 from fedmom.output import steady_output
+from fedmom.parsing import counted
 from fedmom.progress import callbacks
 from fedmom.records import ENDED, write_text
 from fedmom.report import finished
@@ -131,7 +132,7 @@ def make_rounds(
     config = _settle_path(grid, clients, config, keys.timeout_seconds, facts)
     asked = {"path": config.engine.path, "chunk-size": config.engine.chunk_size, **facts}
     blocks = max(len(holder.clients) for holder in clients.holders)
-    notes = [f"{len(clients.holders)} Flower nodes, at most {blocks} client{'s' * (blocks > 1)} each"]
+    notes = [f"{counted(len(clients.holders), 'Flower node')}, at most {counted(blocks, 'client')} each"]
     if keys.strategy == "pr-sgd-m":
         return config, AveragingRounds(strategy, grid, task, asked, keys.timeout_seconds), notes
     with flower_logs(logging.ERROR):  # FedAvg warns that clients do not evaluate: the server does
@@ -145,7 +146,7 @@ def _learn(grid: Grid, clients: Clients, known: Clients | None, task: Task) -> d
     if known is None:
         clients.learn(grid)
     else:
-        clients.holders = known.holders
+        clients.use(known.holders)
     return task.facts if isinstance(task, LocalClassification) else {}
 
 
@@ -168,9 +169,10 @@ def _relay(
     config = _settle_path(grid, strategy.clients, config, keys.timeout_seconds, facts)
     asked = {"path": config.engine.path, "chunk-size": config.engine.chunk_size, **facts}
     size = len(task.sizes) * sum(map(num_bytes, task.start())) / 1e6
+    nodes = counted(len(strategy.clients.holders), "Flower node")
     notes = [
-        f"{len(strategy.clients.holders)} Flower nodes; Flower has no links between them, so this server relays: it "
-        f"holds x and u of all {len(task.sizes)} clients, {size:,.1f} MB"
+        f"{nodes}; Flower has no links between them, so this server relays: it holds x and u of all "
+        f"{len(task.sizes)} clients, {size:,.1f} MB"
     ]
     return config, RelayRounds(strategy, grid, task, asked, keys.timeout_seconds), notes
 

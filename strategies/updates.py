@@ -55,10 +55,12 @@ def accept(
     *,
     clients: Sequence[int] = (),
     rows: Tree | None = None,
+    losses: bool = False,
 ) -> Update:
     """A reply's content, checked against the tensors that were sent ({} checks no shapes).
 
-    clients: those asked for, if the reply must be theirs; rows: what their own rows [k, ...] must look like.
+    clients: those asked for, if the reply must be theirs; rows: what their own rows [k, ...] must look like;
+    losses: whether each client's training loss must be told.
     Raises ValueError naming the tensor that is missing, misshapen or not finite.
     """
     content = reply.content
@@ -72,8 +74,10 @@ def accept(
     expected = expected or tensors
     _check("update", tensors, expected)
     about = dict(content.config_records.get(ABOUT, {}))
-    if clients and "clients" in about and list(about["clients"]) != list(clients):
+    if clients and list(about.setdefault("clients", list(clients))) != list(clients):
         raise ValueError(f"its reply is of clients {list(about['clients'])[:5]}, which it was not asked for")
+    if losses and len(about.get("train-loss", ())) != len(about.get("clients", ())):
+        raise ValueError(f"its record {ABOUT!r} must have train-loss, one number for each of its clients")
     own = unpack(content.array_records[ROWS]) if ROWS in content.array_records else None
     if rows is not None:
         _check("clients' own momentum", own or {}, rows)
@@ -83,7 +87,9 @@ def accept(
     return Update(state, float(weight), scalars, about, own, reply)
 
 
-def accept_metrics(reply: Message, weighted_by_key: str = WEIGHT) -> tuple[float, dict[str, float]]:
+def accept_metrics(
+    clients: Sequence[int], reply: Message, weighted_by_key: str = WEIGHT
+) -> tuple[float, dict[str, float]]:
     """(weight, metrics) of a reply to an evaluation. Raises ValueError where it has no such record."""
     if len(reply.content.metric_records) != 1:
         raise ValueError("its reply must have one MetricRecord")

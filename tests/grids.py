@@ -100,7 +100,7 @@ class LocalGrid(Grid):
         self.rng = shuffle
         return replies
 
-    def wait(self, timeout: float) -> None:
+    def wait(self, timeout: float, message_ids: Iterable[str]) -> None:
         """Nothing more will come by waiting, but for deadlines."""
         import time
 

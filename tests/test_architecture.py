@@ -20,8 +20,8 @@ EXTRAS = {
     "jinja2": {"write.py"},
     "mlflow": {"trackers.py"},
     "wandb": {"trackers.py"},
-    "flwr": {"ray_grid.py", "ray_messages.py"},
-    "ray": {"executors.py", "peers.py"},
+    "flwr": {"flower_app.py", "ray_client.py", "ray_grid.py", "ray_messages.py"},
+    "ray": {"ray_start.py", "peers.py"},
 }
 IMPORT_CALLS = ("__import__", "import_module", "importlib.import_module")
 MAY_BE_ABSENT = ("flwr", "ray", "torchvision", "matplotlib", "plotly")

@@ -292,9 +292,10 @@ BLOCKED = """
 import sys
 sys.modules["ray"] = sys.modules["flwr"] = None
 import fedmom.executors, fedmom.ray_grid
+from fedmom.errors import InputError
 try:
     fedmom.executors.Pool(lambda: None, fedmom.executors.PoolOptions())
-except fedmom.executors.InputError as error:
+except InputError as error:
     print(error)
 """
 

@@ -296,9 +296,82 @@ def test_a_node_that_is_gone_is_not_asked_again():
         return message
 
     grid._answer = once
-    with pytest.raises(InputError, match=r"5 of 5 clients are missing, 0 nodes are connected"):
+    with pytest.raises(InputError, match=r"5 of 5 clients missing, 0 nodes connected"):
         learn_holders(grid, 5, wait_seconds=1, ask_again_after=0.1)
     assert len(grid.pushed) == 5
+
+
+class Moving(LocalGrid):
+    """Client 3's node goes in mid-round; if it `comes_back`, then under another id, with a reply that `change` made."""
+
+    def __init__(self, changes, *, comes_back=True, change=lambda reply: reply):
+        super().__init__(client_app, 5, run_config(changes))
+        self.comes_back, self.change, self.moved = comes_back, change, 0
+
+    def _answer(self, message):
+        node_id = message.metadata.dst_node_id
+        if message.metadata.message_type == "query" or node_id != self.ids[3]:
+            return super()._answer(message)
+        if self.moved:
+            return self.change(super()._answer(message))
+        self.moved, context = node_id + 1, self.contexts[node_id]
+        self.ids[3:4] = [self.moved] if self.comes_back else []
+        self.contexts[self.moved] = context
+        return Message(Error(3, "gone"), reply_to=message)
+
+
+RETRIED = {
+    "averaging": (QUADRATIC, lambda **keys: PRSGDM(5, **keys)),
+    "local": (LOCAL, lambda **keys: PRSGDM(5, momentum_policy="local", **keys)),
+    "gossip": (GOSSIP, lambda **keys: DSGDM(make_topology("ring", 5), Method(0.9), **keys)),
+}
+retried = pytest.mark.parametrize("name", RETRIED)
+
+
+@retried
+def test_a_node_that_comes_back_under_another_id_is_the_same_node(name):
+    changes, make = RETRIED[name]
+    calm, start = of(changes)
+    grid = Moving(changes)
+    found = make(on_failure="retry").start(grid, start, num_rounds=2)
+    right = make().start(calm, start, num_rounds=2)
+    assert grid.moved
+    for tensor, value in unpack(right.arrays).items():
+        torch.testing.assert_close(unpack(found.arrays)[tensor], value, rtol=0, atol=0)
+
+
+nan = float("nan")
+
+
+def spoil_all(reply):
+    for record in ("arrays", "rows"):
+        if record in reply.content:
+            reply.content[record] = pack({n: t * nan for n, t in unpack(reply.content[record]).items()})
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, spoil_all) for name in RETRIED),
+        ("local", change_rows(lambda rows: {n: u / 0 for n, u in rows.items()})),
+    ],
+)
+def test_what_it_answers_then_is_checked_as_before(name, change):
+    changes, make = RETRIED[name]
+    _, start = of(changes)
+    with pytest.raises(ClientsFailedError, match=r"round 1: client 3, node \d+: .*NaN or infinite"):
+        make(on_failure="retry").start(Moving(changes, change=change), start, num_rounds=1)
+
+
+@retried
+def test_a_node_that_never_comes_back_fails_the_run_by_name(name):
+    """Asking who holds what is set-up, where its failure is bad input; in mid-run it ends the run as a failure does."""
+    changes, make = RETRIED[name]
+    _, start = of(changes)
+    grid = Moving(changes, comes_back=False)
+    with pytest.raises(ClientsFailedError, match=r"round 1: client 3, node \d+: gone; it did not come back: "):
+        make(on_failure="retry", wait_seconds=0).start(grid, start, num_rounds=1)
 
 
 class TwoTries(LocalGrid):
@@ -380,12 +453,12 @@ GIVEN = {**MIXING, "engine.path": "stack", "engine.chunk-size": 4}
 
 @pytest.mark.parametrize("num_nodes", [1, 2])
 def test_a_given_path_is_compared_with_the_loop_under_flower(num_nodes):
-    with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after one step differ"):
+    with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after two steps"):
         by_flower(GIVEN, num_nodes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}], ids=str)
 def test_a_given_path_is_compared_with_the_loop_on_actors(changes):
-    with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after one step differ"):
+    with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after two steps"):
         by_engine({**GIVEN, "data.num-clients": 16, "engine.workers": 1, **changes})

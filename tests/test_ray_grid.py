@@ -1,11 +1,13 @@
 """Laws of the Grid on Ray, on an app that knows nothing of fedmom: what Flower promises, without its costs."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ import pytest
 from fedmom import ray_grid
 from fedmom.errors import InputError
 from fedmom.executors import PoolOptions
-from fedmom.ray_grid import RayGrid, load_components, simulate_app
+from fedmom.flower_app import load_components, simulate_app
+from fedmom.ray_grid import RayGrid
 
 pytest.importorskip("ray")
 flwr_app = pytest.importorskip("flwr.app")
@@ -25,6 +28,7 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray-grid")  # in one process, which has one Ray
 PLAIN = Path(__file__).parent / "apps" / "plain_app"
+OLDER = PLAIN.parent / "older_app"
 OPTIONS = PoolOptions(num_workers=2, num_cpus=0.5, retries=1, straggler_seconds=2)
 NUM_NODES = 6
 
@@ -219,12 +223,24 @@ def test_a_client_that_fails_is_one_error_reply(grid, seen, do, code, reason):
     ("action", "reason"),
     [
         ("query.wrong", "TypeError: the ClientApp returned str, not a Message"),
-        ("query.unknown", "ValueError: No query function registered with name 'unknown'"),
+        ("query.unknown", r"ValueError: No query function registered with name 'unknown' \(.*flwr.*\.py:\d+\)"),
     ],
 )
 def test_no_message_and_no_function_are_the_clients_errors(grid, seen, action, reason):
     (reply,) = grid.send_and_receive([query(grid.get_node_ids()[0], action)])
-    assert reply.error.reason == reason
+    assert re.fullmatch(reason, reply.error.reason)
+
+
+def test_an_error_inside_a_library_says_where_too(grid, seen):
+    (reply,) = grid.send_and_receive([query(grid.get_node_ids()[0], "query.library")])
+    assert re.search(r"\(.*site-packages.*\.py:\d+\)$", reply.error.reason)
+
+
+def test_what_a_client_printed_before_it_failed_is_found(grid, seen):
+    node_id = grid.get_node_ids()[1]
+    (reply,) = grid.send_and_receive(train_messages([node_id], do="print and raise"))
+    found = re.fullmatch(r"ValueError: as told \(.*\.py:\d+\); it printed into (\S+)", reply.error.reason)
+    assert "seen by nobody\n" in Path(found[1]).read_text()
 
 
 def test_a_node_that_does_not_exist_is_an_error_reply(grid, seen):
@@ -302,6 +318,68 @@ def test_push_and_pull(grid, seen):
         replies += grid.pull_messages(ids)
     assert {reply.metadata.reply_to_message_id for reply in replies} == set(ids)
     assert grid.pull_messages(ids) == []
+
+
+def sends_and_receives(grid, messages):
+    return grid.send_and_receive(messages)
+
+
+def streams(grid, messages):
+    return grid.stream(messages, window=2)
+
+
+def pushes_and_pulls(grid, messages):
+    ids, replies = grid.push_messages(messages), []
+    while len(replies) < len(ids):
+        grid.wait(60, ids)
+        replies += grid.pull_messages(ids)
+    return replies
+
+
+def test_every_thread_gets_its_own_replies(grid, seen):
+    """Flower's older servers ask every client from a thread of its own."""
+    nodes, ways = grid.get_node_ids(), (sends_and_receives, streams, pushes_and_pulls)
+
+    def ask(number):
+        asked = [query(nodes[(number + k) % NUM_NODES], "query.echo", own=ConfigRecord({"n": number})) for k in (0, 1)]
+        replies = list(ways[number % len(ways)](grid, asked))
+        assert {r.metadata.reply_to_message_id for r in replies} == {m.metadata.message_id for m in asked}
+        return [reply.content["own"]["n"] for reply in replies]
+
+    with ThreadPoolExecutor(24) as threads:
+        answers = [threads.submit(ask, number) for number in range(60)]
+        assert [one.result(timeout=60) for one in answers] == [[number] * 2 for number in range(60)]
+
+
+def test_whoever_waits_is_told_when_the_grid_gives_up(grid):
+    config = load_components(PLAIN).config
+    options = PoolOptions(num_workers=1, num_cpus=0.1)
+    with RayGrid("plain_app.client:app", app_dir=PLAIN, num_nodes=8, run_config=config, options=options) as own:
+        slow = [query(node_id, "query.slow", config=ConfigRecord({"seconds": 60})) for node_id in own.get_node_ids()]
+        with ThreadPoolExecutor(8) as threads:
+            waiting = [threads.submit(own.send_and_receive, [message]) for message in slow]
+            while len(own._pending) < len(slow):
+                time.sleep(0.01)
+            own.give_up()
+            for one in waiting:
+                with pytest.raises(RuntimeError, match="interrupted"):
+                    one.result(timeout=60)
+
+
+def test_a_whole_app_of_flowers_older_kind(grid, tmp_path):
+    out = tmp_path / "seen.txt"
+    options = PoolOptions(num_workers=2, num_cpus=0.1)
+    shown = []
+
+    def hear(*printed):
+        shown.append(printed)
+
+    simulate_app(OLDER, num_nodes=7, run_config={"out": str(out)}, options=options, on_output=hear)
+    assert sorted(shown) == sorted([(node, f"fit of {node}\n") for node in range(7)] * 2)
+    told = [json.loads(line) for line in out.read_text().splitlines()]
+    for n, found in enumerate(told[1::2], start=1):
+        assert found == pytest.approx([n, 1 + 3 * n, 3 * n])  # every round adds the mean partition
+    assert told[2::2] == [list(range(7))] * 2
 
 
 def test_a_whole_app_that_knows_nothing_of_fedmom(grid):  # in the grid's Ray
@@ -386,7 +464,7 @@ def test_a_killed_worker_of_an_idle_grid_is_replaced(grid, seen):
 @pytest.mark.slow
 def test_two_processes_may_each_have_their_own_ray():
     code = (
-        "import sys; from fedmom.ray_grid import simulate_app; from fedmom.executors import PoolOptions\n"
+        "import sys; from fedmom.flower_app import simulate_app; from fedmom.executors import PoolOptions\n"
         f"simulate_app({str(PLAIN)!r}, num_nodes=3, run_config={{}}, options=PoolOptions(num_workers=1))"
     )
     environment = {**os.environ, "PYTHONPATH": str(PLAIN.parents[2])}

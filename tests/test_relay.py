@@ -103,7 +103,7 @@ def test_a_node_that_answers_for_others_is_refused():
 
     result, _ = by_flower(DIGITS, 5, {"fault": lies})
     assert result.status == "failed"
-    assert "which it does not hold" in result.message
+    assert "of clients [0], which it was not asked for" in result.message
 
 
 def test_the_strategy_runs_by_itself():

@@ -1,6 +1,8 @@
 """`fedmom run --backend simulation` on real Ray actors: the engine's result, also when actors die in mid-round."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -42,8 +44,11 @@ def ray_once(tmp_path_factory):
         ray.shutdown()
 
 
+QUIET = fedmom.Callback()
+
+
 def run(changes, **options):
-    return fedmom.run(changes, callbacks=[fedmom.Callback()], **options)
+    return fedmom.run(changes, callbacks=[QUIET], **options)
 
 
 def assert_same(one, other, tolerance=1e-10):
@@ -160,37 +165,84 @@ def test_a_client_that_fails_by_itself(faulty, policy, fault, reason):
         assert [record.get("num_failed", 0) for record in result.rounds] == [0, 1, 0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("how", "number"),
-    [(["--backend=simulation"], signal.SIGTERM), (["--set=engine.workers=2"], signal.SIGINT)],
-    ids=["simulation", "workers"],
-)
-def test_a_signal_leaves_a_checkpoint_and_no_processes(tmp_path, how, number):
-    """SIGTERM too, for which Ray has a handler of its own: `docker stop` sends it."""
+def begun(tmp_path, how):
+    """(a run's process, its folder, the processes below it), three rounds after its beginning."""
     changes = [f"--set={name}={value}" for name, value in {**DIGITS, "run.num-rounds": 5000}.items()]
     command = [sys.executable, "-m", "fedmom", "run", str(ROOT / "configs" / "quickstart.toml"), *changes]
     command += ["--set=run.eval-every=1000", *how, "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    deadline = time.monotonic() + 120
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, cwd=ROOT, start_new_session=True)
     while len(read_rounds(tmp_path / "run")) < 3:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
         time.sleep(0.2)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    assert children
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "fedmom: interrupted after round" in err
-    assert "Traceback" not in err
-    assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
-    deadline = time.monotonic() + 10
-    while alive := [pid for pid in children if _runs(pid)]:
+    return process, tmp_path / "run", below(process.pid)
+
+
+def below(pid):
+    """{process id: name} of a process's children and theirs."""
+    parents, names = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            front, _, rest = stat.read_text().rpartition(")")
+            number, _, name = front.partition(" (")
+            names[int(number)], parents[int(number)] = name, int(rest.split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {child: names[child] for child in found - {pid}}
+
+
+def assert_gone(pids):
+    deadline = time.monotonic() + 60
+    while alive := [pid for pid in pids if _runs(str(pid))]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.2)
+
+
+WAYS = {
+    "simulation": ["--backend=simulation"],
+    "workers": ["--set=engine.workers=2"],
+    "peers": ["--set=engine.workers=2", "--set=algorithm.name=d-sgd-m", "--set=algorithm.topology=ring"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "number"), [("simulation", signal.SIGTERM), ("workers", signal.SIGINT)])
+def test_a_signal_to_all_leaves_a_checkpoint_and_no_processes(tmp_path, way, number):
+    """As Ctrl-C on a terminal sends it; SIGTERM too, for which Ray has a handler of its own: `docker stop` sends it."""
+    process, folder, processes = begun(tmp_path, WAYS[way])
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.startswith("fedmom: interrupted after round")
+    assert len(err.splitlines()) == 2
+    assert (folder / "checkpoint.safetensors").is_file()
+    assert_gone(processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "part"), [("simulation", "gcs_server"), ("peers", "raylet")])
+def test_a_run_whose_ray_was_killed_ends_with_a_line_and_goes_on(tmp_path, way, part):
+    process, folder, processes = begun(tmp_path, WAYS[way])
+    os.kill(next(pid for pid, name in processes.items() if name == part), signal.SIGKILL)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 4, err
+    first, second = err.splitlines()
+    assert "raylet" in first or "head" in first
+    assert second == f"fedmom: go on with: fedmom run --resume {folder}"
+    last = len(read_rounds(folder)) + 2
+
+    class Until(fedmom.Callback):
+        def on_round(self, record, state):
+            if record["round"] == last:
+                raise KeyboardInterrupt
+
+    again = fedmom.run(None, resume=folder, callbacks=[Until()])
+    assert [record["round"] for record in again.rounds] == [*range(1, last + 1)]
+    own = dict(option[6:].split("=") for option in WAYS[way] if "algorithm." in option)
+    changes = {**DIGITS, **own, "run.num-rounds": last}
+    assert_same(again, fedmom.run(ROOT / "configs" / "quickstart.toml", sets=changes, callbacks=[QUIET]))
+    assert_gone(processes)
 
 
 def _runs(pid: str) -> bool:

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -27,6 +28,9 @@ def count(context: Context) -> int:
 def misbehave(config: ConfigRecord) -> None:
     """What the message says: `raise`, `hang`, or be killed (`die`: always; else once, if the file does not exist)."""
     do = config.get("do", "")
+    if do == "print and raise":
+        print("seen by nobody")
+        raise ValueError("as told")
     if do == "raise":
         raise ValueError("as told\nin two lines")
     if do == "hang":
@@ -82,6 +86,14 @@ def memory(message: Message, context: Context) -> Message:
 @app.query("wrong")
 def wrong(message: Message, context: Context) -> Message:
     return "no message"  # type: ignore[return-value]
+
+
+@app.query("library")
+def library(message: Message, context: Context) -> Message:
+    return context.run_config["mode"]  # replaced below: no line of the app is in the traceback
+
+
+app._registered_funcs["query.library"] = np.linalg.inv
 
 
 @app.query("slow")

@@ -1,0 +1,229 @@
+"""Ray for this process: started here or joined, how many workers fit, and a watch on whether it still lives.
+
+Ray is imported here and in peers.py alone, when it starts.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedmom.cores import usable_cores
+from fedmom.errors import InputError
+from fedmom.imports import one_line
+
+# Of a Unix socket's path, 107 bytes, Ray takes these: "/session_DATE_TIME_PID/sockets/plasma_store" and a number.
+_SOCKET_BYTES = 66
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+_SECONDS_BETWEEN_LOOKS = 0.2
+# A cluster's head may be started anew elsewhere; one of our own is not.
+_SECONDS_WITHOUT_HEAD = 20.0
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """Section `simulation` of a config: how many workers, with what each, and what becomes of a failing one."""
+
+    num_workers: int = 0  # 0: as many as num_cpus and num_gpus let fit on all Ray nodes
+    num_cpus: float = 1  # per worker; fractions allowed
+    num_gpus: float = 0.0  # per worker; a fraction lets several share one GPU
+    ray_address: str = ""  # "" starts a local Ray, else that cluster is joined
+    retries: int = 2  # how often a message whose worker died is tried again
+    straggler_seconds: float = 0.0  # > 0: a message under way for longer is a failure, and its worker is replaced
+    count_key: str = "simulation.num-actors"  # the key that num_workers comes from
+
+
+def start_ray(address: str) -> tuple[Any, bool]:
+    """(the ray module, whether Ray was started or joined here rather than before)."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.cloudpickle
+    except ImportError as error:
+        raise InputError('the ray backend needs Ray: pip install "flwr[simulation]"') from error
+    if ray.is_initialized():
+        return ray, False
+    _reachable(address)
+    # Ray counts the machine's cores, whatever the process may use of them.
+    own: dict[str, Any] = {} if address else {"num_cpus": usable_cores(), "_temp_dir": ray_folder()}
+    ray._private.worker._worker_logs_enabled = False  # else it prints eight lines for every worker that dies
+    with warnings.catch_warnings(), _kept_handler(signal.SIGTERM):
+        warnings.simplefilter("ignore", FutureWarning)  # a tip about CUDA_VISIBLE_DEVICES
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **own,
+            )
+        except Exception as error:
+            key = f"simulation.ray-address = {address!r}: " if address else ""
+            raise InputError(f"{key}Ray does not start: {first_line(error)}") from error
+    return ray, True
+
+
+def ray_folder() -> str | None:
+    """Where a Ray of our own keeps its sockets and logs; None: where it would by itself.
+
+    A Unix socket's path has at most 107 bytes: under a longer TMPDIR another folder is taken. InputError without one.
+    """
+    given = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
+    most = 107 - _SOCKET_BYTES - len("/ray")
+    if not given or len(os.fsencode(os.environ[given])) <= most:
+        return None
+    for folder in _SHORT_FOLDERS:
+        # Others may have a folder "ray" there, into which we must not write.
+        path = os.path.join(folder, f"ray-{os.getuid()}")
+        with contextlib.suppress(OSError):
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            if os.lstat(path).st_uid == os.getuid() and os.access(path, os.W_OK):
+                return path
+    raise InputError(
+        f"{given} = {os.environ[given]!r}: too long for Ray's sockets; set RAY_TMPDIR to a folder whose path has at "
+        f"most {most} bytes"
+    )
+
+
+@contextmanager
+def _kept_handler(number: int) -> Iterator[None]:
+    """Ray puts a handler of its own in the place of the one that leaves a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():  # there it leaves them alone
+        yield
+        return
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _reachable(address: str) -> None:
+    """InputError where nobody listens at HOST:PORT; Ray would say so in twenty lines, after a minute."""
+    where = _host_and_port(address)
+    if where is None:
+        return
+    try:
+        socket.create_connection(where, timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"simulation.ray-address = {address!r}: nobody answers there ({one_line(error)})") from None
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    host, _, port = address.rpartition(":")
+    return None if "://" in address or not host or not port.isdigit() else (host, int(port))
+
+
+def join_ray(options: PoolOptions, num_workers: int) -> tuple[Any, bool, int]:
+    """(the ray module, whether it was started here, how many workers fit); InputError where `num_workers` do not."""
+    ray, started = start_ray(options.ray_address)
+    try:
+        return ray, started, count_workers(ray, replace(options, num_workers=num_workers))
+    except BaseException:
+        if started:
+            ray.shutdown()
+        raise
+
+
+def count_workers(ray: Any, options: PoolOptions) -> int:
+    """As many as asked for, or as fit into the cluster at once, node by node; InputError for none or too many."""
+    wanted = {"CPU": options.num_cpus, "GPU": options.num_gpus}
+    keys = {"CPU": "num-cpus", "GPU": "num-gpus"}
+    nodes: Sequence[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for kind, key in keys.items():
+        most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+        if wanted[kind] > most:
+            right = (
+                f"Ray sees at most {most:g} {kind}{'s' * (most != 1)} on one machine"
+                if most
+                else f"Ray sees no {kind} here; set it to 0" + " and engine.device to cpu" * (kind == "GPU")
+            )
+            raise InputError(f"simulation.{key} = {wanted[kind]:g}: {right}")
+    if not any(wanted.values()):  # nothing limits them
+        return options.num_workers or sum(int(node.get("CPU", 0)) for node in nodes)
+    # Fractions such as 0.1 are not exact: a hair more than the quotient.
+    fits = [min(int(node.get(kind, 0.0) / each + 1e-6) for kind, each in wanted.items() if each) for node in nodes]
+    fit, needs = sum(fits), " and ".join(f"{keys[kind]} = {each:g}" for kind, each in wanted.items() if each)
+    if fit == 0:
+        raise InputError(f"simulation.{needs}: no machine has both; ask for less")
+    if options.num_workers > fit:
+        raise InputError(f"{options.count_key} = {options.num_workers}: with {needs} each, {fit} fit")
+    return options.num_workers or fit
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+class Watch:
+    """Tells, once, when a part of Ray without which nothing is answered any more has ended on this machine.
+
+    Ray itself notices after 15 to 60 s; then it ends the whole process, and says nothing.
+    """
+
+    def __init__(self, ray: Any, tell: Callable[[str], None]) -> None:
+        self._node, self._tell, self._stop = ray._private.worker._global_node, tell, threading.Event()
+        self._head_seen = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, name="fedmom-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_SECONDS_BETWEEN_LOOKS):
+            gone = self._gone()
+            if gone and not self._stop.is_set():
+                self._tell(f"Ray's {gone} has ended, killed perhaps for want of memory")
+                return
+
+    def _gone(self) -> str:
+        """Which part has ended, "" for none."""
+        processes = getattr(self._node, "all_processes", {})
+        for kind, name in (("raylet", "raylet"), ("gcs_server", "head (its GCS)")):
+            if any(info.process.poll() is not None for info in processes.get(kind, ())):
+                return name
+        if processes or self._node is None:
+            return ""
+        # Joined: the raylet is another's child, and the head may be far away.
+        path = getattr(self._node, "raylet_socket_name", None)
+        if path and sys.platform == "linux" and _listens(path) is False:
+            return "raylet"
+        return self._far_head()
+
+    def _far_head(self) -> str:
+        where = _host_and_port(str(getattr(self._node, "gcs_address", "")))
+        now = time.monotonic()
+        if where is None or now - self._head_seen < 2.0:
+            return ""
+        try:
+            socket.create_connection(where, timeout=2).close()
+        except ConnectionRefusedError:
+            return "head (its GCS)" if now - self._head_seen > _SECONDS_WITHOUT_HEAD else ""
+        except OSError:  # the network's fault, which passes
+            return ""
+        self._head_seen = now
+        return ""
+
+
+def _listens(path: str) -> bool | None:
+    """Whether somebody listens at the Unix socket of that path; None where that is not told."""
+    try:
+        lines = Path("/proc/net/unix").read_text().splitlines()
+    except OSError:
+        return None
+    path = path.removeprefix("unix://")
+    return any(words[-1] == path and int(words[3], 16) & 0x10000 for line in lines if len(words := line.split()) == 8)
