@@ -229,10 +229,10 @@ def _check_parameters(name: str, model: nn.Module) -> None:
 def _check_forward(name: str, model: nn.Module, input_shape: Shape, num_classes: int, integers: bool) -> None:
     """Two examples through a copy in training mode, because BatchNorm would remember them."""
     x = torch.zeros(2, *input_shape, dtype=torch.int64) if integers else torch.rand(2, *input_shape)
-    before = torch.get_rng_state()
+    before, twin = torch.get_rng_state(), copied(model)
     try:
         with torch.no_grad():
-            logits = copied(model)(x)
+            logits = twin(x)
     except Exception as error:
         raise InputError(
             f"model.name = {name!r}: fails on a batch of shape {list(x.shape)}: {one_line(error)}"

@@ -222,6 +222,7 @@ class Classification:
         The examples with the smallest and the largest numbers are among them: they hold the token ids at the ends.
         Raises InputError naming the model.
         """
+        state = _copy(state)
         for name, x in (("test", self.dataset.x_test), ("training", self.dataset.x_train)):
             if not len(x):
                 continue
@@ -242,6 +243,7 @@ class Classification:
         """Mean loss and accuracy of a model on examples [n, ...]."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
+        state = _copy(state)  # a model may write into its buffers in evaluation too: into those of nobody else
         each = self._piece(state, x_all)
         for x, y in zip(x_all.split(each), y_all.split(each), strict=True):
             logits = self._logits(state, self._normalised(x))
@@ -259,10 +261,13 @@ class Classification:
         return max(_FEW, min(_PIECE, int(0.3 * free_bytes(self.device) / max(1, self._each))))
 
     def _evaluation_bytes(self, state: ClientState, x: Tensor) -> int:
-        """Of one example: the most that three successive modules give back together."""
+        """Of one example: the most that three successive modules give back together; 0 where that cannot be seen."""
         made = [self._normalised(x).nbytes]
-        with sizes_made(made):
-            self._logits(state, self._normalised(x))
+        try:
+            with sizes_made(made):
+                self._logits(state, self._normalised(x))
+        except Exception:  # a compiled model may not be looked into; it is judged in whole pieces
+            return 0
         return max(sum(made[i : i + 3]) for i in range(len(made))) // len(x)
 
     def _logits(self, state: ClientState, x: Tensor) -> Tensor:
@@ -285,3 +290,7 @@ def _dense(leaf: Tensor) -> Tensor:
     if g is None:
         return torch.zeros_like(leaf)
     return g if g.layout == torch.strided else g.to_dense()
+
+
+def _copy(state: ClientState) -> ClientState:
+    return ClientState(*({name: value.clone() for name, value in tree.items()} for tree in state))

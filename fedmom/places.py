@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedmom.dropout import KEY
 from fedmom.errors import InputError
+from fedmom.imports import one_line
 from fedmom.state import Tree
 
 T = TypeVar("T")
@@ -59,9 +60,9 @@ class Places:
                     self.names.setdefault(first[id(tensor)], []).append(f"model.{name}")
 
     def start(self) -> tuple[Tree, Tree]:
-        """Copies of x⁰ and of the buffers."""
+        """Copies of x⁰ and of the buffers, in one layout: torch's fused steps want x, u and g in the same."""
         params = {name: (torch.view_as_real(p) if name in self.complex else p) for name, p in self.params.items()}
-        return tuple({n: t.detach().clone() for n, t in tree.items()} for tree in (params, self.buffers))  # type: ignore[return-value]
+        return _contiguous(params), _contiguous(self.buffers)
 
     def run(self, params: Tree, buffers: Tree, function: Callable[[nn.Module], T], *, hooks: bool = False) -> T:
         """function(model) with these tensors in the model's places; what it assigns to buffers is put into `buffers`.
@@ -79,6 +80,10 @@ class Places:
         # A module may also have been given another tensor for a buffer (self.mean = 0.9 * self.mean + …).
         buffers |= {name: given[self.names[name][0]] for name in buffers}
         return found
+
+
+def _contiguous(tree: Tree) -> Tree:
+    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tree.items()}
 
 
 def _averages(buffer: Tensor) -> bool:
@@ -113,14 +118,18 @@ def cast(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy, hooks of parameters included; results that a forward pass left as attributes are cut off.
 
-    memo: {id of a module inside: what stands for it in the copy}.
+    memo: {id of a module inside: what stands for it in the copy}. Raises InputError for a model that cannot be copied.
     """
     instead = dict(memo or {})
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 instead[id(value)] = value.detach().clone()
-    twin = copy.deepcopy(model, instead)
+    try:
+        twin = copy.deepcopy(model, instead)
+    except Exception as error:  # a lock, a file, an object of the user's own
+        advice = "keep what cannot be copied outside of its modules"
+        raise InputError(f"model.name: the model cannot be copied ({one_line(error)}); {advice}") from error
     for one in [] if memo else model.parameters():
         if one.is_leaf and hooks_of(one):
             _hook(instead[id(one)], one)  # which Parameter.__deepcopy__ forgets
