@@ -2,26 +2,54 @@
 
 from functools import lru_cache
 
+import pytest
 import torch
+from torch import Tensor
 
 import fedmom
 import plain
-import zoo
-from fedmom.setup import make_task
+from fedmom.batches import Sampler
+from fedmom.config import load
 from fedmom.errors import InputError
+from fedmom.resolve import resolve
+from fedmom.setup import load_task_data
+from zoo import PATHS, ZOO, build
 
-ROUNDS, STEPS, LR, BETA, DECAY, SEED = 3, 3, 0.03, 0.8, 0.01, 4
+ROUNDS, STEPS, BATCH, SEED = 3, 3, 4, 3
+LR, BETA, DECAY = 0.03, 0.8, 0.01
+STACKED = PATHS[1:]
+# One of each kind; the others are slow tests only because there are so many.
+FAST = (
+    "conv2d",
+    "batch_norm",
+    "transformer",
+    "gpt",
+    "lstm",
+    "two_names",
+    "pruned",
+    "checkpoint_dense",
+    "detached",
+    "parameter_hook",
+    "dropout",
+    "depth_numpy",
+    "assigned_average",
+    "batch_mean",
+    "two_outputs",
+)
+EVERY = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ZOO]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, about what the zoo keeps in old style
 
 
-def config(name: str, path: str, chunk_size: int = 2) -> dict:
-    """Three clients with 4, 9 and 17 examples, some of few classes; the last chunk is shorter."""
+def config(name: str, path: str, **changes: object) -> dict[str, object]:
+    """Three clients of 10, 3 and 17 examples, the second of one class and with less than a batch; chunks of 2 and 1."""
     return {
-        "data.dataset": f"zoo:{zoo.ZOO[name].data}",
+        "data.dataset": f"zoo.data:{ZOO[name].data}",
         "data.num-clients": 3,
-        "data.partition": "quantity",
+        "data.partition": "dirichlet-class",
+        "data.alpha": 0.5,
         "data.min-size": 3,
-        "data.batch-size": 4,
-        "model.name": f"zoo:{name}",
+        "data.batch-size": BATCH,
+        "model.name": ZOO[name].spec,
         "algorithm.num-local-steps": STEPS,
         "algorithm.lr": LR,
         "algorithm.beta": BETA,
@@ -33,5 +61,89 @@ def config(name: str, path: str, chunk_size: int = 2) -> dict:
         "run.seed": SEED,
         "run.dtype": "float64",
         "engine.path": path,
-        **({} if path == "auto" else {"engine.chunk-size": 1 if path == "loop" else chunk_size}),
+        "engine.chunk-size": {"loop": 1, "auto": 0}.get(path, 2),
+        **changes,
     }
+
+
+@lru_cache
+def by_plain_torch(name: str) -> plain.Plain:
+    """What the model must come to."""
+    data, partition = load_task_data(resolve(load(config(name, "loop"))).config)
+    numbers = {"num_rounds": ROUNDS, "num_local_steps": STEPS, "lr": LR, "beta": BETA, "weight_decay": DECAY}
+    sampler = Sampler(partition, BATCH, seed=SEED)
+    return plain.train(lambda: build(name), data, sampler, **numbers, nesterov=True, seed=SEED)
+
+
+class Seen(fedmom.Callback):
+    """What a run said and came to."""
+
+    def __init__(self) -> None:
+        self.notes: tuple[str, ...] = ()
+        self.rounds = 0
+        self.state: dict[str, Tensor] = {}
+
+    def on_start(self, start) -> None:
+        self.notes = start.notes
+
+    def on_round(self, record, state) -> None:
+        self.rounds += 1
+        parts = state._asdict().items()
+        self.state = {f"{part}/{name}": value.clone() for part, tree in parts for name, value in tree.items()}
+
+
+def assert_right(seen: Seen, result: fedmom.Result, name: str, digits: float) -> None:
+    """x, u and the buffers are those of plain torch, in units of how far all of them went; so are the losses."""
+    assert result.status == "done", result.message
+    right = by_plain_torch(name)
+    assert seen.state.keys() == right.end.keys()
+    away, step = [], []
+    for key, value in right.end.items():
+        got, before = seen.state[key], right.start[key]
+        assert got.shape == value.shape, key
+        if not (value.is_floating_point() or value.is_complex()) or torch.equal(value, before):
+            torch.testing.assert_close(got, value, rtol=digits, atol=digits, check_dtype=False, msg=key)
+            continue
+        away.append(torch.linalg.vector_norm(got - value).item())
+        step.append(torch.linalg.vector_norm(value - before).item())
+    off, whole = torch.tensor(away).norm().item(), torch.tensor(step).norm().item()
+    assert off <= digits * whole, f"off by {off / whole:.2g} of the step"
+    losses = [record["train_loss"] for record in result.rounds]
+    assert losses == pytest.approx(right.train_losses, abs=10 * digits)
+    assert result.rounds[-1]["test_loss"] == pytest.approx(right.test_loss, abs=10 * digits)
+    if digits < 1e-6:
+        assert result.rounds[-1]["test_accuracy"] == right.test_accuracy
+
+
+def assert_refused(name: str, path: str, words: str) -> None:
+    """In one line with these words, and nothing was trained."""
+    seen = Seen()
+    with pytest.raises(InputError) as caught:
+        fedmom.run(config(name, path), callbacks=[seen])
+    assert seen.rounds == 0
+    message = str(caught.value)
+    assert "\n" not in message
+    assert words in message
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_path_is_plain_torch_or_refuses(name):
+    made = ZOO[name]
+    for path in PATHS:
+        if path in made.refused:
+            assert_refused(name, path, made.refused[path])
+        else:
+            seen = Seen()
+            assert_right(seen, fedmom.run(config(name, path), callbacks=[seen]), name, made.digits)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_auto_finds_a_stacked_path_where_one_is_right(name):
+    made = ZOO[name]
+    if "loop" in made.refused:
+        assert_refused(name, "auto", made.refused["loop"])
+        return
+    seen = Seen()
+    assert_right(seen, fedmom.run(config(name, "auto"), callbacks=[seen]), name, made.digits)
+    (measured,) = [note for note in seen.notes if "client-steps/s measured" in note] or [""]
+    assert any(f"{path} ×" in measured for path in STACKED) == bool(set(STACKED) - set(made.refused)), seen.notes

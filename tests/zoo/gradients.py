@@ -1,0 +1,222 @@
+"""What people do to the backward pass: checkpoints, detach, functions of their own, hooks, scripts."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo.parts import SIZE, Fn, conv, flat, head, model, seq
+
+
+@model("checkpoint(use_reentrant=False) around convolutions", vmap="saved tensor hooks")
+def checkpoint_conv(shape, classes):
+    block = seq(conv(4, 4), nn.ReLU(), conv(4, 4))
+    return Fn(
+        lambda m, x: m.head(checkpoint(m.block, m.stem(x), use_reentrant=False)),
+        stem=conv(2, 4),
+        block=block,
+        head=head(4),
+    )
+
+
+@model("checkpoint(use_reentrant=False) around a Linear layer", vmap="saved tensor hooks")
+def checkpoint_dense(shape, classes):
+    block = seq(nn.Linear(8, 8), nn.Tanh())
+    return Fn(
+        lambda m, x: m.out(checkpoint(m.block, m.body(x), use_reentrant=False)),
+        body=flat(8),
+        block=block,
+        out=nn.Linear(8, 3),
+    )
+
+
+@model("checkpoint(use_reentrant=True)", everywhere="reentrant")
+def checkpoint_reentrant(shape, classes):
+    block = seq(nn.Linear(8, 8), nn.Tanh())
+    return Fn(
+        lambda m, x: m.out(checkpoint(m.block, m.body(x), use_reentrant=True)),
+        body=flat(8),
+        block=block,
+        out=nn.Linear(8, 3),
+    )
+
+
+@model("a branch behind detach()")
+def detached(shape, classes):
+    def forward(m, x):
+        h = m.body(x)
+        return m.out(h + torch.tanh(m.side(h)).detach())
+
+    return Fn(forward, body=flat(8), side=nn.Linear(8, 8), out=nn.Linear(8, classes))
+
+
+@model("a teacher under no_grad")
+def teacher(shape, classes):
+    def forward(m, x):
+        with torch.no_grad():
+            target = torch.tanh(m.teacher(x))
+        h = torch.tanh(m.student(x))
+        return m.out(h * target)
+
+    return Fn(forward, student=flat(8), teacher=flat(8), out=nn.Linear(8, classes))
+
+
+@model("straight-through rounding (a quantised layer)")
+def straight_through(shape, classes):
+    def forward(m, x):
+        h = torch.sigmoid(m.body(x))
+        return m.out(h + ((h > 0.5).to(h.dtype) - h).detach())
+
+    return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
+
+
+@model("vector quantisation: the nearest code, straight through", stack="Fn holds codes itself")
+def vector_quantised(shape, classes):
+    def forward(m, x):
+        h = m.body(x)
+        near = m.codes[torch.cdist(h, m.codes).argmin(1)]
+        return m.out(h + (near - h).detach() + 0.1 * (near - near.detach()))
+
+    return Fn(forward, body=flat(4), codes=nn.Parameter(torch.randn(6, 4)), out=nn.Linear(4, classes))
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return -0.5 * grads[0]
+
+
+@model("gradient reversal by an autograd.Function", vmap="setup_context")
+def gradient_reversal(shape, classes):
+    return seq(flat(8), nn.Tanh(), _Reversed.apply, nn.Linear(8, classes))
+
+
+class _Cube(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grads[0]
+
+
+@model("an autograd.Function with a rule for vmap")
+def function_with_rule(shape, classes):
+    return seq(flat(8), nn.Tanh(), _Cube.apply, nn.Linear(8, classes))
+
+
+@model("an autograd.Function that goes through NumPy", vmap="setup_context", stack="asks for values")
+def function_in_numpy(shape, classes):
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return torch.from_numpy(np.sin(x.detach().numpy()))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return grads[0] * ctx.saved_tensors[0].cos()
+
+    return seq(flat(8), Sine.apply, nn.Linear(8, classes))
+
+
+@model("deep equilibrium: iterations under no_grad, one step with gradients")
+def equilibrium(shape, classes):
+    def forward(m, x):
+        u = m.body(x)
+        with torch.no_grad():
+            h = torch.zeros_like(u)
+            for _ in range(8):
+                h = torch.tanh(m.step(h) + u)
+        return m.out(torch.tanh(m.step(h) + u))
+
+    return Fn(forward, body=flat(6), step=nn.Linear(6, 6), out=nn.Linear(6, classes))
+
+
+@model("a gradient within forward (energy model)", stack="differ")
+def inner_gradient(shape, classes):
+    def forward(m, x):
+        h = m.body(x)
+        with torch.enable_grad():
+            h = h if h.requires_grad else h.requires_grad_()
+            (force,) = torch.autograd.grad(torch.tanh(m.energy(h)).sum(), h, create_graph=True)
+        return m.out(h - 0.1 * force)
+
+    return Fn(forward, body=flat(6), energy=nn.Linear(6, 1), out=nn.Linear(6, classes))
+
+
+@model("a hook on a parameter's gradient (clamp)", everywhere="hook")
+def parameter_hook(shape, classes):
+    made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
+    for p in made.parameters():
+        p.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+    return made
+
+
+@model("register_post_accumulate_grad_hook on a parameter", everywhere="hook")
+def accumulate_hook(shape, classes):
+    made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
+
+    def shrink(p: Tensor) -> None:
+        p.grad.mul_(0.1)
+
+    made[2].weight.register_post_accumulate_grad_hook(shrink)
+    return made
+
+
+@model("a hook on an activation's gradient")
+def activation_hook(shape, classes):
+    def forward(m, x):
+        h = m.body(x)
+        if h.requires_grad:
+            h.register_hook(lambda g: g.clamp(-0.01, 0.01))
+        return m.out(torch.tanh(h))
+
+    return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
+
+
+@model("forward hooks on modules that change what comes out", stack="differ")
+def forward_hook(shape, classes):
+    made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
+    made[0][1].register_forward_hook(lambda m, args, out: 2 * out)
+    made[2].register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+    return made
+
+
+@model("full backward hooks on modules", vmap="setup_context", stack="differ")
+def backward_hook(shape, classes):
+    made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
+    made[1].register_full_backward_hook(lambda m, before, after: (before[0] * 0.5,))
+    made[2].register_full_backward_hook(lambda m, before, after: (before[0] * 0.5,))
+    return made
+
+
+@model("torch.jit.script", stack="?")
+def scripted(shape, classes):
+    return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(SIZE, 8), nn.ReLU(), nn.Linear(8, classes)))
+
+
+@model("torch.jit.trace of a part", stack="?")
+def traced(shape, classes):
+    part = torch.jit.trace(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.zeros(2, 8))
+    return seq(flat(8), part, nn.Linear(8, classes))
+
+
+@model("torch.compile around a part", vmap="cannot be stacked")
+def compiled(shape, classes):
+    part = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), backend="eager")
+    return seq(flat(8), part, nn.Linear(8, classes))

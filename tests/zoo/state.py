@@ -1,0 +1,135 @@
+"""Random numbers, and state within buffers and outside of them."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from zoo.parts import CLASSES, SIZE, Fn, conv, flat, head, model, seq
+
+
+@model("Dropout and Dropout2d")
+def dropout(shape, classes):
+    return seq(conv(2, 4), nn.Dropout2d(0.3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, classes))
+
+
+@model("AlphaDropout", everywhere="draws random numbers")
+def alpha_dropout(shape, classes):
+    return seq(flat(8), nn.SELU(), nn.AlphaDropout(0.3), nn.Linear(8, classes))
+
+
+@model("FeatureAlphaDropout", everywhere="draws random numbers")
+def feature_alpha_dropout(shape, classes):
+    return seq(conv(2, 4), nn.SELU(), nn.FeatureAlphaDropout(0.3), head(4))
+
+
+@model("dropout by a function, F.dropout", everywhere="draws random numbers")
+def functional_dropout(shape, classes):
+    return Fn(
+        lambda m, x: m.out(F.dropout(torch.relu(m.body(x)), 0.3, m.training)), body=flat(8), out=nn.Linear(8, classes)
+    )
+
+
+@model("Gumbel softmax", everywhere="draws random numbers")
+def gumbel(shape, classes):
+    return seq(flat(8), lambda h: F.gumbel_softmax(h, hard=True), nn.Linear(8, classes))
+
+
+def _stochastic_depth(draw: Callable[[], float]) -> nn.Module:
+    def forward(m, x):
+        h = m.body(x)
+        if not m.training or draw() < 0.5:
+            h = h + torch.relu(m.block(h))
+        return m.out(h)
+
+    return Fn(forward, body=flat(8), block=nn.Linear(8, 8), out=nn.Linear(8, CLASSES))
+
+
+@model("stochastic depth by torch's numbers", everywhere="draws random numbers")
+def depth_torch(shape, classes):
+    return _stochastic_depth(lambda: torch.rand(()).item())
+
+
+@model("stochastic depth by NumPy's numbers", everywhere="draws random numbers")
+def depth_numpy(shape, classes):
+    return _stochastic_depth(np.random.rand)
+
+
+@model("stochastic depth by Python's random", everywhere="draws random numbers")
+def depth_random(shape, classes):
+    return _stochastic_depth(random.random)
+
+
+@model("a generator of the model's own", everywhere="draws random numbers")
+def own_generator(shape, classes):
+    def forward(m, x):
+        noise = torch.randn(x.shape, generator=m.source, dtype=x.dtype)
+        return m.out(x + 0.1 * noise if m.training else x)
+
+    return Fn(forward, source=torch.Generator(), out=flat(classes))
+
+
+@model("a Python counter on the module (an annealed temperature)", everywhere="steps")
+def counter(shape, classes):
+    def forward(m, x):
+        if m.training:
+            m.steps += 1
+        return m.out(x) / (1 + m.steps)
+
+    return Fn(forward, out=flat(classes), steps=0)
+
+
+@model("a counter as a buffer", stack="Fn holds steps itself")
+def counter_buffer(shape, classes):
+    def forward(m, x):
+        if m.training:
+            m.steps += 1
+        return m.out(x) / (1 + 0.1 * m.steps)
+
+    return Fn(forward, out=flat(classes), steps=torch.zeros((), dtype=torch.int64))
+
+
+@model("a running mean of one's own, written in place into a buffer", stack="Fn holds centre itself")
+def own_average(shape, classes):
+    def forward(m, x):
+        h = m.body(x)
+        if m.training:
+            with torch.no_grad():
+                m.centre.mul_(0.9).add_(0.1 * h.mean(0))
+        return m.out(h - m.centre)
+
+    return Fn(forward, body=flat(8), centre=torch.zeros(8), out=nn.Linear(8, classes))
+
+
+@model("a running mean of one's own, assigned to a buffer", stack="Fn holds centre itself")
+def assigned_average(shape, classes):
+    def forward(m, x):
+        h = m.body(x)
+        if m.training:
+            m.centre = 0.9 * m.centre + 0.1 * h.mean(0).detach()
+        return m.out(h - m.centre)
+
+    return Fn(forward, body=flat(8), centre=torch.zeros(8), out=nn.Linear(8, classes))
+
+
+@model("activations kept on the module for a later look", stack="deepcopy protocol")
+def kept_activations(shape, classes):
+    def forward(m, x):
+        m.seen = m.body(x)
+        return m.out(torch.relu(m.seen))
+
+    return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
+
+
+@model("a target network that follows by moving averages", stack="Fn holds shadow itself")
+def momentum_encoder(shape, classes):
+    def forward(m, x):
+        if m.training:
+            with torch.no_grad():
+                m.shadow.lerp_(m.body[1].weight, 0.1)
+        return m.out(torch.tanh(m.body(x)) + F.linear(x.flatten(1), m.shadow))
+
+    return Fn(forward, body=flat(8), shadow=torch.zeros(8, SIZE), out=nn.Linear(8, classes))
