@@ -24,8 +24,8 @@ class Plain(NamedTuple):
     start: dict[str, Tensor]  # x, u and the buffers before the first round, as "params/NAME", …
     end: dict[str, Tensor]  # and after the last
     train_losses: list[float]  # of every round
-    test_loss: float  # after the last
-    test_accuracy: float
+    test_losses: list[float]
+    test_accuracies: list[float]
 
 
 def train(
@@ -51,7 +51,7 @@ def train(
     clients = [made() for _ in sampler.sizes]
     weights = (sampler.sizes.double() / sampler.sizes.sum()).tolist()
     mean = first = _state(clients[0], {})
-    losses = []
+    losses, test_losses, accuracies = [], [], []
     for r in range(num_rounds):
         ended, loss = [], 0.0
         for c, (model, weight) in enumerate(zip(clients, weights, strict=True)):
@@ -74,12 +74,13 @@ def train(
             ended.append(_state(model, {n: sgd.state[p]["momentum_buffer"] for n, p in params.items()}))
         mean = _mean(ended, weights)
         losses.append(loss)
-    judge = clients[0]
-    _load(judge, None, mean)
-    with torch.no_grad():
-        logits = judge.eval()(data.x_test.to(F64))
-    accuracy = (logits.argmax(1) == data.y_test).double().mean().item()
-    return Plain(first, mean, losses, cross_entropy(logits, data.y_test).item(), accuracy)
+        _load(clients[0], None, mean)
+        with torch.no_grad():
+            logits = clients[0].eval()(data.x_test.to(F64, copy=True))
+        clients[0].train()
+        test_losses.append(cross_entropy(logits, data.y_test).item())
+        accuracies.append((logits.argmax(1) == data.y_test).double().mean().item())
+    return Plain(first, mean, losses, test_losses, accuracies)
 
 
 def _double(t: Tensor) -> Tensor:

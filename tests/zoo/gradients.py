@@ -7,40 +7,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.parts import SIZE, Fn, conv, flat, head, model, seq
+from zoo.parts import CLASSES, SIZE, Fn, conv, flat, head, model, seq
+
+
+def _checkpointed(block: nn.Module, *, use_reentrant: bool) -> nn.Module:
+    def forward(m, x):
+        return m.out(checkpoint(m.block, m.body(x), use_reentrant=use_reentrant))
+
+    return Fn(forward, body=flat(8), block=block, out=nn.Linear(8, CLASSES))
 
 
 @model("checkpoint(use_reentrant=False) around convolutions", vmap="saved tensor hooks")
 def checkpoint_conv(shape, classes):
-    block = seq(conv(4, 4), nn.ReLU(), conv(4, 4))
-    return Fn(
-        lambda m, x: m.head(checkpoint(m.block, m.stem(x), use_reentrant=False)),
-        stem=conv(2, 4),
-        block=block,
-        head=head(4),
-    )
+    def forward(m, x):
+        return m.head(checkpoint(m.block, m.stem(x), use_reentrant=False))
+
+    return Fn(forward, stem=conv(2, 4), block=seq(conv(4, 4), nn.ReLU(), conv(4, 4)), head=head(4))
 
 
 @model("checkpoint(use_reentrant=False) around a Linear layer", vmap="saved tensor hooks")
 def checkpoint_dense(shape, classes):
-    block = seq(nn.Linear(8, 8), nn.Tanh())
-    return Fn(
-        lambda m, x: m.out(checkpoint(m.block, m.body(x), use_reentrant=False)),
-        body=flat(8),
-        block=block,
-        out=nn.Linear(8, 3),
-    )
+    return _checkpointed(seq(nn.Linear(8, 8), nn.Tanh()), use_reentrant=False)
 
 
 @model("checkpoint(use_reentrant=True)", everywhere="reentrant")
 def checkpoint_reentrant(shape, classes):
-    block = seq(nn.Linear(8, 8), nn.Tanh())
-    return Fn(
-        lambda m, x: m.out(checkpoint(m.block, m.body(x), use_reentrant=True)),
-        body=flat(8),
-        block=block,
-        out=nn.Linear(8, 3),
-    )
+    return _checkpointed(seq(nn.Linear(8, 8), nn.Tanh()), use_reentrant=True)
 
 
 @model("a branch behind detach()")
@@ -220,3 +212,46 @@ def traced(shape, classes):
 def compiled(shape, classes):
     part = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), backend="eager")
     return seq(flat(8), part, nn.Linear(8, classes))
+
+
+@model("checkpoint(use_reentrant=False) around dropout", vmap="saved tensor hooks", stack="differ")
+def checkpoint_dropout(shape, classes):
+    block = seq(nn.Linear(8, 8), nn.Dropout(0.4), nn.Tanh())
+    return _checkpointed(block, use_reentrant=False)
+
+
+@model("checkpoint(use_reentrant=False) around BatchNorm, whose statistics then move twice", vmap="saved tensor hooks")
+def checkpoint_norm(shape, classes):
+    block = seq(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh())
+    return _checkpointed(block, use_reentrant=False)
+
+
+@model("activations saved on the CPU (save_on_cpu)", vmap="saved tensor hooks")
+def saved_on_cpu(shape, classes):
+    def forward(m, x):
+        with torch.autograd.graph.save_on_cpu():
+            h = torch.tanh(m.body(x))
+        return m.out(h)
+
+    return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
+
+
+class _ReadsWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return h.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.layer.weight.norm(), None
+
+
+@model("a backward function that reads a layer's weight", vmap="setup_context", stack="no attribute 'weight'")
+def reads_weight_in_backward(shape, classes):
+    return Fn(lambda m, x: m.out(_ReadsWeight.apply(m.body(x), m.out)), body=flat(8), out=nn.Linear(8, classes))
+
+
+@model("logits that no gradient reaches", everywhere="does not require grad")
+def no_gradient(shape, classes):
+    return seq(flat(classes), Tensor.detach)

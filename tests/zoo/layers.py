@@ -188,3 +188,36 @@ def cosine(shape, classes):
 
     parts = {"body": flat(6), "centres": nn.Parameter(torch.randn(classes, 6)), "scale": nn.Parameter(torch.zeros(()))}
     return Fn(forward, **parts)
+
+
+@model("a model that is one layer, without a container", data="tokens")
+def bare_layer(shape, classes):
+    return nn.Linear(shape[0], classes)
+
+
+@model("a subclass of Linear with a forward function of its own", stack="Scaled holds weight itself")
+def subclass(shape, classes):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight / self.in_features**0.5, self.bias)
+
+    return seq(nn.Flatten(), Scaled(SIZE, 8), nn.ReLU(), Scaled(8, classes))
+
+
+@model("a layer whose forward function was replaced", stack="differ")
+def patched_forward(shape, classes):
+    layer = nn.Linear(8, 8)
+    layer.forward = lambda x: F.linear(x, layer.weight) + 1
+    return seq(flat(8), layer, nn.Tanh(), nn.Linear(8, classes))
+
+
+@model("an input that forward writes into")
+def inplace_input(shape, classes):
+    return seq(lambda x: x.sub_(0.3).mul_(1.1), nn.ReLU(inplace=True), flat(classes))
+
+
+@model("a tensor that is neither parameter nor buffer", stack="device cpu is not on the expected device meta")
+def plain_tensor(shape, classes):
+    made = Fn(lambda m, x: m.out(x.flatten(1) * m.window), out=nn.Linear(SIZE, classes))
+    made.__dict__["window"] = torch.linspace(0.5, 1.5, SIZE)
+    return made

@@ -173,3 +173,72 @@ def embedding_tied(shape, classes):
     made = Fn(forward, words=nn.Embedding(WORDS, 4), out=nn.Linear(4, WORDS, bias=False))
     made.out.weight = made.words.weight
     return made
+
+
+@model(
+    "rotary positions, made at the first pass and kept",
+    data="tokens",
+    stack="device cpu is not on the expected device meta",
+)
+def rotary(shape, classes):
+    def forward(m, x):
+        q, k, v = m.qkv(m.embed(x)).chunk(3, -1)
+        if m.angles is None or len(m.angles) != x.shape[1]:
+            m.angles = torch.arange(x.shape[1], dtype=q.dtype)[:, None] * torch.tensor([1.0, 0.1], dtype=q.dtype)
+        cos, sin = m.angles.cos(), m.angles.sin()
+
+        def turn(h):
+            a, b = h.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+        return m.out(_attend(turn(q), turn(k), v))
+
+    return Fn(forward, embed=embed(), qkv=nn.Linear(4, 12), out=pooled(), angles=None)
+
+
+@model("attention that masks padding", data="tokens", stack="an Embedding with padding_idx")
+def padding_mask(shape, classes):
+    def forward(m, x):
+        h, absent = m.embed(x), x == 0
+        h = m.attend(h, h, h, key_padding_mask=absent, need_weights=False)[0]
+        return m.out(h.masked_fill(absent[..., None], 0.0))
+
+    attend = nn.MultiheadAttention(4, 2, batch_first=True)
+    return Fn(forward, embed=embed(padding_idx=0), attend=attend, out=pooled())
+
+
+@model("windowed attention with shifts and a table of relative places (Swin)", stack="Fn holds table itself")
+def swin(shape, classes):
+    def forward(m, x):
+        h = torch.roll(m.patch(x), (1, 1), (2, 3)).flatten(2).transpose(1, 2)
+        q, k, v = m.qkv(m.norm(h)).chunk(3, -1)
+        return m.out(h + torch.softmax(q @ k.transpose(1, 2) + m.table[m.places], -1) @ v)
+
+    places = torch.arange(4)[:, None] - torch.arange(4) + 3
+    parts = {"patch": nn.Conv2d(2, 4, 4, stride=4), "norm": nn.LayerNorm(4), "qkv": nn.Linear(4, 12), "out": pooled()}
+    return Fn(forward, table=nn.Parameter(torch.randn(7)), places=places, **parts)
+
+
+@model(
+    "GRU over packed sequences of unequal lengths",
+    data="tokens",
+    vmap="cannot be stacked",
+    stack="GRU holds weight_ih_l0 itself",
+)
+def packed(shape, classes):
+    def forward(m, x):
+        lengths = (x != 0).sum(1).clamp(min=1).cpu()
+        pack = nn.utils.rnn.pack_padded_sequence
+        _, last = m.recurrent(pack(m.embed(x), lengths, batch_first=True, enforce_sorted=False))
+        return m.out(last[-1])
+
+    return Fn(forward, embed=embed(), recurrent=nn.GRU(4, 3, batch_first=True), out=nn.Linear(3, classes))
+
+
+@model(
+    "an embedding that is not trained (word vectors)",
+    data="tokens",
+    stack="Embedding with parameters that are not trained",
+)
+def embedding_frozen(shape, classes):
+    return seq(Tensor.long, nn.Embedding.from_pretrained(torch.randn(WORDS, 4)), pooled())

@@ -16,6 +16,22 @@ def dropout(shape, classes):
     return seq(conv(2, 4), nn.Dropout2d(0.3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, classes))
 
 
+@model("Dropout in place, Dropout1d and Dropout3d")
+def dropout_kinds(shape, classes):
+    layers = (conv(2, 4), nn.Flatten(2), nn.Dropout1d(0.2), nn.Unflatten(2, (4, 4, 4)), nn.Dropout3d(0.2), nn.Flatten())
+    return seq(*layers, nn.Dropout(0.3, inplace=True), nn.Linear(256, classes))
+
+
+@model("RReLU", everywhere="draws random numbers")
+def rrelu(shape, classes):
+    return seq(flat(8), nn.RReLU(), nn.Linear(8, classes))
+
+
+@model("FractionalMaxPool2d", everywhere="draws random numbers")
+def fractional_pool(shape, classes):
+    return seq(conv(2, 4), nn.FractionalMaxPool2d(2, output_size=4), head(4))
+
+
 @model("AlphaDropout", everywhere="draws random numbers")
 def alpha_dropout(shape, classes):
     return seq(flat(8), nn.SELU(), nn.AlphaDropout(0.3), nn.Linear(8, classes))

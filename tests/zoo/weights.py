@@ -156,3 +156,38 @@ def experts_by_mask(shape, classes):
     return Fn(
         forward, body=flat(8), gate=nn.Linear(8, 2), experts=nn.ModuleList(nn.Linear(8, classes) for _ in range(2))
     )
+
+
+@model("weights clamped in place in every pass", everywhere="writes into")
+def clamped_weight(shape, classes):
+    def forward(m, x):
+        with torch.no_grad():
+            m.body[1].weight.clamp_(-0.05, 0.05)
+        return m.out(torch.relu(m.body(x)))
+
+    return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
+
+
+@model("weights written through .data in every pass", everywhere="writes into")
+def written_data(shape, classes):
+    def forward(m, x):
+        m.body[1].weight.data.clamp_(-0.05, 0.05)
+        return m.out(torch.relu(m.body(x)))
+
+    return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
+
+
+@model("fake quantisation of weights (quantisation-aware training)", stack="asks for values")
+def fake_quantised(shape, classes):
+    def forward(m, x):
+        return m.out(torch.fake_quantize_per_tensor_affine(torch.relu(m.body(x)), 0.02, 0, -128, 127))
+
+    return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
+
+
+@model("a parameter without numbers (an adapter of rank 0)", stack="Fn holds adapter itself")
+def empty_parameter(shape, classes):
+    def forward(m, x):
+        return m.out(x) + x.flatten(1)[:, :0] @ m.adapter
+
+    return Fn(forward, adapter=nn.Parameter(torch.empty(0, classes)), out=flat(classes))
