@@ -14,6 +14,7 @@ from fedmom.errors import InputError
 from fedmom.resolve import resolve
 from fedmom.setup import load_task_data
 from zoo import PATHS, ZOO, build
+from zoo.page import PAGE, page
 
 ROUNDS, STEPS, BATCH, SEED = 3, 3, 4, 3
 LR, BETA, DECAY = 0.03, 0.8, 0.01
@@ -66,10 +67,10 @@ def config(name: str, path: str, **changes: object) -> dict[str, object]:
 
 
 @lru_cache
-def by_plain_torch(name: str) -> plain.Plain:
+def by_plain_torch(name: str, decay: float = DECAY) -> plain.Plain:
     """What the model must come to."""
     data, partition = load_task_data(resolve(load(config(name, "loop"))).config)
-    numbers = {"num_rounds": ROUNDS, "num_local_steps": STEPS, "lr": LR, "beta": BETA, "weight_decay": DECAY}
+    numbers = {"num_rounds": ROUNDS, "num_local_steps": STEPS, "lr": LR, "beta": BETA, "weight_decay": decay}
     sampler = Sampler(partition, BATCH, seed=SEED)
     return plain.train(lambda: build(name), data, sampler, **numbers, nesterov=True, seed=SEED)
 
@@ -91,17 +92,16 @@ class Seen(fedmom.Callback):
         self.state = {f"{part}/{name}": value.clone() for part, tree in parts for name, value in tree.items()}
 
 
-def assert_right(seen: Seen, result: fedmom.Result, name: str, digits: float) -> None:
+def assert_right(seen: Seen, result: fedmom.Result, right: plain.Plain, digits: float) -> None:
     """x, u and the buffers are those of plain torch, in units of how far all of them went; so are the losses."""
     assert result.status == "done", result.message
-    right = by_plain_torch(name)
     assert seen.state.keys() == right.end.keys()
     away, step = [], []
     for key, value in right.end.items():
         got, before = seen.state[key], right.start[key]
         assert got.shape == value.shape, key
         if not (value.is_floating_point() or value.is_complex()) or torch.equal(value, before):
-            torch.testing.assert_close(got, value, rtol=digits, atol=digits, check_dtype=False, msg=key)
+            torch.testing.assert_close(got.to(value.dtype), value, rtol=digits, atol=digits, msg=key)
             continue
         away.append(torch.linalg.vector_norm(got - value).item())
         step.append(torch.linalg.vector_norm(value - before).item())
@@ -113,11 +113,11 @@ def assert_right(seen: Seen, result: fedmom.Result, name: str, digits: float) ->
         assert [record["test_accuracy"] for record in result.rounds] == right.test_accuracies
 
 
-def assert_refused(name: str, path: str, words: str) -> None:
+def assert_refused(name: str, path: str, words: str, **changes: object) -> None:
     """In one line with these words, and nothing was trained."""
     seen = Seen()
     with pytest.raises(InputError) as caught:
-        fedmom.run(config(name, path), callbacks=[seen])
+        fedmom.run(config(name, path, **changes), callbacks=[seen])
     assert seen.rounds == 0
     message = str(caught.value)
     assert "\n" not in message
@@ -132,7 +132,7 @@ def test_every_path_is_plain_torch_or_refuses(name):
             assert_refused(name, path, made.refused[path])
         else:
             seen = Seen()
-            assert_right(seen, fedmom.run(config(name, path), callbacks=[seen]), name, made.digits)
+            assert_right(seen, fedmom.run(config(name, path), callbacks=[seen]), by_plain_torch(name), made.digits)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -142,6 +142,77 @@ def test_auto_finds_a_stacked_path_where_one_is_right(name):
         assert_refused(name, "auto", made.refused["loop"])
         return
     seen = Seen()
-    assert_right(seen, fedmom.run(config(name, "auto"), callbacks=[seen]), name, made.digits)
+    assert_right(seen, fedmom.run(config(name, "auto"), callbacks=[seen]), by_plain_torch(name), made.digits)
     (measured,) = [note for note in seen.notes if "client-steps/s measured" in note] or [""]
     assert any(f"{path} ×" in measured for path in STACKED) == bool(set(STACKED) - set(made.refused)), seen.notes
+
+
+FLOAT32 = [
+    pytest.param(n, marks=() if n == "batch_norm" else pytest.mark.slow)
+    for n, m in ZOO.items()
+    if "stack" not in m.refused and m.digits < 1e-6
+]
+
+
+@pytest.mark.parametrize("name", FLOAT32)
+def test_float32_refuses_nothing_that_float64_trains(name):
+    """Rounding is no disagreement, not even where a gradient is nothing else (a bias before BatchNorm)."""
+    seen = Seen()
+    result = fedmom.run(
+        config(name, "stack", **{"run.dtype": "float32", "algorithm.weight-decay": 0}), callbacks=[seen]
+    )
+    assert_right(seen, result, by_plain_torch(name, 0.0), 1e-2)
+
+
+ELSEWHERE = {  # a dozen, by the path that is asked for
+    "conv2d": "factors",
+    "batch_norm": "stack",
+    "transformer": "vmap",
+    "gpt": "auto",
+    "lstm": "vmap",
+    "frozen": "auto",
+    "two_names": "stack",
+    "pruned": "auto",
+    "checkpoint_dropout": "loop",
+    "dropout": "factors",
+    "assigned_average": "vmap",
+    "counter_buffer": "loop",
+}
+
+
+@pytest.fixture(scope="module")
+def one_ray():
+    """Starting it takes seconds."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("the zoo on Ray")
+@pytest.mark.parametrize(
+    "changes", [{"engine.workers": 2}, {"run.backend": "simulation"}], ids=["workers", "simulation"]
+)
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_on_ray_too_it_is_plain_torch(one_ray, name, changes):
+    keys = {"simulation.num-actors": 2, "simulation.num-cpus": 0.5, "simulation.clients-per-node": 2}
+    seen = Seen()
+    result = fedmom.run(config(name, ELSEWHERE[name], **keys, **changes), callbacks=[seen])
+    assert_right(seen, result, by_plain_torch(name), ZOO[name].digits)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("the zoo on Ray")
+@pytest.mark.parametrize(
+    "changes", [{"engine.workers": 2}, {"run.backend": "simulation"}], ids=["workers", "simulation"]
+)
+@pytest.mark.parametrize("name", ["depth_numpy", "two_outputs"])
+def test_on_ray_too_what_has_no_meaning_is_refused(one_ray, name, changes):
+    keys = {"simulation.num-actors": 2, "simulation.num-cpus": 0.5}
+    assert_refused(name, "auto", ZOO[name].refused["loop"], **keys, **changes)
+
+
+def test_the_page_of_models_is_the_zoos():
+    assert PAGE.read_text(encoding="utf-8") == page(), "cd tests; python -m zoo.page"

@@ -1,0 +1,86 @@
+"""docs/models.md, from the zoo: `python -m zoo.page` in tests/ writes it."""
+
+from pathlib import Path
+
+from zoo import GROUPS, ZOO, Model
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+START = """# Models that train
+
+Any `nn.Module` with real parameters goes, by `model.name = "module:function"`.
+A run trains it as plain torch would, one client after another with `torch.optim.SGD` (in float64 to 1e-9 of how far all
+tensors went), or refuses it in one line before anything is trained.
+The path decides the speed alone, and `engine.path = "auto"` looks for a fast one that is right:
+
+| path | what it takes |
+|---|---|
+| `loop` | whatever torch trains repeatably |
+| `vmap` | what `torch.func` and `torch.vmap` take |
+| `stack`, `factors` | models made of layers that know of clients, with the examples of a batch apart |
+
+What has no meaning here is refused on every path: random numbers that nobody addressed, state outside of buffers, a
+backward pass that cannot be reached. (`nn.Dropout` is swapped for masks by address.)
+
+The tables are a test: each of these {count} small models goes through every path, for three rounds of three local steps
+with three unequal clients. {loop} train on the loop, {stacked} of them on a stacked path too.
+"yes" means that the path is right; elsewhere the reason stands.
+"""
+# What torch's own words, or ours in a few, mean.
+MEANINGS = {
+    ".item()": "asks for a value",
+    "aten::nonzero": "its shapes depend on values",
+    "aten::div.out": "torch has no rule for it",
+    "setup_context": "a Function without `setup_context`",
+    "saved tensor hooks": "torch.func takes no saved-tensor hooks",
+    "cannot be stacked": "torch has no rule for it",
+    "differ": "a step differs from the loop's",
+    "deepcopy protocol": "keeps tensors of a graph",
+    "no attribute 'weight'": "uses a layer's weight itself",
+    "view size is not compatible": "`view` wants another layout",
+    "device cpu is not on the expected device meta": "a tensor that is no buffer",
+}
+
+
+def page() -> str:
+    """The whole page."""
+    trained = [made for made in ZOO.values() if "loop" not in made.refused]
+    stacked = sum(len(made.refused) < 3 for made in trained)
+    parts = [START.format(count=len(ZOO), loop=len(trained), stacked=stacked)]
+    for group in GROUPS.values():
+        rows = [_row(made) for made in trained if made.group == group]
+        if rows:
+            parts.append(
+                "\n".join(
+                    [
+                        f"## {group}",
+                        "",
+                        "| model | `loop` | `vmap` | `stack`, `factors` |",
+                        "|---|---|---|---|",
+                        *rows,
+                        "",
+                    ]
+                )
+            )
+    refused = [
+        f"| {_cell(made.what)} | {_meaning(made.refused['loop'])} |" for made in ZOO.values() if "loop" in made.refused
+    ]
+    parts.append("\n".join(["## Refused on every path", "", "| model | why |", "|---|---|", *refused, ""]))
+    return "\n".join(parts)
+
+
+def _row(made: Model) -> str:
+    vmap, stack, factors = (_meaning(made.refused.get(path, "")) for path in ("vmap", "stack", "factors"))
+    both = stack if stack == factors else f"stack: {stack}; factors: {factors}"
+    return f"| {_cell(made.what)} | yes | {vmap} | {both} |"
+
+
+def _meaning(words: str) -> str:
+    return _cell(MEANINGS.get(words, words)) or "yes"
+
+
+def _cell(words: str) -> str:
+    return words.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
