@@ -88,24 +88,33 @@ def _double(t: Tensor) -> Tensor:
 
 
 def _state(model: nn.Module, momentum: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Complex parameters as real and imaginary parts, without complex and infinite buffers, which have no mean."""
     found = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            found[f"params/{name}"] = p.detach().clone()
-            found[f"momentum/{name}"] = momentum.get(name, torch.zeros_like(p)).detach().clone()
-    return found | {f"buffers/{n}": b.detach().clone() for n, b in model.named_buffers() if not n.endswith(KEY)}
+            found[f"params/{name}"] = _real(p).detach().clone()
+            found[f"momentum/{name}"] = _real(momentum.get(name, torch.zeros_like(p))).detach().clone()
+    for name, buffer in model.named_buffers():
+        if not (name.endswith(KEY) or buffer.is_complex() or torch.isinf(buffer).any()):
+            found[f"buffers/{name}"] = buffer.detach().clone()
+    return found
 
 
 @torch.no_grad()
 def _load(model: nn.Module, sgd: torch.optim.SGD | None, state: dict[str, Tensor]) -> None:
     for name, p in model.named_parameters():
         if f"params/{name}" in state:
-            p.copy_(state[f"params/{name}"])
+            _real(p).copy_(state[f"params/{name}"])
             if sgd is not None:
-                sgd.state[p]["momentum_buffer"] = state[f"momentum/{name}"].clone()
+                momentum = state[f"momentum/{name}"].clone()
+                sgd.state[p]["momentum_buffer"] = torch.view_as_complex(momentum) if p.is_complex() else momentum
     for name, buffer in model.named_buffers():
         if f"buffers/{name}" in state:
             buffer.copy_(state[f"buffers/{name}"])
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t) if t.is_complex() else t
 
 
 def _mean(states: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
@@ -117,7 +126,7 @@ def _mean(states: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Te
     found = {}
     for name in states[0]:
         values = [state[name] for state in states]
-        if not values[0].is_floating_point() and not values[0].is_complex():
+        if not values[0].is_floating_point():
             found[name] = torch.stack(values).amax(0)
         elif all(torch.equal(value, values[0]) for value in values):
             found[name] = values[0]

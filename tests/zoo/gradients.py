@@ -255,3 +255,41 @@ def reads_weight_in_backward(shape, classes):
 @model("logits that no gradient reaches", everywhere="does not require grad")
 def no_gradient(shape, classes):
     return seq(flat(classes), Tensor.detach)
+
+
+@model("features that a forward hook puts aside for the head", stack="hook")
+def hooked_features(shape, classes):
+    kept: dict[str, Tensor] = {}
+    made = Fn(
+        lambda m, x: m.out(m.late(m.early(x)) + kept["early"]), early=flat(8), late=nn.Tanh(), out=nn.Linear(8, classes)
+    )
+    made.early.register_forward_hook(lambda m, args, out: kept.update(early=out))
+    return made
+
+
+@model("a step of gradient descent within forward (meta-learning)", stack="differ")
+def inner_step(shape, classes):
+    def forward(m, x):
+        h = torch.tanh(m.body(x))
+        with torch.enable_grad():
+            fast = dict(m.out.named_parameters())
+            if not h.requires_grad:
+                fast = {name: p.detach().requires_grad_() for name, p in fast.items()}
+            loss = torch.func.functional_call(m.out, fast, (h,)).square().mean()
+            grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+        fast = {name: p - 0.1 * g for (name, p), g in zip(fast.items(), grads, strict=True)}
+        return torch.func.functional_call(m.out, fast, (h,))
+
+    return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
+
+
+@model("an optimizer's step within backward (a hook that writes into weights)", everywhere="writes into")
+def optimizer_in_backward(shape, classes):
+    @torch.no_grad()
+    def step(p: Tensor) -> None:
+        p.sub_(0.1 * p.grad)
+        p.grad = None
+
+    made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
+    made[2].weight.register_post_accumulate_grad_hook(step)
+    return made

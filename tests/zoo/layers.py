@@ -221,3 +221,8 @@ def plain_tensor(shape, classes):
     made = Fn(lambda m, x: m.out(x.flatten(1) * m.window), out=nn.Linear(SIZE, classes))
     made.__dict__["window"] = torch.linspace(0.5, 1.5, SIZE)
     return made
+
+
+@model("weights in channels_last")
+def channels_last(shape, classes):
+    return seq(conv(2, 4), nn.ReLU(), conv(4, 4), head(4)).to(memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
 """Random numbers, and state within buffers and outside of them."""
 
 import random
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -149,3 +150,71 @@ def momentum_encoder(shape, classes):
         return m.out(torch.tanh(m.body(x)) + F.linear(x.flatten(1), m.shadow))
 
     return Fn(forward, body=flat(8), shadow=torch.zeros(8, SIZE), out=nn.Linear(8, classes))
+
+
+@model("a counter on the class", everywhere="differ")
+def class_counter(shape, classes):
+    class Annealed(nn.Module):
+        steps = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = flat(classes)
+
+        def forward(self, x):
+            type(self).steps += self.training
+            return self.out(x) / (1 + type(self).steps)
+
+    return Annealed()
+
+
+@model("noise from a generator that every pass seeds anew", vmap="random", stack="differ")
+def seeded_each_pass(shape, classes):
+    def forward(m, x):
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+        return m.out(x + 0.1 * noise)
+
+    return Fn(forward, out=flat(classes))
+
+
+@model("a counter as a buffer, that evaluation counts up too")
+def counts_always(shape, classes):
+    def forward(m, x):
+        m.steps += 1
+        return m.out(x) / (1 + 0.1 * m.steps)
+
+    return Fn(forward, out=flat(classes), steps=torch.zeros((), dtype=torch.int64))
+
+
+@model("a target network of frozen parameters that follows within forward (BYOL)", everywhere="differ")
+def byol_target(shape, classes):
+    def forward(m, x):
+        if m.training:
+            with torch.no_grad():
+                for slow, fast in zip(m.target.parameters(), m.online.parameters(), strict=True):
+                    slow.lerp_(fast, 0.1)
+        return m.out(torch.tanh(m.online(x)) * m.target(x).detach())
+
+    return Fn(forward, online=flat(8), target=flat(8).requires_grad_(False), out=nn.Linear(8, classes))
+
+
+@model("a queue of features in a buffer (MoCo)", vmap=".item()", stack="asks for values")
+def queue(shape, classes):
+    def forward(m, x):
+        h = torch.tanh(m.body(x))
+        y = m.out(torch.cat([h, torch.softmax(h @ m.queue.clone().T, 1)], 1))
+        if m.training:
+            place = int(m.place)
+            m.queue[place : place + len(h)] = h.detach()
+            m.place.fill_((place + len(h)) % len(m.queue))
+        return y
+
+    parts = {"queue": torch.randn(8, 8), "place": torch.zeros((), dtype=torch.int64)}
+    return Fn(forward, body=flat(8), out=nn.Linear(16, classes), **parts)
+
+
+@model("an attribute that cannot be copied (a lock)", everywhere="cannot pickle")
+def cannot_copy(shape, classes):
+    made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
+    made.lock = threading.Lock()
+    return made
