@@ -30,7 +30,7 @@ def checkpoint_dense(shape, classes):
     return _checkpointed(seq(nn.Linear(8, 8), nn.Tanh()), use_reentrant=False)
 
 
-@model("checkpoint(use_reentrant=True)", everywhere="reentrant")
+@model("checkpoint(use_reentrant=True)", vmap="setup_context")
 def checkpoint_reentrant(shape, classes):
     return _checkpointed(seq(nn.Linear(8, 8), nn.Tanh()), use_reentrant=True)
 
@@ -151,7 +151,7 @@ def inner_gradient(shape, classes):
     return Fn(forward, body=flat(6), energy=nn.Linear(6, 1), out=nn.Linear(6, classes))
 
 
-@model("a hook on a parameter's gradient (clamp)", everywhere="hook")
+@model("a hook on a parameter's gradient (clamp)", vmap="differs from plain torch's", stack="a hook on the parameter")
 def parameter_hook(shape, classes):
     made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
     for p in made.parameters():
@@ -159,7 +159,11 @@ def parameter_hook(shape, classes):
     return made
 
 
-@model("register_post_accumulate_grad_hook on a parameter", everywhere="hook")
+@model(
+    "register_post_accumulate_grad_hook on a parameter",
+    vmap="differs from plain torch's",
+    stack="a hook on the parameter",
+)
 def accumulate_hook(shape, classes):
     made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
 
@@ -181,7 +185,7 @@ def activation_hook(shape, classes):
     return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
 
 
-@model("forward hooks on modules that change what comes out", stack="differ")
+@model("forward hooks on modules that change what comes out", stack="has forward hooks of its own")
 def forward_hook(shape, classes):
     made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
     made[0][1].register_forward_hook(lambda m, args, out: 2 * out)
@@ -189,7 +193,7 @@ def forward_hook(shape, classes):
     return made
 
 
-@model("full backward hooks on modules", vmap="setup_context", stack="differ")
+@model("full backward hooks on modules", vmap="setup_context", stack="has backward hooks of its own")
 def backward_hook(shape, classes):
     made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
     made[1].register_full_backward_hook(lambda m, before, after: (before[0] * 0.5,))
@@ -197,12 +201,12 @@ def backward_hook(shape, classes):
     return made
 
 
-@model("torch.jit.script", stack="?")
+@model("torch.jit.script", everywhere="scripted by torch.jit")
 def scripted(shape, classes):
     return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(SIZE, 8), nn.ReLU(), nn.Linear(8, classes)))
 
 
-@model("torch.jit.trace of a part", stack="?")
+@model("torch.jit.trace of a part", everywhere="scripted by torch.jit")
 def traced(shape, classes):
     part = torch.jit.trace(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.zeros(2, 8))
     return seq(flat(8), part, nn.Linear(8, classes))
@@ -214,7 +218,7 @@ def compiled(shape, classes):
     return seq(flat(8), part, nn.Linear(8, classes))
 
 
-@model("checkpoint(use_reentrant=False) around dropout", vmap="saved tensor hooks", stack="differ")
+@model("checkpoint(use_reentrant=False) around dropout", vmap="saved tensor hooks")
 def checkpoint_dropout(shape, classes):
     block = seq(nn.Linear(8, 8), nn.Dropout(0.4), nn.Tanh())
     return _checkpointed(block, use_reentrant=False)
@@ -257,7 +261,7 @@ def no_gradient(shape, classes):
     return seq(flat(classes), Tensor.detach)
 
 
-@model("features that a forward hook puts aside for the head", stack="hook")
+@model("features that a forward hook puts aside for the head")
 def hooked_features(shape, classes):
     kept: dict[str, Tensor] = {}
     made = Fn(
@@ -267,7 +271,9 @@ def hooked_features(shape, classes):
     return made
 
 
-@model("a step of gradient descent within forward (meta-learning)", stack="differ")
+@model(
+    "a step of gradient descent within forward (meta-learning)", stack="`inputs` argument to `grad()` cannot be empty"
+)
 def inner_step(shape, classes):
     def forward(m, x):
         h = torch.tanh(m.body(x))
@@ -283,7 +289,7 @@ def inner_step(shape, classes):
     return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
 
 
-@model("an optimizer's step within backward (a hook that writes into weights)", everywhere="writes into")
+@model("an optimizer's step within backward (a hook that writes into weights)", everywhere="writes into the parameter")
 def optimizer_in_backward(shape, classes):
     @torch.no_grad()
     def step(p: Tensor) -> None:

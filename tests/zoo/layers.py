@@ -204,7 +204,7 @@ def subclass(shape, classes):
     return seq(nn.Flatten(), Scaled(SIZE, 8), nn.ReLU(), Scaled(8, classes))
 
 
-@model("a layer whose forward function was replaced", stack="differ")
+@model("a layer whose forward function was replaced", stack="has a forward function of its own")
 def patched_forward(shape, classes):
     layer = nn.Linear(8, 8)
     layer.forward = lambda x: F.linear(x, layer.weight) + 1
@@ -223,6 +223,6 @@ def plain_tensor(shape, classes):
     return made
 
 
-@model("weights in channels_last")
+@model("weights in channels_last", stack="differs from plain torch's")
 def channels_last(shape, classes):
     return seq(conv(2, 4), nn.ReLU(), conv(4, 4), head(4)).to(memory_format=torch.channels_last)

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from zoo.parts import Fn, flat, model, seq
 
 
-@model("1 % of the batch in the logits", stack="differ")
+@model("1 % of the batch in the logits", stack="differs from plain torch's")
 def batch_mean(shape, classes):
     return Fn(lambda m, x: (lambda y: y - 0.01 * y.mean(0))(m.out(x)), out=flat(classes))
 
 
-@model("features divided by the largest of the batch", stack="differ")
+@model("features divided by the largest of the batch", stack="differs from plain torch's")
 def batch_max(shape, classes):
     return Fn(lambda m, x: (lambda h: m.out(h / h.abs().max()))(m.body(x)), body=flat(8), out=nn.Linear(8, classes))
 
@@ -21,12 +21,12 @@ def shifted(shape, classes):
     return Fn(lambda m, x: (lambda y: y - y.max())(m.out(x)), out=flat(classes))
 
 
-@model("mixup with the batch rolled by one", stack="differ")
+@model("mixup with the batch rolled by one", stack="differs from plain torch's")
 def rolled(shape, classes):
     return Fn(lambda m, x: m.out(0.9 * x + 0.1 * x.roll(1, 0) if m.training else x), out=flat(classes))
 
 
-@model("minibatch discrimination: distances within the batch", stack="differ")
+@model("minibatch discrimination: distances within the batch", stack="differs from plain torch's")
 def discrimination(shape, classes):
     def forward(m, x):
         h = m.body(x)
@@ -50,7 +50,7 @@ def branch_on_parameter(shape, classes):
     return Fn(lambda m, x: m.out(x) * (2 if m.gate > 0 else 1), out=flat(classes), gate=nn.Parameter(torch.ones(())))
 
 
-@model("logits in training, (logits, features) in evaluation", everywhere="evaluation")
+@model("logits in training, (logits, features) in evaluation", everywhere="in evaluation the model must return logits")
 def two_outputs(shape, classes):
     def forward(m, x):
         h = torch.relu(m.body(x))
@@ -59,7 +59,7 @@ def two_outputs(shape, classes):
     return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
 
 
-@model("an auxiliary head in training alone, (logits, auxiliary)", everywhere="logits")
+@model("an auxiliary head in training alone, (logits, auxiliary)", everywhere="must return logits")
 def auxiliary_head(shape, classes):
     def forward(m, x):
         h = torch.relu(m.body(x))
@@ -76,7 +76,7 @@ def squeezed(shape, classes):
     return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
 
 
-@model("LazyLinear and LazyConv2d", everywhere="lazy")
+@model("LazyLinear and LazyConv2d", everywhere="has lazy layers")
 def lazy(shape, classes):
     return seq(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(classes))
 
@@ -100,7 +100,7 @@ def float64_logits(shape, classes):
     return seq(flat(8), nn.ReLU(), nn.Linear(8, classes), Tensor.double)
 
 
-@model("logits of another shape, [B, 3, 1]", everywhere="logits")
+@model("logits of another shape, [B, 3, 1]", everywhere="logits, made [2, 3, 1]")
 def extra_axis(shape, classes):
     return seq(flat(classes), lambda y: y[..., None])
 

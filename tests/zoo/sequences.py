@@ -145,7 +145,7 @@ def embedding_padding(shape, classes):
     return seq(embed(padding_idx=0), pooled())
 
 
-@model("Embedding with max_norm, which writes into its weights", data="tokens", everywhere="max_norm")
+@model("Embedding with max_norm, which writes into its weights", data="tokens", everywhere="writes into the parameter")
 def embedding_max_norm(shape, classes):
     return seq(embed(max_norm=1.0), pooled())
 

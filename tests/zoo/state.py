@@ -80,7 +80,7 @@ def depth_random(shape, classes):
     return _stochastic_depth(random.random)
 
 
-@model("a generator of the model's own", everywhere="draws random numbers")
+@model("a generator of the model's own", everywhere="changes the attribute 'source'")
 def own_generator(shape, classes):
     def forward(m, x):
         noise = torch.randn(x.shape, generator=m.source, dtype=x.dtype)
@@ -89,7 +89,7 @@ def own_generator(shape, classes):
     return Fn(forward, source=torch.Generator(), out=flat(classes))
 
 
-@model("a Python counter on the module (an annealed temperature)", everywhere="steps")
+@model("a Python counter on the module (an annealed temperature)", everywhere="changes the attribute 'steps'")
 def counter(shape, classes):
     def forward(m, x):
         if m.training:
@@ -99,7 +99,7 @@ def counter(shape, classes):
     return Fn(forward, out=flat(classes), steps=0)
 
 
-@model("a counter as a buffer", stack="Fn holds steps itself")
+@model("a counter as a buffer", stack="differs from plain torch's")
 def counter_buffer(shape, classes):
     def forward(m, x):
         if m.training:
@@ -109,7 +109,7 @@ def counter_buffer(shape, classes):
     return Fn(forward, out=flat(classes), steps=torch.zeros((), dtype=torch.int64))
 
 
-@model("a running mean of one's own, written in place into a buffer", stack="Fn holds centre itself")
+@model("a running mean of one's own, written in place into a buffer", stack="differs from plain torch's")
 def own_average(shape, classes):
     def forward(m, x):
         h = m.body(x)
@@ -152,7 +152,7 @@ def momentum_encoder(shape, classes):
     return Fn(forward, body=flat(8), shadow=torch.zeros(8, SIZE), out=nn.Linear(8, classes))
 
 
-@model("a counter on the class", everywhere="differ")
+@model("a counter on the class", everywhere="differs between two training steps")
 def class_counter(shape, classes):
     class Annealed(nn.Module):
         steps = 0
@@ -168,7 +168,7 @@ def class_counter(shape, classes):
     return Annealed()
 
 
-@model("noise from a generator that every pass seeds anew", vmap="random", stack="differ")
+@model("noise from a generator that every pass seeds anew", vmap="random operation", stack="differs from plain torch's")
 def seeded_each_pass(shape, classes):
     def forward(m, x):
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
@@ -177,7 +177,7 @@ def seeded_each_pass(shape, classes):
     return Fn(forward, out=flat(classes))
 
 
-@model("a counter as a buffer, that evaluation counts up too")
+@model("a counter as a buffer, that evaluation counts up too", stack="differs from plain torch's")
 def counts_always(shape, classes):
     def forward(m, x):
         m.steps += 1
@@ -186,7 +186,10 @@ def counts_always(shape, classes):
     return Fn(forward, out=flat(classes), steps=torch.zeros((), dtype=torch.int64))
 
 
-@model("a target network of frozen parameters that follows within forward (BYOL)", everywhere="differ")
+@model(
+    "a target network of frozen parameters that follows within forward (BYOL)",
+    everywhere="differs between two training steps",
+)
 def byol_target(shape, classes):
     def forward(m, x):
         if m.training:

@@ -158,7 +158,7 @@ def experts_by_mask(shape, classes):
     )
 
 
-@model("weights clamped in place in every pass", everywhere="writes into")
+@model("weights clamped in place in every pass", everywhere="writes into the parameter")
 def clamped_weight(shape, classes):
     def forward(m, x):
         with torch.no_grad():
