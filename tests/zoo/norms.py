@@ -91,7 +91,7 @@ def weight_norm(shape, classes):
     return seq(parametrizations.weight_norm(conv(2, 4)), nn.ReLU(), head(4))
 
 
-@model("weight norm in the old style (weight_g, weight_v)", stack="Linear holds weight_g itself")
+@model("weight norm in the old style (weight_g, weight_v)", stack="has forward pre hooks of its own")
 def weight_norm_old(shape, classes):
     layer = torch.nn.utils.weight_norm(nn.Linear(SIZE, 8))
     return seq(nn.Flatten(), layer, nn.ReLU(), nn.Linear(8, classes))

@@ -121,7 +121,7 @@ def own_average(shape, classes):
     return Fn(forward, body=flat(8), centre=torch.zeros(8), out=nn.Linear(8, classes))
 
 
-@model("a running mean of one's own, assigned to a buffer", stack="Fn holds centre itself")
+@model("a running mean of one's own, assigned to a buffer", stack="differs from plain torch's")
 def assigned_average(shape, classes):
     def forward(m, x):
         h = m.body(x)
@@ -141,7 +141,7 @@ def kept_activations(shape, classes):
     return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
 
 
-@model("a target network that follows by moving averages", stack="Fn holds shadow itself")
+@model("a target network that follows by moving averages", stack="differs from plain torch's")
 def momentum_encoder(shape, classes):
     def forward(m, x):
         if m.training:

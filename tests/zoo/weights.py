@@ -79,7 +79,7 @@ def bare_parameters(shape, classes):
     return Fn(forward, body=flat(8), scale=nn.Parameter(torch.ones(())), shifts=shifts, maps=maps)
 
 
-@model("pruned weights (torch.nn.utils.prune)", stack="holds")
+@model("pruned weights (torch.nn.utils.prune)", stack="has forward pre hooks of its own")
 def pruned(shape, classes):
     made = seq(flat(8), nn.ReLU(), nn.Linear(8, classes))
     prune.l1_unstructured(made[0][1], "weight", amount=0.5)
@@ -87,7 +87,7 @@ def pruned(shape, classes):
     return made
 
 
-@model("complex parameters (Fourier filter, cfloat)", everywhere="complex")
+@model("complex parameters (Fourier filter, cfloat)", stack="Fn holds filter itself")
 def complex_filter(shape, classes):
     def forward(m, x):
         return m.head(F.relu(torch.fft.irfft2(torch.fft.rfft2(x) * m.filter, s=x.shape[-2:])))
@@ -112,7 +112,7 @@ def fnet(shape, classes):
     return Fn(forward, embed=embed(), norm=nn.LayerNorm(4), wide=nn.Linear(4, 4), out=pooled())
 
 
-@model("random Fourier features as a buffer", stack="Fn holds directions itself")
+@model("random Fourier features as a buffer")
 def fourier_features(shape, classes):
     def forward(m, x):
         h = x.flatten(1) @ m.directions
@@ -168,7 +168,7 @@ def clamped_weight(shape, classes):
     return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
 
 
-@model("weights written through .data in every pass", everywhere="writes into")
+@model("weights written through .data in every pass", stack="no attribute 'weight'")
 def written_data(shape, classes):
     def forward(m, x):
         m.body[1].weight.data.clamp_(-0.05, 0.05)
