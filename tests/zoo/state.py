@@ -141,7 +141,7 @@ def kept_activations(shape, classes):
     return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
 
 
-@model("a target network that follows by moving averages", stack="differs from plain torch's")
+@model("a target network that follows by moving averages", stack="no attribute 'weight'")
 def momentum_encoder(shape, classes):
     def forward(m, x):
         if m.training:
