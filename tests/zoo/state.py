@@ -132,7 +132,7 @@ def assigned_average(shape, classes):
     return Fn(forward, body=flat(8), centre=torch.zeros(8), out=nn.Linear(8, classes))
 
 
-@model("activations kept on the module for a later look", stack="deepcopy protocol")
+@model("activations kept on the module for a later look")
 def kept_activations(shape, classes):
     def forward(m, x):
         m.seen = m.body(x)
@@ -141,7 +141,7 @@ def kept_activations(shape, classes):
     return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
 
 
-@model("a target network that follows by moving averages", stack="differs from plain torch's")
+@model("a target network that follows by moving averages", stack="no attribute 'weight'")
 def momentum_encoder(shape, classes):
     def forward(m, x):
         if m.training:
