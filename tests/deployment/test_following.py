@@ -174,12 +174,13 @@ def test_a_second_ctrl_c_says_that_the_run_goes_on_and_how_it_is_followed(tmp_pa
     monkeypatch.setattr(remote.RemoteRuns, "look", interrupted)
     monkeypatch.setattr(Commands, "do", interrupted)  # while `flwr stop` is under way
     words = ["run", str(ROOT / "configs" / "deploy.toml"), "--out", str(tmp_path / "out"), "--app", str(ROOT)]
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         command = ["deploy", *words, "--dir", str(tmp_path / "deployment")]
         result = CliRunner().invoke(cli.app, command, standalone_mode=False)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert result.return_value == 130
     assert "stopping the run; once more Ctrl-C leaves it as it is" in result.output
     assert "run 77 may still be going on there" in result.output
