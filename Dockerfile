@@ -53,6 +53,6 @@ ENV PATH=/opt/fedmom/bin:/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
 WORKDIR /tmp
 USER 10001:10001
-# $HEALTH is where the container's service answers; compose sets it.
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=3 CMD ["python3", "-ISS", "/opt/fedmom/health.py"]
+# $HEALTH is what must hold (deploy/image/health.py); compose sets it.
+HEALTHCHECK --interval=5s --timeout=10s --start-period=120s --retries=3 CMD ["python3", "-ISS", "/opt/fedmom/health.py"]
 CMD ["flower-superlink", "--help"]

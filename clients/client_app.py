@@ -6,7 +6,11 @@ momentum alike; they weigh by `num-examples`, which is the sum of the clients' w
 A message whose arrays came bundled (`fedmom.wire.bundle`) is answered in bundles.
 """
 
-from collections.abc import Mapping
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,8 @@ def query(message: Message, context: Context) -> Message:
     asked = message.content.config_records.get("config", {})
     if asked.get("facts", False):
         config = settled(context.run_config)
-        facts = facts_of(read_source(_own_source(context), config.data.classes), config.run.dtype)
+        with _of_own_data(context):
+            facts = facts_of(read_source(_own_source(context), config.data.classes), config.run.dtype)
         for name, value in facts._asdict().items():
             answer[name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
     elif asked.get("engine", False) or not _is_local(context):
@@ -123,8 +128,23 @@ def _node(context: Context, asked: Mapping[str, Any]) -> Node:
     """The warm node; where the data are this node's own, with what the server says of everybody's."""
     if not _is_local(context):
         return warm_node(context.run_config)
-    (client,) = _held(context).tolist()
-    return warm_node(context.run_config, Local(str(_own_source(context)), client, from_record(asked)))
+    with _of_own_data(context):
+        (client,) = _held(context).tolist()
+        return warm_node(context.run_config, Local(str(_own_source(context)), client, from_record(asked)))
+
+
+@contextmanager
+def _of_own_data(context: Context) -> Iterator[None]:
+    """Errors of data that only this node has name its client: nobody else knows whose they are."""
+    try:
+        yield
+    except (InputError, PermissionError) as error:
+        held = _held(context).tolist()
+        text = (
+            str(error) if isinstance(error, InputError) else f"{error.filename}: may not be read by user {os.getuid()}"
+        )
+        whose = f"client {held[0]}: " if len(held) == 1 and not re.search(rf"\bclient {held[0]}\b", text) else ""
+        raise InputError(f"{whose}{text}") from error
 
 
 def _own_source(context: Context) -> Path:
@@ -133,7 +153,18 @@ def _own_source(context: Context) -> Path:
     if len(held) != 1:
         raise InputError(f"data.dataset = 'local': a node holds one client, this one {len(held)}: {held}")
     own = context.node_config.get("data-dir")
-    return at_home(str(own)) if own else client_source(settled(context.run_config).data.data_dir, held[0])
+    if not own:
+        return client_source(settled(context.run_config).data.data_dir, held[0])
+    place = at_home(str(own))
+    _check_readable(place)
+    return place
+
+
+def _check_readable(place: Path) -> None:
+    """PermissionError for what another user has put there for himself; it would pass for missing, or for broken."""
+    for path in (place, *(place.iterdir() if place.is_dir() and os.access(place, os.R_OK | os.X_OK) else ())):
+        if path.exists() and not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def _held(context: Context) -> Tensor:

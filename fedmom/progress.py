@@ -1,6 +1,7 @@
 """Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import time
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +27,24 @@ def describe(record: Record, *, short: bool = False) -> str:
     return " · ".join(parts)
 
 
+class Left:
+    """Seconds left of a run by what its records say a round took, whenever they are read.
+
+    Whoever follows a run that goes on elsewhere reads many of them at once.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.first: tuple[int, float] | None = None  # (round, wall seconds) of the first record
+
+    def seconds(self, record: Record) -> float:
+        """After this record: by the rounds since the first one, after that one itself by all before it."""
+        number, wall = record["round"], record["wall_seconds"]
+        self.first = self.first or (number, wall)
+        since, begin = self.first if number > self.first[0] else (0, 0.0)
+        return float((wall - begin) / (number - since) * (self.total - number))
+
+
 def _fixed(width: int) -> Column:
     return Column(min_width=width, no_wrap=True, justify="right")
 
@@ -35,8 +54,9 @@ class Bar(Callback):
 
     wants_state = False
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, *, follows: bool = False) -> None:
+        """`follows`: a run that goes on elsewhere; its rounds come in bursts, so its records say how fast it is."""
+        self.console, self.follows = console, follows
         self.seen: Record = {}
 
     def on_start(self, start: Start) -> None:
@@ -50,13 +70,23 @@ class Bar(Callback):
             BarColumn(bar_width=8 if self.narrow else 24, table_column=_fixed(8)),
             TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             TextColumn("{task.fields[rate]} client-steps/s", table_column=_fixed(21)),
-            TimeRemainingColumn(table_column=_fixed(7)),
+            TextColumn("{task.fields[left]}", table_column=_fixed(7))
+            if self.follows
+            else TimeRemainingColumn(table_column=_fixed(7)),
             console=self.console,
             transient=True,
         )
         done = start.first_round - 1
+        self.left = Left(total)
         self.task = self.bar.add_task(
-            "", total=total * self.per_round, completed=done * self.per_round, round=done, text="starting", rate="–"
+            "",
+            True,
+            total * self.per_round,
+            done * self.per_round,
+            round=done,
+            text="starting",
+            rate="–",
+            left="–",
         )
         self.done = done * self.per_round
         self.bar.start()
@@ -71,7 +101,8 @@ class Bar(Callback):
         self.done = record["round"] * self.per_round
         rate = f"{record['client_steps_per_second']:,.0f}"
         text = describe(self.seen, short=self.narrow)
-        self.bar.update(self.task, completed=self.done, round=record["round"], text=text, rate=rate)
+        left = str(timedelta(seconds=round(self.left.seconds(record)))) if self.follows else ""
+        self.bar.update(self.task, completed=self.done, round=record["round"], text=text, rate=rate, left=left)
 
     def on_end(self, result: Result) -> None:
         self.bar.stop()
@@ -92,14 +123,14 @@ class Lines(Callback):
 
     def on_start(self, start: Start) -> None:
         self.first, self.total = start.first_round, start.config.run.num_rounds
-        self.begin = time.monotonic()
+        self.left = Left(self.total)
 
     def on_round(self, record: Record, state: ClientState) -> None:
+        left = self.left.seconds(record)
         now, number = time.monotonic(), record["round"]
         if number not in (self.first, self.total) and now - self.last < _SECONDS_BETWEEN_LINES:
             return
         self.last = now
-        left = (now - self.begin) / (number - self.first + 1) * (self.total - number)
         rate = f"{record['client_steps_per_second']:,.0f} client-steps/s"
         text = f"round {number}/{self.total} · {describe(record)} · {rate} · {left:.0f} s left"
         self.console.print(text, soft_wrap=True, highlight=False)

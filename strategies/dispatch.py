@@ -1,5 +1,6 @@
 """Messages out, replies back in the order of the messages, with a bounded number of both in memory, on any Grid."""
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -188,4 +189,6 @@ def _forget(grid: Grid, message_ids: Collection[str]) -> None:
 def _reason(reply: Message) -> str:
     """One line: an error's reason is a traceback at times, of which the last line says what happened."""
     lines = [line.strip() for line in (reply.error.reason or "").splitlines() if line.strip()]
-    return lines[-1] if lines else f"error {reply.error.code}"
+    last = lines[-1] if lines else f"error {reply.error.code}"
+    raised = re.fullmatch(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", last)  # Flower's way to write what a ClientApp raised
+    return last if raised is None else raised[2] if raised[1] == "InputError" else f"{raised[1]}: {raised[2]}"

@@ -1,15 +1,24 @@
-"""Whether the container's service answers at $HEALTH: https://HOST:PORT/PATH, http://… or tcp://HOST:PORT."""
+"""Whether the container is well: each word of $HEALTH is a check, and all must hold.
+
+https://HOST:PORT/PATH, http://… and tcp://HOST:PORT: its service answers. heard:SECONDS: the other side (of a SuperNode
+the SuperLink) has answered it within so many seconds (links.py).
+"""
 
 import os
 import socket
 import ssl
 import sys
+import time
 from urllib.parse import urlsplit
 
+HEARD = "/tmp/heard"
 
-def check(address: str, seconds: float = 3.0) -> str:
+
+def check(address: str, seconds: float = 8.0) -> str:
     """What is wrong with the service at `address`; empty where it is well."""
     where = urlsplit(address)
+    if where.scheme == "heard":
+        return heard(float(where.path))
     try:
         with socket.create_connection((where.hostname, where.port), seconds) as plain:
             if where.scheme == "tcp":
@@ -26,7 +35,15 @@ def check(address: str, seconds: float = 3.0) -> str:
     return "" if answer[1:2] == [b"200"] else f"it answered {answer[:2]}"
 
 
+def heard(limit: float, path: str = HEARD) -> str:
+    """What is wrong where the other side did not answer within `limit` seconds."""
+    try:
+        ago = time.time() - os.stat(path).st_mtime
+    except OSError:
+        return "the other side has not answered yet"
+    return "" if ago <= limit else f"the other side answered last {ago:.0f} s ago, more than {limit:g}"
+
+
 if __name__ == "__main__":
-    address = os.environ.get("HEALTH", "")
-    wrong = check(address) if address else ""
-    sys.exit(f"{address}: {wrong}" if wrong else 0)
+    problems = [f"{one}: {wrong}" for one in os.environ.get("HEALTH", "").split() if (wrong := check(one))]
+    sys.exit("; ".join(problems) if problems else 0)

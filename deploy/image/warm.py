@@ -17,6 +17,7 @@ import threading
 import traceback
 
 import ask
+import links
 
 _PR_SET_PDEATHSIG = 1
 COMMANDS = {
@@ -91,10 +92,8 @@ def become(words: list[str], streams: list[int]) -> None:
                 os.close(stream)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         gc.unfreeze()
-        sys.argv = words
         sys.path[0] = ""  # as an installed command has it; the bundle puts itself first
-        module, name = COMMANDS[words[0]]
-        getattr(sys.modules[module], name)()
+        run(words)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -110,10 +109,20 @@ def become(words: list[str], streams: list[int]) -> None:
         os._exit(code)
 
 
+def run(words: list[str]) -> None:
+    """One of COMMANDS, as its own console script would run it."""
+    import importlib
+
+    sys.argv = words
+    module, name = COMMANDS[words[0]]
+    getattr(importlib.import_module(module), name)()
+
+
 def load() -> None:
     """What every app imports anyway; each is left out where it fails, so that the app itself says so."""
     import importlib
 
+    links.mend(links.RETRIES)
     for name in (*(module for module, _ in COMMANDS.values()), *IMPORTS):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

@@ -3,6 +3,7 @@
 Certificates are PEM; a node's key is the pair that ssh-keygen would write. Nothing is ever written over.
 """
 
+import base64
 import ipaddress
 import os
 import secrets
@@ -57,7 +58,7 @@ def make_server_certificate(
     certificate: Path, key: Path, *, ca: Path, ca_key: Path, hosts: Sequence[str], days: int = SERVER_DAYS
 ) -> None:
     """The SuperLink's certificate for `hosts` (names or addresses), signed by the CA."""
-    authority, authority_key = read_certificate(ca), _read_key(ca_key)
+    authority, authority_key = read_certificate(ca), read_ca_key(ca_key)
     private = ec.generate_private_key(_CURVE())
     signed = _sign(
         _name(hosts[0]),
@@ -80,14 +81,29 @@ def make_node_key(path: Path) -> None:
     make_public_half(path)
 
 
-def make_public_half(path: Path) -> None:
-    """`path`.pub of a SuperNode's key at `path`."""
+def check_node_key(path: Path) -> serialization.SSHPublicKeyTypes:
+    """The public half of a SuperNode's key; InputError where the file is no such key."""
     try:
-        public = serialization.load_ssh_private_key(path.read_bytes(), None).public_key()
+        return serialization.load_ssh_private_key(path.read_bytes(), None).public_key()
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise InputError(f"{path}: is no key as ssh-keygen writes it, or has a passphrase ({error})") from None
+
+
+def make_public_half(path: Path) -> None:
+    """`path`.pub of a SuperNode's key at `path`."""
+    public = check_node_key(path)
     line = public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     write_new(path.with_name(path.name + ".pub"), line + b"\n", mode=0o644)
+
+
+def as_sent(path: Path) -> str:
+    """A node's public key (node.key.pub) as the node sends it with every request, and the gate logs it."""
+    try:
+        key = serialization.load_ssh_public_key(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise InputError(f"{path}: is no public key as ssh-keygen writes it ({error})") from None
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return base64.b64encode(key.public_bytes(serialization.Encoding.PEM, form)).decode()
 
 
 def make_secret(path: Path) -> None:
@@ -116,7 +132,8 @@ def days_left(certificate: x509.Certificate) -> int:
     return (certificate.not_valid_after_utc - datetime.now(UTC)).days
 
 
-def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def read_ca_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The CA's key; InputError where it is missing or broken."""
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except FileNotFoundError:

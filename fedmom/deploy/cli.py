@@ -50,7 +50,9 @@ def init(
         list[str] | None, typer.Option("--host", metavar="NAME", help="One more name for the server's certificate.")
     ] = None,
     gpu: Annotated[bool | None, typer.Option("--gpu/--no-gpu", help="The clients have NVIDIA GPUs.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the Compose project (fedmom).")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the Compose project (fedmom-, and some of its own).")
+    ] = None,
     folder: Folder = HERE,
 ) -> int:
     """Make the CA, the server's certificate, every client's key and the Compose files; keep what is there.
@@ -82,7 +84,7 @@ def up(
     """Build the image if there is none, start the containers, register the nodes, wait until all are online."""
     from fedmom.deploy import operate
 
-    operate.up(_commands(folder, dry_run), _checkout(checkout), _say, build_arguments=build_arg or (), wait=wait)
+    operate.up(_ours(folder, dry_run), _checkout(checkout), _say, build_arguments=build_arg or (), wait=wait)
     return 0
 
 
@@ -91,7 +93,7 @@ def status(folder: Folder = HERE) -> int:
     """Say how each container and node is, and when the certificates expire."""
     from fedmom.deploy import operate
 
-    for line in operate.status(_commands(folder, False)):
+    for line in operate.status(_ours(folder, False)):
         print(line)
     return 0
 
@@ -120,7 +122,9 @@ def run(
     follows it, or fetches it and goes on from its checkpoint once it has ended.
     """
     from fedmom.deploy import operate
+    from fedmom.deploy.bundle import check_travels
     from fedmom.deploy.follow import Following, config_to_send, rounds_done
+    from fedmom.deploy.identity import check_ours
     from fedmom.deploy.remote import RemoteRuns, checked_name
     from fedmom.records import CONFIG, RunFolder, read_rounds
 
@@ -136,7 +140,10 @@ def run(
         RunFolder.check_new(target)
         to_send, settled = config_to_send(config, sets or (), name=name, resume=None)
         _check_clients(settled.data.num_clients, commands)
+        needs = check_travels(settled, source)
     heed_signals()
+    if not dry_run:
+        check_ours(commands)
     if not (not dry_run and operate.is_up(commands)):
         operate.up(commands, source, say, build_arguments=build_arg or (), wait=wait)
     remote = RemoteRuns(commands)
@@ -156,22 +163,29 @@ def run(
             raise InputError(f"--resume {target}: is no run folder here, and the server has none of that name")
         to_send, settled = config_to_send(config, sets or (), name=name, resume=target)
         _check_clients(settled.data.num_clients, commands)
+        needs = check_travels(settled, source)
         if not there and not dry_run:
             remote.bring(target, name)
+    where = ["--dir", str(folder)] if folder != HERE else []
+    go_on = shlex.join(["fedmom", "deploy", "run", "--resume", str(target), *where])
     if not going_on:
+        if not dry_run:
+            remote.check_has(needs)
         following.start(to_send)
     if dry_run:
         return 0
     goes = "is still going on, followed from here" if going_on else f"on {commands.deployment.num_clients} nodes"
     say(f"run {following.run_id} {goes}")
     console = Console(highlight=False)
-    followers = list[Callback]() if quiet else [Bar(console) if console.is_terminal else Lines(console)]
-    ended = following.to_the_end(followers, done=rounds_done(target) if resume and not going_on else 0)
+    followers = list[Callback]() if quiet else [Bar(console, follows=True) if console.is_terminal else Lines(console)]
+    try:
+        ended = following.to_the_end(followers, done=rounds_done(target) if resume and not going_on else 0)
+    except KeyboardInterrupt:  # a second one, while the run was being stopped
+        return exit_status("interrupted", following.left_alone(), go_on)
     if (target / CONFIG).is_file():
         show_run(target, read_rounds(target), console, quiet=quiet)
-    where = ["--dir", str(folder)] if folder != HERE else []
-    go_on = shlex.join(["fedmom", "deploy", "run", "--resume", str(target), *where])
-    return exit_status(ended.status, ended.message, go_on if target.is_dir() else "")
+    goes_on = ended.status == "interrupted" and not following.stopped
+    return exit_status(ended.status, ended.message, go_on if target.is_dir() or goes_on else "")
 
 
 @app.command()
@@ -185,7 +199,7 @@ def down(
     """Stop and remove the containers. Keys, certificates and fetched run folders stay."""
     from fedmom.deploy import operate
 
-    operate.down(_commands(folder, dry_run), volumes=volumes)
+    operate.down(_ours(folder, dry_run), volumes=volumes)
     return 0
 
 
@@ -201,6 +215,16 @@ def _commands(folder: Path, dry: bool) -> Commands:
     from fedmom.deploy.layout import open_deployment
 
     return Commands(open_deployment(folder), dry=dry)
+
+
+def _ours(folder: Path, dry: bool) -> Commands:
+    """The same where the engine has nothing of another deployment under its name."""
+    from fedmom.deploy.identity import check_ours
+
+    commands = _commands(folder, dry)
+    if not dry:
+        check_ours(commands)
+    return commands
 
 
 def _checkout(given: Path | None) -> Path:

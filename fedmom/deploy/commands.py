@@ -21,6 +21,7 @@ _FLOWER = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
+_IDENTITY = ("FEDMOM_ID", "FEDMOM_CLIENTS", "FEDMOM_USER", "FEDMOM_PORT", "FEDMOM_CONTROL_PORT", "FEDMOM_SERVER")
 
 
 class CommandError(InputError):
@@ -32,12 +33,22 @@ class Commands:
 
     def __init__(self, deployment: "Deployment", *, dry: bool = False) -> None:
         self.deployment, self.dry = deployment, dry
-        self.environment = {**os.environ, **_FLOWER, "FLWR_HOME": str(deployment.folder.resolve() / "flower")}
+        # Which project it is, and of what settings, is said by the deployment's own files, whatever the shell has.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("COMPOSE_")}
+        own |= {name: deployment.settings[name] for name in _IDENTITY if name in deployment.settings}
+        self.environment = {**own, **_FLOWER, "FLWR_HOME": str(deployment.folder.resolve() / "flower")}
+
+    def environment_of(self, command: Sequence[str]) -> dict[str, str]:
+        """What a command sees: Flower's talk to this machine alone, which is behind no proxy."""
+        if Path(command[0]).name != "flwr":
+            return self.environment
+        return {name: value for name, value in self.environment.items() if not name.lower().endswith("_proxy")}
 
     def compose(self, *words: str) -> list[str]:
         """`docker compose …` for what this machine runs."""
         files = [word for path in self.deployment.files for word in ("--file", str(path))]
-        return ["docker", "compose", "--project-directory", str(self.deployment.project), *files, *words]
+        place = ("--project-name", self.deployment.project_name, "--project-directory", str(self.deployment.project))
+        return ["docker", "compose", *place, *files, *words]
 
     @staticmethod
     def flwr(*words: str) -> list[str]:
@@ -56,7 +67,7 @@ class Commands:
         try:
             done = subprocess.run(
                 command,
-                env=self.environment,
+                env=self.environment_of(command),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if quiet else None,
                 stderr=subprocess.PIPE if quiet else None,
@@ -91,7 +102,7 @@ class Commands:
         try:
             return subprocess.Popen(
                 command,
-                env=self.environment,
+                env=self.environment_of(command),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

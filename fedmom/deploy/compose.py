@@ -5,6 +5,9 @@ them equal).
 """
 
 _SERVICE = """\
+# Nothing between the containers goes through a proxy that Docker's configuration names.
+x-direct: &direct {NO_PROXY: "*", no_proxy: "*"}
+
 x-service: &service
   image: ${FEDMOM_IMAGE:-fedmom}
   user: ${FEDMOM_USER:-10001:10001}
@@ -13,6 +16,7 @@ x-service: &service
   read_only: true
   cap_drop: [ALL]
   security_opt: ["no-new-privileges:true"]
+  labels: {fedmom.deployment: "${FEDMOM_ID:-}"}
   tmpfs: ["/tmp:mode=1777,size=${FEDMOM_TMP:-1g}"]
   logging: {driver: json-file, options: {max-size: 10m, max-file: "3"}}
 
@@ -64,19 +68,30 @@ _SERVER_SERVICES = """\
       - --ssl-ca-certfile=/run/secrets/ca
       - --ssl-certfile=/run/secrets/server-certificate
       - --ssl-keyfile=/run/secrets/server-key
-    environment: {HEALTH: "https://127.0.0.1:8000/health"}
+    environment: {HEALTH: "https://127.0.0.1:8000/health", <<: *direct}
     secrets: [ca, server-certificate, server-key, server-superexec]
     volumes: ["state:/state"]
-    # For `flwr` on this machine, and nobody else: who reaches this port can start a run.
+    networks: [server]
+    deploy: {resources: {limits: {cpus: "2", memory: 4g, pids: 512}}}
+
+  # For `flwr` on this machine, and nobody else: who reaches the SuperLink can start a run. The port is on loopback, and
+  # the door turns away whoever comes past it, straight to the container's address (deploy/image/door.conf).
+  door:
+    <<: *service
+    command: [door]
+    environment: {HEALTH: "https://127.0.0.1:8000/health", <<: *direct}
+    depends_on: {superlink: {condition: service_healthy}}
+    secrets: [ca, server-certificate, server-key]
+    tmpfs: ["/tmp:mode=1777,size=64m"]
     ports: ["127.0.0.1:${FEDMOM_CONTROL_PORT:-@CONTROL@}:8000"]
     networks: [control, server]
-    deploy: {resources: {limits: {cpus: "2", memory: 4g, pids: 512}}}
+    deploy: {resources: {limits: {cpus: "1", memory: 256m, pids: 64}}}
 
   # All that SuperNodes see: it passes their requests to the SuperLink, and no others (deploy/image/gate.conf).
   gate:
     <<: *service
     command: [nginx, -e, stderr, -c, /opt/fedmom/gate.conf, -g, daemon off;]
-    environment: {HEALTH: "https://127.0.0.1:8000/health"}
+    environment: {HEALTH: "https://127.0.0.1:8000/health", <<: *direct}
     depends_on: {superlink: {condition: service_healthy}}
     secrets: [ca, server-certificate, server-key]
     # Less than its memory, of which it is a part: whoever sends what is never finished fills this, and kills nobody.
@@ -91,7 +106,7 @@ _SERVER_SERVICES = """\
       - --root-certificates=/run/secrets/ca
       - --superexec-auth-secret-file=/run/secrets/server-superexec
       - --health-server-address=0.0.0.0:9099
-    environment: {HEALTH: "tcp://127.0.0.1:9099", OMP_NUM_THREADS: "${FEDMOM_THREADS:-1}"}
+    environment: {HEALTH: "tcp://127.0.0.1:9099 heard:60", OMP_NUM_THREADS: "${FEDMOM_THREADS:-1}", <<: *direct}
     depends_on: {superlink: {condition: service_healthy}}
     secrets: [ca, server-superexec]
     volumes: ["runs:/runs", "@SERVER@/data:/data:ro"]
@@ -112,8 +127,10 @@ _CLIENT_SERVICES = """\
       - --port=9094
       - --superexec-auth-secret-file=/run/secrets/superexec@C@
       - --node-config=partition-id=@CLIENT@ num-partitions=@N@ data-dir="/data"
-    environment: {HEALTH: "http://127.0.0.1:9094/health", FEDMOM_POLL_SECONDS: "${FEDMOM_POLL_SECONDS:-0.5}"}
-@DEPENDS@    secrets: [ca, node@C@, superexec@C@]
+    environment:
+      HEALTH: "http://127.0.0.1:9094/health heard:90"
+      FEDMOM_POLL_SECONDS: "${FEDMOM_POLL_SECONDS:-0.5}"
+@DIRECT@@DEPENDS@    secrets: [ca, node@C@, superexec@C@]
     networks: [fleet, client@C@]
     deploy: {resources: {limits: {cpus: "1", memory: 2g, pids: 512}}}
 
@@ -125,7 +142,7 @@ _CLIENT_SERVICES = """\
       - --runtime-api-address=supernode@C@:9094
       - --superexec-auth-secret-file=/run/secrets/superexec@C@
       - --health-server-address=0.0.0.0:9099
-    environment: {HEALTH: "tcp://127.0.0.1:9099", OMP_NUM_THREADS: "${FEDMOM_THREADS:-1}"}
+    environment: {HEALTH: "tcp://127.0.0.1:9099 heard:60", OMP_NUM_THREADS: "${FEDMOM_THREADS:-1}", <<: *direct}
     depends_on: {supernode@C@: {condition: service_started}}
     secrets: [superexec@C@]
     volumes: ["@DATA@:/data:ro"]
@@ -151,9 +168,10 @@ networks:
 """
 
 _VOLUMES = """
+# No two deployments share one, whatever their names are.
 volumes:
-  state: {}
-  runs: {}
+  state: {name: "${COMPOSE_PROJECT_NAME}_state${FEDMOM_ID:+_$FEDMOM_ID}"}
+  runs: {name: "${COMPOSE_PROJECT_NAME}_runs${FEDMOM_ID:+_$FEDMOM_ID}"}
 """
 
 _GPU_HEAD = """\
@@ -179,6 +197,7 @@ def federation(num_clients: int, folder: str = ".") -> str:
             "N": f"${{FEDMOM_CLIENTS:-{num_clients}}}",
             "ADDRESS": "gate:8000",
             "DEPENDS": "    depends_on: {gate: {condition: service_healthy}}\n",
+            "DIRECT": "      <<: *direct\n",
             "FOLDER": f"{folder}/client-{c}",
             "DATA": f"{folder}/client-{c}/data",
         }
@@ -203,6 +222,8 @@ def client() -> str:
         "N": "${FEDMOM_CLIENTS:?how many clients there are is in .env}",
         "ADDRESS": "${FEDMOM_SERVER:?the server's HOST:PORT is in .env}",
         "DEPENDS": "",
+        # The way to the server may need a proxy: FEDMOM_NO_PROXY= in .env says so.
+        "DIRECT": "".join(f'      {name}: "${{FEDMOM_NO_PROXY-*}}"\n' for name in ("NO_PROXY", "no_proxy")),
         "FOLDER": ".",
         "DATA": "${FEDMOM_DATA:-./data}",
     }

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from fedmom.config import Config, load, parse_sets, replace, to_toml
 from fedmom.deploy import operate
+from fedmom.deploy.bundle import DATA
 from fedmom.deploy.commands import CONNECTION, CommandError, Commands, superlink
 from fedmom.deploy.remote import VOLUME, RemoteRuns
 from fedmom.errors import InputError
@@ -19,7 +20,6 @@ from fedmom.resolve import resolve, resume_config
 from fedmom.runner import Callback, Start
 from fedmom.state import ClientState
 
-DATA = "/data"  # where every container has its own
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_TO_END = 60.0  # of the server's app, once its run is over or was stopped
 _LOOKS_BETWEEN_QUESTIONS = 15  # to Flower, whether the run still is: seconds of a core, most of them imports
@@ -71,6 +71,7 @@ class Following:
         self.records: list[dict] = []
         self._trouble = ""
         self._away = False  # and that has been said
+        self.stopped = False
 
     def start(self, config: Config) -> None:
         """Hand the app and the configuration to the SuperLink."""
@@ -132,7 +133,8 @@ class Following:
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
         except KeyboardInterrupt:
             self._stop()
-            ended = Ended("interrupted", f"interrupted after round {seen}")
+            left = "" if self.stopped else f"; {self.left_alone()}"
+            ended = Ended("interrupted", f"interrupted after round {seen}{left}")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 log.terminate()
@@ -141,6 +143,12 @@ class Following:
         with contextlib.suppress(CommandError):
             self.remote.fetch(self.name, self.target)
         return ended
+
+    def left_alone(self) -> str:
+        """What to say where Ctrl-C came again before the run was known to be stopped."""
+        if self.stopped:
+            return "stopped on the server; its folder was not brought here"
+        return f"run {self.run_id} may still be going on there: it was not seen to stop"
 
     def _tell_start(self, callbacks: list[Callback], first_round: int) -> bool:
         text = self.remote.config(self.name)
@@ -162,14 +170,25 @@ class Following:
             and look.ended is not None
             and (look.ended["status"] == "done") == status.endswith("completed")
         ):
-            return Ended(look.ended["status"], look.ended["message"])
+            return Ended(look.ended["status"], self._placed(look.ended["message"]))
         if status.endswith("stopped"):
             return Ended("interrupted", "the run was stopped")
         said = self._trouble or ("" if details in ("", "N/A") else details)
         refused = re.search(r"InputError: (.*)", said)
         if refused:
-            return Ended("refused", refused[1])
+            return Ended("refused", self._placed(refused[1]))
         return Ended("failed", said or f"Flower says of run {self.run_id}: {status}")
+
+    def _placed(self, message: str) -> str:
+        """The message, and where a client's /data is outside its container, and who must be able to read it."""
+        whose = re.search(r"\bclient (\d+)\b", message)
+        if whose is None or not re.search(rf"(^|[\s'\"]){DATA}\b", message):
+            return message
+        deployment, client = self.commands.deployment, whose[1]
+        here = deployment.folder / f"client-{client}" / "data"
+        place = f"data/ (or FEDMOM_DATA) beside client {client}'s compose.yml" if deployment.address else str(here)
+        user = deployment.settings.get("FEDMOM_USER", "10001:10001")
+        return f"{message}; {DATA} of client {client} is {place}, to be read by FEDMOM_USER = {user}"
 
     def _ask(self) -> tuple[str, str]:
         """(status, details) of the run as Flower has it; the status is empty while the SuperLink is away."""
@@ -220,8 +239,10 @@ class Following:
             self.say(line)
 
     def _stop(self) -> None:
+        self.say("stopping the run; once more Ctrl-C leaves it as it is")
         with contextlib.suppress(CommandError):
             self.commands.do(superlink("stop", self.run_id), seconds=60)
+            self.stopped = True
 
 
 def rounds_done(folder: Path) -> int:

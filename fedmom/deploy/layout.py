@@ -12,10 +12,10 @@ With --address, for clients on other machines, compose.yml and .env lie in serve
 those are the projects then, and each folder is all that its machine needs.
 """
 
-import ipaddress
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 from fedmom.deploy.certificates import (
     days_left,
-    hosts_of,
     make_authority,
     make_node_key,
     make_public_half,
@@ -31,6 +30,7 @@ from fedmom.deploy.certificates import (
     make_server_certificate,
     read_certificate,
 )
+from fedmom.deploy.checks import check_parts, checked_host, reachable_host
 from fedmom.deploy.commands import CONNECTION
 from fedmom.deploy.compose import client, client_gpu_override, federation, gpu_override, server
 from fedmom.errors import InputError
@@ -42,11 +42,9 @@ DEFAULTS = {
     "FEDMOM_PORT": "8000",
     "FEDMOM_GPU": "0",
     "FEDMOM_SERVER": "",
-    "COMPOSE_PROJECT_NAME": "fedmom",
 }
 _SERVERS = "-server"  # the end of the server's project's name, where clients have projects of their own
 _LOCAL = ("localhost", "127.0.0.1", "superlink", "gate")
-_PART = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # of a host's name
 
 
 class Deployment(NamedTuple):
@@ -68,6 +66,16 @@ class Deployment(NamedTuple):
     def control_port(self) -> int:
         """The SuperLink's, on loopback: where `flwr` finds it."""
         return _number(self.folder / ".env", self.settings, "FEDMOM_CONTROL_PORT")
+
+    @property
+    def identity(self) -> str:
+        """What its containers and volumes are labelled with; empty where it is older than such labels."""
+        return self.settings.get("FEDMOM_ID", "")
+
+    @property
+    def project_name(self) -> str:
+        """Of the Compose project that this machine runs."""
+        return self.settings.get("COMPOSE_PROJECT_NAME", "fedmom")
 
     @property
     def project(self) -> Path:
@@ -113,23 +121,24 @@ def initialise(
     """
     settings = _settings(folder / ".env", num_clients, address, port, name, gpu)
     address = _host_of(settings["FEDMOM_SERVER"])
-    hosts = [_host("--host", host) for host in hosts]
+    names = [*([address] if address else []), *_LOCAL, *(checked_host("--host", host) for host in hosts)]
+    num_clients = int(settings["FEDMOM_CLIENTS"])
+    check_parts(
+        folder, num_clients, names, elsewhere=bool(address)
+    )  # before the first write: what fails leaves nothing
     notes = list[str]()
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)  # it holds the CA's key
     if not (folder / ".gitignore").exists():  # it may lie in a checkout
         write_text(folder / ".gitignore", "*\n")
     ca, ca_key = folder / "ca.pem", folder / "ca-key.pem"
-    if not ca.exists() or not ca_key.exists():
-        made = [path for path in (ca, ca_key) if path.exists()]
-        if made:
-            raise InputError(f"{folder}: has {made[0].name} but not its pair; bring it back, or move it away as well")
+    if not ca.exists():
         make_authority(ca, ca_key)
         notes.append(f"made {ca} and {ca_key}")
     notes.append(_expiry(ca))
-    _server(folder, [*([address] if address else []), *_LOCAL, *hosts], notes)
-    for c in range(int(settings["FEDMOM_CLIENTS"])):
-        _client(folder / f"client-{c}", ca, notes, elsewhere=bool(address))
+    _server(folder, names, notes)
+    for c in range(num_clients):
+        _client(folder / f"client-{c}", ca, notes)
     _own_secrets(folder)
     _write_projects(folder, settings)
     write_flower_config(Deployment(folder, settings))
@@ -145,9 +154,13 @@ def _settings(
     port = _number(env, before, "FEDMOM_PORT") if port is None else port
     gpu = before["FEDMOM_GPU"] == "1" if gpu is None else gpu
     address = _host_of(before["FEDMOM_SERVER"]) if address is None else address
-    address = _host("--address", address.removeprefix("[").removesuffix("]")) if address else ""
+    if address:
+        address = reachable_host("--address", address.removeprefix("[").removesuffix("]"))
+    # A new deployment is told from all others: by this, and by a name that has some of it. One that is older than that
+    # keeps the name it has, and no identity.
+    identity = before.get("FEDMOM_ID", "") if env.is_file() else secrets.token_hex(8)
     if name is None:
-        name = before["COMPOSE_PROJECT_NAME"]
+        name = before.get("COMPOSE_PROJECT_NAME", f"fedmom-{identity[:6]}" if identity else "fedmom")
         if before["FEDMOM_SERVER"]:
             name = name.removesuffix(_SERVERS)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):  # Compose's rule
@@ -155,6 +168,7 @@ def _settings(
     return {
         "FEDMOM_CLIENTS": str(num_clients),
         "FEDMOM_USER": "{}:{}".format(*_user()),
+        "FEDMOM_ID": identity,
         "COMPOSE_PROJECT_NAME": f"{name}{_SERVERS}" if address else name,
         "FEDMOM_PORT": str(port),
         "FEDMOM_CONTROL_PORT": str(port + 1 if address else port),
@@ -178,7 +192,7 @@ def _write_projects(folder: Path, settings: dict[str, str]) -> None:
             "COMPOSE_PROJECT_NAME": f"{name}-client-{c}",
             "COMPOSE_FILE": "compose.yml:gpu.yml" if settings["FEDMOM_GPU"] == "1" else "compose.yml",
             "FEDMOM_CLIENT": str(c),
-            **{key: settings[key] for key in ("FEDMOM_SERVER", "FEDMOM_CLIENTS", "FEDMOM_USER")},
+            **{key: settings[key] for key in ("FEDMOM_ID", "FEDMOM_SERVER", "FEDMOM_CLIENTS", "FEDMOM_USER")},
         }
         _write_env(folder / f"client-{c}" / ".env", own)
         write_text(folder / f"client-{c}" / "compose.yml", client())
@@ -206,35 +220,23 @@ def _server(folder: Path, hosts: list[str], notes: list[str]) -> None:
     server, ca = folder / "server", folder / "ca.pem"
     certificate, key = server / "server.pem", server / "server-key.pem"
     (server / "data").mkdir(parents=True, exist_ok=True)
-    if not certificate.exists() and not key.exists():
+    if not certificate.exists():
         make_server_certificate(certificate, key, ca=ca, ca_key=folder / "ca-key.pem", hosts=hosts)
         notes.append(f"made {certificate} and {key} for {', '.join(dict.fromkeys(hosts))}")
-    elif not (certificate.exists() and key.exists()):
-        raise InputError(f"{server}: has one of server.pem and server-key.pem; move it away for a new pair")
-    missing = [host for host in hosts if host not in hosts_of(read_certificate(certificate))]
-    if missing:
-        raise InputError(
-            f"{certificate}: is not made out for {missing[0]}; move it and {key.name} away and call init again"
-        )
     notes.append(_expiry(certificate))
     _copy_ca(ca, server / "ca.pem")
     _secret(server / "superexec.key", notes)
 
 
-def _client(folder: Path, ca: Path, notes: list[str], *, elsewhere: bool) -> None:
+def _client(folder: Path, ca: Path, notes: list[str]) -> None:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     key, public = folder / "node.key", folder / "node.key.pub"
     if key.exists() and not public.exists():
         make_public_half(key)
         notes.append(f"made {public} of {key.name}")
-    elif not key.exists() and not public.exists():
+    elif not public.exists():
         make_node_key(key)
         notes.append(f"made {key} and {public.name}")
-    elif not key.exists() and not elsewhere:  # a client elsewhere that made its own key brings the public half alone
-        raise InputError(
-            f"{key}: is missing, and a client on this machine needs it beside {public.name}; bring it back, or move "
-            f"{public.name} away for a new pair"
-        )
     _copy_ca(ca, folder / "ca.pem")
     _secret(folder / "superexec.key", notes)
 
@@ -274,16 +276,6 @@ def _own_secrets(folder: Path) -> None:
         for path in (place / "ca.pem", place / "server.pem", *place.glob("*.key"), place / "server-key.pem"):
             if path.exists():
                 os.chown(path, IMAGE_USER, IMAGE_USER)
-
-
-def _host(option: str, host: str) -> str:
-    """A host as a certificate and a client's settings have it; InputError where it is no name and no address."""
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        if len(host) <= 253 and re.fullmatch(rf"{_PART}(\.{_PART})*", host):
-            return host
-    raise InputError(f"{option} {host!r}: must be a name in ASCII or an IP address, without a port (--port has it)")
 
 
 def _host_of(server: str) -> str:

@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fedmom.deploy.certificates import as_sent
 from fedmom.deploy.commands import CommandError, Commands, build_command, image_of, superlink
 from fedmom.deploy.layout import certificate_notes, write_flower_config
 from fedmom.errors import InputError
@@ -14,6 +16,8 @@ from fedmom.errors import InputError
 Say = Callable[[str], None]
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_BE_HEALTHY = 180.0
+_FIRST = ("superlink", "door")  # what `flwr` needs
+_REFUSED = re.compile(r'"POST /v1/fleet/[a-z-]+ [^"]*" 401 refused, public key (\S+)')
 
 
 class Service(NamedTuple):
@@ -40,8 +44,8 @@ def up(commands: Commands, app: Path, say: Say, *, build_arguments: Sequence[str
         say(f"building the image {image}: minutes, once")
         commands.do(build_command(app, image, build_arguments), quiet=False, seconds=3600)
     say("starting the SuperLink")
-    commands.do(commands.compose("up", "--detach", "--no-build", "superlink"))
-    _wait_for(commands, ["superlink"])
+    commands.do(commands.compose("up", "--detach", "--no-build", *_FIRST))
+    _wait_for(commands, _FIRST)
     say(f"registering the keys of {deployment.num_clients} nodes")
     for key in deployment.node_keys():
         command = superlink("supernode", "register", str(key))
@@ -67,11 +71,30 @@ def up(commands: Commands, app: Path, say: Say, *, build_arguments: Sequence[str
         if time.monotonic() - begin > wait:
             raise InputError(
                 f"--wait {wait:g}: {online} of {deployment.num_clients} nodes are online; "
-                "`fedmom deploy status`, or the logs of the missing node's supernode, say more"
+                + ("; ".join(refused(commands)) or _SAY_MORE)
             )
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     _wait_for(commands, None)
     say(f"nodes online: {online} of {deployment.num_clients}")
+
+
+_SAY_MORE = "`fedmom deploy status`, or the logs of the missing node's supernode, say more"
+
+
+def refused(commands: Commands, minutes: int = 5) -> list[str]:
+    """What the gate's log says of clients whose registered keys were refused lately."""
+    try:
+        log = commands.do(commands.compose("logs", "--no-log-prefix", "--since", f"{minutes}m", "gate"), changes=False)
+    except CommandError:
+        return []
+    seen = set(_REFUSED.findall(log))
+    keys = enumerate(commands.deployment.node_keys())
+    return [
+        f"client {c}: its key is registered, and was refused (401): is its clock right? More than 5 s ahead of this "
+        "machine's or 300 s behind is taken for an intruder; the log of its supernode has the difference"
+        for c, key in keys
+        if key.is_file() and as_sent(key) in seen
+    ]
 
 
 def _has_image(commands: Commands, image: str) -> bool:
@@ -121,6 +144,7 @@ def status(commands: Commands) -> list[str]:
             for node in nodes(commands):
                 since = node["online-elapsed"] if node["status"] == "online" else node["offline-at"]
                 lines.append(f"node {node['node-id']}: {node['status']} ({since or 'never seen'})")
+        lines += refused(commands)
     return [*lines, *certificate_notes(commands.deployment)]
 
 

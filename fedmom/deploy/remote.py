@@ -6,6 +6,7 @@ import os
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,16 @@ class RemoteRuns:
             return self._execute("cat", f"{VOLUME}/{name}/{CONFIG}") or None
         except CommandError:
             return None
+
+    def check_has(self, packages: Mapping[str, str]) -> None:
+        """InputError where the image lacks one of `packages` ({package: what names it})."""
+        script = "import importlib.util, sys; print(*(n for n in sys.argv[1:] if importlib.util.find_spec(n) is None))"
+        missing = self._execute("python3", "-c", script, *packages).split() if packages else []
+        if missing:
+            raise InputError(
+                f"{packages[missing[0]]}: the image has no package {missing[0]}; add it to deploy/requirements.txt and "
+                "build the image anew"
+            )
 
     def busy(self, name: str) -> bool:
         """Whether a process of the server's app has the run folder: it holds a lock on it (fedmom.records)."""

@@ -1,5 +1,7 @@
 """A deployment of real containers, and what the tests do with it: runs, faults, a look at its logs."""
 
+import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -7,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 import fedmom
+from fedmom.deploy.layout import open_deployment
 from fedmom.records import read_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +29,6 @@ CHANGES = {
     "run.num-rounds": 2,
     "run.dtype": "float64",
 }
-# Long enough that something can break before the end: a round takes a second or two where nothing else goes on.
-LONGER = {**CHANGES, "run.num-rounds": 6}
 
 
 def docker(*words: str, check: bool = True) -> str:
@@ -48,6 +49,17 @@ def build_image() -> None:
     """With what this machine's build needs, such as another torch: NAME=VALUE words in FEDMOM_BUILD_ARGS."""
     arguments = [w for word in shlex.split(os.environ.get("FEDMOM_BUILD_ARGS", "")) for w in ("--build-arg", word)]
     docker("build", "--network=host", "--tag", IMAGE, *arguments, str(ROOT))
+
+
+def proxied(folder: Path) -> dict[str, str]:
+    """An environment in which the shell and Docker's configuration name a proxy where nothing listens."""
+    nowhere = "http://127.0.0.1:9"
+    proxies = {"httpProxy": nowhere, "httpsProxy": nowhere, "noProxy": "example.org"}
+    given = Path(os.environ.get("DOCKER_CONFIG", Path.home() / ".docker"))
+    if (given / "cli-plugins").is_dir():
+        (folder / "cli-plugins").symlink_to((given / "cli-plugins").resolve())
+    (folder / "config.json").write_text(json.dumps({"proxies": {"default": proxies}}))
+    return {"DOCKER_CONFIG": str(folder), "https_proxy": nowhere, "HTTPS_PROXY": nowhere, "ALL_PROXY": nowhere}
 
 
 def free_port(also: int = 0) -> int:
@@ -82,14 +94,15 @@ def sets(changes: dict) -> list[str]:
 class Run:
     """`fedmom deploy run` under way."""
 
-    def __init__(self, process: subprocess.Popen, output: Path, deployment: "Deployment", name: str) -> None:
-        self.process, self.output, self.deployment, self.name = process, output, deployment, name
+    def __init__(self, process: subprocess.Popen, output: Path, deployment: "Deployment", out: Path | None) -> None:
+        self.process, self.output, self.deployment, self.out = process, output, deployment, out
+        self.name = out.name if out else ""
 
     def said(self) -> str:
         """What the command has printed so far."""
         return self.output.read_text()
 
-    def wait_for_round(self, number: int, seconds: float = 240.0) -> None:
+    def wait_for_round(self, number: int, seconds: float = 900.0) -> None:
         """Until a round is over on the server; the next one is then under way."""
 
         def rounds() -> int:
@@ -104,7 +117,7 @@ class Run:
 
         wait_until(lambda: rounds() >= number, f"round {number} of {self.name}", seconds, evidence)
 
-    def end(self, status: int = 0, seconds: float = 400.0) -> str:
+    def end(self, status: int = 0, seconds: float = 900.0) -> str:
         """What it said, once it has ended with this exit status."""
         try:
             self.process.wait(timeout=seconds)
@@ -117,45 +130,67 @@ class Run:
 class Deployment:
     """`fedmom deploy` on a folder of its own."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def name(self) -> str:
+        """Of the Compose project, as `init` gave it."""
+        return open_deployment(self.keys).project_name
 
     @property
     def keys(self) -> Path:
         return self.folder / "deployment"
 
-    def start(self, *words: str, name: str = "") -> Run:
+    def start(self, *words: str, out: Path | None = None) -> Run:
         command = [sys.executable, "-m", "fedmom", "deploy", *words, "--dir", str(self.keys)]
         environment = {**os.environ, "FEDMOM_IMAGE": IMAGE}
         output = self.folder / f"output-{time.monotonic_ns()}"
         with open(output, "w") as file:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        return Run(process, output, self, name)
+        return Run(process, output, self, out)
 
     def call(self, *words: str, status: int = 0) -> str:
         return self.start(*words).end(status, 900)
 
     def run(self, out: Path, changes: dict, *more: str) -> Run:
-        return self.start("run", str(CONFIG), *sets(changes), "--out", str(out), *more, name=out.name)
+        return self.start("run", str(CONFIG), *sets(changes), "--out", str(out), *more, out=out)
 
-    def resume(self, out: Path, status: int = 0, **changes: object) -> str:
-        """To the end, with nothing but the folder's name."""
-        return self.call("run", "--resume", str(out), *sets(changes), status=status)
+    def go_on(self, out: Path, changes: dict | None = None) -> Run:
+        """With nothing but the folder's name."""
+        return self.start("run", "--resume", str(out), *sets(changes or {}), out=out)
+
+    def is_at(self, name: str) -> bool:
+        """Whether the server's app has the run folder."""
+        script = f"flock --nonblock /runs/{name} true || echo busy"
+        return "busy" in docker("exec", self.container("serverapp"), "sh", "-c", script, check=False)
 
     def container(self, service: str) -> str:
         return f"{self.name}-{service}-1"
 
-    def kill(self, service: str, seconds: float = 3.0) -> None:
-        """SIGKILL to all its processes; it comes back after some seconds."""
-        docker("kill", self.container(service))
+    def kill(self, *services: str, seconds: float = 3.0) -> None:
+        """SIGKILL to all their processes; they come back after some seconds."""
+        names = [self.container(service) for service in services]
+        docker("kill", *names)
         time.sleep(seconds)
-        docker("start", self.container(service))
+        docker("start", *names)
 
-    def cut_off(self, service: str, network: str, seconds: float) -> None:
-        """No network for some seconds."""
+    @contextlib.contextmanager
+    def cut_off(self, service: str, network: str, seconds: float = 0.0) -> Iterator[None]:
+        """Within the block, and for so many seconds at least, it has no network."""
+        begin = time.monotonic()
         docker("network", "disconnect", "--force", f"{self.name}_{network}", self.container(service))
-        time.sleep(seconds)
-        docker("network", "connect", "--alias", service, f"{self.name}_{network}", self.container(service))
+        try:
+            yield
+            time.sleep(max(0.0, begin + seconds - time.monotonic()))
+        finally:
+            docker("network", "connect", "--alias", service, f"{self.name}_{network}", self.container(service))
+
+    def containers(self) -> dict[str, str]:
+        """{name: id} of all of the project's."""
+        only = ("--filter", f"label=com.docker.compose.project={self.name}")
+        lines = docker("ps", "--all", "--format", "{{.Names}} {{.ID}}", *only).splitlines()
+        return dict(line.split() for line in lines)
 
     def logs(self, service: str) -> str:
         return docker("logs", self.container(service))

@@ -72,12 +72,18 @@ def test_unfinished_requests_fill_the_gates_tmp_before_its_memory(name):
     (connections,) = re.findall(r"worker_connections (\d+);", GATE.read_text())
     (workers,) = re.findall(r"worker_processes (\d+);", GATE.read_text())
     assert int(buffer) * int(connections) * int(workers) <= 64 * 1024  # kB: 64 MB
+    # What one address may send at once fits, so that nobody alone fills it; nor does one hold most connections.
+    (largest,) = re.findall(r"client_max_body_size (\d+)m;", GATE.read_text())
+    (at_once,) = re.findall(r"limit_conn address (\d+);", GATE.read_text())
+    assert int(at_once) * int(largest) < int(size)
+    assert "limit_conn_zone $binary_remote_addr zone=address:" in GATE.read_text()
+    assert int(connections) * int(workers) >= 8000
 
 
 @pytest.mark.parametrize("num_clients", [1, 2, 5])
 def test_every_client_has_a_node_and_an_app_of_its_own(num_clients):
     services = yaml.safe_load(federation(num_clients))["services"]
-    assert len(services) == 3 + 2 * num_clients
+    assert len(services) == 4 + 2 * num_clients
     for c in range(num_clients):
         node, app = services[f"supernode-{c}"], services[f"clientapp-{c}"]
         assert any(f"partition-id={c} " in word for word in node["command"])
@@ -104,16 +110,21 @@ def test_one_port_at_most_and_no_secret_in_an_environment(name):
     outside = [port for port in ports if not port.startswith("127.0.0.1:")]
     # The SuperLink's is on loopback, for `flwr` on this machine; what other machines see is the gate.
     assert outside == (services["gate"]["ports"] if name == "deploy/server.yml" else [])
-    assert len(ports) - len(outside) == len(services["superlink"]["ports"] if "superlink" in services else [])
+    assert len(ports) - len(outside) == len(services["door"]["ports"] if "superlink" in services else [])
     for service, keys in services.items():
         more = {
             "supernode": {"FEDMOM_POLL_SECONDS"},
             "clientapp": {"OMP_NUM_THREADS"},
             "serverapp": {"OMP_NUM_THREADS"},
         }
-        assert set(keys["environment"]) == {"HEALTH", *more.get(service.partition("-")[0], ())}, service
+        known = {"HEALTH", "NO_PROXY", "no_proxy", *more.get(service.partition("-")[0], ())}
+        assert set(keys["environment"]) == known, service
+        # Only the way from a client's machine to the server may have a proxy, and only where its .env says so.
+        elsewhere = "${FEDMOM_NO_PROXY-*}" if (name, service) == ("deploy/client.yml", "supernode") else "*"
+        assert keys["environment"]["NO_PROXY"] == keys["environment"]["no_proxy"] == elsewhere
         for secret in keys.get("secrets", []):
-            words = keys["command"] if service != "gate" else [GATE.read_text()]
+            conf = GATE.with_name(f"{service}.conf")
+            words = [conf.read_text()] if conf.exists() else keys["command"]
             assert any(f"/run/secrets/{secret}" in word for word in words), (service, secret)
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +157,35 @@ def test_a_deployment_that_was_taken_down_is_not_waited_for(following, monkeypat
     ended = following.to_the_end([])
     assert ended == ("failed", "the deployment was taken down after round 0")
     assert next(answers, None) is None
+
+
+def test_a_second_ctrl_c_says_that_the_run_goes_on_and_how_it_is_followed(tmp_path, monkeypatch):
+    """The first one stops the run, and whoever does not wait for that is told so."""
+    initialise(tmp_path / "deployment", num_clients=3)
+    monkeypatch.setattr("fedmom.deploy.identity.check_ours", lambda commands: None)
+    monkeypatch.setattr(operate, "is_up", lambda commands: True)
+    monkeypatch.setattr(remote.RemoteRuns, "config", lambda self, name: None)
+    monkeypatch.setattr(Following, "start", lambda self, config: setattr(self, "run_id", "77"))
+    monkeypatch.setattr(Following, "_log", lambda self: SimpleNamespace(poll=lambda: None, terminate=lambda: None))
+
+    def interrupted(self, *words, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(remote.RemoteRuns, "look", interrupted)
+    monkeypatch.setattr(Commands, "do", interrupted)  # while `flwr stop` is under way
+    words = ["run", str(ROOT / "configs" / "deploy.toml"), "--out", str(tmp_path / "out"), "--app", str(ROOT)]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        command = ["deploy", *words, "--dir", str(tmp_path / "deployment")]
+        result = CliRunner().invoke(cli.app, command, standalone_mode=False)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert result.return_value == 130
+    assert "stopping the run; once more Ctrl-C leaves it as it is" in result.output
+    assert "run 77 may still be going on there" in result.output
+    go_on = f"go on with: fedmom deploy run --resume {tmp_path / 'out'} --dir {tmp_path / 'deployment'}"
+    assert go_on in result.output
 
 
 def test_a_dry_run_of_a_resume_prints_the_commands(tmp_path, monkeypatch):

@@ -1,93 +1,35 @@
-"""The server and its clients as projects of their own, which share an address, a CA and keys, as on separate machines.
+"""Two deployments on one engine: one whose server and clients are projects of their own, as on separate machines.
 
-They run on one engine here, each from a folder that was carried away from where `fedmom deploy init` made it, and the
-clients reach the server at the address of the machine, through the one port that it publishes.
+They share no name, and of the second the server and its clients share an address, a CA and keys alone (conftest.py).
 """
 
-import ipaddress
 import json
-import os
+import re
 import shutil
-import subprocess
 
 import pytest
 
-from containers import CHANGES, IMAGE, Deployment, assert_engines, docker, free_port, wait_until
-from fedmom.deploy.certificates import make_node_key
+from containers import CHANGES, IMAGE, Deployment, assert_engines, docker
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1500), pytest.mark.xdist_group("containers")]
 TWO = {**CHANGES, "data.num-clients": 2}
 
 
-@pytest.fixture(scope="module")
-def address(image):
-    """Where containers of any network find this machine."""
-    (network,) = json.loads(docker("network", "inspect", "bridge"))
-    (config,) = network["IPAM"]["Config"]
-    # A new engine names the subnet alone; the machine has its first address.
-    return config.get("Gateway") or str(next(ipaddress.ip_network(config["Subnet"]).hosts()))
-
-
-@pytest.fixture(scope="module")
-def hosts(address, tmp_path_factory):
-    """(the deployment as the server's machine has it, the port, the clients' folders on theirs)."""
-    made = Deployment(tmp_path_factory.mktemp("server"), f"fedmom-hosts-{os.getpid()}")
-    port = free_port(also=1)
-    machines = [tmp_path_factory.mktemp(f"machine-{c}") / "fedmom" for c in range(2)]
-    # Client 1 makes its key where it will be used, and sends the public half.
-    own = made.keys / "client-1"
-    own.mkdir(parents=True)
-    make_node_key(machines[1].with_name("node.key"))
-    shutil.copy(machines[1].with_name("node.key.pub"), own / "node.key.pub")
-    made.call("init", "--clients", "2", "--address", address, "--port", str(port), "--name", made.name)
-    for c, machine in enumerate(machines):
-        shutil.move(made.keys / f"client-{c}", machine)
-        (made.keys / f"client-{c}").mkdir()
-        shutil.copy(machine / "node.key.pub", made.keys / f"client-{c}" / "node.key.pub")
-    shutil.move(machines[1].with_name("node.key"), machines[1] / "node.key")
-    shutil.copystat(machines[0] / "node.key", machines[1] / "node.key")
-    owner = (machines[0] / "node.key").stat()
-    os.chown(machines[1] / "node.key", owner.st_uid, owner.st_gid)
-    server = made.start("up", "--wait", "120")
-    try:
-        wait_until(lambda: "healthy" in docker("ps", "--filter", f"name={made.name}-server-gate"), "the gate is well")
-        for machine in machines:
-            compose(machine, "up", "--detach", "--no-build")
-        text = server.end()
-        assert "nodes online: 2 of 2" in text
-        yield made, port, machines
-    finally:
-        server.process.kill()
-        for machine in machines:
-            compose(machine, "down", "--volumes")
-        made.call("down", "--volumes")
-
-
-def compose(machine, *words: str) -> None:
-    """`docker compose` as one types it in the folder on the client's machine."""
-    done = subprocess.run(
-        ["docker", "compose", *words],
-        cwd=machine,
-        env={**os.environ, "FEDMOM_IMAGE": IMAGE},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_they_share_no_network_and_no_volume(hosts):
-    made, _, _ = hosts
+def test_they_share_no_network_and_no_volume(hosts, deployment):
+    made, _, machines = hosts
     used = {}
-    for project in ("server", "client-0", "client-1"):
-        names = docker("ps", "--format", "{{.Names}}", "--filter", f"name={made.name}-{project}").split()
-        assert names
+    projects = {"server": made.name, "all": deployment.name}
+    projects |= {f"client-{c}": f"{made.name.removesuffix('-server')}-client-{c}" for c in range(len(machines))}
+    for what, project in projects.items():
+        names = docker("ps", "--format", "{{.Names}}", "--filter", f"name=^{project}-").split()
+        assert names, what
         about = json.loads(docker("inspect", *names))
         networks = {name for one in about for name in one["NetworkSettings"]["Networks"]}
         mounts = {mount["Source"] for one in about for mount in one["Mounts"]}
-        used[project] = networks | mounts
-    assert not used["server"] & used["client-0"]
-    assert not used["server"] & used["client-1"]
-    assert not used["client-0"] & used["client-1"]
+        used[what] = networks | mounts
+    for one in used:
+        for other in used:
+            assert one == other or not used[one] & used[other], (one, other)
 
 
 def test_they_train_to_the_engines_model(hosts, tmp_path):
@@ -106,7 +48,45 @@ def test_from_a_clients_machine_nobody_starts_a_run(hosts, address):
         f"c = http.client.HTTPSConnection('{address}', {port}, context=context)\n"
         "c.request('POST', '/v1/control/start-run', b'x'); print('gate', c.getresponse().status)"
     )
-    network = f"{made.name}-client-0_fleet"
+    network = f"{made.name.removesuffix('-server')}-client-0_fleet"
     volume = f"{machines[0]}/ca.pem:/keys/ca.pem:ro"
     text = docker("run", "--rm", "--network", network, "--volume", volume, IMAGE, "python3", "-c", script)
     assert text.split() == ["control", "False", "gate", "403"]
+
+
+def test_nobody_but_this_machine_comes_through_the_door(deployment):
+    """A neighbour who is routed to the container's own address, as engines before Docker 28 let him, is turned away."""
+    script = (
+        "import http.client, socket, ssl\n"
+        "c = http.client.HTTPSConnection('door', 8000, context=ssl._create_unverified_context())\n"
+        "c.request('POST', '/v1/control/list-runs', b''); print(c.getresponse().status)\n"
+        "try: print(socket.getaddrinfo('superlink', 8000))\n"
+        "except socket.gaierror: print('nobody')"
+    )
+    text = docker("run", "--rm", "--network", f"{deployment.name}_control", IMAGE, "python3", "-c", script)
+    assert text.split() == ["403", "nobody"]
+    assert '"POST /v1/control/list-runs HTTP/1.1" 403 refused' in deployment.logs("door")
+    ports = docker("ps", "--format", "{{.Ports}}", "--filter", f"name={deployment.name}-").split()
+    published = [port for port in ports if "->" in port]
+    assert len(published) == 1
+    assert re.match(r"127\.0\.0\.1:\d+->8000/tcp", published[0])
+
+
+@pytest.mark.parametrize("command", [("up",), ("down", "--volumes"), ("status",), ("run", "configs/deploy.toml")])
+def test_a_copy_of_a_deployments_folder_touches_nothing_of_it(deployment, command, tmp_path):
+    before = deployment.containers()
+    copy = Deployment(tmp_path)
+    shutil.copytree(deployment.keys, copy.keys, symlinks=True)
+    text = copy.call(*command, status=2)
+    assert f"was started from {deployment.keys}, which is still there" in text
+    assert deployment.containers() == before
+
+
+@pytest.mark.parametrize("command", [("up",), ("down", "--volumes")])
+def test_another_deployment_of_the_same_name_touches_nothing_of_it(deployment, command, tmp_path):
+    before = deployment.containers()
+    other = Deployment(tmp_path)
+    other.call("init", "--clients", "1", "--name", deployment.name)
+    text = other.call(*command, status=2)
+    assert f"the project '{deployment.name}' is that of the deployment in {deployment.keys}" in text
+    assert deployment.containers() == before
