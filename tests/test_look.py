@@ -100,7 +100,11 @@ class Drawn(torch.autograd.Function):
 
 
 def looked(build):
-    task, plan = made(build)(2), simple_plan(2)
+    look_at(made(build)(2))
+
+
+def look_at(task):
+    plan = simple_plan(2)
     begin = beginning(task, plan)
     look(task, begin.state, round_job(task, plan, begin), None)
 
@@ -108,9 +112,10 @@ def looked(build):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_client_has_of_its_own_is_refused(name):
     build, why = REFUSED[name]
+    task = made(build)(2)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     with pytest.raises(InputError, match=rf"^model\.name = 'Own': .*{why}") as error:
-        looked(build)
+        look_at(task)
     assert "\n" not in str(error.value)
     assert torch.equal(states[0], torch.get_rng_state())
     assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002
