@@ -4,11 +4,13 @@ A runner takes a `Problem` and gives every client's (x, u) after every step, ave
 problems of its own and raises AssertionError where the trajectory breaks it. Sources: docs/method.md.
 """
 
+import inspect
 from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 
@@ -154,3 +156,29 @@ def minimal_set(run: Runner, nesterov: bool) -> list[str]:
         except AssertionError:
             broken.append(name)
     return broken
+
+
+def table(names, rows):
+    """One test of one law over a table: every row runs, and all rows that break it are told together.
+
+    names: of the test's parameters, as pytest.mark.parametrize takes them; its other parameters are fixtures.
+    """
+    wanted = [name.strip() for name in names.split(",")]
+
+    def decorate(test):
+        def whole(**fixtures):
+            broken = []
+            for row in rows:
+                values = row if len(wanted) > 1 else (row,)
+                try:
+                    test(**fixtures, **dict(zip(wanted, values, strict=True)))
+                except (Exception, pytest.fail.Exception) as error:
+                    broken.append(f"{row!r}: {type(error).__name__}: {error}")
+            assert not broken, "\n".join(broken)
+
+        kept = [p for name, p in inspect.signature(test).parameters.items() if name not in wanted]
+        whole.__signature__ = inspect.Signature(kept)
+        whole.__name__, whole.__doc__, whole.__module__ = test.__name__, test.__doc__, test.__module__
+        return whole
+
+    return decorate

@@ -22,6 +22,7 @@ from fedmom.models import MODELS
 from fedmom.pictures import draw_curves
 from fedmom.records import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_rounds, read_tensors
 from fedmom.simulation import app_folder
+from laws import table
 
 ROOT = Path(__file__).parents[1]
 RING = ROOT / "configs/decentralized/ring.toml"
@@ -159,8 +160,8 @@ def test_files_that_are_folders_and_folders_that_are_files(refused):
     refused(["a" * 300, "File name too long"], "run", "digits.toml", "--set", "data.dataset=" + "a" * 300 + ".npz")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
+@table(
+    "arguments, words",
     [
         (["run"], ["CONFIG is missing", "--resume DIR"]),
         (["run", "quadratic.toml", "--fast"], ["--fast"]),

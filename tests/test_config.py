@@ -14,6 +14,7 @@ from fedmom.algorithms import ALGORITHMS, theory_interval
 from fedmom.config import KEYS, LARGEST, SECTIONS, Config, Loaded, flat, load, parse_set, to_toml, toml_scalar
 from fedmom.errors import InputError
 from fedmom.resolve import Resolved, length_keys, resolve
+from laws import table
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
@@ -101,8 +102,8 @@ def test_a_file_may_start_with_a_byte_order_mark(tmp_path):
     assert load(tmp_path / "a.toml") == Loaded(load({"run.seed": 3}).config, frozenset({"run.seed"}))
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
+@table(
+    "content, words",
     [
         (b"", ["is empty", "data, model, algorithm"]),
         (b"# only a comment\n", ["is empty"]),
@@ -137,8 +138,7 @@ def test_files_that_are_not_there(tmp_path):
 # --- one key at a time -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "right"),
+@table("name, value, right",
     [
         ("algorithm.lr", 0, "> 0"),
         ("algorithm.lr", 10**400, "> 0"),
@@ -199,8 +199,8 @@ def test_mappings_may_be_nested_or_flat_kebab_or_snake():
     refused("section = 'x'", source={"x": 1})
 
 
-@pytest.mark.parametrize(
-    ("text", "name", "value"),
+@table(
+    "text, name, value",
     [
         ("algorithm.lr=0.1", "algorithm.lr", 0.1),
         (" algorithm.lr = 1e-3", "algorithm.lr", 0.001),
@@ -232,7 +232,7 @@ def test_set_forms(text, name, value):
     assert type(parse_set(text)[1]) is type(value)
 
 
-@pytest.mark.parametrize("form", ["{}", "+{}", "{}.", ".{}", "{}e0", "{}E+0", "0.{}e1", "1_{}", " {} "])
+@table("form", ["{}", "+{}", "{}.", ".{}", "{}e0", "{}E+0", "0.{}e1", "1_{}", " {} "])
 def test_a_number_is_read_as_it_is_typed(form):
     """Python's own reading of it, for a key that takes any number and for one that takes whole numbers."""
     text, value = form.format(25), float(form.format(25))
@@ -324,8 +324,8 @@ def test_the_quadratic_brings_its_own_clients_batches_and_dtype():
     assert settled().config.run.dtype == "float32"
 
 
-@pytest.mark.parametrize(
-    ("keys", "words"),
+@table(
+    "keys, words",
     [
         ({"curvatures": "1;x"}, ["data.curvatures = '1;x'", "clients separated by ;"]),
         ({"curvatures": ""}, ["data.curvatures = ''"]),
@@ -444,8 +444,8 @@ def test_local_epochs_leave_the_interval_open():
     check_settled(config)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "run", "words"),
+@table(
+    "algorithm, run, words",
     [
         ({"local_epochs": 2, "num_local_steps": 3}, {}, ["local-epochs = 2", "num-local-steps = 3", "not both"]),
         ({"local_epochs": 2, "interval": "theory-iid"}, {}, ["interval = 'theory-iid'", "not local-epochs"]),

@@ -56,6 +56,7 @@ def test_a_card_gives_the_cpus_numbers_and_nothing_is_mixed(way):
     assert_same((done, records), rounds(plan, "cpu", path), 1e-12)
 
 
+@pytest.mark.slow
 def test_what_is_compiled_once_does_not_decide(monkeypatch):
     """The first use of every shape costs a second; what counts is how often the host launches, and replays do not."""
     plan, rates = simple_plan(4, num_local_steps=2), {}

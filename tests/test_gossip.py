@@ -19,7 +19,7 @@ from fedmom.schedules import LearningRate
 from fedmom.state import ClientState
 from fedmom.topology import Mixing, Topology, make_topology
 from fedmom.train import Plan, beginning, evaluate_rows, round_job, run_rounds
-from laws import Trajectory, close, sample_problem
+from laws import Trajectory, close, sample_problem, table
 from runs import engine_runner, image_task
 
 OPTIONS = pytest.mark.parametrize("nesterov", [False, True], ids=["option I", "option II"])
@@ -401,8 +401,8 @@ def test_rows_of_another_model_are_refused_on_resume(tmp_path):
         quiet_run({"run.num-rounds": 8}, resume=tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
+@table(
+    "changes, words",
     [
         ({"algorithm.cohort-size": 2}, "algorithm.cohort-size = 2: with d-sgd-m every client takes part"),
         ({"algorithm.client-weights": "samples"}, "algorithm.client-weights = 'samples'"),

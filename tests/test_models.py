@@ -10,6 +10,7 @@ from torch import nn
 from fedmom.dropout import KEY, AddressedDropout
 from fedmom.errors import InputError
 from fedmom.models import MODELS, NORMS, ResidualBlock, build_model
+from laws import table
 
 CASES = [(name, "batch") for name in MODELS] + [("resnet20", "group"), ("resnet56", "group")]
 
@@ -87,7 +88,7 @@ def test_features_of_any_shape(name, shape):
     assert build_model(name, shape, 2, seed=0)(torch.rand(3, *shape)).shape == (3, 2)
 
 
-@pytest.mark.parametrize(("name", "norm"), CASES)
+@table("name, norm", CASES)
 def test_the_seed_alone_decides_the_parameters(name, norm):
     def build(seed):
         return dict(build_model(name, (1, 8, 8), 3, seed=seed, norm=norm).named_parameters())

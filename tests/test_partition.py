@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedmom import partition
 from fedmom.errors import InputError
 from fedmom.partition import PARTITIONS, QUANTITY_LAWS, Partition, make_partition
+from laws import table
 
 FIXED_SIZE = ["iid", "dirichlet-client", "dirichlet-balanced"]
 DIRICHLET = ["dirichlet-client", "dirichlet-class", "dirichlet-balanced"]
@@ -84,7 +85,7 @@ def test_every_example_has_one_client_and_the_seed_says_which(name, labels, wher
     assert same(part, split(name, labels, num_clients, **kwargs))
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
+@table("name", PARTITIONS)
 def test_small_sizes_and_odd_labels(name):
     one_class, absent, all_different = np.full(50, 7), np.repeat([1, 4, 9], [3, 7, 40]), np.arange(50)
     for labels, num_clients in itertools.product((one_class, absent, all_different), (1, 2, 3, 50)):
@@ -96,7 +97,7 @@ def test_small_sizes_and_odd_labels(name):
             assert (part.sizes == 1).all()
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
+@table("name", PARTITIONS)
 def test_another_seed_is_another_partition(name):
     labels = skewed_labels(300)
     assert not same(split(name, labels, 7, seed=0), split(name, labels, 7, seed=1))
@@ -115,7 +116,7 @@ def test_rules_do_not_share_a_stream():
     assert len(set(firsts)) == len(PARTITIONS)
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
+@table("name", PARTITIONS)
 def test_min_size_holds_for_every_rule(name):
     for min_size in (2, 5):
         part = make_partition(name, skewed_labels(600), 20, alpha=1.0, min_size=min_size, sigma=3.0)
@@ -378,8 +379,8 @@ def test_quantity_clients_above_min_size_stay_in_proportion():
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "words"),
+@table(
+    "kwargs, words",
     [
         ({"name": "dirichlet"}, ["data.partition = 'dirichlet'", "dirichlet-client"]),
         (

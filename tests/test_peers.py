@@ -103,6 +103,7 @@ def test_peers_give_the_engines_result(tmp_path, changes):
             np.testing.assert_allclose(other[key], mine[key], rtol=1e-7, atol=1e-12, err_msg=key)
 
 
+@pytest.mark.slow
 def test_what_passes_through_the_driver_is_small_and_an_actor_that_cannot_work_is_named():
     """Rows of 1.5 MB, some kB per round."""
     config, task, plan = settled({"model.hidden": 500, "run.eval-every": 2, "algorithm.topology": "ring"})
@@ -175,6 +176,7 @@ def test_a_lost_link_stops_the_run_by_name(tmp_path, monkeypatch):
     assert "round 2: rows from clients 0 … 2 to clients 3 … 4 did not arrive" in result.message
 
 
+@pytest.mark.slow
 def test_a_lost_link_can_be_skipped_where_w_is_symmetric(monkeypatch):
     """Both diagonals take the pair's weight: the result is the engine's with that W, and the mean is kept."""
     lose_rows(monkeypatch, (0, 1), 0)

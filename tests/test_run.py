@@ -13,6 +13,7 @@ import fedmom
 import laws
 from fedmom.config import load
 from fedmom.engine import PATHS
+from fedmom.errors import InputError
 from fedmom.records import _command, read_rounds, read_tensors
 from fedmom.resolve import resolve
 
@@ -163,3 +164,12 @@ def test_a_token_on_the_command_line_does_not_get_into_the_folder():
     assert _command(words) == ["flwr-serverapp", "--token", "…", "--run-id", "7", "--insecure"]
     assert _command(["x", "--token=s3cret"]) == ["x", "--token=…"]
     assert _command(["fedmom", "run", "a.toml"]) == ["fedmom", "run", "a.toml"]
+
+
+def test_what_the_method_multiplies_by_must_be_a_number_of_the_runs_dtype():
+    sets = {"data.num-clients": 2, "model.name": "logistic", "run.num-rounds": 1, "run.dtype": "float32"}
+    for key in ("lr", "weight-decay"):
+        with pytest.raises(
+            InputError, match=rf"algorithm\.{key} = 1e\+39: in run\.dtype = 'float32' .* at most 3\.4e\+38"
+        ):
+            fedmom.run({**sets, f"algorithm.{key}": 1e39})

@@ -8,6 +8,7 @@ import pytest
 from fedmom.errors import InputError
 from fedmom.graphs import TOPOLOGIES, Options, torus_shape
 from fedmom.topology import Mixing, Topology, from_edges, make_topology
+from laws import table
 
 SIZES = [1, 2, 3, 4, 9, 16]
 # (topology, N) that cannot be built; everything else must be.
@@ -46,8 +47,8 @@ def circulant(hops, n):
     return max(abs(np.mean(np.exp(2j * np.pi * k * np.array(hops) / n))) for k in range(1, n))
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes", "value"),
+@table(
+    "name, sizes, value",
     [
         ("ring", (3, 4, 8, 32), lambda n: 1 / 3 + 2 / 3 * math.cos(2 * math.pi / n)),
         ("ring", (2,), lambda n: 0),
@@ -184,8 +185,8 @@ def test_edges_come_from_a_file(tmp_path):
     np.testing.assert_array_equal(dense, make_topology("path", 4).matrices[0].dense())
 
 
-@pytest.mark.parametrize(
-    ("matrix", "words"),
+@table(
+    "matrix, words",
     [
         (np.full((2, 3), 0.5), ["shape [2, 3]", "square"]),
         (np.zeros((0, 0)), ["square"]),

@@ -8,6 +8,7 @@ import torch
 
 from fedmom.errors import InputError
 from fedmom.wire import bundle, from_npy, is_bundle, to_npy, unbundle
+from laws import table
 
 TENSORS = {
     "matrix": torch.randn(3, 4),
@@ -22,7 +23,7 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("name", TENSORS)
+@table("name", TENSORS)
 def test_the_bytes_are_numpys_and_come_back(name):
     tensor = TENSORS[name]
     data = to_npy(tensor)
@@ -100,7 +101,7 @@ def test_what_is_no_bundle_stays_as_it_is():
     assert all(value is tensors[name] for name, value in unbundle(tensors).items())
 
 
-@pytest.mark.parametrize(
+@table(
     "name",
     [
         '[["a", 2]]',

@@ -17,7 +17,7 @@ from fedmom.objective import Batch, Classification
 from fedmom.state import row_of
 from fedmom.train import beginning, round_job
 from fedmom.yardstick import Yardstick
-from runs import image_task, simple_plan
+from runs import image_task, run_plan, simple_plan
 
 
 def yardstick_of(task, plan, *, own_rows=False):
@@ -30,8 +30,7 @@ def choice_of(task, plan, path="auto", **options):
     return choose(task, plan.method, begin.state, round_job(task, plan, begin), **options)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.9])
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(("nesterov", "beta"), [(False, 0.9), (True, 0.9), (True, 0.0)])
 def test_it_is_torch_optim_sgd_on_a_deep_copy(nesterov, beta):
     task, plan = image_task("mlp", 3), simple_plan(3, nesterov=nesterov, beta=beta, weight_decay=0.01)
     found = yardstick_of(task, plan, own_rows=True)
@@ -58,9 +57,10 @@ def test_it_is_torch_optim_sgd_on_a_deep_copy(nesterov, beta):
                 torch.testing.assert_close(want.momentum[name], buffer, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("policy", ["average", "local", "reset"])
-@pytest.mark.parametrize("num_clients", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("num_clients", "policy", "dtype"),
+    [(1, "average", torch.float32), (2, "local", torch.bfloat16), (3, "reset", torch.float32)],
+)
 def test_right_ways_pass_in_every_dtype(num_clients, policy, dtype):
     """BatchNorm behind a bias has a gradient of 0, which rounding is not mistaken for; clients of unequal steps too."""
     task = image_task("cnn", num_clients, dtype=dtype)
@@ -314,3 +314,12 @@ def test_pieces_of_an_evaluation_fit_into_the_memory(monkeypatch):
     monkeypatch.setattr("fedmom.objective.free_bytes", lambda device: 100_000)
     assert 2 <= task._piece(task.start(), task.dataset.x_test) < len(task.dataset.x_test) < whole
     assert task.evaluate(task.start()) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_beyond_the_squares_of_float32_are_numbers_on_every_path(path):
+    """‖x‖² of 1e28 does not fit into float32; no path takes that for divergence."""
+    task, plan = image_task("logistic", 3, dtype=torch.float32), simple_plan(3, num_rounds=1, lr=1e28, beta=0.0)
+    plan = plan._replace(num_local_steps=1)
+    _, (record,) = run_plan(task, plan, path=path, chunk_size=3)
+    assert 1e45 < record["consensus_distance"] < float("inf")
