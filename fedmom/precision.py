@@ -4,6 +4,8 @@ torch has two ways to say it, `allow_tf32` and (since 2.9) `fp32_precision`. Whe
 other may raise, and setting the old one may change nothing. So both are set, and the new one is read.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,17 @@ def allow_tf32(allowed: bool) -> None:
     _CUBLAS.allow_tf32 = _CUDNN.allow_tf32 = allowed
     for kind in (_CUBLAS, _CUDNN.conv, _CUDNN.rnn):
         kind.fp32_precision = "tf32" if allowed else "ieee"
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """Within it float32 products are float32, whatever the run allows."""
+    before = _CUDNN.conv.fp32_precision == "tf32"
+    allow_tf32(False)
+    try:
+        yield
+    finally:
+        allow_tf32(before)
 
 
 def convolves_in_tf32(x: Tensor) -> bool:

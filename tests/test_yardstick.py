@@ -323,3 +323,30 @@ def test_rows_beyond_the_squares_of_float32_are_numbers_on_every_path(path):
     plan = plan._replace(num_local_steps=1)
     _, (record,) = run_plan(task, plan, path=path, chunk_size=3)
     assert 1e45 < record["consensus_distance"] < float("inf")
+
+
+def test_a_way_that_comes_to_no_number_is_wrong_and_what_cannot_be_compared_is_not_chosen(monkeypatch):
+    task, plan = image_task("mlp", 3), simple_plan(3)
+    found, right = yardstick_of(task, plan), Engine.run_round
+
+    def nothing(self, start, job, progress=None):
+        outcome = right(self, start, job, progress)
+        gone = {n: u * torch.nan for n, u in outcome.mean.momentum.items()}
+        return outcome._replace(mean=outcome.mean._replace(momentum=gone))
+
+    monkeypatch.setattr(Engine, "run_round", nothing)
+    assert "differs from plain torch's" in found.differs("stack")
+    monkeypatch.setattr(Engine, "run_round", right)
+    steep = made(Steep)(3)
+    found = yardstick_of(steep, plan)
+    assert found.lrs[0] < 1e-5  # at larger ones plain torch leaves the numbers at once
+    assert found.differs("loop") == found.differs("vmap") == ""
+    task.dataset = task.dataset._replace(mean=(torch.nan,))
+    found = yardstick_of(task, plan)
+    assert found.differs("loop") == ""
+    assert "nothing can be compared" in found.differs("stack")
+
+
+class Steep(MixesALittle):
+    def forward(self, x):
+        return self.body(x) * 1e4 + torch.exp(self.body[1].weight.square().sum())
