@@ -265,7 +265,7 @@ class Classification:
         made = [self._normalised(x).nbytes]
         try:
             with sizes_made(made):
-                self._logits(state, self._normalised(x))
+                self._logits(_copy(state), self._normalised(x))
         except Exception:  # a compiled model may not be looked into; it is judged in whole pieces
             return 0
         return max(sum(made[i : i + 3]) for i in range(len(made))) // len(x)

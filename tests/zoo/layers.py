@@ -223,6 +223,6 @@ def plain_tensor(shape, classes):
     return made
 
 
-@model("weights in channels_last", stack="differs from plain torch's")
+@model("weights in channels_last")
 def channels_last(shape, classes):
     return seq(conv(2, 4), nn.ReLU(), conv(4, 4), head(4)).to(memory_format=torch.channels_last)
