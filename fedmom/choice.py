@@ -94,6 +94,11 @@ def choose(
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
+        except Exception as error:  # a user's model may raise anything, in the run's dtype alone too
+            if path != "auto" or way[0] == "loop":
+                raise InputError(f"engine.path = {path!r}: {way[0]} fails ({one_line(error)[:200]})") from error
+            trouble = f"{way[0]} × {way[1]} fails ({one_line(error)[:200]})"
+            break
     if not rates:
         raise InputError(f"engine.path = {path!r}: the memory of {task.device} is too small for {sizes[0]} clients")
     near = [way for way in rates if rates[way] > 0.6 * max(rates.values())]
@@ -112,6 +117,9 @@ def choose(
                 rates[way] = rate(*way, most=64)
             except torch.OutOfMemoryError:  # a rival in larger chunks than the stack's
                 torch.cuda.empty_cache()
+            except Exception as error:  # as above
+                trouble = f"{way[0]} × {way[1]} fails ({one_line(error)[:200]})"
+                rates.pop(way, None)
         chosen = max(rates, key=lambda way: rates[way])
     return Choice(*chosen, {f"{name} × {size}": rate for (name, size), rate in rates.items()}, trouble, note)
 
@@ -121,7 +129,8 @@ def _look(task: Task, method: Method, start: ClientState, job: Round, own_rows: 
 
     Raises InputError where a step of one client fails, cannot be repeated, or is not plain torch's.
     """
-    _try_path(task, method, start, job, "loop")
+    # On a copy: what a step writes into the model itself must not hide from the look.
+    _try_path(task.in_dtype(task.dtype) if isinstance(task, Classification) else task, method, start, job, "loop")
     if not isinstance(task, Classification):
         if method.correction is not None:
             gradients = {name: torch.ones_like(x) for name, x in start.params.items()}

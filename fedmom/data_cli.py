@@ -34,6 +34,7 @@ def partition(
 
     fedmom partition configs/quickstart.toml --set data.alpha=0.05 --out skewed.png
     """
+    pictures.check_picture(out)
     settled = resolve(load(config, sets or ())).config
     data = settled.data
     if data.dataset == "quadratic":
@@ -51,8 +52,8 @@ def partition(
         ["share of a client's largest class, mean", f"{(counts.max(1) / sizes).mean():.3f}"],
     ]
     print(tables.as_text([title, ""], rows))
-    draw_or_say_why(lambda: pictures.draw_partition(counts, out, title=title))
-    print(out)
+    if draw_or_say_why(lambda: pictures.draw_partition(counts, out, title=title)):
+        print(out)
     return DONE
 
 
@@ -86,6 +87,7 @@ def topology(
 
     fedmom topology configs/decentralized/ring.toml --set algorithm.topology=exponential --out exponential.png
     """
+    pictures.check_picture(out)
     loaded = load(config, sets or ())
     settled = resolve(loaded._replace(config=replace(loaded.config, "algorithm", name="d-sgd-m"))).config
     graph = topology_of(settled)
@@ -109,8 +111,7 @@ def topology(
     print(tables.as_text([graph.name, ""], rows))
     for warning in graph.warnings:
         print(f"fedmom: {warning}", file=sys.stderr)
-    if small:
-        draw_or_say_why(lambda: draw_topology(graph, out))
+    if small and draw_or_say_why(lambda: draw_topology(graph, out)):
         print(out)
     return DONE
 

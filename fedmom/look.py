@@ -5,10 +5,13 @@ random numbers that nobody addressed, nor on attributes that a forward pass chan
 """
 
 import copy
+import math
 import pickle
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,47 +34,74 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
     """
     twin = task.in_dtype(task.dtype)
     batch = Batch(*(field[0] for field in next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))))
-    constant = {name: b.clone() for name, b in twin.model.named_buffers() if name in twin.places.constant}
+    held = _held(twin)
 
-    def step() -> tuple[Tree, Tree, Tensor]:
+    def step(of: Classification) -> tuple[Tree, Tree, Tensor]:
         own = Batch(*(field.clone() for field in batch))  # which the model may write into
-        grads, buffers, loss = twin.gradient_alone(start.params, start.buffers, own)
+        params = {name: x.clone() for name, x in start.params.items()}
+        grads, buffers, loss = of.gradient_alone(params, start.buffers, own)
+        if name := _first_that_differs((params, {}, loss), (start.params, {}, loss), ""):
+            raise InputError(f"{task.called}: a training step writes into the parameter {name}; {_OPTIMIZER}")
         return grads, buffers, loss
 
-    def check(before: Mapping[str, Any]) -> None:
+    def judged() -> Tensor:
+        try:
+            logits = twin.judged(start, batch.x)
+        except Exception:  # what fails in evaluation is said by check_evaluation, with the examples
+            return torch.zeros(())
+        return logits if isinstance(logits, Tensor) else torch.zeros(())
+
+    def check(before: Mapping[str, Any], when: str) -> None:
         if name := _drawn(before):
-            advice = "use nn.Dropout layers, whose masks are addressed by (seed, client, step)"
-            raise InputError(f"{task.called}: draws random numbers of {name} in a training step; {advice}")
+            raise InputError(f"{task.called}: draws random numbers of {name} in {when}; {_DROPOUT}")
+        if name := _changed(held, _held(twin)):
+            kind = " (it starts infinite or is complex, so it has no mean)" if name in twin.places.constant else ""
+            raise InputError(f"{task.called}: {when} changes the tensor {name} of the model{kind}; {_STATE}")
 
     with _random_states() as before:
-        step()  # what is made at first use is made
-        check(before)
+        step(twin)  # what is made at first use is made
+        check(before, "a training step")
+        judged()
         attributes = _attributes(twin.model)
-        first = step()
-        second = step()
-        check(before)
-    if name := _changed(attributes, _attributes(twin.model)):
-        advice = "clients have no attributes of their own; register it as a buffer"
-        raise InputError(f"{task.called}: a training step changes the attribute {name} ({advice})")
-    if name := _first_that_differs(first, second):
-        advice = "a step must be the same whenever it is repeated"
-        raise InputError(f"{task.called}: {name} differs between two training steps from one state ({advice})")
-    _check_buffers(task, start, first[1], twin, constant)
+        first, second = step(twin), step(twin)
+        check(before, "a training step")
+        if name := _changed(attributes, _attributes(twin.model)):
+            raise InputError(f"{task.called}: a training step changes the attribute {name} ({_STATE})")
+        one, other = judged(), judged()
+        check(before, "an evaluation")
+        if name := _changed(attributes, _attributes(twin.model)):
+            raise InputError(f"{task.called}: an evaluation changes the attribute {name} ({_STATE})")
+        third, own = step(twin), step(task)
+    if name := _first_that_differs(first, second) or _first_that_differs(({}, {}, one), ({}, {}, other)):
+        raise InputError(f"{task.called}: {name} differs between two training steps from one state ({_REPEATED})")
+    if name := _first_that_differs(first, third):
+        raise InputError(f"{task.called}: {name} differs between training steps before and after an evaluation")
+    if name := _first_that_differs(first, own):
+        raise InputError(f"{task.called}: {name} is another by a copy of the model, which must hold all that it uses")
+    _check_buffers(task, start, first[1])
     if correction is not None:
         look_at_correction(correction, first[0], start.params)
 
 
-def _check_buffers(task: Classification, start: ClientState, after: Tree, twin: Classification, constant: Tree) -> None:
+_DROPOUT = "use nn.Dropout layers, whose masks are addressed by (seed, client, step)"
+_STATE = "clients have no attributes of their own; register it as a buffer"
+_OPTIMIZER = "only the optimizer may move parameters"
+_REPEATED = "a step must be the same whenever it is repeated"
+
+
+def _held(task: Classification) -> dict[str, Tensor]:
+    """The model's own tensors, in whose places no client's stand: frozen, complex, sparse, infinite ones."""
+    places = task.places
+    own = [*task.model.named_parameters(), *task.model.named_buffers()]
+    free = {name: t for name, t in own if name not in places.params and name not in places.buffers}
+    return {name: t.detach().clone() for name, t in free.items() if name not in places.dropout_keys}
+
+
+def _check_buffers(task: Classification, start: ClientState, after: Tree) -> None:
     for name, b in start.buffers.items():
         if after[name].shape != b.shape or after[name].dtype != b.dtype:
             now = f"{list(b.shape)} {b.dtype} into {list(after[name].shape)} {after[name].dtype}"
             raise InputError(f"{task.called}: a training step turns the buffer {name} from {now}; keep its shape")
-    for name, b in twin.model.named_buffers():
-        if name in constant and not torch.equal(b, constant[name]):
-            kind = "is complex" if b.is_complex() else "starts infinite"
-            raise InputError(
-                f"{task.called}: the buffer {name} {kind} and a step changes it: it has no mean over clients"
-            )
 
 
 def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> None:
@@ -139,18 +169,29 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: Any, depth: int = 4) -> Any:
+    """What can be compared later: tensors, arrays, plain values, and what objects of the user's own hold of them."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
         return value.get_state()
-    if isinstance(value, dict):
-        return {key: _copy(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_copy(v) for v in value]
-    if callable(value) and not isinstance(value, np.random.Generator | random.Random):
+    if isinstance(value, np.random.Generator):
+        return _copy(value.bit_generator.state)
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if depth == 0 or isinstance(value, _NO_STATE):
         return None
+    if isinstance(value, dict):
+        return {key: _copy(v, depth - 1) for key, v in value.items()}
+    if isinstance(value, list | tuple | deque):
+        return [_copy(v, depth - 1) for v in value]
+    if hasattr(value, "__dict__"):
+        return _copy(vars(value), depth - 1)
     return copy.deepcopy(value)
+
+
+# What holds nothing that a step could change, or is looked at by itself.
+_NO_STATE = (nn.Module, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, torch.dtype, torch.device)
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -159,36 +200,39 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return (
-            one.shape == other.shape and one.dtype == other.dtype and torch.allclose(one, other, 1e-6, equal_nan=True)
-        )
+        if (one.shape, one.dtype, one.layout) != (other.shape, other.dtype, other.layout):
+            return False
+        if one.layout != torch.strided:
+            one, other = one.to_dense(), other.to_dense()
+        return torch.allclose(one, other, 1e-6, equal_nan=True)
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return np.array_equal(one, other)
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
-    if isinstance(one, np.random.Generator) and isinstance(other, np.random.Generator):
-        return _same(one.bit_generator.state, other.bit_generator.state)
-    if isinstance(one, random.Random) and isinstance(other, random.Random):
-        return one.getstate() == other.getstate()
     if type(one) is not type(other):
         return False
-    try:
-        return bool(one == other) or pickle.dumps(one) == pickle.dumps(other)
-    except Exception:  # what cannot be compared is not said to differ
-        return True
+    for compare in (lambda: bool(one == other), lambda: pickle.dumps(one) == pickle.dumps(other)):
+        try:
+            if compare():
+                return True
+        except Exception:  # a user's object may refuse
+            continue
+    return False
 
 
-def _first_that_differs(one: tuple[Tree, Tree, Tensor], other: tuple[Tree, Tree, Tensor]) -> str:
+def _first_that_differs(
+    one: tuple[Tree, Tree, Tensor], other: tuple[Tree, Tree, Tensor], of: str = "the gradient of "
+) -> str:
     """The name of a gradient or buffer, or "the loss", that is not the same but for rounding."""
     pairs = [("the loss", one[2], other[2])]
-    pairs += [(f"the gradient of {n}", g, other[0][n]) for n, g in one[0].items()]
+    pairs += [(f"{of}{n}", g, other[0][n]) for n, g in one[0].items()]
     pairs += [(f"the buffer {n}", b, other[1][n]) for n, b in one[1].items()]
-    scale = max((float(g.detach().abs().max()) for g in one[0].values() if g.numel()), default=0.0)
+    sizes = [float(g.detach().abs().max()) for g in one[0].values() if g.numel()]
+    scale = max((size for size in sizes if math.isfinite(size)), default=0.0)
+    eps = 8 * torch.finfo(one[2].dtype).eps  # the same bits on a CPU; a card may add in another order
     for name, a, b in pairs:
-        a, b = a.detach().double(), b.detach().double()
-        eps = 8 * torch.finfo(one[2].dtype).eps  # the same bits on a CPU; a card may add in another order
-        if not torch.allclose(a, b, eps, eps * scale, equal_nan=True):
+        if not torch.allclose(a.detach().double(), b.detach().double(), eps, eps * scale, equal_nan=True):
             return name
     return ""

@@ -52,7 +52,8 @@ def build_model(
             model = _call_user(name, function, input_shape, num_classes)
         check_model(model, f"model.name = {name!r}")
         _check_parameters(name, model)
-        model = address_dropout(cast(model, "cpu", torch.float32).train())
+        model = address_dropout(cast(model, "cpu", torch.float32))
+        model.train()  # of which a user's own may forget to give the model back
         _check_forward(name, model, input_shape, num_classes, integers)
     return model
 

@@ -270,6 +270,14 @@ class Classification:
             return 0
         return max(sum(made[i : i + 3]) for i in range(len(made))) // len(x)
 
+    def judged(self, state: ClientState, x: Tensor) -> Tensor:
+        """Logits in evaluation mode of examples [n, …] as they come in minibatches; nothing of `state` is changed.
+
+        Whatever the model gives back; what it raises is raised.
+        """
+        with torch.no_grad():
+            return self._logits(_copy(state), x.clone())
+
     def _logits(self, state: ClientState, x: Tensor) -> Tensor:
         """[n, classes] in evaluation mode, of one example too: models squeeze axes of length one."""
         alone = len(x) == 1

@@ -43,6 +43,15 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
+def check_picture(path: Path) -> Path:
+    """InputError unless a picture can be written there by that name."""
+    if path.suffix not in (".png", ".pdf"):
+        raise InputError(f"--out {path}: pictures are PNG or PDF; end the name in .png or .pdf")
+    if path.is_dir():
+        raise InputError(f"--out {path}: is a folder; name a file")
+    return path
+
+
 def _save(figure: Any, path: Path) -> None:
     """PNG or PDF, as the name says. The same figure gives the same bytes."""
     from matplotlib import rc_context

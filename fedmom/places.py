@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, one_hot
 from torch.overrides import TorchFunctionMode
 
 from fedmom.dropout import KEY
@@ -46,8 +46,8 @@ class Places:
         buffers = dict(model.named_buffers())
         self.dropout_keys = [name for name in buffers if name.rpartition(".")[2] == KEY]
         self.buffers = {name: b for name, b in buffers.items() if name not in self.dropout_keys and _averages(b)}
-        # Complex or infinite from the start (phases, a mask of −inf): it has no mean, so it stays as it is. That no
-        # step changes it is looked at before the first round (look.py).
+        # Complex, sparse, or infinite from the start (phases, a graph, a mask of −inf): it has no mean, so it stays as
+        # it is. That no step changes it is looked at before the first round (look.py).
         self.constant = [name for name in buffers if name not in self.dropout_keys and name not in self.buffers]
         self.complex = {name for name, p in self.params.items() if p.is_complex()}
         self.hooked = [name for name, p in self.params.items() if hooks_of(p)]
@@ -87,7 +87,7 @@ def _contiguous(tree: Tree) -> Tree:
 
 
 def _averages(buffer: Tensor) -> bool:
-    if buffer.is_complex():
+    if buffer.is_complex() or buffer.layout != torch.strided:
         return False
     return not buffer.is_floating_point() or bool(torch.isfinite(buffer).all())
 
@@ -157,13 +157,20 @@ def _torch_embedding(weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any)
     return torch.embedding(weight, bounded(indices, weight.shape[0]), *args, **kwargs)
 
 
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 0:
+        return one_hot(tensor, num_classes)
+    # torch.vmap gives a row of zeros for what is out of range.
+    return torch.eye(num_classes, dtype=torch.int64, device=tensor.device)[bounded(tensor, num_classes)]
+
+
 class BoundedGathers(TorchFunctionMode):
     """Within it an index out of an embedding's range fails under torch.vmap as it does alone.
 
     torch lays the tables of all clients one after the other there, and such an index would read another client's row.
     """
 
-    bounded: ClassVar[dict[Any, Any]] = {embedding: _embedding, torch.embedding: _torch_embedding}
+    bounded: ClassVar[dict[Any, Any]] = {embedding: _embedding, torch.embedding: _torch_embedding, one_hot: _one_hot}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.bounded.get(func, func)(*args, **(kwargs or {}))

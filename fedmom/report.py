@@ -8,6 +8,7 @@ from pathlib import Path
 from fedmom import pictures
 from fedmom.errors import InputError
 from fedmom.history import thinned
+from fedmom.imports import one_line
 from fedmom.records import write_text
 from fedmom.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
 from fedmom.train import Record
@@ -54,8 +55,8 @@ def finished(folder: Path, rounds: Sequence[Record], width: int | None = None) -
     return [*lines, str(folder)]
 
 
-def draw_or_say_why(draw: Callable[[], object], what: str = "picture") -> None:
-    """Pictures are an extra: a machine without matplotlib runs, and says what is missing."""
+def draw_or_say_why(draw: Callable[[], object], what: str = "picture") -> bool:
+    """Whether it was drawn. Pictures are an extra: where one cannot be had, a line says why, and all else goes on."""
     try:
         with warnings.catch_warnings():  # matplotlib's, where a diverged run's losses span 300 decades
             warnings.simplefilter("ignore")
@@ -65,3 +66,8 @@ def draw_or_say_why(draw: Callable[[], object], what: str = "picture") -> None:
         print(f"fedmom: no {what} was drawn: {package} is not installed", file=sys.stderr)
     except InputError as error:
         print(f"fedmom: no {what} was drawn: {error}", file=sys.stderr)
+    except Exception as error:  # a name that no font has, a figure that a library cannot draw
+        print(f"fedmom: no {what} was drawn: {one_line(error)}", file=sys.stderr)
+    else:
+        return True
+    return False

@@ -20,6 +20,7 @@ from fedmom.algorithms import MOMENTUM_POLICIES, takes_key
 from fedmom.averaging import WeightedMean
 from fedmom.convolutions import CONVOLUTIONS
 from fedmom.engine import Engine
+from fedmom.errors import InputError
 from fedmom.objective import Batch, Classification
 from fedmom.places import copied
 from fedmom.precision import exactly
@@ -51,12 +52,13 @@ class _Precision(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.eps = torch.finfo(F64).eps
+        self.eps, self.autocast = torch.finfo(F64).eps, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         if isinstance(found, Tensor) and (found.is_floating_point() or found.is_complex()):
             self.eps = max(self.eps, torch.finfo(found.dtype).eps)
+            self.autocast = self.autocast or torch.is_autocast_enabled(found.device.type)
         return found
 
 
@@ -68,19 +70,25 @@ class Yardstick:
         self.method, self.own_rows = method, own_rows
         self.lrs: tuple[float, ...] = _LRS
         self.note = ""  # what was made smaller
-        self.tolerance = _EXACT
+        self.tolerance = _EXACT  # of the whole step
         self.found: dict[tuple[str, str], str] = {}  # {(path, convolution): how it differs}
-        self.task = task.in_dtype(F64)
-        self.model = copied(self.task.model)  # as it was before any step
-        with exactly():
-            self._measure(job, min(_CLIENTS, len(job.clients)))
+        count = min(_CLIENTS, len(job.clients))
+        with exactly(), torch.enable_grad():
+            try:
+                self._measure(task.in_dtype(F64), job, count)
+            except InputError:
+                raise
+            except Exception:  # a model of its own dtype (x.float(), torch.zeros(…)) trains in the run's alone
+                self._measure(task.in_dtype(task.dtype), job, count)
 
-    def _measure(self, job: Round, count: int) -> None:
+    def _measure(self, task: Classification, job: Round, count: int) -> None:
         """What plain torch comes to, in as much time as there is, from a start at which it is finite."""
+        self.task, self.note, self.tolerance = task, "", _EXACT
+        self.model = copied(task.model)  # as it was before any step
         with _Precision() as seen:
             self._try(job)
-        if seen.eps > torch.finfo(F64).eps:
-            self.tolerance = min(_UNITS * seen.eps, _LOOSE)
+        if seen.autocast and task.dtype == F64:  # which leaves float64 as it is
+            raise ValueError("autocast acts in the run's own dtype alone")
         begin = time.monotonic()
         self._try(job)
         if count * (time.monotonic() - begin) * _WAYS > _SECONDS:
@@ -95,7 +103,11 @@ class Yardstick:
             self.start, self.rows = self._begin(count, by)
             self.want = self._plain(0.0)
             if _finite(self.want):
-                return
+                break
+        if seen.eps > torch.finfo(F64).eps and _finite(self.want):
+            # In fewer digits: as much as plain torch and itself are apart from starts that float32 cannot tell.
+            natural = self._away(self._plain(8 * torch.finfo(torch.float32).eps), self.want)[0]
+            self.tolerance = min(max(_EXACT, 30 * natural), _UNITS * seen.eps, _LOOSE)
 
     def differs(self, path: str) -> str:
         """ "" or how the way `path` of engine.PATHS differs from plain torch, in words."""
@@ -110,7 +122,7 @@ class Yardstick:
             ways = self._convolutions()
         for convolution in ways:
             if (path, convolution) not in self.found:
-                with exactly():
+                with exactly(), torch.enable_grad():
                     self.found[path, convolution] = self._compare(path, convolution)
         return next((why for w in ways if (why := self.found[path, w])), "")
 

@@ -11,7 +11,7 @@ from PIL import Image
 from fedmom import pictures
 from fedmom.errors import InputError
 from fedmom.pictures import COLOURS, draw_curves, draw_partition
-from fedmom.report import draw_report
+from fedmom.report import draw_or_say_why, draw_report
 from fedmom.tables import AXES, RunHistory, as_markdown, equal_table, summary_table
 from histories import classifier, one_column, quadratic
 
@@ -187,3 +187,20 @@ def test_matplotlib_comes_only_with_a_picture_and_never_pyplot():
                 assert path.name == "pictures.py"
                 assert node not in tree.body  # inside a function
                 assert "pyplot" not in ast.unparse(node)
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_line_and_a_name_that_no_picture_has_is_refused(tmp_path, capsys):
+    """A run whose folder's name no font can show has been trained all the same."""
+
+    def fails():
+        raise TypeError("font.set_text: 'x\\udcfc'\nis no str")
+
+    assert not draw_or_say_why(fails)
+    assert capsys.readouterr().err == "fedmom: no picture was drawn: TypeError: font.set_text: 'x\\udcfc' is no str\n"
+    for name in ("p", "p.xyz", "p.raw"):
+        with pytest.raises(InputError, match=r"pictures are PNG or PDF"):
+            pictures.check_picture(tmp_path / name)
+    (tmp_path / "d.png").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        pictures.check_picture(tmp_path / "d.png")
+    assert draw_or_say_why(lambda: pictures.check_picture(tmp_path / "p.png"))

@@ -168,7 +168,7 @@ def clamped_weight(shape, classes):
     return Fn(forward, body=flat(8), out=nn.Linear(8, classes))
 
 
-@model("weights written through .data in every pass", stack="no attribute 'weight'")
+@model("weights written through .data in every pass", everywhere="writes into the parameter")
 def written_data(shape, classes):
     def forward(m, x):
         m.body[1].weight.data.clamp_(-0.05, 0.05)
