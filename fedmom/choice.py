@@ -129,8 +129,9 @@ def _look(task: Task, method: Method, start: ClientState, job: Round, own_rows: 
 
     Raises InputError where a step of one client fails, cannot be repeated, or is not plain torch's.
     """
-    # On a copy: what a step writes into the model itself must not hide from the look.
-    _try_path(task.in_dtype(task.dtype) if isinstance(task, Classification) else task, method, start, job, "loop")
+    # On copies: what a step writes into the model itself, or into x, must not hide from the look.
+    twin = task.in_dtype(task.dtype) if isinstance(task, Classification) else task
+    _try_path(twin, method, twin.start(), job, "loop")
     if not isinstance(task, Classification):
         if method.correction is not None:
             gradients = {name: torch.ones_like(x) for name, x in start.params.items()}

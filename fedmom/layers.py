@@ -274,7 +274,8 @@ def fold(model: nn.Module) -> tuple[nn.Module, Clients]:
             if frozen:
                 raise FoldError(f"a {type(layer).__name__} with parameters that are not trained")
             memo[id(layer)] = make(clients, layer, mine)
-        elif "forward" in vars(layer):  # its function may hold the layers that are replaced here
+        elif "forward" in vars(layer) and type(layer).__name__ != "OptimizedModule":  # torch.compile's makes it anew
+            # Its function may hold the layers that are replaced here.
             raise FoldError(f"{type(layer).__name__} {name!r} has a forward function of its own")
         elif held := [part for part, t in layer._parameters.items() if t is not None]:
             raise FoldError(f"{type(layer).__name__} holds {held[0]} itself")

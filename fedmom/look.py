@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -191,7 +192,17 @@ def _copy(value: Any, depth: int = 4) -> Any:
 
 
 # What holds nothing that a step could change, or is looked at by itself.
-_NO_STATE = (nn.Module, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, torch.dtype, torch.device)
+_NO_STATE = (
+    nn.Module,
+    ReferenceType,
+    type,
+    ModuleType,
+    FunctionType,
+    BuiltinFunctionType,
+    MethodType,
+    torch.dtype,
+    torch.device,
+)
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -213,13 +224,15 @@ def _same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
     if type(one) is not type(other):
         return False
+    compared = False
     for compare in (lambda: bool(one == other), lambda: pickle.dumps(one) == pickle.dumps(other)):
         try:
             if compare():
                 return True
+            compared = True
         except Exception:  # a user's object may refuse
             continue
-    return False
+    return not compared  # what cannot be compared is not said to differ
 
 
 def _first_that_differs(

@@ -67,7 +67,7 @@ class Yardstick:
 
     def __init__(self, task: Classification, method: Method, job: Round, *, own_rows: bool) -> None:
         """own_rows: clients start from x and u of their own (Algorithm 2). Raises what the model raises."""
-        self.method, self.own_rows = method, own_rows
+        self.method, self.own_rows, self.dtype = method, own_rows, task.dtype
         self.lrs: tuple[float, ...] = _LRS
         self.note = ""  # what was made smaller
         self.tolerance = _EXACT  # of the whole step
@@ -87,7 +87,7 @@ class Yardstick:
         self.model = copied(task.model)  # as it was before any step
         with _Precision() as seen:
             self._try(job)
-        if seen.autocast and task.dtype == F64:  # which leaves float64 as it is
+        if seen.autocast and task.dtype != self.dtype:  # which leaves float64 as it is
             raise ValueError("autocast acts in the run's own dtype alone")
         begin = time.monotonic()
         self._try(job)

@@ -204,7 +204,7 @@ def subclass(shape, classes):
     return seq(nn.Flatten(), Scaled(SIZE, 8), nn.ReLU(), Scaled(8, classes))
 
 
-@model("a layer whose forward function was replaced", stack="has a forward function of its own")
+@model("a layer whose forward function was replaced", everywhere="by a copy of the model")
 def patched_forward(shape, classes):
     layer = nn.Linear(8, 8)
     layer.forward = lambda x: F.linear(x, layer.weight) + 1

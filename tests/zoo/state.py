@@ -188,7 +188,7 @@ def counts_always(shape, classes):
 
 @model(
     "a target network of frozen parameters that follows within forward (BYOL)",
-    everywhere="differs between two training steps",
+    everywhere="changes the tensor target.1.weight",
 )
 def byol_target(shape, classes):
     def forward(m, x):
