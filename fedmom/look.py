@@ -63,6 +63,7 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
         step(twin)  # what is made at first use is made
         check(before, "a training step")
         judged()
+        check(before, "an evaluation")
         attributes = _attributes(twin.model)
         first, second = step(twin), step(twin)
         check(before, "a training step")

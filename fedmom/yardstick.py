@@ -190,7 +190,7 @@ class Yardstick:
         params, momentum = {}, {}
         for number, (name, x) in enumerate(own.params.items()):
             places = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-            away = [2 * uniform(which, number, part, places) - 1 for part in (0, 1)]
+            away = [(2 * uniform(which, number, part, places) - 1).to(x.dtype) for part in (0, 1)]
             size = x.abs() + (x.square().mean().sqrt() if x.numel() else 0) + 1e-3
             params[name], momentum[name] = x + by * size * away[0], 0.1 * size * away[1]
         return ClientState(params, momentum, {n: b.clone() for n, b in own.buffers.items()})
@@ -229,7 +229,7 @@ class Yardstick:
         with torch.no_grad():
             for number, (name, x) in enumerate(start.params.items()):
                 places = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-                x = x * (1 + rounding * (2 * uniform(9, number, places) - 1)) if rounding else x
+                x = x * (1 + rounding * (2 * uniform(9, number, places) - 1)).to(x.dtype) if rounding else x
                 here[name].copy_(_as(here[name], x))
             for name, b in start.buffers.items():
                 buffers[name].copy_(b)

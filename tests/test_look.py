@@ -1,6 +1,7 @@
 """What a step must not depend on is found before the first round: each kind by the look alone."""
 
 import random
+from collections import deque
 
 import numpy as np
 import pytest
@@ -89,6 +90,70 @@ REFUSED = {
 }
 
 
+class Counts:
+    """An object of the user's own that is called in forward."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, h):
+        self.calls += 1
+        return h
+
+
+def merge(self, mode=True):
+    """As loralib's layers do: evaluation has the product in the frozen weight."""
+    if mode == self.merged:
+        self.frozen.data.add_(-1.0 if mode else 1.0)
+        self.merged = not mode
+    return nn.Module.train(self, mode)
+
+
+def freeze(self):
+    self.frozen, self.merged = nn.Parameter(torch.zeros(3), requires_grad=False), False
+
+
+def close_over(self):
+    self.closure = lambda h, layer=self.out: layer(h).sum()
+
+
+def in_evaluation(change):
+    def besides(self, h):
+        if not self.training:
+            change(self)
+        return h
+
+    return besides
+
+
+REFUSED |= {
+    "an object that counts": (
+        net(lambda self, h: self.augment(h), lambda self: setattr(self, "augment", Counts())),
+        "changes the attribute 'augment'",
+    ),
+    "what evaluation counts": (
+        net(in_evaluation(lambda self: self.seen.append(0)), lambda self: setattr(self, "seen", deque(maxlen=99))),
+        "an evaluation changes the attribute 'seen'",
+    ),
+    "what evaluation draws": (net(in_evaluation(lambda self: torch.rand(()))), "of torch in an evaluation"),
+    "a frozen weight that is merged": (
+        type("Own", (Net,), {
+            "prepare": freeze,
+            "train": merge,
+        }),
+        "an evaluation changes the tensor frozen",
+    ),
+    "a closure over the layers that it was made with": (
+        net(lambda self, h: h + self.closure(h), close_over),
+        "is another by a copy of the model",
+    ),
+    "x, by its data": (
+        net(lambda self, h: (self.out.weight.data.mul_(0.9), h)[1]),
+        "writes into the parameter out.weight",
+    ),
+}  # fmt: skip
+
+
 class Drawn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -126,3 +191,9 @@ def test_what_is_made_once_and_what_is_kept_to_be_looked_at_is_no_state():
     looked(net(cache, lambda self: setattr(self, "cached", None)))
     mask = torch.triu(torch.full((64, 64), -torch.inf), 1)
     looked(net(lambda self, h: h + torch.softmax(self.mask, 1)[0], lambda self: self.register_buffer("mask", mask)))
+
+
+def test_gradients_that_are_no_numbers_are_left_to_the_run():
+    """It diverges, with the status that says so."""
+    looked(net(lambda self, h: h + (self.zero / torch.linalg.vector_norm(self.zero)).sum(),
+               lambda self: setattr(self, "zero", nn.Parameter(torch.zeros(3)))))  # fmt: skip

@@ -350,3 +350,47 @@ def test_a_way_that_comes_to_no_number_is_wrong_and_what_cannot_be_compared_is_n
 class Steep(MixesALittle):
     def forward(self, x):
         return self.body(x) * 1e4 + torch.exp(self.body[1].weight.square().sum())
+
+
+class Float32Inside(MixesALittle):
+    """Of one dtype, whatever the run's: as people write for torch's default."""
+
+    def forward(self, x):
+        return self.body(x.float()) @ torch.eye(3)
+
+
+class Autocast(MixesALittle):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.body(x).float()
+
+
+class StrayBFloat16(MixesALittle):
+    """Mixes its batch, and makes one rounder number that means nothing."""
+
+    def forward(self, x):
+        logits = self.body(x)
+        return logits + 1e-2 * logits.mean(0) + 0 * x.bfloat16().mean()
+
+
+class SparseGraph(MixesALittle):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.eye(64).to_sparse())
+
+    def forward(self, x):
+        return self.body((self.graph.to(x.dtype) @ x.flatten(1).T).T)
+
+
+def test_models_of_a_dtype_of_their_own_are_compared_in_it():
+    plan = simple_plan(3)
+    with torch.no_grad():  # whoever calls
+        assert choice_of(made(Float32Inside)(dtype=torch.float32), plan, "loop").path == "loop"
+        assert choice_of(made(Autocast)(dtype=torch.float32), plan).path in PATHS
+        found = yardstick_of(made(StrayBFloat16)(), plan)
+        assert found.tolerance < 1e-3
+        assert found.differs("loop") == ""
+        assert "differs from plain torch's" in found.differs("stack")
+        task = made(SparseGraph)()
+        assert "graph" not in task.start().buffers
+        assert choice_of(task, plan).path in PATHS
