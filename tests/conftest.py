@@ -13,6 +13,9 @@ torch.set_num_threads(1)
 # A shell starts what runs in its background with Ctrl-C ignored; here and in the processes of tests it is heard.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Under nohup what a terminal's end would say is not heard; in the processes of tests it is.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Triton decides at its import whether its kernels are interpreted, which is how a machine without a GPU tests them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

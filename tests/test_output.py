@@ -103,11 +103,14 @@ def test_signals_leave_a_checkpoint_and_no_traceback(workplace, numbers):
     sets = ["--set", "run.num-rounds=1000000", "--set", "run.checkpoint-every=1000000"]
     words = [sys.executable, "-m", "fedmom", "run", "q.toml", "--out", "x", *sets]
     run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (line := run.stdout.readline()).startswith("round "):
-        assert line
-    for number in numbers:
-        run.send_signal(getattr(signal, number))
-    out, err = run.communicate()
+    try:
+        while not (line := run.stdout.readline()).startswith("round "):
+            assert line
+        for number in numbers:
+            run.send_signal(getattr(signal, number))
+        out, err = run.communicate()
+    finally:
+        run.kill()
     assert run.returncode == 130
     assert "Traceback" not in out + err
     assert "Exception" not in out + err
