@@ -8,7 +8,6 @@ import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -136,23 +135,23 @@ def _current_directory_on_path() -> Iterator[None]:
 _OWN = {"clients": "client_app.py", "strategies": "server_app.py"}
 
 
-def own_app(package: str) -> Any:
-    """The Flower app in clients/client_app.py or strategies/server_app.py, in the first checkout on sys.path.
+def own_folder(package: str) -> str:
+    """The folder clients/ or strategies/ of the first checkout on sys.path.
 
-    It is imported as fedmom_clients or fedmom_strategies, so that `import clients` stays the user's. Raises InputError
-    where fedmom was installed without the two folders.
+    Raises InputError where fedmom was installed without the two folders.
     """
-    name = f"fedmom_{package}"
-    if name not in sys.modules:
-        marks = ["fedmom/__init__.py", *(f"{folder}/{file}" for folder, file in _OWN.items())]
-        roots = [*map(Path, sys.path), Path(__file__).parents[1]]
-        root = next((root for root in roots if all((root / mark).is_file() for mark in marks)), None)
-        if root is None:
-            raise InputError(f"{package}/{_OWN[package]}: is not beside fedmom; Flower's part needs the whole checkout")
-        folder = root.absolute() / package
-        spec = spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(f"{name}.{_OWN[package].removesuffix('.py')}").app
+    marks = ["fedmom/__init__.py", *(f"{folder}/{file}" for folder, file in _OWN.items())]
+    roots = [*map(Path, sys.path), Path(__file__).parents[1]]
+    root = next((root for root in roots if all((root / mark).is_file() for mark in marks)), None)
+    if root is None:
+        raise InputError(f"{package}/{_OWN[package]}: is not beside fedmom; Flower's part needs the whole checkout")
+    return str(root.absolute() / package)
+
+
+def own_app(package: str) -> Any:
+    """The Flower app in clients/client_app.py or strategies/server_app.py.
+
+    It is imported below fedmom, as fedmom.own_clients or fedmom.own_strategies, so that `import clients` stays the
+    user's, and Ray's actors find it. Raises InputError where fedmom was installed without the two folders.
+    """
+    return importlib.import_module(f"fedmom.own_{package}.{_OWN[package].removesuffix('.py')}").app

@@ -66,6 +66,8 @@ def draw_or_say_why(draw: Callable[[], object], what: str = "picture") -> bool:
         print(f"fedmom: no {what} was drawn: {package} is not installed", file=sys.stderr)
     except InputError as error:
         print(f"fedmom: no {what} was drawn: {error}", file=sys.stderr)
+    except OSError:  # a folder that may not be written, a full disk: the command says so
+        raise
     except Exception as error:  # a name that no font has, a figure that a library cannot draw
         print(f"fedmom: no {what} was drawn: {one_line(error)}", file=sys.stderr)
     else:
