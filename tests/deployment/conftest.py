@@ -8,7 +8,18 @@ import subprocess
 
 import pytest
 
-from containers import IMAGE, Deployment, build_image, docker, engine_answers, free_port, proxied, wait_until
+from containers import (
+    IMAGE,
+    PROXIES,
+    Deployment,
+    build_image,
+    docker,
+    engine_answers,
+    environment,
+    free_port,
+    proxied,
+    wait_until,
+)
 from fedmom.deploy.certificates import make_node_key
 from runs import give_digits
 
@@ -19,7 +30,7 @@ def image(tmp_path_factory):
         pytest.skip("no Docker engine answers (`docker info` fails)")
     build_image()
     # From here on the shell and Docker's configuration name a proxy that is not there; none of this needs one.
-    os.environ.update(proxied(tmp_path_factory.mktemp("docker")))
+    PROXIES.update(proxied(tmp_path_factory.mktemp("docker")))
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +112,7 @@ def compose(machine, *words: str) -> None:
     done = subprocess.run(
         ["docker", "compose", *words],
         cwd=machine,
-        env={**os.environ, "FEDMOM_IMAGE": IMAGE},
+        env=environment(FEDMOM_IMAGE=IMAGE),
         capture_output=True,
         text=True,
     )

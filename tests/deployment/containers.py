@@ -31,8 +31,17 @@ CHANGES = {
 }
 
 
+# What `proxied` gives, once the image is built. The tests beside these, in the same process, have the machine's own.
+PROXIES: dict[str, str] = {}
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of every command that these tests start."""
+    return {**os.environ, **PROXIES, **more}
+
+
 def docker(*words: str, check: bool = True) -> str:
-    done = subprocess.run(["docker", *words], capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(["docker", *words], capture_output=True, text=True, timeout=1200, env=environment())
     assert not check or done.returncode == 0, (
         f"docker {shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     )
@@ -144,10 +153,10 @@ class Deployment:
 
     def start(self, *words: str, out: Path | None = None) -> Run:
         command = [sys.executable, "-m", "fedmom", "deploy", *words, "--dir", str(self.keys)]
-        environment = {**os.environ, "FEDMOM_IMAGE": IMAGE}
         output = self.folder / f"output-{time.monotonic_ns()}"
         with open(output, "w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            streams = {"stdout": file, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen(command, cwd=ROOT, env=environment(FEDMOM_IMAGE=IMAGE), **streams)
         return Run(process, output, self, out)
 
     def call(self, *words: str, status: int = 0) -> str:
