@@ -51,7 +51,8 @@ def checked_whole(
         if len(x) == 0:
             raise InputError(f"{key}: x_{split} is empty")
     if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
-        raise InputError(f"{key}: examples of x_train are {kind_of(x_train)}, those of x_test are {kind_of(x_test)}")
+        kinds = f"examples of x_train are {kind_of(x_train)}, those of x_test are {kind_of(x_test)}"
+        raise InputError(f"{key}: {kinds}; give both in one dtype and one shape")
     return x_train, y_train, x_test, y_test
 
 

@@ -209,9 +209,8 @@ for command in (
 
 def call(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit status; a user's mistake costs one line on standard error."""
-    words = [_at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     with steady_output():
-        return _call(words)
+        return _call(sys.argv[1:] if arguments is None else arguments)
 
 
 def _at_home(word: str) -> str:
@@ -224,7 +223,7 @@ def _at_home(word: str) -> str:
 
 def _call(words: Sequence[str]) -> int:
     try:
-        return int(app(args=words, standalone_mode=False) or DONE)
+        return int(app(args=[_at_home(word) for word in words], standalone_mode=False) or DONE)
     except InputError as error:
         return _complain(str(error), BAD_INPUT)
     except ClientsFailedError as error:  # in an app that keeps no run folder

@@ -46,14 +46,14 @@ class Run(NamedTuple):
 def collect(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """(every run of these folders, once each; what should be known of them).
 
-    A folder with a config.toml is a run; one that holds such folders is a sweep's. Runs of a sweep without a round yet,
-    and those that it names and that have no folder, have no rounds. Raises InputError for a folder that is neither, or
-    where no run has a round.
+    A folder with a config.toml is a run; one that holds such folders is a sweep's. Runs without a round yet (one that
+    diverged in its first has none), and those that a sweep names and that have no folder, have no rounds.
+    Raises InputError for a folder that is neither, or where no run has a round.
     """
     notes, found, absent = list[str](), dict[Path, list[Record]](), dict[Path, tuple[Path, Status, Scalar]]()
     for folder in folders:
         if is_run(folder):
-            found[folder.resolve()] = _rounds(folder)
+            found[folder.resolve()] = read_rounds(folder)
             continue
         inside = {run.resolve(): read_rounds(run) for run in sweep_runs(folder)}
         if not any(inside.values()):
@@ -63,6 +63,8 @@ def collect(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
         absent |= missing
         if alone:
             notes.append(f"{folder}: left out, without a folder: {', '.join(alone)}")
+    if not any(found.values()):
+        raise InputError(f"{', '.join(map(str, folders))}: no run has finished a round yet (no line in {ROUNDS})")
     shown = _names([*found, *absent])
     settings = {path: flat(load(path / CONFIG).config) for path in found}
     runs = [Run(shown[path], path, records, settings[path], read_status(path)) for path, records in found.items()]
@@ -105,13 +107,6 @@ def sweep_runs(folder: Path) -> list[Path]:
     if not inside:
         raise InputError(f"{folder}: is neither a run folder (no {CONFIG} in it) nor a sweep's (no run folder in it)")
     return inside
-
-
-def _rounds(folder: Path) -> list[Record]:
-    records = read_rounds(folder)
-    if not records:
-        raise InputError(f"{folder}: is not a run folder with finished rounds (no line in {ROUNDS})")
-    return records
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:

@@ -10,6 +10,9 @@ from fedmom.groups import Group
 from fedmom.records import write_text
 from fedmom.sheets import Sheet, sheet_csv, sheet_latex, sheet_markdown
 
+# Files that a comparison may have and another may lack.
+_OURS = ("equal-*.csv", "to-*.csv", "speedup*.csv", "speedup*.png", "speedup*.pdf")
+
 
 def default_out(folders: Sequence[Path]) -> Path:
     """A sweep's comparison lies in its folder; others where the command was given."""
@@ -27,6 +30,9 @@ def write_tables(sheets: Sequence[Sheet], pictures: Sequence[Path], out: Path) -
     for sheet in sheets:
         paths.append(out / f"{sheet.name}.csv")
         write_text(paths[-1], sheet_csv(sheet))
+    # Those of an earlier comparison in this folder, of other runs or targets, would be taken for this one's.
+    for old in {path for pattern in _OURS for path in out.glob(pattern)} - {*paths, *pictures}:
+        old.unlink()
     return paths
 
 

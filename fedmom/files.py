@@ -26,8 +26,14 @@ _CHECKED = re.compile(r"crc32:([0-9a-f]{8}) ")
 
 
 def at_home(path: str | Path) -> Path:
-    """The path, its leading ~ or ~user as the shell has it: it leaves --out=~/x and all values of keys as they are."""
-    return Path(os.path.expanduser(path))
+    """The path, its leading ~ or ~user as the shell has it: it leaves --out=~/x and all values of keys as they are.
+
+    Raises InputError for a user that this machine does not know.
+    """
+    found = Path(os.path.expanduser(path))
+    if (user := found.parts[0] if found.parts else "").startswith("~"):
+        raise InputError(f"{path}: {user} is no user of this machine; ./{path} is a folder or file of that name here")
+    return found
 
 
 @contextlib.contextmanager

@@ -41,6 +41,13 @@ _SAME = {
     *(name for name, key in KEYS.items() if key.section in ("simulation", "server") and name != "server.strategy"),
 }
 
+# What the quadratic does not look at: it has no examples and no model.
+_OF_EXAMPLES = {
+    *(name for name, key in KEYS.items() if key.section == "model"),
+    *(f"data.{name}" for name in ("partition", "alpha", "min-size", "shards-per-client", "quantity-law", "sigma")),
+    *(f"data.{name}" for name in ("classes", "sampling", "augment")),
+}
+
 
 class Left(NamedTuple):
     """A run that is not counted: it is not finished, or it is another one once more."""
@@ -109,7 +116,8 @@ def group_runs(runs: Sequence[Run], *, unfinished: bool = False) -> list[Group]:
         own = sorted(members[values], key=lambda run: int(run.settings["run.seed"]))
         label = ", ".join(said(key, value) for key, value in differs.items())
         if not label:
-            label = own[0].name if len(own) == 1 else f"{own[0].settings['algorithm.name']}, {len(own)} seeds"
+            seeds = {run.settings["run.seed"] for run in own}
+            label = own[0].name if len(seeds) == 1 else f"{own[0].settings['algorithm.name']}, {len(seeds)} seeds"
         counted, left = _counted(own, unfinished or len(runs) == 1)
         groups.append(Group(label, counted, differs, left))
     return groups
@@ -145,6 +153,8 @@ def differing(runs: Sequence[Run]) -> list[str]:
     """The keys in which runs differ, without the seed, and without what follows from other keys."""
     keys = [key for key in KEYS if key not in _SAME and len({run.settings[key] for run in runs}) > 1]
     settings = [run.settings for run in runs]
+    if all(s["data.dataset"] == "quadratic" for s in settings):
+        keys = [key for key in keys if key not in _OF_EXAMPLES]
     if "algorithm.cohort-size" in keys and all(s["algorithm.cohort-size"] == s["data.num-clients"] for s in settings):
         keys.remove("algorithm.cohort-size")
     if "run.num-rounds" in keys and all(s["run.num-steps"] for s in settings):
@@ -170,10 +180,11 @@ def _in_order(values: Iterable[Scalar]) -> list[Scalar]:
 
 def check_fit(groups: Sequence[Group]) -> None:
     """InputError where results cannot stand in one table: other data, or nothing measured that all runs have."""
-    runs = [run for group in groups for run in group.runs]
-    first = runs[0]
+    # The data of those that are left out too: the next time they may be finished, and count.
+    every = [run for group in groups for run in group.members]
+    first = every[0]
     quadratic = ("data.curvatures", "data.centers") if first.settings["data.dataset"] == "quadratic" else ()
-    for run in runs:
+    for run in every:
         for key in ("data.dataset", *quadratic):
             here, there = first.settings[key], run.settings[key]
             if here != there:
@@ -182,7 +193,7 @@ def check_fit(groups: Sequence[Group]) -> None:
                     "compare runs on the same data"
                 )
     common, before = set[str](), first
-    for run in runs:
+    for run in (run for group in groups for run in group.runs):
         measured = names_of(run)
         if common and measured and not common & measured:
             raise InputError(

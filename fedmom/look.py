@@ -56,8 +56,10 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
         if name := _drawn(before):
             raise InputError(f"{task.called}: draws random numbers of {name} in {when}; {_DROPOUT}")
         if name := _changed(held, _held(twin)):
-            kind = " (it starts infinite or is complex, so it has no mean)" if name in twin.places.constant else ""
-            raise InputError(f"{task.called}: {when} changes the tensor {name} of the model{kind}; {_STATE}")
+            if why := twin.places.constant.get(name, ""):
+                advice = "the clients' have no mean; keep what changes in a buffer of finite real numbers or of int64"
+                raise InputError(f"{task.called}: {when} changes the buffer {name}, which {why}: {advice}")
+            raise InputError(f"{task.called}: {when} changes the tensor {name} of the model; {_STATE}")
 
     with _random_states() as before:
         step(twin)  # what is made at first use is made
@@ -107,14 +109,22 @@ def _check_buffers(task: Classification, start: ClientState, after: Tree) -> Non
 
 
 def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> None:
-    """The same gradients twice. Raises InputError where the answers differ or random numbers were drawn."""
+    """The same gradients twice.
+
+    Raises InputError where the answers differ, random numbers were drawn, or x is not what it was (through `.data`,
+    which keeps no count of writes).
+    """
     said, device = "algorithm.correction: the function", next(iter(params.values())).device
     with _random_states() as before:
         more = {"key": torch.zeros((), dtype=torch.int64, device=device)} if takes_key(correction) else {}
-        answers = [correction({n: g.clone() for n, g in grads.items()}, params, params, **more) for _ in range(2)]
+        given = [{n: x.clone() for n, x in params.items()} for _ in range(2)]  # x, and the round's start
+        answers = [correction({n: g.clone() for n, g in grads.items()}, *given, **more) for _ in range(2)]
         if name := _drawn(before):
             advice = "take a parameter `key`, and fedmom.randomness.normal_like(g, key, number of g)"
             raise InputError(f"{said} draws random numbers of {name}, so that no run can be repeated; {advice}")
+    for x in given:
+        if name := _first_that_differs((x, {}, torch.zeros(())), (params, {}, torch.zeros(())), ""):
+            raise InputError(f"{said} writes into the parameter {name} that it was given; return other gradients")
     if name := _first_that_differs((answers[0], {}, torch.zeros(())), (answers[1], {}, torch.zeros(()))):
         raise InputError(f"{said} gives two answers for the same gradients (of {name})")
 
@@ -216,7 +226,11 @@ def _same(one: Any, other: Any) -> bool:
             return False
         if one.layout != torch.strided:
             one, other = one.to_dense(), other.to_dense()
-        return torch.allclose(one, other, 1e-6, equal_nan=True)
+        if one.is_quantized or not (one.is_floating_point() or one.is_complex()):
+            return torch.equal(one, other)
+        finite = one.abs()[torch.isfinite(one)]
+        scale = float(finite.max()) if finite.numel() else 0.0
+        return torch.allclose(one, other, 1e-6, 1e-6 * scale, equal_nan=True)  # a card may add in another order
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return np.array_equal(one, other)
     if isinstance(one, dict) and isinstance(other, dict):

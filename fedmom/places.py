@@ -45,10 +45,11 @@ class Places:
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         buffers = dict(model.named_buffers())
         self.dropout_keys = [name for name in buffers if name.rpartition(".")[2] == KEY]
-        self.buffers = {name: b for name, b in buffers.items() if name not in self.dropout_keys and _averages(b)}
-        # Complex, sparse, or infinite from the start (phases, a graph, a mask of −inf): it has no mean, so it stays as
-        # it is. That no step changes it is looked at before the first round (look.py).
-        self.constant = [name for name in buffers if name not in self.dropout_keys and name not in self.buffers]
+        # What has no mean over clients stays as it is (phases, a graph, a code book, a mask of −inf): {name: why}.
+        # That no step changes it is looked at before the first round (look.py).
+        whys = {name: _no_mean(b) for name, b in buffers.items() if name not in self.dropout_keys}
+        self.constant = {name: why for name, why in whys.items() if why}
+        self.buffers = {name: buffers[name] for name, why in whys.items() if not why}
         self.complex = {name for name, p in self.params.items() if p.is_complex()}
         self.hooked = [name for name, p in self.params.items() if hooks_of(p)]
         # A module under two names is one place, a weight that two modules share is two.
@@ -86,10 +87,17 @@ def _contiguous(tree: Tree) -> Tree:
     return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tree.items()}
 
 
-def _averages(buffer: Tensor) -> bool:
-    if buffer.is_complex() or buffer.layout != torch.strided:
-        return False
-    return not buffer.is_floating_point() or bool(torch.isfinite(buffer).all())
+_NO_SUMS = (torch.uint16, torch.uint32, torch.uint64)  # torch stores these, and hardly computes with them
+
+
+def _no_mean(buffer: Tensor) -> str:
+    """Why a buffer is not averaged over clients; "" where it is."""
+    if buffer.layout != torch.strided:
+        return "is sparse"
+    if buffer.is_quantized or buffer.is_complex() or buffer.dtype in _NO_SUMS:
+        return f"is {str(buffer.dtype).removeprefix('torch.')}"
+    infinite = buffer.is_floating_point() and not bool(torch.isfinite(buffer).all())
+    return "starts with numbers that are not finite" if infinite else ""
 
 
 def hooks_of(parameter: Tensor) -> list[tuple[str, Callable[..., Any]]]:
@@ -164,13 +172,33 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     return torch.eye(num_classes, dtype=torch.int64, device=tensor.device)[bounded(tensor, num_classes)]
 
 
+def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  # noqa: A002
+    """By index_copy, which fails under torch.vmap where an index is out of range: index_fill goes on."""
+    places, size = index.reshape(-1), input.shape[dim]
+    shape = [*input.shape]
+    shape[dim] = len(places)
+    fill = torch.as_tensor(value, dtype=input.dtype, device=input.device).expand(shape)
+    return input.index_copy(dim, torch.where(places < 0, places + size, places), fill)
+
+
+def _index_fill_(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:  # noqa: A002
+    return input.copy_(_index_fill(input, dim, index, value))
+
+
 class BoundedGathers(TorchFunctionMode):
     """Within it an index out of an embedding's range fails under torch.vmap as it does alone.
 
     torch lays the tables of all clients one after the other there, and such an index would read another client's row.
     """
 
-    bounded: ClassVar[dict[Any, Any]] = {embedding: _embedding, torch.embedding: _torch_embedding, one_hot: _one_hot}
+    bounded: ClassVar[dict[Any, Any]] = {
+        embedding: _embedding,
+        torch.embedding: _torch_embedding,
+        one_hot: _one_hot,
+        torch.index_fill: _index_fill,
+        Tensor.index_fill: _index_fill,
+        Tensor.index_fill_: _index_fill_,
+    }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.bounded.get(func, func)(*args, **(kwargs or {}))

@@ -12,11 +12,12 @@ from fedmom import tables
 from fedmom.collect import collect
 from fedmom.compare import default_out, draw_figures, write_tables
 from fedmom.comparison import all_sheets, parse_target, usual_targets
-from fedmom.errors import unknown
+from fedmom.errors import InputError, unknown
 from fedmom.groups import check_counted, check_fit, group_runs, of_groups
 from fedmom.page import write_page
 from fedmom.report import draw_or_say_why, draw_report
 from fedmom.sheets import FORMATS
+from fedmom.terminal import BAD_INPUT, DONE
 from fedmom.watch import watch as watch_folder
 
 Unfinished = Annotated[
@@ -56,6 +57,9 @@ def compare(
     """
     if form not in FORMATS:
         raise unknown("--format", form, FORMATS)
+    target = out or default_out(folders)
+    if target.exists() and not target.is_dir():
+        raise InputError(f"--out {target}: is a file; name a folder")
     runs, notes = collect(folders)
     groups = group_runs(runs, unfinished=unfinished)
     check_counted(groups)
@@ -63,7 +67,6 @@ def compare(
     counted = [run for group in groups for run in group.runs]
     wanted = [parse_target(text, counted) for text in targets or ()] or usual_targets(counted)
     sheets = all_sheets(groups, wanted)
-    target = out or default_out(folders)
     _tell([*notes, *of_groups(groups)])
     print("\n\n".join(map(FORMATS[form], sheets)))
     pictures: list[Path] = []
@@ -101,15 +104,18 @@ def report(
 
     Runs that are not finished (interrupted, diverged, at work) are left out, and a line says which.
     """
+    one = folders[0] if len(folders) == 1 else None
+    page_alone = out is not None and out.suffix.lower() in (".html", ".htm")
+    target = out or one or Path("report")
+    if target.exists() and target.is_dir() == page_alone:
+        kind = "a folder; name a page's file" if page_alone else "a file; name a folder, or FILE.html"
+        raise InputError(f"--out {target}: is {kind}")
     runs, notes = collect(folders)
     groups = group_runs(runs, unfinished=unfinished)
     check_counted(groups)
     counted = [run for group in groups for run in group.runs]
     told = of_groups(groups)
     histories = [run.history for run in runs if run in counted]
-    one = folders[0] if len(folders) == 1 else None
-    page_alone = out is not None and out.suffix.lower() in (".html", ".htm")
-    target = out or one or Path("report")
     _tell(notes)
     print(tables.as_text(*tables.summary_table(histories)))
     for axis, title in tables.AXES.items():
@@ -120,8 +126,9 @@ def report(
     if not page_alone:
         draw_or_say_why(lambda: [print(path) for path in draw_report(histories, target, told).values()])
     page = target if page_alone else target / "report.html"
-    draw_or_say_why(lambda: print(write_page(groups, usual_targets(counted), page, notes=[*notes, *told])), what="page")
-    return 0
+    notes = [*notes, *told]
+    shown = draw_or_say_why(lambda: print(write_page(groups, usual_targets(counted), page, notes=notes)), what="page")
+    return DONE if shown else BAD_INPUT  # the page is what was asked for
 
 
 def watch(

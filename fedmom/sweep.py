@@ -12,16 +12,19 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fedmom.config import KEYS, Scalar, as_held, load, parse_sets, read_tables, typed_value
+from fedmom.config import KEYS, Config, Scalar, as_held, load, parse_sets, read_tables, typed_value
 from fedmom.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.errors import InputError, unknown
 from fedmom.files import CONFIG, MANIFEST, write_text
 from fedmom.history import read_rounds
+from fedmom.objective import Classification
 from fedmom.parsing import as_list, pieces
+from fedmom.quadratic import Quadratic
 from fedmom.records import RunFolder
 from fedmom.resolve import resolve, resume_config
 from fedmom.runner import check_place
 from fedmom.tables import MISSING, finite, number
+from fedmom.train import CLIENT_MEASURES
 
 WAITING = "not begun"  # of a cell that waits for its turn
 ENDED = ("done", "diverged")  # runs that another try would not change
@@ -160,11 +163,14 @@ def _folder_name(group: str, seed: Scalar, same: str, taken: Collection[str]) ->
     return f"{start},{hashlib.sha256(same.encode()).hexdigest()[:8]},seed={seed}"
 
 
-def check(config: Path, cells: Sequence[Cell], out: Path, sets: Sequence[str], *, here: bool = True) -> None:
-    """Every run's configuration, before the first one starts. InputError by the run's name.
+def check(
+    config: Path, cells: Sequence[Cell], out: Path, sets: Sequence[str], *, here: bool = True, metric: str = ""
+) -> None:
+    """Every run's configuration, and what they are to be ranked by, before the first one starts. InputError by name.
 
     A run that is there already may only have become longer, as with any resume. here: on this machine's devices.
     """
+    measured = set[str]()
     given = parse_sets(sets)
     if given.get("run.resume") or load(config, given).config.run.resume:
         raise InputError("run.resume: a sweep goes on by the same command; leave it out")
@@ -184,8 +190,26 @@ def check(config: Path, cells: Sequence[Cell], out: Path, sets: Sequence[str], *
                 settled = resolve(load(config, changes)).config
                 RunFolder.check_new(out / cell.name)
             check_place(settled, here=here)
+            measured |= measured_by(settled)
         except InputError as error:
             raise InputError(f"{cell.name}: {error}") from None
+    if metric and metric not in measured:
+        raise unknown("--metric", metric, sorted(measured))
+
+
+# The numbers that every record has, and those of Algorithm 2 (docs/method.md).
+_ALWAYS = (
+    *("round", "steps", "joint_epochs", "lr", "train_loss", "consensus_distance", "momentum_spread"),
+    *("bytes_sent", "wall_seconds", "client_steps_per_second", "num_clients", "num_failed"),
+)
+_MIXED = ("consensus_distance_after", "momentum_spread_after")
+
+
+def measured_by(config: Config) -> set[str]:
+    """The names of all numbers that such a run may record."""
+    kind = Quadratic if config.data.dataset == "quadratic" else Classification
+    mixes = config.algorithm.name == "d-sgd-m"
+    return {*_ALWAYS, *kind.measures, *((*_MIXED, *CLIENT_MEASURES) if mixes else ())} - {"optimum"}
 
 
 def sweep(

@@ -69,7 +69,7 @@ def sweep(
     own = load(config, sets or ()).config.run.out
     folder = out or (at_home(own) if own else Path("runs") / f"{config.stem}-sweep")
     make_trackers(track or ())  # one that is not installed is said before anything runs
-    sweeps.check(config, cells, folder, sets or (), here=not ray)
+    sweeps.check(config, cells, folder, sets or (), here=not ray, metric=metric)
     if ray:
         supervise.stand_by(folder, f"the same command goes on from {folder}")
     heed_signals()

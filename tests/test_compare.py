@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedmom import cli, compare_pictures, pictures, results_cli
 from fedmom.collect import collect
-from fedmom.compare import default_out, draw_figures
+from fedmom.compare import default_out, draw_figures, write_tables
 from fedmom.compare_pictures import curve, styles
 from fedmom.comparison import (
     AXES,
@@ -393,6 +393,33 @@ def test_one_seed_is_one_seed_however_often_it_was_run(tmp_path):
     (group,) = groups_of(tmp_path)
     assert ([run.name for run in group.runs], group.seeds) == (["b", "c"], "2")
     assert group.note == "left out: a (the same run as b)"
+    (again,) = groups_of(tmp_path / "a", tmp_path / "b")
+    assert (again.label, again.seeds) == ("a", "1")
+
+
+def test_a_run_that_diverged_in_its_first_round_is_left_out_by_name(mixed, capsys, monkeypatch):
+    monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
+    folder = make_run(mixed / "at once", {"algorithm.num-local-steps": 8, "run.seed": 9, "run.num-rounds": 9}, [])
+    ended(folder, "diverged", 0)
+    status, _, err = call(capsys, mixed / "1 done", folder, "--out", mixed / "out")
+    assert (status, err) == (0, ["fedmom: I = 8: left out: at once (diverged, 0 of 9 rounds)"])
+
+
+def test_a_comparison_leaves_no_table_of_an_earlier_one(sweep, tmp_path):
+    groups = groups_of(sweep)
+    counted = [run for group in groups for run in group.runs]
+    for value in (0.5, 0.6):
+        write_tables(all_sheets(groups, [parse_target(f"accuracy={value}", counted)]), [], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("to-*")] == ["to-test-accuracy-60.csv"]
+
+
+def test_what_a_quadratic_does_not_look_at_makes_no_group(tmp_path):
+    base = {"data.dataset": "quadratic", "data.num-clients": 2, "run.num-rounds": 2}
+    rounds = [{"round": r, "distance": 1 / r} for r in (1, 2)]
+    make_run(tmp_path / "a", {**base, "model.name": "mlp"}, rounds)
+    make_run(tmp_path / "b", {**base, "model.name": "cnn", "data.augment": "crop-flip", "run.seed": 1}, rounds)
+    (group,) = groups_of(tmp_path)
+    assert group.seeds == "2"
 
 
 def test_runs_that_do_not_fit_together_say_what_differs(tmp_path):
@@ -413,13 +440,15 @@ def test_runs_that_do_not_fit_together_say_what_differs(tmp_path):
         (["empty"], "empty: is neither a run folder"),
         (["file"], "file: is a file"),
         (["none"], "none: none of its 1 runs has finished a round"),
-        (["none/a"], "is not a run folder with finished rounds"),
+        (["none/a"], "none/a: no run has finished a round yet"),
         (["sweep", "--target", "acuracy=0.9"], "did you mean"),
         (["sweep", "--target", "distance=0.9"], "choose one of test_accuracy, test_loss (no run has another)"),
         (["sweep", "--target", "accuracy"], "METRIC=NUMBER"),
         (["sweep", "--target", "accuracy=high"], "METRIC=NUMBER"),
         (["sweep", "--target", "accuracy=80"], "accuracy=80%"),
         (["sweep", "--format", "html"], "choose one of text, markdown, csv, latex"),
+        (["sweep", "--out", "file"], "--out file: is a file; name a folder"),
+        (["sweep", "--out", "~nobody-of-this-name/x"], "is no user of this machine; ./~nobody-of-this-name/x is"),
     ],
 )
 def test_bad_input_is_one_line(sweep, capsys, monkeypatch, words, why):

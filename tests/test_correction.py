@@ -159,6 +159,7 @@ def test_addressed_noise_is_the_same_on_every_path_and_another_for_every_client_
         ("return {n: g * calls.append(0) or g * len(calls) for n, g in grads.items()}", "gives two answers"),
         ("return {n: g.half() for n, g in grads.items()}", "must keep its shape .* dtype torch.float32"),
         ("params['1.weight'].mul_(0.9); return grads", "writes into the parameters"),
+        ("params['1.weight'].data.mul_(0.9); return grads", "writes into the parameter 1.weight"),
         ("[x.zero_() for x in start.values()]; return grads", "writes into the parameters"),
     ],
 )

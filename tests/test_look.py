@@ -81,7 +81,21 @@ REFUSED = {
     "a counter": (net(count, lambda self: setattr(self, "calls", 0)), "changes the attribute 'calls' of Own"),
     "a minimum": (
         net(observe, lambda self: self.register_buffer("smallest", torch.tensor(torch.inf))),
-        "a training step changes the tensor smallest .*starts infinite",
+        "a training step changes the buffer smallest, which starts with numbers that are not finite",
+    ),
+    "a count that torch cannot add up": (
+        net(
+            lambda self, h: (setattr(self, "seen", (self.seen.long() + 1).to(torch.uint16)), h)[1],
+            lambda self: self.register_buffer("seen", torch.zeros(1, dtype=torch.uint16)),
+        ),
+        "changes the buffer seen, which is uint16: the clients' have no mean",
+    ),
+    "a large count": (
+        net(
+            lambda self, h: (setattr(self, "seen", self.seen + 1), h)[1],
+            lambda self: setattr(self, "seen", torch.tensor(30_000_000)),
+        ),
+        "a training step changes the attribute 'seen'",
     ),
     "a buffer that grows": (
         net(grow, lambda self: self.register_buffer("seen", torch.zeros(1, 1))),
@@ -187,10 +201,15 @@ def test_what_no_client_has_of_its_own_is_refused(name):
     assert states[2] == random.getstate()
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor", "ignore:TypedStorage")
 def test_what_is_made_once_and_what_is_kept_to_be_looked_at_is_no_state():
     looked(net(cache, lambda self: setattr(self, "cached", None)))
     mask = torch.triu(torch.full((64, 64), -torch.inf), 1)
     looked(net(lambda self, h: h + torch.softmax(self.mask, 1)[0], lambda self: self.register_buffer("mask", mask)))
+    codes = torch.arange(64).to(torch.uint16)
+    packed = torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.quint8)
+    looked(net(lambda self, h: h * self.codes.to(h.dtype), lambda self: self.register_buffer("codes", codes)))
+    looked(net(lambda self, h: h * self.codes.dequantize(), lambda self: self.register_buffer("codes", packed)))
 
 
 def test_gradients_that_are_no_numbers_are_left_to_the_run():

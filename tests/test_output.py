@@ -153,6 +153,10 @@ def test_a_tilde_is_home_in_every_path(workplace, monkeypatch, capsys):
     ):
         assert cli.call([*words]) == 0, (words, capsys.readouterr().err)
     assert {"a", "b", "c", "p.png"} <= {path.name for path in home.iterdir()}
+    for words in (["run", "q.toml", "--out=~nobody-here/a"], ["run", "q.toml", "--set", "run.out=~nobody-here/a"]):
+        capsys.readouterr()
+        assert cli.call(words) == 2
+        assert "~nobody-here is no user of this machine; ./~nobody-here/a is a folder" in capsys.readouterr().err
     assert not [path for path in workplace.rglob("*") if path.name.startswith("~")]
 
 

@@ -1,5 +1,7 @@
 """The folded model, in rows and in factors, is the plain loop: every layer, option, policy, chunk, number of steps."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from fedmom.factors import numbers, pays
 from fedmom.layers import FoldError, fold
 from fedmom.objective import Classification
 from fedmom.partition import make_partition
+from fedmom.places import BoundedGathers
 from fedmom.stack import Stack
 from fedmom.train import beginning, round_job, run_rounds
 from runs import F64, image_task, run_plan, simple_plan, tiny_images
@@ -377,3 +380,48 @@ def test_auto_times_the_stack(model):
     assert {"loop × 1", "stack × 1"} <= choice.measured.keys()
     assert choice.measured[f"{choice.path} × {choice.chunk_size}"] == max(choice.measured.values())
     assert choice.trouble == ""
+
+
+# Every way of torch's to read or write by an index, of a row [5] and an index that is one of 0 … 4 or out of range.
+BY_INDEX = {
+    "index": lambda row, i: row[i],
+    "two indexes": lambda row, i: row.view(1, 5)[torch.zeros_like(i), i],
+    "gather": lambda row, i: row.gather(0, i),
+    "index_select": lambda row, i: row.index_select(0, i),
+    "take": lambda row, i: row.take(i),
+    "put": lambda row, i: row.put(i, torch.ones(1)),
+    "index_put": lambda row, i: row.index_put((i,), torch.ones(1)),
+    "index_fill": lambda row, i: row.index_fill(0, i, 1.0),
+    "index_fill of a tensor": lambda row, i: torch.index_fill(row, 0, i, torch.tensor(1.0)),
+    "index_fill_": lambda row, i: row.clone().view(1, 5).index_fill_(1, i, 1.0),
+    "index_add": lambda row, i: row.index_add(0, i, torch.ones(1)),
+    "index_copy": lambda row, i: row.index_copy(0, i, torch.ones(1)),
+    "index_reduce": lambda row, i: row.index_reduce(0, i, torch.ones(1), "amax"),
+    "scatter": lambda row, i: row.scatter(0, i, torch.ones(1)),
+    "scatter_add": lambda row, i: row.scatter_add(0, i, torch.ones(1)),
+    "scatter_reduce": lambda row, i: row.scatter_reduce(0, i, torch.ones(1), "amax"),
+    "embedding": lambda row, i: nn.functional.embedding(i, row[:, None]),
+    "torch.embedding": lambda row, i: torch.embedding(row[:, None], i),
+    "embedding_bag": lambda row, i: nn.functional.embedding_bag(i[None], row[:, None]),
+    "one_hot": lambda row, i: nn.functional.one_hot(i, 5),
+    "cross_entropy": lambda row, i: nn.functional.cross_entropy(row[None], i),
+    "nll_loss": lambda row, i: nn.functional.nll_loss(row[None], i),
+    "multi_margin_loss": lambda row, i: nn.functional.multi_margin_loss(row[None], i),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop", "ignore:index_reduce")
+def test_no_client_reads_or_writes_another_ones_row_by_an_index():
+    """Of torch's own: what torch.vmap gives for an index that is out of range must be an error, as it is alone."""
+    rows, right = torch.arange(15.0).view(3, 5), torch.tensor([[1], [4], [2]])
+    wrong = []
+    for name, by in BY_INDEX.items():
+        with BoundedGathers():
+            found = torch.vmap(by)(rows, right)
+            if not torch.equal(found, torch.stack([by(rows[k], right[k]) for k in range(3)])):
+                wrong.append(f"{name}: differs")
+            for outside in (5, 7, 14):
+                with contextlib.suppress(IndexError, RuntimeError):
+                    torch.vmap(by)(rows, right.index_put((torch.tensor(1),), torch.tensor(outside)))
+                    wrong.append(f"{name}: {outside} is taken")
+    assert not wrong

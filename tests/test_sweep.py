@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedmom import crew
+from fedmom.config import load
 from fedmom.crew import Requests
 from fedmom.errors import InputError
 from fedmom.records import read_rounds
@@ -25,6 +26,7 @@ from fedmom.sweep import (
     drawn,
     full,
     listed,
+    measured_by,
     metric_of,
     parse_grid,
     seeds_of,
@@ -304,6 +306,18 @@ def test_what_is_wrong_is_one_line_before_anything_runs(tmp_path, words, sets, w
     with pytest.raises(InputError, match=why) as error:
         check(QUADRATIC, cells_of(full(parse_grid(words)), [0]), tmp_path, sets)
     assert "\n" not in str(error.value)
+
+
+def test_what_to_rank_by_is_a_number_that_some_run_records():
+    """Looked up before anything runs, so the names are a second list: it has every number of every stored run."""
+    cells = cells_of([{"algorithm.lr": 0.1}], [0])
+    for metric in ("distanse", "test_accuracy"):
+        with pytest.raises(InputError, match=f"--metric = '{metric}'"):
+            check(QUADRATIC, cells, Path("nowhere"), [], metric=metric)
+    for folder in (ROOT / "tests/stored").glob("*/"):
+        numbers = {name for record in read_rounds(folder) for name, v in record.items() if isinstance(v, int | float)}
+        config = load(folder / "config.toml").config
+        assert numbers <= measured_by(config), folder.name
 
 
 def test_the_same_run_twice_and_a_folder_that_is_none_of_a_sweep_are_refused(tmp_path):
