@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 2.0
 
 def describe(record: Record, *, short: bool = False) -> str:
     """The measurements of a round that a person follows; `short` leaves the test loss out."""
-    parts = [f"loss {record['train_loss']:.4f}"]
+    parts = [f"train loss {record['train_loss']:.4f}"]
     names = ("distance",) if short else ("test_loss", "distance")
     parts += [f"{name.replace('_', ' ')} {record[name]:.4g}" for name in names if name in record]
     if "test_accuracy" in record:

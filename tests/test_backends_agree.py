@@ -85,7 +85,7 @@ def test_flowers_simulation_engine_gives_the_engines_result(simulated, tmp_path,
     ran = simulated.run({**changes, "run.out": str(tmp_path / "run")}, num_nodes)
     assert ran.status == "finished:completed", ran.text
     # What a user sees: the rounds as they end, and where the run folder is.
-    assert f"round 1/{changes['run.num-rounds']} · loss" in ran.text
+    assert f"round 1/{changes['run.num-rounds']} · train loss" in ran.text
     assert f"\n{tmp_path / 'run'}\n" in ran.text
     assert_the_engines(changes, tmp_path / "run", tolerance)
 
@@ -136,6 +136,6 @@ def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulate
 def test_a_superlink_with_tls_and_two_supernodes_gives_the_engines_result(deployed, tmp_path, changes, tolerance):
     ran = deployed.run({**changes, "run.out": str(tmp_path / "run")})
     assert ran.status == "finished:completed", ran.text + deployed.logs()
-    assert f"round 1/{changes['run.num-rounds']} · loss" in ran.text
+    assert f"round 1/{changes['run.num-rounds']} · train loss" in ran.text
     assert f"\n{tmp_path / 'run'}\n" in ran.text
     assert_the_engines(changes, tmp_path / "run", tolerance)
