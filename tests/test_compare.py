@@ -378,6 +378,7 @@ def test_unfinished_runs_count_where_that_is_asked_for(mixed, capsys, monkeypatc
 
 
 def test_where_nothing_is_finished_that_is_said_and_a_run_alone_is_shown(mixed, capsys, monkeypatch):
+    monkeypatch.chdir(mixed.parent)  # where its tables go
     monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
     status, out, err = call(capsys, mixed / "8 interrupted", mixed / "8 diverged")
     assert (status, out, len(err)) == (2, "", 1)
