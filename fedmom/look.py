@@ -4,12 +4,14 @@ A run must give the same numbers whoever asks for a client's step, and in whatev
 random numbers that nobody addressed, nor on attributes that a forward pass changes: no client has those of its own.
 """
 
+import contextlib
 import copy
 import math
 import pickle
 import random
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from fedmom.algorithms import Correction, takes_key
 from fedmom.errors import InputError
+from fedmom.imports import is_own_file
 from fedmom.objective import Batch, Classification
 from fedmom.rounds import Round
 from fedmom.state import ClientState, Tree
@@ -70,11 +73,11 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
         first, second = step(twin), step(twin)
         check(before, "a training step")
         if name := _changed(attributes, _attributes(twin.model)):
-            raise InputError(f"{task.called}: a training step changes the attribute {name} ({_STATE})")
+            raise InputError(f"{task.called}: a training step changes {name} ({_STATE})")
         one, other = judged(), judged()
         check(before, "an evaluation")
         if name := _changed(attributes, _attributes(twin.model)):
-            raise InputError(f"{task.called}: an evaluation changes the attribute {name} ({_STATE})")
+            raise InputError(f"{task.called}: an evaluation changes {name} ({_STATE})")
         third, own = step(twin), step(task)
     if name := _first_that_differs(first, second) or _first_that_differs(({}, {}, one), ({}, {}, other)):
         raise InputError(f"{task.called}: {name} differs between two training steps from one state ({_REPEATED})")
@@ -173,12 +176,38 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
         for key, value in vars(module).items():
             if key in _KEPT or key.endswith("_hooks") or isinstance(value, nn.Module):
                 continue
-            at = f"{key!r} of {type(module).__name__}" + (f" {name!r}" if name else "")
-            try:
+            at = f"the attribute {key!r} of {type(module).__name__}" + (f" {name!r}" if name else "")
+            with contextlib.suppress(Exception):  # a user's object may refuse
                 found[at] = _copy(value)
-            except Exception:  # a user's object may refuse
-                continue
+    return found | _shared(model)
+
+
+def _shared(model: nn.Module) -> dict[str, Any]:
+    """Copies of the plain values that stand on the user's own classes, and in the global variables beside these."""
+    found = dict[str, Any]()
+    for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
+        home = sys.modules.get(cls.__module__)
+        if home is None or not is_own_file(getattr(home, "__file__", None) or "<"):
+            continue
+        places = {f"of the class {cls.__name__}": vars(cls), f"of {cls.__module__}, a global variable": vars(home)}
+        for of, values in places.items():
+            for key, value in values.items():
+                if not key.startswith("__") and isinstance(value, _COUNTS) and _size(value) <= _MANY:
+                    with contextlib.suppress(Exception):  # a user's object may refuse
+                        found[f"{key!r} {of}"] = _copy(value, 2)
     return found
+
+
+# What a class or a file counts, collects and draws with, and of how many values it is looked at.
+_GENERATED = (torch.Generator, np.random.Generator, random.Random)
+_COUNTS = (bool, int, float, complex, str, Tensor, np.ndarray, list, dict, deque, set, *_GENERATED)
+_MANY = 10_000
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, Tensor | np.ndarray):
+        return math.prod(value.shape)
+    return len(value) if isinstance(value, Sized) else 1
 
 
 def _copy(value: Any, depth: int = 4) -> Any:

@@ -54,6 +54,25 @@ def observe(self, h):
     return h
 
 
+STEPS, SEEN = 0, {"steps": 0}
+
+
+def count_globally(self, h):
+    global STEPS
+    STEPS += 1
+    return h if STEPS < 1000 else -h
+
+
+def count_in_a_table(self, h):
+    SEEN["steps"] += 1
+    return h if SEEN["steps"] < 1000 else -h
+
+
+def count_on_the_class(self, h):
+    type(self).steps += 1
+    return h if self.steps < 1000 else -h
+
+
 def grow(self, h):
     self.seen = torch.cat([self.seen, h.detach()[:1, :1]])
     return h
@@ -89,6 +108,12 @@ REFUSED = {
             lambda self: self.register_buffer("seen", torch.zeros(1, dtype=torch.uint16)),
         ),
         "changes the buffer seen, which is uint16: the clients' have no mean",
+    ),
+    "a global count, which acts later": (net(count_globally), "changes 'STEPS' of test_look, a global variable"),
+    "a global table, which acts later": (net(count_in_a_table), "changes 'SEEN' of test_look, a global variable"),
+    "a count on the class, which acts later": (
+        type("Own", (Net,), {"besides": count_on_the_class, "prepare": lambda self: None, "steps": 0}),
+        "changes 'steps' of the class Own",
     ),
     "a large count": (
         net(

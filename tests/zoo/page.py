@@ -7,7 +7,7 @@ from zoo import GROUPS, ZOO, Model
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 START = """# Models that train
 
-Any `nn.Module` with real parameters goes, by `model.name = "module:function"`.
+Any `nn.Module` goes, by `model.name = "module:function"`.
 A run trains it as plain torch would, one client after another with `torch.optim.SGD` (in float64 to 1e-9 of how far all
 tensors went), or refuses it in one line before anything is trained.
 The path decides the speed alone, and `engine.path = "auto"` looks for a fast one that is right:
