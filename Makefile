@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # compiled code: otherwise each of the hundred processes that they start compiles the package anew (0.7 s).
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
 
-.PHONY: help setup quickstart comparison site test test-slow test-container test-rest check format clean
+.PHONY: help setup quickstart comparison site test test-slow test-container test-rest test-oldest check format clean
 
 help:
 	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
@@ -14,6 +14,7 @@ help:
 	@echo "make test         set up, run the fast tests"
 	@echo "make site         the documentation as a site, in build/site"
 	@echo "make check        ruff, mypy and the fast tests"
+	@echo "make test-oldest  the fast tests with the oldest torch that goes, in .venv-oldest"
 	@echo "make test-slow    the slow tests;  make test-container: those that need a Docker engine"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -52,6 +53,18 @@ test-container: setup
 test-rest: setup
 	$(PYTEST) -m "slow or container"
 
+# The oldest torch that pyproject.toml allows, in an environment of its own; Triton's interpreter of those days takes no
+# newer NumPy.
+OLDEST := .venv-oldest
+oldest_of = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
+
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(torch|torchvision|triton|numpy|cuda-.*|nvidia-.*)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt \
+		"$(call oldest_of,torch)" "$(call oldest_of,torchvision)" "numpy<2.4" --editable ".[dev]"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,4 +76,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache
