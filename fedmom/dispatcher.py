@@ -21,7 +21,7 @@ from typing import Any
 from fedmom.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, Progress, Started
 from fedmom.errors import InputError, RayEndedError
 from fedmom.imports import one_line
-from fedmom.ray_start import PoolOptions, count_workers, first_line
+from fedmom.ray_start import PoolOptions, Watch, count_workers, first_line
 from fedmom.scratch import ScratchFolder
 from fedmom.worker_output import printed
 
@@ -91,6 +91,7 @@ class Dispatcher:
         self._ray: Any = None
         self._make_worker = b""  # cloudpickled
         self._actor_class: Any = None
+        self._watch: Watch | None = None
 
     def give_up(self, error: Exception) -> None:
         """Whoever takes, or will, gets `error`. In any thread, also in a signal's handler."""
@@ -221,8 +222,12 @@ class Dispatcher:
         """Replace a worker that died, or whose message is too `late`, and care for its messages.
 
         A message that was being worked on has used up one of its tries, and is tried again alone. On another machine
-        nobody knows which one of a batch that was: then they all are tried alone, and only that counts.
+        nobody knows which one of a batch that was: then they all are tried alone, and only that counts. Where Ray
+        itself has ended nothing is tried.
         """
+        if not late and self._watch is not None and (gone := self._watch.look(error_seen=True)):
+            self._break(RayEndedError(gone))
+            return
         self._workers.remove(worker)
         for batch in reversed(worker.batches):
             begun = worker.progress.begun(batch.number) if worker.told else len(batch.messages)

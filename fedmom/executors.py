@@ -106,7 +106,8 @@ class Pool(Dispatcher):
         if self._closed:
             return
         self._closed = True
-        self._watch.close()
+        if self._watch is not None:
+            self._watch.close()
         self._events.put((None,))
         if self._thread.is_alive():
             self._thread.join(timeout=5)

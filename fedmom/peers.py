@@ -318,6 +318,8 @@ class PeerRounds:
                 inboxes[target][source] = ref
         calls = [peer.gather.remote(refs, self.seconds) for peer, refs in zip(self.peers, inboxes, strict=True)]
         missing = self._all(calls, list(range(len(calls))), number)
+        if any(missing):
+            self._check(number, error_seen=True)  # without its object store nothing arrives
         skipped = set()
         for target, sources in enumerate(missing):
             for source, reason in sources.items():
@@ -340,8 +342,9 @@ class PeerRounds:
         rows = unflatten({name: torch.cat([as_tensor(part[name]) for part in parts]) for name in parts[0]})
         return to_device(mean_of(rows, self.plan.method.running_var), self.task.device), rows
 
-    def _check(self, number: int) -> None:
+    def _check(self, number: int, error_seen: bool = False) -> None:
         """ClientsFailedError where Ray is gone: it would end the process that calls it."""
+        self._gone = self._gone or (self._watch.look(error_seen=True) if error_seen else "")
         if self._gone:
             raise ClientsFailedError(f"round {number + 1}: {self._gone}")
 
@@ -372,7 +375,7 @@ class PeerRounds:
                 late = f"no answer within {limit:g} s (simulation.straggler-seconds)"
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {late}") from None
             except Exception as error:
-                self._check(number)
+                self._check(number, error_seen=True)
                 cause = getattr(error, "cause", None)
                 died = "their Ray actor died" if type(error).__name__.startswith("Actor") else one_line(cause or error)
                 raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {died}") from None

@@ -23,7 +23,7 @@ from fedmom.imports import one_line
 # Of a Unix socket's path, 107 bytes, Ray takes these: "/session_DATE_TIME_PID/sockets/plasma_store" and a number.
 _SOCKET_BYTES = 66
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
-_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_BETWEEN_LOOKS, _SECONDS_TO_DIE = 0.2, 0.3
 # A cluster's head may be started anew elsewhere; one of our own is not.
 _SECONDS_WITHOUT_HEAD = 20.0
 
@@ -185,10 +185,21 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._stop.wait(_SECONDS_BETWEEN_LOOKS):
-            gone = self._gone()
+            gone = self.look()
             if gone and not self._stop.is_set():
-                self._tell(f"Ray's {gone} has ended, killed perhaps for want of memory")
+                self._tell(gone)
                 return
+
+    def look(self, error_seen: bool = False) -> str:
+        """What has ended, in words, "" for nothing.
+
+        error_seen: by somebody, who asks whether this explains it. A process that dies closes its connections some
+        moments before it is seen to be dead.
+        """
+        deadline = time.monotonic() + (_SECONDS_TO_DIE if error_seen else 0.0)
+        while not (gone := self._gone()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return f"Ray's {gone} has ended, killed perhaps for want of memory" if gone else ""
 
     def _gone(self) -> str:
         """Which part has ended, "" for none."""
