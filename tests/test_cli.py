@@ -517,6 +517,7 @@ def test_no_command_shows_the_help(fed):
     assert any("Usage" in line for line in out)
 
 
+@pytest.mark.slow
 def test_completion_is_a_script_of_the_shell():
     env = {**os.environ, "_FEDMOM_COMPLETE": "source_bash"}
     code = "import sys; sys.argv = ['fedmom']; from fedmom.__main__ import main; main()"
@@ -616,6 +617,7 @@ def test_simulate_app_runs_an_app_that_knows_nothing_of_fedmom(fed):
     assert "replies of 3 clients" in " ".join(err)
 
 
+@pytest.mark.slow
 def test_an_app_that_ends_itself_is_heard(fed):
     """Its own exit is no lost reader of our output."""
     arguments = ["--num-clients", "1", "--num-actors", "1", "--set", "mode=done"]

@@ -208,6 +208,7 @@ def test_curves_can_be_told_apart_in_grey(tmp_path):
     assert len({(look["color"], look["marker"]) for look in looks}) == 3  # I
 
 
+@pytest.mark.slow
 def test_figures_come_as_png_and_pdf_and_the_same_again(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "DPI", 40)
     for n in (10, 20):

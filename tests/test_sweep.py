@@ -32,6 +32,7 @@ from fedmom.sweep import (
     seeds_of,
     sweep,
 )
+from laws import table
 
 ROOT = Path(__file__).parents[1]
 QUADRATIC = ROOT / "configs/quadratic.toml"
@@ -274,8 +275,8 @@ def test_random_combinations_of_a_grid_too_large_to_write_out():
         full(grid)
 
 
-@pytest.mark.parametrize(
-    ("words", "sets", "why"),
+@table(
+    "words, sets, why",
     [
         (["algorithm.lr"], [], "SECTION.KEY=VALUE"),
         (["algorithm.lr="], [], "SECTION.KEY=VALUE"),
@@ -301,7 +302,7 @@ def test_random_combinations_of_a_grid_too_large_to_write_out():
     ],
 )
 def test_what_is_wrong_is_one_line_before_anything_runs(tmp_path, words, sets, why):
-    (tmp_path / "lr=0.3,seed=0").mkdir()
+    (tmp_path / "lr=0.3,seed=0").mkdir(exist_ok=True)
     (tmp_path / "lr=0.3,seed=0" / "mine").touch()
     with pytest.raises(InputError, match=why) as error:
         check(QUADRATIC, cells_of(full(parse_grid(words)), [0]), tmp_path, sets)
