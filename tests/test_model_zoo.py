@@ -113,6 +113,10 @@ def assert_right(seen: Seen, result: fedmom.Result, right: plain.Plain, digits: 
         assert [record["test_accuracy"] for record in result.rounds] == right.test_accuracies
 
 
+# What torch 2.11 says instead.
+OLDER = {"saved tensor hooks": "vmap over _NoopSaveInputs"}
+
+
 def assert_refused(name: str, path: str, words: str, **changes: object) -> None:
     """In one line with these words, and nothing was trained."""
     seen = Seen()
@@ -121,7 +125,7 @@ def assert_refused(name: str, path: str, words: str, **changes: object) -> None:
     assert seen.rounds == 0
     message = str(caught.value)
     assert "\n" not in message
-    assert words in message
+    assert words in message or OLDER.get(words, words) in message
 
 
 @pytest.mark.parametrize("name", EVERY)
