@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from fedmom.algorithms import MOMENTUM_POLICIES
+from fedmom.apart import mixes_by
 from fedmom.engine import FOLDED_PATHS, Engine
 from fedmom.errors import InputError
 from fedmom.imports import one_line
-from fedmom.layers import FoldError, looks_at_values
+from fedmom.layers import FoldError
 from fedmom.look import look, look_at_correction
 from fedmom.memory import free_bytes
 from fedmom.objective import Classification, Task
@@ -208,13 +209,19 @@ def _cannot_fold(task: Task, method: Method, job: Round, path: str, yardstick: Y
         stack = Stack(task, method)
         assert yardstick is not None  # whatever can be folded has a model
         batch = next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))
-        if why := looks_at_values(stack.task.model, batch.x[0]):
+        if why := mixes_by(stack.task.model, batch.x[0], _sizes(len(job.clients))):
             return why
         return yardstick.differs("stack") or (yardstick.differs(path) if path == "factors" else "")
     except FoldError as reason:
         return str(reason)
     except Exception as error:  # a user's model may raise anything
         return "folding fails: " + one_line(error)[:200]
+
+
+def _sizes(cohort: int) -> set[int]:
+    """Numbers of clients by which forward passes are looked at: those that are tried, what remains, and a few more."""
+    tried = {2**k for k in range(16) if 2**k <= cohort}
+    return {min(few, cohort) for few in (1, 2, 3, 5, 7)} | tried | {cohort % size or size for size in tried} | {cohort}
 
 
 def _try_path(

@@ -32,14 +32,21 @@ class Run(NamedTuple):
         """Whether it came to its end: only then do its numbers stand beside others'.
 
         A folder that does not say how its run ended (an older version's, a copy without tensors) has all its rounds.
+        One that says "done" and has lost some does not count either.
         """
-        whole = bool(self.rounds) and self.rounds[-1]["round"] >= int(self.settings["run.num-rounds"])
-        return self.status.is_done or (self.status.status == "unfinished" and whole)
+        return self.is_whole and self.status.status in ("done", "unfinished")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every round is there."""
+        return len(self.rounds) >= int(self.settings["run.num-rounds"])
 
     @property
     def standing(self) -> str:
         """How it is, for a note: "interrupted, 4 of 9 rounds"."""
         rounds = f"{self.rounds[-1]['round'] if self.rounds else 0} of {self.settings['run.num-rounds']} rounds"
+        if self.status.is_done and not self.is_whole:
+            return f"damaged, {len(self.rounds)} of {self.settings['run.num-rounds']} rounds"
         return rounds if self.status.status == "unfinished" else f"{self.status.status}, {rounds}"
 
 

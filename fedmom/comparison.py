@@ -1,7 +1,7 @@
 """Groups of runs -> sheets: at the end, where all can be compared, on the way to a target, and the speedup over N."""
 
 from collections.abc import Callable, Sequence
-from math import ceil, floor, log10
+from math import ceil, floor, isfinite, log10
 from statistics import median
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class Target(NamedTuple):
 
 def parse_target(text: str, runs: Sequence[Run]) -> Target:
     """ "accuracy=0.8", "accuracy=80%", "test_loss=0.5". InputError for another form, or a metric that no run has."""
-    name, equals, number_text = text.partition("=")
+    name, equals, number_text = (part.strip() for part in text.partition("="))
     percent = number_text.endswith("%")
     try:
         value = float(number_text.removesuffix("%")) / (100 if percent else 1)
@@ -58,6 +58,8 @@ def parse_target(text: str, runs: Sequence[Run]) -> Target:
     if name not in measured:
         error = unknown("--target", name, measured or list(_BY_KEY))
         raise InputError(f"{error} (no run has another)")
+    if not isfinite(value):
+        raise InputError(f"--target {text!r}: {number_text} is reached by no run, or by every one; write a number")
     target = Target(_BY_KEY[name], value)
     if target.rises and not 0 < value <= 1:
         raise InputError(f"--target {text!r}: an accuracy is in (0, 1]; write accuracy=0.8 or accuracy=80%")

@@ -351,13 +351,20 @@ def typed_value(name: str, text: str) -> Any:
 
 def parse_sets(sets: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
     """{"section.key": value} of several changes, unchecked; the last one counts."""
-    return _flattened(sets) if isinstance(sets, Mapping) else dict(parse_set(text) for text in sets)
+    if isinstance(sets, Mapping):
+        return _flattened(sets)
+    changes = [*sets]
+    if wrong := [one for one in changes if not isinstance(one, str)]:
+        raise InputError(f"sets: {wrong[0]!r} is no change of a key; write 'section.key=value', or give a mapping")
+    return dict(parse_set(text) for text in changes)
 
 
 def _flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """{"section.key": value} of {"section": {"key" (or "k_e_y"): value}} and of {"section.key": value}."""
     values: dict[str, Any] = {}
     for name, value in mapping.items():
+        if not isinstance(name, str):
+            raise InputError(f"{name!r} is no key: keys are strings, such as algorithm.lr")
         nested = isinstance(value, Mapping)
         values.update({f"{name}.{_kebab(k)}": v for k, v in value.items()} if nested else {name: value})
     return values

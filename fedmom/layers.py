@@ -288,17 +288,3 @@ def _made_special(layer: nn.Module) -> str:
         return "a forward function"
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return next((kind.strip("_").replace("_", " ") for kind in kinds if vars(layer).get(kind)), "")
-
-
-def looks_at_values(model: nn.Module, x: Tensor) -> str:
-    """Why a forward pass of `model` cannot do without the values of its input [B, ...], or "".
-
-    A branch on a value would be taken for all clients together. Tensors without values (torch's meta device) find it.
-    """
-    empty = copied(model).to("meta").train()
-    try:
-        with torch.device("meta"), torch.no_grad():
-            empty(torch.empty_like(x, device="meta"))
-    except Exception as error:  # a user's model may raise anything
-        return " ".join(f"its forward pass asks for values ({type(error).__name__}: {error}".split())[:200] + ")"
-    return ""

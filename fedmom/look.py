@@ -6,6 +6,8 @@ random numbers that nobody addressed, nor on attributes that a forward pass chan
 
 import contextlib
 import copy
+import inspect
+import itertools
 import math
 import pickle
 import random
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from fedmom.algorithms import Correction, takes_key
 from fedmom.errors import InputError
-from fedmom.imports import is_own_file
+from fedmom.imports import is_own_file, one_line
 from fedmom.objective import Batch, Classification
 from fedmom.rounds import Round
 from fedmom.state import ClientState, Tree
@@ -40,11 +42,11 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
     batch = Batch(*(field[0] for field in next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))))
     held = _held(twin)
 
-    def step(of: Classification) -> tuple[Tree, Tree, Tensor]:
+    def step(of: Classification, at: Tree = start.params) -> tuple[Tree, Tree, Tensor]:
         own = Batch(*(field.clone() for field in batch))  # which the model may write into
-        params = {name: x.clone() for name, x in start.params.items()}
+        params = {name: x.clone() for name, x in at.items()}
         grads, buffers, loss = of.gradient_alone(params, start.buffers, own)
-        if name := _first_that_differs((params, {}, loss), (start.params, {}, loss), ""):
+        if name := _first_that_differs((params, {}, loss), (at, {}, loss), ""):
             raise InputError(f"{task.called}: a training step writes into the parameter {name}; {_OPTIMIZER}")
         return grads, buffers, loss
 
@@ -58,33 +60,47 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
     def check(before: Mapping[str, Any], when: str) -> None:
         if name := _drawn(before):
             raise InputError(f"{task.called}: draws random numbers of {name} in {when}; {_DROPOUT}")
-        if name := _changed(held, _held(twin)):
+        if name := _changed(held, {name: t for name, t in _held(twin).items() if name in held}):
             if why := twin.places.constant.get(name, ""):
                 advice = "the clients' have no mean; keep what changes in a buffer of finite real numbers or of int64"
                 raise InputError(f"{task.called}: {when} changes the buffer {name}, which {why}: {advice}")
             raise InputError(f"{task.called}: {when} changes the tensor {name} of the model; {_STATE}")
+
+    def unchanged(before: dict[str, Any], after: dict[str, Any], when: str) -> None:
+        if name := _changed(before, after):
+            advice = _LOGS if "the attribute" not in name else _STATE
+            raise InputError(f"{task.called}: {when} changes {name} ({advice})")
 
     with _random_states() as before:
         step(twin)  # what is made at first use is made
         check(before, "a training step")
         judged()
         check(before, "an evaluation")
-        attributes = _attributes(twin.model)
-        first, second = step(twin), step(twin)
+        held |= {name: t for name, t in _held(twin).items() if name not in held}
+        # Training leaves what training left before, and evaluation what evaluation did: what is kept to be looked at
+        # differs between the two. The step from another x in between moves what follows x (an average of its own).
+        first, trained = step(twin), _attributes(twin.model)
         check(before, "a training step")
-        if name := _changed(attributes, _attributes(twin.model)):
-            raise InputError(f"{task.called}: a training step changes {name} ({_STATE})")
-        one, other = judged(), judged()
+        step(twin, _elsewhere(start.params))
+        check(before, "a training step")
+        second = step(twin)
+        unchanged(trained, _attributes(twin.model), "a training step")
+        one, looked = judged(), _attributes(twin.model)
+        other = judged()
         check(before, "an evaluation")
-        if name := _changed(attributes, _attributes(twin.model)):
-            raise InputError(f"{task.called}: an evaluation changes {name} ({_STATE})")
+        unchanged(looked, _attributes(twin.model), "an evaluation")
         third, own = step(twin), step(task)
+        unchanged(trained, _attributes(twin.model), "an evaluation between two training steps")
     if name := _first_that_differs(first, second) or _first_that_differs(({}, {}, one), ({}, {}, other)):
         raise InputError(f"{task.called}: {name} differs between two training steps from one state ({_REPEATED})")
     if name := _first_that_differs(first, third):
         raise InputError(f"{task.called}: {name} differs between training steps before and after an evaluation")
     if name := _first_that_differs(first, own):
         raise InputError(f"{task.called}: {name} is another by a copy of the model, which must hold all that it uses")
+    try:
+        twin.state_dict(start)
+    except Exception as error:  # a user's own may raise anything
+        raise InputError(f"{task.called}: the model's state_dict() fails ({one_line(error)})") from error
     _check_buffers(task, start, first[1])
     if correction is not None:
         look_at_correction(correction, first[0], start.params)
@@ -92,8 +108,15 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
 
 _DROPOUT = "use nn.Dropout layers, whose masks are addressed by (seed, client, step)"
 _STATE = "clients have no attributes of their own; register it as a buffer"
+_LOGS = "clients have no variables of their own; register it as a buffer, or log by Python's logging or a callback"
 _OPTIMIZER = "only the optimizer may move parameters"
 _REPEATED = "a step must be the same whenever it is repeated"
+
+
+def _elsewhere(params: Tree) -> Tree:
+    """Another x, one per cent away."""
+    return {name: x * (1 + 0.01 * torch.cos(torch.arange(x.numel(), device=x.device)).reshape(x.shape).to(x.dtype))
+            for name, x in params.items()}  # fmt: skip
 
 
 def _held(task: Classification) -> dict[str, Tensor]:
@@ -121,6 +144,9 @@ def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> Non
     with _random_states() as before:
         more = {"key": torch.zeros((), dtype=torch.int64, device=device)} if takes_key(correction) else {}
         given = [{n: x.clone() for n, x in params.items()} for _ in range(2)]  # x, and the round's start
+        function = inspect.unwrap(correction)
+        owner = function if isinstance(function, FunctionType) else type(function)
+        shared = _shared(owner)
         answers = [correction({n: g.clone() for n, g in grads.items()}, *given, **more) for _ in range(2)]
         if name := _drawn(before):
             advice = "take a parameter `key`, and fedmom.randomness.normal_like(g, key, number of g)"
@@ -128,6 +154,8 @@ def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> Non
     for x in given:
         if name := _first_that_differs((x, {}, torch.zeros(())), (params, {}, torch.zeros(())), ""):
             raise InputError(f"{said} writes into the parameter {name} that it was given; return other gradients")
+    if name := _changed(shared, _shared(owner)):
+        raise InputError(f"{said} changes {name} (a client's step knows its g, x and the round's start alone)")
     if name := _first_that_differs((answers[0], {}, torch.zeros(())), (answers[1], {}, torch.zeros(()))):
         raise InputError(f"{said} gives two answers for the same gradients (of {name})")
 
@@ -179,28 +207,50 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
             at = f"the attribute {key!r} of {type(module).__name__}" + (f" {name!r}" if name else "")
             with contextlib.suppress(Exception):  # a user's object may refuse
                 found[at] = _copy(value)
-    return found | _shared(model)
+    return found | _shared(*{cls for module in model.modules() for cls in type(module).__mro__})
 
 
-def _shared(model: nn.Module) -> dict[str, Any]:
-    """Copies of the plain values that stand on the user's own classes, and in the global variables beside these."""
+def _shared(*owners: type | Callable[..., Any]) -> dict[str, Any]:
+    """Copies of what stands on the user's own classes and functions, and in global variables beside these.
+
+    owners: a model's classes, or a correction. Of their files, and of the user's files that these name.
+    """
     found = dict[str, Any]()
-    for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
-        home = sys.modules.get(cls.__module__)
-        if home is None or not is_own_file(getattr(home, "__file__", None) or "<"):
-            continue
-        places = {f"of the class {cls.__name__}": vars(cls), f"of {cls.__module__}, a global variable": vars(home)}
-        for of, values in places.items():
-            for key, value in values.items():
-                if not key.startswith("__") and isinstance(value, _COUNTS) and _size(value) <= _MANY:
-                    with contextlib.suppress(Exception):  # a user's object may refuse
-                        found[f"{key!r} {of}"] = _copy(value, 2)
+    for owner in owners:
+        if _own_file(owner.__module__) is not None:
+            _add(found, vars(owner), f"of the {'class' if isinstance(owner, type) else 'function'} {owner.__name__}")
+    homes = {id(home): home for owner in owners if (home := _own_file(owner.__module__)) is not None}
+    for home in [*homes.values()]:
+        named = [value for value in vars(home).values() if isinstance(value, ModuleType | FunctionType | type)]
+        names = {value.__name__ if isinstance(value, ModuleType) else value.__module__ for value in named}
+        homes |= {id(own): own for name in names if (own := _own_file(name)) is not None}
+    for home in homes.values():
+        for value in vars(home).values():
+            if isinstance(value, type | FunctionType) and value.__module__ == home.__name__:
+                kind = "class" if isinstance(value, type) else "function"
+                _add(found, vars(value), f"of the {kind} {value.__name__}")
+        _add(found, vars(home), f"of {home.__name__}, a global variable")
     return found
 
 
-# What a class or a file counts, collects and draws with, and of how many values it is looked at.
-_GENERATED = (torch.Generator, np.random.Generator, random.Random)
-_COUNTS = (bool, int, float, complex, str, Tensor, np.ndarray, list, dict, deque, set, *_GENERATED)
+def _own_file(name: str | None) -> ModuleType | None:
+    home = sys.modules.get(name or "")
+    return home if home is not None and is_own_file(getattr(home, "__file__", None) or "<") else None
+
+
+def _add(found: dict[str, Any], values: Mapping[str, Any], of: str) -> None:
+    for key, value in [*values.items()]:
+        own = isinstance(value, _COUNTS) or _own_file(type(value).__module__) is not None
+        if own and not key.startswith("__") and not isinstance(value, _NO_STATE) and _size(value) <= _MANY:
+            with contextlib.suppress(Exception):  # a user's object may refuse
+                found[f"{key!r} {of}"] = _copy(value)
+
+
+# What a class or a file counts, collects and draws with, beside objects of the user's own classes; of so many values.
+_COUNTS = (
+    *(bool, int, float, complex, str, Tensor, np.ndarray, list, dict, deque, set, itertools.count),
+    *(torch.Generator, np.random.Generator, random.Random),
+)
 _MANY = 10_000
 
 
@@ -220,6 +270,8 @@ def _copy(value: Any, depth: int = 4) -> Any:
         return _copy(value.bit_generator.state)
     if isinstance(value, random.Random):
         return value.getstate()
+    if isinstance(value, itertools.count):
+        return repr(value)
     if depth == 0 or isinstance(value, _NO_STATE):
         return None
     if isinstance(value, dict):

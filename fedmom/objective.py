@@ -198,7 +198,8 @@ class Classification:
         """Frozen and tied tensors included, under the names that the model's own state_dict has."""
 
         def copies(model: nn.Module) -> Tree:
-            return {name: value.clone() for name, value in model.state_dict().items()}
+            held = model.state_dict().items()  # of which a module's extra state may be anything
+            return {name: value.clone() for name, value in held if isinstance(value, Tensor)}
 
         return self.places.run(state.params, dict(state.buffers), copies)
 

@@ -5,7 +5,8 @@ pass again, a hook reads a weight) must find the same ones, so the whole step ha
 """
 
 import copy
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -58,6 +59,11 @@ class Places:
             for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
                     name = f"{prefix}.{own}" if prefix else own
+                    if id(tensor) not in first:
+                        raise InputError(
+                            f"model.name: {name} is not among the model's named_parameters() or named_buffers(); "
+                            "leave these as they are, and freeze what is not to be trained by requires_grad_(False)"
+                        )
                     self.names.setdefault(first[id(tensor)], []).append(f"model.{name}")
 
     def start(self) -> tuple[Tree, Tree]:
@@ -131,8 +137,9 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     instead = dict(memo or {})
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                instead[id(value)] = value.detach().clone()
+            for tensor in _tensors_in(value):
+                if not tensor.is_leaf:
+                    instead[id(tensor)] = tensor.detach().clone()
     try:
         twin = copy.deepcopy(model, instead)
     except Exception as error:  # a lock, a file, an object of the user's own
@@ -142,6 +149,15 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         if one.is_leaf and hooks_of(one):
             _hook(instead[id(one)], one)  # which Parameter.__deepcopy__ forgets
     return twin
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Of an attribute, and of the plain containers in it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple | deque):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(one)
 
 
 def check_model(model: nn.Module, called: str) -> None:

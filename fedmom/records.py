@@ -109,6 +109,10 @@ def _commit() -> str | None:
         return None
 
 
+def _why(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
 class RunFolder:
     """One run on disk. `create` makes a new one, `open` one to resume; neither writes over another's."""
 
@@ -119,13 +123,18 @@ class RunFolder:
     @staticmethod
     def check_new(path: Path) -> None:
         """InputError unless `create` may make a run folder here."""
+        try:
+            there = path.exists()
+            names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+        except (OSError, ValueError) as error:  # a name that is too long, a NUL, a folder that may not be read
+            raise InputError(f"--out {str(path)!r}: cannot be a folder ({_why(error)})") from None
         if path.is_dir():
             # A run killed before its config was written has left nothing to resume: its folder is free.
-            if {p.name for p in path.iterdir()} <= {ENVIRONMENT, STATUS, *_leftovers(path)}:
+            if names <= {ENVIRONMENT, STATUS, *_leftovers(path)}:
                 return
-            if (path / CONFIG).is_file():
+            if CONFIG in names:
                 raise InputError(f"--out {path}: exists already; use --resume {path} to go on, or another --out")
-        if path.exists():
+        if there:
             raise InputError(f"--out {path}: exists already and is no run folder; name another --out")
 
     @classmethod
@@ -134,7 +143,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--out {path}: cannot be made ({error.strerror})") from None
+            raise InputError(f"--out {path}: cannot be made ({_why(error)})") from None
         folder = cls(path)
         folder._acquire()
         try:

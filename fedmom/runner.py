@@ -117,6 +117,10 @@ def run_folders(
     resume: str | Path | None,
 ) -> tuple[Path | None, Path | None]:
     """(folder to write, folder to resume): as given, else as the keys run.out and run.resume say, else None."""
+    for name, folder in (("out", out), ("resume", resume)):
+        empty = folder is not None and str(folder) in ("", "." if name == "out" else "")  # Path("") is Path(".")
+        if empty or not isinstance(folder, str | Path | None):
+            raise InputError(f"--{name} {str(folder)!r}: must name a folder of the run's own")
     keys = load({} if config is None else config, sets).config.run
     out, resume = out or keys.out, resume or keys.resume
     return at_home(out) if out else None, at_home(resume) if resume else None

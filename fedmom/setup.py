@@ -1,5 +1,6 @@
 """A resolved configuration becomes a task, a plan and an engine: what any backend does before its first round."""
 
+import inspect
 import math
 
 import numpy as np
@@ -224,9 +225,12 @@ def _correction(spec: str, seed: int) -> Correction | None:
             raise InputError(f"{said}: the function writes into the parameters it was given; return other gradients")
         return found
 
-    if not keyed:
-        return lambda grads, params, start: correction(grads, params, start)
-    return correction
+    if keyed:
+        watched: Correction = correction
+    else:
+        watched = lambda grads, params, start: correction(grads, params, start)  # noqa: E731
+    watched.__wrapped__ = inspect.unwrap(function)  # type: ignore[attr-defined]  # for who looks at its file
+    return watched
 
 
 def topology_of(config: Config) -> Topology | None:

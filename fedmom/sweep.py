@@ -16,7 +16,7 @@ from fedmom.config import KEYS, Config, Scalar, as_held, load, parse_sets, read_
 from fedmom.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.errors import InputError, unknown
 from fedmom.files import CONFIG, MANIFEST, write_text
-from fedmom.history import read_rounds
+from fedmom.history import last_round, read_rounds
 from fedmom.objective import Classification
 from fedmom.parsing import as_list, pieces
 from fedmom.quadratic import Quadratic
@@ -238,7 +238,7 @@ def sweep(
     waiting = []
     for cell in cells:
         before = known.get(cell.name, {})
-        if before.get("status") in ENDED and not _longer(config, cell, out, sets):
+        if before.get("status") in ENDED and not _lacks_rounds(config, cell, out, sets, before["status"]):
             yield Ended(cell, before["status"], before.get("message", ""), 0.0)
         else:
             waiting.append(cell)
@@ -258,10 +258,12 @@ def sweep(
         yield ended
 
 
-def _longer(config: Path, cell: Cell, out: Path, sets: Sequence[str]) -> bool:
-    """Whether a run that ended is asked for more rounds than its folder was made for, or its folder is gone."""
+def _lacks_rounds(config: Path, cell: Cell, out: Path, sets: Sequence[str], status: str) -> bool:
+    """Whether a run that ended is asked for more rounds than its folder was made for, or has lost some, or all."""
     folder = out / cell.name
     if not (folder / CONFIG).exists():
+        return True
+    if status == "done" and last_round(folder) < load(folder / CONFIG).config.run.num_rounds:
         return True
     asked = resume_config(folder, config, {**parse_sets(sets), **cell.sets, "run.resume": ""}).config
     return asked.run.num_rounds > load(folder / CONFIG).config.run.num_rounds

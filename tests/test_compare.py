@@ -407,6 +407,18 @@ def test_a_run_that_diverged_in_its_first_round_is_left_out_by_name(mixed, capsy
     assert (status, err) == (0, ["fedmom: I = 8: left out: at once (diverged, 0 of 9 rounds)"])
 
 
+def test_a_run_that_is_done_and_has_lost_rounds_is_left_out_as_damaged(mixed, capsys, monkeypatch):
+    monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
+    for name, kept in (("1 done", 8), ("8 done", 0)):
+        lines = (mixed / name / "rounds.jsonl").read_text().splitlines(keepends=True)
+        (mixed / name / "rounds.jsonl").write_text("".join(lines[:kept]))
+    status, out, err = call(capsys, mixed, "--out", mixed / "out")
+    assert status == 0
+    assert "1 of 2" in out
+    assert "left out: 1 done (damaged, 8 of 9 rounds)" in err[0]
+    assert "8 done (damaged, 0 of 9 rounds)" in err[1]
+
+
 def test_a_comparison_leaves_no_table_of_an_earlier_one(sweep, tmp_path):
     groups = groups_of(sweep)
     counted = [run for group in groups for run in group.runs]
@@ -448,6 +460,8 @@ def test_runs_that_do_not_fit_together_say_what_differs(tmp_path):
         (["sweep", "--target", "accuracy"], "METRIC=NUMBER"),
         (["sweep", "--target", "accuracy=high"], "METRIC=NUMBER"),
         (["sweep", "--target", "accuracy=80"], "accuracy=80%"),
+        (["sweep", "--target", "loss = nan"], "reached by no run, or by every one"),
+        (["sweep", "--target", "loss=inf"], "reached by no run, or by every one"),
         (["sweep", "--format", "html"], "choose one of text, markdown, csv, latex"),
         (["sweep", "--out", "file"], "--out file: is a file; name a folder"),
         (["sweep", "--out", "~nobody-of-this-name/x"], "is no user of this machine; ./~nobody-of-this-name/x is"),

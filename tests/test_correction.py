@@ -156,7 +156,11 @@ def test_addressed_noise_is_the_same_on_every_path_and_another_for_every_client_
     [
         ("return {n: g + torch.randn(g.shape) for n, g in grads.items()}", "draws random numbers of torch"),
         ("return {n: g * np.random.rand() for n, g in grads.items()}", "draws random numbers of numpy"),
-        ("return {n: g * calls.append(0) or g * len(calls) for n, g in grads.items()}", "gives two answers"),
+        (
+            "return {n: g * calls.append(0) or g * len(calls) for n, g in grads.items()}",
+            "changes 'calls' of mine, a global",
+        ),
+        ("return {n: g * int.from_bytes(os.urandom(4), 'big') for n, g in grads.items()}", "gives two answers"),
         ("return {n: g.half() for n, g in grads.items()}", "must keep its shape .* dtype torch.float32"),
         ("params['1.weight'].mul_(0.9); return grads", "writes into the parameters"),
         ("params['1.weight'].data.mul_(0.9); return grads", "writes into the parameter 1.weight"),
@@ -165,7 +169,7 @@ def test_addressed_noise_is_the_same_on_every_path_and_another_for_every_client_
 )
 def test_one_that_breaks_the_contract_is_refused_before_the_first_round(body, why):
     body = body.replace("g * calls.append(0) or g * len(calls)", "(calls.append(0), g * len(calls))[1]")
-    text = f"import numpy as np, torch\ncalls = []\ndef correct(grads, params, start):\n    {body}\n"
+    text = f"import os\nimport numpy as np, torch\ncalls = []\ndef correct(grads, params, start):\n    {body}\n"
     sets = {"model.name": "logistic", "data.num-clients": 2, "run.num-rounds": 1, "engine.path": "loop", **write(text)}
     with pytest.raises(InputError, match=rf"^algorithm\.correction.*{why}") as error:
         fedmom.run(sets, out="run")

@@ -1,5 +1,6 @@
 """What a step must not depend on is found before the first round: each kind by the look alone."""
 
+import itertools
 import random
 from collections import deque
 
@@ -54,7 +55,13 @@ def observe(self, h):
     return h
 
 
-STEPS, SEEN = 0, {"steps": 0}
+class Steps:
+    def __init__(self):
+        self.number = 0
+
+
+STEPS, SEEN, STATE, NUMBERS = 0, {"train": {"steps": 0}}, Steps(), itertools.count()
+KEPT = {}
 
 
 def count_globally(self, h):
@@ -64,8 +71,47 @@ def count_globally(self, h):
 
 
 def count_in_a_table(self, h):
-    SEEN["steps"] += 1
-    return h if SEEN["steps"] < 1000 else -h
+    SEEN["train"]["steps"] += 1
+    return h if SEEN["train"]["steps"] < 1000 else -h
+
+
+def count_in_an_object(self, h):
+    STATE.number += 1
+    return h if STATE.number < 1000 else -h
+
+
+def count_on_a_function(self, h):
+    count_on_a_function.calls += 1
+    return h if count_on_a_function.calls < 1000 else -h
+
+
+count_on_a_function.calls = 0
+
+
+def follow(self, h):
+    """An average of x that training moves and evaluation uses; it stands still as long as x does."""
+    if self.training:
+        with torch.no_grad():
+            self.slow.mul_(0.9).add_(self.out.weight, alpha=0.1)
+        return h
+    return h + self.slow.sum()
+
+
+def slow(self):
+    self.slow = nn.Parameter(self.out.weight.detach().clone(), requires_grad=False)
+
+
+def keep(self, h):
+    """What is kept to be looked at is another in training and in evaluation."""
+    self.kept = KEPT["last"] = self.norm(h)
+    self.list, self.mode = [h, self.kept], self.training
+    return self.kept
+
+
+def mask_of(self, h):
+    if self.mask is None:
+        self.register_buffer("mask", (torch.arange(64) % 3 > 0).to(h), persistent=False)
+    return h * self.mask
 
 
 def count_on_the_class(self, h):
@@ -111,6 +157,16 @@ REFUSED = {
     ),
     "a global count, which acts later": (net(count_globally), "changes 'STEPS' of test_look, a global variable"),
     "a global table, which acts later": (net(count_in_a_table), "changes 'SEEN' of test_look, a global variable"),
+    "a global object, which acts later": (net(count_in_an_object), "changes 'STATE' of test_look, a global variable"),
+    "a global iterator, which acts later": (
+        net(lambda self, h: h if next(NUMBERS) < 1000 else -h),
+        "changes 'NUMBERS' of test_look, a global variable",
+    ),
+    "a function's count, which acts later": (
+        net(count_on_a_function),
+        "changes 'calls' of the function count_on_a_function",
+    ),
+    "an average that follows x": (net(follow, slow), "a training step changes the tensor slow of the model"),
     "a count on the class, which acts later": (
         type("Own", (Net,), {"besides": count_on_the_class, "prepare": lambda self: None, "steps": 0}),
         "changes 'steps' of the class Own",
@@ -229,6 +285,10 @@ def test_what_no_client_has_of_its_own_is_refused(name):
 @pytest.mark.filterwarnings("ignore:.*quantize_per_tensor", "ignore:TypedStorage")
 def test_what_is_made_once_and_what_is_kept_to_be_looked_at_is_no_state():
     looked(net(cache, lambda self: setattr(self, "cached", None)))
+    looked(net(keep, lambda self: setattr(self, "norm", nn.BatchNorm1d(64))))
+    looked(net(mask_of, lambda self: self.register_buffer("mask", None, persistent=False)))
+    extra = {"get_extra_state": lambda self: {"version": 2}, "besides": lambda self, h: h}
+    looked(type("Own", (Net,), {**extra, "prepare": lambda self: None}))
     mask = torch.triu(torch.full((64, 64), -torch.inf), 1)
     looked(net(lambda self, h: h + torch.softmax(self.mask, 1)[0], lambda self: self.register_buffer("mask", mask)))
     codes = torch.arange(64).to(torch.uint16)

@@ -1,0 +1,95 @@
+"""Whether a model keeps the examples of a batch apart, as far as its forward pass can say without any values.
+
+A folded model gets the examples of K clients as one batch. What it does with them must not depend on their values, for
+a branch would be taken for all clients together, nor on how many they are: a batch that is worked on in pieces of 128
+examples has other pieces when it is K times as long.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fedmom.errors import InputError
+from fedmom.places import copied
+
+
+class _Call(NamedTuple):
+    """One call of torch: what must be the same for any number of examples, and the counts that may grow with it."""
+
+    fixed: tuple[Any, ...]
+    counts: tuple[int, ...]
+
+
+class _Calls(TorchFunctionMode):
+    """Writes down every call of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[_Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fixed: list[Any] = [getattr(func, "__name__", "")]
+        counts: list[int] = []
+        _take_apart((args, kwargs or {}), fixed, counts)
+        self.seen.append(_Call(tuple(fixed), tuple(counts)))
+        return func(*args, **(kwargs or {}))
+
+
+def _take_apart(value: Any, fixed: list[Any], counts: list[int]) -> None:
+    if isinstance(value, Tensor):
+        fixed += [value.dtype, value.ndim]
+        counts += value.shape
+    elif isinstance(value, bool | float | complex | str | None):
+        fixed.append(repr(value))
+    elif isinstance(value, int):
+        counts.append(value)
+    elif isinstance(value, list | tuple):
+        fixed.append(len(value))
+        for one in value:
+            _take_apart(one, fixed, counts)
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            fixed.append(name)
+            _take_apart(one, fixed, counts)
+    elif isinstance(value, slice):
+        _take_apart((value.start, value.stop, value.step), fixed, counts)
+    else:
+        fixed.append(type(value))
+
+
+def mixes_by(model: nn.Module, x: Tensor, sizes: Collection[int]) -> str:
+    """Why a forward pass of `model` cannot take the examples of several clients as one batch, or "".
+
+    x: one client's minibatch [B, ...]. sizes: numbers of clients that may be put together. The calls of torch must be
+    the same ones for all of them, and every whole number in them (of a shape, an argument) must grow evenly with how
+    many clients there are, if it grows at all. Tensors without values (torch's meta device) show it at little cost.
+    """
+    empty = copied(model).to("meta").train()
+
+    def calls(K: int) -> list[_Call]:
+        batch = torch.empty((K * len(x), *x.shape[1:]), dtype=x.dtype, device="meta")
+        with torch.device("meta"), torch.no_grad():
+            empty(batch)  # what is made at first use is made
+            with _Calls() as seen:
+                empty(batch)
+        return seen.seen
+
+    try:
+        one, two = calls(1), calls(2)
+        grown = [[b - a for a, b in zip(c.counts, d.counts, strict=False)] for c, d in zip(one, two, strict=False)]
+        for K in sorted({2, *sizes} - {1}):
+            found = two if K == 2 else calls(K)
+            same = [c.fixed for c in found] == [c.fixed for c in one]
+            if not same or any(
+                c.counts != tuple(a + (K - 1) * by for a, by in zip(first.counts, each, strict=True))
+                for first, each, c in zip(one, grown, found, strict=True)
+            ):
+                return f"its forward pass does something else with {K * len(x)} examples than with {len(x)}"
+    except InputError:
+        raise
+    except Exception as error:  # a user's model may raise anything
+        return " ".join(f"its forward pass asks for values ({type(error).__name__}: {error}".split())[:200] + ")"
+    return ""
