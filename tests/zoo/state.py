@@ -152,7 +152,7 @@ def momentum_encoder(shape, classes):
     return Fn(forward, body=flat(8), shadow=torch.zeros(8, SIZE), out=nn.Linear(8, classes))
 
 
-@model("a counter on the class", everywhere="differs between two training steps")
+@model("a counter on the class", everywhere="changes 'steps' of the class Annealed")
 def class_counter(shape, classes):
     class Annealed(nn.Module):
         steps = 0
