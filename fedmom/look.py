@@ -241,12 +241,13 @@ def _own_file(name: str | None) -> ModuleType | None:
 def _add(found: dict[str, Any], values: Mapping[str, Any], of: str) -> None:
     for key, value in [*values.items()]:
         own = isinstance(value, _COUNTS) or _own_file(type(value).__module__) is not None
-        if own and not key.startswith("__") and not isinstance(value, _NO_STATE) and _size(value) <= _MANY:
+        if own and not key.startswith("__") and not isinstance(value, _NO_STATE):
             with contextlib.suppress(Exception):  # a user's object may refuse
-                found[f"{key!r} {of}"] = _copy(value)
+                found[f"{key!r} {of}"] = _copy(value, most=_MANY)
 
 
-# What a class or a file counts, collects and draws with, beside objects of the user's own classes; of so many values.
+# What a class or a file counts, collects and draws with, beside objects of the user's own classes. What holds more
+# values than so many (the data, say) is passed over.
 _COUNTS = (
     *(bool, int, float, complex, str, Tensor, np.ndarray, list, dict, deque, set, itertools.count),
     *(torch.Generator, np.random.Generator, random.Random),
@@ -260,14 +261,19 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, Sized) else 1
 
 
-def _copy(value: Any, depth: int = 4) -> Any:
-    """What can be compared later: tensors, arrays, plain values, and what objects of the user's own hold of them."""
+def _copy(value: Any, depth: int = 4, most: float = math.inf) -> Any:
+    """What can be compared later: tensors, arrays, plain values, and what objects of the user's own hold of them.
+
+    most: numbers of a tensor, or values of a container; None for what has more.
+    """
+    if _size(value) > most:
+        return None
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, np.random.Generator):
-        return _copy(value.bit_generator.state)
+        return _copy(value.bit_generator.state, most=most)
     if isinstance(value, random.Random):
         return value.getstate()
     if isinstance(value, itertools.count):
@@ -275,11 +281,11 @@ def _copy(value: Any, depth: int = 4) -> Any:
     if depth == 0 or isinstance(value, _NO_STATE):
         return None
     if isinstance(value, dict):
-        return {key: _copy(v, depth - 1) for key, v in value.items()}
+        return {key: _copy(v, depth - 1, most) for key, v in value.items()}
     if isinstance(value, list | tuple | deque):
-        return [_copy(v, depth - 1) for v in value]
+        return [_copy(v, depth - 1, most) for v in value]
     if hasattr(value, "__dict__"):
-        return _copy(vars(value), depth - 1)
+        return _copy(vars(value), depth - 1, most)
     return copy.deepcopy(value)
 
 

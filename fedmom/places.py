@@ -151,13 +151,13 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return twin
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
     """Of an attribute, and of the plain containers in it."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict | list | tuple | deque):
+    elif depth and isinstance(value, dict | list | tuple | deque):
         for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(one)
+            yield from _tensors_in(one, depth - 1)
 
 
 def check_model(model: nn.Module, called: str) -> None:

@@ -107,9 +107,9 @@ def report(
     one = folders[0] if len(folders) == 1 else None
     page_alone = out is not None and out.suffix.lower() in (".html", ".htm")
     target = out or one or Path("report")
-    if target.exists() and target.is_dir() == page_alone:
+    if out is not None and out.exists() and out.is_dir() == page_alone:
         kind = "a folder; name a page's file" if page_alone else "a file; name a folder, or FILE.html"
-        raise InputError(f"--out {target}: is {kind}")
+        raise InputError(f"--out {out}: is {kind}")
     runs, notes = collect(folders)
     groups = group_runs(runs, unfinished=unfinished)
     check_counted(groups)
