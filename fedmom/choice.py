@@ -219,9 +219,17 @@ def _cannot_fold(task: Task, method: Method, job: Round, path: str, yardstick: Y
 
 
 def _sizes(cohort: int) -> set[int]:
-    """Numbers of clients by which forward passes are looked at: those that are tried, what remains, and a few more."""
+    """Numbers of clients by which forward passes are looked at: those that are tried, what remains, and a few more.
+
+    Another node, which takes over what was chosen here, may hold one client more.
+    """
     tried = {2**k for k in range(16) if 2**k <= cohort}
-    return {min(few, cohort) for few in (1, 2, 3, 5, 7)} | tried | {cohort % size or size for size in tried} | {cohort}
+    return (
+        {min(few, cohort) for few in (1, 2, 3, 5, 7)}
+        | tried
+        | {cohort % size or size for size in tried}
+        | {cohort, cohort + 1}
+    )
 
 
 def _try_path(
