@@ -20,11 +20,12 @@ The path decides the speed alone, and `engine.path = "auto"` looks for a fast on
 
 What has no meaning here is refused on every path: random numbers that nobody addressed, state outside of buffers, a
 backward pass that cannot be reached. (`nn.Dropout` is swapped for masks by address.)
-State is looked for in the modules, in objects that they hold, on the user's own classes and functions, and in the global
-variables of their files; a count that only logs is taken for state too, so log by Python's `logging` or by a callback.
+State is looked for in the modules, in objects that they hold, on the user's own classes and functions, and in the
+global variables of their files.
+A count that only logs is taken for state too: log by Python's `logging` or by a callback.
 
-A parameter that a step does not reach has the gradient 0 in that step, on every path: u ← βu, and x goes on by u; weight
-decay acts.
+A parameter that a step does not reach has the gradient 0 in that step, on every path: u ← βu, and x goes on by u;
+weight decay acts.
 That is the method, and what `torch.optim.SGD` does with a `grad` of zeros.
 Where `grad` is None, `torch.optim.SGD` passes the parameter over; fedmom does not.
 
