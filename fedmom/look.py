@@ -4,37 +4,29 @@ A run must give the same numbers whoever asks for a client's step, and in whatev
 random numbers that nobody addressed, nor on attributes that a forward pass changes: no client has those of its own.
 """
 
-import contextlib
-import copy
 import inspect
-import itertools
 import math
-import pickle
 import random
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import FunctionType
 from typing import Any
-from weakref import ReferenceType
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedmom.algorithms import Correction, takes_key
 from fedmom.errors import InputError
-from fedmom.imports import is_own_file, one_line
+from fedmom.imports import one_line
 from fedmom.objective import Batch, Classification
+from fedmom.own_state import attributes, changed, same, shared_by
 from fedmom.rounds import Round
 from fedmom.state import ClientState, Tree
 
-_KEPT = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
-
 
 def look(task: Classification, start: ClientState, job: Round, correction: Correction | None) -> None:
-    """One client's step three times, from the same state on the same minibatch, by a copy of the model.
+    """One client's steps from one state on one minibatch, one from elsewhere between them, and evaluations, by a copy.
 
     Raises InputError naming the model (or algorithm.correction) and what makes its step another one each time.
     """
@@ -60,16 +52,15 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
     def check(before: Mapping[str, Any], when: str) -> None:
         if name := _drawn(before):
             raise InputError(f"{task.called}: draws random numbers of {name} in {when}; {_DROPOUT}")
-        if name := _changed(held, {name: t for name, t in _held(twin).items() if name in held}):
+        if name := changed(held, {name: t for name, t in _held(twin).items() if name in held}):
             if why := twin.places.constant.get(name, ""):
                 advice = "the clients' have no mean; keep what changes in a buffer of finite real numbers or of int64"
                 raise InputError(f"{task.called}: {when} changes the buffer {name}, which {why}: {advice}")
             raise InputError(f"{task.called}: {when} changes the tensor {name} of the model; {_STATE}")
 
     def unchanged(before: dict[str, Any], after: dict[str, Any], when: str) -> None:
-        if name := _changed(before, after):
-            advice = _LOGS if "the attribute" not in name else _STATE
-            raise InputError(f"{task.called}: {when} changes {name} ({advice})")
+        if name := changed(before, after):
+            raise InputError(f"{task.called}: {when} changes {name} ({_STATE})")
 
     with _random_states() as before:
         step(twin)  # what is made at first use is made
@@ -79,18 +70,18 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
         held |= {name: t for name, t in _held(twin).items() if name not in held}
         # Training leaves what training left before, and evaluation what evaluation did: what is kept to be looked at
         # differs between the two. The step from another x in between moves what follows x (an average of its own).
-        first, trained = step(twin), _attributes(twin.model)
+        first, trained = step(twin), attributes(twin.model)
         check(before, "a training step")
         step(twin, _elsewhere(start.params))
         check(before, "a training step")
         second = step(twin)
-        unchanged(trained, _attributes(twin.model), "a training step")
-        one, looked = judged(), _attributes(twin.model)
+        unchanged(trained, attributes(twin.model), "a training step")
+        one, looked = judged(), attributes(twin.model)
         other = judged()
         check(before, "an evaluation")
-        unchanged(looked, _attributes(twin.model), "an evaluation")
+        unchanged(looked, attributes(twin.model), "an evaluation")
         third, own = step(twin), step(task)
-        unchanged(trained, _attributes(twin.model), "an evaluation between two training steps")
+        unchanged(trained, attributes(twin.model), "an evaluation between two training steps")
     if name := _first_that_differs(first, second) or _first_that_differs(({}, {}, one), ({}, {}, other)):
         raise InputError(f"{task.called}: {name} differs between two training steps from one state ({_REPEATED})")
     if name := _first_that_differs(first, third):
@@ -107,16 +98,18 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
 
 
 _DROPOUT = "use nn.Dropout layers, whose masks are addressed by (seed, client, step)"
-_STATE = "clients have no attributes of their own; register it as a buffer"
-_LOGS = "clients have no variables of their own; register it as a buffer, or log by Python's logging or a callback"
+_STATE = "clients have none of their own: register it as a buffer, or log by Python's logging or a callback"
 _OPTIMIZER = "only the optimizer may move parameters"
 _REPEATED = "a step must be the same whenever it is repeated"
 
 
 def _elsewhere(params: Tree) -> Tree:
-    """Another x, one per cent away."""
-    return {name: x * (1 + 0.01 * torch.cos(torch.arange(x.numel(), device=x.device)).reshape(x.shape).to(x.dtype))
-            for name, x in params.items()}  # fmt: skip
+    """Another x, some per cent away; where x is 0, too."""
+    moved = {}
+    for name, x in params.items():
+        wave = torch.cos(torch.arange(x.numel(), device=x.device)).reshape(x.shape).to(x.dtype)
+        moved[name] = x + 0.01 * (x.abs() + 1e-3) * wave
+    return moved
 
 
 def _held(task: Classification) -> dict[str, Tensor]:
@@ -146,7 +139,7 @@ def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> Non
         given = [{n: x.clone() for n, x in params.items()} for _ in range(2)]  # x, and the round's start
         function = inspect.unwrap(correction)
         owner = function if isinstance(function, FunctionType) else type(function)
-        shared = _shared(owner)
+        shared = shared_by(owner)
         answers = [correction({n: g.clone() for n, g in grads.items()}, *given, **more) for _ in range(2)]
         if name := _drawn(before):
             advice = "take a parameter `key`, and fedmom.randomness.normal_like(g, key, number of g)"
@@ -154,7 +147,7 @@ def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> Non
     for x in given:
         if name := _first_that_differs((x, {}, torch.zeros(())), (params, {}, torch.zeros(())), ""):
             raise InputError(f"{said} writes into the parameter {name} that it was given; return other gradients")
-    if name := _changed(shared, _shared(owner)):
+    if name := changed(shared, shared_by(owner)):
         raise InputError(f"{said} changes {name} (a client's step knows its g, x and the round's start alone)")
     if name := _first_that_differs((answers[0], {}, torch.zeros(())), (answers[1], {}, torch.zeros(()))):
         raise InputError(f"{said} gives two answers for the same gradients (of {name})")
@@ -191,150 +184,10 @@ def _random_states() -> Iterator[dict[str, Any]]:
 
 def _drawn(before: Mapping[str, Any]) -> str:
     """The generator that has moved on, or ""."""
-    return next((name for name, state in _states().items() if name in before and not _same(before[name], state)), "")
+    return next((name for name, state in _states().items() if name in before and not same(before[name], state)), "")
 
 
-# --- attributes ----------------------------------------------------------------------------------------------
-
-
-def _attributes(model: nn.Module) -> dict[str, Any]:
-    """Copies of what modules hold besides parameters, buffers and modules; of what cannot be copied nothing."""
-    found = {}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key in _KEPT or key.endswith("_hooks") or isinstance(value, nn.Module):
-                continue
-            at = f"the attribute {key!r} of {type(module).__name__}" + (f" {name!r}" if name else "")
-            with contextlib.suppress(Exception):  # a user's object may refuse
-                found[at] = _copy(value)
-    return found | _shared(*{cls for module in model.modules() for cls in type(module).__mro__})
-
-
-def _shared(*owners: type | Callable[..., Any]) -> dict[str, Any]:
-    """Copies of what stands on the user's own classes and functions, and in global variables beside these.
-
-    owners: a model's classes, or a correction. Of their files, and of the user's files that these name.
-    """
-    found = dict[str, Any]()
-    for owner in owners:
-        if _own_file(owner.__module__) is not None:
-            _add(found, vars(owner), f"of the {'class' if isinstance(owner, type) else 'function'} {owner.__name__}")
-    homes = {id(home): home for owner in owners if (home := _own_file(owner.__module__)) is not None}
-    for home in [*homes.values()]:
-        named = [value for value in vars(home).values() if isinstance(value, ModuleType | FunctionType | type)]
-        names = {value.__name__ if isinstance(value, ModuleType) else value.__module__ for value in named}
-        homes |= {id(own): own for name in names if (own := _own_file(name)) is not None}
-    for home in homes.values():
-        for value in vars(home).values():
-            if isinstance(value, type | FunctionType) and value.__module__ == home.__name__:
-                kind = "class" if isinstance(value, type) else "function"
-                _add(found, vars(value), f"of the {kind} {value.__name__}")
-        _add(found, vars(home), f"of {home.__name__}, a global variable")
-    return found
-
-
-def _own_file(name: str | None) -> ModuleType | None:
-    home = sys.modules.get(name or "")
-    return home if home is not None and is_own_file(getattr(home, "__file__", None) or "<") else None
-
-
-def _add(found: dict[str, Any], values: Mapping[str, Any], of: str) -> None:
-    for key, value in [*values.items()]:
-        own = isinstance(value, _COUNTS) or _own_file(type(value).__module__) is not None
-        if own and not key.startswith("__") and not isinstance(value, _NO_STATE):
-            with contextlib.suppress(Exception):  # a user's object may refuse
-                found[f"{key!r} {of}"] = _copy(value, most=_MANY)
-
-
-# What a class or a file counts, collects and draws with, beside objects of the user's own classes. What holds more
-# values than so many (the data, say) is passed over.
-_COUNTS = (
-    *(bool, int, float, complex, str, Tensor, np.ndarray, list, dict, deque, set, itertools.count),
-    *(torch.Generator, np.random.Generator, random.Random),
-)
-_MANY = 10_000
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, Tensor | np.ndarray):
-        return math.prod(value.shape)
-    return len(value) if isinstance(value, Sized) else 1
-
-
-def _copy(value: Any, depth: int = 4, most: float = math.inf) -> Any:
-    """What can be compared later: tensors, arrays, plain values, and what objects of the user's own hold of them.
-
-    most: numbers of a tensor, or values of a container; None for what has more.
-    """
-    if _size(value) > most:
-        return None
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, np.random.Generator):
-        return _copy(value.bit_generator.state, most=most)
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, itertools.count):
-        return repr(value)
-    if depth == 0 or isinstance(value, _NO_STATE):
-        return None
-    if isinstance(value, dict):
-        return {key: _copy(v, depth - 1, most) for key, v in value.items()}
-    if isinstance(value, list | tuple | deque):
-        return [_copy(v, depth - 1, most) for v in value]
-    if hasattr(value, "__dict__"):
-        return _copy(vars(value), depth - 1, most)
-    return copy.deepcopy(value)
-
-
-# What holds nothing that a step could change, or is looked at by itself.
-_NO_STATE = (
-    nn.Module,
-    ReferenceType,
-    type,
-    ModuleType,
-    FunctionType,
-    BuiltinFunctionType,
-    MethodType,
-    torch.dtype,
-    torch.device,
-)
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
-    return next((name for name, value in after.items() if not _same(before.get(name), value)), "")
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if (one.shape, one.dtype, one.layout) != (other.shape, other.dtype, other.layout):
-            return False
-        if one.layout != torch.strided:
-            one, other = one.to_dense(), other.to_dense()
-        if one.is_quantized or not (one.is_floating_point() or one.is_complex()):
-            return torch.equal(one, other)
-        finite = one.abs()[torch.isfinite(one)]
-        scale = float(finite.max()) if finite.numel() else 0.0
-        return torch.allclose(one, other, 1e-6, 1e-6 * scale, equal_nan=True)  # a card may add in another order
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return np.array_equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
-    if type(one) is not type(other):
-        return False
-    compared = False
-    for compare in (lambda: bool(one == other), lambda: pickle.dumps(one) == pickle.dumps(other)):
-        try:
-            if compare():
-                return True
-            compared = True
-        except Exception:  # a user's object may refuse
-            continue
-    return not compared  # what cannot be compared is not said to differ
+# --- gradients ------------------------------------------------------------------------------------------------
 
 
 def _first_that_differs(

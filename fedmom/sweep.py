@@ -289,13 +289,10 @@ def _read(out: Path) -> dict[str, dict[str, Any]]:
 # --- what came out --------------------------------------------------------------------------------------------
 
 
-def metric_of(folder: Path, metric: str = "") -> str:
-    """What to rank by, from a run that is done: as asked, else accuracy or loss. InputError for another name."""
-    records = read_rounds(folder)
-    numbers = {name for record in records for name in record if number(record, name) is not None}
-    if metric and metric not in numbers:
-        raise unknown("--metric", metric, sorted(numbers))
-    return metric or next((name for name in ("test_accuracy", "test_loss", "loss") if name in numbers), "train_loss")
+def metric_of(folder: Path) -> str:
+    """What to rank by where nothing was asked for, from a run that is done: accuracy, or loss."""
+    numbers = {name for record in read_rounds(folder) for name in record if number(record, name) is not None}
+    return next((name for name in ("test_accuracy", "test_loss", "loss") if name in numbers), "train_loss")
 
 
 def best_table(ended: Sequence[Ended], out: Path, metric: str) -> tuple[list[str], list[list[str]]]:

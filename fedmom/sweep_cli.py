@@ -99,8 +99,8 @@ def _followed(under_way: Iterable[Ended], cells: Sequence[Cell], folder: Path, m
                     why = f": {one.message}" if one.message else f" in {one.seconds:.0f} s"
                     text = f"{len(ended)}/{len(cells)} {one.cell.name}: {one.status}{why}"
                     bar.console.print(text, soft_wrap=True, markup=False)
-                if one.status == "done" and sum(other.status == "done" for other in ended) == 1:
-                    metric = sweeps.metric_of(folder / one.cell.name, metric)
+                if one.status == "done" and not metric:
+                    metric = sweeps.metric_of(folder / one.cell.name)
         except KeyboardInterrupt:
             pass
     return ended, metric if any(one.status == "done" for one in ended) else ""

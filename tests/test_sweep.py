@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmom import crew
+from fedmom import cli, crew
 from fedmom.config import load
 from fedmom.crew import Requests
 from fedmom.errors import InputError
@@ -167,9 +167,7 @@ def test_the_table_ranks_by_the_metric(tmp_path):
     assert header[1].startswith("distance")
     assert {row[2] for row in rows} == {"2"}
     done = tmp_path / ended[0].cell.name
-    assert (metric_of(done), metric_of(done, "distance")) == ("loss", "distance")
-    with pytest.raises(InputError, match="did you mean distance"):
-        metric_of(done, "distanse")
+    assert metric_of(done) == "loss"
 
 
 def test_a_run_without_the_number_stands_last_and_is_not_counted(tmp_path):
@@ -312,13 +310,28 @@ def test_what_is_wrong_is_one_line_before_anything_runs(tmp_path, words, sets, w
 def test_what_to_rank_by_is_a_number_that_some_run_records():
     """Looked up before anything runs, so the names are a second list: it has every number of every stored run."""
     cells = cells_of([{"algorithm.lr": 0.1}], [0])
-    for metric in ("distanse", "test_accuracy"):
-        with pytest.raises(InputError, match=f"--metric = '{metric}'"):
+    for metric, why in (("distanse", "did you mean distance"), ("test_accuracy", "choose one of")):
+        with pytest.raises(InputError, match=f"--metric = '{metric}' is not known: {why}"):
             check(QUADRATIC, cells, Path("nowhere"), [], metric=metric)
     for folder in (ROOT / "tests/stored").glob("*/"):
         numbers = {name for record in read_rounds(folder) for name, v in record.items() if isinstance(v, int | float)}
         config = load(folder / "config.toml").config
         assert numbers <= measured_by(config), folder.name
+
+
+def test_runs_may_be_ranked_by_a_number_that_only_some_record(tmp_path, capsys):
+    words = [
+        "--grid",
+        "algorithm.name=pr-sgd-m,d-sgd-m",
+        "--metric",
+        "consensus_distance_after",
+        "--out",
+        str(tmp_path),
+    ]
+    assert cli.call(["sweep", str(QUADRATIC), *words]) == 0
+    out = capsys.readouterr().out
+    assert "seed 0: no consensus_distance_after" in out
+    assert out.index("d-sgd-m") < out.index("name=pr-sgd-m")
 
 
 def test_the_same_run_twice_and_a_folder_that_is_none_of_a_sweep_are_refused(tmp_path):
