@@ -2,14 +2,17 @@
 
 import ast
 import functools
+import io
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("fedmom", "strategies", "clients")
 MODULES = sorted((ROOT / "fedmom").rglob("*.py"))
 # An extra is imported by these files only, and only when it is used.
 EXTRAS = {
@@ -90,6 +93,7 @@ def test_the_mathematics_does_not_know_the_configuration():
 
 BARE = """
 import sys
+import zipfile
 for name in {absent!r}:
     sys.modules[name] = None  # from now on `import name` raises ModuleNotFoundError
 import fedmom
@@ -134,6 +138,7 @@ def test_the_two_sides_of_flower_never_meet(side, other):
 
 OWN = """
 import sys
+import zipfile
 sys.path.insert(0, "")
 import clients.mine, strategies  # the user's, before ours and after
 from fedmom.flower_app import load_components
@@ -153,3 +158,13 @@ def test_a_project_may_have_packages_called_clients_and_strategies(tmp_path):
     code = OWN.format(root=str(ROOT))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_flowers_bundle_holds_every_file_of_code():
+    """What git ignores stays out of a bundle without a word: so would a package runs/, were .gitignore not anchored."""
+    from flwr.cli.build import build_fab_from_disk
+
+    bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT)))
+    code = {path.relative_to(ROOT).as_posix() for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
+    assert len(code) > 100
+    assert code <= set(bundle.namelist()), code - set(bundle.namelist())
