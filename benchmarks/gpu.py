@@ -42,10 +42,10 @@ from fedmom.bench import peaks  # noqa: E402
 from fedmom.convolutions import CONVOLUTIONS  # noqa: E402
 from fedmom.datasets import Dataset  # noqa: E402
 from fedmom.engine import Engine  # noqa: E402
+from fedmom.machine.precision import allow_tf32  # noqa: E402
 from fedmom.models import build_model  # noqa: E402
 from fedmom.objective import Classification  # noqa: E402
 from fedmom.partition import make_partition  # noqa: E402
-from fedmom.precision import allow_tf32  # noqa: E402
 from fedmom.rounds import Method  # noqa: E402
 from fedmom.schedules import LearningRate  # noqa: E402
 from fedmom.state import ClientState, to_device  # noqa: E402

@@ -5,7 +5,7 @@ import signal
 import sys
 
 from fedmom import supervise
-from fedmom.allocator import keep_freed_memory
+from fedmom.machine.allocator import keep_freed_memory
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import time
 from typing import Any, NamedTuple
 
 from fedmom.errors import InputError
-from fedmom.imports import one_line, place_of
+from fedmom.user_code import one_line, place_of
 from fedmom.worker_output import WorkerOutput
 
 BATCH_SECONDS = 0.03  # a batch ends after the message that takes it past this

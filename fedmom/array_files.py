@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmom.errors import InputError
-from fedmom.imports import one_line
+from fedmom.user_code import one_line
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 

@@ -21,8 +21,7 @@ from fedmom.errors import ClientsFailedError, InputError
 from fedmom.executors import PoolOptions
 from fedmom.files import at_home
 from fedmom.flower_app import simulate_app
-from fedmom.imports import memory_is_full, one_line
-from fedmom.output import steady_output
+from fedmom.machine.output import steady_output
 from fedmom.parsing import counted
 from fedmom.progress import Replies, callbacks, show_output
 from fedmom.records import CONFIG
@@ -45,6 +44,7 @@ from fedmom.terminal import (
     show_run,
 )
 from fedmom.trackers import Tracking
+from fedmom.user_code import memory_is_full, one_line
 
 
 class Commands(TyperGroup):

@@ -23,13 +23,13 @@ from fedmom.datasets import DATASETS
 from fedmom.engine import PATHS
 from fedmom.errors import InputError, unknown
 from fedmom.graphs import TOPOLOGIES, WEIGHTS
-from fedmom.imports import is_spec
 from fedmom.models import MODELS, NORMS
 from fedmom.parsing import as_list, read_toml, typed, without_brackets
 from fedmom.partition import PARTITIONS, QUANTITY_LAWS
 from fedmom.schedules import SCHEDULES, UNITS
 from fedmom.stock_rules import STRATEGIES
 from fedmom.topology import FILES
+from fedmom.user_code import is_spec
 
 Scalar = str | bool | int | float
 Check = Callable[[Any], str | None]  # value -> what would be right, or None where it is

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import unfold
 
-from fedmom.precision import convolves_in_tf32
+from fedmom.machine.precision import convolves_in_tf32
 from fedmom.timings import Timings
 
 convolution_backward = torch.ops.aten.convolution_backward

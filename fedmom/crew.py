@@ -22,16 +22,16 @@ from typing import NamedTuple
 
 from fedmom.callbacks import STOPPING, Callback
 from fedmom.config import Scalar, load, parse_sets
-from fedmom.cores import usable_cores
 from fedmom.errors import InputError
 from fedmom.files import CONFIG
-from fedmom.imports import one_line
+from fedmom.machine.cores import usable_cores
 from fedmom.progress import Quiet
 from fedmom.runner import run
 from fedmom.setup import share_of_gpus
 from fedmom.state import ClientState
 from fedmom.trackers import Tracking
 from fedmom.train import Record
+from fedmom.user_code import one_line
 
 LOOK_SECONDS = 0.5  # between two looks at the file that tells actors to end, and at whether the parent lives
 ONE_REQUEST_SECONDS = 1.0  # a scheduler may send several signals for one

@@ -20,9 +20,9 @@ from typing import Any
 
 from fedmom.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, Progress, Started
 from fedmom.errors import InputError, RayEndedError
-from fedmom.imports import one_line
+from fedmom.machine.scratch import ScratchFolder
 from fedmom.ray_start import PoolOptions, Watch, count_workers, first_line
-from fedmom.scratch import ScratchFolder
+from fedmom.user_code import one_line
 from fedmom.worker_output import printed
 
 WARM_UP_SECONDS = 60.0  # the straggler limit of a worker's first message, if longer: data are read, models built

@@ -7,8 +7,8 @@ from typing import Any
 from fedmom.actor import Actor, Failure, Packed
 from fedmom.dispatcher import WARM_UP_SECONDS, Dispatcher, Shared, Submitted
 from fedmom.errors import RayEndedError
-from fedmom.imports import one_line
 from fedmom.ray_start import PoolOptions, Watch, count_workers, start_ray
+from fedmom.user_code import one_line
 
 __all__ = ["WARM_UP_SECONDS", "Failure", "Pool", "PoolOptions", "Shared"]
 

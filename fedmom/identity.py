@@ -26,9 +26,9 @@ from fedmom.algorithms import ALGORITHMS
 from fedmom.config import KEYS, Config, flat
 from fedmom.errors import InputError
 from fedmom.files import at_home
-from fedmom.imports import is_own_file, is_spec, load_object
 from fedmom.objective import Classification, Task
 from fedmom.topology import FILES
+from fedmom.user_code import is_own_file, is_spec, load_object
 
 # Keys that may differ on resume without changing what is computed up to the rounds already done.
 LENGTH = ("run.num-rounds", "run.num-steps")

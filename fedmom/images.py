@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmom.errors import InputError
-from fedmom.imports import one_line
+from fedmom.user_code import one_line
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _LITTER = ("thumbs.db", "desktop.ini")  # of file managers; so are names that begin with a point

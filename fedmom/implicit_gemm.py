@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedmom.precision import convolves_in_tf32
+from fedmom.machine.precision import convolves_in_tf32
 
 
 @triton.jit

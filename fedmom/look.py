@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fedmom.algorithms import Correction, takes_key
 from fedmom.errors import InputError
-from fedmom.imports import one_line
 from fedmom.objective import Batch, Classification
 from fedmom.own_state import attributes, changed, same, shared_by
 from fedmom.rounds import Round
 from fedmom.state import ClientState, Tree
+from fedmom.user_code import one_line
 
 
 def look(task: Classification, start: ClientState, job: Round, correction: Correction | None) -> None:

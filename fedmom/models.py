@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedmom.dropout import address_dropout
 from fedmom.errors import InputError, unknown
-from fedmom.imports import is_spec, load_object, one_line
 from fedmom.places import cast, check_model, copied
+from fedmom.user_code import is_spec, load_object, one_line
 
 Shape = tuple[int, ...]  # of one example: (C, H, W) for images
 

@@ -17,7 +17,6 @@ from fedmom.choice import choose
 from fedmom.config import Config, Scalar, flat, load
 from fedmom.engine import Engine
 from fedmom.errors import InputError
-from fedmom.imports import blamed
 from fedmom.local_data import Common, one_of, read_source
 from fedmom.objective import Task
 from fedmom.resolve import resolve
@@ -25,6 +24,7 @@ from fedmom.rounds import Outcome
 from fedmom.setup import classification, make_plan, make_task, resolve_device, set_up_torch
 from fedmom.state import ClientState, Tree, row_of, to_device
 from fedmom.train import Plan, clients_job
+from fedmom.user_code import blamed
 
 
 def held_clients(node: int, num_nodes: int, num_clients: int) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmom.imports import is_own_file
+from fedmom.user_code import is_own_file
 
 _KEPT = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from fedmom.algorithms import MOMENTUM_POLICIES
-from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.choice import choose
 from fedmom.config import Config, flat, replace
@@ -22,7 +21,7 @@ from fedmom.engine import Engine
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.executors import WARM_UP_SECONDS
 from fedmom.gossip import mean_of
-from fedmom.imports import blamed, one_line
+from fedmom.machine.allocator import keep_freed_memory
 from fedmom.mixing import Block, combine, spread
 from fedmom.objective import Task
 from fedmom.parsing import counted
@@ -32,6 +31,7 @@ from fedmom.setup import actors_device, make_plan, make_task, pool_options, set_
 from fedmom.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
 from fedmom.topology import Mixing
 from fedmom.train import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
+from fedmom.user_code import blamed, one_line
 from fedmom.wire import as_tensor
 
 LINK_SECONDS = 60.0  # how long rows may take from actor to actor; simulation.straggler-seconds, if that is given

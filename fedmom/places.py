@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from fedmom.dropout import KEY
 from fedmom.errors import InputError
-from fedmom.imports import one_line
 from fedmom.state import Tree
+from fedmom.user_code import one_line
 
 T = TypeVar("T")
 

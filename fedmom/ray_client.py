@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from fedmom.errors import InputError
-from fedmom.imports import one_line
 from fedmom.ray_messages import (
     Answer,
     Content,
@@ -21,6 +20,7 @@ from fedmom.ray_messages import (
     pack,
     unpack,
 )
+from fedmom.user_code import one_line
 
 
 def load_component(kind: str, spec: str, app_dir: Path) -> Any:

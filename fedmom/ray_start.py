@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedmom.cores import usable_cores
 from fedmom.errors import InputError
-from fedmom.imports import one_line
+from fedmom.machine.cores import usable_cores
+from fedmom.user_code import one_line
 
 # Of a Unix socket's path, 107 bytes, Ray takes these: "/session_DATE_TIME_PID/sockets/plasma_store" and a number.
 _SOCKET_BYTES = 66

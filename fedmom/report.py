@@ -8,10 +8,10 @@ from pathlib import Path
 from fedmom import pictures
 from fedmom.errors import InputError
 from fedmom.history import thinned
-from fedmom.imports import one_line
 from fedmom.records import write_text
 from fedmom.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
 from fedmom.train import Record
+from fedmom.user_code import one_line
 
 
 def draw_report(runs: Sequence[RunHistory], out_dir: Path, notes: Sequence[str] = ()) -> dict[str, Path]:

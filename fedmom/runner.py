@@ -19,7 +19,6 @@ from fedmom.errors import ClientsFailedError, DivergedError, InputError
 from fedmom.files import at_home
 from fedmom.history import History, cut_back
 from fedmom.identity import identity_of
-from fedmom.imports import blamed, one_line
 from fedmom.objective import Task
 from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
 from fedmom.resolve import resolve, resume_config
@@ -28,6 +27,7 @@ from fedmom.setup import make_engine, make_plan, make_task, resolve_device
 from fedmom.state import num_bytes
 from fedmom.status import Heart, read_status
 from fedmom.train import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
+from fedmom.user_code import blamed, one_line
 
 # (configuration, task, plan) -> the configuration with what was chosen, who runs the rounds, and notes
 MakeRounds = Callable[[Config, Task, Plan], tuple[Config, Rounds, list[str]]]

@@ -1,5 +1,5 @@
 """What [tool.flwr.app.components] names: the ServerApp of strategies/, under a name that no project of a user's has."""
 
-from fedmom.imports import own_app
+from fedmom.user_code import own_app
 
 app = own_app("strategies")

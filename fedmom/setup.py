@@ -11,21 +11,20 @@ from fedmom.algorithms import ALGORITHMS, Correction, takes_key
 from fedmom.arrays import channel_axis, check_cast
 from fedmom.choice import choose
 from fedmom.config import Config, EngineConfig, replace
-from fedmom.cores import usable_cores
 from fedmom.datasets import Dataset, load_dataset
 from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.executors import PoolOptions
 from fedmom.gossip import GossipRounds
 from fedmom.graphs import Options
-from fedmom.imports import is_spec, load_object, one_line
 from fedmom.local_data import everything
-from fedmom.memory import free_bytes
+from fedmom.machine.cores import usable_cores
+from fedmom.machine.memory import free_bytes
+from fedmom.machine.precision import allow_tf32
 from fedmom.models import MODELS, build_model
 from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.partition import Partition, make_partition
-from fedmom.precision import allow_tf32
 from fedmom.quadratic import Quadratic
 from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds import Method, Rounds
@@ -33,6 +32,7 @@ from fedmom.schedules import LearningRate
 from fedmom.state import ClientState, Tree, num_bytes
 from fedmom.topology import Topology, make_topology
 from fedmom.train import Plan, beginning, round_job
+from fedmom.user_code import is_spec, load_object, one_line
 
 
 def load_task_data(config: Config) -> tuple[Dataset, Partition]:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 from fedmom.config import Scalar, flat, to_toml
 from fedmom.errors import InputError, unknown
-from fedmom.imports import one_line
 from fedmom.records import CONFIG, write_text
 from fedmom.runner import Callback, Result, Start
 from fedmom.state import ClientState
 from fedmom.train import Record
+from fedmom.user_code import one_line
 
 MEMORY = "tracking.json"  # in the run folder: under which ids trackers know the run, for a resume
 # The names that TensorBoard's users know; the others keep their own.

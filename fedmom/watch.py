@@ -17,7 +17,7 @@ from rich.text import Text
 from fedmom.collect import is_run, sweep_runs
 from fedmom.config import flat, to_toml
 from fedmom.follow import Follower
-from fedmom.output import nobody_reads
+from fedmom.machine.output import nobody_reads
 from fedmom.progress import describe
 from fedmom.status import STATUSES, read_status
 from fedmom.tables import MEASURES, finite

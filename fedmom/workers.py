@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedmom.allocator import keep_freed_memory
 from fedmom.averaging import WeightedMean
 from fedmom.config import Config, replace
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError
 from fedmom.executors import Failure, Pool
+from fedmom.machine.allocator import keep_freed_memory
 from fedmom.node import Node, Trained
 from fedmom.objective import Task
 from fedmom.parsing import counted

@@ -21,9 +21,9 @@ from fedmom.averaging import WeightedMean
 from fedmom.convolutions import CONVOLUTIONS
 from fedmom.engine import Engine
 from fedmom.errors import InputError
+from fedmom.machine.precision import exactly
 from fedmom.objective import Batch, Classification
 from fedmom.places import copied
-from fedmom.precision import exactly
 from fedmom.randomness import random_bits, uniform
 from fedmom.replays import COMINGS
 from fedmom.rounds import Method, Round

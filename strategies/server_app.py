@@ -16,9 +16,9 @@ from rich.console import Console
 from fedmom.config import Config, replace
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.files import at_home
+from fedmom.machine.output import steady_output
 from fedmom.node import settled
 from fedmom.objective import Task
-from fedmom.output import steady_output
 from fedmom.parsing import counted
 from fedmom.progress import callbacks
 from fedmom.records import ENDED, write_text

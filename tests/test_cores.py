@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fedmom import cores
+from fedmom.machine import cores
 
 V2 = {"proc/cgroup": "0::/a/b\n"}
 V1 = {"proc/cgroup": "3:cpu,cpuacct:/a\n2:memory:/x\n"}

@@ -14,9 +14,9 @@ from fedmom import config, identity
 from fedmom.config import load
 from fedmom.errors import InputError
 from fedmom.identity import identity_of
-from fedmom.imports import load_object
 from fedmom.records import CHECKPOINT, FINAL, read_about, read_rounds, read_tensors
 from fedmom.resolve import resolve
+from fedmom.user_code import load_object
 
 STORED = Path(__file__).parent / "stored"
 QUIET = [fedmom.Callback()]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import fedmom
-from fedmom import cli, output, pictures, terminal
-from fedmom.output import Output, steady_output
+from fedmom import cli, pictures, terminal
+from fedmom.machine import output
+from fedmom.machine.output import Output, steady_output
 from fedmom.records import CHECKPOINT, FINAL, read_about
 from fedmom.status import read_status
 

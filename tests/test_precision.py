@@ -7,7 +7,7 @@ from fedmom.algorithms import momentum_step
 from fedmom.config import load
 from fedmom.convolutions import _described
 from fedmom.errors import InputError
-from fedmom.precision import allow_tf32, convolves_in_tf32
+from fedmom.machine.precision import allow_tf32, convolves_in_tf32
 from fedmom.resolve import resolve
 from fedmom.rounds import Method
 from fedmom.setup import set_up_torch

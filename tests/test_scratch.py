@@ -10,11 +10,11 @@ import pytest
 
 from fedmom import ray_start
 from fedmom.errors import InputError
-from fedmom.scratch import ScratchFolder
+from fedmom.machine.scratch import ScratchFolder
 
 HOLDER = """
 import time
-from fedmom.scratch import ScratchFolder
+from fedmom.machine.scratch import ScratchFolder
 print(ScratchFolder().path, flush=True)
 time.sleep(60)
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedmom.config import KEYS, Config, flat
 from fedmom.errors import InputError
-from fedmom.imports import is_spec
+from fedmom.user_code import is_spec
 
 DATA = "/data"  # where every container has its own
 

@@ -1,5 +1,5 @@
 """clients/ under a name that no project of a user's has, and that can be imported wherever fedmom is: for pickles."""
 
-from fedmom.imports import own_folder
+from fedmom.user_code import own_folder
 
 __path__ = [own_folder("clients")]
