@@ -6,7 +6,7 @@ The client turns its arrays into torch tensors and sends them back; the server i
 * `floor`: the same ClientApp called in this process, one call after the other, and FedAvg's aggregation of the replies;
   no transport at all. What the two cost together per client, on one core.
 * `flower`: `flwr run` with a SuperLink of its own, which this script ends.
-* `fedmom`: `fedmom.flower_app.simulate_app`.
+* `fedmom`: `fedmom.simulate_app`.
 * `fedmom, PRSGDM`: the same with fedmom's own strategy, whose sums stream.
 
 Then, without --no-digits, real training: 100 clients on digits, by the engine, by our Grid (one client per node, and

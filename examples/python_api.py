@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 import fedmom
-from fedmom.models import build_model
 
 CONFIG = {
     "data": {"num-clients": 10, "alpha": 0.3},  # real digits
@@ -38,7 +37,7 @@ def main() -> float:
         result = fedmom.run(resume=folder, sets={"run.num-rounds": 20}, callbacks=[fedmom.Callback()])
     assert result.status == "done"
 
-    model = build_model("mlp", (1, 8, 8), 10, seed=0, hidden=32)
+    model = fedmom.build_model("mlp", (1, 8, 8), 10, seed=0, hidden=32)
     model.load_state_dict(result.state_dict)
     model.eval()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; logits {model(torch.zeros(1, 1, 8, 8)).shape}")

@@ -1,6 +1,7 @@
 """fedmom: federated momentum SGD that averages the model and the momentum.
 
 `fedmom.run(config)` runs a configuration from Python; the command `fedmom run` does the same with a run folder.
+All public names are attributes of this package; docs/api.md describes them.
 """
 
 import os
@@ -11,21 +12,72 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from fedmom.config import Config, load
-    from fedmom.errors import DivergedError, InputError
-    from fedmom.runner import Callback, Result, run
+    from fedmom.algorithms import local_step as local_step
+    from fedmom.callbacks import Callback as Callback
+    from fedmom.callbacks import Result as Result
+    from fedmom.callbacks import Start as Start
+    from fedmom.comparison import all_sheets as all_sheets
+    from fedmom.config import Config as Config
+    from fedmom.config import load as load
+    from fedmom.datasets import Dataset as Dataset
+    from fedmom.errors import ClientsFailedError as ClientsFailedError
+    from fedmom.errors import DivergedError as DivergedError
+    from fedmom.errors import InputError as InputError
+    from fedmom.flower_app import simulate_app as simulate_app
+    from fedmom.groups import group_runs as group_runs
+    from fedmom.models import build_model as build_model
+    from fedmom.page.write import write_page as write_page
+    from fedmom.randomness import normal_like as normal_like
+    from fedmom.ray_grid import RayGrid as RayGrid
+    from fedmom.runner import run as run
+    from fedmom.status import Status as Status
+    from fedmom.status import read_status as read_status
+    from fedmom.topology import make_topology as make_topology
+    from fedmom.trackers import Tracked as Tracked
+    from fedmom.trackers import Tracker as Tracker
+    from fedmom.trackers import Tracking as Tracking
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "Config", "DivergedError", "InputError", "Result", "load", "run"]
-_HOME = {"Config": "config", "load": "config", "DivergedError": "errors", "InputError": "errors"}
+# The public names and the modules that define them; mypy reads the imports above, which a test holds equal to it.
+_HOME = {
+    "Callback": "fedmom.callbacks",
+    "ClientsFailedError": "fedmom.errors",
+    "Config": "fedmom.config",
+    "Dataset": "fedmom.datasets",
+    "DivergedError": "fedmom.errors",
+    "InputError": "fedmom.errors",
+    "RayGrid": "fedmom.ray_grid",
+    "Result": "fedmom.callbacks",
+    "Start": "fedmom.callbacks",
+    "Status": "fedmom.status",
+    "Tracked": "fedmom.trackers",
+    "Tracker": "fedmom.trackers",
+    "Tracking": "fedmom.trackers",
+    "all_sheets": "fedmom.comparison",
+    "build_model": "fedmom.models",
+    "group_runs": "fedmom.groups",
+    "load": "fedmom.config",
+    "local_step": "fedmom.algorithms",
+    "make_topology": "fedmom.topology",
+    "normal_like": "fedmom.randomness",
+    "read_status": "fedmom.status",
+    "run": "fedmom.runner",
+    "simulate_app": "fedmom.flower_app",
+    "write_page": "fedmom.page.write",
+}
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     """Import torch and the rest when first used, so that the command can answer Ctrl-C while it loads them."""
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'fedmom' has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f"fedmom.{_HOME.get(name, 'runner')}"), name)
+    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

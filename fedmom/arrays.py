@@ -62,7 +62,7 @@ def count_classes(key: str, highest: int, num_examples: int) -> int:
         raise InputError(
             f"{key}: has a label {highest} among {num_examples} examples, and a model has an output for each of 0 to "
             f"the highest: renumber them (np.unique(y, return_inverse=True)[1], over train and test together), or "
-            'return a fedmom.datasets.Dataset, which says num_classes, from a "module:function"'
+            'return a fedmom.Dataset, which says num_classes, from a "module:function"'
         )
     return highest + 1
 
@@ -109,7 +109,7 @@ def _images(what: str, x: Tensor, channels: int | None) -> Tensor:
     axis = channel_axis(shape[1:], channels)
     if axis is None:
         raise InputError(
-            f"{what} has shape {shape}: its channels could be axis 1 or axis 3; return a fedmom.datasets.Dataset from "
+            f"{what} has shape {shape}: its channels could be axis 1 or axis 3; return a fedmom.Dataset from "
             'a "module:function": its mean has one number for each channel'
         )
     return x if axis == 0 else x.movedim(3, 1).contiguous()

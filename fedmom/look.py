@@ -142,7 +142,7 @@ def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> Non
         shared = shared_by(owner)
         answers = [correction({n: g.clone() for n, g in grads.items()}, *given, **more) for _ in range(2)]
         if name := _drawn(before):
-            advice = "take a parameter `key`, and fedmom.randomness.normal_like(g, key, number of g)"
+            advice = "take a parameter `key`, and fedmom.normal_like(g, key, number of g)"
             raise InputError(f"{said} draws random numbers of {name}, so that no run can be repeated; {advice}")
     for x in given:
         if name := _first_that_differs((x, {}, torch.zeros(())), (params, {}, torch.zeros(())), ""):

@@ -42,7 +42,7 @@ class Mixed(NamedTuple):
 class DSGDM(Strategy):
     """Decentralized momentum SGD, relayed: every client has its own x and u, mixed with W after I local steps.
 
-    topology: W_t, from `fedmom.topology.make_topology`; method: β and the momentum policy (`fedmom.rounds.Method`).
+    topology: W_t, from `fedmom.make_topology`; method: β and the momentum policy (`Method`).
     lr: γ, needed by policy "quasi-global" alone, where the replies' metric `lr` does not tell it.
     on_failure, min_clients, retries: see `strategies.failures.Clients`. Under "proceed" a client that does not answer
     keeps its row, and the weights of its links go to both diagonals; that needs a symmetric W.

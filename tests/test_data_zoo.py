@@ -84,7 +84,7 @@ IMAGE_ARRAYS = [
         says="channels could be axis 1 or axis 3",
         why="both look like colours",
     ),
-    Row("uint8 `[n, 8, 8, 8]`", lambda: u8(4, 8, 8, 8), says="return a fedmom.datasets.Dataset", why="any axis fits"),
+    Row("uint8 `[n, 8, 8, 8]`", lambda: u8(4, 8, 8, 8), says="return a fedmom.Dataset", why="any axis fits"),
     Row(
         "uint8 `[n, 20, 30, 25]`",
         lambda: u8(4, 20, 30, 25),
