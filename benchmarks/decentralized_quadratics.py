@@ -16,11 +16,11 @@ import torch
 import fedmom
 from fedmom.engine import Engine
 from fedmom.gossip import GossipRounds
+from fedmom.method.schedules import LearningRate
+from fedmom.method.state import ClientState
+from fedmom.method.topology import Topology, make_topology
 from fedmom.quadratic import Quadratic, X
 from fedmom.rounds import Method
-from fedmom.schedules import LearningRate
-from fedmom.state import ClientState
-from fedmom.topology import Topology, make_topology
 from fedmom.train import Plan, beginning, run_rounds
 
 CONFIGURATION = "configs/decentralized/quadratic.toml"

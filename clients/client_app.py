@@ -22,8 +22,8 @@ from torch import Tensor
 from fedmom.errors import InputError
 from fedmom.files import at_home
 from fedmom.local_data import client_source, facts_of, from_record, read_source
+from fedmom.method.state import Tree, flatten, unflatten
 from fedmom.node import Local, Node, held_clients, settled, warm_node
-from fedmom.state import Tree, flatten, unflatten
 from fedmom.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 
 app = ClientApp()

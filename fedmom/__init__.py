@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from fedmom.algorithms import local_step as local_step
     from fedmom.callbacks import Callback as Callback
     from fedmom.callbacks import Result as Result
     from fedmom.callbacks import Start as Start
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from fedmom.errors import InputError as InputError
     from fedmom.flower_app import simulate_app as simulate_app
     from fedmom.groups import group_runs as group_runs
+    from fedmom.method.algorithms import local_step as local_step
+    from fedmom.method.topology import make_topology as make_topology
     from fedmom.models import build_model as build_model
     from fedmom.page.write import write_page as write_page
     from fedmom.randomness import normal_like as normal_like
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from fedmom.runner import run as run
     from fedmom.status import Status as Status
     from fedmom.status import read_status as read_status
-    from fedmom.topology import make_topology as make_topology
     from fedmom.trackers import Tracked as Tracked
     from fedmom.trackers import Tracker as Tracker
     from fedmom.trackers import Tracking as Tracking
@@ -57,8 +57,8 @@ _HOME = {
     "build_model": "fedmom.models",
     "group_runs": "fedmom.groups",
     "load": "fedmom.config",
-    "local_step": "fedmom.algorithms",
-    "make_topology": "fedmom.topology",
+    "local_step": "fedmom.method.algorithms",
+    "make_topology": "fedmom.method.topology",
     "normal_like": "fedmom.randomness",
     "read_status": "fedmom.status",
     "run": "fedmom.runner",

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedmom.config import Config
 from fedmom.engine import Engine
 from fedmom.gossip import GossipRounds
+from fedmom.method.state import ClientState, num_bytes
 from fedmom.objective import Batch, Classification, Task
 from fedmom.rounds import Rounds
 from fedmom.runner import local_rounds
 from fedmom.setup import make_plan, make_task, resolve_device
-from fedmom.state import ClientState, num_bytes
 from fedmom.timings import now
 from fedmom.train import Plan, beginning, round_job, run_rounds
 

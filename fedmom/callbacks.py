@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from fedmom.config import Config
-from fedmom.state import ClientState, Tree
+from fedmom.method.state import ClientState, Tree
 from fedmom.train import Record
 
 # Signals that ask a run to end.

@@ -7,18 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.apart import mixes_by
 from fedmom.engine import FOLDED_PATHS, Engine
 from fedmom.errors import InputError
 from fedmom.layers import FoldError
 from fedmom.look import look, look_at_correction
 from fedmom.machine.memory import free_bytes
+from fedmom.method.algorithms import MOMENTUM_POLICIES
+from fedmom.method.state import ClientState, num_bytes
 from fedmom.objective import Classification, Task
 from fedmom.replays import COMINGS
 from fedmom.rounds import Method, Round, part_of
 from fedmom.stack import Stack
-from fedmom.state import ClientState, num_bytes
 from fedmom.timings import now
 from fedmom.user_code import one_line
 from fedmom.yardstick import Yardstick

@@ -17,18 +17,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmom.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
 from fedmom.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.datasets import DATASETS
 from fedmom.engine import PATHS
 from fedmom.errors import InputError, unknown
-from fedmom.graphs import TOPOLOGIES, WEIGHTS
+from fedmom.method.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
+from fedmom.method.graphs import TOPOLOGIES, WEIGHTS
+from fedmom.method.schedules import SCHEDULES, UNITS
+from fedmom.method.topology import FILES
 from fedmom.models import MODELS, NORMS
 from fedmom.parsing import as_list, read_toml, typed, without_brackets
 from fedmom.partition import PARTITIONS, QUANTITY_LAWS
-from fedmom.schedules import SCHEDULES, UNITS
 from fedmom.stock_rules import STRATEGIES
-from fedmom.topology import FILES
 from fedmom.user_code import is_spec
 
 Scalar = str | bool | int | float

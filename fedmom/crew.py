@@ -25,10 +25,10 @@ from fedmom.config import Scalar, load, parse_sets
 from fedmom.errors import InputError
 from fedmom.files import CONFIG
 from fedmom.machine.cores import usable_cores
+from fedmom.method.state import ClientState
 from fedmom.progress import Quiet
 from fedmom.runner import run
 from fedmom.setup import share_of_gpus
-from fedmom.state import ClientState
 from fedmom.trackers import Tracking
 from fedmom.train import Record
 from fedmom.user_code import one_line

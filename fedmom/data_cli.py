@@ -15,12 +15,12 @@ from fedmom.bench import bench as measure
 from fedmom.config import KEYS, flat, load, replace, toml_scalar
 from fedmom.datasets import DATASETS, download
 from fedmom.errors import InputError
+from fedmom.method.topology import LARGEST_SPECTRUM
 from fedmom.models import MODELS
 from fedmom.report import draw_or_say_why
 from fedmom.resolve import resolve
 from fedmom.setup import load_task_data, topology_of
 from fedmom.terminal import DONE, Sets
-from fedmom.topology import LARGEST_SPECTRUM
 from fedmom.topology_pictures import draw_topology
 from fedmom.user_code import blamed
 

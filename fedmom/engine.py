@@ -12,14 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fedmom.algorithms import MOMENTUM_POLICIES, local_step, takes_key
-from fedmom.averaging import WeightedMean
-from fedmom.objective import Task
-from fedmom.randomness import random_bits
-from fedmom.replays import Replays
-from fedmom.rounds import Method, Outcome, Progress, Round, part_of
-from fedmom.stack import Stack
-from fedmom.state import (
+from fedmom.method.algorithms import MOMENTUM_POLICIES, local_step, takes_key
+from fedmom.method.averaging import WeightedMean
+from fedmom.method.state import (
     ClientState,
     Tree,
     concatenated,
@@ -29,6 +24,11 @@ from fedmom.state import (
     stacked,
     where,
 )
+from fedmom.objective import Task
+from fedmom.randomness import random_bits
+from fedmom.replays import Replays
+from fedmom.rounds import Method, Outcome, Progress, Round, part_of
+from fedmom.stack import Stack
 from fedmom.went import Distances, Went, distances
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedmom.algorithms import momentum_step
-from fedmom.state import ClientState
+from fedmom.method.algorithms import momentum_step
+from fedmom.method.state import ClientState
 
 
 class Numbers(NamedTuple):

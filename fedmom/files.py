@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedmom.errors import InputError
-from fedmom.state import Tree
+from fedmom.method.state import Tree
 
 CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
 MANIFEST = "sweep.json"  # of a sweep's folder: what runs there are to be, and how each ended

@@ -6,12 +6,12 @@ Yu, Jin, Yang (ICML 2019), Algorithm 2 (there I = 1). The local steps are the en
 import torch
 from torch import Tensor
 
-from fedmom.averaging import WeightedMean
 from fedmom.engine import Engine
-from fedmom.mixing import Blocks, combine, spread
+from fedmom.method.averaging import WeightedMean
+from fedmom.method.mixing import Blocks, combine, spread
+from fedmom.method.state import ClientState, to_device
+from fedmom.method.topology import Mixing, Topology
 from fedmom.rounds import Method, Outcome, Progress, Round
-from fedmom.state import ClientState, to_device
-from fedmom.topology import Mixing, Topology
 
 
 def mean_of(rows: ClientState, running_var: str = "pooled") -> ClientState:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.algorithms import Correction, takes_key
 from fedmom.errors import InputError
+from fedmom.method.algorithms import Correction, takes_key
+from fedmom.method.state import ClientState, Tree
 from fedmom.objective import Batch, Classification
 from fedmom.own_state import attributes, changed, same, shared_by
 from fedmom.rounds import Round
-from fedmom.state import ClientState, Tree
 from fedmom.user_code import one_line
 
 

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.choice import choose
 from fedmom.config import Config, Scalar, flat, load
 from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.local_data import Common, one_of, read_source
+from fedmom.method.algorithms import MOMENTUM_POLICIES
+from fedmom.method.state import ClientState, Tree, row_of, to_device
 from fedmom.objective import Task
 from fedmom.resolve import resolve
 from fedmom.rounds import Outcome
 from fedmom.setup import classification, make_plan, make_task, resolve_device, set_up_torch
-from fedmom.state import ClientState, Tree, row_of, to_device
 from fedmom.train import Plan, clients_job
 from fedmom.user_code import blamed
 

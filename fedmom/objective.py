@@ -13,10 +13,10 @@ from fedmom.batches import Sampler, crop_flip, normalised
 from fedmom.datasets import Dataset
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes, sizes_made
+from fedmom.method.state import ClientState, Tree, initial_state
 from fedmom.partition import Partition
 from fedmom.places import BoundedGathers, Places, cast, check_model, copied
 from fedmom.randomness import DROPOUT, random_bits
-from fedmom.state import ClientState, Tree, initial_state
 from fedmom.user_code import one_line
 
 _PIECE, _FEW = 500, 2  # examples judged at a time: at most, at least

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmom.algorithms import MOMENTUM_POLICIES
-from fedmom.averaging import WeightedMean
 from fedmom.choice import choose
 from fedmom.config import Config, flat, replace
 from fedmom.engine import Engine
@@ -22,14 +20,16 @@ from fedmom.errors import ClientsFailedError, InputError
 from fedmom.executors import WARM_UP_SECONDS
 from fedmom.gossip import mean_of
 from fedmom.machine.allocator import keep_freed_memory
-from fedmom.mixing import Block, combine, spread
+from fedmom.method.algorithms import MOMENTUM_POLICIES
+from fedmom.method.averaging import WeightedMean
+from fedmom.method.mixing import Block, combine, spread
+from fedmom.method.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
+from fedmom.method.topology import Mixing
 from fedmom.objective import Task
 from fedmom.parsing import counted
 from fedmom.ray_start import Watch, join_ray
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import actors_device, make_plan, make_task, pool_options, set_up_torch
-from fedmom.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
-from fedmom.topology import Mixing
 from fedmom.train import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
 from fedmom.user_code import blamed, one_line
 from fedmom.wire import as_tensor

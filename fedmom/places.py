@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedmom.dropout import KEY
 from fedmom.errors import InputError
-from fedmom.state import Tree
+from fedmom.method.state import Tree
 from fedmom.user_code import one_line
 
 T = TypeVar("T")

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from fedmom.algorithms import ALGORITHMS
+from fedmom.method.algorithms import ALGORITHMS
+from fedmom.method.state import ClientState
 from fedmom.parsing import counted
 from fedmom.runner import Callback, Result, Start
-from fedmom.state import ClientState
 from fedmom.train import Record
 
 _SECONDS_BETWEEN_LINES = 2.0

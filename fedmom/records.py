@@ -36,7 +36,7 @@ from fedmom.files import write_text as write_text
 from fedmom.history import last_round as last_round
 from fedmom.history import read_rounds as read_rounds
 from fedmom.identity import Identity
-from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
+from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.train import Progressed, Record
 
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.config import KEYS, AlgorithmConfig, Config, Loaded, Scalar, flat, load, replace
 from fedmom.errors import InputError
 from fedmom.identity import LENGTH, PLACE
+from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
+from fedmom.method.schedules import SCHEDULES
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.records import CONFIG
-from fedmom.schedules import SCHEDULES
 from fedmom.stock_rules import OURS, check_strategy, idle_keys
 
 # Values with which a key leaves the choice to the engine; a resumed run keeps what was chosen.

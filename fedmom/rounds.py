@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fedmom.algorithms import Correction
-from fedmom.state import ClientState, Tree, rows_of, to_device
+from fedmom.method.algorithms import Correction
+from fedmom.method.state import ClientState, Tree, rows_of, to_device
 
 Progress = Callable[[int], None]  # client-steps done since the last call
 

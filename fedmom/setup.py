@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.algorithms import ALGORITHMS, Correction, takes_key
 from fedmom.arrays import channel_axis, check_cast
 from fedmom.choice import choose
 from fedmom.config import Config, EngineConfig, replace
@@ -16,11 +15,15 @@ from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.executors import PoolOptions
 from fedmom.gossip import GossipRounds
-from fedmom.graphs import Options
 from fedmom.local_data import everything
 from fedmom.machine.cores import usable_cores
 from fedmom.machine.memory import free_bytes
 from fedmom.machine.precision import allow_tf32
+from fedmom.method.algorithms import ALGORITHMS, Correction, takes_key
+from fedmom.method.graphs import Options
+from fedmom.method.schedules import LearningRate
+from fedmom.method.state import ClientState, Tree, num_bytes
+from fedmom.method.topology import Topology, make_topology
 from fedmom.models import MODELS, build_model
 from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
@@ -28,9 +31,6 @@ from fedmom.partition import Partition, make_partition
 from fedmom.quadratic import Quadratic
 from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds import Method, Rounds
-from fedmom.schedules import LearningRate
-from fedmom.state import ClientState, Tree, num_bytes
-from fedmom.topology import Topology, make_topology
 from fedmom.train import Plan, beginning, round_job
 from fedmom.user_code import is_spec, load_object, one_line
 

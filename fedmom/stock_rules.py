@@ -5,8 +5,8 @@ The one table of them; strategies/stock.py makes what is named here.
 
 from typing import NamedTuple
 
-from fedmom.algorithms import MOMENTUM_POLICIES
 from fedmom.errors import InputError
+from fedmom.method.algorithms import MOMENTUM_POLICIES
 
 OURS = "pr-sgd-m"
 

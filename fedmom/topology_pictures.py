@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from fedmom.graphs import torus_shape
+from fedmom.method.graphs import torus_shape
+from fedmom.method.topology import Topology
 from fedmom.pictures import COLOURS, DARK, LIGHT, _figure, _plain, _save
-from fedmom.topology import Topology
 
 MAX_ARROWS = 80  # links; more are drawn as plain lines
 MAX_LABELS = 40  # clients

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 from fedmom.config import Scalar, flat, to_toml
 from fedmom.errors import InputError, unknown
+from fedmom.method.state import ClientState
 from fedmom.records import CONFIG, write_text
 from fedmom.runner import Callback, Result, Start
-from fedmom.state import ClientState
 from fedmom.train import Record
 from fedmom.user_code import one_line
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmom.averaging import WeightedMean
 from fedmom.factors import Factors
-from fedmom.state import ClientState, Tree
+from fedmom.method.averaging import WeightedMean
+from fedmom.method.state import ClientState, Tree
 
 F64 = torch.float64
 _SMALL = 1 << 14  # numbers: tensors up to this are taken together, since calls cost more there than passes

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedmom.averaging import WeightedMean
 from fedmom.config import Config, replace
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError
 from fedmom.executors import Failure, Pool
 from fedmom.machine.allocator import keep_freed_memory
+from fedmom.method.averaging import WeightedMean
+from fedmom.method.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
 from fedmom.node import Node, Trained
 from fedmom.objective import Task
 from fedmom.parsing import counted
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import actors_device, pool_options
-from fedmom.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
 from fedmom.train import Plan
 from fedmom.wire import as_tensor
 

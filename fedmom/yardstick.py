@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
-from fedmom.algorithms import MOMENTUM_POLICIES, takes_key
-from fedmom.averaging import WeightedMean
 from fedmom.convolutions import CONVOLUTIONS
 from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.machine.precision import exactly
+from fedmom.method.algorithms import MOMENTUM_POLICIES, takes_key
+from fedmom.method.averaging import WeightedMean
+from fedmom.method.state import ClientState, row_of
 from fedmom.objective import Batch, Classification
 from fedmom.places import copied
 from fedmom.randomness import random_bits, uniform
 from fedmom.replays import COMINGS
 from fedmom.rounds import Method, Round
-from fedmom.state import ClientState, row_of
 
 F64 = torch.float64
 _CLIENTS, _CHUNK = 3, 2  # so that the last chunk is shorter

@@ -16,10 +16,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedmom.algorithms import MOMENTUM_POLICIES, slow_step
-from fedmom.averaging import WeightedMean
 from fedmom.errors import InputError
-from fedmom.state import ClientState, Tree, flatten, unflatten, zeros_like
+from fedmom.method.algorithms import MOMENTUM_POLICIES, slow_step
+from fedmom.method.averaging import WeightedMean
+from fedmom.method.state import ClientState, Tree, flatten, unflatten, zeros_like
 from fedmom.train import cohort
 
 from .failures import Clients

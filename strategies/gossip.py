@@ -20,11 +20,11 @@ from torch import Tensor
 
 from fedmom.errors import InputError
 from fedmom.gossip import exchange, mean_of, outcome_of
-from fedmom.mixing import Blocks
+from fedmom.method.mixing import Blocks
+from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
+from fedmom.method.topology import Mixing, Topology
 from fedmom.objective import Task
 from fedmom.rounds import Method, Outcome, Progress, Round
-from fedmom.state import ClientState, flatten, rows_of, stacked, unflatten
-from fedmom.topology import Mixing, Topology
 
 from .failures import Clients
 from .updates import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack

@@ -8,9 +8,9 @@ from flwr.serverapp import Grid
 from fedmom.config import Config
 from fedmom.errors import ClientsFailedError
 from fedmom.local_data import Common, Facts, agreed, as_record, none_of, read_server
+from fedmom.method.state import ClientState, flatten
 from fedmom.objective import Classification
 from fedmom.setup import classification
-from fedmom.state import ClientState, flatten
 
 from .failures import Clients
 from .updates import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory

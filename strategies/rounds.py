@@ -8,11 +8,11 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedmom.averaging import WeightedMean
 from fedmom.errors import ClientsFailedError
+from fedmom.method.averaging import WeightedMean
+from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.objective import Task
 from fedmom.rounds import Outcome, Progress, Round
-from fedmom.state import ClientState, Tree, flatten, to_device, unflatten
 
 from .averaging import PRSGDM, SPREADS, Answer
 from .failures import Clients

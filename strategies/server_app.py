@@ -17,6 +17,7 @@ from fedmom.config import Config, replace
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.files import at_home
 from fedmom.machine.output import steady_output
+from fedmom.method.state import num_bytes
 from fedmom.node import settled
 from fedmom.objective import Task
 from fedmom.parsing import counted
@@ -25,7 +26,6 @@ from fedmom.records import ENDED, write_text
 from fedmom.report import finished
 from fedmom.rounds import Rounds
 from fedmom.runner import Callback, is_heard, run
-from fedmom.state import num_bytes
 from fedmom.train import Plan
 
 from .averaging import PRSGDM

@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import (
 
 from fedmom.config import Config, ServerConfig
 from fedmom.errors import InputError
-from fedmom.state import ClientState
+from fedmom.method.state import ClientState
 from fedmom.stock_rules import STRATEGIES
 
 from .holders import Holder

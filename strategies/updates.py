@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from flwr.app import Array, ArrayRecord, Message
 from flwr.serverapp import Grid
 
-from fedmom.state import ClientState, Tree, unflatten
+from fedmom.method.state import ClientState, Tree, unflatten
 from fedmom.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 
 ARRAYS, CONFIG, ROWS, ABOUT = "arrays", "config", "rows", "clients"  # names of the records in a message

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedmom.averaging import WeightedMean
-from fedmom.state import ClientState
+from fedmom.method.averaging import WeightedMean
+from fedmom.method.state import ClientState
 
 F64 = torch.float64
 

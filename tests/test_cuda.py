@@ -13,9 +13,9 @@ from fedmom.convolutions import CONVOLUTIONS
 from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.gossip import GossipRounds
+from fedmom.method.topology import make_topology
 from fedmom.resolve import resolve
 from fedmom.setup import pool_options, resolve_device
-from fedmom.topology import make_topology
 from fedmom.train import beginning, round_job, run_rounds
 from fedmom.workers import make_worker_rounds
 from pretend_cuda import CUDA, clock, pretend

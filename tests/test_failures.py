@@ -13,11 +13,11 @@ from test_flower import QUADRATIC, RESNET, by_engine, by_flower, fails
 from clients.client_app import app as client_app
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.gossip import mean_of
+from fedmom.method.state import flatten
+from fedmom.method.topology import make_topology
 from fedmom.node import warm_node
 from fedmom.rounds import Method
 from fedmom.runner import Callback, listening
-from fedmom.state import flatten
-from fedmom.topology import make_topology
 from grids import LocalGrid, run_config
 from strategies.averaging import PRSGDM
 from strategies.dispatch import anew, exchange

@@ -6,18 +6,18 @@ import torch
 
 import fedmom
 import laws
-from fedmom.algorithms import MOMENTUM_POLICIES, exchange_average, start_average
 from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.gossip import GossipRounds, mean_of
-from fedmom.graphs import TOPOLOGIES
-from fedmom.mixing import Block, mix_buffers
+from fedmom.method.algorithms import MOMENTUM_POLICIES, exchange_average, start_average
+from fedmom.method.graphs import TOPOLOGIES
+from fedmom.method.mixing import Block, mix_buffers
+from fedmom.method.schedules import LearningRate
+from fedmom.method.state import ClientState
+from fedmom.method.topology import Mixing, Topology, make_topology
 from fedmom.quadratic import Quadratic, X
 from fedmom.records import read_rounds, read_tensors
 from fedmom.rounds import Method
-from fedmom.schedules import LearningRate
-from fedmom.state import ClientState
-from fedmom.topology import Mixing, Topology, make_topology
 from fedmom.train import Plan, beginning, evaluate_rows, round_job, run_rounds
 from laws import Trajectory, close, sample_problem, table
 from runs import engine_runner, image_task

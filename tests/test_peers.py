@@ -14,11 +14,11 @@ import torch
 import fedmom
 from fedmom.config import load
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.method.topology import make_topology
 from fedmom.peers import PeerRounds, senders, without_blocks
 from fedmom.records import read_about, read_rounds, read_tensors
 from fedmom.resolve import resolve
 from fedmom.setup import make_plan, make_task
-from fedmom.topology import make_topology
 from fedmom.train import beginning, run_rounds
 
 ROOT = Path(__file__).parents[1]
@@ -193,7 +193,7 @@ def test_a_lost_link_can_be_skipped_where_w_is_symmetric(monkeypatch):
     fewer = without_blocks(ring, [np.array([0, 1, 2]), np.array([3, 4])], [(0, 1)])
     from fedmom.engine import Engine
     from fedmom.gossip import GossipRounds
-    from fedmom.topology import Topology
+    from fedmom.method.topology import Topology
 
     alone = plan._replace(topology=Topology("fewer", [fewer]))
     engine = GossipRounds(Engine(task, plan.method, path="vmap", chunk_size=5), alone.topology, "cpu")

@@ -9,11 +9,11 @@ from test_flower import QUADRATIC, RESNET, assert_same, by_engine, by_flower
 import fedmom
 from clients.client_app import app as client_app
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.method.state import flatten
+from fedmom.method.topology import make_topology
 from fedmom.node import warm_node
 from fedmom.records import read_rounds
 from fedmom.rounds import Method
-from fedmom.state import flatten
-from fedmom.topology import make_topology
 from grids import LocalGrid, run_config
 from strategies.gossip import DSGDM
 from strategies.updates import pack, unpack

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmom.schedules import SCHEDULES, UNITS, Horizon, LearningRate
+from fedmom.method.schedules import SCHEDULES, UNITS, Horizon, LearningRate
 
 # The paper's CIFAR-10 run: 8 clients, 64 examples each per step, 160 passes over 50,000 examples.
 PER_EPOCH = 50_000 / (8 * 64)  # 97.65625 steps

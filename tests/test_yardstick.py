@@ -13,8 +13,8 @@ from fedmom import yardstick
 from fedmom.choice import choose
 from fedmom.engine import PATHS, Engine
 from fedmom.errors import InputError
+from fedmom.method.state import row_of
 from fedmom.objective import Batch, Classification
-from fedmom.state import row_of
 from fedmom.train import beginning, round_job
 from fedmom.yardstick import Yardstick
 from runs import image_task, run_plan, simple_plan

@@ -15,10 +15,10 @@ from fedmom.deploy.bundle import DATA
 from fedmom.deploy.commands import CONNECTION, CommandError, Commands, superlink
 from fedmom.deploy.remote import VOLUME, RemoteRuns
 from fedmom.errors import InputError
+from fedmom.method.state import ClientState
 from fedmom.records import CHECKPOINT, CONFIG, read_about, write_text
 from fedmom.resolve import resolve, resume_config
 from fedmom.runner import Callback, Start
-from fedmom.state import ClientState
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_TO_END = 60.0  # of the server's app, once its run is over or was stopped

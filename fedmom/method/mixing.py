@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.algorithms import MOMENTUM_POLICIES, Rows
-from fedmom.state import ClientState, Tree
-from fedmom.topology import Mixing
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Rows
+from fedmom.method.state import ClientState, Tree
+from fedmom.method.topology import Mixing
 
 # Above this share of non-zero entries, and for few clients, one dense product is faster (measured: docs/log.md).
 _DENSE_SHARE, _DENSE_CLIENTS = 0.07, 64

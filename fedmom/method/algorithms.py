@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fedmom.state import ClientState, Tree, zeros_like
+from fedmom.method.state import ClientState, Tree, zeros_like
 
 # gradient(params, buffers, batch) -> (gradients, buffers after the forward pass, loss)
 Gradient = Callable[[Tree, Tree, Any], tuple[Tree, Tree, Tensor]]

@@ -8,7 +8,7 @@ chunk size gives the same mean to rounding. Means and squared deviations are mer
 import torch
 from torch import Tensor
 
-from fedmom.state import ClientState, Tree
+from fedmom.method.state import ClientState, Tree
 
 F64 = torch.float64
 _MEAN, _VAR = "running_mean", "running_var"

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedmom.errors import InputError, unknown
 from fedmom.files import at_home
-from fedmom.graphs import TOPOLOGIES, WEIGHTS, Edges, Options
+from fedmom.method.graphs import TOPOLOGIES, WEIGHTS, Edges, Options
 
 TOLERANCE = 1e-8  # of row and column sums: matrices in files are rounded
 FILES = (".npy", ".csv", ".edges")
