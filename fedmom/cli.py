@@ -15,10 +15,10 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from fedmom import data_cli, results_cli, supervise, sweep_cli
+from fedmom.actors.pool import PoolOptions
 from fedmom.config import load, parse_sets
 from fedmom.deploy.cli import app as deploy_app
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.executors import PoolOptions
 from fedmom.files import at_home
 from fedmom.flower_app import simulate_app
 from fedmom.machine.output import steady_output

@@ -264,7 +264,7 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
 
     Raises KeyboardInterrupt at its end where it was asked to end before.
     """
-    from fedmom.executors import Failure, Pool, PoolOptions
+    from fedmom.actors.pool import Failure, Pool, PoolOptions
 
     here = os.getcwd()
     work = work._replace(threads=max(1, usable_cores() // workers))

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedmom.actors.pool import PoolOptions
 from fedmom.errors import InputError, unknown
-from fedmom.executors import PoolOptions
 from fedmom.ray_client import load_component
 from fedmom.ray_grid import RUN_ID, Context, Message, RayGrid
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedmom.actors.cluster import Watch, join_ray
+from fedmom.actors.pool import WARM_UP_SECONDS
 from fedmom.choice import choose
 from fedmom.config import Config, flat, replace
 from fedmom.engine import Engine
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.executors import WARM_UP_SECONDS
 from fedmom.gossip import mean_of
 from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.algorithms import MOMENTUM_POLICIES
@@ -27,7 +28,6 @@ from fedmom.method.state import ClientState, Tree, flatten, rows_of, to_device, 
 from fedmom.method.topology import Mixing
 from fedmom.objective import Task
 from fedmom.parsing import counted
-from fedmom.ray_start import Watch, join_ray
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import actors_device, make_plan, make_task, pool_options, set_up_torch
 from fedmom.train import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised

@@ -17,7 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from fedmom import ray_messages
-from fedmom.executors import Failure, Pool, PoolOptions
+from fedmom.actors.pool import Failure, Pool, PoolOptions
 from fedmom.ray_client import serve_client
 from fedmom.ray_messages import Answer, Pending, State, Work
 

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from fedmom.executors import Shared
+from fedmom.actors.pool import Shared
 from fedmom.npy import npy_header
 
 # flwr.app's classes, which may be absent

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.actors.pool import PoolOptions
 from fedmom.arrays import channel_axis, check_cast
 from fedmom.choice import choose
 from fedmom.config import Config, EngineConfig, replace
 from fedmom.datasets import Dataset, load_dataset
 from fedmom.engine import Engine
 from fedmom.errors import InputError
-from fedmom.executors import PoolOptions
 from fedmom.gossip import GossipRounds
 from fedmom.local_data import everything
 from fedmom.machine.cores import usable_cores

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fedmom.actors.pool import Failure, Pool
 from fedmom.config import Config, replace
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError
-from fedmom.executors import Failure, Pool
 from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten

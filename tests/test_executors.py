@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedmom.actors.pool import Failure, Pool, PoolOptions
 from fedmom.errors import InputError
-from fedmom.executors import Failure, Pool, PoolOptions
 
 pytest.importorskip("ray")
 
@@ -247,7 +247,7 @@ def test_workers_that_die_at_start_again_and_again_are_an_error(pool):
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from fedmom.executors import Pool, PoolOptions
+from fedmom.actors.pool import Pool, PoolOptions
 def make_worker():
     import time
     return time.sleep
@@ -291,10 +291,10 @@ def test_ctrl_c_and_close_leave_no_process():
 BLOCKED = """
 import sys
 sys.modules["ray"] = sys.modules["flwr"] = None
-import fedmom.executors, fedmom.ray_grid
+import fedmom.actors.pool, fedmom.ray_grid
 from fedmom.errors import InputError
 try:
-    fedmom.executors.Pool(lambda: None, fedmom.executors.PoolOptions())
+    fedmom.actors.pool.Pool(lambda: None, fedmom.actors.pool.PoolOptions())
 except InputError as error:
     print(error)
 """

@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from fedmom import ray_start
+from fedmom.actors import cluster
 from fedmom.errors import InputError
 from fedmom.machine.scratch import ScratchFolder
 
@@ -40,13 +40,13 @@ def test_folders_of_killed_processes_are_removed_and_no_others(tmp_path, monkeyp
 
 def test_a_long_tmpdir_gives_way_to_a_short_one(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.setattr(ray_start, "_SHORT_FOLDERS", (str(tmp_path),))
+    monkeypatch.setattr(cluster, "_SHORT_FOLDERS", (str(tmp_path),))
     for short in ("/tmp", "/" + "x" * 36):
         monkeypatch.setenv("TMPDIR", short)
-        assert ray_start.ray_folder() is None
+        assert cluster.ray_folder() is None
     for name in ("TMPDIR", "RAY_TMPDIR"):  # Ray looks at the second first
         monkeypatch.setenv(name, "/" + "x" * 100)
-        assert ray_start.ray_folder() == str(tmp_path / f"ray-{os.getuid()}")
-    monkeypatch.setattr(ray_start, "_SHORT_FOLDERS", ())
+        assert cluster.ray_folder() == str(tmp_path / f"ray-{os.getuid()}")
+    monkeypatch.setattr(cluster, "_SHORT_FOLDERS", ())
     with pytest.raises(InputError, match=r"RAY_TMPDIR = '/x+': .*set RAY_TMPDIR to a folder whose path has at most 37"):
-        ray_start.ray_folder()
+        cluster.ray_folder()

@@ -18,12 +18,12 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedmom.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, Progress, Started
+from fedmom.actors.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, Progress, Started
+from fedmom.actors.cluster import PoolOptions, Watch, count_workers, first_line
+from fedmom.actors.worker_output import printed
 from fedmom.errors import InputError, RayEndedError
 from fedmom.machine.scratch import ScratchFolder
-from fedmom.ray_start import PoolOptions, Watch, count_workers, first_line
 from fedmom.user_code import one_line
-from fedmom.worker_output import printed
 
 WARM_UP_SECONDS = 60.0  # the straggler limit of a worker's first message, if longer: data are read, models built
 LONG_SECONDS = 0.15  # a batch that takes longer is at a long message: those behind it go elsewhere

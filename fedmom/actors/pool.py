@@ -4,10 +4,10 @@ import queue
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from fedmom.actor import Actor, Failure, Packed
-from fedmom.dispatcher import WARM_UP_SECONDS, Dispatcher, Shared, Submitted
+from fedmom.actors.actor import Actor, Failure, Packed
+from fedmom.actors.cluster import PoolOptions, Watch, count_workers, start_ray
+from fedmom.actors.dispatcher import WARM_UP_SECONDS, Dispatcher, Shared, Submitted
 from fedmom.errors import RayEndedError
-from fedmom.ray_start import PoolOptions, Watch, count_workers, start_ray
 from fedmom.user_code import one_line
 
 __all__ = ["WARM_UP_SECONDS", "Failure", "Pool", "PoolOptions", "Shared"]

@@ -9,9 +9,9 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+from fedmom.actors.worker_output import WorkerOutput
 from fedmom.errors import InputError
 from fedmom.user_code import one_line, place_of
-from fedmom.worker_output import WorkerOutput
 
 BATCH_SECONDS = 0.03  # a batch ends after the message that takes it past this
 BATCH_BYTES = 16 << 20  # and after this many bytes of answers; the same holds for what is sent

@@ -1,0 +1,1 @@
+"""A pool of supervised Ray actors that answer messages; nothing of learning."""
