@@ -74,7 +74,7 @@ def prepare(name: str, options: argparse.Namespace, folder: Path) -> dict[str, A
         load["source"], draw = "random", np.random.default_rng(0)
         x, y = draw.integers(256, size=(60000, *shape), dtype=np.uint8), draw.integers(10, size=60000)
     else:
-        from fedmom.datasets import load_dataset
+        from fedmom.data.datasets import load_dataset
 
         load["source"] = "fashion-mnist"
         data = load_dataset("fashion-mnist", "")

@@ -28,7 +28,7 @@ def synthetic() -> Any:
     """The data set, as many examples as clients need: labels by a random hyperplane, one in ten turned."""
     import torch
 
-    from fedmom.datasets import Dataset
+    from fedmom.data.datasets import Dataset
 
     n = EXAMPLES * int(os.environ["SCALE_CLIENTS"])
     generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedmom.comparison import all_sheets as all_sheets
     from fedmom.config import Config as Config
     from fedmom.config import load as load
-    from fedmom.datasets import Dataset as Dataset
+    from fedmom.data.datasets import Dataset as Dataset
     from fedmom.errors import ClientsFailedError as ClientsFailedError
     from fedmom.errors import DivergedError as DivergedError
     from fedmom.errors import InputError as InputError
@@ -43,7 +43,7 @@ _HOME = {
     "Callback": "fedmom.callbacks",
     "ClientsFailedError": "fedmom.errors",
     "Config": "fedmom.config",
-    "Dataset": "fedmom.datasets",
+    "Dataset": "fedmom.data.datasets",
     "DivergedError": "fedmom.errors",
     "InputError": "fedmom.errors",
     "RayGrid": "fedmom.ray_grid",

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmom.batches import AUGMENTATIONS, SAMPLINGS
-from fedmom.datasets import DATASETS
+from fedmom.data.batches import AUGMENTATIONS, SAMPLINGS
+from fedmom.data.datasets import DATASETS
+from fedmom.data.partition import PARTITIONS, QUANTITY_LAWS
 from fedmom.engine import PATHS
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
@@ -27,7 +28,6 @@ from fedmom.method.schedules import SCHEDULES, UNITS
 from fedmom.method.topology import FILES
 from fedmom.models import MODELS, NORMS
 from fedmom.parsing import as_list, read_toml, typed, without_brackets
-from fedmom.partition import PARTITIONS, QUANTITY_LAWS
 from fedmom.stock_rules import STRATEGIES
 from fedmom.user_code import is_spec
 

@@ -13,7 +13,7 @@ from fedmom import pictures, tables
 from fedmom.bench import as_rows
 from fedmom.bench import bench as measure
 from fedmom.config import KEYS, flat, load, replace, toml_scalar
-from fedmom.datasets import DATASETS, download
+from fedmom.data.datasets import DATASETS, download
 from fedmom.errors import InputError
 from fedmom.method.topology import LARGEST_SPECTRUM
 from fedmom.models import MODELS

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedmom.choice import choose
 from fedmom.config import Config, Scalar, flat, load
+from fedmom.data.local import Common, one_of, read_source
 from fedmom.engine import Engine
 from fedmom.errors import InputError
-from fedmom.local_data import Common, one_of, read_source
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, row_of, to_device
 from fedmom.objective import Task
@@ -69,7 +69,7 @@ class TrainedRows(NamedTuple):
 class Local(NamedTuple):
     """One client's own data, as a node that trains on it must know them."""
 
-    source: str  # see fedmom.local_data
+    source: str  # see fedmom.data.local
     client: int
     common: Common
 

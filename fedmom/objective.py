@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedmom.batches import Sampler, crop_flip, normalised
-from fedmom.datasets import Dataset
+from fedmom.data.batches import Sampler, crop_flip, normalised
+from fedmom.data.datasets import Dataset
+from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes, sizes_made
 from fedmom.method.state import ClientState, Tree, initial_state
-from fedmom.partition import Partition
 from fedmom.places import BoundedGathers, Places, cast, check_model, copied
 from fedmom.randomness import DROPOUT, random_bits
 from fedmom.user_code import one_line

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from fedmom.actors.pool import PoolOptions
-from fedmom.arrays import channel_axis, check_cast
 from fedmom.choice import choose
 from fedmom.config import Config, EngineConfig, replace
-from fedmom.datasets import Dataset, load_dataset
+from fedmom.data.arrays import channel_axis, check_cast
+from fedmom.data.datasets import Dataset, load_dataset
+from fedmom.data.local import everything
+from fedmom.data.partition import Partition, make_partition
 from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.gossip import GossipRounds
-from fedmom.local_data import everything
 from fedmom.machine.cores import usable_cores
 from fedmom.machine.memory import free_bytes
 from fedmom.machine.precision import allow_tf32
@@ -27,7 +28,6 @@ from fedmom.method.topology import Topology, make_topology
 from fedmom.models import MODELS, build_model
 from fedmom.objective import Classification, Task
 from fedmom.parsing import parse_numbers, parse_table
-from fedmom.partition import Partition, make_partition
 from fedmom.quadratic import Quadratic
 from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds import Method, Rounds

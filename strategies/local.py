@@ -6,8 +6,8 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedmom.config import Config
+from fedmom.data.local import Common, Facts, agreed, as_record, none_of, read_server
 from fedmom.errors import ClientsFailedError
-from fedmom.local_data import Common, Facts, agreed, as_record, none_of, read_server
 from fedmom.method.state import ClientState, flatten
 from fedmom.objective import Classification
 from fedmom.setup import classification

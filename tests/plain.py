@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedmom.batches import Sampler
-from fedmom.datasets import Dataset
+from fedmom.data.batches import Sampler
+from fedmom.data.datasets import Dataset
 from fedmom.dropout import KEY, address_dropout
 from fedmom.randomness import DROPOUT, random_bits
 

@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 
-from fedmom.datasets import Dataset, load_dataset
+from fedmom.data.datasets import Dataset, load_dataset
+from fedmom.data.partition import make_partition
 from fedmom.engine import Engine
 from fedmom.method.schedules import LearningRate
 from fedmom.models import build_model
 from fedmom.objective import Classification
-from fedmom.partition import make_partition
 from fedmom.quadratic import Quadratic
 from fedmom.rounds import Method
 from fedmom.train import Plan, Progressed, beginning, run_rounds

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedmom.batches import Sampler, crop_flip, normalised
-from fedmom.partition import Partition, make_partition
+from fedmom.data.batches import Sampler, crop_flip, normalised
+from fedmom.data.partition import Partition, make_partition
 from fedmom.randomness import integers, normal, random_bits, uniform
 
 

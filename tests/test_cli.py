@@ -17,7 +17,7 @@ from typer.main import get_command
 import fedmom
 from fedmom import cli, pictures, progress
 from fedmom.config import KEYS, load
-from fedmom.datasets import DATASETS
+from fedmom.data.datasets import DATASETS
 from fedmom.models import MODELS
 from fedmom.pictures import draw_curves
 from fedmom.records import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_rounds, read_tensors

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from fedmom.config import load
-from fedmom.datasets import ARRAYS, Dataset, load_dataset
+from fedmom.data.datasets import ARRAYS, Dataset, load_dataset
+from fedmom.data.local import agreed, client_source, facts_of, read_server, read_source
+from fedmom.data.partition import PARTITIONS, make_partition
 from fedmom.errors import InputError
-from fedmom.local_data import agreed, client_source, facts_of, read_server, read_source
-from fedmom.partition import PARTITIONS, make_partition
 from fedmom.resolve import resolve
 from fedmom.setup import make_task
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedmom import datasets
-from fedmom.datasets import ARRAYS, DATASETS, DEBIAN_FASHION_MNIST, Dataset, download, load_dataset
+from fedmom.data import datasets
+from fedmom.data.datasets import ARRAYS, DATASETS, DEBIAN_FASHION_MNIST, Dataset, download, load_dataset
 from fedmom.errors import InputError
 
 
@@ -52,7 +52,7 @@ def user_module(tmp_path, monkeypatch):
     name = "fedmom_test_user_data"
 
     def write(source: str) -> str:
-        header = "import numpy as np, torch\nfrom fedmom.datasets import Dataset\n"
+        header = "import numpy as np, torch\nfrom fedmom.data.datasets import Dataset\n"
         (tmp_path / f"{name}.py").write_text(header + textwrap.dedent(source))
         return name
 
@@ -448,13 +448,13 @@ def test_downloads_that_cannot_work(tmp_path, monkeypatch):
 
 
 def test_needs_neither_torchvision_nor_sklearn_to_be_imported(tmp_path):
-    """Without both, `import fedmom.datasets` and files work, and a set that needs them says so."""
+    """Without both, `import fedmom.data.datasets` and files work, and a set that needs them says so."""
     path = save(tmp_path / "mine.npz", **arrays(2, 2))
     (tmp_path / "cifar-10-batches-py").mkdir()
     script = f"""
         import sys
         sys.modules["torchvision"] = sys.modules["sklearn"] = None
-        from fedmom.datasets import load_dataset
+        from fedmom.data.datasets import load_dataset
         from fedmom.errors import InputError
         print(load_dataset({path!r}).num_classes)
         for name in ("digits", "cifar10"):

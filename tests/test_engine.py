@@ -206,9 +206,9 @@ def test_local_epochs_mask_unequal_steps_exactly():
 
 
 def test_local_epochs_with_really_unequal_clients():
+    from fedmom.data.partition import make_partition
     from fedmom.models import build_model
     from fedmom.objective import Classification
-    from fedmom.partition import make_partition
 
     data = tiny_images(60)
     partition = make_partition("quantity", data.y_train.numpy(), 4, sigma=1.5, seed=2)

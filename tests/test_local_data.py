@@ -8,8 +8,7 @@ from test_flower import assert_same, by_engine, by_flower
 
 import fedmom
 from clients.client_app import app as client_app
-from fedmom.errors import InputError
-from fedmom.local_data import (
+from fedmom.data.local import (
     agreed,
     as_record,
     client_source,
@@ -21,6 +20,7 @@ from fedmom.local_data import (
     read_server,
     read_source,
 )
+from fedmom.errors import InputError
 from fedmom.node import warm_node
 from grids import LocalGrid, run_config
 from runs import LOCAL, give_digits

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import fedmom
 import plain
-from fedmom.batches import Sampler
 from fedmom.config import load
+from fedmom.data.batches import Sampler
 from fedmom.errors import InputError
 from fedmom.resolve import resolve
 from fedmom.setup import load_task_data

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import fedmom
+from fedmom.data.partition import make_partition
 from fedmom.models import build_model
 from fedmom.objective import Batch, Classification
-from fedmom.partition import make_partition
 from runs import run_plan, simple_plan, tiny_images
 
 QUIET = [fedmom.Callback()]

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmom import partition
+from fedmom.data import partition
+from fedmom.data.partition import PARTITIONS, QUANTITY_LAWS, Partition, make_partition
 from fedmom.errors import InputError
-from fedmom.partition import PARTITIONS, QUANTITY_LAWS, Partition, make_partition
 from laws import table
 
 FIXED_SIZE = ["iid", "dirichlet-client", "dirichlet-balanced"]

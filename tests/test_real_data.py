@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import fedmom
-from fedmom.batches import normalised
-from fedmom.datasets import DEBIAN_FASHION_MNIST, load_dataset
+from fedmom.data.batches import normalised
+from fedmom.data.datasets import DEBIAN_FASHION_MNIST, load_dataset
 from fedmom.models import build_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"

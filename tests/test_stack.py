@@ -9,13 +9,13 @@ from torch import nn
 from fedmom import layers, went
 from fedmom.choice import choose
 from fedmom.convolutions import CONVOLUTIONS
-from fedmom.datasets import Dataset
+from fedmom.data.datasets import Dataset
+from fedmom.data.partition import make_partition
 from fedmom.dropout import address_dropout
 from fedmom.engine import Engine
 from fedmom.factors import numbers, pays
 from fedmom.layers import FoldError, fold
 from fedmom.objective import Classification
-from fedmom.partition import make_partition
 from fedmom.places import BoundedGathers
 from fedmom.stack import Stack
 from fedmom.train import beginning, round_job, run_rounds

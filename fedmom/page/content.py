@@ -11,10 +11,10 @@ from fedmom.collect import Run, environment_of, is_run
 from fedmom.compare_pictures import SPREADS, styles
 from fedmom.comparison import AXES, Target, all_sheets
 from fedmom.config import KEYS, load, toml_scalar
+from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.groups import Group, differing, said, shared
 from fedmom.method.algorithms import ALGORITHMS
-from fedmom.partition import Partition
 from fedmom.pictures import COLOURS, DASHES, MARKERS
 from fedmom.records import CONFIG
 from fedmom.setup import load_task_data

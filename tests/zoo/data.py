@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.datasets import Dataset
+from fedmom.data.datasets import Dataset
 from zoo.parts import CLASSES, LENGTH, SHAPE, WORDS
 
 

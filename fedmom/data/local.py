@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.array_files import read_npz_arrays
-from fedmom.arrays import check_cast, checked_part, count_classes, dtype_name, kind_of
-from fedmom.datasets import Dataset
+from fedmom.data.array_files import read_npz_arrays
+from fedmom.data.arrays import check_cast, checked_part, count_classes, dtype_name, kind_of
+from fedmom.data.datasets import Dataset
+from fedmom.data.images import read_images
+from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.files import at_home
-from fedmom.images import read_images
-from fedmom.partition import Partition
 
 _KEY = "data.dataset = 'local'"
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.partition import Partition
+from fedmom.data.partition import Partition
 from fedmom.randomness import CROP, FLIP, REPLACEMENT, SHUFFLE, integers, random_bits
 
 SAMPLINGS = {

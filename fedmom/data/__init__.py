@@ -1,0 +1,1 @@
+"""Examples, who holds which of them, and minibatches."""
