@@ -19,8 +19,8 @@ from fedmom.gossip import GossipRounds
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
 from fedmom.method.topology import Topology, make_topology
-from fedmom.quadratic import Quadratic, X
 from fedmom.rounds import Method
+from fedmom.tasks.quadratic import Quadratic, X
 from fedmom.train import Plan, beginning, run_rounds
 
 CONFIGURATION = "configs/decentralized/quadratic.toml"

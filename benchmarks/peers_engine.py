@@ -24,9 +24,9 @@ from fedmom.data.partition import make_partition  # noqa: E402
 from fedmom.engine import Engine  # noqa: E402
 from fedmom.machine.allocator import keep_freed_memory  # noqa: E402
 from fedmom.method.schedules import LearningRate  # noqa: E402
-from fedmom.models import build_model  # noqa: E402
-from fedmom.objective import Classification  # noqa: E402
 from fedmom.rounds import Method  # noqa: E402
+from fedmom.tasks.classification import Classification  # noqa: E402
+from fedmom.tasks.models import build_model  # noqa: E402
 from fedmom.train import Plan, beginning, round_job, run_rounds  # noqa: E402
 
 

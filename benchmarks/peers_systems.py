@@ -24,7 +24,7 @@ Result = dict[str, Any]
 
 def fedmom(load: dict[str, Any], folder: Path, rounds: int, **changes: Any) -> Result:
     """`fedmom run`; the path that was chosen is noted in load["chosen"]."""
-    from fedmom.models import build_model
+    from fedmom.tasks.models import build_model
 
     out = folder / f"{load['name']}-{'-'.join(str(v) for v in changes.values())}"
     keys = {

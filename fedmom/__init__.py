@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from fedmom.groups import group_runs as group_runs
     from fedmom.method.algorithms import local_step as local_step
     from fedmom.method.topology import make_topology as make_topology
-    from fedmom.models import build_model as build_model
     from fedmom.page.write import write_page as write_page
     from fedmom.randomness import normal_like as normal_like
     from fedmom.ray_grid import RayGrid as RayGrid
     from fedmom.runner import run as run
     from fedmom.status import Status as Status
     from fedmom.status import read_status as read_status
+    from fedmom.tasks.models import build_model as build_model
     from fedmom.trackers import Tracked as Tracked
     from fedmom.trackers import Tracker as Tracker
     from fedmom.trackers import Tracking as Tracking
@@ -54,7 +54,7 @@ _HOME = {
     "Tracker": "fedmom.trackers",
     "Tracking": "fedmom.trackers",
     "all_sheets": "fedmom.comparison",
-    "build_model": "fedmom.models",
+    "build_model": "fedmom.tasks.models",
     "group_runs": "fedmom.groups",
     "load": "fedmom.config",
     "local_step": "fedmom.method.algorithms",

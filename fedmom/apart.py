@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedmom.places import copied
+from fedmom.tasks.places import copied
 
 
 class _Call(NamedTuple):

@@ -15,10 +15,10 @@ from fedmom.look import look, look_at_correction
 from fedmom.machine.memory import free_bytes
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, num_bytes
-from fedmom.objective import Classification, Task
 from fedmom.replays import COMINGS
 from fedmom.rounds import Method, Round, part_of
 from fedmom.stack import Stack
+from fedmom.tasks.classification import Classification, Task
 from fedmom.timings import now
 from fedmom.user_code import one_line
 from fedmom.yardstick import Yardstick

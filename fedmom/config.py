@@ -26,9 +26,9 @@ from fedmom.method.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
 from fedmom.method.graphs import TOPOLOGIES, WEIGHTS
 from fedmom.method.schedules import SCHEDULES, UNITS
 from fedmom.method.topology import FILES
-from fedmom.models import MODELS, NORMS
 from fedmom.parsing import as_list, read_toml, typed, without_brackets
 from fedmom.stock_rules import STRATEGIES
+from fedmom.tasks.models import MODELS, NORMS
 from fedmom.user_code import is_spec
 
 Scalar = str | bool | int | float

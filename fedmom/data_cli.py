@@ -16,10 +16,10 @@ from fedmom.config import KEYS, flat, load, replace, toml_scalar
 from fedmom.data.datasets import DATASETS, download
 from fedmom.errors import InputError
 from fedmom.method.topology import LARGEST_SPECTRUM
-from fedmom.models import MODELS
 from fedmom.report import draw_or_say_why
 from fedmom.resolve import resolve
 from fedmom.setup import load_task_data, topology_of
+from fedmom.tasks.models import MODELS
 from fedmom.terminal import DONE, Sets
 from fedmom.topology_pictures import draw_topology
 from fedmom.user_code import blamed

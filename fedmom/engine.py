@@ -24,11 +24,11 @@ from fedmom.method.state import (
     stacked,
     where,
 )
-from fedmom.objective import Task
 from fedmom.randomness import random_bits
 from fedmom.replays import Replays
 from fedmom.rounds import Method, Outcome, Progress, Round, part_of
 from fedmom.stack import Stack
+from fedmom.tasks.classification import Task
 from fedmom.went import Distances, Went, distances
 
 

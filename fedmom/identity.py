@@ -27,7 +27,7 @@ from fedmom.errors import InputError
 from fedmom.files import at_home
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.topology import FILES
-from fedmom.objective import Classification, Task
+from fedmom.tasks.classification import Classification, Task
 from fedmom.user_code import is_own_file, is_spec, load_object
 
 # Keys that may differ on resume without changing what is computed up to the rounds already done.

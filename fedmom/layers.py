@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm, embedding, group_norm, layer_norm
 
 from fedmom.convolutions import CONVOLUTIONS, Ways
-from fedmom.dropout import KEY, AddressedDropout, kept
 from fedmom.factors import Factors, factored
 from fedmom.method.state import Tree
-from fedmom.places import bounded, copied, hooks_of
+from fedmom.tasks.dropout import KEY, AddressedDropout, kept
+from fedmom.tasks.places import bounded, copied, hooks_of
 
 
 class FoldError(Exception):

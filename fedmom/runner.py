@@ -20,12 +20,12 @@ from fedmom.history import History, cut_back
 from fedmom.identity import identity_of
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import num_bytes
-from fedmom.objective import Task
 from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
 from fedmom.resolve import resolve, resume_config
 from fedmom.rounds import Rounds
 from fedmom.setup import make_engine, make_plan, make_task, resolve_device
 from fedmom.status import Heart, read_status
+from fedmom.tasks.classification import Task
 from fedmom.train import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 from fedmom.user_code import blamed, one_line
 

@@ -17,13 +17,13 @@ from fedmom.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.errors import InputError, unknown
 from fedmom.files import CONFIG, MANIFEST, write_text
 from fedmom.history import last_round, read_rounds
-from fedmom.objective import Classification
 from fedmom.parsing import as_list, pieces
-from fedmom.quadratic import Quadratic
 from fedmom.records import RunFolder
 from fedmom.resolve import resolve, resume_config
 from fedmom.runner import check_place
 from fedmom.tables import MISSING, finite, number
+from fedmom.tasks.classification import Classification
+from fedmom.tasks.quadratic import Quadratic
 from fedmom.train import CLIENT_MEASURES
 
 WAITING = "not begun"  # of a cell that waits for its turn

@@ -19,10 +19,10 @@ from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
 from fedmom.node import Node, Trained
-from fedmom.objective import Task
 from fedmom.parsing import counted
 from fedmom.rounds import Outcome, Progress, Round
 from fedmom.setup import actors_device, pool_options
+from fedmom.tasks.classification import Task
 from fedmom.train import Plan
 from fedmom.wire import as_tensor
 

@@ -23,11 +23,11 @@ from fedmom.machine.precision import exactly
 from fedmom.method.algorithms import MOMENTUM_POLICIES, takes_key
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, row_of
-from fedmom.objective import Batch, Classification
-from fedmom.places import copied
 from fedmom.randomness import random_bits, uniform
 from fedmom.replays import COMINGS
 from fedmom.rounds import Method, Round
+from fedmom.tasks.classification import Batch, Classification
+from fedmom.tasks.places import copied
 
 F64 = torch.float64
 _CLIENTS, _CHUNK = 3, 2  # so that the last chunk is shorter

@@ -23,8 +23,8 @@ from fedmom.gossip import exchange, mean_of, outcome_of
 from fedmom.method.mixing import Blocks
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
 from fedmom.method.topology import Mixing, Topology
-from fedmom.objective import Task
 from fedmom.rounds import Method, Outcome, Progress, Round
+from fedmom.tasks.classification import Task
 
 from .failures import Clients
 from .updates import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack

@@ -9,8 +9,8 @@ from fedmom.config import Config
 from fedmom.data.local import Common, Facts, agreed, as_record, none_of, read_server
 from fedmom.errors import ClientsFailedError
 from fedmom.method.state import ClientState, flatten
-from fedmom.objective import Classification
 from fedmom.setup import classification
+from fedmom.tasks.classification import Classification
 
 from .failures import Clients
 from .updates import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory

@@ -11,8 +11,8 @@ from flwr.serverapp.strategy import Strategy
 from fedmom.errors import ClientsFailedError
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
-from fedmom.objective import Task
 from fedmom.rounds import Outcome, Progress, Round
+from fedmom.tasks.classification import Task
 
 from .averaging import PRSGDM, SPREADS, Answer
 from .failures import Clients

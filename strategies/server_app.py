@@ -19,13 +19,13 @@ from fedmom.files import at_home
 from fedmom.machine.output import steady_output
 from fedmom.method.state import num_bytes
 from fedmom.node import settled
-from fedmom.objective import Task
 from fedmom.parsing import counted
 from fedmom.progress import callbacks
 from fedmom.records import ENDED, write_text
 from fedmom.report import finished
 from fedmom.rounds import Rounds
 from fedmom.runner import Callback, is_heard, run
+from fedmom.tasks.classification import Task
 from fedmom.train import Plan
 
 from .averaging import PRSGDM

@@ -18,10 +18,10 @@ import fedmom
 from fedmom import cli, pictures, progress
 from fedmom.config import KEYS, load
 from fedmom.data.datasets import DATASETS
-from fedmom.models import MODELS
 from fedmom.pictures import draw_curves
 from fedmom.records import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_rounds, read_tensors
 from fedmom.simulation import app_folder
+from fedmom.tasks.models import MODELS
 from laws import table
 
 ROOT = Path(__file__).parents[1]

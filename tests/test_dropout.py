@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedmom.dropout import KEY, AddressedDropout, address_dropout
+from fedmom.tasks.dropout import KEY, AddressedDropout, address_dropout
 
 
 def mask(layer: AddressedDropout, shape: tuple[int, ...], key: int = 0) -> torch.Tensor:

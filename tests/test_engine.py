@@ -81,7 +81,7 @@ def test_spreads_are_mean_squared_distances_before_the_exchange(num_clients):
 
 def test_clones_have_no_spread():
     """Clients that agree are at distance exactly 0, in float32 and over several chunks."""
-    from fedmom.quadratic import Quadratic
+    from fedmom.tasks.quadratic import Quadratic
 
     task = Quadratic([[0.7, 1.3]] * 6, [[0.3, -1.1]] * 6, [1.0, 2.0], dtype=torch.float32)
     _, records = run_plan(task, simple_plan(6, batch_size=1), path="vmap", chunk_size=4)
@@ -207,8 +207,8 @@ def test_local_epochs_mask_unequal_steps_exactly():
 
 def test_local_epochs_with_really_unequal_clients():
     from fedmom.data.partition import make_partition
-    from fedmom.models import build_model
-    from fedmom.objective import Classification
+    from fedmom.tasks.classification import Classification
+    from fedmom.tasks.models import build_model
 
     data = tiny_images(60)
     partition = make_partition("quantity", data.y_train.numpy(), 4, sigma=1.5, seed=2)

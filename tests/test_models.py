@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedmom.dropout import KEY, AddressedDropout
 from fedmom.errors import InputError
-from fedmom.models import MODELS, NORMS, ResidualBlock, build_model
+from fedmom.tasks.dropout import KEY, AddressedDropout
+from fedmom.tasks.models import MODELS, NORMS, ResidualBlock, build_model
 from laws import table
 
 CASES = [(name, "batch") for name in MODELS] + [("resnet20", "group"), ("resnet56", "group")]

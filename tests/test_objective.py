@@ -6,8 +6,8 @@ from torch import nn
 
 import fedmom
 from fedmom.data.partition import make_partition
-from fedmom.models import build_model
-from fedmom.objective import Batch, Classification
+from fedmom.tasks.classification import Batch, Classification
+from fedmom.tasks.models import build_model
 from runs import run_plan, simple_plan, tiny_images
 
 QUIET = [fedmom.Callback()]

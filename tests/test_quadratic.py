@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmom.quadratic import Quadratic, X
+from fedmom.tasks.quadratic import Quadratic, X
 from runs import run_plan, simple_plan
 
 

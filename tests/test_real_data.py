@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import fedmom
 from fedmom.data.batches import normalised
 from fedmom.data.datasets import DEBIAN_FASHION_MNIST, load_dataset
-from fedmom.models import build_model
+from fedmom.tasks.models import build_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CIFAR10 = os.environ.get("FEDMOM_TEST_CIFAR10", "")

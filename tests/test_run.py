@@ -83,7 +83,7 @@ def test_run_from_python_returns_what_the_folder_holds(tmp_path):
 
 
 def test_state_dict_loads_into_the_model():
-    from fedmom.models import build_model
+    from fedmom.tasks.models import build_model
 
     config = {"data": {"num_clients": 2, "batch_size": 4}, "model": {"name": "resnet20"}}
     sets = {"run.num-rounds": 1, "algorithm.num-local-steps": 1, "engine.path": "loop"}

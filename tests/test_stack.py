@@ -11,13 +11,13 @@ from fedmom.choice import choose
 from fedmom.convolutions import CONVOLUTIONS
 from fedmom.data.datasets import Dataset
 from fedmom.data.partition import make_partition
-from fedmom.dropout import address_dropout
 from fedmom.engine import Engine
 from fedmom.factors import numbers, pays
 from fedmom.layers import FoldError, fold
-from fedmom.objective import Classification
-from fedmom.places import BoundedGathers
 from fedmom.stack import Stack
+from fedmom.tasks.classification import Classification
+from fedmom.tasks.dropout import address_dropout
+from fedmom.tasks.places import BoundedGathers
 from fedmom.train import beginning, round_job, run_rounds
 from runs import F64, image_task, run_plan, simple_plan, tiny_images
 

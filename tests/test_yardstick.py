@@ -14,7 +14,7 @@ from fedmom.choice import choose
 from fedmom.engine import PATHS, Engine
 from fedmom.errors import InputError
 from fedmom.method.state import row_of
-from fedmom.objective import Batch, Classification
+from fedmom.tasks.classification import Batch, Classification
 from fedmom.train import beginning, round_job
 from fedmom.yardstick import Yardstick
 from runs import image_task, run_plan, simple_plan
@@ -311,7 +311,7 @@ def test_pieces_of_an_evaluation_fit_into_the_memory(monkeypatch):
     task = image_task("cnn", 2)
     want = task.evaluate(task.start())
     whole = task._piece(task.start(), task.dataset.x_test)
-    monkeypatch.setattr("fedmom.objective.free_bytes", lambda device: 100_000)
+    monkeypatch.setattr("fedmom.tasks.classification.free_bytes", lambda device: 100_000)
     assert 2 <= task._piece(task.start(), task.dataset.x_test) < len(task.dataset.x_test) < whole
     assert task.evaluate(task.start()) == pytest.approx(want, rel=1e-12)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, one_hot
 from torch.overrides import TorchFunctionMode
 
-from fedmom.dropout import KEY
 from fedmom.errors import InputError
 from fedmom.method.state import Tree
+from fedmom.tasks.dropout import KEY
 from fedmom.user_code import one_line
 
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedmom.dropout import address_dropout
 from fedmom.errors import InputError, unknown
-from fedmom.places import cast, check_model, copied
+from fedmom.tasks.dropout import address_dropout
+from fedmom.tasks.places import cast, check_model, copied
 from fedmom.user_code import is_spec, load_object, one_line
 
 Shape = tuple[int, ...]  # of one example: (C, H, W) for images
