@@ -19,9 +19,9 @@ from fedmom.gossip import GossipRounds
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
 from fedmom.method.topology import Topology, make_topology
-from fedmom.rounds import Method
+from fedmom.rounds.loop import Plan, beginning, run_rounds
+from fedmom.rounds.round import Method
 from fedmom.tasks.quadratic import Quadratic, X
-from fedmom.train import Plan, beginning, run_rounds
 
 CONFIGURATION = "configs/decentralized/quadratic.toml"
 TOPOLOGIES = ("ring", "torus", "hypercube", "star")

@@ -46,10 +46,10 @@ from fedmom.engine import Engine  # noqa: E402
 from fedmom.machine.precision import allow_tf32  # noqa: E402
 from fedmom.method.schedules import LearningRate  # noqa: E402
 from fedmom.method.state import ClientState, to_device  # noqa: E402
-from fedmom.rounds import Method  # noqa: E402
+from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds  # noqa: E402
+from fedmom.rounds.round import Method  # noqa: E402
 from fedmom.tasks.classification import Classification  # noqa: E402
 from fedmom.tasks.models import build_model  # noqa: E402
-from fedmom.train import Plan, beginning, round_job, run_rounds  # noqa: E402
 
 MODELS = {"logistic": {}, "mlp": {"hidden": 64}, "cnn": {}, "resnet20": {}, "resnet20-group": {"norm": "group"}}
 

@@ -12,12 +12,12 @@ from fedmom.config import Config
 from fedmom.engine import Engine
 from fedmom.gossip import GossipRounds
 from fedmom.method.state import ClientState, num_bytes
-from fedmom.rounds import Rounds
+from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
+from fedmom.rounds.round import Rounds
 from fedmom.runner import local_rounds
 from fedmom.setup import make_plan, make_task, resolve_device
 from fedmom.tasks.classification import Batch, Classification, Task
 from fedmom.timings import now
-from fedmom.train import Plan, beginning, round_job, run_rounds
 
 KINDS = {  # of torch's operators, by a part of the name; the first that fits
     "convolution": ("conv",),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from fedmom.config import Config
 from fedmom.method.state import ClientState, Tree
-from fedmom.train import Record
+from fedmom.rounds.loop import Record
 
 # Signals that ask a run to end.
 STOPPING = tuple(int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))

@@ -16,7 +16,7 @@ from fedmom.machine.memory import free_bytes
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.replays import COMINGS
-from fedmom.rounds import Method, Round, part_of
+from fedmom.rounds.round import Method, Round, part_of
 from fedmom.stack import Stack
 from fedmom.tasks.classification import Classification, Task
 from fedmom.timings import now

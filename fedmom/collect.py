@@ -9,9 +9,9 @@ from fedmom.config import Scalar, flat, load
 from fedmom.errors import InputError
 from fedmom.files import CONFIG, ENVIRONMENT, MANIFEST, ROUNDS
 from fedmom.history import read_rounds
+from fedmom.rounds.loop import Record
 from fedmom.status import Status, read_status
 from fedmom.tables import RunHistory
-from fedmom.train import Record
 
 
 class Run(NamedTuple):

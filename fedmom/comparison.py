@@ -8,9 +8,9 @@ from typing import NamedTuple
 from fedmom.collect import Run
 from fedmom.errors import InputError, unknown
 from fedmom.groups import Group, check_counted, names_of, said
+from fedmom.rounds.loop import Record
 from fedmom.sheets import Cell, Column, Sheet, Stat, stat
 from fedmom.tables import MEASURES, Measure, byte_unit, finite, last_evaluated, measures_of, number
-from fedmom.train import Record
 
 AXES = {"round": "rounds", "joint_epochs": "joint epochs", "bytes_sent": "bytes", "wall_seconds": "seconds"}
 _ALIASES = {"accuracy": "test_accuracy", "loss": "test_loss"}

@@ -27,10 +27,10 @@ from fedmom.files import CONFIG
 from fedmom.machine.cores import usable_cores
 from fedmom.method.state import ClientState
 from fedmom.progress import Quiet
+from fedmom.rounds.loop import Record
 from fedmom.runner import run
 from fedmom.setup import share_of_gpus
 from fedmom.trackers import Tracking
-from fedmom.train import Record
 from fedmom.user_code import one_line
 
 LOOK_SECONDS = 0.5  # between two looks at the file that tells actors to end, and at whether the parent lives

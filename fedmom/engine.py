@@ -26,7 +26,7 @@ from fedmom.method.state import (
 )
 from fedmom.randomness import random_bits
 from fedmom.replays import Replays
-from fedmom.rounds import Method, Outcome, Progress, Round, part_of
+from fedmom.rounds.round import Method, Outcome, Progress, Round, part_of
 from fedmom.stack import Stack
 from fedmom.tasks.classification import Task
 from fedmom.went import Distances, Went, distances

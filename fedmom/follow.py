@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fedmom.config import Config, load
 from fedmom.errors import InputError
 from fedmom.records import CONFIG, ROUNDS
-from fedmom.train import Record
+from fedmom.rounds.loop import Record
 
 
 class News(NamedTuple):

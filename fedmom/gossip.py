@@ -11,7 +11,7 @@ from fedmom.method.averaging import WeightedMean
 from fedmom.method.mixing import Blocks, combine, spread
 from fedmom.method.state import ClientState, to_device
 from fedmom.method.topology import Mixing, Topology
-from fedmom.rounds import Method, Outcome, Progress, Round
+from fedmom.rounds.round import Method, Outcome, Progress, Round
 
 
 def mean_of(rows: ClientState, running_var: str = "pooled") -> ClientState:

@@ -20,10 +20,10 @@ from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, row_of, to_device
 from fedmom.resolve import resolve
-from fedmom.rounds import Outcome
+from fedmom.rounds.loop import Plan, clients_job
+from fedmom.rounds.round import Outcome
 from fedmom.setup import classification, make_plan, make_task, resolve_device, set_up_torch
 from fedmom.tasks.classification import Task
-from fedmom.train import Plan, clients_job
 from fedmom.user_code import blamed
 
 

@@ -27,10 +27,10 @@ from fedmom.method.mixing import Block, combine, spread
 from fedmom.method.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
 from fedmom.method.topology import Mixing
 from fedmom.parsing import counted
-from fedmom.rounds import Outcome, Progress, Round
+from fedmom.rounds.loop import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
+from fedmom.rounds.round import Outcome, Progress, Round
 from fedmom.setup import actors_device, make_plan, make_task, pool_options, set_up_torch
 from fedmom.tasks.classification import Task
-from fedmom.train import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
 from fedmom.user_code import blamed, one_line
 from fedmom.wire import as_tensor
 

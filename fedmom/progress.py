@@ -11,8 +11,8 @@ from rich.table import Column
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.state import ClientState
 from fedmom.parsing import counted
+from fedmom.rounds.loop import Record
 from fedmom.runner import Callback, Result, Start
-from fedmom.train import Record
 
 _SECONDS_BETWEEN_LINES = 2.0
 

@@ -37,7 +37,7 @@ from fedmom.history import last_round as last_round
 from fedmom.history import read_rounds as read_rounds
 from fedmom.identity import Identity
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
-from fedmom.train import Progressed, Record
+from fedmom.rounds.loop import Progressed, Record
 
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmom.method.state import ClientState
-from fedmom.rounds import Progress, Round
+from fedmom.rounds.round import Progress, Round
 from fedmom.stack import Stack
 from fedmom.tasks.classification import Batch
 from fedmom.user_code import one_line

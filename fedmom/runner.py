@@ -22,11 +22,11 @@ from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import num_bytes
 from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
 from fedmom.resolve import resolve, resume_config
-from fedmom.rounds import Rounds
+from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
+from fedmom.rounds.round import Rounds
 from fedmom.setup import make_engine, make_plan, make_task, resolve_device
 from fedmom.status import Heart, read_status
 from fedmom.tasks.classification import Task
-from fedmom.train import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 from fedmom.user_code import blamed, one_line
 
 # (configuration, task, plan) -> the configuration with what was chosen, who runs the rounds, and notes

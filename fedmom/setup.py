@@ -27,11 +27,11 @@ from fedmom.method.state import ClientState, Tree, num_bytes
 from fedmom.method.topology import Topology, make_topology
 from fedmom.parsing import parse_numbers, parse_table
 from fedmom.randomness import CORRECTION, random_bits
-from fedmom.rounds import Method, Rounds
+from fedmom.rounds.loop import Plan, beginning, round_job
+from fedmom.rounds.round import Method, Rounds
 from fedmom.tasks.classification import Classification, Task
 from fedmom.tasks.models import MODELS, build_model
 from fedmom.tasks.quadratic import Quadratic
-from fedmom.train import Plan, beginning, round_job
 from fedmom.user_code import is_spec, load_object, one_line
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from fedmom.factors import Factors, OnDevice, numbers, on_device, pays
 from fedmom.layers import FoldedLinear, FoldError, fold
 from fedmom.method.state import ClientState, Tree, rows_of
-from fedmom.rounds import Method, Progress, Round, part_of
+from fedmom.rounds.round import Method, Progress, Round, part_of
 from fedmom.tasks.classification import Batch, Classification
 from fedmom.went import Ended
 

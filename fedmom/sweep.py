@@ -20,11 +20,11 @@ from fedmom.history import last_round, read_rounds
 from fedmom.parsing import as_list, pieces
 from fedmom.records import RunFolder
 from fedmom.resolve import resolve, resume_config
+from fedmom.rounds.loop import CLIENT_MEASURES
 from fedmom.runner import check_place
 from fedmom.tables import MISSING, finite, number
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.quadratic import Quadratic
-from fedmom.train import CLIENT_MEASURES
 
 WAITING = "not begun"  # of a cell that waits for its turn
 ENDED = ("done", "diverged")  # runs that another try would not change

@@ -16,8 +16,8 @@ from rich.console import Console
 from fedmom.callbacks import STOPPING
 from fedmom.errors import InputError
 from fedmom.report import finished
+from fedmom.rounds.loop import Record
 from fedmom.trackers import TRACKERS
-from fedmom.train import Record
 
 DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 # By how a run ended; "refused": its configuration was wrong, as whoever ran it found.

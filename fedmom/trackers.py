@@ -13,8 +13,8 @@ from fedmom.config import Scalar, flat, to_toml
 from fedmom.errors import InputError, unknown
 from fedmom.method.state import ClientState
 from fedmom.records import CONFIG, write_text
+from fedmom.rounds.loop import Record
 from fedmom.runner import Callback, Result, Start
-from fedmom.train import Record
 from fedmom.user_code import one_line
 
 MEMORY = "tracking.json"  # in the run folder: under which ids trackers know the run, for a resume

@@ -19,10 +19,10 @@ from fedmom.config import flat, to_toml
 from fedmom.follow import Follower
 from fedmom.machine.output import nobody_reads
 from fedmom.progress import describe
+from fedmom.rounds.loop import Record
 from fedmom.status import STATUSES, read_status
 from fedmom.tables import MEASURES, finite
 from fedmom.trackers import Tracked, Tracking
-from fedmom.train import Record
 
 SECONDS = 1.0  # between two looks
 QUIET_SECONDS = 30.0  # without a new round, and ten times longer than a round takes: said to be silent

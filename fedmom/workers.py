@@ -20,10 +20,10 @@ from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
 from fedmom.node import Node, Trained
 from fedmom.parsing import counted
-from fedmom.rounds import Outcome, Progress, Round
+from fedmom.rounds.loop import Plan
+from fedmom.rounds.round import Outcome, Progress, Round
 from fedmom.setup import actors_device, pool_options
 from fedmom.tasks.classification import Task
-from fedmom.train import Plan
 from fedmom.wire import as_tensor
 
 _BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless

@@ -25,7 +25,7 @@ from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, row_of
 from fedmom.randomness import random_bits, uniform
 from fedmom.replays import COMINGS
-from fedmom.rounds import Method, Round
+from fedmom.rounds.round import Method, Round
 from fedmom.tasks.classification import Batch, Classification
 from fedmom.tasks.places import copied
 

@@ -20,7 +20,7 @@ from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES, slow_step
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, unflatten, zeros_like
-from fedmom.train import cohort
+from fedmom.rounds.loop import cohort
 
 from .failures import Clients
 from .updates import (

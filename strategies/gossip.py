@@ -23,7 +23,7 @@ from fedmom.gossip import exchange, mean_of, outcome_of
 from fedmom.method.mixing import Blocks
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
 from fedmom.method.topology import Mixing, Topology
-from fedmom.rounds import Method, Outcome, Progress, Round
+from fedmom.rounds.round import Method, Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 
 from .failures import Clients

@@ -1,4 +1,4 @@
-"""fedmom's round loop on Flower's clients: each round of `fedmom.train.run_rounds` is one exchange over a Grid."""
+"""fedmom's round loop on Flower's clients: each round of `run_rounds` is one exchange over a Grid."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import Strategy
 from fedmom.errors import ClientsFailedError
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
-from fedmom.rounds import Outcome, Progress, Round
+from fedmom.rounds.round import Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 
 from .averaging import PRSGDM, SPREADS, Answer

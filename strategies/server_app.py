@@ -23,10 +23,10 @@ from fedmom.parsing import counted
 from fedmom.progress import callbacks
 from fedmom.records import ENDED, write_text
 from fedmom.report import finished
-from fedmom.rounds import Rounds
+from fedmom.rounds.loop import Plan
+from fedmom.rounds.round import Rounds
 from fedmom.runner import Callback, is_heard, run
 from fedmom.tasks.classification import Task
-from fedmom.train import Plan
 
 from .averaging import PRSGDM
 from .failures import Clients

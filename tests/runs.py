@@ -7,11 +7,11 @@ from fedmom.data.datasets import Dataset, load_dataset
 from fedmom.data.partition import make_partition
 from fedmom.engine import Engine
 from fedmom.method.schedules import LearningRate
-from fedmom.rounds import Method
+from fedmom.rounds.loop import Plan, Progressed, beginning, run_rounds
+from fedmom.rounds.round import Method
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import build_model
 from fedmom.tasks.quadratic import Quadratic
-from fedmom.train import Plan, Progressed, beginning, run_rounds
 from laws import Problem, Runner, Trajectory
 
 F64 = torch.float64

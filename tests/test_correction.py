@@ -13,9 +13,9 @@ from fedmom.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.schedules import LearningRate
 from fedmom.randomness import random_bits
-from fedmom.rounds import Method
+from fedmom.rounds.loop import Plan, beginning, run_rounds
+from fedmom.rounds.round import Method
 from fedmom.tasks.quadratic import Quadratic
-from fedmom.train import Plan, beginning, run_rounds
 from runs import F64, image_task, run_plan, simple_plan
 
 MU = 0.3

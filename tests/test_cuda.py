@@ -15,8 +15,8 @@ from fedmom.errors import InputError
 from fedmom.gossip import GossipRounds
 from fedmom.method.topology import make_topology
 from fedmom.resolve import resolve
+from fedmom.rounds.loop import beginning, round_job, run_rounds
 from fedmom.setup import pool_options, resolve_device
-from fedmom.train import beginning, round_job, run_rounds
 from fedmom.workers import make_worker_rounds
 from pretend_cuda import CUDA, clock, pretend
 from runs import image_task, simple_plan

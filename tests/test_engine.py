@@ -8,7 +8,7 @@ import torch
 
 from fedmom.choice import Choice, choose
 from fedmom.engine import PATHS, Engine
-from fedmom.train import beginning, cohort, round_job
+from fedmom.rounds.loop import beginning, cohort, round_job
 from runs import image_task, run_plan, simple_plan, tiny_images
 
 MODELS = ["logistic", "mlp", "cnn", "resnet20"]

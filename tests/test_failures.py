@@ -16,7 +16,7 @@ from fedmom.gossip import mean_of
 from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
 from fedmom.node import warm_node
-from fedmom.rounds import Method
+from fedmom.rounds.round import Method
 from fedmom.runner import Callback, listening
 from grids import LocalGrid, run_config
 from strategies.averaging import PRSGDM

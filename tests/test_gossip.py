@@ -16,9 +16,9 @@ from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
 from fedmom.method.topology import Mixing, Topology, make_topology
 from fedmom.records import read_rounds, read_tensors
-from fedmom.rounds import Method
+from fedmom.rounds.loop import Plan, beginning, evaluate_rows, round_job, run_rounds
+from fedmom.rounds.round import Method
 from fedmom.tasks.quadratic import Quadratic, X
-from fedmom.train import Plan, beginning, evaluate_rows, round_job, run_rounds
 from laws import Trajectory, close, sample_problem, table
 from runs import engine_runner, image_task
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedmom.errors import InputError
 from fedmom.look import look
-from fedmom.train import beginning, round_job
+from fedmom.rounds.loop import beginning, round_job
 from runs import simple_plan
 
 

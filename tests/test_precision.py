@@ -10,7 +10,7 @@ from fedmom.machine.precision import allow_tf32, convolves_in_tf32
 from fedmom.method.algorithms import momentum_step
 from fedmom.method.state import ClientState
 from fedmom.resolve import resolve
-from fedmom.rounds import Method
+from fedmom.rounds.round import Method
 from fedmom.setup import set_up_torch
 from fedmom.stack import Stack
 from pretend_cuda import pretend

@@ -13,7 +13,7 @@ from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
 from fedmom.node import warm_node
 from fedmom.records import read_rounds
-from fedmom.rounds import Method
+from fedmom.rounds.round import Method
 from grids import LocalGrid, run_config
 from strategies.gossip import DSGDM
 from strategies.updates import pack, unpack

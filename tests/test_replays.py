@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from fedmom.engine import Engine
 from fedmom.replays import Replays, cuda_graph
+from fedmom.rounds.loop import beginning, run_rounds
 from fedmom.stack import Stack
-from fedmom.train import beginning, run_rounds
 from pretend_cuda import pretend
 from runs import F64, image_task, run_plan, simple_plan, tiny_images
 

@@ -14,11 +14,11 @@ from fedmom.data.partition import make_partition
 from fedmom.engine import Engine
 from fedmom.factors import numbers, pays
 from fedmom.layers import FoldError, fold
+from fedmom.rounds.loop import beginning, round_job, run_rounds
 from fedmom.stack import Stack
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.dropout import address_dropout
 from fedmom.tasks.places import BoundedGathers
-from fedmom.train import beginning, round_job, run_rounds
 from runs import F64, image_task, run_plan, simple_plan, tiny_images
 
 FACTORS = {"rows": False, "factors": None}  # None: every dense layer that can be

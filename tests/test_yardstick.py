@@ -14,8 +14,8 @@ from fedmom.choice import choose
 from fedmom.engine import PATHS, Engine
 from fedmom.errors import InputError
 from fedmom.method.state import row_of
+from fedmom.rounds.loop import beginning, round_job
 from fedmom.tasks.classification import Batch, Classification
-from fedmom.train import beginning, round_job
 from fedmom.yardstick import Yardstick
 from runs import image_task, run_plan, simple_plan
 

@@ -17,7 +17,7 @@ from fedmom.method.schedules import SCHEDULES, Horizon, LearningRate
 from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, row_of, stacked, to_device, zeros_like
 from fedmom.method.topology import Topology
 from fedmom.randomness import COHORT, random_bits
-from fedmom.rounds import Method, Outcome, Progress, Round, Rounds, part_of
+from fedmom.rounds.round import Method, Outcome, Progress, Round, Rounds, part_of
 from fedmom.tasks.classification import Task
 
 Record = dict[str, Any]

@@ -1,0 +1,1 @@
+"""What a round asks, what comes of it, and R of them."""
