@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import fedmom
-from fedmom.engine import Engine
-from fedmom.gossip import GossipRounds
+from fedmom.engine.engine import Engine
+from fedmom.engine.gossip import GossipRounds
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
 from fedmom.method.topology import Topology, make_topology

@@ -18,10 +18,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "peers_app")]
 
 from peers_app import common  # noqa: E402
 
-from fedmom.choice import choose  # noqa: E402
 from fedmom.data.datasets import Dataset  # noqa: E402
 from fedmom.data.partition import make_partition  # noqa: E402
-from fedmom.engine import Engine  # noqa: E402
+from fedmom.engine.auto import choose  # noqa: E402
+from fedmom.engine.engine import Engine  # noqa: E402
 from fedmom.machine.allocator import keep_freed_memory  # noqa: E402
 from fedmom.method.schedules import LearningRate  # noqa: E402
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds  # noqa: E402

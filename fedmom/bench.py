@@ -9,15 +9,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmom.config import Config
-from fedmom.engine import Engine
-from fedmom.gossip import GossipRounds
+from fedmom.engine.engine import Engine
+from fedmom.engine.gossip import GossipRounds
+from fedmom.engine.stacked.timings import now
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.rounds.round import Rounds
 from fedmom.runner import local_rounds
 from fedmom.setup import make_plan, make_task, resolve_device
 from fedmom.tasks.classification import Batch, Classification, Task
-from fedmom.timings import now
 
 KINDS = {  # of torch's operators, by a part of the name; the first that fits
     "convolution": ("conv",),

@@ -20,7 +20,7 @@ import numpy as np
 from fedmom.data.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.data.datasets import DATASETS
 from fedmom.data.partition import PARTITIONS, QUANTITY_LAWS
-from fedmom.engine import PATHS
+from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
 from fedmom.method.graphs import TOPOLOGIES, WEIGHTS

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.choice import choose
 from fedmom.config import Config, Scalar, flat, load
 from fedmom.data.local import Common, one_of, read_source
-from fedmom.engine import Engine
+from fedmom.engine.auto import choose
+from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, row_of, to_device

@@ -15,11 +15,11 @@ import torch
 
 from fedmom.actors.cluster import Watch, join_ray
 from fedmom.actors.pool import WARM_UP_SECONDS
-from fedmom.choice import choose
 from fedmom.config import Config, flat, replace
-from fedmom.engine import Engine
+from fedmom.engine.auto import choose
+from fedmom.engine.engine import Engine
+from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.gossip import mean_of
 from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.averaging import WeightedMean

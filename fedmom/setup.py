@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from fedmom.actors.pool import PoolOptions
-from fedmom.choice import choose
 from fedmom.config import Config, EngineConfig, replace
 from fedmom.data.arrays import channel_axis, check_cast
 from fedmom.data.datasets import Dataset, load_dataset
 from fedmom.data.local import everything
 from fedmom.data.partition import Partition, make_partition
-from fedmom.engine import Engine
+from fedmom.engine.auto import choose
+from fedmom.engine.engine import Engine
+from fedmom.engine.gossip import GossipRounds
 from fedmom.errors import InputError
-from fedmom.gossip import GossipRounds
 from fedmom.machine.cores import usable_cores
 from fedmom.machine.memory import free_bytes
 from fedmom.machine.precision import allow_tf32

@@ -18,8 +18,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from fedmom.engine.gossip import exchange, mean_of, outcome_of
 from fedmom.errors import InputError
-from fedmom.gossip import exchange, mean_of, outcome_of
 from fedmom.method.mixing import Blocks
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
 from fedmom.method.topology import Mixing, Topology

@@ -5,7 +5,7 @@ import torch
 
 from fedmom.data.datasets import Dataset, load_dataset
 from fedmom.data.partition import make_partition
-from fedmom.engine import Engine
+from fedmom.engine.engine import Engine
 from fedmom.method.schedules import LearningRate
 from fedmom.rounds.loop import Plan, Progressed, beginning, run_rounds
 from fedmom.rounds.round import Method

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fedmom
-from fedmom.apart import mixes_by
+from fedmom.engine.apart import mixes_by
 from laws import table
 from runs import F64
 

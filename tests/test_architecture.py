@@ -31,7 +31,7 @@ MAY_BE_ABSENT = ("flwr", "ray", "torchvision", "matplotlib", "plotly")
 
 
 def imports(node: ast.AST) -> list[str]:
-    """Top-level packages that the node imports, by statement or by name: "fedmom" for fedmom.engine."""
+    """Top-level packages that the node imports, by statement or by name: "fedmom" for fedmom.engine.engine."""
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):

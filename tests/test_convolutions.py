@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from fedmom.convolutions import CONVOLUTIONS, Ways
-from fedmom.timings import Timings
+from fedmom.engine.stacked.convolutions import CONVOLUTIONS, Ways
+from fedmom.engine.stacked.timings import Timings
 
 # (K, B, in, height, width, out, kernel, stride, padding, dilation, bias)
 SHAPES = {

@@ -9,7 +9,7 @@ import torch
 
 import fedmom
 import fedmom.setup
-from fedmom.engine import Engine
+from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.schedules import LearningRate
 from fedmom.randomness import random_bits

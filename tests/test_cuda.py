@@ -7,12 +7,12 @@ for the order of sums.
 import pytest
 import torch
 
-from fedmom.choice import choose
 from fedmom.config import load
-from fedmom.convolutions import CONVOLUTIONS
-from fedmom.engine import Engine
+from fedmom.engine.auto import choose
+from fedmom.engine.engine import Engine
+from fedmom.engine.gossip import GossipRounds
+from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.errors import InputError
-from fedmom.gossip import GossipRounds
 from fedmom.method.topology import make_topology
 from fedmom.resolve import resolve
 from fedmom.rounds.loop import beginning, round_job, run_rounds
@@ -64,7 +64,7 @@ def test_what_is_compiled_once_does_not_decide(monkeypatch):
         with pretend() as card:
             task = image_task("mlp", 4, device="cuda")
             done = beginning(task, plan)
-            monkeypatch.setattr("fedmom.timings.time", clock(card))
+            monkeypatch.setattr("fedmom.engine.stacked.timings.time", clock(card))
             card.first_seconds = 1.0
             job = round_job(task, plan, done)
             chosen = choose(task, plan.method, done.state, job, path="auto", chunk_size=0, steady=steady)

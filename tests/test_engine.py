@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedmom.choice import Choice, choose
-from fedmom.engine import PATHS, Engine
+from fedmom.engine.auto import Choice, choose
+from fedmom.engine.engine import PATHS, Engine
 from fedmom.rounds.loop import beginning, cohort, round_job
 from runs import image_task, run_plan, simple_plan, tiny_images
 

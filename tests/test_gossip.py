@@ -6,9 +6,9 @@ import torch
 
 import fedmom
 import laws
-from fedmom.engine import Engine
+from fedmom.engine.engine import Engine
+from fedmom.engine.gossip import GossipRounds, mean_of
 from fedmom.errors import InputError
-from fedmom.gossip import GossipRounds, mean_of
 from fedmom.method.algorithms import MOMENTUM_POLICIES, exchange_average, start_average
 from fedmom.method.graphs import TOPOLOGIES
 from fedmom.method.mixing import Block, mix_buffers

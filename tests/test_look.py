@@ -10,8 +10,8 @@ import torch
 from test_stack import made
 from torch import nn
 
+from fedmom.engine.look import look
 from fedmom.errors import InputError
-from fedmom.look import look
 from fedmom.rounds.loop import beginning, round_job
 from runs import simple_plan
 

@@ -191,8 +191,8 @@ def test_a_lost_link_can_be_skipped_where_w_is_symmetric(monkeypatch):
     assert record["num_skipped_links"] == 1
     ring = make_topology("ring", 5).matrices[0]
     fewer = without_blocks(ring, [np.array([0, 1, 2]), np.array([3, 4])], [(0, 1)])
-    from fedmom.engine import Engine
-    from fedmom.gossip import GossipRounds
+    from fedmom.engine.engine import Engine
+    from fedmom.engine.gossip import GossipRounds
     from fedmom.method.topology import Topology
 
     alone = plan._replace(topology=Topology("fewer", [fewer]))

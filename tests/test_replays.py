@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fedmom.engine import Engine
-from fedmom.replays import Replays, cuda_graph
+from fedmom.engine.engine import Engine
+from fedmom.engine.stacked.cuda_graphs import Replays, cuda_graph
+from fedmom.engine.stacked.steps import Stack
 from fedmom.rounds.loop import beginning, run_rounds
-from fedmom.stack import Stack
 from pretend_cuda import pretend
 from runs import F64, image_task, run_plan, simple_plan, tiny_images
 

@@ -13,7 +13,7 @@ import torch
 
 import fedmom
 from fedmom import records
-from fedmom.engine import PATHS
+from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError
 from fedmom.records import read_about, read_rounds, read_tensors
 

@@ -12,7 +12,7 @@ import torch
 import fedmom
 import laws
 from fedmom.config import load
-from fedmom.engine import PATHS
+from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError
 from fedmom.records import _command, read_rounds, read_tensors
 from fedmom.resolve import resolve

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from fedmom import layers, went
-from fedmom.choice import choose
-from fedmom.convolutions import CONVOLUTIONS
 from fedmom.data.datasets import Dataset
 from fedmom.data.partition import make_partition
-from fedmom.engine import Engine
-from fedmom.factors import numbers, pays
-from fedmom.layers import FoldError, fold
+from fedmom.engine.auto import choose
+from fedmom.engine.engine import Engine
+from fedmom.engine.stacked import layers, means
+from fedmom.engine.stacked.convolutions import CONVOLUTIONS
+from fedmom.engine.stacked.factors import numbers, pays
+from fedmom.engine.stacked.layers import FoldError, fold
+from fedmom.engine.stacked.steps import Stack
 from fedmom.rounds.loop import beginning, round_job, run_rounds
-from fedmom.stack import Stack
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.dropout import address_dropout
 from fedmom.tasks.places import BoundedGathers
@@ -180,8 +180,8 @@ def test_every_policy_and_chunk(name, chunk_size, policy, form):
 def test_large_activations_and_large_tensors(name, chunk_size, small, monkeypatch):
     """The ways that sizes choose, on sizes that are small."""
     monkeypatch.setattr(layers, "_LARGE", 0)
-    monkeypatch.setattr(went, "_SMALL", small)
-    monkeypatch.setattr(went, "_HELD", 3)
+    monkeypatch.setattr(means, "_SMALL", small)
+    monkeypatch.setattr(means, "_HELD", 3)
     plan = simple_plan(3, num_rounds=2, client_weights="samples", weight_decay=1e-2)
     want = run_plan(TASKS[name](3), plan, path="loop")
     assert_close(run(TASKS[name](3), plan, False, chunk_size=chunk_size), want, tolerance_of(name))

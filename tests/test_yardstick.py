@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from fedmom import yardstick
-from fedmom.choice import choose
-from fedmom.engine import PATHS, Engine
+from fedmom.engine import yardstick
+from fedmom.engine.auto import choose
+from fedmom.engine.engine import PATHS, Engine
+from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.method.state import row_of
 from fedmom.rounds.loop import beginning, round_job
 from fedmom.tasks.classification import Batch, Classification
-from fedmom.yardstick import Yardstick
 from runs import image_task, run_plan, simple_plan
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedmom.factors import Factors
+from fedmom.engine.stacked.factors import Factors
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedmom.factors import Factors, OnDevice, numbers, on_device, pays
-from fedmom.layers import FoldedLinear, FoldError, fold
+from fedmom.engine.stacked.factors import Factors, OnDevice, numbers, on_device, pays
+from fedmom.engine.stacked.layers import FoldedLinear, FoldError, fold
+from fedmom.engine.stacked.means import Ended
 from fedmom.method.state import ClientState, Tree, rows_of
 from fedmom.rounds.round import Method, Progress, Round, part_of
 from fedmom.tasks.classification import Batch, Classification
-from fedmom.went import Ended
 
 F64 = torch.float64
 

@@ -7,21 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fedmom.apart import mixes_by
-from fedmom.engine import FOLDED_PATHS, Engine
+from fedmom.engine.apart import mixes_by
+from fedmom.engine.engine import FOLDED_PATHS, Engine
+from fedmom.engine.look import look, look_at_correction
+from fedmom.engine.stacked.cuda_graphs import COMINGS
+from fedmom.engine.stacked.layers import FoldError
+from fedmom.engine.stacked.steps import Stack
+from fedmom.engine.stacked.timings import now
+from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
-from fedmom.layers import FoldError
-from fedmom.look import look, look_at_correction
 from fedmom.machine.memory import free_bytes
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, num_bytes
-from fedmom.replays import COMINGS
 from fedmom.rounds.round import Method, Round, part_of
-from fedmom.stack import Stack
 from fedmom.tasks.classification import Classification, Task
-from fedmom.timings import now
 from fedmom.user_code import one_line
-from fedmom.yardstick import Yardstick
 
 
 def bytes_per_client(task: Task, start: ClientState) -> int:

@@ -6,7 +6,7 @@ Yu, Jin, Yang (ICML 2019), Algorithm 2 (there I = 1). The local steps are the en
 import torch
 from torch import Tensor
 
-from fedmom.engine import Engine
+from fedmom.engine.engine import Engine
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.mixing import Blocks, combine, spread
 from fedmom.method.state import ClientState, to_device

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import unfold
 
+from fedmom.engine.stacked.timings import Timings
 from fedmom.machine.precision import convolves_in_tf32
-from fedmom.timings import Timings
 
 convolution_backward = torch.ops.aten.convolution_backward
 
@@ -132,7 +132,7 @@ def _implicit(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, opti
     if x.dtype not in (torch.float32, torch.float64):
         raise RuntimeError(f"Triton's kernels were not tried with {x.dtype}")
     try:
-        from fedmom.implicit_gemm import Implicit
+        from fedmom.engine.stacked.triton_kernels import Implicit
     except ImportError as error:
         raise RuntimeError("Triton is not installed") from error
     y: Tensor = Implicit.apply(x, weight, bias, shared, options)

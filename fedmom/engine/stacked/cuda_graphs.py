@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fedmom.engine.stacked.means import Distances, distances
+from fedmom.engine.stacked.steps import Stack
 from fedmom.method.state import ClientState
 from fedmom.rounds.round import Progress, Round
-from fedmom.stack import Stack
 from fedmom.tasks.classification import Batch
 from fedmom.user_code import one_line
-from fedmom.went import Distances, distances
 
 # f -> (what it gave, a function that does it again, into the same memory)
 Record = Callable[[Callable[[], Distances]], tuple[Distances, Callable[[], None]]]

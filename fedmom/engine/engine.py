@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fedmom.engine.stacked.cuda_graphs import Replays
+from fedmom.engine.stacked.means import Distances, Went, distances
+from fedmom.engine.stacked.steps import Stack
 from fedmom.method.algorithms import MOMENTUM_POLICIES, local_step, takes_key
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import (
@@ -25,11 +28,8 @@ from fedmom.method.state import (
     where,
 )
 from fedmom.randomness import random_bits
-from fedmom.replays import Replays
 from fedmom.rounds.round import Method, Outcome, Progress, Round, part_of
-from fedmom.stack import Stack
 from fedmom.tasks.classification import Task
-from fedmom.went import Distances, Went, distances
 
 
 def vmap_step(

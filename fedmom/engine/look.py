@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.engine.own_state import attributes, changed, same, shared_by
 from fedmom.errors import InputError
 from fedmom.method.algorithms import Correction, takes_key
 from fedmom.method.state import ClientState, Tree
-from fedmom.own_state import attributes, changed, same, shared_by
 from fedmom.rounds.round import Round
 from fedmom.tasks.classification import Batch, Classification
 from fedmom.user_code import one_line

@@ -1,0 +1,1 @@
+"""K stacked clients through one folded model: the engine's fast ways."""
