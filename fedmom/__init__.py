@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fedmom.callbacks import Result as Result
     from fedmom.callbacks import Start as Start
     from fedmom.comparison import all_sheets as all_sheets
-    from fedmom.config import Config as Config
-    from fedmom.config import load as load
+    from fedmom.config.keys import Config as Config
+    from fedmom.config.keys import load as load
     from fedmom.data.datasets import Dataset as Dataset
     from fedmom.errors import ClientsFailedError as ClientsFailedError
     from fedmom.errors import DivergedError as DivergedError
@@ -42,7 +42,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Callback": "fedmom.callbacks",
     "ClientsFailedError": "fedmom.errors",
-    "Config": "fedmom.config",
+    "Config": "fedmom.config.keys",
     "Dataset": "fedmom.data.datasets",
     "DivergedError": "fedmom.errors",
     "InputError": "fedmom.errors",
@@ -56,7 +56,7 @@ _HOME = {
     "all_sheets": "fedmom.comparison",
     "build_model": "fedmom.tasks.models",
     "group_runs": "fedmom.groups",
-    "load": "fedmom.config",
+    "load": "fedmom.config.keys",
     "local_step": "fedmom.method.algorithms",
     "make_topology": "fedmom.method.topology",
     "normal_like": "fedmom.randomness",

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedmom.config import Config
+from fedmom.config.build import make_plan, make_task, resolve_device
+from fedmom.config.keys import Config
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.timings import now
@@ -16,7 +17,6 @@ from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.rounds.round import Rounds
 from fedmom.runner import local_rounds
-from fedmom.setup import make_plan, make_task, resolve_device
 from fedmom.tasks.classification import Batch, Classification, Task
 
 KINDS = {  # of torch's operators, by a part of the name; the first that fits

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from fedmom.config import Config
+from fedmom.config.keys import Config
 from fedmom.method.state import ClientState, Tree
 from fedmom.rounds.loop import Record
 

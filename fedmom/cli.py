@@ -16,13 +16,13 @@ from typer.core import TyperGroup
 
 from fedmom import data_cli, results_cli, supervise, sweep_cli
 from fedmom.actors.pool import PoolOptions
-from fedmom.config import load, parse_sets
+from fedmom.config.keys import load, parse_sets
+from fedmom.config.numbers import counted
 from fedmom.deploy.cli import app as deploy_app
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.files import at_home
 from fedmom.flower_app import simulate_app
 from fedmom.machine.output import steady_output
-from fedmom.parsing import counted
 from fedmom.progress import Replies, callbacks, show_output
 from fedmom.records import CONFIG
 from fedmom.runner import run as run_config

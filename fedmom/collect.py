@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.config import Scalar, flat, load
+from fedmom.config.keys import Scalar, flat, load
 from fedmom.errors import InputError
 from fedmom.files import CONFIG, ENVIRONMENT, MANIFEST, ROUNDS
 from fedmom.history import read_rounds

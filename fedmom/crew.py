@@ -21,7 +21,8 @@ from types import FrameType
 from typing import NamedTuple
 
 from fedmom.callbacks import STOPPING, Callback
-from fedmom.config import Scalar, load, parse_sets
+from fedmom.config.build import share_of_gpus
+from fedmom.config.keys import Scalar, load, parse_sets
 from fedmom.errors import InputError
 from fedmom.files import CONFIG
 from fedmom.machine.cores import usable_cores
@@ -29,7 +30,6 @@ from fedmom.method.state import ClientState
 from fedmom.progress import Quiet
 from fedmom.rounds.loop import Record
 from fedmom.runner import run
-from fedmom.setup import share_of_gpus
 from fedmom.trackers import Tracking
 from fedmom.user_code import one_line
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmom.config import Config, load
+from fedmom.config.keys import Config, load
 from fedmom.errors import InputError
 from fedmom.records import CONFIG, ROUNDS
 from fedmom.rounds.loop import Record

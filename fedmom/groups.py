@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from fedmom.collect import Run
-from fedmom.config import KEYS, Scalar, toml_scalar
+from fedmom.config.keys import KEYS, Scalar, toml_scalar
 from fedmom.errors import InputError
 from fedmom.tables import MEASURES, number
 

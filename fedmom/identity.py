@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.config import KEYS, Config, flat
+from fedmom.config.keys import KEYS, Config, flat
 from fedmom.errors import InputError
 from fedmom.files import at_home
 from fedmom.method.algorithms import ALGORITHMS

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.config import Config, Scalar, flat, load
+from fedmom.config.build import classification, make_plan, make_task, resolve_device, set_up_torch
+from fedmom.config.keys import Config, Scalar, flat, load
+from fedmom.config.resolve import resolve
 from fedmom.data.local import Common, one_of, read_source
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, row_of, to_device
-from fedmom.resolve import resolve
 from fedmom.rounds.loop import Plan, clients_job
 from fedmom.rounds.round import Outcome
-from fedmom.setup import classification, make_plan, make_task, resolve_device, set_up_torch
 from fedmom.tasks.classification import Task
 from fedmom.user_code import blamed
 

@@ -15,7 +15,9 @@ import torch
 
 from fedmom.actors.cluster import Watch, join_ray
 from fedmom.actors.pool import WARM_UP_SECONDS
-from fedmom.config import Config, flat, replace
+from fedmom.config.build import actors_device, make_plan, make_task, pool_options, set_up_torch
+from fedmom.config.keys import Config, flat, replace
+from fedmom.config.numbers import counted
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import mean_of
@@ -26,10 +28,8 @@ from fedmom.method.averaging import WeightedMean
 from fedmom.method.mixing import Block, combine, spread
 from fedmom.method.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
 from fedmom.method.topology import Mixing
-from fedmom.parsing import counted
 from fedmom.rounds.loop import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
 from fedmom.rounds.round import Outcome, Progress, Round
-from fedmom.setup import actors_device, make_plan, make_task, pool_options, set_up_torch
 from fedmom.tasks.classification import Task
 from fedmom.user_code import blamed, one_line
 from fedmom.wire import as_tensor

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from fedmom.config.numbers import counted
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.state import ClientState
-from fedmom.parsing import counted
 from fedmom.rounds.loop import Record
 from fedmom.runner import Callback, Result, Start
 

@@ -13,7 +13,9 @@ from fedmom.callbacks import Result as Result
 from fedmom.callbacks import Start as Start
 from fedmom.callbacks import is_heard as is_heard
 from fedmom.callbacks import listening as listening
-from fedmom.config import Config, flat, load, parse_sets, replace, to_toml
+from fedmom.config.build import make_engine, make_plan, make_task, resolve_device
+from fedmom.config.keys import Config, flat, load, parse_sets, replace, to_toml
+from fedmom.config.resolve import resolve, resume_config
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
 from fedmom.files import at_home
 from fedmom.history import History, cut_back
@@ -21,10 +23,8 @@ from fedmom.identity import identity_of
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import num_bytes
 from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
-from fedmom.resolve import resolve, resume_config
 from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 from fedmom.rounds.round import Rounds
-from fedmom.setup import make_engine, make_plan, make_task, resolve_device
 from fedmom.status import Heart, read_status
 from fedmom.tasks.classification import Task
 from fedmom.user_code import blamed, one_line

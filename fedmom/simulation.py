@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import fedmom
-from fedmom.config import Config, flat, replace
+from fedmom.config.build import pool_options
+from fedmom.config.keys import Config, flat, replace
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.files import at_home
 from fedmom.runner import Callback, Result, listening
-from fedmom.setup import pool_options
 
 
 def simulate(

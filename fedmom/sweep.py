@@ -12,14 +12,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fedmom.config import KEYS, Config, Scalar, as_held, load, parse_sets, read_tables, typed_value
+from fedmom.config.keys import KEYS, Config, Scalar, as_held, load, parse_sets, read_tables, typed_value
+from fedmom.config.numbers import as_list, pieces
+from fedmom.config.resolve import resolve, resume_config
 from fedmom.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.errors import InputError, unknown
 from fedmom.files import CONFIG, MANIFEST, write_text
 from fedmom.history import last_round, read_rounds
-from fedmom.parsing import as_list, pieces
 from fedmom.records import RunFolder
-from fedmom.resolve import resolve, resume_config
 from fedmom.rounds.loop import CLIENT_MEASURES
 from fedmom.runner import check_place
 from fedmom.tables import MISSING, finite, number

@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from fedmom import supervise, tables
 from fedmom import sweep as sweeps
-from fedmom.config import load
+from fedmom.config.keys import load
 from fedmom.crew import Cell, Ended
 from fedmom.errors import InputError
 from fedmom.files import at_home

@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from fedmom.config import Scalar, flat, to_toml
+from fedmom.config.keys import Scalar, flat, to_toml
 from fedmom.errors import InputError, unknown
 from fedmom.method.state import ClientState
 from fedmom.records import CONFIG, write_text

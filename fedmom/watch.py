@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmom.collect import is_run, sweep_runs
-from fedmom.config import flat, to_toml
+from fedmom.config.keys import flat, to_toml
 from fedmom.follow import Follower
 from fedmom.machine.output import nobody_reads
 from fedmom.progress import describe

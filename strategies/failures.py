@@ -9,9 +9,9 @@ from flwr.app import ArrayRecord, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from fedmom.config import ON_FAILURE
+from fedmom.config.keys import ON_FAILURE
+from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError, unknown
-from fedmom.parsing import counted
 
 from .dispatch import Exchange, anew, exchange
 from .holders import Holder, learn_holders

@@ -9,8 +9,8 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedmom.config.numbers import counted
 from fedmom.errors import InputError
-from fedmom.parsing import counted
 
 from .dispatch import OVERDUE, Exchange, anew, exchange
 

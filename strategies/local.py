@@ -5,11 +5,11 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedmom.config import Config
+from fedmom.config.build import classification
+from fedmom.config.keys import Config
 from fedmom.data.local import Common, Facts, agreed, as_record, none_of, read_server
 from fedmom.errors import ClientsFailedError
 from fedmom.method.state import ClientState, flatten
-from fedmom.setup import classification
 from fedmom.tasks.classification import Classification
 
 from .failures import Clients

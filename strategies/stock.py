@@ -19,10 +19,10 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from fedmom.config import Config, ServerConfig
+from fedmom.config.keys import Config, ServerConfig
+from fedmom.config.strategies import STRATEGIES
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState
-from fedmom.stock_rules import STRATEGIES
 
 from .holders import Holder
 
@@ -38,7 +38,7 @@ def _fedavgm(keys: ServerConfig, cohort: int, options: dict[str, Any]) -> Strate
 
 
 Make = Callable[[ServerConfig, int, dict[str, Any]], Strategy]  # (keys, clients per round, options of FedAvg)
-STOCK: dict[str, Make] = {  # of fedmom.stock_rules.STRATEGIES all but ours
+STOCK: dict[str, Make] = {  # of fedmom.config.strategies.STRATEGIES all but ours
     "fedavg": lambda keys, cohort, options: FedAvg(**options),
     "fedavgm": _fedavgm,
     "fedadam": lambda keys, cohort, options: FedAdam(**options, eta=keys.lr or 0.1),

@@ -2,8 +2,8 @@
 
 import json
 
-from fedmom.config import load, to_toml
-from fedmom.resolve import resolve
+from fedmom.config.keys import load, to_toml
+from fedmom.config.resolve import resolve
 from fedmom.tables import RunHistory
 
 

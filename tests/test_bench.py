@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedmom.bench import _flops, as_rows, bench, peaks
-from fedmom.config import load
-from fedmom.resolve import resolve
+from fedmom.config.keys import load
+from fedmom.config.resolve import resolve
 from runs import image_task
 
 DIGITS = {"data.num-clients": 4, "data.batch-size": 8, "run.num-rounds": 1}

@@ -16,7 +16,7 @@ from typer.main import get_command
 
 import fedmom
 from fedmom import cli, pictures, progress
-from fedmom.config import KEYS, load
+from fedmom.config.keys import KEYS, load
 from fedmom.data.datasets import DATASETS
 from fedmom.pictures import draw_curves
 from fedmom.records import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_rounds, read_tensors
@@ -194,7 +194,7 @@ def test_a_full_memory_is_one_line(refused, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nsize 1")
 
-    monkeypatch.setattr("fedmom.setup.choose", full)
+    monkeypatch.setattr("fedmom.config.build.choose", full)
     refused(
         ["memory is full", "data.batch-size", "can't allocate memory size 1"], "run", "quadratic.toml", "--out", "x"
     )
@@ -204,7 +204,7 @@ def test_errors_of_ours_are_not_hidden(fed, monkeypatch):
     def bug(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("fedmom.setup.choose", bug)
+    monkeypatch.setattr("fedmom.config.build.choose", bug)
     with pytest.raises(RuntimeError, match="a bug"):
         fed("run", "quadratic.toml")
 

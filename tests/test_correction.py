@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fedmom
-import fedmom.setup
+import fedmom.config.build
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.schedules import LearningRate
@@ -140,8 +140,8 @@ def test_addressed_noise_is_the_same_on_every_path_and_another_for_every_client_
     for name, x in ends[0].items():
         torch.testing.assert_close(x, ends[1][name], rtol=1e-11, atol=1e-12)
     seen = set()
-    correct = fedmom.setup._correction("mine:correct", 0)
-    other = fedmom.setup._correction("mine:correct", 1)
+    correct = fedmom.config.build._correction("mine:correct", 0)
+    other = fedmom.config.build._correction("mine:correct", 1)
     zero = {"x": torch.zeros(2, dtype=F64)}
     for function in (correct, other):
         for client in range(2):

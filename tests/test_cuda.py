@@ -7,16 +7,16 @@ for the order of sums.
 import pytest
 import torch
 
-from fedmom.config import load
+from fedmom.config.build import pool_options, resolve_device
+from fedmom.config.keys import load
+from fedmom.config.resolve import resolve
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.errors import InputError
 from fedmom.method.topology import make_topology
-from fedmom.resolve import resolve
 from fedmom.rounds.loop import beginning, round_job, run_rounds
-from fedmom.setup import pool_options, resolve_device
 from fedmom.workers import make_worker_rounds
 from pretend_cuda import CUDA, clock, pretend
 from runs import image_task, simple_plan

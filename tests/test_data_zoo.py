@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedmom.config import load
+from fedmom.config.build import make_task
+from fedmom.config.keys import load
+from fedmom.config.resolve import resolve
 from fedmom.data.datasets import ARRAYS, Dataset, load_dataset
 from fedmom.data.local import agreed, client_source, facts_of, read_server, read_source
 from fedmom.data.partition import PARTITIONS, make_partition
 from fedmom.errors import InputError
-from fedmom.resolve import resolve
-from fedmom.setup import make_task
 
 PAGE = Path(__file__).parents[1] / "docs" / "data.md"
 RNG = np.random.default_rng(0)

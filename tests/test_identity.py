@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import fedmom
-from fedmom import config, identity
-from fedmom.config import load
+from fedmom.config import keys
+from fedmom.config.keys import load
+from fedmom.config.resolve import resolve
 from fedmom.errors import InputError
 from fedmom.identity import identity_of
 from fedmom.records import CHECKPOINT, FINAL, read_about, read_rounds, read_tensors
-from fedmom.resolve import resolve
 from fedmom.user_code import load_object
 
 STORED = Path(__file__).parent / "stored"
@@ -180,8 +180,8 @@ def test_a_key_that_did_not_exist_then_does_not_hinder_a_resume(workplace, monke
     """A newer version knows one key more, of which the recorded configuration says nothing."""
     sets = {**TINY, "data.dataset": "tiny.npz"}
     before = identity_of(resolve(load({}, sets)).config)
-    wider = {**config.KEYS, "model.new-key": config.KEYS["model.hidden"]._replace(default=7)}
-    settings = {**dict.fromkeys(wider, None), **config.flat(resolve(load({}, sets)).config), "model.new-key": 7}
+    wider = {**keys.KEYS, "model.new-key": keys.KEYS["model.hidden"]._replace(default=7)}
+    settings = {**dict.fromkeys(wider, None), **keys.flat(resolve(load({}, sets)).config), "model.new-key": 7}
     monkeypatch.setattr(identity, "KEYS", wider)
     monkeypatch.setattr(identity, "flat", lambda _: settings)
     after = identity_of(resolve(load({}, sets)).config)

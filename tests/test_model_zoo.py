@@ -8,11 +8,11 @@ from torch import Tensor
 
 import fedmom
 import plain
-from fedmom.config import load
+from fedmom.config.build import load_task_data
+from fedmom.config.keys import load
+from fedmom.config.resolve import resolve
 from fedmom.data.batches import Sampler
 from fedmom.errors import InputError
-from fedmom.resolve import resolve
-from fedmom.setup import load_task_data
 from zoo import PATHS, ZOO, build
 from zoo.page import PAGE, page
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import fedmom
-from fedmom.config import load
+from fedmom.config.build import make_plan, make_task
+from fedmom.config.keys import load
+from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.topology import make_topology
 from fedmom.peers import PeerRounds, senders, without_blocks
 from fedmom.records import read_about, read_rounds, read_tensors
-from fedmom.resolve import resolve
 from fedmom.rounds.loop import beginning, run_rounds
-from fedmom.setup import make_plan, make_task
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("peers")  # in one process, which has one Ray

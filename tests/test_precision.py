@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from fedmom.config import load
+from fedmom.config.build import set_up_torch
+from fedmom.config.keys import load
+from fedmom.config.resolve import resolve
 from fedmom.engine.stacked.convolutions import _described
 from fedmom.engine.stacked.steps import Stack
 from fedmom.errors import InputError
 from fedmom.machine.precision import allow_tf32, convolves_in_tf32
 from fedmom.method.algorithms import momentum_step
 from fedmom.method.state import ClientState
-from fedmom.resolve import resolve
 from fedmom.rounds.round import Method
-from fedmom.setup import set_up_torch
 from pretend_cuda import pretend
 from runs import F64, image_task, run_plan, simple_plan
 

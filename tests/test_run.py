@@ -11,11 +11,11 @@ import torch
 
 import fedmom
 import laws
-from fedmom.config import load
+from fedmom.config.keys import load
+from fedmom.config.resolve import resolve
 from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError
 from fedmom.records import _command, read_rounds, read_tensors
-from fedmom.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 QUIET = [fedmom.Callback()]

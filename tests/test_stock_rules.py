@@ -2,10 +2,10 @@
 
 import pytest
 
-from fedmom.config import load
+from fedmom.config.keys import load
+from fedmom.config.resolve import resolve
+from fedmom.config.strategies import OURS, STRATEGIES
 from fedmom.errors import InputError
-from fedmom.resolve import resolve
-from fedmom.stock_rules import OURS, STRATEGIES
 from strategies.stock import STOCK
 
 BASE = {"data.num-clients": 10, "run.backend": "simulation"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedmom import cli, crew
-from fedmom.config import load
+from fedmom.config.keys import load
 from fedmom.crew import Requests
 from fedmom.errors import InputError
 from fedmom.records import read_rounds

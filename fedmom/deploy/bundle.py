@@ -6,7 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from fedmom.config import KEYS, Config, flat
+from fedmom.config.keys import KEYS, Config, flat
 from fedmom.errors import InputError
 from fedmom.user_code import is_spec
 

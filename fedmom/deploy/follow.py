@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmom.config import Config, load, parse_sets, replace, to_toml
+from fedmom.config.keys import Config, load, parse_sets, replace, to_toml
+from fedmom.config.resolve import resolve, resume_config
 from fedmom.deploy import operate
 from fedmom.deploy.bundle import DATA
 from fedmom.deploy.commands import CONNECTION, CommandError, Commands, superlink
@@ -17,7 +18,6 @@ from fedmom.deploy.remote import VOLUME, RemoteRuns
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState
 from fedmom.records import CHECKPOINT, CONFIG, read_about, write_text
-from fedmom.resolve import resolve, resume_config
 from fedmom.runner import Callback, Start
 
 _SECONDS_BETWEEN_LOOKS = 2.0

@@ -10,14 +10,14 @@ import numpy as np
 from fedmom.collect import Run, environment_of, is_run
 from fedmom.compare_pictures import SPREADS, styles
 from fedmom.comparison import AXES, Target, all_sheets
-from fedmom.config import KEYS, load, toml_scalar
+from fedmom.config.build import load_task_data
+from fedmom.config.keys import KEYS, load, toml_scalar
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.groups import Group, differing, said, shared
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.pictures import COLOURS, DASHES, MARKERS
 from fedmom.records import CONFIG
-from fedmom.setup import load_task_data
 from fedmom.sheets import Sheet, Stat, written
 from fedmom.tables import MEASURES, Measure, finite, number
 

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from fedmom import cli
-from fedmom.config import Config
+from fedmom.config.keys import Config
 from fedmom.deploy import follow, operate, remote
 from fedmom.deploy.commands import CommandError, Commands
 from fedmom.deploy.follow import Following

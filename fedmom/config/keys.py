@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedmom.config.numbers import as_list, read_toml, typed, without_brackets
+from fedmom.config.strategies import STRATEGIES
 from fedmom.data.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.data.datasets import DATASETS
 from fedmom.data.partition import PARTITIONS, QUANTITY_LAWS
@@ -26,8 +28,6 @@ from fedmom.method.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
 from fedmom.method.graphs import TOPOLOGIES, WEIGHTS
 from fedmom.method.schedules import SCHEDULES, UNITS
 from fedmom.method.topology import FILES
-from fedmom.parsing import as_list, read_toml, typed, without_brackets
-from fedmom.stock_rules import STRATEGIES
 from fedmom.tasks.models import MODELS, NORMS
 from fedmom.user_code import is_spec
 

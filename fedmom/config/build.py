@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fedmom.actors.pool import PoolOptions
-from fedmom.config import Config, EngineConfig, replace
+from fedmom.config.keys import Config, EngineConfig, replace
+from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.data.arrays import channel_axis, check_cast
 from fedmom.data.datasets import Dataset, load_dataset
 from fedmom.data.local import everything
@@ -25,7 +26,6 @@ from fedmom.method.graphs import Options
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState, Tree, num_bytes
 from fedmom.method.topology import Topology, make_topology
-from fedmom.parsing import parse_numbers, parse_table
 from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds.loop import Plan, beginning, round_job
 from fedmom.rounds.round import Method, Rounds

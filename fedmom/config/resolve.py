@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.config import KEYS, AlgorithmConfig, Config, Loaded, Scalar, flat, load, replace
+from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Loaded, Scalar, flat, load, replace
+from fedmom.config.numbers import parse_numbers, parse_table
+from fedmom.config.strategies import OURS, check_strategy, idle_keys
 from fedmom.errors import InputError
 from fedmom.identity import LENGTH, PLACE
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.method.schedules import SCHEDULES
-from fedmom.parsing import parse_numbers, parse_table
 from fedmom.records import CONFIG
-from fedmom.stock_rules import OURS, check_strategy, idle_keys
 
 # Values with which a key leaves the choice to the engine; a resumed run keeps what was chosen.
 _OPEN: dict[str, Scalar] = {"engine.device": "auto", "engine.path": "auto", "engine.chunk-size": 0, "engine.threads": 0}
