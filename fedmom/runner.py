@@ -131,10 +131,10 @@ def local_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds
     if not config.engine.workers:
         return make_engine(config, task, plan)
     if plan.topology is not None:
-        from fedmom.peers import make_peer_rounds  # which needs Ray
+        from fedmom.backends.peers import make_peer_rounds  # which needs Ray
 
         return make_peer_rounds(config, task, plan)
-    from fedmom.workers import make_worker_rounds  # which needs Ray, if not at once
+    from fedmom.backends.workers import make_worker_rounds  # which needs Ray, if not at once
 
     return make_worker_rounds(config, task, plan)
 

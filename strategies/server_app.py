@@ -13,13 +13,13 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
+from fedmom.backends.trainer import settled
 from fedmom.config.keys import Config, replace
 from fedmom.config.numbers import counted
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.files import at_home
 from fedmom.machine.output import steady_output
 from fedmom.method.state import num_bytes
-from fedmom.node import settled
 from fedmom.progress import callbacks
 from fedmom.records import ENDED, write_text
 from fedmom.report import finished

@@ -488,7 +488,7 @@ def test_flower_takes_every_config_as_a_run_config():
     """By Flower's own rules: flattened, unknown keys refused; and it means what `fedmom run` makes of it."""
     from flwr.common.config import get_fused_config_from_dir, parse_config_args
 
-    from fedmom.node import settled
+    from fedmom.backends.trainer import settled
 
     for path in CONFIGS:
         run_config = get_fused_config_from_dir(ROOT, parse_config_args([str(path)]))

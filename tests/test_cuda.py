@@ -7,6 +7,7 @@ for the order of sums.
 import pytest
 import torch
 
+from fedmom.backends.workers import make_worker_rounds
 from fedmom.config.build import pool_options, resolve_device
 from fedmom.config.keys import load
 from fedmom.config.resolve import resolve
@@ -17,7 +18,6 @@ from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.errors import InputError
 from fedmom.method.topology import make_topology
 from fedmom.rounds.loop import beginning, round_job, run_rounds
-from fedmom.workers import make_worker_rounds
 from pretend_cuda import CUDA, clock, pretend
 from runs import image_task, simple_plan
 from test_replays import assert_same, on_cpu
@@ -110,7 +110,7 @@ def test_workers_run_where_the_configuration_says(monkeypatch):
         def take(self):
             return "choose", ("stack", 4)
 
-    monkeypatch.setattr("fedmom.workers.Pool", OfOne)
+    monkeypatch.setattr("fedmom.backends.workers.Pool", OfOne)
     with pretend():
         config = resolve_device(resolve(load({"engine.workers": 2})).config)
         settled, _, (note,) = make_worker_rounds(config, image_task("mlp"), simple_plan(4))

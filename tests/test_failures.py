@@ -11,11 +11,11 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from test_flower import QUADRATIC, RESNET, by_engine, by_flower, fails
 
 from clients.client_app import app as client_app
+from fedmom.backends.trainer import warm_node
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
-from fedmom.node import warm_node
 from fedmom.rounds.round import Method
 from fedmom.runner import Callback, listening
 from grids import LocalGrid, run_config

@@ -13,9 +13,9 @@ from flwr.serverapp.strategy import FedAvg
 
 import fedmom
 from clients.client_app import app as client_app
+from fedmom.backends.trainer import held_clients, warm_node
 from fedmom.errors import ClientsFailedError, InputError, RunStoppedError
 from fedmom.method.state import flatten
-from fedmom.node import held_clients, warm_node
 from fedmom.records import read_rounds, read_tensors
 from fedmom.runner import listening
 from grids import LocalGrid, run_config

@@ -8,6 +8,7 @@ from test_flower import assert_same, by_engine, by_flower
 
 import fedmom
 from clients.client_app import app as client_app
+from fedmom.backends.trainer import warm_node
 from fedmom.data.local import (
     agreed,
     as_record,
@@ -21,7 +22,6 @@ from fedmom.data.local import (
     read_source,
 )
 from fedmom.errors import InputError
-from fedmom.node import warm_node
 from grids import LocalGrid, run_config
 from runs import LOCAL, give_digits
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import fedmom
+from fedmom.backends.peers import PeerRounds, senders, without_blocks
 from fedmom.config.build import make_plan, make_task
 from fedmom.config.keys import load
 from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.topology import make_topology
-from fedmom.peers import PeerRounds, senders, without_blocks
 from fedmom.records import read_about, read_rounds, read_tensors
 from fedmom.rounds.loop import beginning, run_rounds
 

@@ -8,10 +8,10 @@ from test_flower import QUADRATIC, RESNET, assert_same, by_engine, by_flower
 
 import fedmom
 from clients.client_app import app as client_app
+from fedmom.backends.trainer import warm_node
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
-from fedmom.node import warm_node
 from fedmom.records import read_rounds
 from fedmom.rounds.round import Method
 from grids import LocalGrid, run_config

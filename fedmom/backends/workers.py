@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fedmom.actors.pool import Failure, Pool
+from fedmom.backends.trainer import Node, Trained
 from fedmom.config.build import actors_device, pool_options
 from fedmom.config.keys import Config, replace
 from fedmom.config.numbers import counted
@@ -20,7 +21,6 @@ from fedmom.errors import ClientsFailedError, InputError, RayEndedError
 from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
-from fedmom.node import Node, Trained
 from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Outcome, Progress, Round
 from fedmom.tasks.classification import Task

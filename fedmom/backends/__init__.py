@@ -1,0 +1,1 @@
+"""Who runs a round: this process, workers on Ray, or peers that exchange rows."""
