@@ -15,7 +15,7 @@ from statistics import mean, stdev
 
 import fedmom
 from fedmom.progress import Quiet
-from fedmom.records import CONFIG, read_rounds
+from fedmom.records.folder import CONFIG, read_rounds
 
 CONFIGURATION = "configs/decentralized/fashion.toml"
 TOPOLOGIES = ("ring", "torus", "exponential", "complete")

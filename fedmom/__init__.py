@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from fedmom.page.write import write_page as write_page
     from fedmom.randomness import normal_like as normal_like
     from fedmom.ray_grid import RayGrid as RayGrid
+    from fedmom.records.status import Status as Status
+    from fedmom.records.status import read_status as read_status
     from fedmom.runner import run as run
-    from fedmom.status import Status as Status
-    from fedmom.status import read_status as read_status
     from fedmom.tasks.models import build_model as build_model
     from fedmom.trackers import Tracked as Tracked
     from fedmom.trackers import Tracker as Tracker
@@ -49,7 +49,7 @@ _HOME = {
     "RayGrid": "fedmom.ray_grid",
     "Result": "fedmom.callbacks",
     "Start": "fedmom.callbacks",
-    "Status": "fedmom.status",
+    "Status": "fedmom.records.status",
     "Tracked": "fedmom.trackers",
     "Tracker": "fedmom.trackers",
     "Tracking": "fedmom.trackers",
@@ -60,7 +60,7 @@ _HOME = {
     "local_step": "fedmom.method.algorithms",
     "make_topology": "fedmom.method.topology",
     "normal_like": "fedmom.randomness",
-    "read_status": "fedmom.status",
+    "read_status": "fedmom.records.status",
     "run": "fedmom.runner",
     "simulate_app": "fedmom.flower_app",
     "write_page": "fedmom.page.write",

@@ -20,11 +20,11 @@ from fedmom.config.keys import load, parse_sets
 from fedmom.config.numbers import counted
 from fedmom.deploy.cli import app as deploy_app
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.files import at_home
 from fedmom.flower_app import simulate_app
 from fedmom.machine.output import steady_output
 from fedmom.progress import Replies, callbacks, show_output
-from fedmom.records import CONFIG
+from fedmom.records.files import at_home
+from fedmom.records.folder import CONFIG
 from fedmom.runner import run as run_config
 from fedmom.runner import run_folders
 from fedmom.terminal import (

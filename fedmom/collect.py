@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from fedmom.config.keys import Scalar, flat, load
 from fedmom.errors import InputError
-from fedmom.files import CONFIG, ENVIRONMENT, MANIFEST, ROUNDS
-from fedmom.history import read_rounds
+from fedmom.records.files import CONFIG, ENVIRONMENT, MANIFEST, ROUNDS
+from fedmom.records.history import read_rounds
+from fedmom.records.status import Status, read_status
 from fedmom.rounds.loop import Record
-from fedmom.status import Status, read_status
 from fedmom.tables import RunHistory
 
 

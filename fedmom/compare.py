@@ -7,7 +7,7 @@ from fedmom import compare_pictures
 from fedmom.collect import is_run
 from fedmom.comparison import Target, speedups
 from fedmom.groups import Group
-from fedmom.records import write_text
+from fedmom.records.folder import write_text
 from fedmom.sheets import Sheet, sheet_csv, sheet_latex, sheet_markdown
 
 # Files that a comparison may have and another may lack.

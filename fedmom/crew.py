@@ -24,10 +24,10 @@ from fedmom.callbacks import STOPPING, Callback
 from fedmom.config.build import share_of_gpus
 from fedmom.config.keys import Scalar, load, parse_sets
 from fedmom.errors import InputError
-from fedmom.files import CONFIG
 from fedmom.machine.cores import usable_cores
 from fedmom.method.state import ClientState
 from fedmom.progress import Quiet
+from fedmom.records.files import CONFIG
 from fedmom.rounds.loop import Record
 from fedmom.runner import run
 from fedmom.trackers import Tracking

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fedmom import pictures
 from fedmom.errors import InputError
-from fedmom.history import thinned
-from fedmom.records import write_text
+from fedmom.records.folder import write_text
+from fedmom.records.history import thinned
 from fedmom.rounds.loop import Record
 from fedmom.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
 from fedmom.user_code import one_line

@@ -17,15 +17,15 @@ from fedmom.config.build import make_engine, make_plan, make_task, resolve_devic
 from fedmom.config.keys import Config, flat, load, parse_sets, replace, to_toml
 from fedmom.config.resolve import resolve, resume_config
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
-from fedmom.files import at_home
-from fedmom.history import History, cut_back
-from fedmom.identity import identity_of
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import num_bytes
-from fedmom.records import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
+from fedmom.records.files import at_home
+from fedmom.records.folder import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
+from fedmom.records.history import History, cut_back
+from fedmom.records.identity import identity_of
+from fedmom.records.status import Heart, read_status
 from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 from fedmom.rounds.round import Rounds
-from fedmom.status import Heart, read_status
 from fedmom.tasks.classification import Task
 from fedmom.user_code import blamed, one_line
 

@@ -9,7 +9,7 @@ import fedmom
 from fedmom.config.build import pool_options
 from fedmom.config.keys import Config, flat, replace
 from fedmom.errors import InputError, RunStoppedError
-from fedmom.files import at_home
+from fedmom.records.files import at_home
 from fedmom.runner import Callback, Result, listening
 
 

@@ -17,9 +17,9 @@ from fedmom.config.numbers import as_list, pieces
 from fedmom.config.resolve import resolve, resume_config
 from fedmom.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.errors import InputError, unknown
-from fedmom.files import CONFIG, MANIFEST, write_text
-from fedmom.history import last_round, read_rounds
-from fedmom.records import RunFolder
+from fedmom.records.files import CONFIG, MANIFEST, write_text
+from fedmom.records.folder import RunFolder
+from fedmom.records.history import last_round, read_rounds
 from fedmom.rounds.loop import CLIENT_MEASURES
 from fedmom.runner import check_place
 from fedmom.tables import MISSING, finite, number

@@ -13,7 +13,7 @@ from fedmom import sweep as sweeps
 from fedmom.config.keys import load
 from fedmom.crew import Cell, Ended
 from fedmom.errors import InputError
-from fedmom.files import at_home
+from fedmom.records.files import at_home
 from fedmom.terminal import DONE, STATUS, Sets, Tracks, exit_status, heed_signals
 from fedmom.trackers import make_trackers
 

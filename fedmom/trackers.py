@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from fedmom.config.keys import Scalar, flat, to_toml
 from fedmom.errors import InputError, unknown
 from fedmom.method.state import ClientState
-from fedmom.records import CONFIG, write_text
+from fedmom.records.folder import CONFIG, write_text
 from fedmom.rounds.loop import Record
 from fedmom.runner import Callback, Result, Start
 from fedmom.user_code import one_line

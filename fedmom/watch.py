@@ -16,11 +16,11 @@ from rich.text import Text
 
 from fedmom.collect import is_run, sweep_runs
 from fedmom.config.keys import flat, to_toml
-from fedmom.follow import Follower
 from fedmom.machine.output import nobody_reads
 from fedmom.progress import describe
+from fedmom.records.follow import Follower
+from fedmom.records.status import STATUSES, read_status
 from fedmom.rounds.loop import Record
-from fedmom.status import STATUSES, read_status
 from fedmom.tables import MEASURES, finite
 from fedmom.trackers import Tracked, Tracking
 

@@ -17,11 +17,11 @@ from fedmom.backends.trainer import settled
 from fedmom.config.keys import Config, replace
 from fedmom.config.numbers import counted
 from fedmom.errors import InputError, RunStoppedError
-from fedmom.files import at_home
 from fedmom.machine.output import steady_output
 from fedmom.method.state import num_bytes
 from fedmom.progress import callbacks
-from fedmom.records import ENDED, write_text
+from fedmom.records.files import at_home
+from fedmom.records.folder import ENDED, write_text
 from fedmom.report import finished
 from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Rounds

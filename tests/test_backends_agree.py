@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fedmom
-from fedmom.records import read_rounds, read_tensors
+from fedmom.records.folder import read_rounds, read_tensors
 from flower_processes import Flower
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -19,7 +19,17 @@ from fedmom import cli, pictures, progress
 from fedmom.config.keys import KEYS, load
 from fedmom.data.datasets import DATASETS
 from fedmom.pictures import draw_curves
-from fedmom.records import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_rounds, read_tensors
+from fedmom.records.folder import (
+    CHECKPOINT,
+    CONFIG,
+    ENVIRONMENT,
+    FINAL,
+    ROUNDS,
+    STATUS,
+    read_about,
+    read_rounds,
+    read_tensors,
+)
 from fedmom.simulation import app_folder
 from fedmom.tasks.models import MODELS
 from laws import table

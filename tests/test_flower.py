@@ -16,7 +16,7 @@ from clients.client_app import app as client_app
 from fedmom.backends.trainer import held_clients, warm_node
 from fedmom.errors import ClientsFailedError, InputError, RunStoppedError
 from fedmom.method.state import flatten
-from fedmom.records import read_rounds, read_tensors
+from fedmom.records.folder import read_rounds, read_tensors
 from fedmom.runner import listening
 from grids import LocalGrid, run_config
 from strategies.averaging import PRSGDM

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import fedmom
-from fedmom import history
 from fedmom.errors import InputError
-from fedmom.files import read_about, read_tensors, write_tensors
-from fedmom.history import History, cut_back, thinned
-from fedmom.records import CHECKPOINT, CLIENTS, ROUNDS, read_rounds
+from fedmom.records import history
+from fedmom.records.files import read_about, read_tensors, write_tensors
+from fedmom.records.folder import CHECKPOINT, CLIENTS, ROUNDS, read_rounds
+from fedmom.records.history import History, cut_back, thinned
 
 QUADRATIC = {
     "data.dataset": "quadratic",

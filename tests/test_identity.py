@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import fedmom
-from fedmom.config import keys
-from fedmom.config.keys import load
+from fedmom.config.keys import keys, load
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError
-from fedmom.identity import identity_of
-from fedmom.records import CHECKPOINT, FINAL, read_about, read_rounds, read_tensors
+from fedmom.records import identity
+from fedmom.records.folder import CHECKPOINT, FINAL, read_about, read_rounds, read_tensors
+from fedmom.records.identity import identity_of
 from fedmom.user_code import load_object
 
 STORED = Path(__file__).parent / "stored"

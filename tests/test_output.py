@@ -15,8 +15,8 @@ import fedmom
 from fedmom import cli, pictures, terminal
 from fedmom.machine import output
 from fedmom.machine.output import Output, steady_output
-from fedmom.records import CHECKPOINT, FINAL, read_about
-from fedmom.status import read_status
+from fedmom.records.folder import CHECKPOINT, FINAL, read_about
+from fedmom.records.status import read_status
 
 QUADRATIC = '[data]\ndataset = "quadratic"\n[run]\nnum-rounds = 3\n[engine]\npath = "loop"\nthreads = 1\n'
 LETTERS = "γ = 0.1 · N × I – û ≤ ∞ ⌈n⌉ ⠁⠀ │ naïve 😀 \udcff"

@@ -8,8 +8,8 @@ import pytest
 
 import fedmom
 from fedmom.errors import InputError
-from fedmom.records import CHECKPOINT, read_about, read_rounds
-from fedmom.status import read_status
+from fedmom.records.folder import CHECKPOINT, read_about, read_rounds
+from fedmom.records.status import read_status
 
 CODE = """
 import pathlib, torch

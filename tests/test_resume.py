@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import fedmom
-from fedmom import records
 from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError
-from fedmom.records import read_about, read_rounds, read_tensors
+from fedmom.records import folder
+from fedmom.records.folder import read_about, read_rounds, read_tensors
 
 DIGITS = {
     "data": {"dataset": "digits", "num_clients": 6, "batch_size": 8},
@@ -40,8 +40,8 @@ class StopAfter(fedmom.Callback):
 
 def same_run(a: Path, b: Path) -> None:
     """The same tensors to the byte, and the same records but for times."""
-    names = [records.FINAL, records.CHECKPOINT]
-    names += [records.CLIENTS] if (a / records.CLIENTS).exists() else []
+    names = [folder.FINAL, folder.CHECKPOINT]
+    names += [folder.CLIENTS] if (a / folder.CLIENTS).exists() else []
     for name in names:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     lines = [[{k: v for k, v in r.items() if k not in VOLATILE} for r in read_rounds(path)] for path in (a, b)]
@@ -54,8 +54,8 @@ def test_interrupted_run_resumes_to_the_same_bytes(tmp_path, policy, stop):
     fedmom.run(DIGITS, sets=sets, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
     first = fedmom.run(DIGITS, sets=sets, out=tmp_path / "parts", callbacks=[StopAfter(stop)])
     assert first.status == "interrupted"
-    assert read_about(tmp_path / "parts" / records.CHECKPOINT)["round"] == stop
-    assert not (tmp_path / "parts" / records.FINAL).exists()
+    assert read_about(tmp_path / "parts" / folder.CHECKPOINT)["round"] == stop
+    assert not (tmp_path / "parts" / folder.FINAL).exists()
     second = fedmom.run(resume=tmp_path / "parts", callbacks=[fedmom.Callback()])
     assert second.status == "done"
     same_run(tmp_path / "whole", tmp_path / "parts")
@@ -73,7 +73,7 @@ def test_interrupt_inside_a_round_loses_only_that_round(tmp_path):
 
     result = fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[InRound()])
     assert result.status == "interrupted"
-    assert read_about(tmp_path / "run" / records.CHECKPOINT)["round"] == 4
+    assert read_about(tmp_path / "run" / folder.CHECKPOINT)["round"] == 4
     fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
     fedmom.run(resume=tmp_path / "run", callbacks=[fedmom.Callback()])
     same_run(tmp_path / "whole", tmp_path / "run")
@@ -117,7 +117,7 @@ def test_two_processes_cannot_share_a_folder_and_a_killed_run_resumes_to_the_sam
     finally:
         os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    assert read_about(out / records.CHECKPOINT)["round"] < 12
+    assert read_about(out / folder.CHECKPOINT)["round"] < 12
     fedmom.run(resume=out, callbacks=[fedmom.Callback()])
     fedmom.run(config, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
     same_run(tmp_path / "whole", out)
@@ -126,7 +126,7 @@ def test_two_processes_cannot_share_a_folder_and_a_killed_run_resumes_to_the_sam
 def test_killed_before_the_first_checkpoint_starts_again(tmp_path):
     fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
     fedmom.run(DIGITS, out=tmp_path / "killed", callbacks=[StopAfter(2)])
-    (tmp_path / "killed" / records.CHECKPOINT).unlink()
+    (tmp_path / "killed" / folder.CHECKPOINT).unlink()
     fedmom.run(resume=tmp_path / "killed", callbacks=[fedmom.Callback()])
     same_run(tmp_path / "whole", tmp_path / "killed")
 
@@ -134,7 +134,7 @@ def test_killed_before_the_first_checkpoint_starts_again(tmp_path):
 def test_line_cut_short_by_a_kill_is_dropped(tmp_path):
     out = tmp_path / "run"
     fedmom.run(DIGITS, out=out, callbacks=[StopAfter(7)])
-    with open(out / records.ROUNDS, "a") as file:
+    with open(out / folder.ROUNDS, "a") as file:
         file.write('{"round": 8, "ste')
     fedmom.run(resume=out, callbacks=[fedmom.Callback()])
     fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
@@ -147,7 +147,7 @@ def test_kill_between_the_two_files_of_a_checkpoint(tmp_path, monkeypatch, after
     config = json.loads(json.dumps(DIGITS))
     config["algorithm"]["momentum_policy"] = "local"
     out = tmp_path / "run"
-    write, count = records.write_tensors, [0]
+    write, count = folder.write_tensors, [0]
 
     class Killed(BaseException):
         pass
@@ -160,11 +160,11 @@ def test_kill_between_the_two_files_of_a_checkpoint(tmp_path, monkeypatch, after
             raise Killed
         write(path, tensors, about)
 
-    monkeypatch.setattr(records, "write_tensors", dying)
+    monkeypatch.setattr(folder, "write_tensors", dying)
     with pytest.raises(Killed):
         fedmom.run(config, out=out, callbacks=[fedmom.Callback()])
-    monkeypatch.setattr(records, "write_tensors", write)
-    assert read_about(out / records.CHECKPOINT)["round"] == 3
+    monkeypatch.setattr(folder, "write_tensors", write)
+    assert read_about(out / folder.CHECKPOINT)["round"] == 3
     fedmom.run(resume=out, callbacks=[fedmom.Callback()])
     fedmom.run(config, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
     same_run(tmp_path / "whole", out)
@@ -188,7 +188,7 @@ def test_longer_run_is_evaluated_where_the_long_run_is(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_a_line_is_written_keeps_line_and_state_together(tmp_path, monkeypatch, number):
-    append = records.RunFolder.append
+    append = folder.RunFolder.append
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def signalled(self, record):
@@ -196,14 +196,14 @@ def test_signal_while_a_line_is_written_keeps_line_and_state_together(tmp_path, 
             os.kill(os.getpid(), number)
         append(self, record)
 
-    monkeypatch.setattr(records.RunFolder, "append", signalled)
+    monkeypatch.setattr(folder.RunFolder, "append", signalled)
     try:
         result = fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[fedmom.Callback()])
     finally:
         signal.signal(signal.SIGTERM, before)
     monkeypatch.undo()
     assert result.status == "interrupted"
-    assert read_about(tmp_path / "run" / records.CHECKPOINT)["round"] == len(read_rounds(tmp_path / "run")) == 5
+    assert read_about(tmp_path / "run" / folder.CHECKPOINT)["round"] == len(read_rounds(tmp_path / "run")) == 5
     fedmom.run(resume=tmp_path / "run", callbacks=[fedmom.Callback()])
     fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
     same_run(tmp_path / "whole", tmp_path / "run")
@@ -217,7 +217,7 @@ def test_error_in_a_callback_leaves_a_checkpoint(tmp_path):
 
     with pytest.raises(ValueError, match="of the user's own"):
         fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[Broken()])
-    assert read_about(tmp_path / "run" / records.CHECKPOINT)["round"] == 5
+    assert read_about(tmp_path / "run" / folder.CHECKPOINT)["round"] == 5
 
 
 def test_resume_without_a_checkpoint_says_what_is_dropped(tmp_path):
@@ -228,7 +228,7 @@ def test_resume_without_a_checkpoint_says_what_is_dropped(tmp_path):
             notes.extend(start.notes)
 
     fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[StopAfter(2)])
-    (tmp_path / "run" / records.CHECKPOINT).unlink()
+    (tmp_path / "run" / folder.CHECKPOINT).unlink()
     fedmom.run(resume=tmp_path / "run", callbacks=[Listen()])
     assert any("no checkpoint" in note and "2 lines" in note for note in notes)
 
@@ -247,7 +247,7 @@ def test_leftovers_of_a_kill_are_removed_and_do_not_block_the_folder(tmp_path):
 def test_resume_of_a_finished_run_changes_nothing(tmp_path):
     out = tmp_path / "run"
     fedmom.run(DIGITS, out=out, callbacks=[fedmom.Callback()])
-    before = {name: (out / name).read_bytes() for name in (records.FINAL, records.CHECKPOINT, records.ROUNDS)}
+    before = {name: (out / name).read_bytes() for name in (folder.FINAL, folder.CHECKPOINT, folder.ROUNDS)}
     fedmom.run(resume=out, callbacks=[fedmom.Callback()])
     assert before == {name: (out / name).read_bytes() for name in before}
 
@@ -265,7 +265,7 @@ def test_resume_takes_what_auto_chose(tmp_path):
 def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     out = tmp_path / "run"
     fedmom.run(DIGITS, out=out, callbacks=[StopAfter(4)])
-    good = (out / records.CHECKPOINT).read_bytes()
+    good = (out / folder.CHECKPOINT).read_bytes()
 
     def full(self, data):
         with open(self, "wb") as file:
@@ -277,7 +277,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path, mo
         fedmom.run(resume=out, callbacks=[fedmom.Callback()])
     monkeypatch.undo()
     assert "\n" not in str(error.value)
-    assert (out / records.CHECKPOINT).read_bytes() == good
+    assert (out / folder.CHECKPOINT).read_bytes() == good
     assert not [p for p in out.iterdir() if ".safetensors." in p.name]
     fedmom.run(resume=out, callbacks=[fedmom.Callback()])
     fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
@@ -293,7 +293,7 @@ def test_files_of_one_run_are_the_same_bytes_in_another_process(tmp_path):
 
 def test_final_file_holds_model_and_momentum(tmp_path):
     result = fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[fedmom.Callback()])
-    tensors, about = read_tensors(tmp_path / "run" / records.FINAL)
+    tensors, about = read_tensors(tmp_path / "run" / folder.FINAL)
     assert about["round"] == 12
     for name, value in result.state_dict.items():
         assert torch.equal(tensors[f"params/{name}"], value)

@@ -15,7 +15,7 @@ from fedmom.config.keys import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError
-from fedmom.records import _command, read_rounds, read_tensors
+from fedmom.records.folder import _command, read_rounds, read_tensors
 
 ROOT = Path(__file__).parent.parent
 QUIET = [fedmom.Callback()]

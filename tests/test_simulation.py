@@ -15,7 +15,7 @@ import torch
 
 import fedmom
 from fedmom.errors import InputError
-from fedmom.records import read_rounds, read_tensors
+from fedmom.records.folder import read_rounds, read_tensors
 
 pytestmark = pytest.mark.xdist_group("simulation")  # in one process, which has one Ray
 ROOT = Path(__file__).parents[1]

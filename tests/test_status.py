@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import fedmom
-from fedmom import files, records, status
 from fedmom.errors import InputError
-from fedmom.status import read_status
+from fedmom.records import files, status
+from fedmom.records import folder as records
+from fedmom.records.status import read_status
 
 QUADRATIC = {
     "data": {"dataset": "quadratic"},

@@ -15,8 +15,8 @@ from fedmom import cli, crew
 from fedmom.config.keys import load
 from fedmom.crew import Requests
 from fedmom.errors import InputError
-from fedmom.records import read_rounds
-from fedmom.status import read_status
+from fedmom.records.folder import read_rounds
+from fedmom.records.status import read_status
 from fedmom.sweep import (
     MANIFEST,
     Ended,

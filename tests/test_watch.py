@@ -10,8 +10,8 @@ from rich.console import Console
 
 from fedmom import cli
 from fedmom.errors import InputError
-from fedmom.follow import Follower
-from fedmom.status import Heart
+from fedmom.records.follow import Follower
+from fedmom.records.status import Heart
 from fedmom.watch import QUIET_SECONDS, Watched, curve, run_view, watch
 from histories import make_run, records
 

@@ -12,10 +12,10 @@ from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Loaded, Scalar, fl
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, check_strategy, idle_keys
 from fedmom.errors import InputError
-from fedmom.identity import LENGTH, PLACE
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.method.schedules import SCHEDULES
-from fedmom.records import CONFIG
+from fedmom.records.folder import CONFIG
+from fedmom.records.identity import LENGTH, PLACE
 
 # Values with which a key leaves the choice to the engine; a resumed run keeps what was chosen.
 _OPEN: dict[str, Scalar] = {"engine.device": "auto", "engine.path": "auto", "engine.chunk-size": 0, "engine.threads": 0}

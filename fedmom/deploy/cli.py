@@ -126,7 +126,7 @@ def run(
     from fedmom.deploy.follow import Following, config_to_send, rounds_done
     from fedmom.deploy.identity import check_ours
     from fedmom.deploy.remote import RemoteRuns, checked_name
-    from fedmom.records import CONFIG, RunFolder, read_rounds
+    from fedmom.records.folder import CONFIG, RunFolder, read_rounds
 
     if out is not None and resume is not None:
         raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")

@@ -17,7 +17,7 @@ from fedmom.deploy.commands import CONNECTION, CommandError, Commands, superlink
 from fedmom.deploy.remote import VOLUME, RemoteRuns
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState
-from fedmom.records import CHECKPOINT, CONFIG, read_about, write_text
+from fedmom.records.folder import CHECKPOINT, CONFIG, read_about, write_text
 from fedmom.runner import Callback, Start
 
 _SECONDS_BETWEEN_LOOKS = 2.0

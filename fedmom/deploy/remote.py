@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fedmom.deploy.commands import CommandError, Commands
 from fedmom.errors import InputError
-from fedmom.records import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about
+from fedmom.records.folder import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about
 
 VOLUME = "/runs"  # where the server's app has it
 SERVICE = "serverapp"
@@ -72,7 +72,7 @@ class RemoteRuns:
             )
 
     def busy(self, name: str) -> bool:
-        """Whether a process of the server's app has the run folder: it holds a lock on it (fedmom.records)."""
+        """Whether a process of the server's app has the run folder: it holds a lock on it (fedmom.records.folder)."""
         folder = f"{VOLUME}/{name}"
         script = f"test -d {folder} || exit 0; flock --nonblock {folder} true || echo busy"
         return self._execute("sh", "-c", script).strip() == "busy"

@@ -17,7 +17,7 @@ from fedmom.errors import InputError
 from fedmom.groups import Group, differing, said, shared
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.pictures import COLOURS, DASHES, MARKERS
-from fedmom.records import CONFIG
+from fedmom.records.folder import CONFIG
 from fedmom.sheets import Sheet, Stat, written
 from fedmom.tables import MEASURES, Measure, finite, number
 

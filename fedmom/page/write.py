@@ -16,7 +16,7 @@ import fedmom
 from fedmom.comparison import Target
 from fedmom.groups import Group
 from fedmom.page import content
-from fedmom.records import write_text
+from fedmom.records.folder import write_text
 
 HERE = Path(__file__).parent
 

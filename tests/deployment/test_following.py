@@ -18,7 +18,7 @@ from fedmom.deploy.commands import CommandError, Commands
 from fedmom.deploy.follow import Following
 from fedmom.deploy.layout import initialise, open_deployment
 from fedmom.errors import InputError
-from fedmom.records import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about, write_tensors
+from fedmom.records.folder import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about, write_tensors
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fedmom.config.keys import load
 from fedmom.errors import InputError
-from fedmom.records import CONFIG, FINAL, ROUNDS, STATUS, last_round, over_text, write_text
+from fedmom.records.folder import CONFIG, FINAL, ROUNDS, STATUS, last_round, over_text, write_text
 
 # The first five are written, the others are what a reader finds.
 STATUSES = {

@@ -19,24 +19,24 @@ from typing import Any
 import torch
 
 from fedmom.errors import InputError
-from fedmom.files import CHECKPOINT as CHECKPOINT
-from fedmom.files import CLIENTS as CLIENTS
-from fedmom.files import CONFIG as CONFIG
-from fedmom.files import ENDED as ENDED
-from fedmom.files import ENVIRONMENT as ENVIRONMENT
-from fedmom.files import FINAL as FINAL
-from fedmom.files import ROUNDS as ROUNDS
-from fedmom.files import STATUS as STATUS
-from fedmom.files import over_text as over_text
-from fedmom.files import read_about as read_about
-from fedmom.files import read_tensors as read_tensors
-from fedmom.files import whole_file as whole_file
-from fedmom.files import write_tensors as write_tensors
-from fedmom.files import write_text as write_text
-from fedmom.history import last_round as last_round
-from fedmom.history import read_rounds as read_rounds
-from fedmom.identity import Identity
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
+from fedmom.records.files import CHECKPOINT as CHECKPOINT
+from fedmom.records.files import CLIENTS as CLIENTS
+from fedmom.records.files import CONFIG as CONFIG
+from fedmom.records.files import ENDED as ENDED
+from fedmom.records.files import ENVIRONMENT as ENVIRONMENT
+from fedmom.records.files import FINAL as FINAL
+from fedmom.records.files import ROUNDS as ROUNDS
+from fedmom.records.files import STATUS as STATUS
+from fedmom.records.files import over_text as over_text
+from fedmom.records.files import read_about as read_about
+from fedmom.records.files import read_tensors as read_tensors
+from fedmom.records.files import whole_file as whole_file
+from fedmom.records.files import write_tensors as write_tensors
+from fedmom.records.files import write_text as write_text
+from fedmom.records.history import last_round as last_round
+from fedmom.records.history import read_rounds as read_rounds
+from fedmom.records.identity import Identity
 from fedmom.rounds.loop import Progressed, Record
 
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
@@ -95,7 +95,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the checkout fedmom runs from, with + if files have changed; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
 
@@ -197,7 +197,7 @@ class RunFolder:
             ) from None
 
     def save(self, done: Progressed, stamp: dict[str, Any]) -> None:
-        """A checkpoint; `stamp`: the run's own (see `fedmom.identity`).
+        """A checkpoint; `stamp`: the run's own (see `fedmom.records.identity`).
 
         Rows of clients go first, and the older rows stay until the checkpoint itself is there.
         """

@@ -1,0 +1,1 @@
+"""A run's folder: how it is written, read, followed and recognised."""
