@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import fedmom
-from fedmom.progress import Quiet
 from fedmom.records.folder import CONFIG, read_rounds
+from fedmom.runs.progress import Quiet
 
 CONFIGURATION = "configs/decentralized/fashion.toml"
 TOPOLOGIES = ("ring", "torus", "exponential", "complete")

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from fedmom.callbacks import Callback as Callback
-    from fedmom.callbacks import Result as Result
-    from fedmom.callbacks import Start as Start
     from fedmom.comparison import all_sheets as all_sheets
     from fedmom.config.keys import Config as Config
     from fedmom.config.keys import load as load
@@ -31,28 +28,31 @@ if TYPE_CHECKING:
     from fedmom.ray_grid import RayGrid as RayGrid
     from fedmom.records.status import Status as Status
     from fedmom.records.status import read_status as read_status
-    from fedmom.runner import run as run
+    from fedmom.runs.callbacks import Callback as Callback
+    from fedmom.runs.callbacks import Result as Result
+    from fedmom.runs.callbacks import Start as Start
+    from fedmom.runs.execute import run as run
+    from fedmom.runs.trackers import Tracked as Tracked
+    from fedmom.runs.trackers import Tracker as Tracker
+    from fedmom.runs.trackers import Tracking as Tracking
     from fedmom.tasks.models import build_model as build_model
-    from fedmom.trackers import Tracked as Tracked
-    from fedmom.trackers import Tracker as Tracker
-    from fedmom.trackers import Tracking as Tracking
 
 __version__ = "0.1.0"
 # The public names and the modules that define them; mypy reads the imports above, which a test holds equal to it.
 _HOME = {
-    "Callback": "fedmom.callbacks",
+    "Callback": "fedmom.runs.callbacks",
     "ClientsFailedError": "fedmom.errors",
     "Config": "fedmom.config.keys",
     "Dataset": "fedmom.data.datasets",
     "DivergedError": "fedmom.errors",
     "InputError": "fedmom.errors",
     "RayGrid": "fedmom.ray_grid",
-    "Result": "fedmom.callbacks",
-    "Start": "fedmom.callbacks",
+    "Result": "fedmom.runs.callbacks",
+    "Start": "fedmom.runs.callbacks",
     "Status": "fedmom.records.status",
-    "Tracked": "fedmom.trackers",
-    "Tracker": "fedmom.trackers",
-    "Tracking": "fedmom.trackers",
+    "Tracked": "fedmom.runs.trackers",
+    "Tracker": "fedmom.runs.trackers",
+    "Tracking": "fedmom.runs.trackers",
     "all_sheets": "fedmom.comparison",
     "build_model": "fedmom.tasks.models",
     "group_runs": "fedmom.groups",
@@ -61,7 +61,7 @@ _HOME = {
     "make_topology": "fedmom.method.topology",
     "normal_like": "fedmom.randomness",
     "read_status": "fedmom.records.status",
-    "run": "fedmom.runner",
+    "run": "fedmom.runs.execute",
     "simulate_app": "fedmom.flower_app",
     "write_page": "fedmom.page.write",
 }

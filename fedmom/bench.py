@@ -16,7 +16,7 @@ from fedmom.engine.stacked.timings import now
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.rounds.round import Rounds
-from fedmom.runner import local_rounds
+from fedmom.runs.execute import local_rounds
 from fedmom.tasks.classification import Batch, Classification, Task
 
 KINDS = {  # of torch's operators, by a part of the name; the first that fits

@@ -22,11 +22,12 @@ from fedmom.deploy.cli import app as deploy_app
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.flower_app import simulate_app
 from fedmom.machine.output import steady_output
-from fedmom.progress import Replies, callbacks, show_output
 from fedmom.records.files import at_home
 from fedmom.records.folder import CONFIG
-from fedmom.runner import run as run_config
-from fedmom.runner import run_folders
+from fedmom.runs.execute import run as run_config
+from fedmom.runs.execute import run_folders
+from fedmom.runs.progress import Replies, callbacks, show_output
+from fedmom.runs.trackers import Tracking
 from fedmom.terminal import (
     BAD_INPUT,
     DONE,
@@ -43,7 +44,6 @@ from fedmom.terminal import (
     heed_signals,
     show_run,
 )
-from fedmom.trackers import Tracking
 from fedmom.user_code import memory_is_full, one_line
 
 

@@ -20,17 +20,17 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from fedmom.callbacks import STOPPING, Callback
 from fedmom.config.build import share_of_gpus
 from fedmom.config.keys import Scalar, load, parse_sets
 from fedmom.errors import InputError
 from fedmom.machine.cores import usable_cores
 from fedmom.method.state import ClientState
-from fedmom.progress import Quiet
 from fedmom.records.files import CONFIG
 from fedmom.rounds.loop import Record
-from fedmom.runner import run
-from fedmom.trackers import Tracking
+from fedmom.runs.callbacks import STOPPING, Callback
+from fedmom.runs.execute import run
+from fedmom.runs.progress import Quiet
+from fedmom.runs.trackers import Tracking
 from fedmom.user_code import one_line
 
 LOOK_SECONDS = 0.5  # between two looks at the file that tells actors to end, and at whether the parent lives

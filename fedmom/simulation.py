@@ -10,7 +10,7 @@ from fedmom.config.build import pool_options
 from fedmom.config.keys import Config, flat, replace
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.records.files import at_home
-from fedmom.runner import Callback, Result, listening
+from fedmom.runs.execute import Callback, Result, listening
 
 
 def simulate(

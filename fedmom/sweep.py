@@ -21,7 +21,7 @@ from fedmom.records.files import CONFIG, MANIFEST, write_text
 from fedmom.records.folder import RunFolder
 from fedmom.records.history import last_round, read_rounds
 from fedmom.rounds.loop import CLIENT_MEASURES
-from fedmom.runner import check_place
+from fedmom.runs.execute import check_place
 from fedmom.tables import MISSING, finite, number
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.quadratic import Quadratic

@@ -14,8 +14,8 @@ from fedmom.config.keys import load
 from fedmom.crew import Cell, Ended
 from fedmom.errors import InputError
 from fedmom.records.files import at_home
+from fedmom.runs.trackers import make_trackers
 from fedmom.terminal import DONE, STATUS, Sets, Tracks, exit_status, heed_signals
-from fedmom.trackers import make_trackers
 
 
 def sweep(

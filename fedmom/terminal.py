@@ -13,11 +13,11 @@ import click
 import typer
 from rich.console import Console
 
-from fedmom.callbacks import STOPPING
 from fedmom.errors import InputError
 from fedmom.report import finished
 from fedmom.rounds.loop import Record
-from fedmom.trackers import TRACKERS
+from fedmom.runs.callbacks import STOPPING
+from fedmom.runs.trackers import TRACKERS
 
 DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 # By how a run ended; "refused": its configuration was wrong, as whoever ran it found.

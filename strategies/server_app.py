@@ -19,13 +19,13 @@ from fedmom.config.numbers import counted
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.machine.output import steady_output
 from fedmom.method.state import num_bytes
-from fedmom.progress import callbacks
 from fedmom.records.files import at_home
 from fedmom.records.folder import ENDED, write_text
 from fedmom.report import finished
 from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Rounds
-from fedmom.runner import Callback, is_heard, run
+from fedmom.runs.execute import Callback, is_heard, run
+from fedmom.runs.progress import callbacks
 from fedmom.tasks.classification import Task
 
 from .averaging import PRSGDM

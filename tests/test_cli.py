@@ -15,7 +15,7 @@ import torch
 from typer.main import get_command
 
 import fedmom
-from fedmom import cli, pictures, progress
+from fedmom import cli, pictures
 from fedmom.config.keys import KEYS, load
 from fedmom.data.datasets import DATASETS
 from fedmom.pictures import draw_curves
@@ -30,6 +30,7 @@ from fedmom.records.folder import (
     read_rounds,
     read_tensors,
 )
+from fedmom.runs import progress
 from fedmom.simulation import app_folder
 from fedmom.tasks.models import MODELS
 from laws import table
@@ -459,7 +460,7 @@ def test_ctrl_c_before_the_first_round_is_one_line(fed, monkeypatch, workplace):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedmom.runner.make_task", interrupt)
+    monkeypatch.setattr("fedmom.runs.execute.make_task", interrupt)
     before = tree(workplace)
     assert fed("run", "tiny.toml", "--out", "x") == (130, [], ["fedmom: interrupted"])
     assert tree(workplace) == before

@@ -17,7 +17,7 @@ from fedmom.backends.trainer import held_clients, warm_node
 from fedmom.errors import ClientsFailedError, InputError, RunStoppedError
 from fedmom.method.state import flatten
 from fedmom.records.folder import read_rounds, read_tensors
-from fedmom.runner import listening
+from fedmom.runs.execute import listening
 from grids import LocalGrid, run_config
 from strategies.averaging import PRSGDM
 from strategies.server_app import app as server_app

@@ -13,7 +13,7 @@ import fedmom
 from fedmom import cli
 from fedmom.errors import InputError
 from fedmom.records.folder import read_rounds
-from fedmom.trackers import TAGS, TRACKERS, Tracking, make_trackers, numbers_of
+from fedmom.runs.trackers import TAGS, TRACKERS, Tracking, make_trackers, numbers_of
 
 QUADRATIC = {"data.dataset": "quadratic", "run.num-rounds": 5, "engine.path": "loop"}
 

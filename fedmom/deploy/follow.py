@@ -18,7 +18,7 @@ from fedmom.deploy.remote import VOLUME, RemoteRuns
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState
 from fedmom.records.folder import CHECKPOINT, CONFIG, read_about, write_text
-from fedmom.runner import Callback, Start
+from fedmom.runs.execute import Callback, Start
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_TO_END = 60.0  # of the server's app, once its run is over or was stopped

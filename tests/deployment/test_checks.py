@@ -19,7 +19,7 @@ from fedmom.deploy.identity import Found, conflict
 from fedmom.deploy.layout import initialise, open_deployment
 from fedmom.deploy.operate import refused
 from fedmom.errors import InputError
-from fedmom.progress import Left
+from fedmom.runs.progress import Left
 from strategies.dispatch import _reason
 
 ROOT = Path(__file__).parents[2]

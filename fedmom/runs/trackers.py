@@ -14,7 +14,7 @@ from fedmom.errors import InputError, unknown
 from fedmom.method.state import ClientState
 from fedmom.records.folder import CONFIG, write_text
 from fedmom.rounds.loop import Record
-from fedmom.runner import Callback, Result, Start
+from fedmom.runs.execute import Callback, Result, Start
 from fedmom.user_code import one_line
 
 MEMORY = "tracking.json"  # in the run folder: under which ids trackers know the run, for a resume

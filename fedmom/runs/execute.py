@@ -7,12 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmom.callbacks import Callback as Callback
-from fedmom.callbacks import Interrupts, heard, interrupts_held
-from fedmom.callbacks import Result as Result
-from fedmom.callbacks import Start as Start
-from fedmom.callbacks import is_heard as is_heard
-from fedmom.callbacks import listening as listening
 from fedmom.config.build import make_engine, make_plan, make_task, resolve_device
 from fedmom.config.keys import Config, flat, load, parse_sets, replace, to_toml
 from fedmom.config.resolve import resolve, resume_config
@@ -26,6 +20,12 @@ from fedmom.records.identity import identity_of
 from fedmom.records.status import Heart, read_status
 from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 from fedmom.rounds.round import Rounds
+from fedmom.runs.callbacks import Callback as Callback
+from fedmom.runs.callbacks import Interrupts, heard, interrupts_held
+from fedmom.runs.callbacks import Result as Result
+from fedmom.runs.callbacks import Start as Start
+from fedmom.runs.callbacks import is_heard as is_heard
+from fedmom.runs.callbacks import listening as listening
 from fedmom.tasks.classification import Task
 from fedmom.user_code import blamed, one_line
 

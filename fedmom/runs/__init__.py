@@ -1,0 +1,1 @@
+"""One run under way, and who hears of it."""
