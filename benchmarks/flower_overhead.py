@@ -52,7 +52,7 @@ ENVIRONMENT = {
 OURS = """
 import json, sys
 from fedmom.actors.pool import PoolOptions
-from fedmom.flower_app import simulate_app
+from fedmom.flower.app import simulate_app
 app, num_nodes, config, actors = json.loads(sys.argv[1])
 simulate_app(app, num_nodes=num_nodes, run_config=config, options=PoolOptions(num_workers=actors))
 """
@@ -208,7 +208,7 @@ def measure_floor(num_clients: int, num_params: int) -> dict[str, Any]:
     from overhead_app.client import app
     from overhead_app.server import model
 
-    from fedmom.ray_messages import identify
+    from fedmom.flower.messages import identify
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     identify(1, 1, 0)

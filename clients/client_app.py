@@ -3,7 +3,7 @@
 Node p of P (Flower's partition-id and num-partitions) holds the clients c with ⌊c·P/N⌋ = p. Arrays travel in one
 ArrayRecord under the names `params/…`, `momentum/…` and `buffers/…`, so Flower's own strategies average model and
 momentum alike; they weigh by `num-examples`, which is the sum of the clients' weights (algorithm.client-weights).
-A message whose arrays came bundled (`fedmom.wire.bundle`) is answered in bundles.
+A message whose arrays came bundled (`fedmom.flower.wire.bundle`) is answered in bundles.
 """
 
 import errno
@@ -22,9 +22,9 @@ from torch import Tensor
 from fedmom.backends.trainer import Local, Node, held_clients, settled, warm_node
 from fedmom.data.local import client_source, facts_of, from_record, read_source
 from fedmom.errors import InputError
+from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 from fedmom.method.state import Tree, flatten, unflatten
 from fedmom.records.files import at_home
-from fedmom.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 
 app = ClientApp()
 

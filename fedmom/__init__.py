@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from fedmom.errors import ClientsFailedError as ClientsFailedError
     from fedmom.errors import DivergedError as DivergedError
     from fedmom.errors import InputError as InputError
-    from fedmom.flower_app import simulate_app as simulate_app
+    from fedmom.flower.app import simulate_app as simulate_app
+    from fedmom.flower.grid import RayGrid as RayGrid
     from fedmom.groups import group_runs as group_runs
     from fedmom.method.algorithms import local_step as local_step
     from fedmom.method.topology import make_topology as make_topology
     from fedmom.page.write import write_page as write_page
     from fedmom.randomness import normal_like as normal_like
-    from fedmom.ray_grid import RayGrid as RayGrid
     from fedmom.records.status import Status as Status
     from fedmom.records.status import read_status as read_status
     from fedmom.runs.callbacks import Callback as Callback
@@ -46,7 +46,7 @@ _HOME = {
     "Dataset": "fedmom.data.datasets",
     "DivergedError": "fedmom.errors",
     "InputError": "fedmom.errors",
-    "RayGrid": "fedmom.ray_grid",
+    "RayGrid": "fedmom.flower.grid",
     "Result": "fedmom.runs.callbacks",
     "Start": "fedmom.runs.callbacks",
     "Status": "fedmom.records.status",
@@ -62,7 +62,7 @@ _HOME = {
     "normal_like": "fedmom.randomness",
     "read_status": "fedmom.records.status",
     "run": "fedmom.runs.execute",
-    "simulate_app": "fedmom.flower_app",
+    "simulate_app": "fedmom.flower.app",
     "write_page": "fedmom.page.write",
 }
 __all__ = list(_HOME)

@@ -20,7 +20,7 @@ from fedmom.config.keys import load, parse_sets
 from fedmom.config.numbers import counted
 from fedmom.deploy.cli import app as deploy_app
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.flower_app import simulate_app
+from fedmom.flower.app import simulate_app
 from fedmom.machine.output import steady_output
 from fedmom.records.files import at_home
 from fedmom.records.folder import CONFIG

@@ -26,7 +26,7 @@ def simulate(
     None: the working directory if it holds a Flower app, else the checkout that fedmom runs from.
     Raises InputError for bad input, also the app's own.
     """
-    from fedmom.flower_app import simulate_app
+    from fedmom.flower.app import simulate_app
 
     _check_writable(out)
     num_nodes = -(-config.data.num_clients // config.simulation.clients_per_node)

@@ -151,7 +151,7 @@ def own_folder(package: str) -> str:
 def own_app(package: str) -> Any:
     """The Flower app in clients/client_app.py or strategies/server_app.py.
 
-    It is imported below fedmom, as fedmom.own_clients or fedmom.own_strategies, so that `import clients` stays the
+    It is imported below fedmom, as fedmom.flower.own_clients or own_strategies, so that `import clients` stays the
     user's, and Ray's actors find it. Raises InputError where fedmom was installed without the two folders.
     """
-    return importlib.import_module(f"fedmom.own_{package}.{_OWN[package].removesuffix('.py')}").app
+    return importlib.import_module(f"fedmom.flower.own_{package}.{_OWN[package].removesuffix('.py')}").app

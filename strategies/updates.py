@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 from flwr.app import Array, ArrayRecord, Message
 from flwr.serverapp import Grid
 
+from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 from fedmom.method.state import ClientState, Tree, unflatten
-from fedmom.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 
 ARRAYS, CONFIG, ROWS, ABOUT = "arrays", "config", "rows", "clients"  # names of the records in a message
 WEIGHT = "num-examples"  # the metric by which updates are weighed, here and in Flower's own strategies
 
 
 def pack(tensors: Tree, *, bundled: bool = False) -> ArrayRecord:
-    """Tensors as Flower's ArrayRecord, under their names or one array per dtype (`fedmom.wire.bundle`)."""
+    """Tensors as Flower's ArrayRecord, under their names or one array per dtype (`fedmom.flower.wire.bundle`)."""
     arrays = {}
     for name, value in (bundle(tensors) if bundled else tensors).items():
         dtype = str(value.dtype).removeprefix("torch.")

@@ -143,8 +143,8 @@ import sys
 import zipfile
 sys.path.insert(0, "")
 import clients.mine, strategies  # the user's, before ours and after
-from fedmom.flower_app import load_components
-from fedmom.ray_client import load_component
+from fedmom.flower.app import load_components
+from fedmom.flower.client import load_component
 components = load_components({root!r})
 for kind in ("ServerApp", "ClientApp"):
     load_component(kind, getattr(components, f"{{kind[:6].lower()}}_app"), __import__("pathlib").Path({root!r}))

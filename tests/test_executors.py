@@ -291,7 +291,7 @@ def test_ctrl_c_and_close_leave_no_process():
 BLOCKED = """
 import sys
 sys.modules["ray"] = sys.modules["flwr"] = None
-import fedmom.actors.pool, fedmom.ray_grid
+import fedmom.actors.pool, fedmom.flower.grid
 from fedmom.errors import InputError
 try:
     fedmom.actors.pool.Pool(lambda: None, fedmom.actors.pool.PoolOptions())

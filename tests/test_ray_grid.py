@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmom import ray_grid
 from fedmom.actors.pool import PoolOptions
 from fedmom.errors import InputError
-from fedmom.flower_app import load_components, simulate_app
-from fedmom.ray_grid import RayGrid
+from fedmom.flower import grid as ray_grid
+from fedmom.flower.app import load_components, simulate_app
+from fedmom.flower.grid import RayGrid
 
 pytest.importorskip("ray")
 flwr_app = pytest.importorskip("flwr.app")
@@ -464,7 +464,7 @@ def test_a_killed_worker_of_an_idle_grid_is_replaced(grid, seen):
 @pytest.mark.slow
 def test_two_processes_may_each_have_their_own_ray():
     code = (
-        "import sys; from fedmom.flower_app import simulate_app; from fedmom.actors.pool import PoolOptions\n"
+        "import sys; from fedmom.flower.app import simulate_app; from fedmom.actors.pool import PoolOptions\n"
         f"simulate_app({str(PLAIN)!r}, num_nodes=3, run_config={{}}, options=PoolOptions(num_workers=1))"
     )
     environment = {**os.environ, "PYTHONPATH": str(PLAIN.parents[2])}

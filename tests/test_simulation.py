@@ -102,7 +102,7 @@ def faulty(tmp_path, ray_once):
     folder = tmp_path / "app"
     folder.mkdir()
     text = (ROOT / "pyproject.toml").read_text()
-    named = 'clientapp = "fedmom.client_app:app"'
+    named = 'clientapp = "fedmom.flower.client_app:app"'
     assert named in text
     (folder / "pyproject.toml").write_text(text.replace(named, 'clientapp = "faulty_client:app"'))
     shutil.copy(ROOT / "tests" / "apps" / "faulty_client.py", folder)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedmom.errors import InputError
-from fedmom.wire import bundle, from_npy, is_bundle, to_npy, unbundle
+from fedmom.flower.wire import bundle, from_npy, is_bundle, to_npy, unbundle
 from laws import table
 
 TENSORS = {

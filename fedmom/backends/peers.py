@@ -22,6 +22,7 @@ from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.flower.wire import as_tensor
 from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.averaging import WeightedMean
@@ -32,7 +33,6 @@ from fedmom.rounds.loop import Plan, beginning, chosen_clients, clients_job, eva
 from fedmom.rounds.round import Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 from fedmom.user_code import blamed, one_line
-from fedmom.wire import as_tensor
 
 LINK_SECONDS = 60.0  # how long rows may take from actor to actor; simulation.straggler-seconds, if that is given
 Arrays = dict[str, np.ndarray]

@@ -18,13 +18,13 @@ from fedmom.config.build import actors_device, pool_options
 from fedmom.config.keys import Config, replace
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError
+from fedmom.flower.wire import as_tensor
 from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
 from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Outcome, Progress, Round
 from fedmom.tasks.classification import Task
-from fedmom.wire import as_tensor
 
 _BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless
 _LARGE = 1 << 20  # the model is so large, in bytes, that sending a block's mean costs more than that

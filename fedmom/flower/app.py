@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from fedmom.actors.pool import PoolOptions
 from fedmom.errors import InputError, unknown
-from fedmom.ray_client import load_component
-from fedmom.ray_grid import RUN_ID, Context, Message, RayGrid
+from fedmom.flower.client import load_component
+from fedmom.flower.grid import RUN_ID, Context, Message, RayGrid
 
 
 class Components(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedmom.errors import InputError
-from fedmom.ray_messages import (
+from fedmom.flower.messages import (
     Answer,
     Content,
     RecordDict,

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from fedmom import ray_messages
 from fedmom.actors.pool import Failure, Pool, PoolOptions
-from fedmom.ray_client import serve_client
-from fedmom.ray_messages import Answer, Pending, State, Work
+from fedmom.flower import messages as ray_messages
+from fedmom.flower.client import serve_client
+from fedmom.flower.messages import Answer, Pending, State, Work
 
 # flwr's classes, which may be absent
 Context = Any

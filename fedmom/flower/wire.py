@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fedmom.errors import InputError
+from fedmom.flower.npy import npy_header
 from fedmom.method.state import Tree
-from fedmom.npy import npy_header
 
 
 def to_npy(tensor: Tensor) -> bytes:

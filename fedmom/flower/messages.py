@@ -18,7 +18,7 @@ from uuid import uuid4
 import numpy as np
 
 from fedmom.actors.pool import Shared
-from fedmom.npy import npy_header
+from fedmom.flower.npy import npy_header
 
 # flwr.app's classes, which may be absent
 Array = Any

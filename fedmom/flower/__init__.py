@@ -1,0 +1,1 @@
+"""Flower's messages, Grid and apps on our actors."""
