@@ -64,7 +64,7 @@ def init(
     A key or certificate is never written over: to renew one, move it away and call this again. Settings that are not
     given stay as they are.
     """
-    from fedmom.deploy.layout import initialise
+    from fedmom.deploy.initialise import initialise
 
     notes = initialise(folder, num_clients=clients, address=address, port=port, hosts=host or (), name=name, gpu=gpu)
     for note in notes:
@@ -82,18 +82,18 @@ def up(
     dry_run: Dry = False,
 ) -> int:
     """Build the image if there is none, start the containers, register the nodes, wait until all are online."""
-    from fedmom.deploy import operate
+    from fedmom.deploy import federation
 
-    operate.up(_ours(folder, dry_run), _checkout(checkout), _say, build_arguments=build_arg or (), wait=wait)
+    federation.up(_ours(folder, dry_run), _checkout(checkout), _say, build_arguments=build_arg or (), wait=wait)
     return 0
 
 
 @app.command()
 def status(folder: Folder = HERE) -> int:
     """Say how each container and node is, and when the certificates expire."""
-    from fedmom.deploy import operate
+    from fedmom.deploy import federation
 
-    for line in operate.status(_ours(folder, False)):
+    for line in federation.status(_ours(folder, False)):
         print(line)
     return 0
 
@@ -121,11 +121,11 @@ def run(
     comes along. Where this command is killed, the run goes on: --resume with the folder's name (it need not exist)
     follows it, or fetches it and goes on from its checkpoint once it has ended.
     """
-    from fedmom.deploy import operate
+    from fedmom.deploy import federation
     from fedmom.deploy.bundle import check_travels
-    from fedmom.deploy.follow import Following, config_to_send, rounds_done
+    from fedmom.deploy.following import Following, config_to_send, rounds_done
     from fedmom.deploy.identity import check_ours
-    from fedmom.deploy.remote import RemoteRuns, checked_name
+    from fedmom.deploy.remote_runs import RemoteRuns, checked_name
     from fedmom.records.folder import CONFIG, RunFolder, read_rounds
 
     if out is not None and resume is not None:
@@ -144,8 +144,8 @@ def run(
     heed_signals()
     if not dry_run:
         check_ours(commands)
-    if not (not dry_run and operate.is_up(commands)):
-        operate.up(commands, source, say, build_arguments=build_arg or (), wait=wait)
+    if not (not dry_run and federation.is_up(commands)):
+        federation.up(commands, source, say, build_arguments=build_arg or (), wait=wait)
     remote = RemoteRuns(commands)
     if resume is None and not dry_run and remote.config(name) is not None:
         raise InputError(
@@ -197,9 +197,9 @@ def down(
     dry_run: Dry = False,
 ) -> int:
     """Stop and remove the containers. Keys, certificates and fetched run folders stay."""
-    from fedmom.deploy import operate
+    from fedmom.deploy import federation
 
-    operate.down(_ours(folder, dry_run), volumes=volumes)
+    federation.down(_ours(folder, dry_run), volumes=volumes)
     return 0
 
 
@@ -212,7 +212,7 @@ def _check_clients(num_clients: int, commands: Commands) -> None:
 
 
 def _commands(folder: Path, dry: bool) -> Commands:
-    from fedmom.deploy.layout import open_deployment
+    from fedmom.deploy.initialise import open_deployment
 
     return Commands(open_deployment(folder), dry=dry)
 

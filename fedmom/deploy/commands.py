@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fedmom.errors import InputError
 
 if TYPE_CHECKING:
-    from fedmom.deploy.layout import Deployment
+    from fedmom.deploy.initialise import Deployment
 
 CONNECTION = "deployment"  # the SuperLink's name in Flower's config
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedmom.deploy.commands import Commands
-from fedmom.deploy.layout import Deployment
+from fedmom.deploy.initialise import Deployment
 from fedmom.errors import InputError
 
 LABEL = "fedmom.deployment"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import fedmom
-from fedmom.deploy.layout import open_deployment
+from fedmom.deploy.initialise import open_deployment
 from fedmom.records.folder import read_tensors
 
 ROOT = Path(__file__).parents[2]

@@ -13,17 +13,18 @@ from typer.testing import CliRunner
 
 from fedmom import cli
 from fedmom.config.keys import Config
-from fedmom.deploy import follow, operate, remote
+from fedmom.deploy import federation, remote_runs
+from fedmom.deploy import following as follow
 from fedmom.deploy.commands import CommandError, Commands
-from fedmom.deploy.follow import Following
-from fedmom.deploy.layout import initialise, open_deployment
+from fedmom.deploy.following import Following
+from fedmom.deploy.initialise import initialise, open_deployment
 from fedmom.errors import InputError
 from fedmom.records.folder import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about, write_tensors
 
 ROOT = Path(__file__).parents[2]
 
 
-class HereRuns(remote.RemoteRuns):
+class HereRuns(remote_runs.RemoteRuns):
     """The server's volume is a folder of this machine."""
 
     def _execute(self, *words: str) -> str:
@@ -39,7 +40,7 @@ class HereRuns(remote.RemoteRuns):
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     (tmp_path / "volume").mkdir()
-    monkeypatch.setattr(remote, "VOLUME", str(tmp_path / "volume"))
+    monkeypatch.setattr(remote_runs, "VOLUME", str(tmp_path / "volume"))
     return HereRuns(None)
 
 
@@ -153,7 +154,7 @@ def test_a_stopped_run_is_given_time_to_end(following, monkeypatch):
 def test_a_deployment_that_was_taken_down_is_not_waited_for(following, monkeypatch):
     monkeypatch.setattr(following, "_ask", lambda: ("", ""))
     answers = iter([["a container"], ["a container"], []])
-    monkeypatch.setattr(operate, "services", lambda commands: next(answers))
+    monkeypatch.setattr(federation, "services", lambda commands: next(answers))
     ended = following.to_the_end([])
     assert ended == ("failed", "the deployment was taken down after round 0")
     assert next(answers, None) is None
@@ -163,15 +164,15 @@ def test_a_second_ctrl_c_says_that_the_run_goes_on_and_how_it_is_followed(tmp_pa
     """The first one stops the run, and whoever does not wait for that is told so."""
     initialise(tmp_path / "deployment", num_clients=3)
     monkeypatch.setattr("fedmom.deploy.identity.check_ours", lambda commands: None)
-    monkeypatch.setattr(operate, "is_up", lambda commands: True)
-    monkeypatch.setattr(remote.RemoteRuns, "config", lambda self, name: None)
+    monkeypatch.setattr(federation, "is_up", lambda commands: True)
+    monkeypatch.setattr(remote_runs.RemoteRuns, "config", lambda self, name: None)
     monkeypatch.setattr(Following, "start", lambda self, config: setattr(self, "run_id", "77"))
     monkeypatch.setattr(Following, "_log", lambda self: SimpleNamespace(poll=lambda: None, terminate=lambda: None))
 
     def interrupted(self, *words, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(remote.RemoteRuns, "look", interrupted)
+    monkeypatch.setattr(remote_runs.RemoteRuns, "look", interrupted)
     monkeypatch.setattr(Commands, "do", interrupted)  # while `flwr stop` is under way
     words = ["run", str(ROOT / "configs" / "deploy.toml"), "--out", str(tmp_path / "out"), "--app", str(ROOT)]
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}

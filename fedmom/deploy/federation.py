@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fedmom.deploy.certificates import as_sent
 from fedmom.deploy.commands import CommandError, Commands, build_command, image_of, superlink
-from fedmom.deploy.layout import certificate_notes, write_flower_config
+from fedmom.deploy.initialise import certificate_notes, write_flower_config
 from fedmom.errors import InputError
 
 Say = Callable[[str], None]

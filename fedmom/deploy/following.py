@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from fedmom.config.keys import Config, load, parse_sets, replace, to_toml
 from fedmom.config.resolve import resolve, resume_config
-from fedmom.deploy import operate
+from fedmom.deploy import federation
 from fedmom.deploy.bundle import DATA
 from fedmom.deploy.commands import CONNECTION, CommandError, Commands, superlink
-from fedmom.deploy.remote import VOLUME, RemoteRuns
+from fedmom.deploy.remote_runs import VOLUME, RemoteRuns
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState
 from fedmom.records.folder import CHECKPOINT, CONFIG, read_about, write_text
@@ -203,7 +203,7 @@ class Following:
     def _is_taken_down(self) -> bool:
         """Docker answers, and has no container of the project: the SuperLink will not come back by itself."""
         try:
-            return not operate.services(self.commands)
+            return not federation.services(self.commands)
         except CommandError:
             return False
 
