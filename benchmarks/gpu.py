@@ -38,11 +38,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "peers_app")]
 
-from fedmom.bench import peaks  # noqa: E402
 from fedmom.data.datasets import Dataset  # noqa: E402
 from fedmom.data.partition import make_partition  # noqa: E402
 from fedmom.engine.engine import Engine  # noqa: E402
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS  # noqa: E402
+from fedmom.experiments.bench import peaks  # noqa: E402
 from fedmom.machine.precision import allow_tf32  # noqa: E402
 from fedmom.method.schedules import LearningRate  # noqa: E402
 from fedmom.method.state import ClientState, to_device  # noqa: E402

@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 
 from fedmom import pictures, tables
-from fedmom.bench import as_rows
-from fedmom.bench import bench as measure
 from fedmom.config.build import load_task_data, topology_of
 from fedmom.config.keys import KEYS, flat, load, replace, toml_scalar
 from fedmom.config.resolve import resolve
 from fedmom.data.datasets import DATASETS, download
 from fedmom.errors import InputError
+from fedmom.experiments.bench import as_rows
+from fedmom.experiments.bench import bench as measure
 from fedmom.method.topology import LARGEST_SPECTRUM
 from fedmom.report import draw_or_say_why
 from fedmom.tasks.models import MODELS

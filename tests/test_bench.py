@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fedmom.bench import _flops, as_rows, bench, peaks
 from fedmom.config.keys import load
 from fedmom.config.resolve import resolve
+from fedmom.experiments.bench import _flops, as_rows, bench, peaks
 from runs import image_task
 
 DIGITS = {"data.num-clients": 4, "data.batch-size": 8, "run.num-rounds": 1}
@@ -14,7 +14,7 @@ DIGITS = {"data.num-clients": 4, "data.batch-size": 8, "run.num-rounds": 1}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """What the device can do is measured by one test: it takes 256 MB and most of the time."""
-    monkeypatch.setattr("fedmom.bench.peaks", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr("fedmom.experiments.bench.peaks", lambda *_: (1e9, 1e9))
 
 
 def run(changes):

@@ -18,6 +18,7 @@ import fedmom
 from fedmom import cli, pictures
 from fedmom.config.keys import KEYS, load
 from fedmom.data.datasets import DATASETS
+from fedmom.experiments.simulation import app_folder
 from fedmom.pictures import draw_curves
 from fedmom.records.folder import (
     CHECKPOINT,
@@ -31,7 +32,6 @@ from fedmom.records.folder import (
     read_tensors,
 )
 from fedmom.runs import progress
-from fedmom.simulation import app_folder
 from fedmom.tasks.models import MODELS
 from laws import table
 

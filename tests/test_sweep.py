@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fedmom import cli, crew
+from fedmom import cli
 from fedmom.config.keys import load
-from fedmom.crew import Requests
 from fedmom.errors import InputError
-from fedmom.records.folder import read_rounds
-from fedmom.records.status import read_status
-from fedmom.sweep import (
+from fedmom.experiments import crew
+from fedmom.experiments.crew import Requests
+from fedmom.experiments.sweep import (
     MANIFEST,
     Ended,
     best_table,
@@ -32,6 +31,8 @@ from fedmom.sweep import (
     seeds_of,
     sweep,
 )
+from fedmom.records.folder import read_rounds
+from fedmom.records.status import read_status
 from laws import table
 
 ROOT = Path(__file__).parents[1]

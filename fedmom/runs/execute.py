@@ -77,7 +77,7 @@ def run(
         if settled.run.backend == "simulation" and rounds is None:
             if folder is not None:
                 folder.close()
-            from fedmom.simulation import simulate  # which needs this module
+            from fedmom.experiments.simulation import simulate  # which needs this module
 
             return simulate(settled, out=out, resume=resume, callbacks=callbacks, app=app)
         listener = heard()

@@ -15,8 +15,8 @@ from typing import Any
 from fedmom.config.keys import KEYS, Config, Scalar, as_held, load, parse_sets, read_tables, typed_value
 from fedmom.config.numbers import as_list, pieces
 from fedmom.config.resolve import resolve, resume_config
-from fedmom.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.errors import InputError, unknown
+from fedmom.experiments.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.records.files import CONFIG, MANIFEST, write_text
 from fedmom.records.folder import RunFolder
 from fedmom.records.history import last_round, read_rounds

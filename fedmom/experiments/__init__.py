@@ -1,0 +1,1 @@
+"""What a user starts: a simulation under Flower, a sweep of runs, a benchmark."""
