@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmom.collect import collect
-from fedmom.compare_pictures import curve
-from fedmom.groups import Group, group_runs
-from fedmom.pictures import COLOURS, DARK, DASHES, MARKERS, _figure, _plain, _save
+from fedmom.results.groups import Group, group_runs
+from fedmom.results.pictures.comparison import curve
+from fedmom.results.pictures.curves import COLOURS, DARK, DASHES, MARKERS, _figure, _plain, _save
+from fedmom.results.reading import collect
 
 PICTURES = Path(__file__).parent / "pictures"
 POLICIES = {

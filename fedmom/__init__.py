@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from fedmom.comparison import all_sheets as all_sheets
     from fedmom.config.keys import Config as Config
     from fedmom.config.keys import load as load
     from fedmom.data.datasets import Dataset as Dataset
@@ -21,13 +20,14 @@ if TYPE_CHECKING:
     from fedmom.errors import InputError as InputError
     from fedmom.flower.app import simulate_app as simulate_app
     from fedmom.flower.grid import RayGrid as RayGrid
-    from fedmom.groups import group_runs as group_runs
     from fedmom.method.algorithms import local_step as local_step
     from fedmom.method.topology import make_topology as make_topology
-    from fedmom.page.write import write_page as write_page
     from fedmom.randomness import normal_like as normal_like
     from fedmom.records.status import Status as Status
     from fedmom.records.status import read_status as read_status
+    from fedmom.results.comparison import all_sheets as all_sheets
+    from fedmom.results.groups import group_runs as group_runs
+    from fedmom.results.page.write import write_page as write_page
     from fedmom.runs.callbacks import Callback as Callback
     from fedmom.runs.callbacks import Result as Result
     from fedmom.runs.callbacks import Start as Start
@@ -53,9 +53,9 @@ _HOME = {
     "Tracked": "fedmom.runs.trackers",
     "Tracker": "fedmom.runs.trackers",
     "Tracking": "fedmom.runs.trackers",
-    "all_sheets": "fedmom.comparison",
+    "all_sheets": "fedmom.results.comparison",
     "build_model": "fedmom.tasks.models",
-    "group_runs": "fedmom.groups",
+    "group_runs": "fedmom.results.groups",
     "load": "fedmom.config.keys",
     "local_step": "fedmom.method.algorithms",
     "make_topology": "fedmom.method.topology",
@@ -63,7 +63,7 @@ _HOME = {
     "read_status": "fedmom.records.status",
     "run": "fedmom.runs.execute",
     "simulate_app": "fedmom.flower.app",
-    "write_page": "fedmom.page.write",
+    "write_page": "fedmom.results.page.write",
 }
 __all__ = list(_HOME)
 

@@ -9,7 +9,6 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from fedmom import pictures, tables
 from fedmom.config.build import load_task_data, topology_of
 from fedmom.config.keys import KEYS, flat, load, replace, toml_scalar
 from fedmom.config.resolve import resolve
@@ -18,10 +17,12 @@ from fedmom.errors import InputError
 from fedmom.experiments.bench import as_rows
 from fedmom.experiments.bench import bench as measure
 from fedmom.method.topology import LARGEST_SPECTRUM
-from fedmom.report import draw_or_say_why
+from fedmom.results import tables
+from fedmom.results.pictures import curves
+from fedmom.results.pictures.topology import draw_topology
+from fedmom.results.report import draw_or_say_why
 from fedmom.tasks.models import MODELS
 from fedmom.terminal import DONE, Sets
-from fedmom.topology_pictures import draw_topology
 from fedmom.user_code import blamed
 
 
@@ -34,7 +35,7 @@ def partition(
 
     fedmom partition configs/quickstart.toml --set data.alpha=0.05 --out skewed.png
     """
-    pictures.check_picture(out)
+    curves.check_picture(out)
     settled = resolve(load(config, sets or ())).config
     data = settled.data
     if data.dataset == "quadratic":
@@ -52,7 +53,7 @@ def partition(
         ["share of a client's largest class, mean", f"{(counts.max(1) / sizes).mean():.3f}"],
     ]
     print(tables.as_text([title, ""], rows))
-    if draw_or_say_why(lambda: pictures.draw_partition(counts, out, title=title)):
+    if draw_or_say_why(lambda: curves.draw_partition(counts, out, title=title)):
         print(out)
     return DONE
 
@@ -87,7 +88,7 @@ def topology(
 
     fedmom topology configs/decentralized/ring.toml --set algorithm.topology=exponential --out exponential.png
     """
-    pictures.check_picture(out)
+    curves.check_picture(out)
     loaded = load(config, sets or ())
     settled = resolve(loaded._replace(config=replace(loaded.config, "algorithm", name="d-sgd-m"))).config
     graph = topology_of(settled)

@@ -8,15 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedmom import tables
-from fedmom.collect import collect
-from fedmom.compare import default_out, draw_figures, write_tables
-from fedmom.comparison import all_sheets, parse_target, usual_targets
 from fedmom.errors import InputError, unknown
-from fedmom.groups import check_counted, check_fit, group_runs, of_groups
-from fedmom.page import write_page
-from fedmom.report import draw_or_say_why, draw_report
-from fedmom.sheets import FORMATS
+from fedmom.results import tables
+from fedmom.results.compare import default_out, draw_figures, write_tables
+from fedmom.results.comparison import all_sheets, parse_target, usual_targets
+from fedmom.results.groups import check_counted, check_fit, group_runs, of_groups
+from fedmom.results.page import write_page
+from fedmom.results.reading import collect
+from fedmom.results.report import draw_or_say_why, draw_report
+from fedmom.results.sheets import FORMATS
 from fedmom.terminal import BAD_INPUT, DONE
 from fedmom.watch import watch as watch_folder
 

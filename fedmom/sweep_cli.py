@@ -8,12 +8,13 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from fedmom import supervise, tables
+from fedmom import supervise
 from fedmom.config.keys import load
 from fedmom.errors import InputError
 from fedmom.experiments import sweep as sweeps
 from fedmom.experiments.crew import Cell, Ended
 from fedmom.records.files import at_home
+from fedmom.results import tables
 from fedmom.runs.trackers import make_trackers
 from fedmom.terminal import DONE, STATUS, Sets, Tracks, exit_status, heed_signals
 

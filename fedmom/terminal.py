@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from fedmom.errors import InputError
-from fedmom.report import finished
+from fedmom.results.report import finished
 from fedmom.rounds.loop import Record
 from fedmom.runs.callbacks import STOPPING
 from fedmom.runs.trackers import TRACKERS

@@ -14,15 +14,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedmom.collect import is_run, sweep_runs
 from fedmom.config.keys import flat, to_toml
 from fedmom.machine.output import nobody_reads
 from fedmom.records.follow import Follower
 from fedmom.records.status import STATUSES, read_status
+from fedmom.results.reading import is_run, sweep_runs
+from fedmom.results.tables import MEASURES, finite
 from fedmom.rounds.loop import Record
 from fedmom.runs.progress import describe
 from fedmom.runs.trackers import Tracked, Tracking
-from fedmom.tables import MEASURES, finite
 
 SECONDS = 1.0  # between two looks
 QUIET_SECONDS = 30.0  # without a new round, and ten times longer than a round takes: said to be silent

@@ -21,7 +21,7 @@ from fedmom.machine.output import steady_output
 from fedmom.method.state import num_bytes
 from fedmom.records.files import at_home
 from fedmom.records.folder import ENDED, write_text
-from fedmom.report import finished
+from fedmom.results.report import finished
 from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Rounds
 from fedmom.runs.execute import Callback, is_heard, run

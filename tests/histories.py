@@ -4,7 +4,7 @@ import json
 
 from fedmom.config.keys import load, to_toml
 from fedmom.config.resolve import resolve
-from fedmom.tables import RunHistory
+from fedmom.results.tables import RunHistory
 
 
 def classifier(name, num_rounds, *, eval_every=1, epochs=0.5, sent=1_000_000, accuracy=None):

@@ -15,11 +15,10 @@ import torch
 from typer.main import get_command
 
 import fedmom
-from fedmom import cli, pictures
+from fedmom import cli
 from fedmom.config.keys import KEYS, load
 from fedmom.data.datasets import DATASETS
 from fedmom.experiments.simulation import app_folder
-from fedmom.pictures import draw_curves
 from fedmom.records.folder import (
     CHECKPOINT,
     CONFIG,
@@ -31,6 +30,8 @@ from fedmom.records.folder import (
     read_rounds,
     read_tensors,
 )
+from fedmom.results.pictures import curves
+from fedmom.results.pictures.curves import draw_curves
 from fedmom.runs import progress
 from fedmom.tasks.models import MODELS
 from laws import table
@@ -67,7 +68,7 @@ def workplace(in_tmp, monkeypatch):
     np.savez("tiny.npz", x_train=x[:30], y_train=y[:30], x_test=x[30:], y_test=y[30:])
     for name, text in [("quadratic", QUADRATIC), ("tiny", TINY), ("digits", DIGITS)]:
         Path(f"{name}.toml").write_text(text + ENGINE, encoding="utf-8")
-    monkeypatch.setattr(pictures, "draw_curves", lambda runs, path: None)
+    monkeypatch.setattr(curves, "draw_curves", lambda runs, path: None)
     # A wide terminal, so that no word that is looked for is broken.
     monkeypatch.setenv("COLUMNS", "300")
     yield in_tmp
@@ -595,7 +596,7 @@ def test_a_partition_is_summed_up_and_drawn(fed):
 
 
 def test_a_run_draws_its_curves_and_a_report_compares_runs(fed, monkeypatch):
-    monkeypatch.setattr(pictures, "draw_curves", draw_curves)
+    monkeypatch.setattr(curves, "draw_curves", draw_curves)
     for name in ("a", "b"):
         assert fed("run", "tiny.toml", "--out", name, "--quiet") == (0, [name], [])
     assert Path("a/curves.png").read_bytes().startswith(b"\x89PNG")
@@ -610,7 +611,7 @@ def test_a_run_draws_its_curves_and_a_report_compares_runs(fed, monkeypatch):
 
 
 def test_a_picture_that_overflows_says_nothing_on_standard_error(fed, monkeypatch):
-    monkeypatch.setattr(pictures, "draw_curves", draw_curves)
+    monkeypatch.setattr(curves, "draw_curves", draw_curves)
     sets = ["--set", "algorithm.lr=1e6", "--set", "run.num-rounds=99"]
     assert len(fed("run", "quadratic.toml", "--out", "x", *sets)[2]) == 1
     assert Path("x/curves.png").is_file()

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedmom import cli, compare_pictures, pictures, results_cli
-from fedmom.collect import collect
-from fedmom.compare import default_out, draw_figures, write_tables
-from fedmom.compare_pictures import curve, styles
-from fedmom.comparison import (
+from fedmom import cli, results_cli
+from fedmom.errors import InputError
+from fedmom.results.compare import default_out, draw_figures, write_tables
+from fedmom.results.comparison import (
     AXES,
     all_sheets,
     end_sheet,
@@ -23,11 +22,23 @@ from fedmom.comparison import (
     target_sheet,
     usual_targets,
 )
-from fedmom.errors import InputError
-from fedmom.groups import check_fit, group_runs, of_groups
-from fedmom.page import content
-from fedmom.sheets import FORMATS, Stat, latex, sheet_csv, sheet_latex, sheet_markdown, sheet_text, stat, written
-from fedmom.tables import MEASURES, RunHistory
+from fedmom.results.groups import check_fit, group_runs, of_groups
+from fedmom.results.page import content
+from fedmom.results.pictures import comparison, curves
+from fedmom.results.pictures.comparison import curve, styles
+from fedmom.results.reading import collect
+from fedmom.results.sheets import (
+    FORMATS,
+    Stat,
+    latex,
+    sheet_csv,
+    sheet_latex,
+    sheet_markdown,
+    sheet_text,
+    stat,
+    written,
+)
+from fedmom.results.tables import MEASURES, RunHistory
 from histories import make_run, records
 
 ROOT = Path(__file__).parents[1]
@@ -210,7 +221,7 @@ def test_curves_can_be_told_apart_in_grey(tmp_path):
 
 @pytest.mark.slow
 def test_figures_come_as_png_and_pdf_and_the_same_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "DPI", 40)
+    monkeypatch.setattr(curves, "DPI", 40)
     for n in (10, 20):
         lines = records(4, speed=n)
         for record in lines:  # panels take time: one column
@@ -237,8 +248,8 @@ def test_figures_come_as_png_and_pdf_and_the_same_again(tmp_path, monkeypatch):
 def test_nothing_to_draw_is_no_picture(tmp_path):
     make_run(tmp_path / "a", {}, [{"round": 1, "train_loss": 1.0}])
     groups = groups_of(tmp_path)
-    assert compare_pictures.draw_comparison(groups, tmp_path / "x") == []
-    assert compare_pictures.draw_speedup([], None, tmp_path / "x") == []
+    assert comparison.draw_comparison(groups, tmp_path / "x") == []
+    assert comparison.draw_speedup([], None, tmp_path / "x") == []
 
 
 # --- the command, and what goes wrong --------------------------------------------------------------------------
@@ -252,7 +263,7 @@ def call(capsys, *words):
 
 @pytest.mark.slow
 def test_the_command_prints_and_writes(sweep, capsys, monkeypatch):
-    monkeypatch.setattr(pictures, "DPI", 50)
+    monkeypatch.setattr(curves, "DPI", 50)
     status, out, err = call(capsys, sweep, "--target", "accuracy=0.7")
     assert (status, err) == (0, [])
     for title in ("At the end", *(f"At equal {name}" for name in AXES.values()), "To test accuracy ≥ 70 %"):
@@ -328,7 +339,7 @@ LEFT = ("interrupted, 4", "diverged, 3", "older (2", "refused, 0", "empty (0")
 
 def test_numbers_are_of_finished_runs_alone_and_every_format_says_so(mixed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
-    monkeypatch.setattr(pictures, "draw_curves", lambda runs, path, notes: path.parent.mkdir())
+    monkeypatch.setattr(curves, "draw_curves", lambda runs, path, notes: path.parent.mkdir())
     monkeypatch.setattr(content, "partitions", lambda groups: [])
     groups = groups_of(mixed)
     assert [group.seeds for group in groups] == ["2", "2 of 7"]
@@ -352,13 +363,13 @@ def test_numbers_are_of_finished_runs_alone_and_every_format_says_so(mixed, tmp_
 
 def test_figures_say_what_they_leave_out(mixed, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(compare_pictures, "_save_all", lambda figure, stem: figures.append(figure) or [])
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(comparison, "_save_all", lambda figure, stem: figures.append(figure) or [])
+    monkeypatch.setattr(curves, "_save", lambda figure, path: figures.append(figure))
     groups = groups_of(mixed)
-    compare_pictures._draw_grid(groups, MEASURES[:1], ["round"], tmp_path / "x")
+    comparison._draw_grid(groups, MEASURES[:1], ["round"], tmp_path / "x")
     runs = [run.history for group in groups for run in group.runs]
     short = [RunHistory(run.name, [{"round": 1, "test_loss": 1.0}]) for run in runs]
-    pictures.draw_curves(short, tmp_path, of_groups(groups))
+    curves.draw_curves(short, tmp_path, of_groups(groups))
     for figure in figures:
         legend = figure.legends[0]
         said = " ".join([legend.get_title().get_text(), *(text.get_text() for text in legend.get_texts())])

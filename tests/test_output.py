@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 import fedmom
-from fedmom import cli, pictures, terminal
+from fedmom import cli, terminal
 from fedmom.machine import output
 from fedmom.machine.output import Output, steady_output
 from fedmom.records.folder import CHECKPOINT, FINAL, read_about
 from fedmom.records.status import read_status
+from fedmom.results.pictures import curves
 
 QUADRATIC = '[data]\ndataset = "quadratic"\n[run]\nnum-rounds = 3\n[engine]\npath = "loop"\nthreads = 1\n'
 LETTERS = "γ = 0.1 · N × I – û ≤ ∞ ⌈n⌉ ⠁⠀ │ naïve 😀 \udcff"
@@ -24,7 +25,7 @@ LETTERS = "γ = 0.1 · N × I – û ≤ ∞ ⌈n⌉ ⠁⠀ │ naïve 😀 \udc
 
 @pytest.fixture
 def workplace(in_tmp, monkeypatch):
-    monkeypatch.setattr(pictures, "draw_curves", lambda runs, path: None)  # which take time
+    monkeypatch.setattr(curves, "draw_curves", lambda runs, path: None)  # which take time
     Path("q.toml").write_text(QUADRATIC)
     return in_tmp
 

@@ -12,9 +12,9 @@ import pytest
 
 from browser import opened, problems, skip_without_browser
 from fedmom import cli
-from fedmom.collect import collect
-from fedmom.groups import group_runs
-from fedmom.page import content, write_page
+from fedmom.results.groups import group_runs
+from fedmom.results.page import content, write_page
+from fedmom.results.reading import collect
 from histories import make_run, records
 
 
@@ -145,9 +145,9 @@ def test_the_page_says_how_to_run_it_again(page, sweep):
 
 
 def test_the_command_writes_a_page_alone_or_a_folder(sweep, capsys, monkeypatch):
-    from fedmom import pictures
+    from fedmom.results.pictures import curves
 
-    monkeypatch.setattr(pictures, "draw_curves", lambda runs, path: path.write_text(""))
+    monkeypatch.setattr(curves, "draw_curves", lambda runs, path: path.write_text(""))
     assert cli.call(["report", str(sweep), "--out", str(sweep / "new" / "x.html")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(sweep / "new" / "x.html")
     assert [path.name for path in (sweep / "new").iterdir()] == ["x.html"]

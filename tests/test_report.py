@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedmom import pictures
 from fedmom.errors import InputError
-from fedmom.pictures import COLOURS, draw_curves, draw_partition
-from fedmom.report import draw_or_say_why, draw_report
-from fedmom.tables import AXES, RunHistory, as_markdown, equal_table, summary_table
+from fedmom.results.pictures import curves
+from fedmom.results.pictures.curves import COLOURS, draw_curves, draw_partition
+from fedmom.results.report import draw_or_say_why, draw_report
+from fedmom.results.tables import AXES, RunHistory, as_markdown, equal_table, summary_table
 from histories import classifier, one_column, quadratic
 
 
 @pytest.fixture(autouse=True)
 def _small_pictures(monkeypatch):
-    monkeypatch.setattr(pictures, "DPI", 70)  # time goes with the number of pixels
+    monkeypatch.setattr(curves, "DPI", 70)  # time goes with the number of pixels
 
 
 def pixels(path):
@@ -107,10 +107,10 @@ def test_a_diverging_run_does_not_flatten_the_others_and_any_name_fits(tmp_path)
 
 def test_long_names_are_cut_and_lose_what_they_share():
     prefix = "runs/2024-01-01-digits-dirichlet-alpha-0.3-clients-20-"
-    assert pictures._legend_names([prefix + end for end in ("lr-0.1", "lr-0.05")]) == ["…0.1", "…0.05"]
+    assert curves._legend_names([prefix + end for end in ("lr-0.1", "lr-0.05")]) == ["…0.1", "…0.05"]
     for names in ([prefix] * 2, ["x" * 300], ["x" * 300, "y" * 300]):
-        assert [len(name) for name in pictures._legend_names(names)] == [pictures.MAX_NAME] * len(names)
-    assert pictures._legend_names(["_a", "b\nc"]) == [" _a", "b c"]
+        assert [len(name) for name in curves._legend_names(names)] == [curves.MAX_NAME] * len(names)
+    assert curves._legend_names(["_a", "b\nc"]) == [" _a", "b c"]
 
 
 # --- partitions ------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def test_a_partition_is_drawn(tmp_path, num_clients, num_classes):
     draw_partition(counts, tmp_path / "partition.png", title="$ 1_{ a title")
     image = pixels(tmp_path / "partition.png")
     assert num_colours(image) > 20
-    if max(num_clients, num_classes) <= pictures.MAX_BUBBLES:
+    if max(num_clients, num_classes) <= curves.MAX_BUBBLES:
         assert where(image, COLOURS[0]).sum() > 500
 
 
@@ -199,8 +199,8 @@ def test_a_picture_that_cannot_be_drawn_is_one_line_and_a_name_that_no_picture_h
     assert capsys.readouterr().err == "fedmom: no picture was drawn: TypeError: font.set_text: 'x\\udcfc' is no str\n"
     for name in ("p", "p.xyz", "p.raw"):
         with pytest.raises(InputError, match=r"pictures are PNG or PDF"):
-            pictures.check_picture(tmp_path / name)
+            curves.check_picture(tmp_path / name)
     (tmp_path / "d.png").mkdir()
     with pytest.raises(InputError, match="is a folder"):
-        pictures.check_picture(tmp_path / "d.png")
-    assert draw_or_say_why(lambda: pictures.check_picture(tmp_path / "p.png"))
+        curves.check_picture(tmp_path / "d.png")
+    assert draw_or_say_why(lambda: curves.check_picture(tmp_path / "p.png"))

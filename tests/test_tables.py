@@ -3,7 +3,7 @@
 import pytest
 
 from fedmom.errors import InputError
-from fedmom.tables import MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
+from fedmom.results.tables import MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
 from histories import classifier, quadratic
 
 

@@ -20,9 +20,9 @@ from fedmom.experiments.crew import Cell, Ended, Work, on_ray, one_by_one, side_
 from fedmom.records.files import CONFIG, MANIFEST, write_text
 from fedmom.records.folder import RunFolder
 from fedmom.records.history import last_round, read_rounds
+from fedmom.results.tables import MISSING, finite, number
 from fedmom.rounds.loop import CLIENT_MEASURES
 from fedmom.runs.execute import check_place
-from fedmom.tables import MISSING, finite, number
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.quadratic import Quadratic
 

@@ -10,8 +10,8 @@ from fedmom.errors import InputError
 from fedmom.records.files import CONFIG, ENVIRONMENT, MANIFEST, ROUNDS
 from fedmom.records.history import read_rounds
 from fedmom.records.status import Status, read_status
+from fedmom.results.tables import RunHistory
 from fedmom.rounds.loop import Record
-from fedmom.tables import RunHistory
 
 
 class Run(NamedTuple):

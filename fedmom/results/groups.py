@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from fedmom.collect import Run
 from fedmom.config.keys import KEYS, Scalar, toml_scalar
 from fedmom.errors import InputError
-from fedmom.tables import MEASURES, number
+from fedmom.results.reading import Run
+from fedmom.results.tables import MEASURES, number
 
 # The symbols of docs/method.md.
 SYMBOLS = {

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedmom import compare_pictures
-from fedmom.collect import is_run
-from fedmom.comparison import Target, speedups
-from fedmom.groups import Group
 from fedmom.records.folder import write_text
-from fedmom.sheets import Sheet, sheet_csv, sheet_latex, sheet_markdown
+from fedmom.results.comparison import Target, speedups
+from fedmom.results.groups import Group
+from fedmom.results.pictures import comparison
+from fedmom.results.reading import is_run
+from fedmom.results.sheets import Sheet, sheet_csv, sheet_latex, sheet_markdown
 
 # Files that a comparison may have and another may lack.
 _OURS = ("equal-*.csv", "to-*.csv", "speedup*.csv", "speedup*.png", "speedup*.pdf")
@@ -38,9 +38,9 @@ def write_tables(sheets: Sequence[Sheet], pictures: Sequence[Path], out: Path) -
 
 def draw_figures(groups: Sequence[Group], targets: Sequence[Target], out: Path) -> Iterator[Path]:
     """curves, spreads and, where N varies, speedup; each as PNG and PDF."""
-    yield from compare_pictures.draw_comparison(groups, out / "curves")
-    yield from compare_pictures.draw_spreads(groups, out / "spreads")
+    yield from comparison.draw_comparison(groups, out / "curves")
+    yield from comparison.draw_spreads(groups, out / "spreads")
     for number, target in enumerate(targets):
         stem = "speedup" if number == 0 else f"speedup-{number + 1}"
-        footing = compare_pictures.foot(groups)
-        yield from compare_pictures.draw_speedup(speedups(groups, target), target, out / stem, footing)
+        footing = comparison.foot(groups)
+        yield from comparison.draw_speedup(speedups(groups, target), target, out / stem, footing)

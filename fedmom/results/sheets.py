@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from types import MappingProxyType
 from typing import NamedTuple
 
-from fedmom.tables import MISSING, as_markdown, as_text
+from fedmom.results.tables import MISSING, as_markdown, as_text
 
 MOST_FOOT = 8  # groups that are named below a table
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmom.comparison import AXES, Speedup, Target
-from fedmom.groups import Group
-from fedmom.pictures import COLOURS, DARK, DASHES, LIGHT, MARKERS, _figure, _integers, _plain, _save
-from fedmom.tables import MEASURES, Measure, byte_unit, finite, number
+from fedmom.results.comparison import AXES, Speedup, Target
+from fedmom.results.groups import Group
+from fedmom.results.pictures.curves import COLOURS, DARK, DASHES, LIGHT, MARKERS, _figure, _integers, _plain, _save
+from fedmom.results.tables import MEASURES, Measure, byte_unit, finite, number
 
 KINDS = (".png", ".pdf")
 SPREADS = (

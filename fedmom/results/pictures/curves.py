@@ -17,7 +17,7 @@ import numpy as np
 
 from fedmom.errors import InputError
 from fedmom.records.folder import whole_file
-from fedmom.tables import AXES, CONSENSUS, MEASURES, Measure, RunHistory, byte_unit, check, finite, number
+from fedmom.results.tables import AXES, CONSENSUS, MEASURES, Measure, RunHistory, byte_unit, check, finite, number
 
 DPI = 150
 # Okabe and Ito's colours without yellow, which is lost on white; together these repeat after 84 runs.

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import fedmom
-from fedmom.comparison import Target
-from fedmom.groups import Group
-from fedmom.page import content
 from fedmom.records.folder import write_text
+from fedmom.results.comparison import Target
+from fedmom.results.groups import Group
+from fedmom.results.page import content
 
 HERE = Path(__file__).parent
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedmom.method.graphs import torus_shape
 from fedmom.method.topology import Topology
-from fedmom.pictures import COLOURS, DARK, LIGHT, _figure, _plain, _save
+from fedmom.results.pictures.curves import COLOURS, DARK, LIGHT, _figure, _plain, _save
 
 MAX_ARROWS = 80  # links; more are drawn as plain lines
 MAX_LABELS = 40  # clients

@@ -5,12 +5,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedmom import pictures
 from fedmom.errors import InputError
 from fedmom.records.folder import write_text
 from fedmom.records.history import thinned
+from fedmom.results.pictures import curves as pictures
+from fedmom.results.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
 from fedmom.rounds.loop import Record
-from fedmom.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
 from fedmom.user_code import one_line
 
 

@@ -5,12 +5,12 @@ from math import ceil, floor, isfinite, log10
 from statistics import median
 from typing import NamedTuple
 
-from fedmom.collect import Run
 from fedmom.errors import InputError, unknown
-from fedmom.groups import Group, check_counted, names_of, said
+from fedmom.results.groups import Group, check_counted, names_of, said
+from fedmom.results.reading import Run
+from fedmom.results.sheets import Cell, Column, Sheet, Stat, stat
+from fedmom.results.tables import MEASURES, Measure, byte_unit, finite, last_evaluated, measures_of, number
 from fedmom.rounds.loop import Record
-from fedmom.sheets import Cell, Column, Sheet, Stat, stat
-from fedmom.tables import MEASURES, Measure, byte_unit, finite, last_evaluated, measures_of, number
 
 AXES = {"round": "rounds", "joint_epochs": "joint epochs", "bytes_sent": "bytes", "wall_seconds": "seconds"}
 _ALIASES = {"accuracy": "test_accuracy", "loss": "test_loss"}

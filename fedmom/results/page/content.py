@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from fedmom.collect import Run, environment_of, is_run
-from fedmom.compare_pictures import SPREADS, styles
-from fedmom.comparison import AXES, Target, all_sheets
 from fedmom.config.build import load_task_data
 from fedmom.config.keys import KEYS, load, toml_scalar
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
-from fedmom.groups import Group, differing, said, shared
 from fedmom.method.algorithms import ALGORITHMS
-from fedmom.pictures import COLOURS, DASHES, MARKERS
 from fedmom.records.folder import CONFIG
-from fedmom.sheets import Sheet, Stat, written
-from fedmom.tables import MEASURES, Measure, finite, number
+from fedmom.results.comparison import AXES, Target, all_sheets
+from fedmom.results.groups import Group, differing, said, shared
+from fedmom.results.pictures.comparison import SPREADS, styles
+from fedmom.results.pictures.curves import COLOURS, DASHES, MARKERS
+from fedmom.results.reading import Run, environment_of, is_run
+from fedmom.results.sheets import Sheet, Stat, written
+from fedmom.results.tables import MEASURES, Measure, finite, number
 
 TRAIN = Measure("train_loss", "train loss", "Train loss", "#.4g")
 POINTS = 20_000  # on the page, over all groups: more would make it slow to open
