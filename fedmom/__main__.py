@@ -4,14 +4,14 @@ import contextlib
 import signal
 import sys
 
-from fedmom import supervise
+from fedmom.cli import supervise
 from fedmom.machine.allocator import keep_freed_memory
 
 
 def main() -> None:
     keep_freed_memory()
     try:
-        from fedmom.cli import call  # seconds, most of them torch: Ctrl-C may come within
+        from fedmom.cli.main import call  # seconds, most of them torch: Ctrl-C may come within
 
         status = supervise.main(call)
     except KeyboardInterrupt:  # within the imports, or once more while the first was answered

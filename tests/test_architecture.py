@@ -88,7 +88,7 @@ def test_the_mathematics_does_not_know_the_configuration():
         source = (ROOT / "fedmom" / f"{name}.py").read_text(encoding="utf-8")
         modules = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
         assert modules, name
-        assert not {"fedmom.config.keys", "fedmom.config.resolve", "fedmom.runs.execute", "fedmom.cli"} & set(
+        assert not {"fedmom.config.keys", "fedmom.config.resolve", "fedmom.runs.execute", "fedmom.cli.main"} & set(
             modules
         ), name
 
@@ -99,14 +99,14 @@ import zipfile
 for name in {absent!r}:
     sys.modules[name] = None  # from now on `import name` raises ModuleNotFoundError
 import fedmom
-import fedmom.cli
+import fedmom.cli.main
 small = {{"model.name": "logistic", "data.num-clients": 3, "engine.path": "vmap"}}
 for name, rounds, keys in [("digits", 2, small), ("quadratic", 2, {{}}), ("tiny.npz", 1, small)]:
     config = {{"data.dataset": name, "run.num-rounds": rounds, **keys}}
     result = fedmom.run(config, out=f"run-{{name}}", callbacks=[fedmom.Callback()])
     assert result.status == "done" and len(result.rounds) == rounds, result
     assert (result.folder / "final.safetensors").is_file()
-status = fedmom.cli.call(["run", "run-tiny.npz/config.toml", "--out", "by-command", "--quiet"])
+status = fedmom.cli.main.call(["run", "run-tiny.npz/config.toml", "--out", "by-command", "--quiet"])
 assert status == 0, status
 assert not [name for name in sys.modules if name.partition(".")[0] in {absent!r} and sys.modules[name]]
 """

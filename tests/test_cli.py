@@ -15,7 +15,7 @@ import torch
 from typer.main import get_command
 
 import fedmom
-from fedmom import cli
+from fedmom.cli import main
 from fedmom.config.keys import KEYS, load
 from fedmom.data.datasets import DATASETS
 from fedmom.experiments.simulation import app_folder
@@ -86,7 +86,7 @@ def fed(capsys):
 
     def command(*arguments) -> tuple[int, list[str], list[str]]:
         capsys.readouterr()
-        status = cli.call([str(argument) for argument in arguments])
+        status = main.call([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return status, out.splitlines(), err.splitlines()
 
@@ -446,13 +446,13 @@ def test_an_interrupted_run_has_status_130_and_goes_on_from_its_checkpoint(fed, 
             if record["round"] == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "callbacks", lambda console, quiet: [Interrupt()])
+    monkeypatch.setattr(main, "callbacks", lambda console, quiet: [Interrupt()])
     status, out, err = fed("run", "tiny.toml", "--out", "x", "--set", "run.num-rounds=5")
     assert status == 130
     assert err == ["fedmom: interrupted after round 3", "fedmom: go on with: fedmom run --resume x"]
     assert out[-1] == "x"
     assert read_about(Path("x", CHECKPOINT))["round"] == 3
-    monkeypatch.setattr(cli, "callbacks", progress.callbacks)
+    monkeypatch.setattr(main, "callbacks", progress.callbacks)
     assert fed("run", "--resume", "x", "--quiet") == (0, ["x"], [])
     assert Path("x", FINAL).read_bytes() == Path("whole", FINAL).read_bytes()
 
@@ -509,8 +509,8 @@ def teaches(fed, command):
     assert examples
     for example in examples:
         words = example.split()[1:]
-        get_command(cli.app).make_context("fedmom", words[:1], resilient_parsing=True)
-        sub = get_command(cli.app).commands[words[0]]
+        get_command(main.app).make_context("fedmom", words[:1], resilient_parsing=True)
+        sub = get_command(main.app).commands[words[0]]
         assert sub.make_context(words[0], words[1:]).params  # it parses: no option that is not there
 
 
@@ -520,7 +520,7 @@ def test_help_names_every_command_and_completion(fed):
     assert status == 0
     for word in [*COMMANDS, "--show-completion", "--install-completion"]:
         assert word in text
-    assert sorted(get_command(cli.app).commands) == sorted(COMMANDS)
+    assert sorted(get_command(main.app).commands) == sorted(COMMANDS)
 
 
 def test_no_command_shows_the_help(fed):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedmom import cli, results_cli
+from fedmom.cli import main, results
 from fedmom.errors import InputError
 from fedmom.results.compare import default_out, draw_figures, write_tables
 from fedmom.results.comparison import (
@@ -256,7 +256,7 @@ def test_nothing_to_draw_is_no_picture(tmp_path):
 
 
 def call(capsys, *words):
-    status = cli.call(["compare", *map(str, words)])
+    status = main.call(["compare", *map(str, words)])
     out, err = capsys.readouterr()
     return status, out, err.splitlines()
 
@@ -338,7 +338,7 @@ LEFT = ("interrupted, 4", "diverged, 3", "older (2", "refused, 0", "empty (0")
 
 
 def test_numbers_are_of_finished_runs_alone_and_every_format_says_so(mixed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(results, "draw_figures", lambda *_: [])
     monkeypatch.setattr(curves, "draw_curves", lambda runs, path, notes: path.parent.mkdir())
     monkeypatch.setattr(content, "partitions", lambda groups: [])
     groups = groups_of(mixed)
@@ -348,7 +348,7 @@ def test_numbers_are_of_finished_runs_alone_and_every_format_says_so(mixed, tmp_
     texts = [write(sheet) for sheet in sheets for write in FORMATS.values()]
     status, out, err = call(capsys, mixed, "--out", tmp_path / "out")
     assert (status, len(err)) == (0, 1)
-    assert cli.call(["report", str(mixed), "--out", str(tmp_path / "report")]) == 0
+    assert main.call(["report", str(mixed), "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
     markdown = (tmp_path / "report/report.md").read_text(encoding="utf-8")
     for text in (out, *err, page, markdown, capsys.readouterr().out, *texts):
@@ -383,7 +383,7 @@ def test_unfinished_runs_count_where_that_is_asked_for(mixed, capsys, monkeypatc
     assert (one.seeds, eight.seeds) == ("2", "5 of 7, 3 unfinished")
     assert "counted though not finished: 8 interrupted" in eight.note
     assert equal_sheet([one, eight], "round").rows[-1][2].mean == 2
-    monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(results, "draw_figures", lambda *_: [])
     status, out, _ = call(capsys, mixed, "--unfinished")
     assert status == 0
     assert "5 of 7, 3 unfinished" in out
@@ -391,7 +391,7 @@ def test_unfinished_runs_count_where_that_is_asked_for(mixed, capsys, monkeypatc
 
 def test_where_nothing_is_finished_that_is_said_and_a_run_alone_is_shown(mixed, capsys, monkeypatch):
     monkeypatch.chdir(mixed.parent)  # where its tables go
-    monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(results, "draw_figures", lambda *_: [])
     status, out, err = call(capsys, mixed / "8 interrupted", mixed / "8 diverged")
     assert (status, out, len(err)) == (2, "", 1)
     assert "8 interrupted (interrupted, 4 of 9 rounds), 8 diverged (diverged, 3 of 9 rounds); --unfinished" in err[0]
@@ -411,7 +411,7 @@ def test_one_seed_is_one_seed_however_often_it_was_run(tmp_path):
 
 
 def test_a_run_that_diverged_in_its_first_round_is_left_out_by_name(mixed, capsys, monkeypatch):
-    monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(results, "draw_figures", lambda *_: [])
     folder = make_run(mixed / "at once", {"algorithm.num-local-steps": 8, "run.seed": 9, "run.num-rounds": 9}, [])
     ended(folder, "diverged", 0)
     status, _, err = call(capsys, mixed / "1 done", folder, "--out", mixed / "out")
@@ -419,7 +419,7 @@ def test_a_run_that_diverged_in_its_first_round_is_left_out_by_name(mixed, capsy
 
 
 def test_a_run_that_is_done_and_has_lost_rounds_is_left_out_as_damaged(mixed, capsys, monkeypatch):
-    monkeypatch.setattr(results_cli, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(results, "draw_figures", lambda *_: [])
     for name, kept in (("1 done", 8), ("8 done", 0)):
         lines = (mixed / name / "rounds.jsonl").read_text().splitlines(keepends=True)
         (mixed / name / "rounds.jsonl").write_text("".join(lines[:kept]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fedmom
-from fedmom import cli, terminal
+from fedmom.cli import main, options
 from fedmom.machine import output
 from fedmom.machine.output import Output, steady_output
 from fedmom.records.folder import CHECKPOINT, FINAL, read_about
@@ -81,7 +81,7 @@ def test_no_command_dies_of_a_terminal_with_few_letters(workplace, monkeypatch, 
     for words in (["run", "q.toml", "--out", "x"], ["watch", "x"], ["keys"], ["run", "--help"]):
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-        assert cli.call(words) == 0, words
+        assert main.call(words) == 0, words
         assert len(raw.getvalue()) > 100
 
 
@@ -89,9 +89,9 @@ def test_a_reader_that_goes_away_ends_no_training(workplace, monkeypatch):
     read, write = os.pipe()
     os.close(read)
     monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
-    assert cli.call(["run", "q.toml", "--out", "x"]) == 0
+    assert main.call(["run", "q.toml", "--out", "x"]) == 0
     assert Path("x", FINAL).is_file()
-    assert cli.call(["watch", "x"]) == 0
+    assert main.call(["watch", "x"]) == 0
     sys.stdout.close()  # as the interpreter does at its end: nothing is left to be said
 
 
@@ -124,7 +124,7 @@ def test_a_signal_that_was_ignored_stays_ignored(monkeypatch):
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by nohup
-        terminal.heed_signals()
+        options.heed_signals()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
     finally:
@@ -153,27 +153,27 @@ def test_a_tilde_is_home_in_every_path(workplace, monkeypatch, capsys):
         ["partition", "~/digits.toml", "--out=~/p.png"],
         ["watch", "~/b"],
     ):
-        assert cli.call([*words]) == 0, (words, capsys.readouterr().err)
+        assert main.call([*words]) == 0, (words, capsys.readouterr().err)
     assert {"a", "b", "c", "p.png"} <= {path.name for path in home.iterdir()}
     for words in (["run", "q.toml", "--out=~nobody-here/a"], ["run", "q.toml", "--set", "run.out=~nobody-here/a"]):
         capsys.readouterr()
-        assert cli.call(words) == 2
+        assert main.call(words) == 2
         assert "~nobody-here is no user of this machine; ./~nobody-here/a is a folder" in capsys.readouterr().err
     assert not [path for path in workplace.rglob("*") if path.name.startswith("~")]
 
 
 def test_folders_without_a_name_are_each_commands_own(workplace):
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(terminal.fresh_folder, [Path("q.toml")] * 16))
+        folders = list(pool.map(options.fresh_folder, [Path("q.toml")] * 16))
     assert len(set(folders)) == 16
     assert all(folder.is_dir() for folder in folders)
 
 
 def test_a_command_that_is_refused_leaves_no_folder_behind(workplace, capsys):
-    assert cli.call(["run", "q.toml", "--set", "data.centers=1"]) == 2
+    assert main.call(["run", "q.toml", "--set", "data.centers=1"]) == 2
     assert not Path("runs").exists()
-    assert cli.call(["run", "q.toml", "--quiet"]) == 0
-    assert cli.call(["run", "q.toml", "--set", "data.centers=1"]) == 2
+    assert main.call(["run", "q.toml", "--quiet"]) == 0
+    assert main.call(["run", "q.toml", "--set", "data.centers=1"]) == 2
     (folder,) = Path("runs").iterdir()
     assert str(folder) == capsys.readouterr().out.strip()
 

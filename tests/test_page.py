@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from browser import opened, problems, skip_without_browser
-from fedmom import cli
+from fedmom.cli import main
 from fedmom.results.groups import group_runs
 from fedmom.results.page import content, write_page
 from fedmom.results.reading import collect
@@ -148,14 +148,14 @@ def test_the_command_writes_a_page_alone_or_a_folder(sweep, capsys, monkeypatch)
     from fedmom.results.pictures import curves
 
     monkeypatch.setattr(curves, "draw_curves", lambda runs, path: path.write_text(""))
-    assert cli.call(["report", str(sweep), "--out", str(sweep / "new" / "x.html")]) == 0
+    assert main.call(["report", str(sweep), "--out", str(sweep / "new" / "x.html")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(sweep / "new" / "x.html")
     assert [path.name for path in (sweep / "new").iterdir()] == ["x.html"]
-    assert cli.call(["report", str(sweep)]) == 0
+    assert main.call(["report", str(sweep)]) == 0
     assert {"curves.png", "report.md", "report.html"} <= {path.name for path in sweep.iterdir()}
     (sweep / "file").touch()
     capsys.readouterr()
-    assert cli.call(["report", str(sweep), "--out", str(sweep / "file" / "x.html")]) == 2
+    assert main.call(["report", str(sweep), "--out", str(sweep / "file" / "x.html")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmom import cli
+from fedmom.cli import main
 from fedmom.config.keys import load
 from fedmom.errors import InputError
 from fedmom.experiments import crew
@@ -329,7 +329,7 @@ def test_runs_may_be_ranked_by_a_number_that_only_some_record(tmp_path, capsys):
         "--out",
         str(tmp_path),
     ]
-    assert cli.call(["sweep", str(QUADRATIC), *words]) == 0
+    assert main.call(["sweep", str(QUADRATIC), *words]) == 0
     out = capsys.readouterr().out
     assert "seed 0: no consensus_distance_after" in out
     assert out.index("d-sgd-m") < out.index("name=pr-sgd-m")

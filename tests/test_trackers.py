@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fedmom
-from fedmom import cli
+from fedmom.cli import main
 from fedmom.errors import InputError
 from fedmom.records.folder import read_rounds
 from fedmom.runs.trackers import TAGS, TRACKERS, Tracking, make_trackers, numbers_of
@@ -74,7 +74,7 @@ def test_an_unknown_tracker_and_a_missing_package_are_one_line(tmp_path, capsys,
         with pytest.raises(InputError, match=rf"pip install 'fedmom\[{name}\]'"):
             make_trackers([name])
     config = Path(__file__).parents[1] / "configs/quadratic.toml"
-    assert cli.call(["run", str(config), "--out", str(tmp_path / "run"), "--tensorboard"]) == 2
+    assert main.call(["run", str(config), "--out", str(tmp_path / "run"), "--tensorboard"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 

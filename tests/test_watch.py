@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedmom import cli
+from fedmom.cli import main
+from fedmom.cli.watch import QUIET_SECONDS, Watched, curve, run_view, watch
 from fedmom.errors import InputError
 from fedmom.records.follow import Follower
 from fedmom.records.status import Heart
-from fedmom.watch import QUIET_SECONDS, Watched, curve, run_view, watch
 from histories import make_run, records
 
 
@@ -102,13 +102,13 @@ def test_silence_is_said_and_the_end_is_seen(tmp_path, heart):
 def test_what_ended_before_its_time_is_never_called_running(tmp_path, capsys, status):
     folder = make_run(tmp_path / "sweep/run", {"run.num-rounds": 5}, records(2))
     Heart(folder, 2).end(status, "for a reason")
-    assert cli.call(["watch", str(folder)]) == 0  # it ends by itself
+    assert main.call(["watch", str(folder)]) == 0  # it ends by itself
     text = capsys.readouterr().out
     assert f"run: {status}" in text
     assert "for a reason" in text
     assert "running" not in text
     assert "s left" not in text
-    assert cli.call(["watch", str(tmp_path / "sweep")]) == 0
+    assert main.call(["watch", str(tmp_path / "sweep")]) == 0
     text = capsys.readouterr().out
     assert f"0 of 1 runs done, 1 {status}" in text
 
@@ -161,7 +161,7 @@ def test_a_sweep_is_watched_run_by_run(tmp_path, capsys):
     for name, done in (("a", 3), ("b", 1)):
         make_run(tmp_path / "sweep" / name, {"run.num-rounds": 3}, records(done))
     (tmp_path / "sweep/a/final.safetensors").touch()
-    assert cli.call(["watch", str(tmp_path / "sweep"), "--once"]) == 0
+    assert main.call(["watch", str(tmp_path / "sweep"), "--once"]) == 0
     text = capsys.readouterr().out
     assert "3/3" in text
     assert "1/3" in text
@@ -172,7 +172,7 @@ def test_a_run_that_knows_of_no_tracker_is_told_to_one(tmp_path):
     pytest.importorskip("tensorboard")
     folder = make_run(tmp_path / "run", {"run.num-rounds": 3}, records(3))
     (folder / "final.safetensors").touch()
-    assert cli.call(["watch", str(folder), "--once", "--track", "tensorboard"]) == 0
+    assert main.call(["watch", str(folder), "--once", "--track", "tensorboard"]) == 0
     assert list(folder.glob("events.out.tfevents.*"))
 
 
@@ -188,6 +188,6 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, words, why):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     make_run(Path("run"), {}, records(1))
-    assert cli.call(["watch", *words]) == 2
+    assert main.call(["watch", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert why in line

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from fedmom import cli
+from fedmom.cli import main
 from fedmom.deploy.certificates import days_left, hosts_of, read_certificate
 from fedmom.deploy.compose import client, client_gpu_override, federation, gpu_override, server
 from fedmom.deploy.initialise import initialise, open_deployment, write_flower_config
@@ -329,7 +329,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / ".env").write_text("FEDMOM_CLIENTS=abc\nFEDMOM_PORT=-1\n")
     with pytest.raises(InputError) as error:
-        CliRunner().invoke(cli.app, ["deploy", *arguments], catch_exceptions=False, standalone_mode=False)
+        CliRunner().invoke(main.app, ["deploy", *arguments], catch_exceptions=False, standalone_mode=False)
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -341,9 +341,9 @@ def test_a_dry_run_prints_the_commands(tmp_path, monkeypatch):
     initialise(folder, num_clients=3)
     monkeypatch.setattr("subprocess.run", lambda *a, **k: pytest.fail("something ran"))
     where = ["--dir", str(folder), "--dry-run"]
-    result = CliRunner().invoke(cli.app, ["deploy", "down", *where], catch_exceptions=False)
+    result = CliRunner().invoke(main.app, ["deploy", "down", *where], catch_exceptions=False)
     assert "docker compose" in result.output
     assert " down " in result.output
-    result = CliRunner().invoke(cli.app, ["deploy", "run", "configs/deploy.toml", *where], catch_exceptions=False)
+    result = CliRunner().invoke(main.app, ["deploy", "run", "configs/deploy.toml", *where], catch_exceptions=False)
     for words in ("docker build ", "docker compose ", "client-2/node.key.pub deployment", "flwr run "):
         assert words in result.output

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedmom import cli
+from fedmom.cli import main
 from fedmom.config.keys import Config
 from fedmom.deploy import federation, remote_runs
 from fedmom.deploy import following as follow
@@ -178,7 +178,7 @@ def test_a_second_ctrl_c_says_that_the_run_goes_on_and_how_it_is_followed(tmp_pa
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         command = ["deploy", *words, "--dir", str(tmp_path / "deployment")]
-        result = CliRunner().invoke(cli.app, command, standalone_mode=False)
+        result = CliRunner().invoke(main.app, command, standalone_mode=False)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -196,8 +196,8 @@ def test_a_dry_run_of_a_resume_prints_the_commands(tmp_path, monkeypatch):
     text = (ROOT / "configs" / "deploy.toml").read_text()
     (tmp_path / "run" / CONFIG).write_text(text.replace("[data]", '[data]\ndata-dir = "/data"'))
     words = ["deploy", "run", "--resume", str(tmp_path / "run"), "--dry-run", "--dir", str(tmp_path / "deployment")]
-    result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+    result = CliRunner().invoke(main.app, words, catch_exceptions=False)
     assert "flwr run " in result.output
     words[3] = str(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"--resume .*nowhere: is no run folder"):
-        CliRunner().invoke(cli.app, words, catch_exceptions=False, standalone_mode=False)
+        CliRunner().invoke(main.app, words, catch_exceptions=False, standalone_mode=False)

@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from fedmom import supervise
+from fedmom.cli import supervise
+from fedmom.cli.options import DONE, STATUS, Sets, Tracks, exit_status, heed_signals
 from fedmom.config.keys import load
 from fedmom.errors import InputError
 from fedmom.experiments import sweep as sweeps
@@ -16,7 +17,6 @@ from fedmom.experiments.crew import Cell, Ended
 from fedmom.records.files import at_home
 from fedmom.results import tables
 from fedmom.runs.trackers import make_trackers
-from fedmom.terminal import DONE, STATUS, Sets, Tracks, exit_status, heed_signals
 
 
 def sweep(

@@ -14,21 +14,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from fedmom import data_cli, results_cli, supervise, sweep_cli
 from fedmom.actors.pool import PoolOptions
-from fedmom.config.keys import load, parse_sets
-from fedmom.config.numbers import counted
-from fedmom.deploy.cli import app as deploy_app
-from fedmom.errors import ClientsFailedError, InputError
-from fedmom.flower.app import simulate_app
-from fedmom.machine.output import steady_output
-from fedmom.records.files import at_home
-from fedmom.records.folder import CONFIG
-from fedmom.runs.execute import run as run_config
-from fedmom.runs.execute import run_folders
-from fedmom.runs.progress import Replies, callbacks, show_output
-from fedmom.runs.trackers import Tracking
-from fedmom.terminal import (
+from fedmom.cli import results, show, supervise, sweep
+from fedmom.cli.deploy import app as deploy_app
+from fedmom.cli.options import (
     BAD_INPUT,
     DONE,
     FAILED,
@@ -44,6 +33,17 @@ from fedmom.terminal import (
     heed_signals,
     show_run,
 )
+from fedmom.config.keys import load, parse_sets
+from fedmom.config.numbers import counted
+from fedmom.errors import ClientsFailedError, InputError
+from fedmom.flower.app import simulate_app
+from fedmom.machine.output import steady_output
+from fedmom.records.files import at_home
+from fedmom.records.folder import CONFIG
+from fedmom.runs.execute import run as run_config
+from fedmom.runs.execute import run_folders
+from fedmom.runs.progress import Replies, callbacks, show_output
+from fedmom.runs.trackers import Tracking
 from fedmom.user_code import memory_is_full, one_line
 
 
@@ -188,21 +188,21 @@ def simulate_flower_app(
     return DONE
 
 
-app.command()(data_cli.partition)
+app.command()(show.partition)
 
 
-app.command()(sweep_cli.sweep)
+app.command()(sweep.sweep)
 
 
 for command in (
-    data_cli.bench,
-    data_cli.topology,
-    results_cli.compare,
-    results_cli.report,
-    results_cli.watch,
-    data_cli.datasets,
-    data_cli.models,
-    data_cli.keys,
+    show.bench,
+    show.topology,
+    results.compare,
+    results.report,
+    results.watch,
+    show.datasets,
+    show.models,
+    show.keys,
 ):
     app.command()(command)
 

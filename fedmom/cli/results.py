@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedmom.cli.options import BAD_INPUT, DONE
+from fedmom.cli.watch import watch as watch_folder
 from fedmom.errors import InputError, unknown
 from fedmom.results import tables
 from fedmom.results.compare import default_out, draw_figures, write_tables
@@ -17,8 +19,6 @@ from fedmom.results.page import write_page
 from fedmom.results.reading import collect
 from fedmom.results.report import draw_or_say_why, draw_report
 from fedmom.results.sheets import FORMATS
-from fedmom.terminal import BAD_INPUT, DONE
-from fedmom.watch import watch as watch_folder
 
 Unfinished = Annotated[
     bool, typer.Option("--unfinished", help="Count runs that are not finished too, as far as they got.")

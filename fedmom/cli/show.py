@@ -9,6 +9,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from fedmom.cli.options import DONE, Sets
 from fedmom.config.build import load_task_data, topology_of
 from fedmom.config.keys import KEYS, flat, load, replace, toml_scalar
 from fedmom.config.resolve import resolve
@@ -22,7 +23,6 @@ from fedmom.results.pictures import curves
 from fedmom.results.pictures.topology import draw_topology
 from fedmom.results.report import draw_or_say_why
 from fedmom.tasks.models import MODELS
-from fedmom.terminal import DONE, Sets
 from fedmom.user_code import blamed
 
 

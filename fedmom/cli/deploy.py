@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedmom.cli.options import ConfigFile, Out, Quiet, Resume, Sets, exit_status, fresh_folder, heed_signals, show_run
 from fedmom.deploy.commands import Commands
 from fedmom.errors import InputError
 from fedmom.experiments.simulation import app_folder
 from fedmom.runs.execute import Callback
 from fedmom.runs.progress import Bar, Lines
-from fedmom.terminal import ConfigFile, Out, Quiet, Resume, Sets, exit_status, fresh_folder, heed_signals, show_run
 
 app = typer.Typer(
     name="deploy",
