@@ -15,7 +15,7 @@ from fedmom.errors import ClientsFailedError, InputError, RayEndedError, unknown
 
 from .dispatch import Exchange, anew, exchange
 from .holders import Holder, learn_holders
-from .updates import CONFIG
+from .replies import CONFIG
 
 _WINDOW_BYTES = 48 << 20  # per worker: its two batches of at most 16 MB, and replies that wait for their turn
 _LARGEST_WINDOW = 1024  # messages

@@ -28,13 +28,13 @@ from fedmom.runs.execute import Callback, is_heard, run
 from fedmom.runs.progress import callbacks
 from fedmom.tasks.classification import Task
 
-from .averaging import PRSGDM
+from .backends import AveragingRounds, StockRounds
+from .dsgdm import DSGDM, RelayRounds
 from .failures import Clients
-from .gossip import DSGDM, RelayRounds
+from .flower_strategies import make_stock
 from .holders import ask
-from .local import LocalClassification, local_task
-from .rounds import AveragingRounds, StockRounds
-from .stock import make_stock
+from .local_data import LocalClassification, local_task
+from .prsgdm import PRSGDM
 
 app = ServerApp()
 

@@ -19,12 +19,12 @@ from fedmom.method.topology import make_topology
 from fedmom.rounds.round import Method
 from fedmom.runs.execute import Callback, listening
 from grids import LocalGrid, run_config
-from strategies.averaging import PRSGDM
 from strategies.dispatch import anew, exchange
-from strategies.gossip import DSGDM
+from strategies.dsgdm import DSGDM
 from strategies.holders import learn_holders
+from strategies.prsgdm import PRSGDM
+from strategies.replies import pack, unpack
 from strategies.server_app import app as server_app
-from strategies.updates import pack, unpack
 
 GOSSIP = {**QUADRATIC, "algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}
 

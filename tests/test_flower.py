@@ -19,10 +19,10 @@ from fedmom.method.state import flatten
 from fedmom.records.folder import read_rounds, read_tensors
 from fedmom.runs.execute import listening
 from grids import LocalGrid, run_config
-from strategies.averaging import PRSGDM
+from strategies.flower_strategies import STOCK
+from strategies.prsgdm import PRSGDM
+from strategies.replies import is_bundled, pack, unpack
 from strategies.server_app import app as server_app
-from strategies.stock import STOCK
-from strategies.updates import is_bundled, pack, unpack
 
 QUADRATIC = {
     "data.dataset": "quadratic",

@@ -15,8 +15,8 @@ from fedmom.method.topology import make_topology
 from fedmom.records.folder import read_rounds
 from fedmom.rounds.round import Method
 from grids import LocalGrid, run_config
-from strategies.gossip import DSGDM
-from strategies.updates import pack, unpack
+from strategies.dsgdm import DSGDM
+from strategies.replies import pack, unpack
 
 GOSSIP = {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}
 QUADRATIC = {**QUADRATIC, **GOSSIP}

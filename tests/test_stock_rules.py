@@ -6,7 +6,7 @@ from fedmom.config.keys import load
 from fedmom.config.resolve import resolve
 from fedmom.config.strategies import OURS, STRATEGIES
 from fedmom.errors import InputError
-from strategies.stock import STOCK
+from strategies.flower_strategies import STOCK
 
 BASE = {"data.num-clients": 10, "run.backend": "simulation"}
 PROCEED = {"server.on-failure": "proceed"}

@@ -1,6 +1,6 @@
 """Who averages under Flower: ours, or one of Flower's own strategies, and under which keys each is what its name says.
 
-The one table of them; strategies/stock.py makes what is named here.
+The one table of them; strategies/flower_strategies.py makes what is named here.
 """
 
 from typing import NamedTuple

@@ -23,7 +23,7 @@ def model(num_params: int) -> dict[str, torch.Tensor]:
 
 
 def prsgdm(num_clients: int) -> Strategy:
-    from strategies.averaging import PRSGDM  # fedmom's; the rest of this app knows nothing of it
+    from strategies.prsgdm import PRSGDM  # fedmom's; the rest of this app knows nothing of it
 
     return PRSGDM(num_clients)
 

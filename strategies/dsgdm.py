@@ -27,7 +27,7 @@ from fedmom.rounds.round import Method, Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 
 from .failures import Clients
-from .updates import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack
+from .replies import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack
 
 
 class Mixed(NamedTuple):

@@ -13,7 +13,7 @@ from fedmom.method.state import ClientState, flatten
 from fedmom.tasks.classification import Classification
 
 from .failures import Clients
-from .updates import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory
+from .replies import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory
 
 
 class LocalClassification(Classification):

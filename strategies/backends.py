@@ -14,10 +14,10 @@ from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.rounds.round import Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 
-from .averaging import PRSGDM, SPREADS, Answer
 from .failures import Clients
-from .stock import CohortGrid
-from .updates import Update, accept, pack, shares_memory, unpack
+from .flower_strategies import CohortGrid
+from .prsgdm import PRSGDM, SPREADS, Answer
+from .replies import Update, accept, pack, shares_memory, unpack
 
 
 class AveragingRounds:

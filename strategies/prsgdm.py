@@ -23,7 +23,7 @@ from fedmom.method.state import ClientState, Tree, flatten, unflatten, zeros_lik
 from fedmom.rounds.loop import cohort
 
 from .failures import Clients
-from .updates import (
+from .replies import (
     ARRAYS,
     CONFIG,
     ROWS,
