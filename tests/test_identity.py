@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fedmom
-from fedmom.config.keys import keys, load
+from fedmom.config import keys
+from fedmom.config.keys import load
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError
 from fedmom.records import identity
