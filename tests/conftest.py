@@ -19,7 +19,8 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_I
 # Triton decides at its import whether its kernels are interpreted, which is how a machine without a GPU tests them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+# What tests share: helpers/ and laws/ by the names of their files, zoo/ as a package.
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in (".", "helpers", "laws")]
 
 
 @pytest.fixture

@@ -1,0 +1,137 @@
+"""What runs on a GPU, tried on one that is not there: nothing mixes devices, and nothing reads what others may write.
+
+The pretended card (pretend_cuda.py) takes the same kernels as the CPU, so all numbers are the CPU's to the last bit but
+for the order of sums.
+"""
+
+import pytest
+import torch
+
+from fedmom.backends.workers import make_worker_rounds
+from fedmom.config.build import pool_options, resolve_device
+from fedmom.config.keys import load
+from fedmom.config.resolve import resolve
+from fedmom.engine.auto import choose
+from fedmom.engine.engine import Engine
+from fedmom.engine.gossip import GossipRounds
+from fedmom.engine.stacked.convolutions import CONVOLUTIONS
+from fedmom.errors import InputError
+from fedmom.method.topology import make_topology
+from fedmom.rounds.loop import beginning, round_job, run_rounds
+from pretend_cuda import CUDA, clock, pretend
+from runs import image_task, simple_plan
+from test_cuda_graphs import assert_same, on_cpu
+
+
+def rounds(plan, device, path, **options):
+    task = image_task("cnn", 3, device=device, augment="crop-flip", **options)
+    engine = Engine(task, plan.method, path=path, chunk_size=2, convolution="loop")
+    if plan.topology is not None:
+        engine = GossipRounds(engine, plan.topology, "cpu")  # rows that visit the device by chunks
+    steps = list(run_rounds(task, plan, engine, beginning(task, plan)))
+    task.evaluate_clients(steps[-1][0].state, torch.arange(3, device=task.device))
+    return steps[-1][0], [record for _, record in steps]
+
+
+WAYS = {
+    "loop": ("loop", {}),
+    "vmap": ("vmap", {"slow_momentum": 0.5}),
+    "stack, unequal steps": ("stack", {"local_epochs": 1, "num_rounds": 1}),
+    "stack, local momentum": ("stack", {"momentum_policy": "local", "cohort_size": 2}),
+    "factors": ("factors", {"client_weights": "samples"}),
+    "gossip": ("stack", {"topology": make_topology("ring", 3)}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_card_gives_the_cpus_numbers_and_nothing_is_mixed(way):
+    path, options = WAYS[way]
+    plan = simple_plan(3, **{"num_rounds": 2, "num_local_steps": 2, **options})
+    with pretend() as card:
+        done, records = rounds(plan, "cuda", path)
+        assert next(iter(done.state.params.values())).device == CUDA
+        done = on_cpu(done)
+    assert card.troubles() == {}
+    assert card.launches.total() > 200
+    assert_same((done, records), rounds(plan, "cpu", path), 1e-12)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_once_does_not_decide(monkeypatch):
+    """The first use of every shape costs a second; what counts is how often the host launches, and replays do not."""
+    plan, rates = simple_plan(4, num_local_steps=2), {}
+    for steady in (True, False):
+        with pretend() as card:
+            task = image_task("mlp", 4, device="cuda")
+            done = beginning(task, plan)
+            monkeypatch.setattr("fedmom.engine.stacked.timings.time", clock(card))
+            card.first_seconds = 1.0
+            job = round_job(task, plan, done)
+            chosen = choose(task, plan.method, done.state, job, path="auto", chunk_size=0, steady=steady)
+        assert (chosen.path in ("stack", "factors"), chosen.chunk_size) == (True, 4)
+        rates[steady] = chosen.measured
+        # Four clients cost no more launches than one.
+        assert chosen.measured["stack × 4"] == pytest.approx(4 * chosen.measured["stack × 1"], rel=0.3)
+        assert min(chosen.measured.values()) > 100  # a first use counted would leave less than 20
+    assert rates[True]["stack × 4"] > 1.2 * rates[False]["stack × 4"]  # and is replayed, if the run will replay it
+
+
+@pytest.mark.parametrize(
+    ("cards", "actors", "named", "share"),
+    [(1, 1, 0, 1), (1, 2, 0, 0.5), (1, 3, 0, 0.3333), (2, 3, 0, 0.5), (4, 2, 0, 1), (1, 0, 0, 1), (1, 2, 0.25, 0.25)],
+)
+def test_ray_actors_get_a_share_of_the_gpus(cards, actors, named, share):
+    """Ray hides all GPUs from an actor that asks for none; a run that says cuda must not train on the CPU."""
+    for key in ("engine.workers", "simulation.num-actors"):
+        given = {key: actors, "simulation.num-gpus": named}
+        with pretend(count=cards):
+            for device in ("auto", "cuda"):
+                assert pool_options(load({**given, "engine.device": device}).config).num_gpus == share
+            assert pool_options(load({**given, "engine.device": "cpu"}).config).num_gpus == named
+        assert pool_options(load(given).config).num_gpus == named
+    with pytest.raises(InputError, match=r"engine\.device = 'cuda'"):
+        pool_options(load({"engine.device": "cuda"}).config)
+
+
+def test_workers_run_where_the_configuration_says(monkeypatch):
+    pools = []
+
+    class OfOne:
+        """A pool whose actor says how it would run."""
+
+        num_workers = 2
+
+        def __init__(self, make_worker, options):
+            pools.append((make_worker.args[0], options))
+
+        def submit(self, key, block):
+            pass
+
+        def take(self):
+            return "choose", ("stack", 4)
+
+    monkeypatch.setattr("fedmom.backends.workers.Pool", OfOne)
+    with pretend():
+        config = resolve_device(resolve(load({"engine.workers": 2})).config)
+        settled, _, (note,) = make_worker_rounds(config, image_task("mlp"), simple_plan(4))
+    ((inside, options),) = pools
+    assert (settled.engine.device, inside.engine.device) == ("cuda", "cuda")
+    assert (settled.simulation.num_gpus, options.num_gpus) == (0.5, 0.5)
+    assert "on cuda" in note
+
+
+def test_a_way_to_convolve_that_cannot_run_here_does_not_rule_out_the_others(monkeypatch):
+    """Such as Triton's kernels where there is no compiler for them."""
+
+    def cannot(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setitem(CONVOLUTIONS, "implicit", cannot)
+    for way in ("grouped", "unfold"):
+        monkeypatch.delitem(CONVOLUTIONS, way)
+    plan = simple_plan(2, num_local_steps=2, batch_size=2)
+    with pretend():
+        task = image_task("cnn", 2, device="cuda", batch_size=2)
+        done = beginning(task, plan)
+        chosen = choose(task, plan.method, done.state, round_job(task, plan, done), path="stack", chunk_size=2)
+    assert (chosen.path, chosen.chunk_size, chosen.trouble) == ("stack", 2, "")
