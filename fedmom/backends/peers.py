@@ -16,7 +16,8 @@ import torch
 from fedmom.actors.cluster import Watch, join_ray
 from fedmom.actors.pool import WARM_UP_SECONDS
 from fedmom.config.build import actors_device, make_plan, make_task, pool_options, set_up_torch
-from fedmom.config.keys import Config, flat, replace
+from fedmom.config.keys import Config
+from fedmom.config.load import flat, replace
 from fedmom.config.numbers import counted
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine

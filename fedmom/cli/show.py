@@ -11,7 +11,8 @@ from rich.console import Console
 
 from fedmom.cli.options import DONE, Sets
 from fedmom.config.build import load_task_data, topology_of
-from fedmom.config.keys import KEYS, flat, load, replace, toml_scalar
+from fedmom.config.keys import KEYS
+from fedmom.config.load import flat, load, replace, toml_scalar
 from fedmom.config.resolve import resolve
 from fedmom.data.datasets import DATASETS, download
 from fedmom.errors import InputError

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Loaded, Scalar, flat, load, replace
+from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Scalar
+from fedmom.config.load import Loaded, flat, load, replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, check_strategy, idle_keys
 from fedmom.errors import InputError

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import fedmom
 from fedmom.config.build import pool_options
-from fedmom.config.keys import Config, flat, replace
+from fedmom.config.keys import Config
+from fedmom.config.load import flat, replace
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.records.files import at_home
 from fedmom.runs.execute import Callback, Result, listening

@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fedmom.config.keys import KEYS, Config, Scalar, as_held, load, parse_sets, read_tables, typed_value
+from fedmom.config.keys import KEYS, Config, Scalar
+from fedmom.config.load import as_held, load, parse_sets, read_tables, typed_value
 from fedmom.config.numbers import as_list, pieces
 from fedmom.config.resolve import resolve, resume_config
 from fedmom.errors import InputError, unknown

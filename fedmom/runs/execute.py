@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmom.config.build import make_engine, make_plan, make_task, resolve_device
-from fedmom.config.keys import Config, flat, load, parse_sets, replace, to_toml
+from fedmom.config.keys import Config
+from fedmom.config.load import flat, load, parse_sets, replace, to_toml
 from fedmom.config.resolve import resolve, resume_config
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES

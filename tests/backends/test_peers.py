@@ -14,7 +14,7 @@ import torch
 import fedmom
 from fedmom.backends.peers import PeerRounds, senders, without_blocks
 from fedmom.config.build import make_plan, make_task
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.topology import make_topology

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from fedmom.config.build import load_task_data
-from fedmom.config.keys import KEYS, load, toml_scalar
+from fedmom.config.keys import KEYS
+from fedmom.config.load import load, toml_scalar
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
