@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fedmom
-from fedmom.backends.peers import PeerRounds, senders, without_blocks
+from fedmom.backends.peer import senders, without_blocks
+from fedmom.backends.peers import PeerRounds
 from fedmom.config.build import make_plan, make_task
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
