@@ -17,7 +17,7 @@ from fedmom.records.folder import CONFIG
 from fedmom.results.comparison import AXES, Target, all_sheets
 from fedmom.results.groups import Group, differing, said, shared
 from fedmom.results.pictures.comparison import SPREADS, styles
-from fedmom.results.pictures.curves import COLOURS, DASHES, MARKERS
+from fedmom.results.pictures.style import COLOURS, DASHES, MARKERS
 from fedmom.results.reading import Run, environment_of, is_run
 from fedmom.results.sheets import Sheet, Stat, written
 from fedmom.results.tables import MEASURES, Measure, finite, number
