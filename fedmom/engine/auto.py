@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fedmom.engine.apart import mixes_by
+from fedmom.engine.calls import mixes_by
 from fedmom.engine.engine import FOLDED_PATHS, Engine
 from fedmom.engine.look import look, look_at_correction
 from fedmom.engine.stacked.cuda_graphs import COMINGS
