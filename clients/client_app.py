@@ -23,8 +23,8 @@ from fedmom.backends.trainer import Local, Node, held_clients, settled, warm_nod
 from fedmom.data.local import client_source, facts_of, from_record, read_source
 from fedmom.errors import InputError
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
+from fedmom.machine.files import at_home
 from fedmom.method.state import Tree, flatten, unflatten
-from fedmom.records.files import at_home
 
 app = ClientApp()
 

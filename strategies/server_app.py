@@ -17,14 +17,15 @@ from fedmom.backends.trainer import settled
 from fedmom.config.keys import Config, replace
 from fedmom.config.numbers import counted
 from fedmom.errors import InputError, RunStoppedError
+from fedmom.machine.files import at_home, write_text
 from fedmom.machine.output import steady_output
 from fedmom.method.state import num_bytes
-from fedmom.records.files import at_home
-from fedmom.records.folder import ENDED, write_text
+from fedmom.records.files import ENDED
 from fedmom.results.report import finished
 from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Rounds
-from fedmom.runs.execute import Callback, is_heard, run
+from fedmom.runs.callbacks import Callback, is_heard
+from fedmom.runs.execute import run
 from fedmom.runs.progress import callbacks
 from fedmom.tasks.classification import Task
 

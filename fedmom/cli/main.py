@@ -37,9 +37,9 @@ from fedmom.config.keys import load, parse_sets
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.flower.app import simulate_app
+from fedmom.machine.files import at_home
 from fedmom.machine.output import steady_output
-from fedmom.records.files import at_home
-from fedmom.records.folder import CONFIG
+from fedmom.records.files import CONFIG
 from fedmom.runs.execute import run as run_config
 from fedmom.runs.execute import run_folders
 from fedmom.runs.progress import Replies, callbacks, show_output

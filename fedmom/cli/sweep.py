@@ -14,7 +14,7 @@ from fedmom.config.keys import load
 from fedmom.errors import InputError
 from fedmom.experiments import sweep as sweeps
 from fedmom.experiments.crew import Cell, Ended
-from fedmom.records.files import at_home
+from fedmom.machine.files import at_home
 from fedmom.results import tables
 from fedmom.runs.trackers import make_trackers
 

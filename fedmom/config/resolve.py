@@ -14,7 +14,7 @@ from fedmom.config.strategies import OURS, check_strategy, idle_keys
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.method.schedules import SCHEDULES
-from fedmom.records.folder import CONFIG
+from fedmom.records.files import CONFIG
 from fedmom.records.identity import LENGTH, PLACE
 
 # Values with which a key leaves the choice to the engine; a resumed run keeps what was chosen.

@@ -16,9 +16,10 @@ from fedmom.deploy.bundle import DATA
 from fedmom.deploy.commands import CONNECTION, CommandError, Commands, superlink
 from fedmom.deploy.remote_runs import VOLUME, RemoteRuns
 from fedmom.errors import InputError
+from fedmom.machine.files import write_text
 from fedmom.method.state import ClientState
-from fedmom.records.folder import CHECKPOINT, CONFIG, read_about, write_text
-from fedmom.runs.execute import Callback, Start
+from fedmom.records.files import CHECKPOINT, CONFIG, read_about
+from fedmom.runs.callbacks import Callback, Start
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_TO_END = 60.0  # of the server's app, once its run is over or was stopped

@@ -9,8 +9,8 @@ import fedmom
 from fedmom.config.build import pool_options
 from fedmom.config.keys import Config, flat, replace
 from fedmom.errors import InputError, RunStoppedError
-from fedmom.records.files import at_home
-from fedmom.runs.execute import Callback, Result, listening
+from fedmom.machine.files import at_home
+from fedmom.runs.callbacks import Callback, Result, listening
 
 
 def simulate(

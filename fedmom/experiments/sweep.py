@@ -17,7 +17,8 @@ from fedmom.config.numbers import as_list, pieces
 from fedmom.config.resolve import resolve, resume_config
 from fedmom.errors import InputError, unknown
 from fedmom.experiments.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
-from fedmom.records.files import CONFIG, MANIFEST, write_text
+from fedmom.machine.files import write_text
+from fedmom.records.files import CONFIG, MANIFEST
 from fedmom.records.folder import RunFolder
 from fedmom.records.history import last_round, read_rounds
 from fedmom.results.tables import MISSING, finite, number

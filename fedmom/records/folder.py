@@ -20,22 +20,18 @@ import torch
 
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
-from fedmom.records.files import CHECKPOINT as CHECKPOINT
-from fedmom.records.files import CLIENTS as CLIENTS
-from fedmom.records.files import CONFIG as CONFIG
-from fedmom.records.files import ENDED as ENDED
-from fedmom.records.files import ENVIRONMENT as ENVIRONMENT
-from fedmom.records.files import FINAL as FINAL
-from fedmom.records.files import ROUNDS as ROUNDS
-from fedmom.records.files import STATUS as STATUS
-from fedmom.records.files import over_text as over_text
-from fedmom.records.files import read_about as read_about
-from fedmom.records.files import read_tensors as read_tensors
-from fedmom.records.files import whole_file as whole_file
-from fedmom.records.files import write_tensors as write_tensors
-from fedmom.records.files import write_text as write_text
-from fedmom.records.history import last_round as last_round
-from fedmom.records.history import read_rounds as read_rounds
+from fedmom.records.files import (
+    CHECKPOINT,
+    CLIENTS,
+    CONFIG,
+    ENVIRONMENT,
+    FINAL,
+    ROUNDS,
+    STATUS,
+    read_about,
+    read_tensors,
+    write_tensors,
+)
 from fedmom.records.identity import Identity
 from fedmom.rounds.loop import Progressed, Record
 

@@ -11,10 +11,11 @@ from fedmom.config.build import make_engine, make_plan, make_task, resolve_devic
 from fedmom.config.keys import Config, flat, load, parse_sets, replace, to_toml
 from fedmom.config.resolve import resolve, resume_config
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
+from fedmom.machine.files import at_home, write_text
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import num_bytes
-from fedmom.records.files import at_home
-from fedmom.records.folder import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
+from fedmom.records.files import CONFIG, ENVIRONMENT
+from fedmom.records.folder import RunFolder, environment
 from fedmom.records.history import History, cut_back
 from fedmom.records.identity import identity_of
 from fedmom.records.status import Heart, read_status

@@ -18,7 +18,8 @@ from fedmom.config.keys import load
 from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.topology import make_topology
-from fedmom.records.folder import read_about, read_rounds, read_tensors
+from fedmom.records.files import read_about, read_tensors
+from fedmom.records.history import read_rounds
 from fedmom.rounds.loop import beginning, run_rounds
 
 ROOT = Path(__file__).parents[2]

@@ -19,17 +19,8 @@ from fedmom.cli import main
 from fedmom.config.keys import KEYS, load
 from fedmom.data.datasets import DATASETS
 from fedmom.experiments.simulation import app_folder
-from fedmom.records.folder import (
-    CHECKPOINT,
-    CONFIG,
-    ENVIRONMENT,
-    FINAL,
-    ROUNDS,
-    STATUS,
-    read_about,
-    read_rounds,
-    read_tensors,
-)
+from fedmom.records.files import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_tensors
+from fedmom.records.history import read_rounds
 from fedmom.results.pictures import curves
 from fedmom.results.pictures.curves import draw_curves
 from fedmom.runs import progress

@@ -15,7 +15,8 @@ from fedmom.method.mixing import Block, mix_buffers
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
 from fedmom.method.topology import Mixing, Topology, make_topology
-from fedmom.records.folder import read_rounds, read_tensors
+from fedmom.records.files import read_tensors
+from fedmom.records.history import read_rounds
 from fedmom.rounds.loop import Plan, beginning, evaluate_rows, round_job, run_rounds
 from fedmom.rounds.round import Method
 from fedmom.tasks.quadratic import Quadratic, X

@@ -31,7 +31,7 @@ from fedmom.experiments.sweep import (
     seeds_of,
     sweep,
 )
-from fedmom.records.folder import read_rounds
+from fedmom.records.history import read_rounds
 from fedmom.records.status import read_status
 from laws import table
 

@@ -17,7 +17,7 @@ from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
 from fedmom.rounds.round import Method
-from fedmom.runs.execute import Callback, listening
+from fedmom.runs.callbacks import Callback, listening
 from grids import LocalGrid, run_config
 from strategies.dispatch import anew, exchange
 from strategies.dsgdm import DSGDM

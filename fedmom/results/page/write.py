@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fedmom
-from fedmom.records.folder import write_text
+from fedmom.machine.files import write_text
 from fedmom.results.comparison import Target
 from fedmom.results.groups import Group
 from fedmom.results.page import content

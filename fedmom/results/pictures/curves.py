@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedmom.errors import InputError
-from fedmom.records.folder import whole_file
+from fedmom.machine.files import whole_file
 from fedmom.results.tables import AXES, CONSENSUS, MEASURES, Measure, RunHistory, byte_unit, check, finite, number
 
 DPI = 150
