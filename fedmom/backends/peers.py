@@ -22,12 +22,11 @@ from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.flower.wire import as_tensor
 from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.mixing import Block, combine, spread
-from fedmom.method.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
+from fedmom.method.state import ClientState, Tree, as_tensor, flatten, rows_of, to_device, unflatten
 from fedmom.method.topology import Mixing
 from fedmom.rounds.loop import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
 from fedmom.rounds.round import Outcome, Progress, Round

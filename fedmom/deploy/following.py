@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedmom.config.keys import Config, load, parse_sets, replace, to_toml
-from fedmom.config.resolve import resolve, resume_config
+from fedmom.config.resolve import resolve
 from fedmom.deploy import federation
 from fedmom.deploy.bundle import DATA
 from fedmom.deploy.commands import CONNECTION, CommandError, Commands, superlink
@@ -19,6 +19,7 @@ from fedmom.errors import InputError
 from fedmom.machine.files import write_text
 from fedmom.method.state import ClientState
 from fedmom.records.files import CHECKPOINT, CONFIG, read_about
+from fedmom.records.resume import resume_config
 from fedmom.runs.callbacks import Callback, Start
 
 _SECONDS_BETWEEN_LOOKS = 2.0

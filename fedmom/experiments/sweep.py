@@ -14,13 +14,14 @@ from typing import Any
 
 from fedmom.config.keys import KEYS, Config, Scalar, as_held, load, parse_sets, read_tables, typed_value
 from fedmom.config.numbers import as_list, pieces
-from fedmom.config.resolve import resolve, resume_config
+from fedmom.config.resolve import resolve
 from fedmom.errors import InputError, unknown
 from fedmom.experiments.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
 from fedmom.machine.files import write_text
 from fedmom.records.files import CONFIG, MANIFEST
 from fedmom.records.folder import RunFolder
 from fedmom.records.history import last_round, read_rounds
+from fedmom.records.resume import resume_config
 from fedmom.results.tables import MISSING, finite, number
 from fedmom.rounds.loop import CLIENT_MEASURES
 from fedmom.runs.execute import check_place

@@ -9,15 +9,17 @@ from typing import Any
 
 from fedmom.config.build import make_engine, make_plan, make_task, resolve_device
 from fedmom.config.keys import Config, flat, load, parse_sets, replace, to_toml
-from fedmom.config.resolve import resolve, resume_config
+from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
 from fedmom.machine.files import at_home, write_text
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import num_bytes
+from fedmom.records.environment import environment
 from fedmom.records.files import CONFIG, ENVIRONMENT
-from fedmom.records.folder import RunFolder, environment
+from fedmom.records.folder import RunFolder
 from fedmom.records.history import History, cut_back
 from fedmom.records.identity import identity_of
+from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
 from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
 from fedmom.rounds.round import Rounds

@@ -11,9 +11,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedmom.config.keys import KEYS, LARGEST, SECTIONS, Config, Loaded, flat, load, parse_set, to_toml, toml_scalar
-from fedmom.config.resolve import Resolved, length_keys, resolve
+from fedmom.config.resolve import Resolved, resolve
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, theory_interval
+from fedmom.records.resume import length_keys
 from laws import table
 
 ROOT = Path(__file__).parents[2]
