@@ -15,7 +15,7 @@ import torch
 
 from fedmom.actors.cluster import Watch, join_ray
 from fedmom.actors.pool import WARM_UP_SECONDS
-from fedmom.config.build import actors_device, make_plan, make_task, pool_options, set_up_torch
+from fedmom.config.build import actors_device, make_plan, make_task, pool_options, resolve_device, set_up_torch
 from fedmom.config.keys import Config, flat, replace
 from fedmom.config.numbers import counted
 from fedmom.engine.auto import choose
@@ -29,7 +29,7 @@ from fedmom.method.mixing import Block, combine, spread
 from fedmom.method.state import ClientState, Tree, as_tensor, flatten, rows_of, to_device, unflatten
 from fedmom.method.topology import Mixing
 from fedmom.rounds.loop import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
-from fedmom.rounds.round import Outcome, Progress, Round
+from fedmom.rounds.round import Backend, Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 from fedmom.user_code import blamed, one_line
 
@@ -218,7 +218,7 @@ def _tensors(arrays: Arrays) -> Tree:
     return {name: as_tensor(value) for name, value in arrays.items()}
 
 
-class PeerRounds:
+class Peers(Backend):
     """Rounds of Algorithm 2 by actors that exchange rows among themselves."""
 
     def __init__(self, config: Config, task: Task, plan: Plan) -> None:
@@ -402,13 +402,18 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, str) else 28 if hasattr(value, "hex") and hasattr(value, "task_id") else 8
 
 
-def make_peer_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, PeerRounds, list[str]]:
-    """The actors of `engine.workers` for Algorithm 2, and the configuration with what one of them chose."""
-    rounds = PeerRounds(config, task, plan)
-    path, chunk_size = rounds.path, rounds.chunk_size
-    settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
-    settled = replace(settled, "simulation", num_gpus=rounds.options.num_gpus)
-    biggest = max(map(len, rounds.blocks))
-    actors = counted(len(rounds.peers), "Ray actor")
-    what = f"{actors} on {actors_device(rounds.options)}, of at most {counted(biggest, 'client')}"
-    return settled, rounds, [f"{what} exchange rows directly; each {path} × {chunk_size}"]
+def make_peers(config: Config, task: Task, plan: Plan) -> Peers:
+    """The actors of `engine.workers` for Algorithm 2, with what one of them chose."""
+    backend = Peers(config, task, plan)
+    path, chunk_size = backend.path, backend.chunk_size
+    backend.settled = {
+        "engine.device": resolve_device(config).engine.device,
+        "engine.path": path,
+        "engine.chunk-size": chunk_size,
+        "engine.threads": torch.get_num_threads(),
+        "simulation.num-gpus": backend.options.num_gpus,
+    }
+    actors, biggest = counted(len(backend.peers), "Ray actor"), max(map(len, backend.blocks))
+    what = f"{actors} on {actors_device(backend.options)}, of at most {counted(biggest, 'client')}"
+    backend.notes = [f"{what} exchange rows directly; each {path} × {chunk_size}"]
+    return backend

@@ -14,7 +14,7 @@ import torch
 
 from fedmom.actors.pool import Failure, Pool
 from fedmom.backends.trainer import Node, Trained
-from fedmom.config.build import actors_device, pool_options
+from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config, replace
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError
@@ -22,7 +22,7 @@ from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import Arrays, ClientState, flatten, from_arrays, num_bytes, to_arrays, to_device, unflatten
 from fedmom.rounds.loop import Plan
-from fedmom.rounds.round import Outcome, Progress, Round
+from fedmom.rounds.round import Backend, Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 
 _BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless
@@ -73,7 +73,7 @@ def make_worker(config: Config) -> Callable[..., Any]:
     return answer
 
 
-class WorkerRounds:
+class Workers(Backend):
     """Rounds whose blocks are answered by the actors of a Pool."""
 
     def __init__(self, pool: Pool, task: Task, running_var: str, path: str, chunk_size: int) -> None:
@@ -138,8 +138,8 @@ class WorkerRounds:
         )
 
 
-def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, WorkerRounds, list[str]]:
-    """The actors of `engine.workers`, and the configuration with what one of them chose.
+def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
+    """The actors of `engine.workers`, with what one of them chose.
 
     Raises InputError where the actors cannot be had.
     """
@@ -157,10 +157,16 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
     except BaseException:
         pool.close()
         raise
-    settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
-    settled = replace(settled, "simulation", num_gpus=options.num_gpus)
-    notes = [f"{counted(pool.num_workers, 'Ray actor')} on {inside.engine.device}, each {path} × {chunk_size}"]
-    return settled, WorkerRounds(pool, task, plan.method.running_var, path, chunk_size), notes
+    backend = Workers(pool, task, plan.method.running_var, path, chunk_size)
+    backend.settled = {
+        "engine.device": resolve_device(config).engine.device,
+        "engine.path": path,
+        "engine.chunk-size": chunk_size,
+        "engine.threads": torch.get_num_threads(),
+        "simulation.num-gpus": options.num_gpus,
+    }
+    backend.notes = [f"{counted(pool.num_workers, 'Ray actor')} on {inside.engine.device}, each {path} × {chunk_size}"]
+    return backend
 
 
 def _blocks(cohort: int, num_workers: int, chunk_size: int, model_bytes: int) -> list[np.ndarray]:

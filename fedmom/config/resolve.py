@@ -1,9 +1,10 @@
 """What several keys, or the algorithm's name, decide together, so that a run folder's config.toml says what ran."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Loaded, flat, replace
+from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Loaded, Scalar, flat, replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, check_strategy, idle_keys
 from fedmom.errors import InputError
@@ -219,3 +220,11 @@ def _check_schedule(algorithm: AlgorithmConfig) -> None:
         raise InputError(f"algorithm.lr-min = {algorithm.lr_min}: must be at most algorithm.lr = {algorithm.lr}")
     if algorithm.lr_schedule == "theory" and algorithm.local_epochs:
         raise InputError("algorithm.lr-schedule = 'theory': needs num-local-steps, not local-epochs")
+
+
+def with_choices(config: Config, choices: Mapping[str, Scalar]) -> Config:
+    """A resolved configuration with what a backend chose: {"engine.path": …}."""
+    for name, value in choices.items():
+        section, _, key = name.partition(".")
+        config = replace(config, section, **{key.replace("-", "_"): value})
+    return config

@@ -17,9 +17,9 @@ from fedmom.engine.stacked.timings import now
 from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes
-from fedmom.method.algorithms import MOMENTUM_POLICIES
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
 from fedmom.method.state import ClientState, num_bytes
-from fedmom.rounds.round import Method, Round, part_of
+from fedmom.rounds.round import Round, part_of
 from fedmom.tasks.classification import Classification, Task
 from fedmom.user_code import one_line
 

@@ -9,13 +9,13 @@ from fedmom.config.keys import Config, load, parse_sets
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError, unknown
 from fedmom.experiments.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
+from fedmom.experiments.run import check_place
 from fedmom.machine.files import write_text
 from fedmom.records.files import CONFIG, MANIFEST
 from fedmom.records.folder import RunFolder
 from fedmom.records.history import last_round
 from fedmom.records.resume import resume_config
 from fedmom.rounds.loop import CLIENT_MEASURES
-from fedmom.runs.execute import check_place
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.quadratic import Quadratic
 

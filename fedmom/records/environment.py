@@ -16,7 +16,7 @@ import torch
 def environment(device: str) -> dict[str, Any]:
     """Versions, hardware, commit and command: what a reader needs to run it again."""
     names = ["fedmom", "torch", "torchvision", "numpy", "scikit-learn", "safetensors", "flwr", "ray"]
-    found = {name: _version(name) for name in names}
+    found = {name: version_of(name) for name in names}
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(sys.argv),
@@ -37,7 +37,8 @@ def _command(words: list[str]) -> list[str]:
     return ["…" if secret else word for word, secret in zip(shown, hidden, strict=True)]
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

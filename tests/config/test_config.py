@@ -494,4 +494,4 @@ def test_flower_takes_every_config_as_a_run_config():
     for path in CONFIGS:
         run_config = get_fused_config_from_dir(ROOT, parse_config_args([str(path)]))
         assert set(run_config) == set(KEYS), path
-        assert settled(run_config) == resolve(load(path)).config, path
+        assert settled(run_config).config == resolve(load(path)).config, path

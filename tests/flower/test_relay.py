@@ -10,10 +10,10 @@ from both_sides import QUADRATIC, RESNET, assert_same, by_engine, by_flower
 from clients.client_app import app as client_app
 from fedmom.backends.trainer import warm_node
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.method.algorithms import Method
 from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
 from fedmom.records.history import read_rounds
-from fedmom.rounds.round import Method
 from grids import LocalGrid, run_config
 from strategies.dsgdm import DSGDM
 from strategies.replies import pack, unpack

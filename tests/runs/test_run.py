@@ -15,8 +15,8 @@ from fedmom.config.keys import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError
-from fedmom.records.files import read_tensors
 from fedmom.records.environment import _command
+from fedmom.records.files import read_tensors
 from fedmom.records.history import read_rounds
 
 ROOT = Path(__file__).parents[2]
