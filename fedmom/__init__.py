@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedmom.errors import ClientsFailedError as ClientsFailedError
     from fedmom.errors import DivergedError as DivergedError
     from fedmom.errors import InputError as InputError
+    from fedmom.experiments.run import run as run
     from fedmom.flower.app import simulate_app as simulate_app
     from fedmom.flower.grid import RayGrid as RayGrid
     from fedmom.method.algorithms import local_step as local_step
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from fedmom.runs.callbacks import Callback as Callback
     from fedmom.runs.callbacks import Result as Result
     from fedmom.runs.callbacks import Start as Start
-    from fedmom.runs.execute import run as run
     from fedmom.runs.trackers import Tracked as Tracked
     from fedmom.runs.trackers import Tracker as Tracker
     from fedmom.runs.trackers import Tracking as Tracking
@@ -61,7 +61,7 @@ _HOME = {
     "make_topology": "fedmom.method.topology",
     "normal_like": "fedmom.randomness",
     "read_status": "fedmom.records.status",
-    "run": "fedmom.runs.execute",
+    "run": "fedmom.experiments.run",
     "simulate_app": "fedmom.flower.app",
     "write_page": "fedmom.results.page.write",
 }

@@ -15,18 +15,25 @@ from fedmom.config.load import flat
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import mean_of
-from fedmom.flower.wire import as_tensor
 from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.mixing import Block, combine, spread
-from fedmom.method.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
+from fedmom.method.state import (
+    Arrays,
+    ClientState,
+    Tree,
+    flatten,
+    from_arrays,
+    rows_of,
+    to_arrays,
+    to_device,
+    unflatten,
+)
 from fedmom.method.topology import Mixing
 from fedmom.rounds.loop import Plan, beginning, chosen_clients, clients_job, evaluate_rows
 from fedmom.tasks.classification import Task
 from fedmom.user_code import blamed, one_line
-
-Arrays = dict[str, np.ndarray]
 
 
 class Peer:
@@ -55,12 +62,12 @@ class Peer:
 
     def load(self, round_index: int, rows: Arrays, path: str, chunk_size: int) -> None:
         """Begin round 0, 1, … from these rows."""
-        self.states = {round_index: to_device(unflatten(_tensors(rows)), self.task.device)}
+        self.states = {round_index: to_device(unflatten(from_arrays(rows)), self.task.device)}
         self.engine = Engine(self.task, self.plan.method, path=path, chunk_size=chunk_size)
 
     def collect(self, round_index: int) -> Arrays:
         """The block's rows after so many rounds: of the last two."""
-        return arrays_of(flatten(self.states[round_index]))
+        return to_arrays(flatten(self.states[round_index]))
 
     def step(self, round_index: int) -> dict[str, Any]:
         """I local steps of the block, and the rows for each of the other blocks put into the store."""
@@ -70,7 +77,7 @@ class Peer:
         with blamed(self.keys):
             self.after, losses, _ = self.engine.run_rows(self.states[round_index], job)
         self.lr = job.lrs[0]
-        out = {other: ray.put(arrays_of(self._for(other, round_index))) for other in self._targets(round_index)}
+        out = {other: ray.put(to_arrays(self._for(other, round_index))) for other in self._targets(round_index)}
         return {"losses": losses.tolist(), "out": out, **self._measured(self.after)}
 
     def gather(self, refs: dict[int, Any], seconds: float) -> dict[int, str]:
@@ -81,7 +88,7 @@ class Peer:
         self.received = {}
         for other, ref in refs.items():
             try:
-                self.received[other] = _tensors(ray.get(ref, timeout=seconds))
+                self.received[other] = from_arrays(ray.get(ref, timeout=seconds))
             except Exception as error:  # lost, freed, timed out, or its owner died
                 missing[other] = one_line(error)
         return missing
@@ -125,7 +132,7 @@ class Peer:
         sizes = torch.tensor([len(block) for block in self.blocks], dtype=torch.float64)
         found: dict[str, Any] = {}
         for when, refs in (("", before), ("_after", after)):
-            means = [_tensors(part) for part in ray.get(refs)]
+            means = [from_arrays(part) for part in ray.get(refs)]
             rows = {n: torch.stack([part[n] for part in means]) for n in means[0]}
             for part, name in (("params", "consensus_distance"), ("momentum", "momentum_spread")):
                 found[name + when] = _between({n: v for n, v in rows.items() if n.startswith(part)}, sizes)
@@ -154,7 +161,7 @@ class Peer:
         return {
             "consensus": spread(rows.params),
             "momentum": spread(rows.momentum),
-            "mean": ray.put(arrays_of(flatten(mean))),
+            "mean": ray.put(to_arrays(flatten(mean))),
         }
 
     def _mixing(self, round_index: int) -> Mixing:
@@ -200,12 +207,3 @@ def _between(rows: Tree, sizes: torch.Tensor) -> float:
         mean = (sizes / sizes.sum()) @ flat
         total += float(sizes @ ((flat - mean) ** 2).sum(1))
     return total / float(sizes.sum())
-
-
-def arrays_of(tree: Tree) -> Arrays:
-    """A flat tree as arrays on the CPU, which is how rows travel."""
-    return {name: value.detach().cpu().numpy() for name, value in tree.items()}
-
-
-def _tensors(arrays: Arrays) -> Tree:
-    return {name: as_tensor(value) for name, value in arrays.items()}

@@ -14,24 +14,23 @@ import torch
 
 from fedmom.actors.cluster import Watch, join_ray
 from fedmom.actors.pool import WARM_UP_SECONDS
-from fedmom.backends.peer import Peer, arrays_of
-from fedmom.config.build import actors_device, pool_options
+from fedmom.backends.peer import Peer
+from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import replace
 from fedmom.config.numbers import counted
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.flower.wire import as_tensor
-from fedmom.method.state import ClientState, flatten, rows_of, to_device, unflatten
+from fedmom.method.state import ClientState, as_tensor, flatten, rows_of, to_arrays, to_device, unflatten
 from fedmom.rounds.loop import Plan, summarised
-from fedmom.rounds.round import Outcome, Progress, Round
+from fedmom.rounds.round import Backend, Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 from fedmom.user_code import one_line
 
 LINK_SECONDS = 60.0  # how long rows may take from actor to actor; simulation.straggler-seconds, if that is given
 
 
-class PeerRounds:
+class Peers(Backend):
     """Rounds of Algorithm 2 by actors that exchange rows among themselves."""
 
     def __init__(self, config: Config, task: Task, plan: Plan) -> None:
@@ -118,7 +117,7 @@ class PeerRounds:
         assert job.rows is not None
         calls = []
         for peer, ids in zip(self.peers, self.blocks, strict=True):
-            rows = arrays_of(flatten(to_device(rows_of(job.rows, torch.from_numpy(ids)), "cpu")))
+            rows = to_arrays(flatten(to_device(rows_of(job.rows, torch.from_numpy(ids)), "cpu")))
             calls.append(peer.load.remote(number, rows, self.path, self.chunk_size))
         self._all(calls, list(range(len(calls))), number)
 
@@ -215,13 +214,18 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, str) else 28 if hasattr(value, "hex") and hasattr(value, "task_id") else 8
 
 
-def make_peer_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, PeerRounds, list[str]]:
-    """The actors of `engine.workers` for Algorithm 2, and the configuration with what one of them chose."""
-    rounds = PeerRounds(config, task, plan)
-    path, chunk_size = rounds.path, rounds.chunk_size
-    settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
-    settled = replace(settled, "simulation", num_gpus=rounds.options.num_gpus)
-    biggest = max(map(len, rounds.blocks))
-    actors = counted(len(rounds.peers), "Ray actor")
-    what = f"{actors} on {actors_device(rounds.options)}, of at most {counted(biggest, 'client')}"
-    return settled, rounds, [f"{what} exchange rows directly; each {path} × {chunk_size}"]
+def make_peers(config: Config, task: Task, plan: Plan) -> Peers:
+    """The actors of `engine.workers` for Algorithm 2, with what one of them chose."""
+    backend = Peers(config, task, plan)
+    path, chunk_size = backend.path, backend.chunk_size
+    backend.settled = {
+        "engine.device": resolve_device(config).engine.device,
+        "engine.path": path,
+        "engine.chunk-size": chunk_size,
+        "engine.threads": torch.get_num_threads(),
+        "simulation.num-gpus": backend.options.num_gpus,
+    }
+    actors, biggest = counted(len(backend.peers), "Ray actor"), max(map(len, backend.blocks))
+    what = f"{actors} on {actors_device(backend.options)}, of at most {counted(biggest, 'client')}"
+    backend.notes = [f"{what} exchange rows directly; each {path} × {chunk_size}"]
+    return backend

@@ -15,9 +15,9 @@ from fedmom.engine.stacked.steps import Stack
 from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes
-from fedmom.method.algorithms import MOMENTUM_POLICIES
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
 from fedmom.method.state import ClientState, num_bytes
-from fedmom.rounds.round import Method, Round
+from fedmom.rounds.round import Round
 from fedmom.tasks.classification import Classification, Task
 from fedmom.user_code import one_line
 

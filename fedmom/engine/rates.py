@@ -11,8 +11,9 @@ from fedmom.engine.engine import Engine
 from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.engine.stacked.timings import now
 from fedmom.errors import InputError
+from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState
-from fedmom.rounds.round import Method, Round, part_of
+from fedmom.rounds.round import Round, part_of
 from fedmom.tasks.classification import Task
 from fedmom.user_code import one_line
 

@@ -21,11 +21,11 @@ from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.errors import InputError
 from fedmom.machine.precision import exactly
-from fedmom.method.algorithms import MOMENTUM_POLICIES, takes_key
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, takes_key
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, row_of
 from fedmom.randomness import random_bits, uniform
-from fedmom.rounds.round import Method, Round
+from fedmom.rounds.round import Round
 from fedmom.tasks.classification import Batch, Classification
 from fedmom.tasks.places import copied
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fedmom.config.keys import Config
 from fedmom.config.load import load
 from fedmom.errors import InputError
-from fedmom.records.folder import CONFIG, ROUNDS
+from fedmom.records.files import CONFIG, ROUNDS
 from fedmom.rounds.loop import Record
 
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat
 from fedmom.errors import InputError
+from fedmom.machine.files import at_home
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.topology import FILES
-from fedmom.records.files import at_home
 from fedmom.tasks.classification import Classification, Task
 from fedmom.user_code import is_own_file, is_spec, load_object
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 from fedmom.config.load import load
 from fedmom.errors import InputError
-from fedmom.records.folder import CONFIG, FINAL, ROUNDS, STATUS, last_round, over_text, write_text
+from fedmom.machine.files import over_text, write_text
+from fedmom.records.files import CONFIG, FINAL, ROUNDS, STATUS
+from fedmom.records.history import last_round
 
 # The first five are written, the others are what a reader finds.
 STATUSES = {

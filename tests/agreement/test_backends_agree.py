@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fedmom
-from fedmom.records.folder import read_rounds, read_tensors
+from fedmom.records.files import read_tensors
+from fedmom.records.history import read_rounds
 from flower_processes import Flower
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -16,7 +16,7 @@ import torch
 
 import fedmom
 from fedmom.deploy.initialise import open_deployment
-from fedmom.records.folder import read_tensors
+from fedmom.records.files import read_tensors
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "deploy.toml"

@@ -3,7 +3,7 @@
 import pytest
 
 from containers import CHANGES, IMAGE, assert_engines, docker
-from fedmom.records.folder import read_rounds
+from fedmom.records.history import read_rounds
 
 # All modules of this kind in one process: their tests share the containers.
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1500), pytest.mark.xdist_group("containers")]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from containers import CHANGES, IMAGE, ROOT, Deployment, Run, assert_engines, docker, wait_until
-from fedmom.records.folder import read_rounds
+from fedmom.records.history import read_rounds
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(3600), pytest.mark.xdist_group("containers")]
 # A message that is lost with its node is missed after this long, and sent again.

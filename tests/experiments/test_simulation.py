@@ -15,7 +15,8 @@ import torch
 
 import fedmom
 from fedmom.errors import InputError
-from fedmom.records.folder import read_rounds, read_tensors
+from fedmom.records.files import read_tensors
+from fedmom.records.history import read_rounds
 
 pytestmark = pytest.mark.xdist_group("simulation")  # in one process, which has one Ray
 ROOT = Path(__file__).parents[2]

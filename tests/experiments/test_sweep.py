@@ -16,23 +16,11 @@ from fedmom.config.load import load
 from fedmom.errors import InputError
 from fedmom.experiments import crew
 from fedmom.experiments.crew import Requests
-from fedmom.experiments.sweep import (
-    MANIFEST,
-    Ended,
-    best_table,
-    cells_of,
-    check,
-    drawn,
-    full,
-    listed,
-    measured_by,
-    metric_of,
-    parse_grid,
-    seeds_of,
-    sweep,
-)
-from fedmom.records.folder import read_rounds
+from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
+from fedmom.experiments.sweep import MANIFEST, Ended, check, measured_by, sweep
+from fedmom.records.history import read_rounds
 from fedmom.records.status import read_status
+from fedmom.results.ranking import best_table, metric_of
 from laws import table
 
 ROOT = Path(__file__).parents[2]

@@ -14,10 +14,10 @@ from clients.client_app import app as client_app
 from fedmom.backends.trainer import warm_node
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.method.algorithms import Method
 from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
-from fedmom.rounds.round import Method
-from fedmom.runs.execute import Callback, listening
+from fedmom.runs.callbacks import Callback, Listener
 from grids import LocalGrid, run_config
 from strategies.dispatch import anew, exchange
 from strategies.dsgdm import DSGDM
@@ -169,9 +169,10 @@ def test_rows_go_to_their_clients_in_whatever_order_nodes_hold_them():
             return reply
 
     keys = run_config(LOCAL)
-    with listening([Callback()]) as heard:
-        server_app(Interleaved(client_app, 2, keys), Context(1, 0, {}, RecordDict(), keys))
-    torch.testing.assert_close(heard.result.state_dict["x"], by_engine(LOCAL).state_dict["x"])
+    grid = Interleaved(client_app, 2, keys)
+    grid.listener = Listener([Callback()])
+    server_app(grid, Context(1, 0, {}, RecordDict(), keys))
+    torch.testing.assert_close(grid.listener.result.state_dict["x"], by_engine(LOCAL).state_dict["x"])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from clients.client_app import app as client_app
 from fedmom.backends.trainer import held_clients, warm_node
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import flatten
-from fedmom.records.folder import read_rounds, read_tensors
+from fedmom.records.files import read_tensors
+from fedmom.records.history import read_rounds
 from grids import LocalGrid, run_config
 from strategies.flower_strategies import STOCK
 from strategies.prsgdm import PRSGDM

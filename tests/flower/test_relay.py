@@ -10,10 +10,10 @@ from both_sides import QUADRATIC, RESNET, assert_same, by_engine, by_flower
 from clients.client_app import app as client_app
 from fedmom.backends.trainer import warm_node
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.method.algorithms import Method
 from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
-from fedmom.records.folder import read_rounds
-from fedmom.rounds.round import Method
+from fedmom.records.history import read_rounds
 from grids import LocalGrid, run_config
 from strategies.dsgdm import DSGDM
 from strategies.replies import pack, unpack
@@ -79,7 +79,7 @@ def test_proceed_lets_a_client_stand_still_and_moves_its_weights_to_the_diagonal
     result, _ = by_flower(keys, 5, {"fault": fails(3)}, out=tmp_path / "two")
     assert result.status == "done"
     assert [r.get("num_failed") for r in read_rounds(tmp_path / "two")] == [None, 1]
-    from fedmom.records.folder import read_tensors
+    from fedmom.records.files import read_tensors
 
     one, two = (read_tensors(tmp_path / name / "clients.safetensors")[0] for name in ("one", "two"))
     for name in one:

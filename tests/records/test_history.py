@@ -9,9 +9,8 @@ import torch
 import fedmom
 from fedmom.errors import InputError
 from fedmom.records import history
-from fedmom.records.files import read_about, read_tensors, write_tensors
-from fedmom.records.folder import CHECKPOINT, CLIENTS, ROUNDS, read_rounds
-from fedmom.records.history import History, cut_back, thinned
+from fedmom.records.files import CHECKPOINT, CLIENTS, ROUNDS, read_about, read_tensors, write_tensors
+from fedmom.records.history import History, cut_back, read_rounds, thinned
 
 QUADRATIC = {
     "data.dataset": "quadratic",

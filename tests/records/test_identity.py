@@ -15,7 +15,8 @@ from fedmom.config.load import flat, load
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError
 from fedmom.records import identity
-from fedmom.records.folder import CHECKPOINT, FINAL, read_about, read_rounds, read_tensors
+from fedmom.records.files import CHECKPOINT, FINAL, read_about, read_tensors
+from fedmom.records.history import read_rounds
 from fedmom.records.identity import identity_of
 from fedmom.user_code import load_object
 

@@ -15,7 +15,9 @@ from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError
-from fedmom.records.folder import _command, read_rounds, read_tensors
+from fedmom.records.environment import _command
+from fedmom.records.files import read_tensors
+from fedmom.records.history import read_rounds
 
 ROOT = Path(__file__).parents[2]
 QUIET = [fedmom.Callback()]

@@ -12,7 +12,7 @@ import pytest
 import fedmom
 from fedmom.cli import main
 from fedmom.errors import InputError
-from fedmom.records.folder import read_rounds
+from fedmom.records.history import read_rounds
 from fedmom.runs.trackers import TAGS, TRACKERS, Tracking, make_trackers, numbers_of
 
 QUADRATIC = {"data.dataset": "quadratic", "run.num-rounds": 5, "engine.path": "loop"}

@@ -13,7 +13,7 @@ from fedmom.config.load import load, toml_scalar
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
-from fedmom.records.folder import CONFIG
+from fedmom.records.files import CONFIG
 from fedmom.results.comparison import AXES, Target, all_sheets
 from fedmom.results.groups import Group, differing, said, shared
 from fedmom.results.pictures.comparison import SPREADS, styles

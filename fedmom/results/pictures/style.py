@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedmom.errors import InputError
-from fedmom.records.folder import whole_file
+from fedmom.machine.files import whole_file
 
 DPI = 150
 # Okabe and Ito's colours without yellow, which is lost on white; together these repeat after 84 runs.
