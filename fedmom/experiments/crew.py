@@ -157,7 +157,9 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
 
     Raises KeyboardInterrupt at its end where it was asked to end before.
     """
-    from fedmom.actors.pool import Failure, Pool, PoolOptions
+    from fedmom.actors.actor import Failure
+    from fedmom.actors.cluster import PoolOptions
+    from fedmom.actors.pool import Pool
 
     here = os.getcwd()
     work = work._replace(threads=max(1, usable_cores() // workers))
