@@ -123,8 +123,8 @@ def run(
     """
     from fedmom.deploy import federation
     from fedmom.deploy.bundle import check_travels
+    from fedmom.deploy.federation import check_ours
     from fedmom.deploy.following import Following, config_to_send, rounds_done
-    from fedmom.deploy.identity import check_ours
     from fedmom.deploy.remote_runs import RemoteRuns, checked_name
     from fedmom.records.files import CONFIG
     from fedmom.records.folder import RunFolder
@@ -214,14 +214,14 @@ def _check_clients(num_clients: int, commands: Commands) -> None:
 
 
 def _commands(folder: Path, dry: bool) -> Commands:
-    from fedmom.deploy.initialise import open_deployment
+    from fedmom.deploy.deployment import open_deployment
 
     return Commands(open_deployment(folder), dry=dry)
 
 
 def _ours(folder: Path, dry: bool) -> Commands:
     """The same where the engine has nothing of another deployment under its name."""
-    from fedmom.deploy.identity import check_ours
+    from fedmom.deploy.federation import check_ours
 
     commands = _commands(folder, dry)
     if not dry:

@@ -14,7 +14,8 @@ from fedmom.config.load import load, parse_sets, replace, to_toml
 from fedmom.config.resolve import resolve
 from fedmom.deploy import federation
 from fedmom.deploy.bundle import DATA
-from fedmom.deploy.commands import CONNECTION, CommandError, Commands, superlink
+from fedmom.deploy.commands import CommandError, Commands, superlink
+from fedmom.deploy.deployment import CONNECTION
 from fedmom.deploy.remote_runs import VOLUME, RemoteRuns
 from fedmom.errors import InputError
 from fedmom.machine.files import write_text

@@ -16,8 +16,9 @@ from fedmom.config.keys import Config
 from fedmom.deploy import federation, remote_runs
 from fedmom.deploy import following as follow
 from fedmom.deploy.commands import CommandError, Commands
+from fedmom.deploy.deployment import open_deployment
 from fedmom.deploy.following import Following
-from fedmom.deploy.initialise import initialise, open_deployment
+from fedmom.deploy.initialise import initialise
 from fedmom.errors import InputError
 from fedmom.records.files import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about, write_tensors
 
@@ -163,7 +164,7 @@ def test_a_deployment_that_was_taken_down_is_not_waited_for(following, monkeypat
 def test_a_second_ctrl_c_says_that_the_run_goes_on_and_how_it_is_followed(tmp_path, monkeypatch):
     """The first one stops the run, and whoever does not wait for that is told so."""
     initialise(tmp_path / "deployment", num_clients=3)
-    monkeypatch.setattr("fedmom.deploy.identity.check_ours", lambda commands: None)
+    monkeypatch.setattr("fedmom.deploy.federation.check_ours", lambda commands: None)
     monkeypatch.setattr(federation, "is_up", lambda commands: True)
     monkeypatch.setattr(remote_runs.RemoteRuns, "config", lambda self, name: None)
     monkeypatch.setattr(Following, "start", lambda self, config: setattr(self, "run_id", "77"))
