@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fedmom.cli import main
 from fedmom.config.keys import Config
+from fedmom.config.load import replace
 from fedmom.deploy import federation, remote_runs
 from fedmom.deploy import following as follow
 from fedmom.deploy.commands import CommandError, Commands
@@ -123,7 +124,7 @@ def test_two_runs_that_are_started_at_once_keep_their_settings_apart(following, 
     following.commands.json = lambda command: files.append(Path(command[-1])) or {"run-id": len(files)}
     following.start(Config())
     before = files[0].read_text()
-    other.start(Config(run=follow.replace(Config(), "run", num_rounds=77).run))
+    other.start(Config(run=replace(Config(), "run", num_rounds=77).run))
     assert files[0].read_text() == before
     assert "num-rounds = 77" in files[1].read_text()
 
