@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from fedmom.config.keys import Config as Config
-    from fedmom.config.keys import load as load
+    from fedmom.config.load import load as load
     from fedmom.data.datasets import Dataset as Dataset
     from fedmom.errors import ClientsFailedError as ClientsFailedError
     from fedmom.errors import DivergedError as DivergedError
@@ -56,7 +56,7 @@ _HOME = {
     "all_sheets": "fedmom.results.comparison",
     "build_model": "fedmom.tasks.models",
     "group_runs": "fedmom.results.groups",
-    "load": "fedmom.config.keys",
+    "load": "fedmom.config.load",
     "local_step": "fedmom.method.algorithms",
     "make_topology": "fedmom.method.topology",
     "normal_like": "fedmom.randomness",

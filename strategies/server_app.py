@@ -14,7 +14,8 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from fedmom.backends.trainer import settled
-from fedmom.config.keys import Config, replace
+from fedmom.config.keys import Config
+from fedmom.config.load import replace
 from fedmom.config.numbers import counted
 from fedmom.config.resolve import with_choices
 from fedmom.config.strategies import OURS

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fedmom.config.build import classification, make_plan, make_task, resolve_device, set_up_torch
-from fedmom.config.keys import Config, Scalar, flat, load
+from fedmom.config.keys import Config, Scalar
+from fedmom.config.load import flat, load
 from fedmom.config.resolve import Resolved, resolve
 from fedmom.data.local import Common, one_of, read_source
 from fedmom.engine.auto import choose

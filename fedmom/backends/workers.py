@@ -15,7 +15,8 @@ import torch
 from fedmom.actors.pool import Failure, Pool
 from fedmom.backends.trainer import Node, Trained
 from fedmom.config.build import actors_device, pool_options, resolve_device
-from fedmom.config.keys import Config, replace
+from fedmom.config.keys import Config
+from fedmom.config.load import replace
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError
 from fedmom.machine.allocator import keep_freed_memory

@@ -33,7 +33,7 @@ from fedmom.cli.options import (
     heed_signals,
     show_run,
 )
-from fedmom.config.keys import load, parse_sets
+from fedmom.config.load import load, parse_sets
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.experiments.run import run as run_config

@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from fedmom.cli import supervise
 from fedmom.cli.options import DONE, STATUS, Sets, Tracks, exit_status, heed_signals
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.errors import InputError
 from fedmom.experiments import sweep as sweeps
 from fedmom.experiments.crew import Cell, Ended

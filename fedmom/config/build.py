@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fedmom.actors.pool import PoolOptions
-from fedmom.config.keys import Config, EngineConfig, replace
+from fedmom.config.keys import Config, EngineConfig
+from fedmom.config.load import replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.data.arrays import channel_axis, check_cast
 from fedmom.data.datasets import Dataset, load_dataset

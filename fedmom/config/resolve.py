@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Loaded, Scalar, flat, replace
+from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Scalar
+from fedmom.config.load import Loaded, flat, replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, check_strategy, idle_keys
 from fedmom.errors import InputError

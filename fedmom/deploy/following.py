@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmom.config.keys import Config, load, parse_sets, replace, to_toml
+from fedmom.config.keys import Config
+from fedmom.config.load import load, parse_sets, replace, to_toml
 from fedmom.config.resolve import resolve
 from fedmom.deploy import federation
 from fedmom.deploy.bundle import DATA

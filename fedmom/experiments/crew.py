@@ -21,7 +21,8 @@ from types import FrameType
 from typing import NamedTuple
 
 from fedmom.config.build import share_of_gpus
-from fedmom.config.keys import Scalar, load, parse_sets
+from fedmom.config.keys import Scalar
+from fedmom.config.load import load, parse_sets
 from fedmom.errors import InputError
 from fedmom.experiments.run import run
 from fedmom.machine.cores import usable_cores

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from fedmom.config.keys import KEYS, Scalar, as_held, load, parse_sets, read_tables, typed_value
+from fedmom.config.keys import KEYS, Scalar
+from fedmom.config.load import as_held, load, parse_sets, read_tables, typed_value
 from fedmom.config.numbers import as_list, pieces
 from fedmom.errors import InputError
 from fedmom.experiments.crew import Cell

@@ -6,7 +6,8 @@ from typing import Any
 
 from fedmom.backends.local import make_backend
 from fedmom.config.build import resolve_device
-from fedmom.config.keys import Config, load, parse_sets
+from fedmom.config.keys import Config
+from fedmom.config.load import load, parse_sets
 from fedmom.errors import InputError
 from fedmom.experiments.simulation import simulate
 from fedmom.machine.files import at_home

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedmom.config.build import pool_options
-from fedmom.config.keys import Config, flat, replace
+from fedmom.config.keys import Config
+from fedmom.config.load import flat, replace
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.machine.files import at_home
 from fedmom.runs.callbacks import Callback, Listener, Result

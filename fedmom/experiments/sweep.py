@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmom.config.keys import Config, load, parse_sets
+from fedmom.config.keys import Config
+from fedmom.config.load import load, parse_sets
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError, unknown
 from fedmom.experiments.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side

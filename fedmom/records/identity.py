@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.config.keys import KEYS, Config, flat
+from fedmom.config.keys import KEYS, Config
+from fedmom.config.load import flat
 from fedmom.errors import InputError
 from fedmom.machine.files import at_home
 from fedmom.method.algorithms import ALGORITHMS

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmom.config.keys import Config, Loaded, Scalar, flat, load
+from fedmom.config.keys import Config, Scalar
+from fedmom.config.load import Loaded, flat, load
 from fedmom.config.resolve import Resolved, resolve
 from fedmom.errors import InputError
 from fedmom.method.schedules import SCHEDULES

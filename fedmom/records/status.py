@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.errors import InputError
 from fedmom.machine.files import over_text, write_text
 from fedmom.records.files import CONFIG, FINAL, ROUNDS, STATUS

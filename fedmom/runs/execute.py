@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from fedmom.config.build import make_plan, resolve_device
 from fedmom.config.build import make_task as build_task
-from fedmom.config.keys import Config, flat, load, replace, to_toml
+from fedmom.config.keys import Config
+from fedmom.config.load import flat, load, replace, to_toml
 from fedmom.config.resolve import Resolved, resolve, with_choices
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
 from fedmom.machine.files import write_text

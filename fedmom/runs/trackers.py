@@ -9,7 +9,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from fedmom.config.keys import Scalar, flat, to_toml
+from fedmom.config.keys import Scalar
+from fedmom.config.load import flat, to_toml
 from fedmom.errors import InputError, unknown
 from fedmom.machine.files import write_text
 from fedmom.method.state import ClientState

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import fedmom
-from fedmom.backends.peers import Peers, senders, without_blocks
+from fedmom.backends.peer import senders, without_blocks
+from fedmom.backends.peers import Peers
 from fedmom.config.build import make_plan, make_task
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.topology import make_topology

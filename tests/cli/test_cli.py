@@ -16,7 +16,8 @@ from typer.main import get_command
 
 import fedmom
 from fedmom.cli import main
-from fedmom.config.keys import KEYS, load
+from fedmom.config.keys import KEYS
+from fedmom.config.load import load
 from fedmom.data.datasets import DATASETS
 from fedmom.experiments.simulation import app_folder
 from fedmom.records.files import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_tensors

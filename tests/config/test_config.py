@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedmom.config.keys import KEYS, LARGEST, SECTIONS, Config, Loaded, flat, load, parse_set, to_toml, toml_scalar
+from fedmom.config.keys import KEYS, LARGEST, SECTIONS, Config
+from fedmom.config.load import Loaded, flat, load, parse_set, to_toml, toml_scalar
 from fedmom.config.resolve import Resolved, resolve
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, theory_interval

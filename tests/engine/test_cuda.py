@@ -9,7 +9,7 @@ import torch
 
 from fedmom.backends.workers import make_workers
 from fedmom.config.build import pool_options, resolve_device
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedmom.cli import main
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.errors import InputError
 from fedmom.experiments import crew
 from fedmom.experiments.crew import Requests

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedmom.config.keys import toml_scalar
+from fedmom.config.load import toml_scalar
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedmom.config.build import set_up_torch
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.stacked.convolutions import _described
 from fedmom.engine.stacked.steps import Stack

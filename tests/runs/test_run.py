@@ -11,7 +11,7 @@ import torch
 
 import fedmom
 import laws
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError

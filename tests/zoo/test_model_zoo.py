@@ -9,7 +9,7 @@ from torch import Tensor
 import fedmom
 import plain
 from fedmom.config.build import load_task_data
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.data.batches import Sampler
 from fedmom.errors import InputError
