@@ -7,9 +7,9 @@ import os
 import shutil
 import subprocess
 
-import fingerprint
 import pytest
 
+import fingerprint
 from containers import (
     CHANGES,
     IMAGE,
@@ -24,7 +24,7 @@ from containers import (
     wait_until,
 )
 from fedmom.deploy.certificates import make_node_key
-from fedmom.records import read_rounds
+from fedmom.records.history import read_rounds
 from runs import give_digits
 
 

@@ -22,12 +22,17 @@ GLOBS = (
     # The image and its containers.
     *("deploy/**/*", "Dockerfile", ".dockerignore", "docker-compose*.yml", "constraints.txt", "pyproject.toml"),
     # What `fedmom deploy` does, and what it reads.
-    *("fedmom/deploy/**/*", "fedmom/records.py", "fedmom/status.py", "fedmom/files.py", "configs/deploy.toml"),
+    *(
+        "fedmom/deploy/**/*",
+        "fedmom/cli/deploy.py",
+        "fedmom/records/**/*",
+        "fedmom/machine/files.py",
+        "configs/deploy.toml",
+    ),
     # What Flower delivers to the nodes, as far as it is about Flower.
-    *("strategies/**/*", "clients/**/*", "fedmom/own_strategies/**/*", "fedmom/own_clients/**/*"),
-    *("fedmom/__init__.py", "fedmom/server_app.py", "fedmom/client_app.py", "fedmom/flower_app.py", "fedmom/wire.py"),
+    *("strategies/**/*", "clients/**/*", "fedmom/flower/**/*", "fedmom/__init__.py"),
     # The tests.
-    *("tests/deployment/**/*", "tests/conftest.py", "tests/runs.py"),
+    *("tests/deployment/**/*", "tests/conftest.py", "tests/helpers/runs.py"),
 )
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import fingerprint
 import pytest
+
+import fingerprint
 from fingerprint import GLOBS, ROOT, covered, matched, one_of_each
 
 FIRST_PARTY = ("fedmom", "strategies", "clients")
@@ -40,7 +41,7 @@ def imported(file: Path) -> Iterator[Path]:
 
 def where(name: str, beside: Path) -> Iterator[Path]:
     """The file of a module of the checkout; none of a module that is another's, or of a name in a module."""
-    folders = [ROOT] if name.split(".")[0] in FIRST_PARTY else [beside, ROOT / "tests"]
+    folders = [ROOT] if name.split(".")[0] in FIRST_PARTY else [beside, ROOT / "tests", ROOT / "tests" / "helpers"]
     for folder in folders:
         place = folder.joinpath(*name.split("."))
         for file in (place.with_suffix(".py"), place / "__init__.py"):
@@ -55,7 +56,12 @@ def test_what_the_tests_import_is_covered():
     while more := {f for file in files if "deployment" in file.parts for f in imported(file)} - files:
         files |= more
     found = {path.relative_to(ROOT).as_posix() for path in files}
-    assert {"tests/deployment/containers.py", "tests/runs.py", "fedmom/records.py", "fedmom/__init__.py"} <= found
+    assert {
+        "tests/deployment/containers.py",
+        "tests/helpers/runs.py",
+        "fedmom/records/history.py",
+        "fedmom/__init__.py",
+    } <= found
     assert files <= set(covered())
 
 
