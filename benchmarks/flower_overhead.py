@@ -51,7 +51,7 @@ ENVIRONMENT = {
 
 OURS = """
 import json, sys
-from fedmom.actors.pool import PoolOptions
+from fedmom.actors.cluster import PoolOptions
 from fedmom.flower.app import simulate_app
 app, num_nodes, config, actors = json.loads(sys.argv[1])
 simulate_app(app, num_nodes=num_nodes, run_config=config, options=PoolOptions(num_workers=actors))

@@ -15,58 +15,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from fedmom.actors.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, Progress, Started
 from fedmom.actors.cluster import PoolOptions, Watch, count_workers, first_line
+from fedmom.actors.work import Batch, Submitted, Worker
 from fedmom.actors.worker_output import printed
 from fedmom.errors import InputError, RayEndedError
 from fedmom.machine.scratch import ScratchFolder
 from fedmom.user_code import one_line
 
-WARM_UP_SECONDS = 60.0  # the straggler limit of a worker's first message, if longer: data are read, models built
 LONG_SECONDS = 0.15  # a batch that takes longer is at a long message: those behind it go elsewhere
 MAX_FAILED_STARTS = 3  # in a row: then the pool gives up
 SECONDS_WITHOUT_WORKERS = 20.0  # then it is looked whether the cluster still has room for one
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A value in Ray's object store. It is freed when this and all messages that use it are gone."""
-
-    ref: Any
-
-
-@dataclass(eq=False)
-class Submitted:
-    key: Hashable
-    payload: Packed
-    shared: tuple[Shared, ...]
-    deaths: int = 0  # of workers that were at it
-
-
-@dataclass(eq=False)
-class _Batch:
-    number: int  # increasing
-    messages: list[Submitted]
-
-
-@dataclass(eq=False)
-class _Worker:
-    actor: Any
-    progress: Progress
-    pid: int = 0  # 0 until it is up
-    told: bool = False  # does it write its progress?
-    files: list[str] = field(default_factory=list)  # into which it prints
-    batches: deque[_Batch] = field(default_factory=deque)  # under way; the first is being worked on
-    since: float = 0.0  # when the first batch became the first
-    alone: bool = False  # the batch under way must stay the only one
-    warm: bool = False  # has it answered?
-
-    def limit(self, seconds: float) -> float:
-        """The straggler limit of what it is working on."""
-        return seconds if self.warm else max(seconds, WARM_UP_SECONDS)
 
 
 class Dispatcher:
@@ -80,7 +42,7 @@ class Dispatcher:
         self._first_up = threading.Event()
         self._waiting: deque[Submitted] = deque()
         self._suspects: deque[Submitted] = deque()  # were under way when a worker died: tried again one by one
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._forgotten: set[Hashable] = set()
         self._failed_starts = self._num_starts = self._num_batches = 0
         self._workerless_since = time.monotonic()
@@ -128,7 +90,7 @@ class Dispatcher:
     def _start_worker(self) -> None:
         self._num_starts += 1
         path = os.path.join(self._folder.path, str(self._num_starts))
-        worker = _Worker(self._actor_class.remote(), Progress(path, create=True))
+        worker = Worker(self._actor_class.remote(), Progress(path, create=True))
         self._workers.append(worker)
         self._call(
             worker.actor.start.remote(sys.path, self._make_worker, path, self._on_output is not None),
@@ -144,7 +106,7 @@ class Dispatcher:
 
         ref.future().add_done_callback(done)
 
-    def _on_start(self, worker: _Worker, result: Started | Exception) -> None:
+    def _on_start(self, worker: Worker, result: Started | Exception) -> None:
         if not isinstance(result, Exception) and not result.trouble:
             worker.pid, worker.told, worker.files = result.pid, result.told, result.files
             self._failed_starts = 0
@@ -185,7 +147,7 @@ class Dispatcher:
         under_way = {m.key for worker in self._workers for batch in worker.batches for m in batch.messages}
         self._forgotten |= keys & under_way
 
-    def _on_batch(self, worker: _Worker, batch: _Batch, result: Any) -> None:
+    def _on_batch(self, worker: Worker, batch: Batch, result: Any) -> None:
         if worker not in self._workers or batch not in worker.batches:
             return  # an earlier event told that it died, or was too late
         if isinstance(result, Exception):
@@ -218,7 +180,7 @@ class Dispatcher:
         self._forgotten -= gone
         (self._suspects if alone else self._waiting).extendleft(m for m in reversed(messages) if m.key not in gone)
 
-    def _retire(self, worker: _Worker, late: str | None) -> None:
+    def _retire(self, worker: Worker, late: str | None) -> None:
         """Replace a worker that died, or whose message is too `late`, and care for its messages.
 
         A message that was being worked on has used up one of its tries, and is tried again alone. On another machine
@@ -309,13 +271,13 @@ class Dispatcher:
             num_bytes += messages[-1].payload.nbytes()
         return messages
 
-    def _send(self, worker: _Worker, messages: list[Submitted]) -> None:
+    def _send(self, worker: Worker, messages: list[Submitted]) -> None:
         refs = {shared.ref: None for message in messages for shared in message.shared}
         places = {ref: place for place, ref in enumerate(refs)}
         calls = [(*message.payload, [places[shared.ref] for shared in message.shared]) for message in messages]
         if not worker.batches:
             worker.since = time.monotonic()
         self._num_batches += 1
-        batch = _Batch(self._num_batches, messages)
+        batch = Batch(self._num_batches, messages)
         worker.batches.append(batch)
         self._call(worker.actor.run.remote(batch.number, calls, *refs), self._on_batch, worker, batch)

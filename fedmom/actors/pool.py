@@ -6,11 +6,10 @@ from typing import Any
 
 from fedmom.actors.actor import Actor, Failure, Packed
 from fedmom.actors.cluster import PoolOptions, Watch, count_workers, start_ray
-from fedmom.actors.dispatcher import WARM_UP_SECONDS, Dispatcher, Shared, Submitted
+from fedmom.actors.dispatcher import Dispatcher
+from fedmom.actors.work import Shared, Submitted
 from fedmom.errors import RayEndedError
 from fedmom.user_code import one_line
-
-__all__ = ["WARM_UP_SECONDS", "Failure", "Pool", "PoolOptions", "Shared"]
 
 
 class Pool(Dispatcher):

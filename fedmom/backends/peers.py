@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fedmom.actors.cluster import Watch, join_ray
-from fedmom.actors.pool import WARM_UP_SECONDS
+from fedmom.actors.work import WARM_UP_SECONDS
 from fedmom.backends.peer import Peer
 from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config

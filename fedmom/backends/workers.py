@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedmom.actors.pool import Failure, Pool
+from fedmom.actors.actor import Failure
+from fedmom.actors.pool import Pool
 from fedmom.backends.trainer import Node, Trained
 from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config

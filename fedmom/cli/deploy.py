@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from fedmom.errors import InputError
 from fedmom.experiments.simulation import app_folder
 from fedmom.runs.callbacks import Callback
 from fedmom.runs.progress import Bar, Lines
+
+if TYPE_CHECKING:
+    from fedmom.deploy.following import Following
 
 app = typer.Typer(
     name="deploy",
@@ -122,13 +125,9 @@ def run(
     follows it, or fetches it and goes on from its checkpoint once it has ended.
     """
     from fedmom.deploy import federation
-    from fedmom.deploy.bundle import check_travels
-    from fedmom.deploy.following import Following, config_to_send, rounds_done
-    from fedmom.deploy.identity import check_ours
-    from fedmom.deploy.remote_runs import RemoteRuns, checked_name
-    from fedmom.records.files import CONFIG
+    from fedmom.deploy.following import Following
+    from fedmom.deploy.remote_runs import checked_name
     from fedmom.records.folder import RunFolder
-    from fedmom.records.history import read_rounds
 
     if out is not None and resume is not None:
         raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")
@@ -137,51 +136,36 @@ def run(
     say = (lambda text: None) if quiet else _say
     commands, source = _commands(folder, dry_run), _checkout(checkout)
     target = resume or out or fresh_folder(config or Path("run"))
-    name = checked_name(target)
+    following = Following(commands, source, checked_name(target), target, say)
     if resume is None:
         RunFolder.check_new(target)
-        to_send, settled = config_to_send(config, sets or (), name=name, resume=None)
-        _check_clients(settled.data.num_clients, commands)
-        needs = check_travels(settled, source)
+        cargo = following.pack(config, sets or ())
     heed_signals()
     if not dry_run:
-        check_ours(commands)
-    if not (not dry_run and federation.is_up(commands)):
+        federation.check_ours(commands)
+    if dry_run or not federation.is_up(commands):
         federation.up(commands, source, say, build_arguments=build_arg or (), wait=wait)
-    remote = RemoteRuns(commands)
-    if resume is None and not dry_run and remote.config(name) is not None:
-        raise InputError(
-            f"--out {target}: the server has a run folder {name!r} already; take another name, or --resume"
-        )
-    following = Following(commands, source, name, target, say)
-    going_on = resume is not None and not dry_run and following.take_up()
-    if going_on and (config is not None or sets):
-        raise InputError(
-            f"--resume {target}: run {following.run_id} is still going on as it was started; leave CONFIG and --set out"
-        )
-    if resume is not None and not going_on:
-        there = not dry_run and remote.fetch(name, target)
-        if not there and not (target / CONFIG).is_file():
-            raise InputError(f"--resume {target}: is no run folder here, and the server has none of that name")
-        to_send, settled = config_to_send(config, sets or (), name=name, resume=target)
-        _check_clients(settled.data.num_clients, commands)
-        needs = check_travels(settled, source)
-        if not there and not dry_run:
-            remote.bring(target, name)
-    where = ["--dir", str(folder)] if folder != HERE else []
+    if resume is None:
+        following.begin(cargo)
+    else:
+        following.go_on(config, sets or ())
+    return 0 if dry_run else _follow(following, folder, quiet)
+
+
+def _follow(following: "Following", deployment: Path, quiet: bool) -> int:
+    """Show a run that was started or taken up until it ends; the exit status."""
+    from fedmom.records.files import CONFIG
+    from fedmom.records.history import read_rounds
+
+    target, console = following.target, Console(highlight=False)
+    where = ["--dir", str(deployment)] if deployment != HERE else []
     go_on = shlex.join(["fedmom", "deploy", "run", "--resume", str(target), *where])
-    if not going_on:
-        if not dry_run:
-            remote.check_has(needs)
-        following.start(to_send)
-    if dry_run:
-        return 0
-    goes = "is still going on, followed from here" if going_on else f"on {commands.deployment.num_clients} nodes"
-    say(f"run {following.run_id} {goes}")
-    console = Console(highlight=False)
+    num_nodes = following.commands.deployment.num_clients
+    goes = "is still going on, followed from here" if following.going_on else f"on {num_nodes} nodes"
+    following.say(f"run {following.run_id} {goes}")
     followers = list[Callback]() if quiet else [Bar(console, follows=True) if console.is_terminal else Lines(console)]
     try:
-        ended = following.to_the_end(followers, done=rounds_done(target) if resume and not going_on else 0)
+        ended = following.to_the_end(followers)
     except KeyboardInterrupt:  # a second one, while the run was being stopped
         return exit_status("interrupted", following.left_alone(), go_on)
     if (target / CONFIG).is_file():
@@ -205,23 +189,15 @@ def down(
     return 0
 
 
-def _check_clients(num_clients: int, commands: Commands) -> None:
-    if num_clients < commands.deployment.num_clients:
-        raise InputError(
-            f"data.num-clients = {num_clients}: the deployment has {commands.deployment.num_clients} nodes, and every "
-            "one needs a client"
-        )
-
-
 def _commands(folder: Path, dry: bool) -> Commands:
-    from fedmom.deploy.initialise import open_deployment
+    from fedmom.deploy.deployment import open_deployment
 
     return Commands(open_deployment(folder), dry=dry)
 
 
 def _ours(folder: Path, dry: bool) -> Commands:
     """The same where the engine has nothing of another deployment under its name."""
-    from fedmom.deploy.identity import check_ours
+    from fedmom.deploy.federation import check_ours
 
     commands = _commands(folder, dry)
     if not dry:

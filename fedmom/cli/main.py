@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from fedmom.actors.pool import PoolOptions
+from fedmom.actors.cluster import PoolOptions
 from fedmom.cli import results, show, supervise, sweep
 from fedmom.cli.deploy import app as deploy_app
 from fedmom.cli.options import (

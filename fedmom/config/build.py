@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.actors.pool import PoolOptions
+from fedmom.actors.cluster import PoolOptions
 from fedmom.config.keys import Config, EngineConfig
 from fedmom.config.load import replace
 from fedmom.config.numbers import parse_numbers, parse_table

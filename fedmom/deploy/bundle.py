@@ -1,17 +1,67 @@
-"""What a run takes along to its nodes: the app's own files, and nothing that lies elsewhere on this machine."""
+"""What a run takes along to its nodes: its configuration and the app's own files, nothing that lies elsewhere here."""
 
 import importlib.util
 import os
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from fedmom.config.keys import KEYS, Config
-from fedmom.config.load import flat
+from fedmom.config.load import flat, load, parse_sets, replace
+from fedmom.config.resolve import resolve
+from fedmom.deploy.remote_runs import VOLUME
 from fedmom.errors import InputError
+from fedmom.records.files import CONFIG
+from fedmom.records.resume import resume_config
 from fedmom.user_code import is_spec
 
 DATA = "/data"  # where every container has its own
+
+
+class Cargo(NamedTuple):
+    """What goes to the nodes for a run, once it was checked here."""
+
+    config: Config  # as the app gets it
+    needs: dict[str, str]  # {package: "key = value"} of code that the image must have
+
+
+def pack(
+    source: Path | None, sets: Iterable[str], *, name: str, resume: Path | None, app: Path, num_nodes: int
+) -> Cargo:
+    """Settle what to send for the run `name`, before a node is asked for anything.
+
+    source: a TOML file, or None for what the folder `resume` recorded. Raises InputError for a configuration that is
+    wrong, has fewer clients than there are nodes, or names what no container would find.
+    """
+    config, settled = _config_to_send(source, sets, name=name, resume=resume)
+    if settled.data.num_clients < num_nodes:
+        raise InputError(
+            f"data.num-clients = {settled.data.num_clients}: the deployment has {num_nodes} nodes, and every "
+            "one needs a client"
+        )
+    return Cargo(config, check_travels(settled, app))
+
+
+def _config_to_send(
+    source: Path | None, sets: Iterable[str], *, name: str, resume: Path | None
+) -> tuple[Config, Config]:
+    """(the configuration for the run, the same resolved)."""
+    if resume is not None and source is None:
+        source = resume / CONFIG
+    if source is None:
+        raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
+    changes = {**parse_sets(sets), "data.data-dir": DATA}
+    config = load(source, changes).config
+    if resume is not None:
+        settled = resume_config(resume, source, changes).config
+    else:
+        settled = resolve(load(source, changes)).config
+    place = f"{VOLUME}/{name}"
+    where = {"out": "", "resume": place} if resume is not None else {"out": place, "resume": ""}
+    # What was recorded of a run names its backend; the nodes must see the keys that a new run gave them.
+    return replace(replace(config, "run", backend="engine"), "run", **where), settled
 
 
 def check_travels(config: Config, app: Path) -> dict[str, str]:

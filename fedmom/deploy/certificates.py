@@ -6,6 +6,7 @@ Certificates are PEM; a node's key is the pair that ssh-keygen would write. Noth
 import base64
 import ipaddress
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -20,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedmom.errors import InputError
 
 CA_DAYS, SERVER_DAYS = 3650, 398
+_PART = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # of a host's name
 _CURVE, _HASH = ec.SECP384R1, hashes.SHA384
 _USES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
@@ -198,3 +200,51 @@ def _sign(
 def _pkcs8(key: ec.EllipticCurvePrivateKey) -> bytes:
     form = serialization.PrivateFormat.PKCS8
     return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def checked_host(option: str, host: str) -> str:
+    """A host as a certificate and a client's settings have it; InputError where it is no name and no address."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        # A name whose last part is a number is an address that is none: 256.1.1.1, 10.0.0, 0x7f.1.
+        last = host.rpartition(".")[2]
+        number = last.isdecimal() or re.fullmatch(r"0[xX][0-9a-fA-F]*", last)
+        if len(host) <= 253 and re.fullmatch(rf"{_PART}(\.{_PART})*", host) and not number:
+            return host
+    else:
+        if isinstance(address, ipaddress.IPv6Address) and address.scope_id:
+            raise InputError(
+                f"{option} {host!r}: the part after % names an interface of one machine; no certificate is made out "
+                "for it, take an address without it, or a name"
+            )
+        return str(address)
+    raise InputError(f"{option} {host!r}: must be a name in ASCII or an IP address, without a port (--port has it)")
+
+
+def reachable_host(option: str, host: str) -> str:
+    """The same for a host that other machines connect to; InputError where none can be there for them."""
+    checked = checked_host(option, host)
+    try:
+        address = ipaddress.ip_address(checked)
+    except ValueError:
+        itself = host.lower() == "localhost" or host.lower().endswith(".localhost")
+    else:
+        mapped = getattr(address, "ipv4_mapped", None)
+        address = mapped or address
+        if (
+            address.is_unspecified
+            or address.is_multicast
+            or str(address) == "255.255.255.255"
+            or (isinstance(address, ipaddress.IPv6Address) and address.is_link_local)
+        ):
+            raise InputError(
+                f"{option} {host!r}: is no address of a machine; name the one at which the clients reach this machine"
+            )
+        itself = address.is_loopback
+    if itself:
+        raise InputError(
+            f"{option} {host!r}: is every machine's own; name the one at which the clients reach this machine, or "
+            f"leave {option} out for clients on this one"
+        )
+    return checked

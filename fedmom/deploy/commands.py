@@ -7,14 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedmom.deploy.deployment import CONNECTION, Deployment
 from fedmom.errors import InputError
-
-if TYPE_CHECKING:
-    from fedmom.deploy.initialise import Deployment
-
-CONNECTION = "deployment"  # the SuperLink's name in Flower's config
 
 _FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -31,7 +27,7 @@ class CommandError(InputError):
 class Commands:
     """Runs commands for one deployment; with `dry` it prints what would change something instead of doing it."""
 
-    def __init__(self, deployment: "Deployment", *, dry: bool = False) -> None:
+    def __init__(self, deployment: Deployment, *, dry: bool = False) -> None:
         self.deployment, self.dry = deployment, dry
         # Which project it is, and of what settings, is said by the deployment's own files, whatever the shell has.
         own = {name: value for name, value in os.environ.items() if not name.startswith("COMPOSE_")}
@@ -126,7 +122,7 @@ def build_command(app: Path, image: str, arguments: Iterable[str] = ()) -> list[
     return ["docker", "build", "--network=host", "--tag", image, *given, str(app)]
 
 
-def image_of(deployment: "Deployment", environment: Mapping[str, str] = os.environ) -> str:
+def image_of(deployment: Deployment, environment: Mapping[str, str] = os.environ) -> str:
     """The image's name: the environment's, the deployment's, or fedmom."""
     return environment.get("FEDMOM_IMAGE") or deployment.settings.get("FEDMOM_IMAGE") or "fedmom"
 

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedmom.config.keys import Config
-from fedmom.config.load import load, parse_sets, replace, to_toml
-from fedmom.config.resolve import resolve
+from fedmom.config.load import load, to_toml
 from fedmom.deploy import federation
-from fedmom.deploy.bundle import DATA
-from fedmom.deploy.commands import CONNECTION, CommandError, Commands, superlink
-from fedmom.deploy.remote_runs import VOLUME, RemoteRuns
+from fedmom.deploy.bundle import DATA, Cargo, pack
+from fedmom.deploy.commands import CommandError, Commands, superlink
+from fedmom.deploy.deployment import CONNECTION
+from fedmom.deploy.remote_runs import RemoteRuns
 from fedmom.errors import InputError
 from fedmom.machine.files import write_text
 from fedmom.method.state import ClientState
 from fedmom.records.files import CHECKPOINT, CONFIG, read_about
-from fedmom.records.resume import resume_config
 from fedmom.runs.callbacks import Callback, Start
 
 _SECONDS_BETWEEN_LOOKS = 2.0
@@ -44,26 +43,6 @@ class Ended(NamedTuple):
     message: str
 
 
-def config_to_send(
-    source: Path | None, sets: Iterable[str], *, name: str, resume: Path | None
-) -> tuple[Config, Config]:
-    """(the configuration for the run, the same resolved): checked here, before a node is asked for anything."""
-    if resume is not None and source is None:
-        source = resume / CONFIG
-    if source is None:
-        raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
-    changes = {**parse_sets(sets), "data.data-dir": DATA}
-    config = load(source, changes).config
-    if resume is not None:
-        settled = resume_config(resume, source, changes).config
-    else:
-        settled = resolve(load(source, changes)).config
-    place = f"{VOLUME}/{name}"
-    where = {"out": "", "resume": place} if resume is not None else {"out": place, "resume": ""}
-    # What was recorded of a run names its backend; the nodes must see the keys that a new run gave them.
-    return replace(replace(config, "run", backend="engine"), "run", **where), settled
-
-
 class Following:
     """One run: started, followed, stopped by Ctrl-C, fetched."""
 
@@ -74,7 +53,51 @@ class Following:
         self.records: list[dict] = []
         self._trouble = ""
         self._away = False  # and that has been said
-        self.stopped = False
+        self.going_on = self.stopped = False  # at work before it was followed; stopped from here
+        self.done = 0  # rounds of the checkpoint that it goes on from
+
+    def pack(self, config: Path | None, sets: Iterable[str], *, resume: Path | None = None) -> Cargo:
+        """What to send for this run; InputError where it is wrong, or not for this deployment."""
+        nodes = self.commands.deployment.num_clients
+        return pack(config, sets, name=self.name, resume=resume, app=self.app, num_nodes=nodes)
+
+    def begin(self, cargo: Cargo) -> None:
+        """Start a new run. Raises InputError where the server has one of this name."""
+        if not self.commands.dry and self.remote.config(self.name) is not None:
+            raise InputError(
+                f"--out {self.target}: the server has a run folder {self.name!r} already; take another name, or "
+                "--resume"
+            )
+        self._send(cargo)
+
+    def go_on(self, config: Path | None, sets: Iterable[str]) -> None:
+        """Take up the run where the server is still at it, else start it again from its checkpoint, there or here.
+
+        Raises InputError where `config` or `sets` would change a run that is going on, and where nobody has the run.
+        """
+        dry = self.commands.dry
+        self.going_on = not dry and self.take_up()
+        if self.going_on and (config is not None or sets):
+            raise InputError(
+                f"--resume {self.target}: run {self.run_id} is still going on as it was started; leave CONFIG and "
+                "--set out"
+            )
+        if self.going_on:
+            return
+        there = not dry and self.remote.fetch(self.name, self.target)
+        if not there and not (self.target / CONFIG).is_file():
+            raise InputError(f"--resume {self.target}: is no run folder here, and the server has none of that name")
+        cargo = self.pack(config, sets, resume=self.target)
+        if not there and not dry:
+            self.remote.bring(self.target, self.name)
+        self._send(cargo)
+        checkpoint = self.target / CHECKPOINT
+        self.done = int(read_about(checkpoint)["round"]) if checkpoint.exists() else 0
+
+    def _send(self, cargo: Cargo) -> None:
+        if not self.commands.dry:
+            self.remote.check_has(cargo.needs)
+        self.start(cargo.config)
 
     def start(self, config: Config) -> None:
         """Hand the app and the configuration to the SuperLink."""
@@ -106,9 +129,9 @@ class Following:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         return False
 
-    def to_the_end(self, callbacks: Iterable[Callback], *, done: int = 0) -> Ended:
-        """Tell `callbacks` of every round after `done`; fetch the folder; give the end. Ctrl-C stops the run."""
-        callbacks, seen, started = list(callbacks), done, False
+    def to_the_end(self, callbacks: Iterable[Callback]) -> Ended:
+        """Tell `callbacks` of every round to come; fetch the folder; give the end. Ctrl-C stops the run."""
+        callbacks, seen, started = list(callbacks), self.done, False
         log = self._log()
         try:
             looks = 0
@@ -246,9 +269,3 @@ class Following:
         with contextlib.suppress(CommandError):
             self.commands.do(superlink("stop", self.run_id), seconds=60)
             self.stopped = True
-
-
-def rounds_done(folder: Path) -> int:
-    """The round of a run folder's checkpoint, 0 without one."""
-    path = folder / CHECKPOINT
-    return int(read_about(path)["round"]) if path.exists() else 0

@@ -17,22 +17,25 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from fedmom.deploy.certificates import (
+    check_node_key,
+    checked_host,
     days_left,
+    hosts_of,
     make_authority,
     make_node_key,
     make_public_half,
     make_secret,
     make_server_certificate,
+    reachable_host,
+    read_ca_key,
     read_certificate,
 )
-from fedmom.deploy.checks import check_parts, checked_host, reachable_host
-from fedmom.deploy.commands import CONNECTION
 from fedmom.deploy.compose import client, client_gpu_override, federation, gpu_override, server
+from fedmom.deploy.deployment import CONNECTION, Deployment, read_env, setting_of, write_env
 from fedmom.errors import InputError
 from fedmom.machine.files import write_text
 
@@ -45,61 +48,6 @@ DEFAULTS = {
 }
 _SERVERS = "-server"  # the end of the server's project's name, where clients have projects of their own
 _LOCAL = ("localhost", "127.0.0.1", "superlink", "gate")
-
-
-class Deployment(NamedTuple):
-    """An initialised deployment."""
-
-    folder: Path
-    settings: dict[str, str]  # of .env
-
-    @property
-    def num_clients(self) -> int:
-        return int(self.settings["FEDMOM_CLIENTS"])
-
-    @property
-    def address(self) -> str:
-        """HOST:PORT where clients on other machines find the server; empty where all are on this one."""
-        return self.settings.get("FEDMOM_SERVER", "")
-
-    @property
-    def control_port(self) -> int:
-        """The SuperLink's, on loopback: where `flwr` finds it."""
-        return _number(self.folder / ".env", self.settings, "FEDMOM_CONTROL_PORT")
-
-    @property
-    def identity(self) -> str:
-        """What its containers and volumes are labelled with; empty where it is older than such labels."""
-        return self.settings.get("FEDMOM_ID", "")
-
-    @property
-    def project_name(self) -> str:
-        """Of the Compose project that this machine runs."""
-        return self.settings.get("COMPOSE_PROJECT_NAME", "fedmom")
-
-    @property
-    def project(self) -> Path:
-        """The folder whose compose.yml and .env this machine runs."""
-        return self.folder / "server" if self.address else self.folder
-
-    @property
-    def files(self) -> list[Path]:
-        """The Compose files that this machine runs."""
-        gpu = not self.address and self.settings.get("FEDMOM_GPU", "0") == "1"
-        return [self.project / "compose.yml", *([self.project / "gpu.yml"] if gpu else [])]
-
-    def node_keys(self) -> list[Path]:
-        """The clients' public keys, in their order."""
-        return [self.folder / f"client-{c}" / "node.key.pub" for c in range(self.num_clients)]
-
-
-def open_deployment(folder: Path) -> Deployment:
-    """InputError where there is none."""
-    if not (folder / ".env").is_file():
-        raise InputError(f"--dir {folder}: is no deployment (it has no .env); `fedmom deploy init` makes one")
-    settings = _read_env(folder / ".env")
-    _number(folder / ".env", settings, "FEDMOM_CLIENTS")
-    return Deployment(folder, settings)
 
 
 def initialise(
@@ -123,7 +71,7 @@ def initialise(
     address = _host_of(settings["FEDMOM_SERVER"])
     names = [*([address] if address else []), *_LOCAL, *(checked_host("--host", host) for host in hosts)]
     num_clients = int(settings["FEDMOM_CLIENTS"])
-    check_parts(
+    _check_parts(
         folder, num_clients, names, elsewhere=bool(address)
     )  # before the first write: what fails leaves nothing
     notes = list[str]()
@@ -149,9 +97,9 @@ def _settings(
     env: Path, num_clients: int | None, address: str | None, port: int | None, name: str | None, gpu: bool | None
 ) -> dict[str, str]:
     """What goes into .env: as asked for, else as it was, else DEFAULTS. InputError names what cannot be."""
-    before = {**DEFAULTS, **(_read_env(env) if env.is_file() else {})}
-    num_clients = _number(env, before, "FEDMOM_CLIENTS") if num_clients is None else num_clients
-    port = _number(env, before, "FEDMOM_PORT") if port is None else port
+    before = {**DEFAULTS, **(read_env(env) if env.is_file() else {})}
+    num_clients = setting_of(env, before, "FEDMOM_CLIENTS") if num_clients is None else num_clients
+    port = setting_of(env, before, "FEDMOM_PORT") if port is None else port
     gpu = before["FEDMOM_GPU"] == "1" if gpu is None else gpu
     address = _host_of(before["FEDMOM_SERVER"]) if address is None else address
     if address:
@@ -177,15 +125,47 @@ def _settings(
     }
 
 
+def _check_parts(folder: Path, num_clients: int, hosts: Sequence[str], *, elsewhere: bool) -> None:
+    """InputError where what is there does not go together, or cannot be completed."""
+    ca, ca_key = folder / "ca.pem", folder / "ca-key.pem"
+    certificate, key = folder / "server" / "server.pem", folder / "server" / "server-key.pem"
+    if ca.exists() != ca_key.exists():
+        made = ca if ca.exists() else ca_key
+        raise InputError(f"{folder}: has {made.name} but not its pair; bring it back, or move it away as well")
+    if certificate.exists() != key.exists():
+        raise InputError(f"{folder / 'server'}: has one of server.pem and server-key.pem; move it away for a new pair")
+    if ca.exists():
+        read_certificate(ca)
+        if not certificate.exists():
+            read_ca_key(ca_key)
+    if certificate.exists():
+        known = hosts_of(read_certificate(certificate))
+        missing = [host for host in hosts if host not in known]
+        if missing:
+            raise InputError(
+                f"{certificate}: is not made out for {missing[0]}; move it and {key.name} away and call init again"
+            )
+    for c in range(num_clients):
+        key, public = folder / f"client-{c}" / "node.key", folder / f"client-{c}" / "node.key.pub"
+        if key.exists() and not public.exists():
+            check_node_key(key)
+        # A client elsewhere that made its own key brings the public half alone.
+        if public.exists() and not key.exists() and not elsewhere:
+            raise InputError(
+                f"{key}: is missing, and a client on this machine needs it beside {public.name}; bring it back, or "
+                f"move {public.name} away for a new pair"
+            )
+
+
 def _write_projects(folder: Path, settings: dict[str, str]) -> None:
     """The Compose files and their .env: of the federation, and with an address of the server and of every client."""
     num_clients, name = int(settings["FEDMOM_CLIENTS"]), settings["COMPOSE_PROJECT_NAME"].removesuffix(_SERVERS)
-    every = _write_env(folder / ".env", settings)
+    every = write_env(folder / ".env", settings)
     write_text(folder / "compose.yml", federation(num_clients))
     write_text(folder / "gpu.yml", gpu_override(num_clients))
     if not settings["FEDMOM_SERVER"]:
         return
-    _write_env(folder / "server" / ".env", every)
+    write_env(folder / "server" / ".env", every)
     write_text(folder / "server" / "compose.yml", server())
     for c in range(num_clients):
         own = {
@@ -194,7 +174,7 @@ def _write_projects(folder: Path, settings: dict[str, str]) -> None:
             "FEDMOM_CLIENT": str(c),
             **{key: settings[key] for key in ("FEDMOM_ID", "FEDMOM_SERVER", "FEDMOM_CLIENTS", "FEDMOM_USER")},
         }
-        _write_env(folder / f"client-{c}" / ".env", own)
+        write_env(folder / f"client-{c}" / ".env", own)
         write_text(folder / f"client-{c}" / "compose.yml", client())
         write_text(folder / f"client-{c}" / "gpu.yml", client_gpu_override())
 
@@ -281,33 +261,3 @@ def _own_secrets(folder: Path) -> None:
 def _host_of(server: str) -> str:
     """The host of HOST:PORT, without the brackets of IPv6; empty for an empty one."""
     return server.rpartition(":")[0].removeprefix("[").removesuffix("]")
-
-
-def _number(path: Path, settings: Mapping[str, str], name: str) -> int:
-    text = settings.get(name, "")
-    if not text.isdecimal() or not 1 <= int(text) <= 65534:
-        raise InputError(
-            f"{path}: {name} = {text!r}: must be a whole number from 1 to 65534; where there is no such line, "
-            "`fedmom deploy init` adds it"
-        )
-    return int(text)
-
-
-def _read_env(path: Path) -> dict[str, str]:
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    pairs = (line.partition("=") for line in lines if line and not line.startswith("#"))
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _write_env(path: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """Write settings (no secrets), each in its old line; lines that a user added stay. Gives all settings."""
-    first = "# Settings of the Compose file beside; no secrets. `fedmom deploy init` keeps what you add."
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else [first]
-    missing = dict(settings)
-    for at, line in enumerate(lines):
-        key = line.partition("=")[0].strip()
-        if key in settings:
-            lines[at] = f"{key}={settings[key]}"
-            missing.pop(key, None)
-    write_text(path, "\n".join([*lines, *(f"{key}={value}" for key, value in missing.items())]) + "\n")
-    return _read_env(path)

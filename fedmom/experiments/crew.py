@@ -1,4 +1,4 @@
-"""Who runs the cells of a sweep: this process, processes beside it, or Ray actors; and how all of them are told to end.
+"""Who runs the cells of a sweep: this process, Ray actors, or processes.py; and how all of them are told to end.
 
 The process that was asked to end (Ctrl-C, SIGTERM) hears it alone, and nothing is handed out in advance: those who run
 a cell are told, leave its checkpoint and answer, and no other cell is begun. Asked once more, it ends them at once.
@@ -10,12 +10,8 @@ import signal
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -132,132 +128,28 @@ class Requests:
             os.write(2, f"fedmom: {ENDING}\n".encode())
 
 
-# --- processes here -------------------------------------------------------------------------------------------
+class Asked(Callback):
+    """Interrupts a run, as Ctrl-C would, once it was asked to end: by a file, or by a signal whose exception got lost.
 
-
-def side_by_side(work: Work, cells: Sequence[Cell], workers: int) -> Iterator[Ended]:
-    """In processes beside this one, each of which is given its next cell when it has answered for the last.
-
-    Raises KeyboardInterrupt at its end where it was asked to end before.
+    Python drops what is raised in a destructor, say.
     """
-    work = work._replace(threads=max(1, usable_cores() // workers))
-    waiting, busy = deque(cells), dict[Connection, tuple[BaseProcess, Cell]]()
-    told = False
-    with Requests() as requests:
-        try:
-            while waiting or busy:
-                if requests.asked and not told:
-                    told = True
-                    waiting.clear()
-                    for process, _ in busy.values():
-                        process.terminate()
-                while waiting and len(busy) < workers:
-                    connection, process = _hire(work)
-                    busy[connection] = process, waiting.popleft()
-                    with suppress(OSError):  # it is dead: so says its line
-                        connection.send(busy[connection][1])
-                ready = wait([*busy, *([] if told else [requests.line])])
-                for connection in [one for one in [*busy] if one in ready]:
-                    process, cell = busy.pop(connection)
-                    ended = _answer(connection, process, cell, told)
-                    if ended.status == "interrupted":  # a scheduler may have asked it and not us
-                        requests.asked = True
-                    elif waiting and _give(connection, waiting[0]):
-                        busy[connection] = process, waiting.popleft()
-                    if connection not in busy:
-                        connection.close()
-                    yield ended
-        finally:
-            for connection, (process, _) in busy.items():
-                # Some are at work where a reader went away, or at a second Ctrl-C.
-                process.kill() if told else process.terminate()
-                connection.close()
-    if requests.asked:
-        raise KeyboardInterrupt
 
+    wants_state = False
 
-def _hire(work: Work) -> tuple[Connection, BaseProcess]:
-    """A process, and the line to it. It never hears the terminal's Ctrl-C, not even while it starts."""
-    context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # the first process would start it, and it lets Ctrl-C in again
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, work, os.getpid()))
-    with _interrupts_blocked():
-        process.start()
-    theirs.close()  # so that its death ends the line
-    return ours, process
+    def __init__(self, was_asked: Callable[[], bool]) -> None:
+        self.was_asked, self.looked = was_asked, 0.0
 
+    def on_steps(self, client_steps: int) -> None:
+        self.look()
 
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Ctrl-C waits until the block's end; processes that are started in it have it blocked from their beginning."""
-    if not hasattr(signal, "pthread_sigmask"):  # pragma: no cover - Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def on_round(self, record: Record, state: ClientState) -> None:
+        self.look()
 
-
-def _give(connection: Connection, cell: Cell) -> bool:
-    """Whether the process that answered took another cell; one that died since then did not."""
-    try:
-        connection.send(cell)
-    except OSError:
-        return False
-    return True
-
-
-def _answer(connection: Connection, process: BaseProcess, cell: Cell, told: bool) -> Ended:
-    """What a process answered for its cell, or why it did not."""
-    try:
-        answer = connection.recv()
-        assert isinstance(answer, Ended)
-        return answer
-    except (EOFError, OSError):
-        process.join()
-    if told:
-        return Ended(cell, "interrupted", "interrupted before a round", 0.0)
-    code = process.exitcode or 0
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    return Ended(cell, "failed", f"its process {how}", 0.0)
-
-
-def _serve(connection: Connection, work: Work, parent: int) -> None:
-    """Run cells until the line ends. Asked to end, a cell under way leaves its checkpoint and is the last one."""
-    asked = at_work = False
-    check = Asked(lambda: asked)
-
-    def end(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if not at_work:
-            os._exit(0)
-        if not asked:  # a second signal must not strike while the checkpoint is written
-            asked = True
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-    with suppress(EOFError, OSError, KeyboardInterrupt):
-        while not asked:
-            cell = connection.recv()
-            at_work = True
-            ended = run_cell(work, cell, [check])
-            at_work = False
-            connection.send(ended)
-
-
-def _die_with(parent: int) -> None:
-    """A sweep that was killed leaves no runs behind, which would hold their folders against the next call."""
-    while os.getppid() == parent:
-        time.sleep(LOOK_SECONDS)
-    os._exit(1)
-
-
-# --- Ray actors -----------------------------------------------------------------------------------------------
+    def look(self) -> None:
+        if time.monotonic() - self.looked > LOOK_SECONDS:
+            self.looked = time.monotonic()
+            if self.was_asked():
+                raise KeyboardInterrupt
 
 
 def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Iterator[Ended]:
@@ -265,7 +157,9 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
 
     Raises KeyboardInterrupt at its end where it was asked to end before.
     """
-    from fedmom.actors.pool import Failure, Pool, PoolOptions
+    from fedmom.actors.actor import Failure
+    from fedmom.actors.cluster import PoolOptions
+    from fedmom.actors.pool import Pool
 
     here = os.getcwd()
     work = work._replace(threads=max(1, usable_cores() // workers))
@@ -297,27 +191,3 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
         stop.unlink(missing_ok=True)
     if requests.asked:
         raise KeyboardInterrupt
-
-
-class Asked(Callback):
-    """Interrupts a run, as Ctrl-C would, once it was asked to end: by a file, or by a signal whose exception got lost.
-
-    Python drops what is raised in a destructor, say.
-    """
-
-    wants_state = False
-
-    def __init__(self, was_asked: Callable[[], bool]) -> None:
-        self.was_asked, self.looked = was_asked, 0.0
-
-    def on_steps(self, client_steps: int) -> None:
-        self.look()
-
-    def on_round(self, record: Record, state: ClientState) -> None:
-        self.look()
-
-    def look(self) -> None:
-        if time.monotonic() - self.looked > LOOK_SECONDS:
-            self.looked = time.monotonic()
-            if self.was_asked():
-                raise KeyboardInterrupt

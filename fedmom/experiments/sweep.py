@@ -9,7 +9,8 @@ from fedmom.config.keys import Config
 from fedmom.config.load import load, parse_sets
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError, unknown
-from fedmom.experiments.crew import Cell, Ended, Work, on_ray, one_by_one, side_by_side
+from fedmom.experiments.crew import Cell, Ended, Work, on_ray, one_by_one
+from fedmom.experiments.processes import side_by_side
 from fedmom.experiments.run import check_place
 from fedmom.machine.files import write_text
 from fedmom.records.files import CONFIG, MANIFEST

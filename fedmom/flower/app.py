@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.actors.pool import PoolOptions
+from fedmom.actors.cluster import PoolOptions
 from fedmom.errors import InputError, unknown
 from fedmom.flower.client import load_component
 from fedmom.flower.grid import RUN_ID, Context, Message, RayGrid

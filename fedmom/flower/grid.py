@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from fedmom.actors.pool import Failure, Pool, PoolOptions
+from fedmom.actors.actor import Failure
+from fedmom.actors.cluster import PoolOptions
+from fedmom.actors.pool import Pool
 from fedmom.flower import messages as ray_messages
 from fedmom.flower.client import serve_client
 from fedmom.flower.messages import Answer, Pending, State, Work

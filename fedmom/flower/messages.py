@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from fedmom.actors.pool import Shared
+from fedmom.actors.work import Shared
 from fedmom.flower.npy import npy_header
 
 # flwr.app's classes, which may be absent

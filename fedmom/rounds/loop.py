@@ -185,7 +185,7 @@ def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: O
 def run_rounds(
     task: Task, plan: Plan, engine: Backend, done: Progressed, progress: Progress | None = None
 ) -> Iterator[tuple[Progressed, Record]]:
-    """Backend done.round + 1 … R, each as the state after it and its record (see docs/method.md).
+    """Rounds done.round + 1 … R, each as the state after it and its record (see docs/method.md).
 
     Raises InputError before the first one where the model cannot be evaluated, and
     DivergedError, with the round and the lr, when the loss, x or u is NaN or infinite.
@@ -203,13 +203,7 @@ def run_rounds(
         new = after_round(task, plan, done, job, outcome, 0.0)
         steps = int(job.num_steps.sum())
         train_seconds = clock() - begin
-        measured: Record = {}
-        if outcome.measured is not None:
-            measured = outcome.measured
-        elif job.evaluates:
-            measured = task.evaluate(new.state)
-            if new.rows is not None:
-                measured |= evaluate_rows(task, new.rows, chosen_clients(len(task.sizes), plan.eval_clients))
+        measured = _measured(task, plan, job, outcome, new)
         _check_finite(new.round, job, outcome, measured)
         new = new._replace(wall_seconds=done.wall_seconds + clock() - begin)
         record = {
@@ -259,6 +253,18 @@ def summarised(measured: list[dict[str, Any]]) -> Record:
 def evaluate_rows(task: Task, rows: ClientState, places: list[int]) -> Record:
     """Mean and worst loss and accuracy of the clients' own models, those at `places` of rows [N, ...]."""
     return summarised([task.evaluate(to_device(row_of(rows, place), task.device)) for place in places])
+
+
+def _measured(task: Task, plan: Plan, job: Round, outcome: Outcome, new: Progressed) -> Record:
+    """The evaluation of a round, by whoever ran it or here; empty where none is due."""
+    if outcome.measured is not None:
+        return outcome.measured
+    if not job.evaluates:
+        return {}
+    measured = task.evaluate(new.state)
+    if new.rows is not None:
+        measured |= evaluate_rows(task, new.rows, chosen_clients(len(task.sizes), plan.eval_clients))
+    return measured
 
 
 def _check_finite(round_number: int, job: Round, outcome: Outcome, measured: Record) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmom.actors.pool import Failure, Pool, PoolOptions
+from fedmom.actors.actor import Failure
+from fedmom.actors.cluster import PoolOptions
+from fedmom.actors.pool import Pool
 from fedmom.errors import InputError
 
 pytest.importorskip("ray")
@@ -245,7 +247,8 @@ def test_workers_that_die_at_start_again_and_again_are_an_error(pool):
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from fedmom.actors.pool import Pool, PoolOptions
+from fedmom.actors.cluster import PoolOptions
+from fedmom.actors.pool import Pool
 def make_worker():
     import time
     return time.sleep
@@ -292,7 +295,7 @@ sys.modules["ray"] = sys.modules["flwr"] = None
 import fedmom.actors.pool, fedmom.flower.grid
 from fedmom.errors import InputError
 try:
-    fedmom.actors.pool.Pool(lambda: None, fedmom.actors.pool.PoolOptions())
+    fedmom.actors.pool.Pool(lambda: None, fedmom.actors.cluster.PoolOptions())
 except InputError as error:
     print(error)
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import fedmom
-from fedmom.deploy.initialise import open_deployment
+from fedmom.deploy.deployment import open_deployment
 from fedmom.records.files import read_tensors
 
 ROOT = Path(__file__).parents[2]

@@ -15,10 +15,10 @@ from fedmom.config.load import flat, load, replace
 from fedmom.deploy.bundle import check_travels
 from fedmom.deploy.certificates import as_sent, make_node_key
 from fedmom.deploy.commands import Commands
-from fedmom.deploy.federation import refused
+from fedmom.deploy.deployment import open_deployment
+from fedmom.deploy.federation import Found, conflict, refused
 from fedmom.deploy.following import Following
-from fedmom.deploy.identity import Found, conflict
-from fedmom.deploy.initialise import initialise, open_deployment
+from fedmom.deploy.initialise import initialise
 from fedmom.errors import InputError
 from fedmom.runs.progress import Left
 from strategies.dispatch import _reason

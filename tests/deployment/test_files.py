@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from fedmom.cli import main
 from fedmom.deploy.certificates import days_left, hosts_of, read_certificate
 from fedmom.deploy.compose import client, client_gpu_override, federation, gpu_override, server
-from fedmom.deploy.initialise import initialise, open_deployment, write_flower_config
+from fedmom.deploy.deployment import open_deployment
+from fedmom.deploy.initialise import initialise, write_flower_config
 from fedmom.errors import InputError
 
 ROOT = Path(__file__).parents[2]

@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 
 from fedmom.cli import main
 from fedmom.config.keys import Config
+from fedmom.config.load import replace
 from fedmom.deploy import federation, remote_runs
 from fedmom.deploy import following as follow
 from fedmom.deploy.commands import CommandError, Commands
+from fedmom.deploy.deployment import open_deployment
 from fedmom.deploy.following import Following
-from fedmom.deploy.initialise import initialise, open_deployment
+from fedmom.deploy.initialise import initialise
 from fedmom.errors import InputError
 from fedmom.records.files import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about, write_tensors
 
@@ -122,7 +124,7 @@ def test_two_runs_that_are_started_at_once_keep_their_settings_apart(following, 
     following.commands.json = lambda command: files.append(Path(command[-1])) or {"run-id": len(files)}
     following.start(Config())
     before = files[0].read_text()
-    other.start(Config(run=follow.replace(Config(), "run", num_rounds=77).run))
+    other.start(Config(run=replace(Config(), "run", num_rounds=77).run))
     assert files[0].read_text() == before
     assert "num-rounds = 77" in files[1].read_text()
 
@@ -163,7 +165,7 @@ def test_a_deployment_that_was_taken_down_is_not_waited_for(following, monkeypat
 def test_a_second_ctrl_c_says_that_the_run_goes_on_and_how_it_is_followed(tmp_path, monkeypatch):
     """The first one stops the run, and whoever does not wait for that is told so."""
     initialise(tmp_path / "deployment", num_clients=3)
-    monkeypatch.setattr("fedmom.deploy.identity.check_ours", lambda commands: None)
+    monkeypatch.setattr("fedmom.deploy.federation.check_ours", lambda commands: None)
     monkeypatch.setattr(federation, "is_up", lambda commands: True)
     monkeypatch.setattr(remote_runs.RemoteRuns, "config", lambda self, name: None)
     monkeypatch.setattr(Following, "start", lambda self, config: setattr(self, "run_id", "77"))

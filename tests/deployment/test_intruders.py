@@ -12,7 +12,7 @@ import pytest
 from containers import CHANGES, IMAGE, Deployment, docker, wait_until
 from fedmom.deploy.certificates import as_sent, make_authority, make_node_key, make_secret
 from fedmom.deploy.commands import Commands, superlink
-from fedmom.deploy.initialise import open_deployment
+from fedmom.deploy.deployment import open_deployment
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1500), pytest.mark.xdist_group("containers")]
 WHERE_NOTHING_CHANGED = "test_nodes_that_do_not_belong"  # fingerprint.py

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedmom.actors.pool import PoolOptions
+from fedmom.actors.cluster import PoolOptions
 from fedmom.errors import InputError
 from fedmom.flower import grid as ray_grid
 from fedmom.flower.app import load_components, simulate_app
@@ -464,7 +464,7 @@ def test_a_killed_worker_of_an_idle_grid_is_replaced(grid, seen):
 @pytest.mark.slow
 def test_two_processes_may_each_have_their_own_ray():
     code = (
-        "import sys; from fedmom.flower.app import simulate_app; from fedmom.actors.pool import PoolOptions\n"
+        "import sys; from fedmom.flower.app import simulate_app; from fedmom.actors.cluster import PoolOptions\n"
         f"simulate_app({str(PLAIN)!r}, num_nodes=3, run_config={{}}, options=PoolOptions(num_workers=1))"
     )
     environment = {**os.environ, "PYTHONPATH": str(PLAIN.parents[2])}
