@@ -187,14 +187,17 @@ def _relay(grid: Grid, known: Fleet | None, config: Config, task: Task, plan: Pl
 
 
 def _choices(grid: Grid, fleet: Fleet, config: Config, timeout: float, facts: dict[str, Any]) -> dict[str, str | int]:
-    """One node decides for all, so that a resumed run takes the same; it also compares a path that was given."""
-    if config.engine.path == "loop":
+    """One node decides for all what was left open, so that a resumed run takes the same; it compares what was given."""
+    keys = config.engine
+    if keys.path == "loop":
         return {}
     largest = max(fleet.holders, key=lambda holder: len(holder.clients))
     for node_id, answer, done in ask(grid, [largest.node_id], {"engine": True, **facts}, timeout=timeout):
         if answer is None or "path" not in answer:
             raise InputError(f"node {node_id}: {done.failure or 'it did not say how its engine runs'}")
-        return {"engine.path": answer["path"], "engine.chunk-size": answer["chunk-size"]}
+        # A run that goes on keeps what it has; the node may have found another way the faster one this time.
+        kept = answer["path"] if keys.path == "auto" else keys.path
+        return {"engine.path": kept, "engine.chunk-size": keys.chunk_size or answer["chunk-size"]}
     return {}
 
 

@@ -194,7 +194,7 @@ def below(pid):
 
 
 def assert_gone(pids):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while alive := [pid for pid in pids if _runs(str(pid))]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.2)
@@ -213,7 +213,7 @@ def test_a_signal_to_all_leaves_a_checkpoint_and_no_processes(tmp_path, way, num
     """As Ctrl-C on a terminal sends it; SIGTERM too, for which Ray has a handler of its own: `docker stop` sends it."""
     process, folder, processes = begun(tmp_path, WAYS[way])
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=900)
     assert process.returncode == 130, err
     assert err.startswith("fedmom: interrupted after round")
     assert len(err.splitlines()) == 2
@@ -226,7 +226,7 @@ def test_a_signal_to_all_leaves_a_checkpoint_and_no_processes(tmp_path, way, num
 def test_a_run_whose_ray_was_killed_ends_with_a_line_and_goes_on(tmp_path, way, part):
     process, folder, processes = begun(tmp_path, WAYS[way])
     os.kill(next(pid for pid, name in processes.items() if name == part), signal.SIGKILL)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=1500)
     assert process.returncode == 4, err
     first, second = err.splitlines()
     assert "raylet" in first or "head" in first

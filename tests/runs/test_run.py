@@ -154,7 +154,7 @@ def test_quickstart_config_reaches_what_it_says(tmp_path):
         "--out",
         str(tmp_path / "q"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "q")
     assert read_rounds(tmp_path / "q")[-1]["test_accuracy"] > 0.95
