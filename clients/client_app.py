@@ -75,7 +75,8 @@ def train(message: Message, context: Context) -> Message:
     }
     about = ConfigRecord({"clients": sorted(clients), "client-steps": trained.client_steps})
     about["train-loss"] = outcome.losses.tolist()
-    about["path"] = torch.cat([point.reshape(-1) for point in outcome.path]).tolist() if outcome.path else []
+    points = [point.reshape(-1) for point in outcome.trajectory]
+    about["path"] = torch.cat(points).tolist() if points else []
     mean = flatten(outcome.mean)
     # In the order of what came: some of Flower's strategies pair arrays by their places.
     content = {

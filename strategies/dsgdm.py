@@ -24,7 +24,7 @@ from fedmom.method.algorithms import Method
 from fedmom.method.mixing import Blocks
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
 from fedmom.method.topology import Mixing, Topology
-from fedmom.rounds.round import Backend, Outcome, Progress, Round
+from fedmom.rounds.round import Backend, Job, Outcome, Progress
 from fedmom.tasks.classification import Task
 
 from .failures import Clients
@@ -229,7 +229,7 @@ class RelayRounds(Backend):
         self.strategy, self.grid, self.task, self.asked, self.timeout = strategy, grid, task, asked, timeout
         strategy.bundled = not shares_memory(grid)
 
-    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of all clients on the nodes, then the exchange here. ClientsFailedError by the policy."""
         assert job.rows is not None
         rows = ClientState(*({name: value.cpu() for name, value in tree.items()} for tree in job.rows))

@@ -20,7 +20,7 @@ from fedmom.machine.cores import usable_cores
 from fedmom.machine.memory import free_bytes
 from fedmom.machine.precision import allow_tf32
 from fedmom.method.algorithms import ALGORITHMS, Correction, Method, takes_key
-from fedmom.method.graphs import Options
+from fedmom.method.graphs import GraphOptions
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import Tree
 from fedmom.method.topology import Topology, make_topology
@@ -235,7 +235,7 @@ def topology_of(config: Config) -> Topology | None:
     algorithm = config.algorithm
     if not ALGORITHMS[algorithm.name].decentralized:
         return None
-    options = Options(algorithm.topology_degree, algorithm.topology_p, config.run.seed)
+    options = GraphOptions(algorithm.topology_degree, algorithm.topology_p, config.run.seed)
     return make_topology(algorithm.topology, config.data.num_clients, weights=algorithm.mixing_weights, options=options)
 
 

@@ -17,7 +17,7 @@ from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
 from fedmom.method.state import ClientState, num_bytes
-from fedmom.rounds.round import Round
+from fedmom.rounds.round import Job
 from fedmom.tasks.classification import Classification, Task
 from fedmom.user_code import one_line
 
@@ -47,7 +47,7 @@ def choose(
     task: Task,
     method: Method,
     start: ClientState,
-    job: Round,
+    job: Job,
     *,
     path: str,
     chunk_size: int,
@@ -97,7 +97,7 @@ def _chunk_sizes(task: Task, start: ClientState, path: str, cohort: int) -> list
     return sorted({min(4**k, limit) for k in range(smallest, 8)})
 
 
-def _look(task: Task, method: Method, start: ClientState, job: Round, own_rows: bool) -> Yardstick | None:
+def _look(task: Task, method: Method, start: ClientState, job: Job, own_rows: bool) -> Yardstick | None:
     """What the ways of running this task are held to; None for a task that has no model.
 
     Raises InputError where a step of one client fails, cannot be repeated, or is not plain torch's.
@@ -123,7 +123,7 @@ def _look(task: Task, method: Method, start: ClientState, job: Round, own_rows: 
 
 
 def _rivals(
-    task: Task, method: Method, start: ClientState, job: Round, rates: Rates, yardstick: Yardstick | None
+    task: Task, method: Method, start: ClientState, job: Job, rates: Rates, yardstick: Yardstick | None
 ) -> list[Way]:
     """Ways that may beat the best stack: factors, which like larger chunks, and vmap's grouped convolutions."""
     sizes = dict.fromkeys([rates.best[1], max(size for _, size in rates.found)])
@@ -140,7 +140,7 @@ def _rivals(
 
 
 def _way_to_stack(
-    task: Task, method: Method, start: ClientState, job: Round, path: str, yardstick: Yardstick | None
+    task: Task, method: Method, start: ClientState, job: Job, path: str, yardstick: Yardstick | None
 ) -> tuple[str, str]:
     """(path, note): the one that was asked for, or for "auto" the fastest that this model can take.
 
@@ -163,13 +163,13 @@ def _way_to_stack(
     return "vmap", f"clients are stacked by torch.vmap, for {why}" if isinstance(task, Classification) else ""
 
 
-def _may_factor(task: Task, method: Method, start: ClientState, job: Round) -> bool:
+def _may_factor(task: Task, method: Method, start: ClientState, job: Job) -> bool:
     """Whether dense layers in factors would be used: clients share a start, and the layers are wide enough."""
     shared = not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
     return shared and bool(Stack(task, method, factors=True).in_factors(start, job))
 
 
-def _cannot_fold(task: Task, method: Method, job: Round, path: str, yardstick: Yardstick | None) -> str:
+def _cannot_fold(task: Task, method: Method, job: Job, path: str, yardstick: Yardstick | None) -> str:
     """ "" or why the folded model cannot be used: it cannot be had, or it does not come to what plain torch does."""
     try:
         stack = Stack(task, method)
@@ -199,7 +199,7 @@ def _sizes(cohort: int) -> set[int]:
 
 
 def _try_path(
-    task: Task, method: Method, start: ClientState, job: Round, path: str, *, num_rows: int = 1, fatal: bool = True
+    task: Task, method: Method, start: ClientState, job: Job, path: str, *, num_rows: int = 1, fatal: bool = True
 ) -> str:
     """One step, of one client or more, thrown away: it loads code and kernels, and shows if the model can take it.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fedmom.engine.stacked.cuda_graphs import Replays
-from fedmom.engine.stacked.means import Distances, Went, distances
+from fedmom.engine.stacked.means import Distances, RoundSums, distances
 from fedmom.engine.stacked.steps import Stack
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, local_step, takes_key
 from fedmom.method.averaging import WeightedMean
@@ -28,7 +28,7 @@ from fedmom.method.state import (
     where,
 )
 from fedmom.randomness import random_bits
-from fedmom.rounds.round import Backend, Outcome, Progress, Round, part_of
+from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
 from fedmom.tasks.classification import Task
 
 
@@ -81,7 +81,7 @@ class Engine(Backend):
         # The loop keeps one client resident: a larger chunk would only hold finished rows for longer.
         self.chunk_size = 1 if path == "loop" else chunk_size
 
-    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
         if self.stack is not None:
             return self._run_stacked(self.stack, start, job, progress)
@@ -107,15 +107,15 @@ class Engine(Backend):
             train_loss=float(job.weights @ every) / total,
             consensus_distance=mean.spread("params"),
             momentum_spread=mean.spread("momentum"),
-            path=[point / total for point in path],
+            trajectory=[point / total for point in path],
             momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
             losses=every,
         )
 
-    def _run_stacked(self, stack: Stack, start: ClientState, job: Round, progress: Progress | None) -> Outcome:
+    def _run_stacked(self, stack: Stack, start: ClientState, job: Job, progress: Progress | None) -> Outcome:
         policy = MOMENTUM_POLICIES[self.method.momentum_policy]
         begin = start if policy.keeps_rows else start._replace(momentum=policy.start(start.momentum, None))
-        went, losses, own = Went(start, self.method.running_var), list[Tensor](), list[Tree]()
+        went, losses, own = RoundSums(start, self.method.running_var), list[Tensor](), list[Tree]()
         chunks = torch.arange(len(job.clients)).split(self.chunk_size)
         weights = [float(part.sum()) for part in job.weights.cpu().split(self.chunk_size)]
         for found, weight in zip(self._distances(stack, begin, job, chunks, own, progress), weights, strict=True):
@@ -127,7 +127,7 @@ class Engine(Backend):
             train_loss=float(job.weights @ every) / float(job.weights.sum()),
             consensus_distance=went.spread("params"),
             momentum_spread=went.spread("momentum"),
-            path=[],
+            trajectory=[],
             momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
             losses=every,
         )
@@ -136,7 +136,7 @@ class Engine(Backend):
         self,
         stack: Stack,
         begin: ClientState,
-        job: Round,
+        job: Job,
         chunks: Sequence[Tensor],
         own: list[Tree],
         progress: Progress | None,
@@ -157,7 +157,7 @@ class Engine(Backend):
             yield distances(begin, ended)
 
     def run_rows(
-        self, rows: ClientState, job: Round, progress: Progress | None = None
+        self, rows: ClientState, job: Job, progress: Progress | None = None
     ) -> tuple[ClientState, Tensor, list[Tensor]]:
         """I local steps of every client from its own row, without an exchange.
 
@@ -180,7 +180,7 @@ class Engine(Backend):
         return like(concatenated(parts), rows), torch.cat(losses), path
 
     def _run_chunk(
-        self, state: ClientState, job: Round, progress: Progress | None
+        self, state: ClientState, job: Job, progress: Progress | None
     ) -> tuple[ClientState, Tensor, list[Tensor]]:
         """All local steps of K stacked clients -> state, mean loss [K], Σ w x after each step."""
         most, least = int(job.num_steps.max()), int(job.num_steps.min())

@@ -13,7 +13,7 @@ from fedmom.engine.stacked.timings import now
 from fedmom.errors import InputError
 from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState
-from fedmom.rounds.round import Round, part_of
+from fedmom.rounds.round import Job, part_of
 from fedmom.tasks.classification import Task
 from fedmom.user_code import one_line
 
@@ -83,7 +83,7 @@ def rate(
     task: Task,
     method: Method,
     start: ClientState,
-    job: Round,
+    job: Job,
     path: str,
     num_rows: int,
     *,
@@ -111,7 +111,7 @@ def rate(
     return num_rows * steps / _seconds_of(engine, start, job, num_rows, steps)
 
 
-def seconds(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int) -> float:
+def seconds(task: Task, method: Method, start: ClientState, job: Job, path: str, num_rows: int) -> float:
     """Time of a step of the first `num_rows` clients of `job`, with all that is done for the first time."""
     return _seconds_of(_engine(task, method, path, num_rows), start, job, num_rows, 1)
 
@@ -120,7 +120,7 @@ def _engine(task: Task, method: Method, path: str, num_rows: int) -> Engine:
     return Engine(task, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
 
 
-def _seconds_of(engine: Engine, start: ClientState, job: Round, num_rows: int, steps: int) -> float:
+def _seconds_of(engine: Engine, start: ClientState, job: Job, num_rows: int, steps: int) -> float:
     """Time of a round of `steps` local steps of the first `num_rows` clients of `job`."""
     part = part_of(job._replace(momentum=None), torch.arange(num_rows))
     short = part._replace(num_steps=torch.full_like(part.num_steps, steps), lrs=job.lrs[:steps])

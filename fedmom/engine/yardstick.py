@@ -25,7 +25,7 @@ from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, takes_key
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, row_of
 from fedmom.randomness import random_bits, uniform
-from fedmom.rounds.round import Round
+from fedmom.rounds.round import Job
 from fedmom.tasks.classification import Batch, Classification
 from fedmom.tasks.places import copied
 
@@ -50,7 +50,7 @@ class _Went(NamedTuple):
 class Yardstick:
     """A few clients' two steps in plain torch, and how far each way of running them is from that."""
 
-    def __init__(self, task: Classification, method: Method, job: Round, *, own_rows: bool) -> None:
+    def __init__(self, task: Classification, method: Method, job: Job, *, own_rows: bool) -> None:
         """own_rows: clients start from x and u of their own (Algorithm 2). Raises what the model raises."""
         self.method, self.own_rows, self.dtype = method, own_rows, task.dtype
         self.lrs: tuple[float, ...] = _LRS
@@ -66,7 +66,7 @@ class Yardstick:
             except Exception:  # a model of its own dtype (x.float(), torch.zeros(…)) trains in the run's alone
                 self._measure(task.in_dtype(task.dtype), job, count)
 
-    def _measure(self, task: Classification, job: Round, count: int) -> None:
+    def _measure(self, task: Classification, job: Job, count: int) -> None:
         """What plain torch comes to, in as much time as there is, from a start at which it is finite."""
         self.task, self.note, self.tolerance = task, "", _EXACT
         self.model = copied(task.model)  # as it was before any step
@@ -133,13 +133,13 @@ class Yardstick:
 
     # --- the few clients -------------------------------------------------------------------------------------
 
-    def _try(self, job: Round) -> None:
+    def _try(self, job: Job) -> None:
         """One client's two steps."""
         self.job = self._short(job, 1)
         self.start, self.rows = self._begin(1, 0.0)
         self._plain(0.0)
 
-    def _short(self, job: Round, count: int) -> Round:
+    def _short(self, job: Job, count: int) -> Job:
         uneven = not bool((job.num_steps == job.num_steps[0]).all())
         steps = torch.full((count,), len(self.lrs), dtype=torch.int64, device=job.clients.device)
         if uneven:

@@ -9,7 +9,7 @@ from fedmom.config.keys import Config
 from fedmom.config.load import load, parse_sets
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError, unknown
-from fedmom.experiments.crew import Cell, Ended, Work, on_ray, one_by_one
+from fedmom.experiments.crew import Cell, CellEnded, Work, on_ray, one_by_one
 from fedmom.experiments.processes import side_by_side
 from fedmom.experiments.run import check_place
 from fedmom.machine.files import write_text
@@ -83,7 +83,7 @@ def sweep(
     workers: int = 1,
     ray: str = "",
     track: Sequence[str] = (),
-) -> Iterator[Ended]:
+) -> Iterator[CellEnded]:
     """Run what has not ended yet, `workers` at a time, and give every cell as it ends (those of earlier calls first).
 
     ray: "" for processes here, "local" for actors of a Ray that is started here, or the address of a Ray cluster, whose
@@ -101,7 +101,7 @@ def sweep(
     for cell in cells:
         before = known.get(cell.name, {})
         if before.get("status") in ENDED and not _lacks_rounds(config, cell, out, sets, before["status"]):
-            yield Ended(cell, before["status"], before.get("message", ""), 0.0)
+            yield CellEnded(cell, before["status"], before.get("message", ""), 0.0)
         else:
             waiting.append(cell)
     planned = {cell.name: {"status": WAITING, "message": "", "sets": cell.sets} for cell in waiting}

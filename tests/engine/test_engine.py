@@ -15,7 +15,7 @@ MODELS = ["logistic", "mlp", "cnn", "resnet20"]
 
 
 def assert_same(a, b, tolerance=1e-12):
-    """Two Progressed states with equal tensors."""
+    """Two states with equal tensors."""
     for part_a, part_b in zip(a.state, b.state, strict=True):
         assert part_a.keys() == part_b.keys()
         for name, value in part_a.items():
