@@ -14,7 +14,7 @@ from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
 from fedmom.tasks.classification import Task
 
-from .failures import Clients
+from .fleet import Fleet
 from .flower_strategies import CohortGrid
 from .prsgdm import PRSGDM, SPREADS, Answer
 from .replies import Update, accept, pack, shares_memory, unpack
@@ -52,13 +52,13 @@ class StockRounds(Backend):
     def __init__(
         self,
         strategy: Strategy,
-        clients: Clients,
+        fleet: Fleet,
         grid: Grid,
         task: Task,
         asked: dict[str, Any],
         timeout: float,
     ) -> None:
-        self.strategy, self.clients, self.grid, self.task = strategy, clients, grid, task
+        self.strategy, self.fleet, self.grid, self.task = strategy, fleet, grid, task
         self.asked, self.timeout = asked, timeout
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
@@ -66,13 +66,13 @@ class StockRounds(Backend):
         number, tensors = job.round_index + 1, flatten(start)
         arrays = pack(tensors, bundled=not shares_memory(self.grid))
         chosen = set(job.clients.tolist())
-        nodes = [holder.node_id for holder in self.clients.holders if chosen.intersection(holder.clients)]
+        nodes = [holder.node_id for holder in self.fleet.holders if chosen.intersection(holder.clients)]
         messages = list(
             self.strategy.configure_train(number, arrays, ConfigRecord(self.asked), CohortGrid(self.grid, nodes))
         )
         messages.sort(key=lambda message: nodes.index(message.metadata.dst_node_id))
         updates, mean = list[Update](), WeightedMean("mean")
-        for update in self.clients.exchange(
+        for update in self.fleet.exchange(
             self.grid,
             number,
             messages,
@@ -83,7 +83,7 @@ class StockRounds(Backend):
             _tell(progress, update)
             mean.add_one(update.state, update.weight)
             updates.append(update)
-        self.clients.enough(number, sum(len(update.about["clients"]) for update in updates))
+        self.fleet.enough(number, sum(len(update.about["clients"]) for update in updates))
         result, _ = self.strategy.aggregate_train(number, [update.reply for update in updates])
         if result is None:
             raise ClientsFailedError(f"round {number}: {type(self.strategy).__name__} gave no model")

@@ -27,7 +27,7 @@ from fedmom.method.topology import Mixing, Topology
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
 from fedmom.tasks.classification import Task
 
-from .failures import Clients
+from .fleet import Fleet
 from .replies import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack
 
 
@@ -45,7 +45,7 @@ class DSGDM(Strategy):
 
     topology: W_t, from `fedmom.make_topology`; method: β and the momentum policy (`Method`).
     lr: γ, needed by policy "quasi-global" alone, where the replies' metric `lr` does not tell it.
-    on_failure, min_clients, retries: see `strategies.failures.Clients`. Under "proceed" a client that does not answer
+    on_failure, min_clients, retries: see `strategies.fleet.Fleet`. Under "proceed" a client that does not answer
     keeps its row, and the weights of its links go to both diagonals; that needs a symmetric W.
 
     Raises InputError for "proceed" with a directed W.
@@ -69,7 +69,7 @@ class DSGDM(Strategy):
                 "would change W's sums; use stop or retry"
             )
         self.topology, self.method, self.lr = topology, method, lr
-        self.clients = Clients(topology.num_clients, on_failure, min_clients, retries, window, wait_seconds)
+        self.fleet = Fleet(topology.num_clients, on_failure, min_clients, retries, window, wait_seconds)
         self.blocks = Blocks()
         self.rows: ClientState | None = None  # [N, ...]
         self.bundled = False  # whether rows travel as one array per dtype, which fedmom's clients understand
@@ -77,7 +77,7 @@ class DSGDM(Strategy):
 
     def summary(self) -> None:
         log(INFO, "\t├──> %d clients on %s, relayed by this server", self.topology.num_clients, self.topology.name)
-        log(INFO, "\t└──> on failure: %s", self.clients.on_failure)
+        log(INFO, "\t└──> on failure: %s", self.fleet.on_failure)
 
     # What Flower asks of a strategy
 
@@ -92,9 +92,9 @@ class DSGDM(Strategy):
         return list(self._messages(server_round, self.rows, config, grid))
 
     def _messages(self, server_round: int, rows: ClientState, config: ConfigRecord, grid: Grid) -> Iterator[Message]:
-        if not self.clients.holders:
-            self.clients.learn(grid)
-        for holder in self.clients.holders:
+        if not self.fleet.holders:
+            self.fleet.learn(grid)
+        for holder in self.fleet.holders:
             own = rows_of(rows, torch.tensor(holder.clients))
             asked = {**config, "server-round": server_round, "clients": list(holder.clients), "rows": True}
             arrays = pack(flatten(own), bundled=self.bundled)
@@ -106,8 +106,8 @@ class DSGDM(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Mixes the replies into `self.rows`, and gives their mean; failures as `on_failure` says."""
         assert self.rows is not None
-        rows, asked = self.rows, {holder.node_id: holder.clients for holder in self.clients.holders}
-        updates = self.clients.answered(server_round, asked, replies, partial(self._accept, rows))
+        rows, asked = self.rows, {holder.node_id: holder.clients for holder in self.fleet.holders}
+        updates = self.fleet.answered(server_round, asked, replies, partial(self._accept, rows))
         mixed = self._mix(server_round, rows, updates, None)
         self.rows = mixed.rows
         losses = [about["loss"] for about in mixed.updates.values()]
@@ -170,8 +170,8 @@ class DSGDM(Strategy):
         """Send every client its row, take it back after the local steps, and mix."""
         self._updates = {}
         messages = self._messages(server_round, rows, config, grid)
-        block = max(1, -(-self.topology.num_clients // max(1, len(self.clients.holders))))
-        updates = self.clients.exchange(
+        block = max(1, -(-self.topology.num_clients // max(1, len(self.fleet.holders))))
+        updates = self.fleet.exchange(
             grid,
             server_round,
             messages,
@@ -201,7 +201,7 @@ class DSGDM(Strategy):
             lr = update.metrics.get("lr", lr)
             if progress:
                 progress(int(update.about.get("client-steps", 0)))
-        self.clients.enough(server_round, len(told))
+        self.fleet.enough(server_round, len(told))
         answered = torch.zeros(self.topology.num_clients, dtype=torch.bool)
         answered[list(told)] = True
         mixing = self.topology.at(server_round - 1)

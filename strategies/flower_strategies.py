@@ -24,7 +24,7 @@ from fedmom.config.strategies import STRATEGIES
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState
 
-from .holders import Holder
+from .fleet import Holder
 
 
 def _dp(keys: ServerConfig, cohort: int, options: dict[str, Any]) -> Strategy:

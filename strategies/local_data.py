@@ -12,7 +12,7 @@ from fedmom.errors import ClientsFailedError
 from fedmom.method.state import ClientState, flatten
 from fedmom.tasks.classification import Classification
 
-from .failures import Clients
+from .fleet import Fleet
 from .replies import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory
 
 
@@ -20,19 +20,19 @@ class LocalClassification(Classification):
     """The clients' objectives as the server sees them: sizes, and a test set of its own or the clients'."""
 
     facts: dict[str, Any] = {}  # what every message to a client must say  # noqa: RUF012
-    asks: "tuple[Grid, Clients, Common, float] | None" = None  # whom to ask for an evaluation, where it must
+    asks: "tuple[Grid, Fleet, Common, float] | None" = None  # whom to ask for an evaluation, where it must
 
     def evaluate(self, state: ClientState) -> dict[str, float]:
         """{"test_loss", "test_accuracy"}: on the server's test examples, else on all clients' together."""
         if self.asks is None:
             return super().evaluate(state)
-        grid, clients, common, timeout = self.asks
+        grid, fleet, common, timeout = self.asks
         arrays = pack(flatten(state), bundled=not shares_memory(grid))
-        nodes = [holder.node_id for holder in clients.holders if common.test_sizes[holder.clients[0]]]
+        nodes = [holder.node_id for holder in fleet.holders if common.test_sizes[holder.clients[0]]]
         content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(dict(self.facts))})
         messages = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node) for node in nodes]
         try:
-            means = mean_metrics(clients.exchange(grid, 0, messages, arrays, timeout=timeout, accept=accept_metrics))
+            means = mean_metrics(fleet.exchange(grid, 0, messages, arrays, timeout=timeout, accept=accept_metrics))
         except ClientsFailedError as error:
             raise ClientsFailedError(str(error).replace("round 0: ", "the evaluation: ", 1)) from None
         if means is None:
@@ -40,14 +40,14 @@ class LocalClassification(Classification):
         return {name: means[name] for name in self.measures}
 
 
-def local_task(grid: Grid, clients: Clients, config: Config) -> LocalClassification:
-    """Ask every node for its facts (`clients` then knows its holders), and make the server's side of the task.
+def local_task(grid: Grid, fleet: Fleet, config: Config) -> LocalClassification:
+    """Ask every node for its facts (`fleet` then knows its holders), and make the server's side of the task.
 
     Raises InputError where clients' examples do not fit together.
     """
-    clients.learn(grid, {"facts": True})
+    fleet.learn(grid, {"facts": True})
     facts = []
-    for holder in clients.holders:
+    for holder in fleet.holders:
         fields = {name: holder.about[name.replace("_", "-")] for name in Facts._fields}
         facts.append(Facts(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
     server = read_server(config.data.data_dir, config.data.classes)
@@ -56,5 +56,5 @@ def local_task(grid: Grid, clients: Clients, config: Config) -> LocalClassificat
     assert isinstance(task, LocalClassification)
     task.facts = as_record(common)
     if server is None:
-        task.asks = (grid, clients, common, config.server.timeout_seconds)
+        task.asks = (grid, fleet, common, config.server.timeout_seconds)
     return task

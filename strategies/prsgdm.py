@@ -22,7 +22,7 @@ from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, unflatten, zeros_like
 from fedmom.rounds.loop import cohort
 
-from .failures import Clients
+from .fleet import Fleet
 from .replies import (
     ARRAYS,
     CONFIG,
@@ -64,7 +64,7 @@ class PRSGDM(Strategy):
     num_clients: N. The clients are found by one query round (node ids are random).
     cohort_size: clients drawn per round, by (seed, round) alone; 0: all.
     running_var: "pooled" or "mean", how BatchNorm variances are averaged.
-    on_failure, min_clients, retries: see `strategies.failures.Clients`.
+    on_failure, min_clients, retries: see `strategies.fleet.Fleet`.
     window: messages between the oldest unanswered one and the newest sent; 0: so many as fit into 48 MB per worker.
     momentum_policy: the clients' (algorithm.momentum-policy); under "local" the server keeps every client's u.
     slow_momentum, slow_lr: α and η of SlowMo, a server step on top; γ is the clients' metric `lr`, else `lr`.
@@ -98,7 +98,7 @@ class PRSGDM(Strategy):
                 f"num_clients = {num_clients}, cohort_size = {cohort_size}, min_clients = {min_clients}: "
                 "min_clients must be at least 1 and at most the cohort's size, and that at most num_clients"
             )
-        self.clients = Clients(num_clients, on_failure, min_clients, retries, window, wait_seconds)
+        self.fleet = Fleet(num_clients, on_failure, min_clients, retries, window, wait_seconds)
         self.cohort = partial(cohort, num_clients, size, seed)
         self.running_var, self.weighted_by_key = running_var, weighted_by_key
         self.slow_momentum, self.slow_lr, self.lr = slow_momentum, slow_lr, lr
@@ -112,8 +112,8 @@ class PRSGDM(Strategy):
         self._judging: dict[int, list[int]] | None = None  # {node: clients} of this round's evaluation
 
     def summary(self) -> None:
-        log(INFO, "\t├──> %d clients in all", self.clients.num_clients)
-        log(INFO, "\t└──> on failure: %s", self.clients.on_failure)
+        log(INFO, "\t├──> %d clients in all", self.fleet.num_clients)
+        log(INFO, "\t└──> on failure: %s", self.fleet.on_failure)
 
     # What Flower asks of a strategy
 
@@ -127,14 +127,14 @@ class PRSGDM(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """The same, each made as it goes out."""
-        if not self.clients.holders:
-            self.clients.learn(grid)
+        if not self.fleet.holders:
+            self.fleet.learn(grid)
         self._expected, self._asked, bundled = unpack(arrays), {}, is_bundled(arrays)
         if self.keeps_rows and not self.rows:
             zeros = zeros_like(unflatten(self._expected).momentum)
-            self.rows = dict.fromkeys(range(self.clients.num_clients), zeros)
+            self.rows = dict.fromkeys(range(self.fleet.num_clients), zeros)
         chosen = set(self.cohort(server_round - 1).tolist())
-        for holder in self.clients.holders:
+        for holder in self.fleet.holders:
             clients = [client for client in holder.clients if client in chosen]
             if not clients:
                 continue
@@ -150,7 +150,7 @@ class PRSGDM(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Weighted means of the replies, in the order in which they come; failures as `on_failure` says."""
-        updates = self.clients.answered(server_round, self._asked, replies, self._accept)
+        updates = self.fleet.answered(server_round, self._asked, replies, self._accept)
         trained = self._average(server_round, updates)
         return pack(flatten(trained.state)), MetricRecord(trained.metrics)
 
@@ -160,17 +160,17 @@ class PRSGDM(Strategy):
         """One message to every node, if clients are to evaluate at all."""
         if not self.evaluate_clients:
             return []
-        if not self.clients.holders:
-            self.clients.learn(grid)
+        if not self.fleet.holders:
+            self.fleet.learn(grid)
         content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({**config, "server-round": server_round})})
-        self._judging = {holder.node_id: list(holder.clients) for holder in self.clients.holders}
+        self._judging = {holder.node_id: list(holder.clients) for holder in self.fleet.holders}
         return [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node_id) for node_id in self._judging]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means of the replies' metrics by their weights; None where nobody was asked."""
         asked, self._judging = self._judging, None
         accept_one = partial(accept_metrics, weighted_by_key=self.weighted_by_key)
-        means = mean_metrics(self.clients.answered(server_round, asked, replies, accept_one))
+        means = mean_metrics(self.fleet.answered(server_round, asked, replies, accept_one))
         return None if means is None else MetricRecord(dict(means))
 
     def start(
@@ -206,7 +206,7 @@ class PRSGDM(Strategy):
             result.train_metrics_clientapp[number] = metrics
             log(INFO, "[ROUND %s/%s] %s", number, num_rounds, dict(metrics))
             messages = self.configure_evaluate(number, arrays, evaluate_config, grid)
-            replies = self.clients.exchange(grid, number, messages, arrays, timeout=timeout)
+            replies = self.fleet.exchange(grid, number, messages, arrays, timeout=timeout)
             self._judging = None  # the exchange above has met the failures
             if (judged := self.aggregate_evaluate(number, replies)) is not None:
                 result.evaluate_metrics_clientapp[number] = judged
@@ -230,7 +230,7 @@ class PRSGDM(Strategy):
     ) -> Trained:
         """Send the cohort its start, and average what comes back; failures as `on_failure` says."""
         messages = self._train_messages(server_round, arrays, config, grid)
-        updates = self.clients.exchange(grid, server_round, messages, arrays, timeout=timeout, accept=self._accept)
+        updates = self.fleet.exchange(grid, server_round, messages, arrays, timeout=timeout, accept=self._accept)
         return self._average(server_round, updates, on_update)
 
     def _accept(self, clients: Sequence[int], reply: Message) -> Update:
@@ -258,7 +258,7 @@ class PRSGDM(Strategy):
             num_clients += len(update.about.get("clients", [0]))
             on_update(update)
             del update
-        self.clients.enough(server_round, num_clients)
+        self.fleet.enough(server_round, num_clients)
         metrics = {name: value / mean.weight for name, value in sums.items()}
         for name, part in SPREADS.items():  # a block's clients about its mean, and the means about theirs
             metrics[name] = metrics.get(name, 0.0) + mean.spread(part)

@@ -34,9 +34,8 @@ from fedmom.tasks.classification import Task
 
 from .backends import AveragingRounds, StockRounds
 from .dsgdm import DSGDM, RelayRounds
-from .failures import Clients
+from .fleet import Fleet, ask
 from .flower_strategies import make_stock
-from .holders import ask
 from .local_data import LocalClassification, local_task
 from .prsgdm import PRSGDM
 
@@ -67,7 +66,7 @@ def main(grid: Grid, context: Context) -> None:
         (at_home(where.resume or out) / ENDED).unlink(missing_ok=True)
     known, make_task = None, None
     if config.data.dataset == "local":
-        known = _clients(config)
+        known = _fleet(config)
         make_task = partial(local_task, grid, known)
     # Flower's own line for every round would tear the progress bar; its warnings stay.
     with (
@@ -102,15 +101,15 @@ def flower_logs(level: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _clients(config: Config) -> Clients:
+def _fleet(config: Config) -> Fleet:
     """All clients, before anything is known of a run but its configuration."""
     keys = config.server
-    return Clients(
+    return Fleet(
         config.data.num_clients, keys.on_failure, keys.min_clients, keys.retries, keys.window, keys.wait_seconds
     )
 
 
-def make_backend(grid: Grid, known: Clients | None, config: Config, task: Task, plan: Plan) -> Backend:
+def make_backend(grid: Grid, known: Fleet | None, config: Config, task: Task, plan: Plan) -> Backend:
     """The rounds on this Grid, with what a node chose where the engine's path was left open.
 
     `known`: who holds which client, where the nodes have been asked before.
@@ -133,35 +132,35 @@ def make_backend(grid: Grid, known: Clients | None, config: Config, task: Task, 
         window=keys.window,
         wait_seconds=keys.wait_seconds,
     )
-    clients = strategy.clients
-    facts = _learn(grid, clients, known, task)
-    choices = _choices(grid, clients, config, keys.timeout_seconds, facts)
+    fleet = strategy.fleet
+    facts = _learn(grid, fleet, known, task)
+    choices = _choices(grid, fleet, config, keys.timeout_seconds, facts)
     asked = _asked(config, choices, facts)
-    blocks = max(len(holder.clients) for holder in clients.holders)
-    notes = [f"{counted(len(clients.holders), 'Flower node')}, at most {counted(blocks, 'client')} each"]
+    blocks = max(len(holder.clients) for holder in fleet.holders)
+    notes = [f"{counted(len(fleet.holders), 'Flower node')}, at most {counted(blocks, 'client')} each"]
     backend: AveragingRounds | StockRounds
     if keys.strategy == OURS:
         backend = AveragingRounds(strategy, grid, task, asked, keys.timeout_seconds)
         backend.settled, backend.notes = choices, notes
         return backend
     with flower_logs(logging.ERROR):  # FedAvg warns that clients do not evaluate: the server does
-        stock = make_stock(config, task.start(), clients.holders)
+        stock = make_stock(config, task.start(), fleet.holders)
     notes.append(f"{type(stock).__name__} keeps its own state in memory: this run cannot be resumed")
-    backend = StockRounds(stock, clients, grid, task, asked, keys.timeout_seconds)
+    backend = StockRounds(stock, fleet, grid, task, asked, keys.timeout_seconds)
     backend.settled, backend.notes = choices, notes
     return backend
 
 
-def _learn(grid: Grid, clients: Clients, known: Clients | None, task: Task) -> dict[str, Any]:
+def _learn(grid: Grid, fleet: Fleet, known: Fleet | None, task: Task) -> dict[str, Any]:
     """Who holds which client, unless that is known; and what every message to a client must say of the data."""
     if known is None:
-        clients.learn(grid)
+        fleet.learn(grid)
     else:
-        clients.use(known.holders)
+        fleet.use(known.holders)
     return task.facts if isinstance(task, LocalClassification) else {}
 
 
-def _relay(grid: Grid, known: Clients | None, config: Config, task: Task, plan: Plan) -> Backend:
+def _relay(grid: Grid, known: Fleet | None, config: Config, task: Task, plan: Plan) -> Backend:
     """Algorithm 2: this server holds the rows and relays them."""
     assert plan.topology is not None
     keys = config.server
@@ -174,10 +173,10 @@ def _relay(grid: Grid, known: Clients | None, config: Config, task: Task, plan: 
         window=keys.window,
         wait_seconds=keys.wait_seconds,
     )
-    facts = _learn(grid, strategy.clients, known, task)
-    choices = _choices(grid, strategy.clients, config, keys.timeout_seconds, facts)
+    facts = _learn(grid, strategy.fleet, known, task)
+    choices = _choices(grid, strategy.fleet, config, keys.timeout_seconds, facts)
     size = len(task.sizes) * sum(map(num_bytes, task.start())) / 1e6
-    nodes = counted(len(strategy.clients.holders), "Flower node")
+    nodes = counted(len(strategy.fleet.holders), "Flower node")
     backend = RelayRounds(strategy, grid, task, _asked(config, choices, facts), keys.timeout_seconds)
     backend.settled = choices
     backend.notes = [
@@ -187,14 +186,12 @@ def _relay(grid: Grid, known: Clients | None, config: Config, task: Task, plan: 
     return backend
 
 
-def _choices(
-    grid: Grid, clients: Clients, config: Config, timeout: float, facts: dict[str, Any]
-) -> dict[str, str | int]:
+def _choices(grid: Grid, fleet: Fleet, config: Config, timeout: float, facts: dict[str, Any]) -> dict[str, str | int]:
     """One node decides for all what was left open, so that a resumed run takes the same; it compares what was given."""
     keys = config.engine
     if keys.path == "loop":
         return {}
-    largest = max(clients.holders, key=lambda holder: len(holder.clients))
+    largest = max(fleet.holders, key=lambda holder: len(holder.clients))
     for node_id, answer, done in ask(grid, [largest.node_id], {"engine": True, **facts}, timeout=timeout):
         if answer is None or "path" not in answer:
             raise InputError(f"node {node_id}: {done.failure or 'it did not say how its engine runs'}")

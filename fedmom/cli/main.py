@@ -22,11 +22,15 @@ from fedmom.cli.options import (
     DONE,
     FAILED,
     INTERRUPTED,
+    BackendName,
     ConfigFile,
+    Device,
+    FlowerApp,
     Out,
     Quiet,
     Resume,
     Sets,
+    TensorBoard,
     Tracks,
     exit_status,
     fresh_folder,
@@ -76,20 +80,10 @@ def run(
     sets: Sets = None,
     out: Out = None,
     resume: Resume = None,
-    device: Annotated[
-        str | None, typer.Option("--device", metavar="cpu|cuda|auto", help="Overrules engine.device.")
-    ] = None,
-    backend: Annotated[
-        str | None,
-        typer.Option("--backend", metavar="engine|simulation", help="Overrules run.backend: who runs the clients."),
-    ] = None,
-    flower_app: Annotated[
-        Path | None,
-        typer.Option("--app", metavar="DIR", help="Backend simulation: the Flower app's folder (default: here)."),
-    ] = None,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Event files in the run folder; the same as --track tensorboard.")
-    ] = False,
+    device: Device = None,
+    backend: BackendName = None,
+    flower_app: FlowerApp = None,
+    tensorboard: TensorBoard = False,
     track: Tracks = None,
     quiet: Quiet = False,
 ) -> int:
@@ -119,12 +113,10 @@ def run(
     if _uses_ray(config, changes, resume):
         folders = run_folders(config, changes, out, resume)
         where = Path(folders[1] or folders[0] or ".")
-        supervise.stand_by(where / CONFIG, f"go on with: fedmom run --resume {shlex.quote(str(where))}")
+        supervise.stand_by(where / CONFIG, f"go on with: {_go_on(where)}")
     heed_signals()
-    followers = callbacks(console, quiet=quiet)
     trackers = [*(track or ()), *(["tensorboard"] if tensorboard else [])]
-    if trackers:
-        followers.append(Tracking(trackers))
+    followers = [*callbacks(console, quiet=quiet), *([Tracking(trackers)] if trackers else [])]
     result = run_config(
         config, sets=changes, out=out, resume=resume, device=device, callbacks=followers, app=flower_app
     )
@@ -132,8 +124,11 @@ def run(
     with contextlib.suppress(KeyboardInterrupt):  # once more: the picture is an extra, the last words are not
         show_run(result.folder, result.rounds, console, quiet=quiet)
     ours = result.config.server.strategy == "pr-sgd-m"  # Flower's keep state that no checkpoint holds
-    go_on = f"fedmom run --resume {shlex.quote(str(result.folder))}" if ours else ""
-    return exit_status(result.status, result.message, go_on)
+    return exit_status(result.status, result.message, _go_on(result.folder) if ours else "")
+
+
+def _go_on(folder: Path) -> str:
+    return f"fedmom run --resume {shlex.quote(str(folder))}"
 
 
 def _uses_ray(config: Path | None, sets: Sequence[str], resume: Path | None) -> bool:

@@ -38,6 +38,18 @@ Tracks = Annotated[
     list[str] | None,
     typer.Option("--track", metavar="|".join(TRACKERS), help="Who else hears of every round; may be repeated."),
 ]
+Device = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda|auto", help="Overrules engine.device.")]
+BackendName = Annotated[
+    str | None,
+    typer.Option("--backend", metavar="engine|simulation", help="Overrules run.backend: who runs the clients."),
+]
+FlowerApp = Annotated[
+    Path | None,
+    typer.Option("--app", metavar="DIR", help="Backend simulation: the Flower app's folder (default: here)."),
+]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Event files in the run folder; the same as --track tensorboard.")
+]
 
 
 def fresh_folder(config: Path) -> Path:

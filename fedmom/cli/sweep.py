@@ -20,39 +20,45 @@ from fedmom.results import tables
 from fedmom.results.ranking import best_table, metric_of
 from fedmom.runs.trackers import make_trackers
 
+Grid = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--grid",
+        metavar="SECTION.KEY=V,V,…",
+        help="Values of a key (lists in brackets: [0.5,0.75],[0.3]); several make all combinations.",
+    ),
+]
+Seeds = Annotated[
+    int | None,
+    typer.Option("--seeds", help="Run every combination with run.seed 0 … n − 1 (default: CONFIG's seed).", min=1),
+]
+Folders = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Holds the run folders (default: run.out, runs/NAME-sweep)."),
+]
+OnRay = Annotated[str, typer.Option("--ray", metavar="local|HOST:PORT", help="Runs on Ray actors, --workers of them.")]
+Some = Annotated[
+    int, typer.Option("--random", metavar="N", help="That many combinations at random instead of all.", min=0)
+]
+Listed = Annotated[
+    Path | None, typer.Option("--list", metavar="FILE.toml", help="Combinations from tables [[run]] instead.")
+]
+Metric = Annotated[
+    str, typer.Option("--metric", help="A key of rounds.jsonl to rank by (default: accuracy, else loss).")
+]
+
 
 def sweep(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
-    grid: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--grid",
-            metavar="SECTION.KEY=V,V,…",
-            help="Values of a key (lists in brackets: [0.5,0.75],[0.3]); several make all combinations.",
-        ),
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option("--seeds", help="Run every combination with run.seed 0 … n − 1 (default: CONFIG's seed).", min=1),
-    ] = None,
+    grid: Grid = None,
+    seeds: Seeds = None,
     sets: Sets = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help="Holds the run folders (default: run.out, runs/NAME-sweep)."),
-    ] = None,
+    out: Folders = None,
     workers: Annotated[int, typer.Option("--workers", help="Runs at a time, each in its process.", min=1)] = 1,
-    ray: Annotated[
-        str, typer.Option("--ray", metavar="local|HOST:PORT", help="Runs on Ray actors, --workers of them.")
-    ] = "",
-    some: Annotated[
-        int, typer.Option("--random", metavar="N", help="That many combinations at random instead of all.", min=0)
-    ] = 0,
-    file: Annotated[
-        Path | None, typer.Option("--list", metavar="FILE.toml", help="Combinations from tables [[run]] instead.")
-    ] = None,
-    metric: Annotated[
-        str, typer.Option("--metric", help="A key of rounds.jsonl to rank by (default: accuracy, else loss).")
-    ] = "",
+    ray: OnRay = "",
+    some: Some = 0,
+    file: Listed = None,
+    metric: Metric = "",
     track: Tracks = None,
 ) -> int:
     """Run a configuration with every combination of some keys and several seeds; rank the combinations.

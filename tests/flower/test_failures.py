@@ -21,7 +21,7 @@ from fedmom.runs.callbacks import Callback, Listener
 from grids import LocalGrid, run_config
 from strategies.dispatch import anew, exchange
 from strategies.dsgdm import DSGDM
-from strategies.holders import learn_holders
+from strategies.fleet import learn_holders
 from strategies.prsgdm import PRSGDM
 from strategies.replies import pack, unpack
 from strategies.server_app import app as server_app

@@ -260,7 +260,7 @@ def test_no_more_messages_are_under_way_than_the_window():
     keys = run_config({**FAST, "server.window": 2})
     grid = LocalGrid(client_app, 5, keys)
     strategy = PRSGDM(5, window=2)
-    strategy.clients.learn(grid)
+    strategy.fleet.learn(grid)
     grid.most_in_flight = 0
     start = flatten(warm_node(keys).task.start())
     strategy.start(grid, pack(start), num_rounds=2)
