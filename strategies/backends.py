@@ -12,7 +12,7 @@ from fedmom.errors import ClientsFailedError
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 
 from .fleet import Fleet
 from .flower_strategies import CohortGrid

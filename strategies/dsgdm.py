@@ -25,7 +25,7 @@ from fedmom.method.mixing import Blocks
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
 from fedmom.method.topology import Mixing, Topology
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 
 from .fleet import Fleet
 from .replies import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack

@@ -24,7 +24,7 @@ from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import ClientState, as_tensor, flatten, rows_of, to_arrays, to_device, unflatten
 from fedmom.rounds.loop import Plan, summarised
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 from fedmom.user_code import one_line
 
 LINK_SECONDS = 60.0  # how long rows may take from actor to actor; simulation.straggler-seconds, if that is given

@@ -25,7 +25,7 @@ from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import Arrays, ClientState, flatten, from_arrays, num_bytes, to_arrays, to_device, unflatten
 from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 
 _BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless
 _LARGE = 1 << 20  # the model is so large, in bytes, that sending a block's mean costs more than that

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.cuda_graphs import Replays
 from fedmom.engine.stacked.means import Distances, RoundSums, distances
 from fedmom.engine.stacked.steps import Stack
@@ -29,7 +30,7 @@ from fedmom.method.state import (
 )
 from fedmom.randomness import random_bits
 from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 
 
 def vmap_step(
@@ -54,15 +55,6 @@ def loop_step(
     return tree_map(lambda t: t[None], local_step(state, batch, start=start, key=own, **method))
 
 
-PATHS = {
-    "factors": "as stack, and dense layers write no client's weights where that takes less work",
-    "stack": "clients stacked, through a model whose layers know of them",
-    "vmap": "clients stacked by torch.vmap: any model that it can take",
-    "loop": "one client after another: any model",
-}
-FOLDED_PATHS = ("factors", "stack")
-
-
 class Engine(Backend):
     """Runs rounds of one task by one method; `path` (of PATHS) and `chunk_size` change the result by rounding alone.
 
@@ -73,13 +65,14 @@ class Engine(Backend):
     def __init__(self, task: Task, method: Method, *, path: str, chunk_size: int, convolution: str = "") -> None:
         self.task, self.method = task, method
         self.stack: Stack | None = None
-        if path in FOLDED_PATHS:
-            self.stack = Stack(task, method, factors=path == "factors", convolution=convolution)
+        way = PATHS[path]
+        if way.folds:
+            self.stack = Stack(task, method, factors=way.factors, convolution=convolution)
         self.replays = Replays(self.stack) if self.stack is not None and task.device.type == "cuda" else None
-        self.step, self.gradient = (vmap_step, task.gradient) if path == "vmap" else (loop_step, task.gradient_alone)
+        self.step, self.gradient = (vmap_step, task.gradient) if way.stacks else (loop_step, task.gradient_alone)
         self.keyed = method.correction is not None and takes_key(method.correction)
         # The loop keeps one client resident: a larger chunk would only hold finished rows for longer.
-        self.chunk_size = 1 if path == "loop" else chunk_size
+        self.chunk_size = chunk_size if way.stacks else 1
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""

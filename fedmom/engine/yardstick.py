@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from fedmom.engine.calls import Precision
 from fedmom.engine.engine import Engine
-from fedmom.engine.stacked.convolutions import CONVOLUTIONS
+from fedmom.engine.paths import PATHS, is_plain
+from fedmom.engine.stacked.convolutions import CONVOLUTIONS, PLAIN
 from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.errors import InputError
 from fedmom.machine.precision import exactly
@@ -95,12 +96,13 @@ class Yardstick:
             self.tolerance = min(max(_EXACT, 30 * natural), _UNITS * seen.eps, _LOOSE)
 
     def differs(self, path: str) -> str:
-        """ "" or how the way `path` of engine.PATHS differs from plain torch, in words."""
+        """ "" or how the way `path` of PATHS differs from plain torch, in words."""
         if not _finite(self.want):  # the run itself will say so; until then the plainest way is taken
             why = "plain torch's first two steps are not finite, so that nothing can be compared"
-            return "" if path == "loop" else why
-        ways = [""]
-        if path == "stack" and any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in self.model.modules()):
+            return "" if is_plain(path) else why
+        ways, way = [""], PATHS[path]
+        convolves = any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in self.model.modules())
+        if way.folds and not way.factors and convolves:
             ways = self._convolutions()
         for convolution in ways:
             if (path, convolution) not in self.found:
@@ -111,7 +113,7 @@ class Yardstick:
     def _convolutions(self) -> list[str]:
         """The ways to convolve that may be chosen here; what cannot run is never chosen."""
         cuda = self.task.device.type == "cuda"
-        return list(CONVOLUTIONS) if cuda else ["loop", "grouped"]
+        return list(CONVOLUTIONS) if cuda else [PLAIN, "grouped"]
 
     def _compare(self, path: str, convolution: str) -> str:
         engine = Engine(self.task, self.method, path=path, chunk_size=_CHUNK, convolution=convolution)
@@ -119,7 +121,7 @@ class Yardstick:
             for _ in range(COMINGS if engine.replays else 1):  # the last one is replayed
                 got = self._by(engine)
         except Exception:
-            if convolution in ("", "loop") or self.task.device.type == "cpu":
+            if convolution in ("", PLAIN) or self.task.device.type == "cpu":
                 raise
             return ""  # one that cannot run here (no compiler for Triton, no kernel) is never chosen
         found = self._away(got, self.want)
@@ -160,7 +162,7 @@ class Yardstick:
         own = self.task.start()
         keeps = MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows
         common = self._moved(own, 0, by)
-        if self.method.momentum_policy == "reset" and not self.own_rows:
+        if MOMENTUM_POLICIES[self.method.momentum_policy].forgets and not self.own_rows:
             common = common._replace(momentum={n: torch.zeros_like(u) for n, u in own.momentum.items()})
         rows = [self._moved(own, 1 + i, by) if self.own_rows or keeps else common for i in range(count)]
         if not self.own_rows:

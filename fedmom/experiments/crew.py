@@ -30,6 +30,9 @@ from fedmom.runs.progress import Quiet
 from fedmom.runs.trackers import Tracking
 from fedmom.user_code import one_line
 
+RAY_HERE = "local"  # for an address: a Ray that is started for the sweep
+
+
 LOOK_SECONDS = 0.5  # between two looks at the file that tells actors to end, and at whether the parent lives
 ONE_REQUEST_SECONDS = 1.0  # a scheduler may send several signals for one
 ENDING = "ending: what runs leaves its checkpoint; once more ends it at once"
@@ -174,7 +177,7 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
 
     count = min(workers, len(cells))
     share = share_of_gpus(load(work.config or {}, work.sets).config, count)
-    options = PoolOptions(num_workers=count, num_gpus=share, ray_address="" if address == "local" else address)
+    options = PoolOptions(num_workers=count, num_gpus=share, ray_address="" if address == RAY_HERE else address)
     try:
         with Pool(make_worker, options) as pool, Requests() as requests:
             cell_of = {cell.name: cell for cell in cells}

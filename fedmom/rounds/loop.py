@@ -18,7 +18,7 @@ from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, row_of,
 from fedmom.method.topology import Topology
 from fedmom.randomness import COHORT, random_bits
 from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 
 Record = dict[str, Any]
 

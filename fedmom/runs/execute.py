@@ -26,7 +26,7 @@ from fedmom.records.status import Heart, read_status
 from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Record, RunState, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback, Interrupts, Result, Start, interrupts_held
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 from fedmom.user_code import blamed, one_line
 
 MakeBackend = Callable[[Config, Task, Plan], Backend]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fedmom.engine.auto import Choice, choose
-from fedmom.engine.engine import PATHS, Engine
+from fedmom.engine.engine import Engine
+from fedmom.engine.paths import PATHS
 from fedmom.rounds.loop import beginning, cohort, round_job
 from runs import image_task, run_plan, simple_plan, tiny_images
 

@@ -143,8 +143,9 @@ def _implicit(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, opti
     return y
 
 
+PLAIN = "loop"  # one client after another, as torch does it
 CONVOLUTIONS: dict[str, Convolve] = {
-    "loop": _Loop.apply,
+    PLAIN: _Loop.apply,
     "grouped": _Grouped.apply,
     "unfold": _unfolded,
     "implicit": _implicit,
