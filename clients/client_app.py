@@ -25,6 +25,7 @@ from fedmom.errors import InputError
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 from fedmom.machine.files import at_home
 from fedmom.method.state import Tree, flatten, unflatten
+from fedmom.tasks.task import task_kind
 
 app = ClientApp()
 
@@ -75,7 +76,8 @@ def train(message: Message, context: Context) -> Message:
     }
     about = ConfigRecord({"clients": sorted(clients), "client-steps": trained.client_steps})
     about["train-loss"] = outcome.losses.tolist()
-    about["path"] = torch.cat([point.reshape(-1) for point in outcome.path]).tolist() if outcome.path else []
+    points = [point.reshape(-1) for point in outcome.trajectory]
+    about["path"] = torch.cat(points).tolist() if points else []
     mean = flatten(outcome.mean)
     # In the order of what came: some of Flower's strategies pair arrays by their places.
     content = {
@@ -121,7 +123,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _is_local(context: Context) -> bool:
-    return settled(context.run_config).config.data.dataset == "local"
+    return task_kind(settled(context.run_config).config.data.dataset).own_data
 
 
 def _node(context: Context, asked: Mapping[str, Any]) -> Node:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fedmom.results.comparison import all_sheets as all_sheets
     from fedmom.results.groups import group_runs as group_runs
     from fedmom.results.page.write import write_page as write_page
+    from fedmom.results.reading import collect as collect
     from fedmom.runs.callbacks import Callback as Callback
     from fedmom.runs.callbacks import Result as Result
     from fedmom.runs.callbacks import Start as Start
@@ -55,6 +56,7 @@ _HOME = {
     "Tracking": "fedmom.runs.trackers",
     "all_sheets": "fedmom.results.comparison",
     "build_model": "fedmom.tasks.models",
+    "collect": "fedmom.results.reading",
     "group_runs": "fedmom.results.groups",
     "load": "fedmom.config.load",
     "local_step": "fedmom.method.algorithms",

@@ -11,8 +11,8 @@ from flwr.serverapp.strategy import Strategy
 from fedmom.errors import ClientsFailedError
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
-from fedmom.rounds.round import Backend, Outcome, Progress, Round
-from fedmom.tasks.classification import Task
+from fedmom.rounds.round import Backend, Job, Outcome, Progress
+from fedmom.tasks.task import Task
 
 from .fleet import Fleet
 from .flower_strategies import CohortGrid
@@ -28,7 +28,7 @@ class AveragingRounds(Backend):
         self.strategy, self.grid, self.task, self.asked, self.timeout = strategy, grid, task, asked, timeout
         strategy.needs_losses = True
 
-    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of the cohort on the nodes. Raises ClientsFailedError as the strategy's policy says."""
         ids = job.clients.tolist()
         if job.momentum is not None:
@@ -61,7 +61,7 @@ class StockRounds(Backend):
         self.strategy, self.fleet, self.grid, self.task = strategy, fleet, grid, task
         self.asked, self.timeout = asked, timeout
 
-    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """One round as Strategy.start would run it: configure, exchange, aggregate."""
         number, tensors = job.round_index + 1, flatten(start)
         arrays = pack(tensors, bundled=not shares_memory(self.grid))
@@ -110,9 +110,7 @@ def _tell(progress: Progress | None, update: Update) -> None:
         progress(int(update.about.get("client-steps", 0)))
 
 
-def _outcome(
-    task: Task, job: Round, state: ClientState, metrics: dict[str, float], answers: Sequence[Answer]
-) -> Outcome:
+def _outcome(task: Task, job: Job, state: ClientState, metrics: dict[str, float], answers: Sequence[Answer]) -> Outcome:
     """What the nodes' answers come to, in the order of the job's clients."""
     place = {client: k for k, client in enumerate(job.clients.tolist())}
     answered = torch.zeros(len(place), dtype=torch.bool)
@@ -137,7 +135,7 @@ def _outcome(
         train_loss=metrics["train_loss"],
         consensus_distance=metrics["consensus_distance"],
         momentum_spread=metrics["momentum_spread"],
-        path=path,
+        trajectory=path,
         momentum=momentum,
         losses=losses[answered],
         answered=None if bool(answered.all()) else answered,

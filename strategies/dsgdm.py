@@ -24,8 +24,8 @@ from fedmom.method.algorithms import Method
 from fedmom.method.mixing import Blocks
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
 from fedmom.method.topology import Mixing, Topology
-from fedmom.rounds.round import Backend, Outcome, Progress, Round
-from fedmom.tasks.classification import Task
+from fedmom.rounds.round import Backend, Job, Outcome, Progress
+from fedmom.tasks.task import Task
 
 from .fleet import Fleet
 from .replies import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack
@@ -229,7 +229,7 @@ class RelayRounds(Backend):
         self.strategy, self.grid, self.task, self.asked, self.timeout = strategy, grid, task, asked, timeout
         strategy.bundled = not shares_memory(grid)
 
-    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of all clients on the nodes, then the exchange here. ClientsFailedError by the policy."""
         assert job.rows is not None
         rows = ClientState(*({name: value.cpu() for name, value in tree.items()} for tree in job.rows))

@@ -62,9 +62,10 @@ class Fleet:
         if self.on_failure not in ON_FAILURE:
             raise unknown("on_failure", self.on_failure, ON_FAILURE)
 
-    def learn(self, grid: Grid, question: dict[str, Any] | None = None) -> None:
+    def learn(self, grid: Grid, question: dict[str, Any] | None = None, *, patient: bool = False) -> None:
         """Find out which node holds which clients, and what it answers to a question besides."""
-        self.use(learn_holders(grid, self.num_clients, wait_seconds=self.wait_seconds, question=question))
+        wait = self.wait_seconds
+        self.use(learn_holders(grid, self.num_clients, wait_seconds=wait, question=question, patient=patient))
 
     def use(self, holders: Iterable[Holder]) -> None:
         """These nodes hold the clients from now on."""
@@ -164,7 +165,7 @@ class Fleet:
     def _found_again(self, grid: Grid, reason: str, clients: Sequence[int]) -> int:
         """The node that holds these clients now. In mid-run it is no bad input that there is none."""
         try:
-            self.learn(grid)
+            self.learn(grid, patient=True)
         except InputError as error:
             raise ClientsFailedError(f"{reason}; it did not come back: {error}") from None
         for holder in self.holders:
@@ -187,10 +188,12 @@ def learn_holders(
     wait_seconds: float,
     ask_again_after: float = _SECONDS_TO_ASK_AGAIN,
     question: dict[str, Any] | None = None,
+    patient: bool = False,
 ) -> list[Holder]:
     """Every client's node, in the order of clients; waits until all of 0 … N − 1 are there.
 
-    A node that is connected and does not answer is asked again after every `ask_again_after` seconds.
+    A node that is connected and does not answer is asked again after every `ask_again_after` seconds. One whose app
+    fails is bad input before the first round; in mid-run (`patient`) it has worked, and may work again: a full disk.
 
     Raises InputError naming the first client that no node, or more than one node, holds.
     """
@@ -208,7 +211,7 @@ def learn_holders(
                 found[node_id], about[node_id] = tuple(sorted(answer["clients"])), dict(answer)
                 continue
             reasons.append(f"node {node_id}: {done.failure or 'it answered without its clients'}")
-            if done.code in _ITS_OWN_FAULT or not done.failure:
+            if not patient and (done.code in _ITS_OWN_FAULT or not done.failure):
                 raise InputError(reasons[-1])
         owner = _owners(found)
         missing = [client for client in range(num_clients) if client not in owner]

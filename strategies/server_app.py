@@ -19,6 +19,7 @@ from fedmom.config.load import replace
 from fedmom.config.numbers import counted
 from fedmom.config.resolve import with_choices
 from fedmom.config.strategies import OURS
+from fedmom.engine.paths import AUTO, is_plain
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.machine.files import at_home, write_text
 from fedmom.machine.output import steady_output
@@ -30,7 +31,7 @@ from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback
 from fedmom.runs.execute import execute, opened
 from fedmom.runs.progress import callbacks
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task, task_kind
 
 from .backends import AveragingRounds, StockRounds
 from .dsgdm import DSGDM, RelayRounds
@@ -65,7 +66,7 @@ def main(grid: Grid, context: Context) -> None:
         followers = callbacks(Console(highlight=False, width=160), quiet=False)
         (at_home(where.resume or out) / ENDED).unlink(missing_ok=True)
     known, make_task = None, None
-    if config.data.dataset == "local":
+    if task_kind(config.data.dataset).own_data:
         known = _fleet(config)
         make_task = partial(local_task, grid, known)
     # Flower's own line for every round would tear the progress bar; its warnings stay.
@@ -189,14 +190,14 @@ def _relay(grid: Grid, known: Fleet | None, config: Config, task: Task, plan: Pl
 def _choices(grid: Grid, fleet: Fleet, config: Config, timeout: float, facts: dict[str, Any]) -> dict[str, str | int]:
     """One node decides for all what was left open, so that a resumed run takes the same; it compares what was given."""
     keys = config.engine
-    if keys.path == "loop":
+    if is_plain(keys.path):
         return {}
     largest = max(fleet.holders, key=lambda holder: len(holder.clients))
     for node_id, answer, done in ask(grid, [largest.node_id], {"engine": True, **facts}, timeout=timeout):
         if answer is None or "path" not in answer:
             raise InputError(f"node {node_id}: {done.failure or 'it did not say how its engine runs'}")
         # A run that goes on keeps what it has; the node may have found another way the faster one this time.
-        kept = answer["path"] if keys.path == "auto" else keys.path
+        kept = answer["path"] if keys.path == AUTO else keys.path
         return {"engine.path": kept, "engine.chunk-size": keys.chunk_size or answer["chunk-size"]}
     return {}
 

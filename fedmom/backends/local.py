@@ -11,7 +11,7 @@ from fedmom.machine.memory import free_bytes
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job
 from fedmom.rounds.round import Backend
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 
 
 def make_backend(config: Config, task: Task, plan: Plan) -> Backend:

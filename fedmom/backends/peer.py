@@ -32,7 +32,7 @@ from fedmom.method.state import (
 )
 from fedmom.method.topology import Mixing
 from fedmom.rounds.loop import Plan, beginning, chosen_clients, clients_job, evaluate_rows
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 from fedmom.user_code import blamed, one_line
 
 

@@ -23,8 +23,8 @@ from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import ClientState, as_tensor, flatten, rows_of, to_arrays, to_device, unflatten
 from fedmom.rounds.loop import Plan, summarised
-from fedmom.rounds.round import Backend, Outcome, Progress, Round
-from fedmom.tasks.classification import Task
+from fedmom.rounds.round import Backend, Job, Outcome, Progress
+from fedmom.tasks.task import Task
 from fedmom.user_code import one_line
 
 LINK_SECONDS = 60.0  # how long rows may take from actor to actor; simulation.straggler-seconds, if that is given
@@ -73,7 +73,7 @@ class Peers(Backend):
             for peer in getattr(self, "peers", []):
                 self._ray.kill(peer)
 
-    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps in every actor, then the exchange among them. ClientsFailedError where one cannot go on."""
         number = job.round_index
         self._check(number)
@@ -105,7 +105,7 @@ class Peers(Backend):
             train_loss=values["train_loss"],
             consensus_distance=values["consensus_distance"],
             momentum_spread=values["momentum_spread"],
-            path=[],
+            trajectory=[],
             momentum=None,
             losses=losses,
             more=more,
@@ -113,7 +113,7 @@ class Peers(Backend):
             fetch=lambda: self._fetch(number + 1),
         )
 
-    def _load(self, number: int, job: Round) -> None:
+    def _load(self, number: int, job: Job) -> None:
         assert job.rows is not None
         calls = []
         for peer, ids in zip(self.peers, self.blocks, strict=True):

@@ -24,7 +24,7 @@ from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, row_of, to_device
 from fedmom.rounds.loop import Plan, clients_job
 from fedmom.rounds.round import Outcome
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 from fedmom.user_code import blamed
 
 

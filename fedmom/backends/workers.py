@@ -24,8 +24,8 @@ from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import Arrays, ClientState, flatten, from_arrays, num_bytes, to_arrays, to_device, unflatten
 from fedmom.rounds.loop import Plan
-from fedmom.rounds.round import Backend, Outcome, Progress, Round
-from fedmom.tasks.classification import Task
+from fedmom.rounds.round import Backend, Job, Outcome, Progress
+from fedmom.tasks.task import Task
 
 _BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless
 _LARGE = 1 << 20  # the model is so large, in bytes, that sending a block's mean costs more than that
@@ -85,14 +85,14 @@ class Workers(Backend):
     def close(self) -> None:
         self.pool.close()
 
-    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of the cohort on the actors. ClientsFailedError where a block cannot be had."""
         try:
             return self._run_round(start, job, progress)
         except RayEndedError as error:
             raise ClientsFailedError(f"round {job.round_index + 1}: {error}") from None
 
-    def _run_round(self, start: ClientState, job: Round, progress: Progress | None) -> Outcome:
+    def _run_round(self, start: ClientState, job: Job, progress: Progress | None) -> Outcome:
         ids = job.clients.cpu().numpy()
         places = _blocks(len(ids), self.pool.num_workers, self.chunk_size, num_bytes(start.params))
         shared, waiting = self.pool.share(to_arrays(flatten(start))), dict[Any, Answer]()
@@ -120,7 +120,7 @@ class Workers(Backend):
                     progress(part.trained.client_steps)
         return self._outcome(job, mean, parts)
 
-    def _outcome(self, job: Round, mean: WeightedMean, parts: list[Answer]) -> Outcome:
+    def _outcome(self, job: Job, mean: WeightedMean, parts: list[Answer]) -> Outcome:
         def average(values: list[Any]) -> Any:
             return sum(part.trained.weight / mean.weight * value for part, value in zip(parts, values, strict=True))
 
@@ -134,7 +134,7 @@ class Workers(Backend):
             train_loss=average([outcome.train_loss for outcome in outcomes]),
             consensus_distance=average([o.consensus_distance for o in outcomes]) + mean.spread("params"),
             momentum_spread=average([o.momentum_spread for o in outcomes]) + mean.spread("momentum"),
-            path=[average(list(points)) for points in zip(*(o.path for o in outcomes), strict=True)],
+            trajectory=[average(list(points)) for points in zip(*(o.trajectory for o in outcomes), strict=True)],
             momentum=momentum,
             losses=torch.cat([outcome.losses for outcome in outcomes]),
         )

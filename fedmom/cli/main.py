@@ -39,6 +39,7 @@ from fedmom.cli.options import (
 )
 from fedmom.config.load import load, parse_sets
 from fedmom.config.numbers import counted
+from fedmom.config.strategies import OURS
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.experiments.run import run as run_config
 from fedmom.experiments.run import run_folders
@@ -123,7 +124,7 @@ def run(
     assert result.folder is not None
     with contextlib.suppress(KeyboardInterrupt):  # once more: the picture is an extra, the last words are not
         show_run(result.folder, result.rounds, console, quiet=quiet)
-    ours = result.config.server.strategy == "pr-sgd-m"  # Flower's keep state that no checkpoint holds
+    ours = result.config.server.strategy == OURS  # Flower's keep state that no checkpoint holds
     return exit_status(result.status, result.message, _go_on(result.folder) if ours else "")
 
 

@@ -25,6 +25,7 @@ from fedmom.results.pictures.style import check_picture
 from fedmom.results.pictures.topology import draw_topology
 from fedmom.results.report import draw_or_say_why
 from fedmom.tasks.models import MODELS
+from fedmom.tasks.task import task_kind
 from fedmom.user_code import blamed
 
 
@@ -40,8 +41,8 @@ def partition(
     check_picture(out)
     settled = resolve(load(config, sets or ())).config
     data = settled.data
-    if data.dataset == "quadratic":
-        raise InputError("data.dataset = 'quadratic': has no examples to partition")
+    if not task_kind(data.dataset).has_examples:
+        raise InputError(f"data.dataset = {data.dataset!r}: has no examples to partition")
     dataset, split = load_task_data(settled)
     counts = split.class_counts(dataset.y_train.numpy(), dataset.num_classes)
     sizes, present = split.sizes, (counts > 0).sum(1)

@@ -13,7 +13,7 @@ from fedmom.cli.options import DONE, STATUS, Sets, Tracks, exit_status, heed_sig
 from fedmom.config.load import load
 from fedmom.errors import InputError
 from fedmom.experiments import sweep as sweeps
-from fedmom.experiments.crew import Cell, Ended
+from fedmom.experiments.crew import Cell, CellEnded
 from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
 from fedmom.machine.files import at_home
 from fedmom.results import tables
@@ -95,9 +95,11 @@ def sweep(
     return max(worst, default=DONE)
 
 
-def _followed(under_way: Iterable[Ended], cells: Sequence[Cell], folder: Path, metric: str) -> tuple[list[Ended], str]:
+def _followed(
+    under_way: Iterable[CellEnded], cells: Sequence[Cell], folder: Path, metric: str
+) -> tuple[list[CellEnded], str]:
     """(those that ended, up to an interruption; the metric to rank by, "" where none is done), with a bar over all."""
-    console, ended = Console(stderr=True, highlight=False), list[Ended]()
+    console, ended = Console(stderr=True, highlight=False), list[CellEnded]()
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("runs", total=len(cells))
         try:

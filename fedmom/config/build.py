@@ -20,22 +20,23 @@ from fedmom.machine.cores import usable_cores
 from fedmom.machine.memory import free_bytes
 from fedmom.machine.precision import allow_tf32
 from fedmom.method.algorithms import ALGORITHMS, Correction, Method, takes_key
-from fedmom.method.graphs import Options
+from fedmom.method.graphs import GraphOptions
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import Tree
 from fedmom.method.topology import Topology, make_topology
 from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds.loop import Plan
-from fedmom.tasks.classification import Classification, Task
+from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import MODELS, build_model
 from fedmom.tasks.quadratic import Quadratic
+from fedmom.tasks.task import Task, task_kind
 from fedmom.user_code import is_spec, load_object, one_line
 
 
 def load_task_data(config: Config) -> tuple[Dataset, Partition]:
     """The data set and who holds which example; InputError where a client would hold none."""
     data = config.data
-    if data.dataset == "local":
+    if task_kind(data.dataset).own_data:
         return everything(data.data_dir, data.num_clients, data.classes)
     dataset = load_dataset(data.dataset, data.data_dir)
     partition = make_partition(
@@ -62,7 +63,7 @@ def make_task(config: Config, device: str) -> Task:
     """The clients' objectives of a resolved configuration, on `device`."""
     data, run = config.data, config.run
     dtype = getattr(torch, run.dtype)
-    if data.dataset == "quadratic":
+    if not task_kind(data.dataset).has_examples:
         return Quadratic(
             parse_table("data.curvatures", data.curvatures),
             parse_table("data.centers", data.centers),
@@ -235,7 +236,7 @@ def topology_of(config: Config) -> Topology | None:
     algorithm = config.algorithm
     if not ALGORITHMS[algorithm.name].decentralized:
         return None
-    options = Options(algorithm.topology_degree, algorithm.topology_p, config.run.seed)
+    options = GraphOptions(algorithm.topology_degree, algorithm.topology_p, config.run.seed)
     return make_topology(algorithm.topology, config.data.num_clients, weights=algorithm.mixing_weights, options=options)
 
 

@@ -20,13 +20,14 @@ from fedmom.config.strategies import STRATEGIES
 from fedmom.data.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.data.datasets import DATASETS
 from fedmom.data.partition import PARTITIONS, QUANTITY_LAWS
-from fedmom.engine.engine import PATHS
+from fedmom.engine.paths import AUTO, PATHS
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
 from fedmom.method.graphs import TOPOLOGIES, WEIGHTS
 from fedmom.method.schedules import SCHEDULES, UNITS
 from fedmom.method.topology import FILES
 from fedmom.tasks.models import MODELS, NORMS
+from fedmom.tasks.task import TASKS
 from fedmom.user_code import is_spec
 
 Scalar = str | bool | int | float
@@ -55,7 +56,6 @@ ON_LINK_FAILURE = {
     "stop": "the run stops and names the link",
     "skip": "both keep the weight of that link (symmetric W only)",
 }
-OTHER_DATA = ("quadratic", "local")  # exact gradients; every client's own examples
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
 
 
@@ -85,7 +85,7 @@ def key(
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = key("digits", "see `fedmom datasets`", [*DATASETS, *OTHER_DATA], "FILE.npz or module:function")
+    dataset: str = key("digits", "see `fedmom datasets`", [*DATASETS, *TASKS], "FILE.npz or module:function")
     data_dir: str = key("data", "folder (or .npz file) that holds the data set")
     classes: str = key("", "local: names of image folders in the order of their labels, by ,", holds=",")
     num_clients: int = key(20, "N", at_least(1))
@@ -163,7 +163,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     device: str = key("auto", "where tensors live", ["auto", "cpu", "cuda"])
-    path: str = key("auto", "how clients run side by side; auto: the fastest, by timing", ["auto", *PATHS])
+    path: str = key("auto", "how clients run side by side; auto: the fastest, by timing", [AUTO, *PATHS])
     chunk_size: int = key(0, "K, clients stacked at once; 0: by memory", at_least(0))
     matmul: str = key("float32", "how exactly a GPU multiplies float32", MATMULS)
     threads: int = key(0, "CPU threads, fewer than 1025; 0: torch's choice", within(0, 1025))

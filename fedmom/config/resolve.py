@@ -7,9 +7,10 @@ from typing import NamedTuple
 from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Scalar
 from fedmom.config.load import Loaded, flat, replace
 from fedmom.config.numbers import parse_numbers, parse_table
-from fedmom.config.strategies import OURS, check_strategy, idle_keys
+from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
+from fedmom.tasks.task import task_kind
 
 
 class Resolved(NamedTuple):
@@ -38,7 +39,7 @@ def resolve(loaded: Loaded) -> Resolved:
 
 
 def _settle_data(config: Config, given: frozenset[str]) -> Config:
-    quadratic = config.data.dataset == "quadratic"
+    quadratic = not task_kind(config.data.dataset).has_examples
     if quadratic:
         num_clients = _quadratic_clients(config)
         if "data.num-clients" in given and config.data.num_clients != num_clients:
@@ -165,8 +166,8 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
     idle = [name for name in idle_keys(server.strategy) if name in given and flat(config)[name] != KEYS[name].default]
     if idle:
         notes.append(f"server.strategy = {server.strategy!r} does not read {', '.join(idle)}: it changes nothing")
-    if server.strategy == "dp-fedavg" and not server.noise_multiplier:
-        notes.append("server.noise-multiplier = 0: dp-fedavg clips, and adds no noise: nothing is private")
+    if STRATEGIES[server.strategy].adds_noise and not server.noise_multiplier:
+        notes.append(f"server.noise-multiplier = 0: {server.strategy} clips, and adds no noise: nothing is private")
 
 
 def _settle_interval(config: Config) -> Config:

@@ -20,6 +20,7 @@ class StrategyRule(NamedTuple):
     moves_buffers: bool = False  # whether its step could drive a running_var negative
     weighs: bool = True  # whether it can take clients by their weights
     needs_all: bool = False  # whether it supposes that the whole cohort answered
+    adds_noise: bool = False  # whether it is there for privacy
 
 
 STRATEGIES = {
@@ -38,6 +39,7 @@ STRATEGIES = {
         moves_buffers=True,
         weighs=False,
         needs_all=True,
+        adds_noise=True,
     ),
 }
 

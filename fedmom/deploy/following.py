@@ -36,7 +36,7 @@ _CHATTER = re.compile(
 )
 
 
-class Ended(NamedTuple):
+class RemoteEnded(NamedTuple):
     """How a run on a deployment ended."""
 
     status: str  # done, diverged, failed, interrupted, or refused (the configuration was wrong)
@@ -129,7 +129,7 @@ class Following:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         return False
 
-    def to_the_end(self, callbacks: Iterable[Callback]) -> Ended:
+    def to_the_end(self, callbacks: Iterable[Callback]) -> RemoteEnded:
         """Tell `callbacks` of every round to come; fetch the folder; give the end. Ctrl-C stops the run."""
         callbacks, seen, started = list(callbacks), self.done, False
         log = self._log()
@@ -149,7 +149,7 @@ class Following:
                 if over or looks % _LOOKS_BETWEEN_QUESTIONS == 0:
                     status, details = self._ask()
                     if not status and self._is_taken_down():
-                        ended = Ended("failed", f"the deployment was taken down after round {seen}")
+                        ended = RemoteEnded("failed", f"the deployment was taken down after round {seen}")
                         break
                     if status.startswith("finished"):
                         ended = self._ended(status, details)
@@ -160,7 +160,7 @@ class Following:
         except KeyboardInterrupt:
             self._stop()
             left = "" if self.stopped else f"; {self.left_alone()}"
-            ended = Ended("interrupted", f"interrupted after round {seen}{left}")
+            ended = RemoteEnded("interrupted", f"interrupted after round {seen}{left}")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 log.terminate()
@@ -189,21 +189,21 @@ class Following:
             callback.on_start(Start(config, folder, first_round, per_round, ()))
         return True
 
-    def _ended(self, status: str, details: str) -> Ended:
+    def _ended(self, status: str, details: str) -> RemoteEnded:
         look = self.remote.look(self.name, 0)
         if (
             look is not None
             and look.ended is not None
             and (look.ended["status"] == "done") == status.endswith("completed")
         ):
-            return Ended(look.ended["status"], self._placed(look.ended["message"]))
+            return RemoteEnded(look.ended["status"], self._placed(look.ended["message"]))
         if status.endswith("stopped"):
-            return Ended("interrupted", "the run was stopped")
+            return RemoteEnded("interrupted", "the run was stopped")
         said = self._trouble or ("" if details in ("", "N/A") else details)
         refused = re.search(r"InputError: (.*)", said)
         if refused:
-            return Ended("refused", self._placed(refused[1]))
-        return Ended("failed", said or f"Flower says of run {self.run_id}: {status}")
+            return RemoteEnded("refused", self._placed(refused[1]))
+        return RemoteEnded("failed", said or f"Flower says of run {self.run_id}: {status}")
 
     def _placed(self, message: str) -> str:
         """The message, and where a client's /data is outside its container, and who must be able to read it."""

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fedmom.engine.calls import mixes_by
-from fedmom.engine.engine import FOLDED_PATHS
 from fedmom.engine.look import look, look_at_correction
+from fedmom.engine.paths import AUTO, FACTORS, LOOP, PATHS, STACK, VMAP, is_plain, is_settled
 from fedmom.engine.rates import Rates, Way, rate, seconds
 from fedmom.engine.stacked.layers import FoldError
 from fedmom.engine.stacked.steps import Stack
@@ -17,8 +17,9 @@ from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
 from fedmom.method.state import ClientState, num_bytes
-from fedmom.rounds.round import Round
-from fedmom.tasks.classification import Classification, Task
+from fedmom.rounds.round import Job
+from fedmom.tasks.classification import Classification
+from fedmom.tasks.task import Task
 from fedmom.user_code import one_line
 
 
@@ -38,16 +39,11 @@ class Choice(NamedTuple):
     note: str = ""  # what else should be known
 
 
-def is_settled(path: str, chunk_size: int) -> bool:
-    """Whether nothing is left to choose."""
-    return path == "loop" or (path != "auto" and chunk_size > 0)
-
-
 def choose(
     task: Task,
     method: Method,
     start: ClientState,
-    job: Round,
+    job: Job,
     *,
     path: str,
     chunk_size: int,
@@ -70,21 +66,21 @@ def choose(
         return Choice(path, min(chunk_size or 1, cohort), {})
     yardstick = _look(task, method, start, job, own_rows)
     note = yardstick.note if yardstick else ""
-    if path == "loop":
-        return Choice("loop", 1, {}, note=note)
+    if is_plain(path):
+        return Choice(LOOP, 1, {}, note=note)
     wide, trouble = _way_to_stack(task, method, start, job, path, yardstick)
-    if wide == "loop":
-        return Choice("loop", 1, {}, trouble, note)
+    if is_plain(wide):
+        return Choice(LOOP, 1, {}, trouble, note)
     if is_settled(path, chunk_size):
         return Choice(path, min(chunk_size, cohort), {}, note=note)
     even = bool((job.num_steps == len(job.lrs)).all())
     replays = steady and even and not own_rows and not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
     rates = Rates(partial(rate, task, method, start, job, replays=replays), path, trouble)
     sizes = [min(chunk_size, cohort)] if chunk_size else _chunk_sizes(task, start, wide, cohort)
-    rates.try_all([*([("loop", 1)] if path == "auto" else []), *((wide, size) for size in sizes)])
+    rates.try_all([*([(LOOP, 1)] if path == AUTO else []), *((wide, size) for size in sizes)])
     if not rates.found:
         raise InputError(f"engine.path = {path!r}: the memory of {task.device} is too small for {sizes[0]} clients")
-    if path == "auto" and rates.best[0] == "stack" and (rivals := _rivals(task, method, start, job, rates, yardstick)):
+    if path == AUTO and rates.best[0] == STACK and (rivals := _rivals(task, method, start, job, rates, yardstick)):
         rates.try_rivals(rivals)
     measured = {f"{name} × {size}": speed for (name, size), speed in rates.found.items()}
     return Choice(*rates.best, measured, rates.trouble, note)
@@ -93,18 +89,18 @@ def choose(
 def _chunk_sizes(task: Task, start: ClientState, path: str, cohort: int) -> list[int]:
     """Ascending numbers of clients at once, as far as memory goes."""
     limit = max(1, min(cohort, int(0.5 * free_bytes(task.device) / bytes_per_client(task, start))))
-    smallest = 0 if path in FOLDED_PATHS else 1
+    smallest = 0 if PATHS[path].folds else 1
     return sorted({min(4**k, limit) for k in range(smallest, 8)})
 
 
-def _look(task: Task, method: Method, start: ClientState, job: Round, own_rows: bool) -> Yardstick | None:
+def _look(task: Task, method: Method, start: ClientState, job: Job, own_rows: bool) -> Yardstick | None:
     """What the ways of running this task are held to; None for a task that has no model.
 
     Raises InputError where a step of one client fails, cannot be repeated, or is not plain torch's.
     """
     # On copies: what a step writes into the model itself, or into x, must not hide from the look.
     twin = task.in_dtype(task.dtype) if isinstance(task, Classification) else task
-    _try_path(twin, method, twin.start(), job, "loop")
+    _try_path(twin, method, twin.start(), job, LOOP)
     if not isinstance(task, Classification):
         if method.correction is not None:
             gradients = {name: torch.ones_like(x) for name, x in start.params.items()}
@@ -117,59 +113,59 @@ def _look(task: Task, method: Method, start: ClientState, job: Round, own_rows: 
         raise
     except Exception as error:  # a user's model may raise anything
         raise InputError(f"{task.called}: plain steps of a copy of the model fail ({one_line(error)})") from error
-    if why := yardstick.differs("loop"):
+    if why := yardstick.differs(LOOP):
         raise InputError(f"{task.called}: fedmom cannot train this model: {why}")
     return yardstick
 
 
 def _rivals(
-    task: Task, method: Method, start: ClientState, job: Round, rates: Rates, yardstick: Yardstick | None
+    task: Task, method: Method, start: ClientState, job: Job, rates: Rates, yardstick: Yardstick | None
 ) -> list[Way]:
     """Ways that may beat the best stack: factors, which like larger chunks, and vmap's grouped convolutions."""
     sizes = dict.fromkeys([rates.best[1], max(size for _, size in rates.found)])
     ways: list[Way] = []
-    if _may_factor(task, method, start, job) and not (yardstick and yardstick.differs("factors")):
-        ways = [("factors", size) for size in sizes]
+    if _may_factor(task, method, start, job) and not (yardstick and yardstick.differs(FACTORS)):
+        ways = [(FACTORS, size) for size in sizes]
     layers = task.model.modules() if isinstance(task, Classification) else []
     if any(isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) for layer in layers):
         # Also its first step, which traces and is far slower than the others: timed, vmap would look half as fast.
-        can = not _try_path(task, method, start, job, "vmap", num_rows=max(sizes), fatal=False)
-        can = can and not (yardstick and yardstick.differs("vmap"))
-        ways += [("vmap", size) for size in sizes if can and size > 1]
+        can = not _try_path(task, method, start, job, VMAP, num_rows=max(sizes), fatal=False)
+        can = can and not (yardstick and yardstick.differs(VMAP))
+        ways += [(VMAP, size) for size in sizes if can and size > 1]
     return ways
 
 
 def _way_to_stack(
-    task: Task, method: Method, start: ClientState, job: Round, path: str, yardstick: Yardstick | None
+    task: Task, method: Method, start: ClientState, job: Job, path: str, yardstick: Yardstick | None
 ) -> tuple[str, str]:
     """(path, note): the one that was asked for, or for "auto" the fastest that this model can take.
 
     Raises InputError where the path asked for is not to be had.
     """
-    if path == "vmap":
-        _try_path(task, method, start, job, "vmap")
-        if why := yardstick.differs("vmap") if yardstick else "":
+    if path == VMAP:
+        _try_path(task, method, start, job, VMAP)
+        if why := yardstick.differs(VMAP) if yardstick else "":
             raise InputError(f"engine.path = 'vmap': {why}; use loop")
-        return "vmap", ""
-    why = _cannot_fold(task, method, job, "stack" if path == "auto" else path, yardstick)
+        return VMAP, ""
+    why = _cannot_fold(task, method, job, STACK if path == AUTO else path, yardstick)
     if not why:
-        return "stack" if path == "auto" else path, ""
-    if path != "auto":
+        return STACK if path == AUTO else path, ""
+    if path != AUTO:
         raise InputError(f"engine.path = {path!r}: {why}; use auto, vmap or loop")
-    if trouble := _try_path(task, method, start, job, "vmap", fatal=False):
-        return "loop", trouble
-    if wrong := yardstick.differs("vmap") if yardstick else "":
-        return "loop", f"clients run one after another, for under torch.vmap {wrong}"
-    return "vmap", f"clients are stacked by torch.vmap, for {why}" if isinstance(task, Classification) else ""
+    if trouble := _try_path(task, method, start, job, VMAP, fatal=False):
+        return LOOP, trouble
+    if wrong := yardstick.differs(VMAP) if yardstick else "":
+        return LOOP, f"clients run one after another, for under torch.vmap {wrong}"
+    return VMAP, f"clients are stacked by torch.vmap, for {why}" if isinstance(task, Classification) else ""
 
 
-def _may_factor(task: Task, method: Method, start: ClientState, job: Round) -> bool:
+def _may_factor(task: Task, method: Method, start: ClientState, job: Job) -> bool:
     """Whether dense layers in factors would be used: clients share a start, and the layers are wide enough."""
     shared = not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
     return shared and bool(Stack(task, method, factors=True).in_factors(start, job))
 
 
-def _cannot_fold(task: Task, method: Method, job: Round, path: str, yardstick: Yardstick | None) -> str:
+def _cannot_fold(task: Task, method: Method, job: Job, path: str, yardstick: Yardstick | None) -> str:
     """ "" or why the folded model cannot be used: it cannot be had, or it does not come to what plain torch does."""
     try:
         stack = Stack(task, method)
@@ -177,7 +173,7 @@ def _cannot_fold(task: Task, method: Method, job: Round, path: str, yardstick: Y
         batch = next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))
         if why := mixes_by(stack.task.model, batch.x[0], _sizes(len(job.clients))):
             return why
-        return yardstick.differs("stack") or (yardstick.differs(path) if path == "factors" else "")
+        return yardstick.differs(STACK) or (yardstick.differs(path) if path == FACTORS else "")
     except FoldError as reason:
         return str(reason)
     except Exception as error:  # a user's model may raise anything
@@ -199,7 +195,7 @@ def _sizes(cohort: int) -> set[int]:
 
 
 def _try_path(
-    task: Task, method: Method, start: ClientState, job: Round, path: str, *, num_rows: int = 1, fatal: bool = True
+    task: Task, method: Method, start: ClientState, job: Job, path: str, *, num_rows: int = 1, fatal: bool = True
 ) -> str:
     """One step, of one client or more, thrown away: it loads code and kernels, and shows if the model can take it.
 
@@ -209,9 +205,9 @@ def _try_path(
         seconds(task, method, start, job, path, num_rows)
     except Exception as error:  # a user's model may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if path == "loop" and isinstance(error, InputError):
+        if is_plain(path) and isinstance(error, InputError):
             raise
-        if path == "loop":
+        if is_plain(path):
             raise InputError(f"model.name or data.batch-size: a training step of one client fails ({reason})") from None
         if fatal:
             raise InputError(f"engine.path = 'vmap': this model cannot be stacked; use loop ({reason})") from None

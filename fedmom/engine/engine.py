@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.cuda_graphs import Replays
-from fedmom.engine.stacked.means import Distances, Went, distances
+from fedmom.engine.stacked.means import Distances, RoundSums, distances
 from fedmom.engine.stacked.steps import Stack
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, local_step, takes_key
 from fedmom.method.averaging import WeightedMean
@@ -28,8 +29,8 @@ from fedmom.method.state import (
     where,
 )
 from fedmom.randomness import random_bits
-from fedmom.rounds.round import Backend, Outcome, Progress, Round, part_of
-from fedmom.tasks.classification import Task
+from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
+from fedmom.tasks.task import Task
 
 
 def vmap_step(
@@ -54,15 +55,6 @@ def loop_step(
     return tree_map(lambda t: t[None], local_step(state, batch, start=start, key=own, **method))
 
 
-PATHS = {
-    "factors": "as stack, and dense layers write no client's weights where that takes less work",
-    "stack": "clients stacked, through a model whose layers know of them",
-    "vmap": "clients stacked by torch.vmap: any model that it can take",
-    "loop": "one client after another: any model",
-}
-FOLDED_PATHS = ("factors", "stack")
-
-
 class Engine(Backend):
     """Runs rounds of one task by one method; `path` (of PATHS) and `chunk_size` change the result by rounding alone.
 
@@ -73,15 +65,16 @@ class Engine(Backend):
     def __init__(self, task: Task, method: Method, *, path: str, chunk_size: int, convolution: str = "") -> None:
         self.task, self.method = task, method
         self.stack: Stack | None = None
-        if path in FOLDED_PATHS:
-            self.stack = Stack(task, method, factors=path == "factors", convolution=convolution)
+        way = PATHS[path]
+        if way.folds:
+            self.stack = Stack(task, method, factors=way.factors, convolution=convolution)
         self.replays = Replays(self.stack) if self.stack is not None and task.device.type == "cuda" else None
-        self.step, self.gradient = (vmap_step, task.gradient) if path == "vmap" else (loop_step, task.gradient_alone)
+        self.step, self.gradient = (vmap_step, task.gradient) if way.stacks else (loop_step, task.gradient_alone)
         self.keyed = method.correction is not None and takes_key(method.correction)
         # The loop keeps one client resident: a larger chunk would only hold finished rows for longer.
-        self.chunk_size = 1 if path == "loop" else chunk_size
+        self.chunk_size = chunk_size if way.stacks else 1
 
-    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
         if self.stack is not None:
             return self._run_stacked(self.stack, start, job, progress)
@@ -107,15 +100,15 @@ class Engine(Backend):
             train_loss=float(job.weights @ every) / total,
             consensus_distance=mean.spread("params"),
             momentum_spread=mean.spread("momentum"),
-            path=[point / total for point in path],
+            trajectory=[point / total for point in path],
             momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
             losses=every,
         )
 
-    def _run_stacked(self, stack: Stack, start: ClientState, job: Round, progress: Progress | None) -> Outcome:
+    def _run_stacked(self, stack: Stack, start: ClientState, job: Job, progress: Progress | None) -> Outcome:
         policy = MOMENTUM_POLICIES[self.method.momentum_policy]
         begin = start if policy.keeps_rows else start._replace(momentum=policy.start(start.momentum, None))
-        went, losses, own = Went(start, self.method.running_var), list[Tensor](), list[Tree]()
+        went, losses, own = RoundSums(start, self.method.running_var), list[Tensor](), list[Tree]()
         chunks = torch.arange(len(job.clients)).split(self.chunk_size)
         weights = [float(part.sum()) for part in job.weights.cpu().split(self.chunk_size)]
         for found, weight in zip(self._distances(stack, begin, job, chunks, own, progress), weights, strict=True):
@@ -127,7 +120,7 @@ class Engine(Backend):
             train_loss=float(job.weights @ every) / float(job.weights.sum()),
             consensus_distance=went.spread("params"),
             momentum_spread=went.spread("momentum"),
-            path=[],
+            trajectory=[],
             momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
             losses=every,
         )
@@ -136,7 +129,7 @@ class Engine(Backend):
         self,
         stack: Stack,
         begin: ClientState,
-        job: Round,
+        job: Job,
         chunks: Sequence[Tensor],
         own: list[Tree],
         progress: Progress | None,
@@ -157,7 +150,7 @@ class Engine(Backend):
             yield distances(begin, ended)
 
     def run_rows(
-        self, rows: ClientState, job: Round, progress: Progress | None = None
+        self, rows: ClientState, job: Job, progress: Progress | None = None
     ) -> tuple[ClientState, Tensor, list[Tensor]]:
         """I local steps of every client from its own row, without an exchange.
 
@@ -180,7 +173,7 @@ class Engine(Backend):
         return like(concatenated(parts), rows), torch.cat(losses), path
 
     def _run_chunk(
-        self, state: ClientState, job: Round, progress: Progress | None
+        self, state: ClientState, job: Job, progress: Progress | None
     ) -> tuple[ClientState, Tensor, list[Tensor]]:
         """All local steps of K stacked clients -> state, mean loss [K], Σ w x after each step."""
         most, least = int(job.num_steps.max()), int(job.num_steps.min())

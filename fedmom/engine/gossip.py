@@ -12,7 +12,7 @@ from fedmom.method.averaging import WeightedMean
 from fedmom.method.mixing import Blocks, combine, spread
 from fedmom.method.state import ClientState, to_device
 from fedmom.method.topology import Mixing, Topology
-from fedmom.rounds.round import Backend, Outcome, Progress, Round
+from fedmom.rounds.round import Backend, Job, Outcome, Progress
 
 
 def mean_of(rows: ClientState, running_var: str = "pooled") -> ClientState:
@@ -46,7 +46,7 @@ def exchange(
 
 def outcome_of(
     task_device: torch.device,
-    job: Round,
+    job: Job,
     method: Method,
     after: ClientState,
     mixed: ClientState,
@@ -60,7 +60,7 @@ def outcome_of(
         train_loss=float(job.weights.to(losses.device) @ losses) / total,
         consensus_distance=spread(after.params),
         momentum_spread=spread(after.momentum),
-        path=[point / total for point in path],
+        trajectory=[point / total for point in path],
         momentum=None,
         losses=losses,
         rows=mixed,
@@ -79,7 +79,7 @@ class GossipRounds(Backend):
         self.engine, self.topology, self.home = engine, topology, torch.device(home)
         self.blocks = Blocks()
 
-    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client from its own row, then the exchange. Changes nothing in place."""
         assert job.rows is not None, "Algorithm 2 needs every client's row"
         rows, method = to_device(job.rows, self.home), self.engine.method

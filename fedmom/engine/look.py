@@ -20,12 +20,12 @@ from fedmom.engine.own_state import attributes, changed, same, shared_by
 from fedmom.errors import InputError
 from fedmom.method.algorithms import Correction, takes_key
 from fedmom.method.state import ClientState, Tree
-from fedmom.rounds.round import Round
+from fedmom.rounds.round import Job
 from fedmom.tasks.classification import Batch, Classification
 from fedmom.user_code import one_line
 
 
-def look(task: Classification, start: ClientState, job: Round, correction: Correction | None) -> None:
+def look(task: Classification, start: ClientState, job: Job, correction: Correction | None) -> None:
     """One client's steps from one state on one minibatch, one from elsewhere between them, and evaluations, by a copy.
 
     Raises InputError naming the model (or algorithm.correction) and what makes its step another one each time.
@@ -66,7 +66,7 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
 class _Twin:
     """A copy of the model, which takes steps and evaluates on one minibatch of the first client."""
 
-    def __init__(self, task: Classification, start: ClientState, job: Round) -> None:
+    def __init__(self, task: Classification, start: ClientState, job: Job) -> None:
         self.called, self.task, self.start = task.called, task.in_dtype(task.dtype), start
         fields = next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))
         self.batch = Batch(*(field[0] for field in fields))

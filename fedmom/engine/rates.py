@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fedmom.engine.engine import Engine
+from fedmom.engine.paths import AUTO, LOOP, is_plain
 from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.engine.stacked.timings import now
 from fedmom.errors import InputError
 from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState
-from fedmom.rounds.round import Round, part_of
-from fedmom.tasks.classification import Task
+from fedmom.rounds.round import Job, part_of
+from fedmom.tasks.task import Task
 from fedmom.user_code import one_line
 
 Way = tuple[str, int]  # path and chunk size
@@ -52,7 +53,7 @@ class Rates:
                 torch.cuda.empty_cache()
                 break
             except Exception as error:  # a user's model may raise anything, in the run's dtype alone too
-                if self._path != "auto" or way[0] == "loop":
+                if self._path != AUTO or is_plain(way[0]):
                     failed = f"{way[0]} fails ({one_line(error)[:200]})"
                     raise InputError(f"engine.path = {self._path!r}: {failed}") from error
                 self._note(way, error)
@@ -66,7 +67,7 @@ class Rates:
 
         The loop is timed again too: a lucky first measurement of the stack must not keep it out.
         """
-        for way in [("loop", 1), self.best, *rivals]:
+        for way in [(LOOP, 1), self.best, *rivals]:
             try:
                 self.found[way] = self._rate(*way, most=64)
             except torch.OutOfMemoryError:  # a rival in larger chunks than the stack's
@@ -83,7 +84,7 @@ def rate(
     task: Task,
     method: Method,
     start: ClientState,
-    job: Round,
+    job: Job,
     path: str,
     num_rows: int,
     *,
@@ -111,7 +112,7 @@ def rate(
     return num_rows * steps / _seconds_of(engine, start, job, num_rows, steps)
 
 
-def seconds(task: Task, method: Method, start: ClientState, job: Round, path: str, num_rows: int) -> float:
+def seconds(task: Task, method: Method, start: ClientState, job: Job, path: str, num_rows: int) -> float:
     """Time of a step of the first `num_rows` clients of `job`, with all that is done for the first time."""
     return _seconds_of(_engine(task, method, path, num_rows), start, job, num_rows, 1)
 
@@ -120,7 +121,7 @@ def _engine(task: Task, method: Method, path: str, num_rows: int) -> Engine:
     return Engine(task, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
 
 
-def _seconds_of(engine: Engine, start: ClientState, job: Round, num_rows: int, steps: int) -> float:
+def _seconds_of(engine: Engine, start: ClientState, job: Job, num_rows: int, steps: int) -> float:
     """Time of a round of `steps` local steps of the first `num_rows` clients of `job`."""
     part = part_of(job._replace(momentum=None), torch.arange(num_rows))
     short = part._replace(num_steps=torch.full_like(part.num_steps, steps), lrs=job.lrs[:steps])

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from fedmom.engine.calls import Precision
 from fedmom.engine.engine import Engine
-from fedmom.engine.stacked.convolutions import CONVOLUTIONS
+from fedmom.engine.paths import PATHS, is_plain
+from fedmom.engine.stacked.convolutions import CONVOLUTIONS, PLAIN
 from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.errors import InputError
 from fedmom.machine.precision import exactly
@@ -25,7 +26,7 @@ from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, takes_key
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, row_of
 from fedmom.randomness import random_bits, uniform
-from fedmom.rounds.round import Round
+from fedmom.rounds.round import Job
 from fedmom.tasks.classification import Batch, Classification
 from fedmom.tasks.places import copied
 
@@ -50,7 +51,7 @@ class _Went(NamedTuple):
 class Yardstick:
     """A few clients' two steps in plain torch, and how far each way of running them is from that."""
 
-    def __init__(self, task: Classification, method: Method, job: Round, *, own_rows: bool) -> None:
+    def __init__(self, task: Classification, method: Method, job: Job, *, own_rows: bool) -> None:
         """own_rows: clients start from x and u of their own (Algorithm 2). Raises what the model raises."""
         self.method, self.own_rows, self.dtype = method, own_rows, task.dtype
         self.lrs: tuple[float, ...] = _LRS
@@ -66,7 +67,7 @@ class Yardstick:
             except Exception:  # a model of its own dtype (x.float(), torch.zeros(…)) trains in the run's alone
                 self._measure(task.in_dtype(task.dtype), job, count)
 
-    def _measure(self, task: Classification, job: Round, count: int) -> None:
+    def _measure(self, task: Classification, job: Job, count: int) -> None:
         """What plain torch comes to, in as much time as there is, from a start at which it is finite."""
         self.task, self.note, self.tolerance = task, "", _EXACT
         self.model = copied(task.model)  # as it was before any step
@@ -95,12 +96,13 @@ class Yardstick:
             self.tolerance = min(max(_EXACT, 30 * natural), _UNITS * seen.eps, _LOOSE)
 
     def differs(self, path: str) -> str:
-        """ "" or how the way `path` of engine.PATHS differs from plain torch, in words."""
+        """ "" or how the way `path` of PATHS differs from plain torch, in words."""
         if not _finite(self.want):  # the run itself will say so; until then the plainest way is taken
             why = "plain torch's first two steps are not finite, so that nothing can be compared"
-            return "" if path == "loop" else why
-        ways = [""]
-        if path == "stack" and any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in self.model.modules()):
+            return "" if is_plain(path) else why
+        ways, way = [""], PATHS[path]
+        convolves = any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in self.model.modules())
+        if way.folds and not way.factors and convolves:
             ways = self._convolutions()
         for convolution in ways:
             if (path, convolution) not in self.found:
@@ -111,7 +113,7 @@ class Yardstick:
     def _convolutions(self) -> list[str]:
         """The ways to convolve that may be chosen here; what cannot run is never chosen."""
         cuda = self.task.device.type == "cuda"
-        return list(CONVOLUTIONS) if cuda else ["loop", "grouped"]
+        return list(CONVOLUTIONS) if cuda else [PLAIN, "grouped"]
 
     def _compare(self, path: str, convolution: str) -> str:
         engine = Engine(self.task, self.method, path=path, chunk_size=_CHUNK, convolution=convolution)
@@ -119,7 +121,7 @@ class Yardstick:
             for _ in range(COMINGS if engine.replays else 1):  # the last one is replayed
                 got = self._by(engine)
         except Exception:
-            if convolution in ("", "loop") or self.task.device.type == "cpu":
+            if convolution in ("", PLAIN) or self.task.device.type == "cpu":
                 raise
             return ""  # one that cannot run here (no compiler for Triton, no kernel) is never chosen
         found = self._away(got, self.want)
@@ -133,13 +135,13 @@ class Yardstick:
 
     # --- the few clients -------------------------------------------------------------------------------------
 
-    def _try(self, job: Round) -> None:
+    def _try(self, job: Job) -> None:
         """One client's two steps."""
         self.job = self._short(job, 1)
         self.start, self.rows = self._begin(1, 0.0)
         self._plain(0.0)
 
-    def _short(self, job: Round, count: int) -> Round:
+    def _short(self, job: Job, count: int) -> Job:
         uneven = not bool((job.num_steps == job.num_steps[0]).all())
         steps = torch.full((count,), len(self.lrs), dtype=torch.int64, device=job.clients.device)
         if uneven:
@@ -160,7 +162,7 @@ class Yardstick:
         own = self.task.start()
         keeps = MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows
         common = self._moved(own, 0, by)
-        if self.method.momentum_policy == "reset" and not self.own_rows:
+        if MOMENTUM_POLICIES[self.method.momentum_policy].forgets and not self.own_rows:
             common = common._replace(momentum={n: torch.zeros_like(u) for n, u in own.momentum.items()})
         rows = [self._moved(own, 1 + i, by) if self.own_rows or keeps else common for i in range(count)]
         if not self.own_rows:

@@ -18,7 +18,8 @@ from fedmom.engine.stacked.timings import now
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
-from fedmom.tasks.classification import Batch, Classification, Task
+from fedmom.tasks.classification import Batch, Classification
+from fedmom.tasks.task import Task
 
 KINDS = {  # of torch's operators, by a part of the name; the first that fits
     "convolution": ("conv",),

@@ -30,6 +30,9 @@ from fedmom.runs.progress import Quiet
 from fedmom.runs.trackers import Tracking
 from fedmom.user_code import one_line
 
+RAY_HERE = "local"  # for an address: a Ray that is started for the sweep
+
+
 LOOK_SECONDS = 0.5  # between two looks at the file that tells actors to end, and at whether the parent lives
 ONE_REQUEST_SECONDS = 1.0  # a scheduler may send several signals for one
 ENDING = "ending: what runs leaves its checkpoint; once more ends it at once"
@@ -43,7 +46,7 @@ class Cell(NamedTuple):
     group: str  # the name without the seed
 
 
-class Ended(NamedTuple):
+class CellEnded(NamedTuple):
     """How a cell ended, now or in an earlier call."""
 
     cell: Cell
@@ -62,7 +65,7 @@ class Work(NamedTuple):
     threads: int = 0  # of torch; 0: as the configuration says
 
 
-def one_by_one(work: Work, cells: Sequence[Cell]) -> Iterator[Ended]:
+def one_by_one(work: Work, cells: Sequence[Cell]) -> Iterator[CellEnded]:
     """In this process. The last one given may be interrupted; then no other was begun."""
     for cell in cells:
         ended = run_cell(work, cell)
@@ -71,7 +74,7 @@ def one_by_one(work: Work, cells: Sequence[Cell]) -> Iterator[Ended]:
             return
 
 
-def run_cell(work: Work, cell: Cell, followers: Sequence[Callback] = ()) -> Ended:
+def run_cell(work: Work, cell: Cell, followers: Sequence[Callback] = ()) -> CellEnded:
     """One cell, new or from where it was; an interruption is how it ended."""
     begin, folder = time.monotonic(), Path(work.out) / cell.name
     changes = {**parse_sets(work.sets), **cell.sets, "run.out": "", "run.resume": ""}
@@ -84,12 +87,12 @@ def run_cell(work: Work, cell: Cell, followers: Sequence[Callback] = ()) -> Ende
                 changes.setdefault("engine.threads", work.threads)
             result = run(work.config, sets=changes, out=folder, callbacks=followers)
     except KeyboardInterrupt:  # before its first round: what was there stays as it is
-        return Ended(cell, "interrupted", "interrupted before a round", time.monotonic() - begin)
+        return CellEnded(cell, "interrupted", "interrupted before a round", time.monotonic() - begin)
     except InputError as error:
-        return Ended(cell, "refused", str(error), time.monotonic() - begin)
+        return CellEnded(cell, "refused", str(error), time.monotonic() - begin)
     except Exception as error:  # of the user's own model, say: the other runs go on
-        return Ended(cell, "failed", one_line(error), time.monotonic() - begin)
-    return Ended(cell, result.status, result.message, time.monotonic() - begin)
+        return CellEnded(cell, "failed", one_line(error), time.monotonic() - begin)
+    return CellEnded(cell, result.status, result.message, time.monotonic() - begin)
 
 
 class Requests:
@@ -152,7 +155,7 @@ class Asked(Callback):
                 raise KeyboardInterrupt
 
 
-def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Iterator[Ended]:
+def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Iterator[CellEnded]:
     """On Ray actors, of a Ray that is started here ("local") or of a cluster that sees the same folders.
 
     Raises KeyboardInterrupt at its end where it was asked to end before.
@@ -165,14 +168,16 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
     work = work._replace(threads=max(1, usable_cores() // workers))
     stop = Path(work.out) / f".stop-{uuid.uuid4().hex[:8]}"  # signals do not reach other machines
 
-    def make_worker() -> Callable[[Cell], Ended]:
+    def make_worker() -> Callable[[Cell], CellEnded]:
         if os.path.isdir(here):  # data.data-dir and module:function are looked for where the sweep was started
             os.chdir(here)
-        return lambda cell: Ended(cell, "", "", 0.0) if stop.exists() else run_cell(work, cell, [Asked(stop.exists)])
+        return lambda cell: (
+            CellEnded(cell, "", "", 0.0) if stop.exists() else run_cell(work, cell, [Asked(stop.exists)])
+        )
 
     count = min(workers, len(cells))
     share = share_of_gpus(load(work.config or {}, work.sets).config, count)
-    options = PoolOptions(num_workers=count, num_gpus=share, ray_address="" if address == "local" else address)
+    options = PoolOptions(num_workers=count, num_gpus=share, ray_address="" if address == RAY_HERE else address)
     try:
         with Pool(make_worker, options) as pool, Requests() as requests:
             cell_of = {cell.name: cell for cell in cells}
@@ -184,7 +189,7 @@ def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Ite
                 if (taken := pool.take(LOOK_SECONDS)) is None:
                     continue
                 cell, answer = cell_of.pop(str(taken[0])), taken[1]
-                ended = Ended(cell, "failed", answer.reason, 0.0) if isinstance(answer, Failure) else answer
+                ended = CellEnded(cell, "failed", answer.reason, 0.0) if isinstance(answer, Failure) else answer
                 if ended.status:  # else it was not begun
                     yield ended
     finally:

@@ -16,11 +16,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
-from fedmom.experiments.crew import LOOK_SECONDS, Asked, Cell, Ended, Requests, Work, run_cell
+from fedmom.experiments.crew import LOOK_SECONDS, Asked, Cell, CellEnded, Requests, Work, run_cell
 from fedmom.machine.cores import usable_cores
 
 
-def side_by_side(work: Work, cells: Sequence[Cell], workers: int) -> Iterator[Ended]:
+def side_by_side(work: Work, cells: Sequence[Cell], workers: int) -> Iterator[CellEnded]:
     """In processes beside this one, each of which is given its next cell when it has answered for the last.
 
     Raises KeyboardInterrupt at its end where it was asked to end before.
@@ -95,19 +95,19 @@ def _give(connection: Connection, cell: Cell) -> bool:
     return True
 
 
-def _answer(connection: Connection, process: BaseProcess, cell: Cell, told: bool) -> Ended:
+def _answer(connection: Connection, process: BaseProcess, cell: Cell, told: bool) -> CellEnded:
     """What a process answered for its cell, or why it did not."""
     try:
         answer = connection.recv()
-        assert isinstance(answer, Ended)
+        assert isinstance(answer, CellEnded)
         return answer
     except (EOFError, OSError):
         process.join()
     if told:
-        return Ended(cell, "interrupted", "interrupted before a round", 0.0)
+        return CellEnded(cell, "interrupted", "interrupted before a round", 0.0)
     code = process.exitcode or 0
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    return Ended(cell, "failed", f"its process {how}", 0.0)
+    return CellEnded(cell, "failed", f"its process {how}", 0.0)
 
 
 def _serve(connection: Connection, work: Work, parent: int) -> None:

@@ -8,6 +8,7 @@ from fedmom.backends.local import make_backend
 from fedmom.config.build import resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import load, parse_sets
+from fedmom.config.strategies import OURS
 from fedmom.errors import InputError
 from fedmom.experiments.simulation import simulate
 from fedmom.machine.files import at_home
@@ -77,7 +78,7 @@ def _check_backend(config: Config) -> None:
     backend, strategy = config.run.backend, config.server.strategy
     if backend == "flower":
         raise InputError("run.backend = 'flower': start it with `flwr run`; here it is engine or simulation")
-    if backend == "engine" and strategy != "pr-sgd-m":
+    if backend == "engine" and strategy != OURS:
         raise InputError(
             f"server.strategy = {strategy!r}: is Flower's; it needs run.backend = 'simulation' or `flwr run`"
         )

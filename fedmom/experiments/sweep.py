@@ -9,17 +9,17 @@ from fedmom.config.keys import Config
 from fedmom.config.load import load, parse_sets
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError, unknown
-from fedmom.experiments.crew import Cell, Ended, Work, on_ray, one_by_one
+from fedmom.experiments.crew import Cell, CellEnded, Work, on_ray, one_by_one
 from fedmom.experiments.processes import side_by_side
 from fedmom.experiments.run import check_place
 from fedmom.machine.files import write_text
+from fedmom.method.algorithms import ALGORITHMS
 from fedmom.records.files import CONFIG, MANIFEST
 from fedmom.records.folder import RunFolder
 from fedmom.records.history import last_round
 from fedmom.records.resume import resume_config
 from fedmom.rounds.loop import CLIENT_MEASURES
-from fedmom.tasks.classification import Classification
-from fedmom.tasks.quadratic import Quadratic
+from fedmom.tasks.task import task_kind
 
 WAITING = "not begun"  # of a cell that waits for its turn
 ENDED = ("done", "diverged")  # runs that another try would not change
@@ -69,8 +69,7 @@ _MIXED = ("consensus_distance_after", "momentum_spread_after")
 
 def measured_by(config: Config) -> set[str]:
     """The names of all numbers that such a run may record."""
-    kind = Quadratic if config.data.dataset == "quadratic" else Classification
-    mixes = config.algorithm.name == "d-sgd-m"
+    kind, mixes = task_kind(config.data.dataset), ALGORITHMS[config.algorithm.name].decentralized
     return {*_ALWAYS, *kind.measures, *((*_MIXED, *CLIENT_MEASURES) if mixes else ())} - {"optimum"}
 
 
@@ -83,7 +82,7 @@ def sweep(
     workers: int = 1,
     ray: str = "",
     track: Sequence[str] = (),
-) -> Iterator[Ended]:
+) -> Iterator[CellEnded]:
     """Run what has not ended yet, `workers` at a time, and give every cell as it ends (those of earlier calls first).
 
     ray: "" for processes here, "local" for actors of a Ray that is started here, or the address of a Ray cluster, whose
@@ -101,7 +100,7 @@ def sweep(
     for cell in cells:
         before = known.get(cell.name, {})
         if before.get("status") in ENDED and not _lacks_rounds(config, cell, out, sets, before["status"]):
-            yield Ended(cell, before["status"], before.get("message", ""), 0.0)
+            yield CellEnded(cell, before["status"], before.get("message", ""), 0.0)
         else:
             waiting.append(cell)
     planned = {cell.name: {"status": WAITING, "message": "", "sets": cell.sets} for cell in waiting}

@@ -11,7 +11,7 @@ from fedmom.errors import InputError
 Edges = Iterable[tuple[int, int]] | np.ndarray  # [E, 2]
 
 
-class Options(NamedTuple):
+class GraphOptions(NamedTuple):
     """Section `algorithm`'s numbers for the topologies that need one."""
 
     degree: int = 4  # of random-regular
@@ -25,19 +25,19 @@ def _sizes(name: str, num_clients: int, which: str, fit: Iterable[int]) -> Input
     return InputError(f"algorithm.topology = {name!r}: needs {which}, data.num-clients = {num_clients}; near: {near}")
 
 
-def complete(n: int, options: Options) -> np.ndarray:
+def complete(n: int, options: GraphOptions) -> np.ndarray:
     return np.stack(np.triu_indices(n, 1), axis=1)
 
 
-def ring(n: int, options: Options) -> Edges:
+def ring(n: int, options: GraphOptions) -> Edges:
     return {(min(i, (i + 1) % n), max(i, (i + 1) % n)) for i in range(n) if n > 1}
 
 
-def path(n: int, options: Options) -> Edges:
+def path(n: int, options: GraphOptions) -> Edges:
     return [(i, i + 1) for i in range(n - 1)]
 
 
-def star(n: int, options: Options) -> Edges:
+def star(n: int, options: GraphOptions) -> Edges:
     """Client 0 is the hub."""
     return [(0, i) for i in range(1, n)]
 
@@ -47,7 +47,7 @@ def torus_shape(n: int) -> tuple[int, int] | None:
     return next(((a, n // a) for a in range(math.isqrt(n), 1, -1) if n % a == 0), None)
 
 
-def torus(n: int, options: Options) -> Edges:
+def torus(n: int, options: GraphOptions) -> Edges:
     shape = (1, 1) if n == 1 else torus_shape(n)
     if shape is None:
         fit = [m for m in range(max(4, n - 6), n + 7) if torus_shape(m)]
@@ -62,13 +62,13 @@ def torus(n: int, options: Options) -> Edges:
     return {edge for edge in edges if edge[0] != edge[1]}
 
 
-def hypercube(n: int, options: Options) -> Edges:
+def hypercube(n: int, options: GraphOptions) -> Edges:
     if n & (n - 1):
         raise _sizes("hypercube", n, "N = 2^k", [1 << k for k in range(n.bit_length() + 2)])
     return [(i, i | 1 << k) for i in range(n) for k in range(n.bit_length() - 1) if not i >> k & 1]
 
 
-def random_regular(n: int, options: Options) -> Edges:
+def random_regular(n: int, options: GraphOptions) -> Edges:
     degree = options.degree
     if n == 1:
         return []
@@ -81,14 +81,14 @@ def random_regular(n: int, options: Options) -> Edges:
     return _connected("random-regular", n, options, lambda seed: networkx.random_regular_graph(degree, n, seed=seed))
 
 
-def erdos_renyi(n: int, options: Options) -> Edges:
+def erdos_renyi(n: int, options: GraphOptions) -> Edges:
     probability = options.probability or min(1.0, 2 * math.log(max(n, 2)) / n)
     import networkx
 
     return _connected("erdos-renyi", n, options, lambda seed: networkx.gnp_random_graph(n, probability, seed=seed))
 
 
-def _connected(name: str, n: int, options: Options, draw: Callable[[int], object]) -> Edges:
+def _connected(name: str, n: int, options: GraphOptions, draw: Callable[[int], object]) -> Edges:
     """The first connected one of 200 graphs by seed."""
     import networkx
 
@@ -109,7 +109,7 @@ class Rule(NamedTuple):
     """A topology by name: an undirected graph, whose weights come from WEIGHTS, or a directed circulant."""
 
     summary: str
-    edges: Callable[[int, Options], Edges] | None = None  # who is linked with whom
+    edges: Callable[[int, GraphOptions], Edges] | None = None  # who is linked with whom
     hops: Callable[[int], list[list[int]]] | None = None  # a list of hops per round of the period; W = 1/(hops + 1)
 
 

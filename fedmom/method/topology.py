@@ -15,7 +15,7 @@ import numpy as np
 
 from fedmom.errors import InputError, unknown
 from fedmom.machine.files import at_home
-from fedmom.method.graphs import TOPOLOGIES, WEIGHTS, Edges, Options
+from fedmom.method.graphs import TOPOLOGIES, WEIGHTS, Edges, GraphOptions
 
 TOLERANCE = 1e-8  # of row and column sums: matrices in files are rounded
 FILES = (".npy", ".csv", ".edges")
@@ -269,14 +269,14 @@ def is_file(name: str) -> bool:
 
 
 def make_topology(
-    name: str, num_clients: int, *, weights: str = "metropolis", options: Options | None = None
+    name: str, num_clients: int, *, weights: str = "metropolis", options: GraphOptions | None = None
 ) -> Topology:
     """The topology called `name` (or of the file `name`) for N clients.
 
     Raises InputError for sizes that do not fit (with those that would), and for matrices that are not doubly
     stochastic (with the row).
     """
-    options = options or Options()
+    options = options or GraphOptions()
     if is_file(name):
         return Topology(name, [read_file(name, num_clients, weights)])
     if name not in TOPOLOGIES:

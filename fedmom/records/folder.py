@@ -27,7 +27,7 @@ from fedmom.records.files import (
     write_tensors,
 )
 from fedmom.records.identity import Identity
-from fedmom.rounds.loop import Progressed, Record
+from fedmom.rounds.loop import Record, RunState
 
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
@@ -40,12 +40,12 @@ def _leftovers(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir() if p.name.startswith(tuple(f".{name}." for name in names))]
 
 
-def _checkpointed(done: Progressed) -> Tree:
+def _checkpointed(done: RunState) -> Tree:
     """The tensors of checkpoint.safetensors: the mean state, and the server's own momentum where there is one."""
     return flatten(done.state) | {_SLOW + name: value for name, value in (done.slow_momentum or {}).items()}
 
 
-def _rows(done: Progressed) -> ClientState | None:
+def _rows(done: RunState) -> ClientState | None:
     """The tensors of clients.safetensors: what every client has of its own."""
     if done.client_momentum is not None:
         return ClientState({}, done.client_momentum, {})
@@ -139,7 +139,7 @@ class RunFolder:
                 f"{self.path / ROUNDS}: cannot be written ({error.strerror}); --resume continues"
             ) from None
 
-    def save(self, done: Progressed, stamp: dict[str, Any]) -> None:
+    def save(self, done: RunState, stamp: dict[str, Any]) -> None:
         """A checkpoint; `stamp`: the run's own (see `fedmom.records.identity`).
 
         Rows of clients go first, and the older rows stay until the checkpoint itself is there.
@@ -156,15 +156,15 @@ class RunFolder:
         write_tensors(checkpoint, _checkpointed(done), about)
         previous.unlink(missing_ok=True)
 
-    def save_final(self, done: Progressed, stamp: dict[str, Any]) -> None:
+    def save_final(self, done: RunState, stamp: dict[str, Any]) -> None:
         write_tensors(self.path / FINAL, flatten(done.state), self._about(done, stamp))
 
     @staticmethod
-    def _about(done: Progressed, stamp: dict[str, Any]) -> dict[str, Any]:
+    def _about(done: RunState, stamp: dict[str, Any]) -> dict[str, Any]:
         """No times: the bytes of a resumed run are those of an uninterrupted one."""
         return {**stamp, **{name: getattr(done, name) for name in _COUNTS}}
 
-    def load(self, identity: Identity, template: Progressed, device: torch.device) -> tuple[Progressed, dict[str, Any]]:
+    def load(self, identity: Identity, template: RunState, device: torch.device) -> tuple[RunState, dict[str, Any]]:
         """The last checkpoint, checked against this run, and its stamp; `template` (round 0) where there is none yet.
 
         Raises InputError for a checkpoint that is truncated, of another run, or without its clients' rows.

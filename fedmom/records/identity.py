@@ -28,7 +28,8 @@ from fedmom.errors import InputError
 from fedmom.machine.files import at_home
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.topology import FILES
-from fedmom.tasks.classification import Classification, Task
+from fedmom.tasks.classification import Classification
+from fedmom.tasks.task import Task, task_kind
 from fedmom.user_code import is_own_file, is_spec, load_object
 
 # Keys that may differ on resume without changing what is computed up to the rounds already done.
@@ -117,7 +118,7 @@ def _names_of_1() -> Collection[str]:
 
 def _known_of_data(config: Config, task: Task | None) -> dict[str, Any]:
     """Where every client brings its own data: their sizes, and the images' sums."""
-    if config.data.dataset != "local" or not isinstance(task, Classification):
+    if not task_kind(config.data.dataset).own_data or not isinstance(task, Classification):
         return {}
     return {"sizes": task.sizes.tolist(), "mean": task.dataset.mean, "std": task.dataset.std}
 
@@ -129,14 +130,14 @@ def _contents(config: Config, task: Task | None) -> dict[str, str]:
         data = task.dataset
         arrays = {name: getattr(data, name) for name in ("x_train", "y_train", "x_test", "y_test")}
         about = {"arrays": of_tensors(arrays), "classes": data.num_classes, **_known_of_data(config, task)}
-        found["data.data-dir" if config.data.dataset == "local" else "data.dataset"] = fingerprint(about)
+        found["data.data-dir" if task_kind(config.data.dataset).own_data else "data.dataset"] = fingerprint(about)
     topology = config.algorithm.topology
     if ALGORITHMS[config.algorithm.name].decentralized and topology.endswith(FILES):
         with contextlib.suppress(OSError):  # that it is missing is said by whoever reads W
             found["algorithm.topology"] = _hash_of_file(topology)[:16]
     for key in ("model.name", "algorithm.correction"):
         spec = str(flat(config)[key])
-        if is_spec(spec) and (key != "model.name" or config.data.dataset != "quadratic"):
+        if is_spec(spec) and (key != "model.name" or task_kind(config.data.dataset).has_examples):
             found[key] = of_code(load_object(key, spec))
     return found
 

@@ -8,6 +8,7 @@ from fedmom.config.load import toml_scalar
 from fedmom.errors import InputError
 from fedmom.results.reading import Run
 from fedmom.results.tables import MEASURES, number
+from fedmom.tasks.task import task_kind
 
 # The symbols of docs/method.md.
 SYMBOLS = {
@@ -154,7 +155,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     """The keys in which runs differ, without the seed, and without what follows from other keys."""
     keys = [key for key in KEYS if key not in _SAME and len({run.settings[key] for run in runs}) > 1]
     settings = [run.settings for run in runs]
-    if all(s["data.dataset"] == "quadratic" for s in settings):
+    if not any(task_kind(s["data.dataset"]).has_examples for s in settings):
         keys = [key for key in keys if key not in _OF_EXAMPLES]
     if "algorithm.cohort-size" in keys and all(s["algorithm.cohort-size"] == s["data.num-clients"] for s in settings):
         keys.remove("algorithm.cohort-size")
@@ -184,9 +185,9 @@ def check_fit(groups: Sequence[Group]) -> None:
     # The data of those that are left out too: the next time they may be finished, and count.
     every = [run for group in groups for run in group.members]
     first = every[0]
-    quadratic = ("data.curvatures", "data.centers") if first.settings["data.dataset"] == "quadratic" else ()
+    objective = task_kind(first.settings["data.dataset"]).objective
     for run in every:
-        for key in ("data.dataset", *quadratic):
+        for key in ("data.dataset", *objective):
             here, there = first.settings[key], run.settings[key]
             if here != there:
                 raise InputError(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from fedmom.experiments.crew import Ended
+from fedmom.experiments.crew import CellEnded
 from fedmom.records.history import read_rounds
 from fedmom.results.tables import MISSING, finite, number
 
@@ -15,7 +15,7 @@ def metric_of(folder: Path) -> str:
     return next((name for name in ("test_accuracy", "test_loss", "loss") if name in numbers), "train_loss")
 
 
-def best_table(ended: Sequence[Ended], out: Path, metric: str) -> tuple[list[str], list[list[str]]]:
+def best_table(ended: Sequence[CellEnded], out: Path, metric: str) -> tuple[list[str], list[list[str]]]:
     """(header, a row per group, the best first): the metric's last value, mean ± deviation over seeds that are done.
 
     Accuracies and speeds are better when larger, everything else when smaller. Groups with a run that is not done, or

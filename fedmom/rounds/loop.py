@@ -17,8 +17,8 @@ from fedmom.method.schedules import SCHEDULES, Horizon, LearningRate
 from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, row_of, stacked, to_device, zeros_like
 from fedmom.method.topology import Topology
 from fedmom.randomness import COHORT, random_bits
-from fedmom.rounds.round import Backend, Outcome, Progress, Round, part_of
-from fedmom.tasks.classification import Task
+from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
+from fedmom.tasks.task import Task
 
 Record = dict[str, Any]
 
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
         return Horizon(total, self.cohort_size, float(sizes.sum()) / (self.cohort_size * self.batch_size))
 
 
-class Progressed(NamedTuple):
+class RunState(NamedTuple):
     """A run between two rounds: all that a checkpoint must hold."""
 
     round: int  # rounds done
@@ -89,7 +89,7 @@ class Progressed(NamedTuple):
     wall_seconds: float = 0.0
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings state and rows from where they are
 
-    def gathered(self) -> "Progressed":
+    def gathered(self) -> "RunState":
         """The same with its state and rows here, where others hold them."""
         if self.fetch is None:
             return self
@@ -97,16 +97,16 @@ class Progressed(NamedTuple):
         return self._replace(state=state, rows=rows, fetch=None)
 
 
-def beginning(task: Task, plan: Plan) -> Progressed:
+def beginning(task: Task, plan: Plan) -> RunState:
     """The state before the first round."""
     start = task.start()
     rows = None
     if plan.topology is not None:
         own = ClientState(*({n: v.clone() for n, v in tree.items()} for tree in stacked(start, len(task.sizes))))
-        return Progressed(0, start, None, rows=own)
+        return RunState(0, start, None, rows=own)
     if MOMENTUM_POLICIES[plan.method.momentum_policy].keeps_rows:
         rows = {n: torch.zeros(len(task.sizes), *u.shape, dtype=u.dtype) for n, u in start.momentum.items()}
-    return Progressed(0, start, rows, zeros_like(start.params) if plan.slow else None)
+    return RunState(0, start, rows, zeros_like(start.params) if plan.slow else None)
 
 
 def cohort(num_clients: int, cohort_size: int, seed: int, round_index: int) -> np.ndarray:
@@ -123,7 +123,7 @@ def bytes_per_exchange(state: ClientState, method: Method) -> int:
     return num_bytes(state.params) + num_bytes(state.buffers) + (num_bytes(state.momentum) if sends else 0)
 
 
-def round_job(task: Task, plan: Plan, done: Progressed) -> Round:
+def round_job(task: Task, plan: Plan, done: RunState) -> Job:
     """What the whole cohort must do in the round after `done`."""
     num_clients = len(task.sizes)
     ids = cohort(num_clients, plan.cohort_size, plan.seed, done.round)
@@ -134,7 +134,7 @@ def round_job(task: Task, plan: Plan, done: Progressed) -> Round:
     return job._replace(rows=done.rows, evaluates=plan.evaluates(done.round + 1))
 
 
-def clients_job(task: Task, plan: Plan, round_index: int, ids: np.ndarray, momentum: Tree | None = None) -> Round:
+def clients_job(task: Task, plan: Plan, round_index: int, ids: np.ndarray, momentum: Tree | None = None) -> Job:
     """What clients `ids` [C] must do in round 0, 1, …, with their own u [C, ...] for policy "local"."""
     sizes = task.sizes[ids]
     all_steps = plan.steps_of(task.sizes)
@@ -142,7 +142,7 @@ def clients_job(task: Task, plan: Plan, round_index: int, ids: np.ndarray, momen
     first = round_index * per_round  # the schedule's clock; with local-epochs the mean client's
     lrs = [plan.rate.at(math.floor(first + s), horizon) for s in range(int(steps.max()))]
     weights = torch.from_numpy(sizes if plan.client_weights == "samples" else np.ones(len(ids)))
-    return Round(
+    return Job(
         clients=torch.from_numpy(ids).to(task.device),
         weights=weights.to(task.device, torch.float64),
         first_steps=torch.from_numpy(round_index * steps).to(task.device),
@@ -153,7 +153,7 @@ def clients_job(task: Task, plan: Plan, round_index: int, ids: np.ndarray, momen
     )
 
 
-def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: Outcome, seconds: float) -> Progressed:
+def after_round(task: Task, plan: Plan, done: RunState, job: Job, outcome: Outcome, seconds: float) -> RunState:
     """The state between this round and the next; `done` stays as it is. `job`: of the clients that answered."""
     rows = done.client_momentum
     if rows is not None and outcome.momentum is not None:
@@ -168,7 +168,7 @@ def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: O
         alpha, eta = plan.slow_momentum, plan.slow_lr
         params, slow = slow_step(done.state.params, state.params, slow, lr=job.lrs[0], alpha=alpha, eta=eta)
         state = state._replace(params=params)
-    return Progressed(
+    return RunState(
         round=done.round + 1,
         state=state,
         client_momentum=rows,
@@ -183,8 +183,8 @@ def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: O
 
 
 def run_rounds(
-    task: Task, plan: Plan, engine: Backend, done: Progressed, progress: Progress | None = None
-) -> Iterator[tuple[Progressed, Record]]:
+    task: Task, plan: Plan, engine: Backend, done: RunState, progress: Progress | None = None
+) -> Iterator[tuple[RunState, Record]]:
     """Rounds done.round + 1 … R, each as the state after it and its record (see docs/method.md).
 
     Raises InputError before the first one where the model cannot be evaluated, and
@@ -223,8 +223,8 @@ def run_rounds(
         }
         if len(job.clients) < asked:
             record["num_failed"] = asked - len(job.clients)
-        if outcome.path:
-            record |= _coordinates(new.state, outcome.path)
+        if outcome.trajectory:
+            record |= _coordinates(new.state, outcome.trajectory)
         yield new, record
         done = new
 
@@ -255,7 +255,7 @@ def evaluate_rows(task: Task, rows: ClientState, places: list[int]) -> Record:
     return summarised([task.evaluate(to_device(row_of(rows, place), task.device)) for place in places])
 
 
-def _measured(task: Task, plan: Plan, job: Round, outcome: Outcome, new: Progressed) -> Record:
+def _measured(task: Task, plan: Plan, job: Job, outcome: Outcome, new: RunState) -> Record:
     """The evaluation of a round, by whoever ran it or here; empty where none is due."""
     if outcome.measured is not None:
         return outcome.measured
@@ -267,7 +267,7 @@ def _measured(task: Task, plan: Plan, job: Round, outcome: Outcome, new: Progres
     return measured
 
 
-def _check_finite(round_number: int, job: Round, outcome: Outcome, measured: Record) -> None:
+def _check_finite(round_number: int, job: Job, outcome: Outcome, measured: Record) -> None:
     where = f"round {round_number} at lr = {job.lrs[0]:g}"
     spreads = {"consensus_distance": outcome.consensus_distance, "momentum_spread": outcome.momentum_spread}
     for name, value in {"train_loss": outcome.train_loss, **measured, **spreads}.items():

@@ -11,7 +11,7 @@ from fedmom.method.state import ClientState, Tree, rows_of, to_device
 Progress = Callable[[int], None]  # client-steps done since the last call
 
 
-class Round(NamedTuple):
+class Job(NamedTuple):
     """What one round asks of the engine."""
 
     clients: Tensor  # [C] int64, the cohort, in ascending order
@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     train_loss: float  # mean over clients (by weight) and their steps, each before the step
     consensus_distance: float  # Σ p_i ‖x_i − x̂‖² just before the exchange
     momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
-    path: list[Tensor]  # x̄ after every local step, for small tasks; else empty
+    trajectory: list[Tensor]  # x̄ after every local step, for small tasks; else empty
     momentum: Tree | None  # [C, ...] the clients' own u at the end, in main memory, for policy "local"
     losses: Tensor  # [C] float64, mean over each client's own steps
     answered: Tensor | None = None  # [C] bool: whose update is in the means; None: everybody's
@@ -52,7 +52,7 @@ class Backend(Protocol):
     settled: Mapping[str, Any] = MappingProxyType({})
     notes: Sequence[str] = ()  # what of that should be known
 
-    def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
         ...
 
@@ -61,7 +61,7 @@ class Backend(Protocol):
         return
 
 
-def part_of(job: Round, rows: Tensor) -> Round:
+def part_of(job: Job, rows: Tensor) -> Job:
     """The job of some clients of the cohort, given as places in it; their own u is brought to the device."""
     rows = rows.to(job.clients.device)
     momentum = None

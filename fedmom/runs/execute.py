@@ -23,10 +23,10 @@ from fedmom.records.history import History, cut_back
 from fedmom.records.identity import identity_of
 from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
-from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
+from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Record, RunState, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback, Interrupts, Result, Start, interrupts_held
-from fedmom.tasks.classification import Task
+from fedmom.tasks.task import Task
 from fedmom.user_code import blamed, one_line
 
 MakeBackend = Callable[[Config, Task, Plan], Backend]
@@ -123,12 +123,12 @@ class _Run:
             self._tell_error(error)
             raise
 
-    def _go(self, done: Progressed, saved: int) -> Result:
+    def _go(self, done: RunState, saved: int) -> Result:
         with Interrupts() as interrupts:
             status, message, done = self._to_the_end(done, saved, interrupts)
         return self._end(status, done, message)
 
-    def _to_the_end(self, done: Progressed, saved: int, interrupts: Interrupts) -> tuple[str, str, Progressed]:
+    def _to_the_end(self, done: RunState, saved: int, interrupts: Interrupts) -> tuple[str, str, RunState]:
         """(how it ended, why, the last state), with the last checkpoint and final.safetensors written."""
         status, message = "done", ""
         try:
@@ -178,17 +178,17 @@ class _Run:
         return status, message, done
 
     @staticmethod
-    def _gathered(done: Progressed, interrupts: Interrupts) -> Progressed:
+    def _gathered(done: RunState, interrupts: Interrupts) -> RunState:
         if done.fetch is None:
             return done
         with interrupts.waiting():
             return done.gathered()
 
-    def _save(self, done: Progressed) -> None:
+    def _save(self, done: RunState) -> None:
         if self.folder and done.round > 0:
             self.folder.save(done, self.stamp)
 
-    def _end(self, status: str, done: Progressed, message: str) -> Result:
+    def _end(self, status: str, done: RunState, message: str) -> Result:
         self._tell_folder(status, message)
         result = self._result(status, done, message)
         for callback in self.callbacks:
@@ -203,7 +203,7 @@ class _Run:
         if self.heart:
             self.heart.end(status, message)
 
-    def _begin(self, resumed: bool) -> Progressed:
+    def _begin(self, resumed: bool) -> RunState:
         done = beginning(self.task, self.plan)
         if not self.folder:
             return done
@@ -234,7 +234,7 @@ class _Run:
             raise
         return done
 
-    def _tell_start(self, done: Progressed) -> None:
+    def _tell_start(self, done: RunState) -> None:
         per_round = int(round_job(self.task, self.plan, done).num_steps.sum())
         path = self.folder.path if self.folder else None
         start = Start(self.config, path, done.round + 1, per_round, tuple(self.notes))
@@ -244,7 +244,7 @@ class _Run:
             for note in self.warnings:
                 warnings.warn(note, stacklevel=4)
 
-    def _steps(self, done: Progressed) -> Iterator[tuple[Progressed, Record]]:
+    def _steps(self, done: RunState) -> Iterator[tuple[RunState, Record]]:
         """The rounds; what the user's own code raises in one, and any bad input that only shows there, names it."""
         steps, number = run_rounds(self.task, self.plan, self.backend, done, self._on_steps), done.round
         while True:
@@ -263,7 +263,7 @@ class _Run:
         for callback in self.callbacks:
             callback.on_steps(client_steps)
 
-    def _result(self, status: str, done: Progressed, message: str) -> Result:
+    def _result(self, status: str, done: RunState, message: str) -> Result:
         state = done.state
         path = self.folder.path if self.folder else None
         model = self.task.state_dict(state)

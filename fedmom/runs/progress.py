@@ -13,6 +13,7 @@ from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.state import ClientState
 from fedmom.rounds.loop import Record
 from fedmom.runs.callbacks import Callback, Result, Start
+from fedmom.tasks.task import task_kind
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -154,7 +155,7 @@ class Notes(Callback):
         data, algorithm, run = start.config.data, start.config.algorithm, start.config.run
         epochs = algorithm.local_epochs
         steps = f"{epochs} local epochs" if epochs else f"I = {algorithm.num_local_steps}"
-        model = "" if data.dataset == "quadratic" else f", {start.config.model.name}"
+        model = f", {start.config.model.name}" if task_kind(data.dataset).has_examples else ""
         some = f" ({algorithm.cohort_size} per round)" if algorithm.cohort_size < data.num_clients else ""
         some += f", {algorithm.topology}" if ALGORITHMS[algorithm.name].decentralized else ""
         what = f"{algorithm.name}, option {'II' if algorithm.nesterov else 'I'}, momentum {algorithm.momentum_policy}"

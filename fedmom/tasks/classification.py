@@ -1,10 +1,9 @@
-"""What the clients minimise. A task draws minibatches, gives one client's gradient, and judges the mean model."""
+"""Classification: softmax cross-entropy of a model on minibatches of each client's own examples."""
 
 import copy
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -20,42 +19,6 @@ from fedmom.tasks.places import BoundedGathers, Places, cast, check_model, copie
 from fedmom.user_code import one_line
 
 _PIECE, _FEW = 500, 2  # examples judged at a time: at most, at least
-
-
-class Task(Protocol):
-    """N clients' objectives f_i, as the engine needs them."""
-
-    sizes: np.ndarray  # [N] examples of each client
-    device: torch.device
-    measures: tuple[str, ...]  # the names that `evaluate` gives
-    small: bool  # whether a round's line also carries x, u and x after every step
-
-    def start(self) -> ClientState:
-        """The common x⁰, u⁰ = 0 and the buffers."""
-
-    def gradient(self, params: Tree, buffers: Tree, batch: Any, /) -> tuple[Tree, Tree, Tensor]:
-        """Of ONE client on one minibatch: gradients, buffers after the forward pass, loss. vmap adds the axis."""
-
-    def gradient_alone(self, params: Tree, buffers: Tree, batch: Any, /) -> tuple[Tree, Tree, Tensor]:
-        """The same where no vmap is around it."""
-
-    def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Any]:
-        """The minibatches of clients [K] for steps first_steps [K] + 0, 1, …: tensors [K, ...] per step."""
-
-    def check_evaluation(self, state: ClientState) -> None:
-        """Raise InputError where `evaluate` would fail."""
-
-    def evaluate(self, state: ClientState) -> dict[str, Any]:
-        """Measurements at the mean model."""
-
-    def evaluate_clients(self, state: ClientState, clients: Tensor) -> dict[str, float]:
-        """Measurements of `state` on the own data of clients [K], all examples together."""
-
-    def state_dict(self, state: ClientState) -> Tree:
-        """The mean model as its own load_state_dict takes it."""
-
-    def activation_bytes(self, start: ClientState) -> int:
-        """Memory of one client's step besides x, u and g; decides how many clients fit at once."""
 
 
 class Batch(NamedTuple):

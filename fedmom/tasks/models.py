@@ -47,7 +47,7 @@ def build_model(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         if function is None:
-            model = MODELS[name].build(input_shape, num_classes, Options(norm, hidden))
+            model = MODELS[name].build(input_shape, num_classes, ModelOptions(norm, hidden))
         else:
             model = _call_user(name, function, input_shape, num_classes)
         check_model(model, f"model.name = {name!r}")
@@ -58,7 +58,7 @@ def build_model(
     return model
 
 
-class Options(NamedTuple):
+class ModelOptions(NamedTuple):
     """What a config says about a model besides its name."""
 
     norm: str
@@ -81,11 +81,11 @@ def group_norm(channels: int) -> nn.Module:
 NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": batch_norm, "group": group_norm}
 
 
-def logistic(input_shape: Shape, num_classes: int, options: Options) -> nn.Module:
+def logistic(input_shape: Shape, num_classes: int, options: ModelOptions) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(_size(input_shape), num_classes))
 
 
-def mlp(input_shape: Shape, num_classes: int, options: Options) -> nn.Module:
+def mlp(input_shape: Shape, num_classes: int, options: ModelOptions) -> nn.Module:
     """The 2NN of McMahan et al. (AISTATS 2017) at hidden = 200."""
     return nn.Sequential(
         nn.Flatten(),
@@ -97,7 +97,7 @@ def mlp(input_shape: Shape, num_classes: int, options: Options) -> nn.Module:
     )
 
 
-def cnn(input_shape: Shape, num_classes: int, options: Options) -> nn.Module:
+def cnn(input_shape: Shape, num_classes: int, options: ModelOptions) -> nn.Module:
     """pfl-research's CNN for CIFAR-10 (Granqvist et al., NeurIPS 2024), with its Glorot initialisation."""
     channels, height, width = _image("cnn", input_shape, smallest=6)
     # Two 3x3 convolutions without padding take 4 off each side, the pooling halves the rest.
@@ -169,16 +169,16 @@ def resnet(name: str, blocks_per_stage: int, input_shape: Shape, num_classes: in
     return model
 
 
-def resnet20(input_shape: Shape, num_classes: int, options: Options) -> nn.Module:
+def resnet20(input_shape: Shape, num_classes: int, options: ModelOptions) -> nn.Module:
     return resnet("resnet20", 3, input_shape, num_classes, options.norm)
 
 
-def resnet56(input_shape: Shape, num_classes: int, options: Options) -> nn.Module:
+def resnet56(input_shape: Shape, num_classes: int, options: ModelOptions) -> nn.Module:
     return resnet("resnet56", 9, input_shape, num_classes, options.norm)
 
 
 class Entry(NamedTuple):
-    build: Callable[[Shape, int, Options], nn.Module]
+    build: Callable[[Shape, int, ModelOptions], nn.Module]
     summary: str  # one line; parameters counted for 3x32x32 images and 10 classes
     images: bool = False  # whether it looks at neighbouring pixels, so that [C, H, W] must be that
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fedmom.engine.auto import Choice, choose
-from fedmom.engine.engine import PATHS, Engine
+from fedmom.engine.engine import Engine
+from fedmom.engine.paths import PATHS
 from fedmom.rounds.loop import beginning, cohort, round_job
 from runs import image_task, run_plan, simple_plan, tiny_images
 
@@ -15,7 +16,7 @@ MODELS = ["logistic", "mlp", "cnn", "resnet20"]
 
 
 def assert_same(a, b, tolerance=1e-12):
-    """Two Progressed states with equal tensors."""
+    """Two states with equal tensors."""
     for part_a, part_b in zip(a.state, b.state, strict=True):
         assert part_a.keys() == part_b.keys()
         for name, value in part_a.items():

@@ -134,7 +134,7 @@ def run(task, plan, factors, *, chunk_size=64, convolution=""):
 
 
 def assert_close(got, want, tolerance):
-    """Two (Progressed, records): x, u, buffers, own momenta and every measure."""
+    """Two (RunState, records): x, u, buffers, own momenta and every measure."""
     (state, records), (state_want, records_want) = got, want
     trees = [*zip(state.state, state_want.state, strict=True)]
     if state_want.client_momentum is not None:

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fedmom.engine import yardstick
 from fedmom.engine.auto import choose
-from fedmom.engine.engine import PATHS, Engine
+from fedmom.engine.engine import Engine
+from fedmom.engine.paths import PATHS
 from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.method.state import row_of

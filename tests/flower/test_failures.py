@@ -341,6 +341,27 @@ def test_a_node_that_comes_back_under_another_id_is_the_same_node(name):
         torch.testing.assert_close(unpack(found.arrays)[tensor], value, rtol=0, atol=0)
 
 
+def test_while_it_is_looked_for_another_may_fail_for_a_moment():
+    """Such as on a full disk: it is asked again as long as the one that is gone is waited for."""
+
+    class Stumbling(Moving):
+        stumbles = 2
+
+        def _answer(self, message):
+            if self.moved and message.metadata.message_type == "query" and self.stumbles:
+                self.stumbles -= 1
+                return Message(Error(2, "OSError: No space left on device"), reply_to=message)
+            return super()._answer(message)
+
+    calm, start = of(QUADRATIC)
+    grid = Stumbling(QUADRATIC)
+    found = PRSGDM(5, on_failure="retry", wait_seconds=60).start(grid, start, num_rounds=2)
+    right = PRSGDM(5).start(calm, start, num_rounds=2)
+    assert (grid.stumbles, bool(grid.moved)) == (0, True)
+    for tensor, value in unpack(right.arrays).items():
+        torch.testing.assert_close(unpack(found.arrays)[tensor], value, rtol=0, atol=0)
+
+
 nan = float("nan")
 
 

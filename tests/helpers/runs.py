@@ -8,7 +8,7 @@ from fedmom.data.partition import make_partition
 from fedmom.engine.engine import Engine
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
-from fedmom.rounds.loop import Plan, Progressed, beginning, run_rounds
+from fedmom.rounds.loop import Plan, RunState, beginning, run_rounds
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import build_model
 from fedmom.tasks.quadratic import Quadratic
@@ -47,7 +47,7 @@ def engine_runner(path: str, chunk_size: int = 64) -> Runner:
     return run
 
 
-def _series(engine: WatchedEngine, done: Progressed, part: str, N: int, interval: int) -> np.ndarray:
+def _series(engine: WatchedEngine, done: RunState, part: str, N: int, interval: int) -> np.ndarray:
     """[T + 1, N, d] from the states before each step, which come chunk by chunk within each round."""
     rows = [getattr(state, part)["x"] for state in engine.seen]
     chunks_per_round = -(-N // engine.chunk_size)
@@ -87,7 +87,7 @@ def image_task(
     return Classification(data, net, partition, dtype=dtype, **options)
 
 
-def run_plan(task, plan: Plan, *, path: str = "loop", chunk_size: int = 64, done: Progressed | None = None):
+def run_plan(task, plan: Plan, *, path: str = "loop", chunk_size: int = 64, done: RunState | None = None):
     """All rounds -> (the last state, the records)."""
     engine = Engine(task, plan.method, path=path, chunk_size=chunk_size)
     steps = list(run_rounds(task, plan, engine, done or beginning(task, plan)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedmom.errors import InputError
-from fedmom.method.graphs import TOPOLOGIES, Options, torus_shape
+from fedmom.method.graphs import TOPOLOGIES, GraphOptions, torus_shape
 from fedmom.method.topology import Mixing, Topology, from_edges, make_topology
 from laws import table
 
@@ -108,15 +108,20 @@ def test_a_torus_is_as_square_as_can_be():
 
 def test_random_graphs_go_by_the_seed():
     for name in ("random-regular", "erdos-renyi"):
-        first, again, other = (make_topology(name, 20, options=Options(seed=s)).matrices[0].dense() for s in (1, 1, 2))
+        first, again, other = (
+            make_topology(name, 20, options=GraphOptions(seed=s)).matrices[0].dense() for s in (1, 1, 2)
+        )
         assert (first == again).all()
         assert not np.array_equal(first, other)
-    assert make_topology("random-regular", 20, options=Options(degree=3)).matrices[0].out_degrees().tolist() == [3] * 20
+    assert (
+        make_topology("random-regular", 20, options=GraphOptions(degree=3)).matrices[0].out_degrees().tolist()
+        == [3] * 20
+    )
 
 
 def test_random_graphs_that_are_never_connected_are_refused():
     with pytest.raises(InputError, match=r"topology-p = 0.001: none of 200"):
-        make_topology("erdos-renyi", 20, options=Options(probability=0.001))
+        make_topology("erdos-renyi", 20, options=GraphOptions(probability=0.001))
 
 
 def test_uniform_weights_need_a_regular_graph():

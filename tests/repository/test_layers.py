@@ -34,11 +34,11 @@ LAYERS = {
     "flower": "errors user_code method actors",
     "deploy": "errors user_code machine method config records runs",
     "experiments": "errors user_code machine method actors tasks rounds engine config backends records runs flower",
-    "results": "errors user_code machine method data rounds config records experiments",
+    "results": "errors user_code machine method data tasks rounds config records experiments",
     "cli": "errors user_code machine method actors data tasks rounds config records runs flower deploy experiments "
     "results",
     "strategies": "errors machine method data tasks rounds engine config backends records runs flower results",
-    "clients": "errors machine method data backends flower",
+    "clients": "errors machine method data tasks backends flower",
 }
 # What is not every user's: the one or two places that import it.
 EXTRAS = {

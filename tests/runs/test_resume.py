@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fedmom
-from fedmom.engine.engine import PATHS
+from fedmom.engine.paths import PATHS
 from fedmom.errors import InputError
 from fedmom.records import folder
 from fedmom.records.files import read_about, read_tensors

@@ -13,7 +13,7 @@ import fedmom
 import laws
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
-from fedmom.engine.engine import PATHS
+from fedmom.engine.paths import PATHS
 from fedmom.errors import InputError
 from fedmom.records.environment import _command
 from fedmom.records.files import read_tensors

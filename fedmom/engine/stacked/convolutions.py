@@ -20,15 +20,17 @@ from fedmom.machine.precision import convolves_in_tf32
 
 convolution_backward = torch.ops.aten.convolution_backward
 
-Options = tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
-Convolve = Callable[[Tensor, Tensor, Tensor | None, bool, Options], Tensor]
+ConvolutionOptions = tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
+Convolve = Callable[[Tensor, Tensor, Tensor | None, bool, ConvolutionOptions], Tensor]
 
 
 class _Loop(torch.autograd.Function):
     """One ordinary convolution per client."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: Options) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: ConvolutionOptions
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.shared, ctx.options, ctx.has_bias = shared, options, bias is not None
         K = len(weight)
@@ -65,7 +67,9 @@ class _Grouped(torch.autograd.Function):
     """Clients as groups of one convolution."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: Options) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: ConvolutionOptions
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.shared, ctx.options, ctx.has_bias = shared, options, bias is not None
         if shared:
@@ -104,12 +108,12 @@ def _apart(y: Tensor, K: int) -> Tensor:
     return y.reshape(B, K, channels // K, *y.shape[2:]).transpose(0, 1).reshape(K * B, channels // K, *y.shape[2:])
 
 
-def _in_groups(options: Options, K: int) -> Options:
+def _in_groups(options: ConvolutionOptions, K: int) -> ConvolutionOptions:
     *geometry, groups = options
     return (*geometry, K * groups)
 
 
-def _unfolded(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: Options) -> Tensor:
+def _unfolded(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: ConvolutionOptions) -> Tensor:
     """Patches as rows of a batched matrix product."""
     stride, padding, dilation, _, _, groups = options
     if groups != 1 or x.ndim != 4:
@@ -123,7 +127,7 @@ def _unfolded(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, opti
     return y.reshape(K * B, out, *_sizes(x, weight, options))
 
 
-def _implicit(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: Options) -> Tensor:
+def _implicit(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: ConvolutionOptions) -> Tensor:
     """Triton's kernels: 2d, without groups and alike in both directions. RuntimeError where they cannot run."""
     if options[-1] != 1 or x.ndim != 4 or any(len(set(pair)) > 1 for pair in options[:3]):
         return CONVOLUTIONS["grouped"](x, weight, bias, shared, options)
@@ -139,8 +143,9 @@ def _implicit(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, opti
     return y
 
 
+PLAIN = "loop"  # one client after another, as torch does it
 CONVOLUTIONS: dict[str, Convolve] = {
-    "loop": _Loop.apply,
+    PLAIN: _Loop.apply,
     "grouped": _Grouped.apply,
     "unfold": _unfolded,
     "implicit": _implicit,
@@ -163,7 +168,7 @@ class Ways:
         self.timings, self.measures = timings, timings is not None
         self.chosen: dict[str, str] = {}  # {shape: way}, of the shapes that came by and were measured
 
-    def way(self, x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: Options) -> str:
+    def way(self, x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: ConvolutionOptions) -> str:
         """One of CONVOLUTIONS, for x [K·B, in, ...] and weight [K, out, in, ...]."""
         if not (x.is_cuda or self.measures):
             K, positions = len(weight), math.prod(_sizes(x, weight, options))
@@ -177,7 +182,7 @@ class Ways:
         return self.chosen[shape]
 
     def _measured(
-        self, shape: str, x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: Options
+        self, shape: str, x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: ConvolutionOptions
     ) -> dict[str, float]:
         """Seconds of a forward and a backward pass by each way that can do it."""
         assert self.timings is not None
@@ -201,7 +206,7 @@ class Ways:
         return seconds
 
 
-def _described(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: Options) -> str:
+def _described(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: ConvolutionOptions) -> str:
     """All that the speed depends on, in words."""
     stride, padding, dilation, _, _, groups = options
     parts = [f"{len(weight)}x{len(x) // len(weight)}", "x".join(map(str, x.shape[1:]))]
@@ -212,7 +217,7 @@ def _described(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, opt
     return " ".join(part for part in parts if part)
 
 
-def _sizes(x: Tensor, weight: Tensor, options: Options) -> list[int]:
+def _sizes(x: Tensor, weight: Tensor, options: ConvolutionOptions) -> list[int]:
     """Of a convolution's output, along each side."""
     stride, padding, dilation = options[:3]
     spans = zip(x.shape[2:], weight.shape[3:], stride, padding, dilation, strict=True)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fedmom.engine.stacked.means import Distances, distances
 from fedmom.engine.stacked.steps import Stack
 from fedmom.method.state import ClientState
-from fedmom.rounds.round import Progress, Round
+from fedmom.rounds.round import Job, Progress
 from fedmom.tasks.classification import Batch
 from fedmom.user_code import one_line
 
@@ -101,7 +101,7 @@ class Replays:
         self._kept: OrderedDict[Key, _Recording] = OrderedDict()
         self._last: OrderedDict[Key, None] = OrderedDict()  # what came by once
 
-    def fits(self, job: Round, num_clients: int) -> bool:
+    def fits(self, job: Job, num_clients: int) -> bool:
         """Whether all minibatches of a chunk of so many clients may lie in memory at once."""
         task = self.stack.task
         if task.device.type != "cuda":
@@ -109,7 +109,7 @@ class Replays:
         each = math.prod(task.dataset.x_train.shape[1:]) * task.dtype.itemsize * task.sampler.batch_size
         return 2 * num_clients * len(job.lrs) * each < _BATCHES * torch.cuda.mem_get_info(task.device)[0]
 
-    def run(self, start: ClientState, parts: Sequence[Round], progress: Progress | None = None) -> Iterator[Distances]:
+    def run(self, start: ClientState, parts: Sequence[Job], progress: Progress | None = None) -> Iterator[Distances]:
         """What remains of each chunk, all of whose clients take as many steps as there are in job.lrs.
 
         Each is to be used up before the next is asked for: they may share their memory.
@@ -119,7 +119,7 @@ class Replays:
             if progress:
                 progress(len(part.clients) * len(part.lrs))
 
-    def _run(self, start: ClientState, job: Round, batches: list[Batch]) -> Distances:
+    def _run(self, start: ClientState, job: Job, batches: list[Batch]) -> Distances:
         inputs = _inputs(start, batches, job.weights)
         key = (tuple(job.lrs), *((tensor.shape, tensor.dtype) for tensor in inputs))
         recording = self._kept.get(key)
@@ -142,7 +142,7 @@ class Replays:
             self._last.popitem(last=False)
         return found
 
-    def _straight(self, start: ClientState, job: Round, batches: list[Batch]) -> Distances:
+    def _straight(self, start: ClientState, job: Job, batches: list[Batch]) -> Distances:
         try:
             return distances(start, self.stack.run_straight(start, job, batches))
         except torch.OutOfMemoryError:
@@ -152,7 +152,7 @@ class Replays:
         torch.cuda.empty_cache()
         return distances(start, self.stack.run_straight(start, job, batches))
 
-    def _record(self, key: Key, start: ClientState, job: Round, batches: list[Batch], want: Distances) -> None:
+    def _record(self, key: Key, start: ClientState, job: Job, batches: list[Batch], want: Distances) -> None:
         """Record this chunk, and keep it if it gives `want`."""
         while len(self._kept) >= _MOST:
             self._kept.popitem(last=False)
@@ -184,11 +184,11 @@ class Replays:
         self._kept.clear()
         warnings.warn(f"rounds are not replayed as a CUDA graph: {trouble}", stacklevel=2)
 
-    def _drawn(self, parts: Sequence[Round]) -> Iterator[tuple[Round, list[Batch]]]:
+    def _drawn(self, parts: Sequence[Job]) -> Iterator[tuple[Job, list[Batch]]]:
         """Every chunk and its minibatches; on a GPU the next ones are drawn while the caller's work goes on."""
         task = self.stack.task
 
-        def draw(part: Round) -> list[Batch]:
+        def draw(part: Job) -> list[Batch]:
             return list(task.round_batches(part.clients, part.first_steps, len(part.lrs)))
 
         if task.device.type != "cuda":
@@ -209,7 +209,7 @@ class Replays:
                 batches, ready = self._on(side, draw, parts[number + 1])
 
     @staticmethod
-    def _on(side: Any, draw: Callable[[Round], list[Batch]], part: Round) -> tuple[list[Batch], Any]:
+    def _on(side: Any, draw: Callable[[Job], list[Batch]], part: Job) -> tuple[list[Batch], Any]:
         with torch.cuda.stream(side):
             batches = draw(part)
             return batches, side.record_event()

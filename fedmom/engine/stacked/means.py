@@ -20,7 +20,7 @@ _HELD = 64  # clients: so many clients' buffers are averaged at once
 At = tuple[str, tuple[str, ...]]  # ("params" or "momentum", names), numbers in the order of the names
 
 
-class Ended(NamedTuple):
+class RowsEnded(NamedTuple):
     """K clients after their local steps."""
 
     params: Tree  # [K, ...] of the tensors that have rows
@@ -40,7 +40,7 @@ class Distances(NamedTuple):
     weights: Tensor  # [K]
 
 
-def distances(start: ClientState, ended: Ended) -> Distances:
+def distances(start: ClientState, ended: RowsEnded) -> Distances:
     """From `start` to where K clients ended. Their rows are used up: they hold differences afterwards."""
     sums: dict[At, tuple[Tensor, Tensor, Tensor]] = {}
     for part in ("params", "momentum"):
@@ -81,7 +81,7 @@ def _side_by_side(tree: Tree, names: tuple[str, ...], axes: int) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=axes)
 
 
-class Went:
+class RoundSums:
     """The sums over all chunks of a round, and what they come to."""
 
     def __init__(self, start: ClientState, running_var: str) -> None:

@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy
 
 from fedmom.engine.stacked.factors import Factors, OnDevice, numbers, on_device, pays
 from fedmom.engine.stacked.layers import FoldedLinear, FoldError, fold
-from fedmom.engine.stacked.means import Ended
+from fedmom.engine.stacked.means import RowsEnded
 from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState, Tree, rows_of
-from fedmom.rounds.round import Progress, Round, part_of
+from fedmom.rounds.round import Job, Progress, part_of
 from fedmom.tasks.classification import Batch, Classification
 
 F64 = torch.float64
@@ -50,13 +50,13 @@ class Stack:
     def run(
         self,
         start: ClientState,
-        job: Round,
+        job: Job,
         *,
         rows: ClientState | None = None,
         momentum: Tree | None = None,
         even: bool = False,
         progress: Progress | None = None,
-    ) -> Ended:
+    ) -> RowsEnded:
         """All local steps of the job's clients from `start`; or from their own `rows` [K, ...], or own `momentum`.
 
         even: whether all clients, those of other chunks too, take as many steps as there are in job.lrs, so that dense
@@ -75,7 +75,7 @@ class Stack:
         ended = self._all_steps(start, job, state, batches, counts, progress)
         return ended if same else _in_order(ended, torch.argsort(order))
 
-    def run_straight(self, start: ClientState, job: Round, batches: Sequence[Batch]) -> Ended:
+    def run_straight(self, start: ClientState, job: Job, batches: Sequence[Batch]) -> RowsEnded:
         """The same for clients that all take as many steps as there are in job.lrs, from batches that were drawn.
 
         Nothing in it waits for the device, so that it can be recorded as a CUDA graph.
@@ -86,12 +86,12 @@ class Stack:
     def _all_steps(
         self,
         start: ClientState,
-        job: Round,
+        job: Job,
         state: "_Rows",
         batches: Iterable[Batch],
         counts: Sequence[int],
         progress: Progress | None,
-    ) -> Ended:
+    ) -> RowsEnded:
         """One step after the other, of the first counts[s] clients."""
         losses = torch.zeros(len(job.clients), dtype=F64, device=self.task.device)
         for s, batch in enumerate(batches):
@@ -99,10 +99,12 @@ class Stack:
             if progress:
                 progress(counts[s])
         self.clients.params, self.clients.buffers, self.clients.factors = {}, {}, {}
-        return Ended(state.params, state.momentum, state.buffers, state.factors, losses / job.num_steps, job.weights)
+        return RowsEnded(
+            state.params, state.momentum, state.buffers, state.factors, losses / job.num_steps, job.weights
+        )
 
     def _begin(
-        self, start: ClientState, job: Round, rows: ClientState | None, momentum: Tree | None, *, factors: bool
+        self, start: ClientState, job: Job, rows: ClientState | None, momentum: Tree | None, *, factors: bool
     ) -> "_Rows":
         K = len(job.clients)
         if rows is not None:
@@ -125,13 +127,13 @@ class Stack:
             self.numbers = lrs, on_device(of, like)
         return self.numbers[1]
 
-    def in_factors(self, start: ClientState, job: Round) -> list[str]:
+    def in_factors(self, start: ClientState, job: Job) -> list[str]:
         """The dense weights without rows in a round of `job`."""
         if self.sizes is None:
             self.sizes = self._seen(start, job)
         return [n for n, (i, o, m) in self.sizes.items() if self.factors is None or pays(i, o, m, len(job.lrs))]
 
-    def _seen(self, start: ClientState, job: Round) -> dict[str, tuple[int, int, int]]:
+    def _seen(self, start: ClientState, job: Job) -> dict[str, tuple[int, int, int]]:
         """{dense weight: (in, out, rows per step)} of the layers that run once in a step, forward and backward."""
         seen: dict[str, list[tuple[int, int, int]]] = {}
         back: list[str] = []
@@ -265,6 +267,6 @@ class _Rows:
         self.params, self.momentum, self.buffers, self.factors, self.shared = params, momentum, buffers, factors, shared
 
 
-def _in_order(ended: Ended, order: Tensor) -> Ended:
+def _in_order(ended: RowsEnded, order: Tensor) -> RowsEnded:
     params, momentum, buffers = ({n: v[order] for n, v in tree.items()} for tree in ended[:3])
-    return Ended(params, momentum, buffers, ended.factors, ended.losses[order], ended.weights[order])
+    return RowsEnded(params, momentum, buffers, ended.factors, ended.losses[order], ended.weights[order])

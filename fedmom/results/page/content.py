@@ -21,6 +21,7 @@ from fedmom.results.pictures.style import COLOURS, DASHES, MARKERS
 from fedmom.results.reading import Run, environment_of, is_run
 from fedmom.results.sheets import Sheet, Stat, written
 from fedmom.results.tables import MEASURES, Measure, finite, number
+from fedmom.tasks.task import task_kind
 
 TRAIN = Measure("train_loss", "train loss", "Train loss", "#.4g")
 POINTS = 20_000  # on the page, over all groups: more would make it slow to open
@@ -53,7 +54,7 @@ def summary(groups: Sequence[Group]) -> list[str]:
     about = [f"{name}: {ALGORITHMS[str(name)].summary}"] if name else []
     images = ("model.name", "data.partition", "data.alpha", "data.batch-size")  # a quadratic has none of them
     keys = ["data.dataset", "data.num-clients", "algorithm.num-local-steps", "algorithm.momentum-policy"]
-    keys += ["algorithm.lr", "algorithm.beta", *(images if same.get("data.dataset") != "quadratic" else ())]
+    keys += ["algorithm.lr", "algorithm.beta", *(images if task_kind(same.get("data.dataset")).has_examples else ())]
     if "dirichlet" not in str(same.get("data.partition", "")):
         keys = [key for key in keys if key != "data.alpha"]
     about += [said(key, same[key]) for key in keys if key in same]
@@ -151,7 +152,7 @@ def partitions(groups: Sequence[Group]) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for group in groups:
         settings = group.settings
-        if settings["data.dataset"] == "quadratic":
+        if not task_kind(settings["data.dataset"]).has_examples:
             continue
         key = tuple(value for name, value in settings.items() if name.startswith("data.") and name != "data.batch-size")
         if key in found or len(found) >= MAX_PARTITIONS:

@@ -1,0 +1,75 @@
+"""What the clients minimise. A task draws minibatches, gives one client's gradient, and judges the mean model."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmom.method.state import ClientState, Tree
+from fedmom.tasks.classification import Classification
+from fedmom.tasks.quadratic import Quadratic
+
+
+class Task(Protocol):
+    """N clients' objectives f_i, as the engine needs them."""
+
+    sizes: np.ndarray  # [N] examples of each client
+    device: torch.device
+    measures: tuple[str, ...]  # the names that `evaluate` gives
+    small: bool  # whether a round's line also carries x, u and x after every step
+
+    def start(self) -> ClientState:
+        """The common x⁰, u⁰ = 0 and the buffers."""
+
+    def gradient(self, params: Tree, buffers: Tree, batch: Any, /) -> tuple[Tree, Tree, Tensor]:
+        """Of ONE client on one minibatch: gradients, buffers after the forward pass, loss. vmap adds the axis."""
+
+    def gradient_alone(self, params: Tree, buffers: Tree, batch: Any, /) -> tuple[Tree, Tree, Tensor]:
+        """The same where no vmap is around it."""
+
+    def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Any]:
+        """The minibatches of clients [K] for steps first_steps [K] + 0, 1, …: tensors [K, ...] per step."""
+
+    def check_evaluation(self, state: ClientState) -> None:
+        """Raise InputError where `evaluate` would fail."""
+
+    def evaluate(self, state: ClientState) -> dict[str, Any]:
+        """Measurements at the mean model."""
+
+    def evaluate_clients(self, state: ClientState, clients: Tensor) -> dict[str, float]:
+        """Measurements of `state` on the own data of clients [K], all examples together."""
+
+    def state_dict(self, state: ClientState) -> Tree:
+        """The mean model as its own load_state_dict takes it."""
+
+    def activation_bytes(self, start: ClientState) -> int:
+        """Memory of one client's step besides x, u and g; decides how many clients fit at once."""
+
+
+class TaskKind(NamedTuple):
+    """What sets tasks apart: everything that asks what `data.dataset` means asks here."""
+
+    summary: str
+    measures: tuple[str, ...]  # what its evaluation records
+    has_examples: bool = True  # examples and a model; else every f_i is a formula that the configuration holds
+    own_data: bool = False  # every client's examples are its own, and are read where it runs
+    objective: tuple[str, ...] = ()  # the keys besides data.dataset that say what is minimised
+
+
+TASKS = {  # by values of data.dataset that are no data set
+    "quadratic": TaskKind(
+        "the test bench: f_i is a quadratic with an exact gradient",
+        Quadratic.measures,
+        has_examples=False,
+        objective=("data.curvatures", "data.centers"),
+    ),
+    "local": TaskKind("classification of every client's own examples", Classification.measures, own_data=True),
+}
+_OF_A_DATA_SET = TaskKind("classification of a data set's examples", Classification.measures)
+
+
+def task_kind(dataset: object) -> TaskKind:
+    """The kind of task that a value of data.dataset asks for."""
+    return TASKS.get(str(dataset), _OF_A_DATA_SET)

@@ -1,0 +1,47 @@
+"""A choice is a table: whoever needs to know what a row means asks the row, and compares no name."""
+
+import ast
+from pathlib import Path
+
+from fedmom.config.strategies import STRATEGIES
+from fedmom.engine.paths import PATHS
+from fedmom.engine.stacked.convolutions import CONVOLUTIONS
+from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES
+from fedmom.tasks.task import TASKS
+
+ROOT = Path(__file__).parents[2]
+TABLES = {
+    "fedmom/config/strategies.py": STRATEGIES,
+    "fedmom/engine/paths.py": PATHS,
+    "fedmom/engine/stacked/convolutions.py": CONVOLUTIONS,
+    "fedmom/method/algorithms.py": {**ALGORITHMS, **MOMENTUM_POLICIES},
+    "fedmom/tasks/task.py": TASKS,
+}
+
+
+def compared(source: str) -> list[str]:
+    """The texts that a file compares something with, alone or in a list of them."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            for side in (node.left, *node.comparators):
+                parts = side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side]
+                found += [
+                    part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)
+                ]
+    return found
+
+
+def test_the_look_sees_every_kind_of_comparison():
+    source = 'if a == "loop" or b in ("stack", c) or "local" != d:\n    e = "reset"\n'
+    assert compared(source) == ["loop", "stack", "local"]
+
+
+def test_nobody_compares_the_names_of_a_table():
+    names = {name: file for file, table in TABLES.items() for name in table}
+    assert len(names) > 20
+    for folder in ("fedmom", "strategies", "clients"):
+        for path in (ROOT / folder).rglob("*.py"):
+            file = path.relative_to(ROOT).as_posix()
+            for name in compared(path.read_text(encoding="utf-8")):
+                assert names.get(name, file) == file, f"{file} compares with {name!r}, a row of {names[name]}"
