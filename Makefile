@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # compiled code: otherwise each of the hundred processes that they start compiles the package anew (0.7 s).
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
 
-.PHONY: help setup quickstart comparison site test test-slow test-container test-rest test-oldest check format clean
+.PHONY: help setup quickstart comparison site test test-slow mutants test-container test-rest test-oldest check format clean
 
 help:
 	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
@@ -15,6 +15,7 @@ help:
 	@echo "make site         the documentation as a site, in build/site"
 	@echo "make check        ruff, mypy and the fast tests"
 	@echo "make test-oldest  the fast tests with the oldest torch that goes, in .venv-oldest"
+	@echo "make mutants      which fast tests notice which mistake (tests/mutants)"
 	@echo "make test-slow    the slow tests;  make test-container: those that need a Docker engine"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -45,6 +46,10 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow
+
+# Which fast tests fail under every mistake of tests/mutants; status 1 if none does under one of them.
+mutants: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants
 
 # pytest's exit status 5 says that no test was collected: there is nothing to run, and that is no failure.
 test-container: setup

@@ -7,6 +7,7 @@ import torch
 from fedmom.data.batches import Sampler, crop_flip, normalised
 from fedmom.data.partition import Partition, make_partition
 from fedmom.randomness import integers, normal, random_bits, uniform
+from laws import table
 
 
 def sampler(sizes, batch_size=4, **options) -> Sampler:
@@ -44,7 +45,7 @@ def test_clients_draw_from_their_own_examples(sampling):
         assert torch.isin(drawn[client], own).all()
 
 
-@pytest.mark.parametrize("client", range(6))
+@table("client", range(6))
 def test_shuffle_gives_every_example_once_per_pass(client):
     """A client with fewer examples than a batch wraps; passes differ."""
     s, n = sampler(SIZES), SIZES[client]

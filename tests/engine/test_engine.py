@@ -8,7 +8,9 @@ import torch
 
 from fedmom.engine.auto import Choice, choose
 from fedmom.engine.engine import PATHS, Engine
-from fedmom.rounds.loop import beginning, cohort, round_job
+from fedmom.method.state import ClientState
+from fedmom.rounds.loop import beginning, bytes_per_exchange, cohort, round_job
+from fedmom.rounds.round import Method
 from runs import image_task, run_plan, simple_plan, tiny_images
 
 MODELS = ["logistic", "mlp", "cnn", "resnet20"]
@@ -117,6 +119,8 @@ def test_sample_weights_weigh_model_and_momentum_alike():
     done, _ = run_plan(task, plan, path="vmap")
     job = round_job(task, plan, beginning(task, plan))
     assert job.weights.tolist() == [1.0, 2.0, 5.0]
+    uniform = plan._replace(client_weights="uniform")
+    assert round_job(task, uniform, beginning(task, uniform)).weights.tolist() == [1.0, 1.0, 1.0]
     rows = []
     for client in range(3):
         only = job._replace(**{n: getattr(job, n)[client : client + 1] for n in job._fields[:4]})
@@ -139,6 +143,7 @@ def test_cohorts_are_addressed_sorted_and_fair():
     # 200 expected each, deviation √(500 · 0.4 · 0.6) = 11.
     assert abs(seen - 200).max() < 55
     assert (cohort(10, 10, 0, 3) == np.arange(10)).all()
+    assert any((cohort(10, 4, 5, index) != cohort(10, 4, 6, index)).any() for index in range(5))
 
 
 def test_partial_participation_keeps_the_others_momentum_under_local():
@@ -229,6 +234,14 @@ def test_bytes_sent_counts_what_travels():
     for policy, beta, each in (("average", 0.9, 2 * d), ("local", 0.9, d), ("reset", 0.9, d), ("average", 0.0, d)):
         _, rows = run_plan(task, simple_plan(3, num_rounds=2, beta=beta, momentum_policy=policy))
         assert [r["bytes_sent"] for r in rows] == [3 * each, 6 * each]
+
+
+def test_bytes_of_an_exchange_by_hand():
+    """Three numbers of x and of u, two statistics and a count, of 8 bytes each; u where it travels and β > 0."""
+    x, count = torch.zeros(3, dtype=torch.float64), torch.tensor(1)
+    state = ClientState({"x": x}, {"x": x}, {"running_mean": x[:2], "num_batches_tracked": count})
+    for method, right in ((Method(0.9), 9), (Method(0.0), 6), (Method(0.9, momentum_policy="local"), 6)):
+        assert bytes_per_exchange(state, method) == 8 * right
 
 
 def test_records_say_what_they_should():

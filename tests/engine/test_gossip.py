@@ -102,17 +102,18 @@ def step_by_step(p, matrices, *, rounds, lr, nesterov, policy) -> Trajectory:
     return Trajectory(np.stack(xs), np.stack(us))
 
 
-@OPTIONS
 @pytest.mark.parametrize(
-    ("num_clients", "period", "chunk_size", "path", "policy"),
+    ("num_clients", "period", "chunk_size", "path", "policy", "nesterov"),
     [
-        (1, 1, 64, "vmap", "average"),
-        (2, 1, 1, "vmap", "average"),
-        (3, 3, 2, "vmap", "average"),
-        (9, 2, 4, "vmap", "average"),
-        (4, 3, 64, "loop", "average"),
-        (5, 2, 2, "vmap", "local"),
-        (4, 2, 3, "vmap", "reset"),
+        (1, 1, 64, "vmap", "average", False),
+        (2, 1, 1, "vmap", "average", True),
+        (3, 3, 2, "vmap", "average", True),
+        (9, 2, 4, "vmap", "average", False),
+        (4, 3, 64, "loop", "average", True),
+        (3, 2, 64, "loop", "average", False),
+        (5, 2, 2, "vmap", "local", True),
+        (5, 2, 2, "vmap", "local", False),
+        (4, 2, 3, "vmap", "reset", True),
     ],
 )
 def test_the_engine_is_algorithm_2_step_by_step(num_clients, period, chunk_size, path, policy, nesterov):
@@ -436,6 +437,17 @@ def test_a_disconnected_graph_warns(tmp_path):
     (tmp_path / "g.edges").write_text("0 1\n2 3\n")
     with pytest.warns(UserWarning, match="disconnected"):
         fedmom.run({**SMALL, "algorithm.topology": str(tmp_path / "g.edges"), "run.num-rounds": 1})
+
+
+def test_bytes_are_those_of_the_rounds_own_links():
+    """A ring that is directed has 4 links, everybody with everybody 12; each carries x and, where it is mixed, u."""
+    ring, everybody = np.roll(np.eye(4), 1, axis=1) / 2 + np.eye(4) / 2, np.full((4, 4), 0.25)
+    x = {X: torch.zeros(3, dtype=torch.float64)}
+    for policy, each in (("average", 48), ("local", 24), ("reset", 24), ("quasi-global", 24)):
+        method = Method(0.9, momentum_policy=policy)
+        plan = Plan(method, LearningRate(0.1), 2, 4, 1, topology=dense(ring, everybody))
+        sent = [plan.bytes_sent(t, 4, ClientState(x, x, {})) for t in range(3)]
+        assert sent == [4 * each, 12 * each, 4 * each], policy
 
 
 def test_round_job_carries_the_rows():

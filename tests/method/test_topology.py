@@ -15,7 +15,7 @@ SIZES = [1, 2, 3, 4, 9, 16]
 REFUSED = {("torus", 2), ("torus", 3), ("hypercube", 3), ("hypercube", 9)} | {("random-regular", n) for n in (2, 3, 4)}
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@table("name", TOPOLOGIES)
 def test_every_topology_is_right_at_every_size_or_names_the_sizes_that_fit(name):
     for num_clients in SIZES:
         if (name, num_clients) not in REFUSED:

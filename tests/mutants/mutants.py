@@ -1,0 +1,1535 @@
+"""Wrong versions of the product, one mistake each, and the fast test that must fail under it.
+
+What laws/wrong.py is for Algorithm 1 this is for the rest of the house: mistakes that somebody could make, none of
+which gives the right numbers in the end. A row keeps the dotted name of what it changes; where that moves, or its text
+is written otherwise, the row says that it is stale and is adapted.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from change import Change, both, code, constant, entry
+from fedmom.method.algorithms import start_local
+
+# The fast tests that `python tests/mutants` runs under every mutant of a part: where its laws are stated.
+PARTS = {
+    "algorithm 1": ("tests/laws", "tests/method/test_correction.py", "tests/engine/test_engine.py", "tests/config"),
+    "algorithm 2": ("tests/method/test_topology.py", "tests/engine/test_gossip.py", "tests/flower/test_relay.py"),
+    "averaging": ("tests/method/test_averaging.py", "tests/engine/test_engine.py", "tests/laws"),
+    "stack": ("tests/engine/test_stacked.py",),
+    "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_classification.py"),
+    "partitions": ("tests/data/test_partition.py",),
+    "schedules": ("tests/method/test_schedules.py", "tests/engine/test_engine.py", "tests/laws"),
+    "rounds": ("tests/engine/test_engine.py", "tests/engine/test_gossip.py", "tests/runs/test_run.py"),
+    "resume": ("tests/runs/test_resume.py", "tests/records", "tests/engine/test_gossip.py"),
+    "failures": ("tests/flower/test_failures.py", "tests/flower/test_flower.py", "tests/flower/test_relay.py"),
+    "identity": ("tests/records/test_identity.py",),
+    "history": ("tests/records/test_history.py", "tests/runs/test_resume.py"),
+    "records": ("tests/records", "tests/runs/test_run.py"),
+}
+
+
+class Mutant(NamedTuple):
+    part: str  # of PARTS
+    name: str
+    breaks: str  # what is wrong then, in words
+    change: Change
+    test: str  # the node id of a test that must fail
+
+
+ALGORITHMS, AVERAGING, MIXING = "fedmom.method.algorithms", "fedmom.method.averaging", "fedmom.method.mixing"
+TOPOLOGY, GRAPHS, SCHEDULES = "fedmom.method.topology", "fedmom.method.graphs", "fedmom.method.schedules"
+LOOP, ENGINE, GOSSIP = "fedmom.rounds.loop", "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
+STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.Went"
+BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.classification.Classification"
+FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
+RUN, STATUS, FILES = "fedmom.runs.execute._Run", "fedmom.records.status", "fedmom.records.files"
+PRSGDM, DSGDM, CLIENTS = "strategies.prsgdm.PRSGDM", "strategies.dsgdm.DSGDM", "strategies.failures.Clients"
+
+_DECAY = (
+    "    if weight_decay:\n        grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}\n"
+)
+_CORRECTED = "        grads = correction(grads, state.params, start, **more)\n"
+_POLICIES = f"{ALGORITHMS}.MOMENTUM_POLICIES"
+
+MUTANTS = [
+    # --- algorithm 1 ---------------------------------------------------------------------------------------
+    Mutant(
+        "algorithm 1",
+        "momentum is kept local under `average`",
+        "every client goes on with its own u where it must restart from û",
+        entry(_POLICIES, "average", lambda row: row._replace(start=start_local, keeps_rows=True)),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "lr inside the momentum",
+        "u ← βu + γg: a schedule changes the memory too",
+        both(
+            code(
+                f"{ALGORITHMS}.momentum_step",
+                "    momentum = {name: beta * u + grads[name] for name, u in state.momentum.items()}\n",
+                "    grads = {name: lr * g for name, g in grads.items()}\n"
+                "    momentum = {name: beta * u + grads[name] for name, u in state.momentum.items()}\n    lr = 1.0\n",
+            ),
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "option II takes the old u",
+        "v = βu + g with u before the step",
+        code(f"{ALGORITHMS}.momentum_step", "u in momentum.items()}", "u in state.momentum.items()}"),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "weight decay is left out",
+        "g = ∇F where λ asks for ∇F + λx",
+        code(f"{ALGORITHMS}.local_step", "    if weight_decay:\n", "    if False:\n"),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "weight decay is not multiplied by the lr's share",
+        "decoupled decay (x ← x − λx) in place of λx inside g",
+        code(
+            f"{ALGORITHMS}.local_step",
+            _DECAY,
+            "    if weight_decay:\n        state = state._replace(params={n: x - lr * weight_decay * x "
+            "for n, x in state.params.items()})\n",
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the correction comes before weight decay",
+        "λx is added to what the correction made",
+        code(
+            f"{ALGORITHMS}.local_step",
+            _DECAY + "    if correction is not None:\n        assert start is not None\n"
+            '        more = {} if key is None else {"key": key}\n' + _CORRECTED,
+            "    if correction is not None:\n        assert start is not None\n"
+            '        more = {} if key is None else {"key": key}\n' + _CORRECTED + _DECAY,
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the correction sees x twice",
+        "it is given x where it must be given x at the start of the round",
+        code(
+            f"{ALGORITHMS}.local_step",
+            "correction(grads, state.params, start,",
+            "correction(grads, state.params, state.params,",
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the correction's key is the round's",
+        "noise is the same in every step of a round",
+        code(
+            f"{ENGINE}._run_chunk",
+            "random_bits(job.clients, job.first_steps + s)",
+            "random_bits(job.clients, job.first_steps)",
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "slow lr is left out",
+        "SlowMo's server step ignores η",
+        code(f"{ALGORITHMS}.slow_step", "x - eta * lr * slow[name]", "x - lr * slow[name]"),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "slow momentum forgets",
+        "u_s ← (x − x̂)/γ: α is ignored",
+        code(f"{ALGORITHMS}.slow_step", "alpha * slow[name] + (x - mean[name]) / lr", "(x - mean[name]) / lr"),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the interval for distinct data is that of identical data",
+        "theory-non-iid takes T^(1/2)/N^(3/2)",
+        code(f"{ALGORITHMS}.theory_interval", '"theory-non-iid": math.isqrt(root)', '"theory-non-iid": root'),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "large-batch SGD takes the configured I",
+        "parallel-sgd-m no longer means I = 1",
+        entry(f"{ALGORITHMS}.ALGORITHMS", "parallel-sgd-m", lambda row: row._replace(interval=None)),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "local SGD has momentum",
+        "local-sgd no longer means β = 0",
+        entry(f"{ALGORITHMS}.ALGORITHMS", "local-sgd", lambda row: row._replace(beta=None)),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "reset keeps the mean",
+        "policy `reset` starts rounds from û",
+        entry(_POLICIES, "reset", lambda row: row._replace(start=lambda mean, own: mean)),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "average resets",
+        "policy `average` starts rounds from u = 0",
+        entry(
+            _POLICIES, "average", lambda row: row._replace(start=lambda mean, own: {n: u * 0 for n, u in mean.items()})
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "a client of a cohort gets the momentum of its place",
+        "under `local` row k of the table goes to the k-th of the cohort",
+        code(f"{LOOP}.round_job", "u[torch.from_numpy(ids)]", "u[: len(ids)]"),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "a cohort's momenta are put back by place",
+        "under `local` the k-th of the cohort writes row k",
+        code(f"{LOOP}.after_round", "index_copy(0, ids,", "index_copy(0, torch.arange(len(ids)),"),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the same cohort every round",
+        "cohorts go by the seed alone",
+        code(f"{LOOP}.cohort", "random_bits(COHORT, seed, round_index,", "random_bits(COHORT, seed, 0,"),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the same cohorts for every seed",
+        "cohorts go by the round alone",
+        code(f"{LOOP}.cohort", "random_bits(COHORT, seed, round_index,", "random_bits(COHORT, 0, round_index,"),
+        "",
+    ),
+    Mutant(
+        "algorithm 1",
+        "a step too many",
+        "with unequal numbers of steps a client that is done takes one more",
+        code(f"{ENGINE}._run_chunk", "active = s < job.num_steps", "active = s <= job.num_steps"),
+        "",
+    ),
+    # --- algorithm 2 ---------------------------------------------------------------------------------------
+    Mutant(
+        "algorithm 2",
+        "W transposed",
+        "i takes of j what j should take of i",
+        code(f"{MIXING}.Block.matrix", "np.stack([self.rows, self.columns])", "np.stack([self.columns, self.rows])"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "always W_0",
+        "the first matrix of a period in every round",
+        code(f"{TOPOLOGY}.Topology.at", "round_index % len(self.matrices)", "0"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "W_t one round late",
+        "round t mixes with W of round t − 1",
+        code(
+            f"{GOSSIP}.GossipRounds.run_round",
+            "self.topology.at(job.round_index)",
+            "self.topology.at(job.round_index - 1)",
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "the relay's W_t one round early",
+        "Flower's rounds count from 1, and W from 0",
+        code(f"{DSGDM}._mix", "self.topology.at(server_round - 1)", "self.topology.at(server_round)"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "u is not mixed",
+        "policy `average` mixes x alone",
+        entry(_POLICIES, "average", lambda row: row._replace(exchange=lambda rows: rows.own)),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "u is mixed twice",
+        "u times W times W",
+        code(
+            f"{MIXING}.combine",
+            "{name: apply(u) for name, u in after.momentum.items()}",
+            "{name: apply(apply(u)) for name, u in after.momentum.items()}",
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "u is mixed before the step",
+        "what is mixed is the u of before the local steps",
+        code(
+            f"{MIXING}.combine",
+            "{name: apply(u) for name, u in after.momentum.items()}",
+            "{name: apply(u) for name, u in before.momentum.items()}",
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "combine, then adapt",
+        "x before the step is mixed, and each client adds its own step to it",
+        code(
+            f"{MIXING}.combine",
+            "{name: apply(x) for name, x in after.params.items()}",
+            "{name: apply(before.params[name]) + x - before.params[name] for name, x in after.params.items()}",
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "two policies' rows are swapped",
+        "`local` resets and `reset` keeps",
+        both(
+            entry(
+                _POLICIES,
+                "local",
+                lambda row: row._replace(exchange=lambda rows: {n: u * 0 for n, u in rows.own.items()}),
+            ),
+            entry(_POLICIES, "reset", lambda row: row._replace(exchange=lambda rows: rows.own)),
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "quasi-global momentum without its share",
+        "(x − x⁺)/γ enters with weight 1 and not 1 − β",
+        code(f"{ALGORITHMS}.exchange_quasi_global", "(1 - rows.beta) / rows.lr", "1 / rows.lr"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "quasi-global momentum of the own u",
+        "m̂ ← β of u after the step and not of m̂ before it",
+        code(f"{ALGORITHMS}.exchange_quasi_global", "rows.u_before.items()", "rows.own.items()"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "quasi-global momentum travels",
+        "bytes of u are counted though nothing but x is sent",
+        entry(_POLICIES, "quasi-global", lambda row: row._replace(sends_momentum=True)),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "mixed variances are not pooled",
+        "running_var is Σ w var, without the spread of the means",
+        code(f"{MIXING}.mix_buffers", "    if pooled:\n", "    if False:\n"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "the weights of links are one over the larger degree",
+        "Metropolis without the 1 for the client itself: W is periodic on regular graphs",
+        entry(
+            f"{GRAPHS}.WEIGHTS", "metropolis", lambda _: lambda degrees, a, b: 1.0 / np.maximum(degrees[a], degrees[b])
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "a directed ring turns the other way",
+        "i sends to i − 1",
+        code(f"{TOPOLOGY}.from_hops", "(everybody + hop) % num_clients", "(everybody - hop) % num_clients"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "the one-peer graph has one hop",
+        "i sends to i + 1 in every round",
+        entry(
+            f"{GRAPHS}.TOPOLOGIES",
+            "one-peer-exponential",
+            lambda row: row._replace(hops=lambda n: [[1] if n > 1 else []] * max(1, (n - 1).bit_length())),
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "the exponential graph stops half way",
+        "hops 1, 2, … below n / 2",
+        code(f"{GRAPHS}.hops", "range(max(n - 1, 0).bit_length())", "range(max(n - 1, 0).bit_length() - (n > 4))"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "columns of W are not checked",
+        "a matrix that does not keep consensus is taken",
+        code(
+            f"{TOPOLOGY}.check",
+            '(0, "column", "consensus would not last")',
+            '(1, "column", "consensus would not last")',
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "a link that failed takes its weight along",
+        "neither diagonal gets it, and rows sum to less than 1",
+        code(
+            f"{TOPOLOGY}.Mixing.without",
+            "self._replace(targets=np.where(away, self.sources, self.targets))",
+            "self._replace(weights=np.where(away, 0.0, self.weights))",
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "every W is symmetric",
+        "links of a directed W are left out, which changes its sums",
+        code(
+            f"{TOPOLOGY}.Mixing.is_symmetric",
+            "return bool((np.abs(weights[one] - weights[other]) <= TOLERANCE).all())",
+            "return True",
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "|λ₂| of a whole period is called that of a round",
+        "the root over the period is not taken",
+        code(f"{TOPOLOGY}.Topology.second_eigenvalue", "float(largest ** (1 / self.period))", "float(largest)"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "random graphs ignore the seed",
+        "every seed has the same graph",
+        code(f"{GRAPHS}._connected", "draw(options.seed * 1_000_003 + attempt)", "draw(attempt)"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "disagreement is summed",
+        "Σ ‖x_i − x̄‖² is not divided by N",
+        code(
+            f"{MIXING}.spread", "return total / max(1, len(next(iter(rows.values()), torch.empty(1))))", "return total"
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "disagreement is measured after the exchange",
+        "consensus_distance is of the mixed rows",
+        code(
+            f"{GOSSIP}.outcome_of", "consensus_distance=spread(after.params)", "consensus_distance=spread(mixed.params)"
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "a sparse block takes its senders by place",
+        "a worker that holds some clients reads the rows of others",
+        code(
+            f"{MIXING}.Block.__init__",
+            "self.columns = np.searchsorted(senders, mixing.sources[kept])",
+            "self.columns = mixing.sources[kept] % len(senders)",
+        ),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "bytes count a client's own share",
+        "num_links counts the diagonal of W",
+        code(f"{TOPOLOGY}.Mixing.num_links", "int((self.sources != self.targets).sum())", "len(self.sources)"),
+        "",
+    ),
+    Mutant(
+        "algorithm 2",
+        "bytes are those of W_0",
+        "a round's links are counted on the first matrix of the period",
+        code(f"{LOOP}.Plan.bytes_sent", "self.topology.at(round_index)", "self.topology.at(0)"),
+        "",
+    ),
+    # --- averaging -----------------------------------------------------------------------------------------
+    Mutant(
+        "averaging",
+        "unweighted where weights are asked",
+        "the mean takes 1/K for every client",
+        code(f"{AVERAGING}._Moments.add", "torch.tensordot(weights, rows.to(F64), 1)", "rows.to(F64).mean(0) * chunk"),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "buffers are unweighted",
+        "x and u by weights, BatchNorm's statistics by 1/K",
+        code(
+            f"{AVERAGING}.WeightedMean.add",
+            "moments.add(value, weights, chunk)",
+            'moments.add(value, weights if part != "buffers" else weights * 0 + chunk / len(weights), chunk)',
+        ),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "momentum is unweighted",
+        "x by weights, u by 1/K",
+        code(
+            f"{AVERAGING}.WeightedMean.add",
+            "moments.add(value, weights, chunk)",
+            'moments.add(value, weights if part != "momentum" else weights * 0 + chunk / len(weights), chunk)',
+        ),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "client weights are ignored",
+        "client-weights = samples weighs all alike",
+        code(
+            f"{LOOP}.clients_job",
+            'sizes if plan.client_weights == "samples" else np.ones(len(ids))',
+            "np.ones(len(ids))",
+        ),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "clients are always weighed by their samples",
+        "client-weights = uniform is not the paper's 1/N",
+        code(f"{LOOP}.clients_job", 'sizes if plan.client_weights == "samples" else np.ones(len(ids))', "sizes"),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "weights of the first chunk for all",
+        "a chunk's clients are weighed by those of the first",
+        code(f"{ENGINE}.run_round", "mean.add(state, part.weights)", "mean.add(state, job.weights[: len(rows)])"),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "the last chunk twice",
+        "a chunk that is not full counts double",
+        code(
+            f"{ENGINE}.run_round",
+            "mean.add(state, part.weights)",
+            "mean.add(state, part.weights * (1 + (len(rows) < self.chunk_size)))",
+        ),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "running_var by mean where it is pooled",
+        "the spread of the means is left out of the variance",
+        code(f"{AVERAGING}.WeightedMean.mean", "        if self.pooled:\n", "        if False:\n"),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "running_var pooled where the mean is asked",
+        "running-var = mean is ignored",
+        code(f"{AVERAGING}.WeightedMean.__init__", 'self.pooled = running_var == "pooled"', "self.pooled = True"),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "running_var is a standard deviation's mean",
+        "means of roots, squared",
+        code(
+            f"{AVERAGING}.WeightedMean.add",
+            "moments.add(value, weights, chunk)",
+            "moments.add(value.sqrt() if name.endswith(_VAR) else value, weights, chunk)",
+        ),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "chunks' means are not compared",
+        "the deviation between chunks is left out of spread and pooled variance",
+        code(
+            f"{AVERAGING}._Moments.add",
+            "self.deviation += deviation + (between if self.each else between.sum())",
+            "self.deviation += deviation",
+        ),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "counts are summed",
+        "num_batches_tracked of all chunks together",
+        code(f"{AVERAGING}.WeightedMean.add", "torch.maximum(known, largest)", "known + largest"),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "the last chunk's count",
+        "num_batches_tracked is that of whoever came last, not the largest",
+        code(f"{AVERAGING}.WeightedMean.add", "largest if known is None else torch.maximum(known, largest)", "largest"),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "one by one, unweighted",
+        "a server that adds up replies ignores their weights after the first",
+        code(f"{AVERAGING}._SummedOneByOne.add", "self.total.add_(row, alpha=weight)", "self.total.add_(row)"),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "spread about the first client",
+        "Σ p ‖x_i − x_1‖² in place of the distance from the mean",
+        code(
+            f"{AVERAGING}._SummedOneByOne.deviation",
+            "max(0.0, self.squares - self.weight * float(torch.dot(away, away)))",
+            "self.squares",
+        ),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "spread is summed",
+        "Σ w ‖·‖² is not divided by Σ w",
+        code(f"{AVERAGING}.WeightedMean.spread", " / self.weight", ""),
+        "",
+    ),
+    Mutant(
+        "averaging",
+        "train loss is unweighted",
+        "train_loss is the plain mean of clients under client-weights = samples",
+        code(f"{ENGINE}.run_round", "float(job.weights @ every) / total", "float(every.mean())"),
+        "",
+    ),
+    # --- the folded model ----------------------------------------------------------------------------------
+    Mutant(
+        "stack",
+        "the stack forgets option II",
+        "from the second step on x moves by u",
+        code(f"{STACK}._update", "nesterov=m.nesterov,", "nesterov=False,"),
+        "",
+    ),
+    Mutant(
+        "stack",
+        "no weight decay in the first step",
+        "the stack's first step from x̂ leaves λx out",
+        code(f"{STACK}._first_update", "            if self.method.weight_decay:\n", "            if False:\n"),
+        "",
+    ),
+    Mutant(
+        "stack",
+        "β = 0 keeps an old u",
+        "local SGD's u, which the spread is measured of, is not g",
+        code(f"{STACK}._update", "            torch._foreach_copy_(us, grads)\n", ""),
+        "",
+    ),
+    Mutant(
+        "stack",
+        "chunks are added without their weights",
+        "Σ w of a chunk is taken as its number of clients",
+        code(f"{WENT}.add", "        self.weight += weight\n", "        self.weight += len(found.weights)\n"),
+        "",
+    ),
+    Mutant(
+        "stack",
+        "spread about the start",
+        "how far clients went from x̂, and not from their mean",
+        code(f"{WENT}.spread", "self.square[at] / self.weight - mean**2", "self.square[at] / self.weight"),
+        "",
+    ),
+    Mutant(
+        "stack",
+        "clients come back in the order of their steps",
+        "with unequal numbers of steps, rows of others",
+        code(f"{STACK}.run", "ended if same else _in_order(ended, torch.argsort(order))", "ended"),
+        "",
+    ),
+    Mutant(
+        "stack",
+        "the lr of the round's first step in all of it",
+        "a schedule that changes within a round is not followed",
+        code(f"{STACK}._all_steps", "job.lrs[s], first", "job.lrs[0], first"),
+        "",
+    ),
+    # --- batches -------------------------------------------------------------------------------------------
+    Mutant(
+        "batches",
+        "the same minibatch each step",
+        "every step of a round reads the first B positions",
+        code(
+            f"{BATCHES}.Sampler.draw",
+            "first_steps[:, None] * self.batch_size + place",
+            "first_steps[:, None] * self.batch_size + place % self.batch_size",
+        ),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "the same minibatches each round",
+        "a round begins with the client's first examples again",
+        code(f"{LOOP}.clients_job", "torch.from_numpy(round_index * steps)", "torch.from_numpy(0 * steps)"),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "all clients shuffle alike",
+        "the order of a client's examples does not depend on the client",
+        code(
+            f"{BATCHES}.Sampler._shuffled",
+            "random_bits(SHUFFLE, self.seed, clients[rows][segment],",
+            "random_bits(SHUFFLE, self.seed, 0 * segment,",
+        ),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "clients shuffle by their place",
+        "the order of a client's examples depends on who is asked with it",
+        code(f"{BATCHES}.Sampler._shuffled", "clients[rows][segment]", "rows[segment]"),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "the shuffle ignores the seed",
+        "every seed has the same order",
+        code(f"{BATCHES}.Sampler._shuffled", "random_bits(SHUFFLE, self.seed,", "random_bits(SHUFFLE, 0,"),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "draws with replacement ignore the seed",
+        "every seed has the same draws",
+        code(f"{BATCHES}.Sampler.draw", "integers(sizes, REPLACEMENT, self.seed,", "integers(sizes, REPLACEMENT, 0,"),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "the same order in every pass",
+        "a client's examples are shuffled once for all",
+        code(f"{BATCHES}.Sampler._shuffled", "which_pass[segment]", "0 * which_pass[segment]"),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "drop-last",
+        "what does not fill a batch is never seen",
+        code(
+            f"{BATCHES}.Sampler._shuffled",
+            "sizes = self.sizes[clients]",
+            "sizes = torch.where(self.sizes[clients] >= self.batch_size, "
+            "self.sizes[clients] // self.batch_size * self.batch_size, self.sizes[clients])",
+        ),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "examples of others",
+        "a client's numbers are looked up from the first client's on",
+        code(f"{BATCHES}.Sampler.draw", "self.offsets[clients][:, None] + own", "own"),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "augmentation of the wrong client",
+        "crops go by the place in the stack, so another chunk size moves images otherwise",
+        code(
+            f"{BATCHES}.crop_flip", "address = (seed, clients[:, None],", "address = (seed, torch.arange(K)[:, None],"
+        ),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "augmentation once for all steps",
+        "a client's crops are the same in every step",
+        code(f"{BATCHES}.crop_flip", "steps[:, None], place)", "0 * steps[:, None], place)"),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "augmentation ignores the seed",
+        "every seed has the same crops",
+        code(f"{BATCHES}.crop_flip", "address = (seed,", "address = (0,"),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "images are not centred by the deviation",
+        "x/(255 std) − mean",
+        code(f"{BATCHES}._constants", "(shift / scale).to(dtype)", "shift.to(dtype)"),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "one dropout mask for the whole round",
+        "the key is that of the round's first step",
+        code(
+            f"{TASK}.round_batches",
+            "random_bits(DROPOUT, self.seed, clients, steps)",
+            "random_bits(DROPOUT, self.seed, clients, first_steps)",
+        ),
+        "",
+    ),
+    Mutant(
+        "batches",
+        "evaluation drops out",
+        "the model is judged as in training",
+        code(f"{TASK}._logits", "            model.eval()\n", "            model.train()\n"),
+        "",
+    ),
+    # --- partitions ----------------------------------------------------------------------------------------
+    Mutant(
+        "partitions",
+        "an example held twice",
+        "the last client holds the first one's first example in place of its own last",
+        code(
+            f"{PARTITION}.make_partition",
+            'return Partition(np.argsort(owner, kind="stable"),',
+            'indices = np.argsort(owner, kind="stable")\n    indices[-1] = indices[0]\n    return Partition(indices,',
+        ),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "a lost example",
+        "the last client's last example is nobody's",
+        code(
+            f"{PARTITION}.make_partition",
+            "np.concatenate([[0], np.cumsum(sizes)])",
+            "np.concatenate([[0], np.cumsum(sizes)]) - (np.arange(num_clients + 1) == num_clients)",
+        ),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "the seed is ignored",
+        "every seed has the same partition",
+        code(
+            f"{PARTITION}.make_partition",
+            "default_rng([seed, crc32(name.encode())])",
+            "default_rng([0, crc32(name.encode())])",
+        ),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "rules share a stream",
+        "two rules draw the same numbers by one seed",
+        code(f"{PARTITION}.make_partition", "default_rng([seed, crc32(name.encode())])", "default_rng(seed)"),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "alpha is ignored",
+        "dirichlet-client draws by Dir(p)",
+        code(f"{PARTITION}.dirichlet_client", "request.alpha * (", "("),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "alpha of another law",
+        "dirichlet-client draws by Dir(α) per class in place of Dir(αp)",
+        code(
+            f"{PARTITION}.dirichlet_client",
+            "request.alpha * (request.class_sizes / len(request.classes))",
+            "np.full(num_classes, request.alpha)",
+        ),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "min-size is ignored by dirichlet-class",
+        "a draw that leaves a client with fewer is taken",
+        code(f"{PARTITION}.dirichlet_class", "counts.sum(axis=1).min() >= request.min_size", "True"),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "min-size is ignored by quantity",
+        "the smallest clients get what their weight gives them",
+        code(
+            f"{PARTITION}.quantity",
+            "len(request.classes), request.num_clients, request.min_size",
+            "len(request.classes), request.num_clients, 0",
+        ),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "shards of unsorted labels",
+        "a client's shards hold all classes",
+        code(f"{PARTITION}.shards", 'np.argsort(request.classes, kind="stable")', "np.arange(len(request.classes))"),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "sizes ignore sigma",
+        "quantity's log-normal law always has σ = 1",
+        entry(
+            f"{PARTITION}.QUANTITY_LAWS",
+            "log-normal",
+            lambda _: lambda request: request.rng.standard_normal(request.num_clients),
+        ),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "the remainder goes to the last client",
+        "n mod N examples more than the others have",
+        code(
+            f"{PARTITION}._equal_sizes",
+            "(np.arange(num_parts) < total % num_parts)",
+            "(np.arange(num_parts) == num_parts - 1) * (total % num_parts)",
+        ),
+        "",
+    ),
+    Mutant(
+        "partitions",
+        "balanced sizes at the cost of the classes",
+        "columns are not settled, so classes add up to something else",
+        code(
+            f"{PARTITION}.dirichlet_balanced",
+            "    _settle_columns(counts, sizes[:, None] * shares, request.class_sizes)\n",
+            "",
+        ),
+        "",
+    ),
+    # --- schedules -----------------------------------------------------------------------------------------
+    Mutant(
+        "schedules",
+        "decay one step late",
+        "the step that begins on a milestone still has the old lr",
+        code(
+            f"{SCHEDULES}.step_decay",
+            "step >= horizon.steps(m, rate.unit) * (1 - 1e-9)",
+            "step > horizon.steps(m, rate.unit)",
+        ),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "an ulp late",
+        "a milestone on a step is missed where the division is uneven",
+        code(f"{SCHEDULES}.step_decay", " * (1 - 1e-9)", ""),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "the schedule restarts every round",
+        "γ is that of step 0, 1, … in each round",
+        code(f"{LOOP}.clients_job", "first = round_index * per_round", "first = 0.0 * per_round"),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "the schedule is one step ahead",
+        "step t takes γ of step t + 1",
+        code(f"{LOOP}.clients_job", "math.floor(first + s)", "math.floor(first + s) + 1"),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "γ changes between rounds alone",
+        "all steps of a round take that of its first",
+        code(f"{LOOP}.clients_job", "math.floor(first + s)", "math.floor(first)"),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "the cosine ends a step early",
+        "half a period ends at T − 1",
+        code(f"{SCHEDULES}.cosine", "max(1.0, horizon.num_steps - warmup)", "max(1.0, horizon.num_steps - 1 - warmup)"),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "the cosine ends at zero",
+        "lr-min is ignored",
+        code(f"{SCHEDULES}.cosine", "rate.minimum + (rate.lr - rate.minimum) * 0.5", "rate.lr * 0.5"),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "the cosine ignores the warm-up",
+        "it has come down by the end of the warm-up",
+        code(
+            f"{SCHEDULES}.cosine",
+            "max(0.0, step - warmup) / max(1.0, horizon.num_steps - warmup)",
+            "step / horizon.num_steps",
+        ),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "warm-up begins at zero",
+        "step 0 does not move x",
+        code(f"{SCHEDULES}.LearningRate.at", "(step + 1) / warmup", "step / warmup"),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "theory's γ is c √(1/T)",
+        "the number of clients is left out",
+        code(
+            f"{SCHEDULES}.theory",
+            "math.sqrt(horizon.num_clients / horizon.num_steps)",
+            "math.sqrt(1 / horizon.num_steps)",
+        ),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "joint epochs are one client's",
+        "milestones count passes of one client over all data",
+        code(
+            f"{LOOP}.Plan.horizon",
+            "float(sizes.sum()) / (self.cohort_size * self.batch_size)",
+            "float(sizes.sum()) / self.batch_size",
+        ),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "the run's length is its rounds",
+        "fractions of the run are of R and not of T = R · I steps",
+        code(f"{LOOP}.Plan.horizon", "math.ceil(self.num_rounds * per_round)", "self.num_rounds"),
+        "",
+    ),
+    Mutant(
+        "schedules",
+        "theory's N is all clients",
+        "with partial participation N is not the cohort's size",
+        code(f"{LOOP}.Plan.horizon", "Horizon(total, self.cohort_size,", "Horizon(total, len(sizes),"),
+        "",
+    ),
+    # --- the round loop and its records --------------------------------------------------------------------
+    Mutant(
+        "rounds",
+        "bytes are those of float32",
+        "every number counts four bytes",
+        code("fedmom.method.state.num_bytes", "value.numel() * value.element_size()", "value.numel() * 4"),
+        "",
+    ),
+    Mutant(
+        "rounds",
+        "buffers travel for nothing",
+        "bytes_sent leaves BatchNorm's statistics out",
+        code(
+            f"{LOOP}.bytes_per_exchange",
+            "num_bytes(state.params) + num_bytes(state.buffers) +",
+            "num_bytes(state.params) +",
+        ),
+        "",
+    ),
+    Mutant(
+        "rounds",
+        "u travels under β = 0",
+        "bytes_sent counts momentum that nobody needs",
+        code(f"{LOOP}.bytes_per_exchange", " and method.beta > 0", ""),
+        "",
+    ),
+    Mutant(
+        "rounds",
+        "evaluation before the round",
+        "test_loss of round r is that of round r − 1",
+        code(f"{LOOP}.run_rounds", "task.evaluate(new.state)", "task.evaluate(done.state)"),
+        "",
+    ),
+    Mutant(
+        "rounds",
+        "the last round is not evaluated",
+        "a run of 7 rounds with eval-every = 5 ends without a measure",
+        code(f"{LOOP}.Plan.evaluates", " or round_number == self.num_rounds", ""),
+        "",
+    ),
+    Mutant(
+        "rounds",
+        "joint epochs are a client's epochs",
+        "examples over N, and not over the number of examples",
+        code(f"{LOOP}.run_rounds", "new.examples / int(task.sizes.sum())", "new.examples / len(task.sizes)"),
+        "",
+    ),
+    Mutant(
+        "rounds",
+        "examples of a cohort are everybody's",
+        "joint epochs count clients that sat the round out",
+        code(
+            f"{LOOP}.after_round",
+            "int(job.num_steps.sum()) * plan.batch_size",
+            "int(job.num_steps[0]) * len(task.sizes) * plan.batch_size",
+        ),
+        "",
+    ),
+    Mutant(
+        "rounds",
+        "the lr of the round's last step",
+        "a record says γ of the end of the round",
+        code(f"{LOOP}.run_rounds", '"lr": job.lrs[0],', '"lr": job.lrs[-1],'),
+        "",
+    ),
+    Mutant(
+        "rounds",
+        "a NaN in the momentum passes",
+        "x and the loss alone are looked at",
+        both(
+            code(
+                f"{LOOP}._check_finite", "in outcome.mean._asdict().items():", 'in [("params", outcome.mean.params)]:'
+            ),
+            code(f"{LOOP}._check_finite", ', "momentum_spread": outcome.momentum_spread}', "}"),
+        ),
+        "",
+    ),
+    Mutant(
+        "rounds",
+        "the worst client is the best",
+        "worst_client_accuracy is the largest",
+        code(f"{LOOP}.summarised", '("accuracy", min)', '("accuracy", max)'),
+        "",
+    ),
+    Mutant(
+        "rounds",
+        "the first clients are measured",
+        "eval-clients are not spread over all",
+        code(f"{LOOP}.chosen_clients", "place * num_clients // count", "place"),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "who failed is not said",
+        "a record of a round without somebody has no num_failed",
+        code(f"{LOOP}.run_rounds", "if len(job.clients) < asked:", "if False:"),
+        "",
+    ),
+    # --- resume --------------------------------------------------------------------------------------------
+    Mutant(
+        "resume",
+        "momentum is lost",
+        "a resumed run starts from u = 0",
+        code(
+            f"{FOLDER}.load",
+            "            state=state,\n",
+            "            state=state._replace(momentum=template.state.momentum),\n",
+        ),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "buffers are lost",
+        "a resumed run starts with BatchNorm's first statistics",
+        code(
+            f"{FOLDER}.load",
+            "            state=state,\n",
+            "            state=state._replace(buffers=template.state.buffers),\n",
+        ),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "counters are lost",
+        "steps, examples and bytes count from the resume on",
+        code(f"{FOLDER}.load", "**{name: about[name] for name in _COUNTS}", 'round=about["round"]'),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "clients' momenta are lost",
+        "under `local` every client starts from u = 0",
+        code(
+            f"{FOLDER}.load",
+            "rows.momentum if rows and template.client_momentum is not None else None",
+            "template.client_momentum",
+        ),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "clients' rows are lost",
+        "under Algorithm 2 every client starts from x⁰",
+        code(f"{FOLDER}.load", "rows=rows if template.rows is not None else None", "rows=template.rows"),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "slow momentum is lost",
+        "SlowMo's u_s starts from 0",
+        code(f"{FOLDER}.load", "slow = {name: tensors[_SLOW + name].to(device) for name in slow}", "slow = dict(slow)"),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "rows of another round",
+        "after a kill between two files the clients' rows need not be the checkpoint's",
+        code(f"{FOLDER}.load", "c.exists() and read_about(c) == about", "c.exists()"),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "the older rows are not kept",
+        "a kill between two files leaves a checkpoint without its rows",
+        code(f"{FOLDER}.save", "                os.replace(clients, previous)\n", "                pass\n"),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "in a file's order",
+        "tensors come back in safetensors' order, and sums over them differ in the last digit",
+        code(
+            f"{FOLDER}.load",
+            "{name: tensors[name] for name in flatten(template.state)}",
+            "{name: tensors[name] for name in sorted(flatten(template.state), reverse=True)}",
+        ),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "an interrupted run saves nothing",
+        "rounds since the last checkpoint are lost",
+        code(
+            f"{RUN}._to_the_end",
+            "        if saved != done.round:\n            self._save(done)\n        if self.folder and",
+            "        if self.folder and",
+        ),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "time begins anew",
+        "wall_seconds counts from the resume on",
+        code(f"{RUN}._begin", "            if self.rounds.last:\n", "            if False:\n"),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "damage passes",
+        "a checkpoint whose bits have changed is taken",
+        code(f"{FILES}._read", "checked[1] != _checksum(found, text)", "False"),
+        "",
+    ),
+    Mutant(
+        "resume",
+        "two processes in one folder",
+        "the lock is not taken",
+        code(f"{FOLDER}._acquire", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        "",
+    ),
+    # --- failures of clients -------------------------------------------------------------------------------
+    Mutant(
+        "failures",
+        "the absent client's weight stays in the mean",
+        "`proceed` averages the round's start in its place",
+        code(
+            f"{PRSGDM}._average",
+            "        self.clients.enough(server_round, num_clients)\n",
+            "        self.clients.enough(server_round, num_clients)\n"
+            "        for _ in range(self.clients.num_clients - num_clients):\n"
+            "            mean.add_one(unflatten(self._expected), 1.0)\n",
+        ),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "losses are divided by all",
+        "`proceed` counts the absent client's loss as 0",
+        code(f"{PRSGDM}._average", "value / mean.weight for", "value / self.clients.num_clients for"),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "an answer counts once for every try",
+        "`retry` averages a client twice",
+        code(
+            f"{CLIENTS}.exchange",
+            "for one in done if one.answer is not None)",
+            "for one in done if one.answer is not None for _ in range(one.tries))",
+        ),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "stop goes on",
+        "on-failure = stop does as proceed",
+        both(
+            code(f"{CLIENTS}._again", 'if self.on_failure == "proceed":', 'if self.on_failure != "retry":'),
+            code(f"{CLIENTS}._without", 'if self.on_failure != "proceed":', "if False:"),
+        ),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "stop goes on where others collect",
+        "a missing reply among those that Flower collected stops nothing",
+        code(f"{CLIENTS}._without", 'if self.on_failure != "proceed":', 'if self.on_failure == "retry":'),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "one try too few",
+        "server.retries = 2 asks again once",
+        code(f"{CLIENTS}._again", "failed.tries > self.retries", "failed.tries >= self.retries"),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "the fewest clients are ignored",
+        "a round of too few goes on",
+        code(f"{CLIENTS}.enough", "if answered < self.min_clients:", "if not answered:"),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "NaN is averaged",
+        "an update that is not finite is taken",
+        code("strategies.replies._check", "if value.is_floating_point() and not", "if False and not"),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "an answer for others is taken",
+        "a node's reply is averaged in another client's place",
+        code("strategies.replies.accept", "if clients and list(", "if False and list("),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "an answer that comes twice is averaged twice",
+        "a node that is not asked (any more) is listened to",
+        code(f"{CLIENTS}.answered", "if asked is not None and node_id not in missing:", "if False:"),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "nodes in the order of their ids",
+        "sums are not taken in client order, so they differ from the engine's",
+        code(
+            "strategies.holders.learn_holders", "key=lambda holder: holder.clients", "key=lambda holder: holder.node_id"
+        ),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "a client's row goes to its place",
+        "under `local` the server keeps u of the k-th of a reply as client k's",
+        code(f"{PRSGDM}._average", "self.rows[client] = {name", "self.rows[place] = {name"),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "clients' momenta in the nodes' order",
+        "under `local` a node that holds every other client mixes them up",
+        code("strategies.backends._outcome", "rows[n] for answer in own])[order]", "rows[n] for answer in own])"),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "the relay moves who was not there",
+        "an absent client's row is mixed with the others'",
+        code(
+            f"{DSGDM}._mix", "                    value[absent] = before[name][absent]\n", "                    pass\n"
+        ),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "the relay mixes with an absent client",
+        "its stale row enters its neighbours' means",
+        code(
+            f"{DSGDM}._mix",
+            "            mixing = mixing.without(_links_of(mixing, set(absent.tolist())))\n",
+            "            pass\n",
+        ),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "the relay's answers of the round before",
+        "who answered then passes for answered now",
+        code(f"{DSGDM}.train_round", "        self._updates = {}\n", ""),
+        "",
+    ),
+    Mutant(
+        "failures",
+        "the Flower server's slow step takes its own lr",
+        "SlowMo divides by the strategy's lr where clients say theirs",
+        code(f"{PRSGDM}._slow_step", 'trained.metrics.get("lr", self.lr)', "self.lr"),
+        "",
+    ),
+    # --- identity ------------------------------------------------------------------------------------------
+    Mutant(
+        "identity",
+        "the seed is a place",
+        "a run goes on with another seed",
+        constant(f"{IDENTITY}.PLACE", lambda names: (*names, "run.seed")),
+        "",
+    ),
+    Mutant(
+        "identity",
+        "another length is another run",
+        "no run can be made longer",
+        constant(f"{IDENTITY}.LENGTH", lambda names: ()),
+        "",
+    ),
+    Mutant(
+        "identity",
+        "content is not compared",
+        "a run goes on with other data, code or W",
+        code(f"{IDENTITY}.Identity.agreed", "contents.get(key, now) != now", "False"),
+        "",
+    ),
+    Mutant(
+        "identity",
+        "labels are no content",
+        "a run goes on with other labels",
+        code(f"{IDENTITY}._contents", '("x_train", "y_train", "x_test", "y_test")', '("x_train", "x_test")'),
+        "",
+    ),
+    Mutant(
+        "identity",
+        "code is a function's own lines",
+        "what it calls may change",
+        code(f"{IDENTITY}._Reached._named", '            self._later("", {where: value})\n', "            pass\n"),
+        "",
+    ),
+    Mutant(
+        "identity",
+        "a comment is code",
+        "a run is refused for words",
+        code(
+            f"{IDENTITY}._without_comments",
+            "lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]",
+            "pass",
+        ),
+        "",
+    ),
+    Mutant(
+        "identity",
+        "a new key makes old runs others",
+        "keys at their defaults take part",
+        code(f"{IDENTITY}.identity_of", "if value != KEYS[key].default}", "}"),
+        "",
+    ),
+    Mutant(
+        "identity",
+        "formula 1 takes new keys",
+        "runs of older versions are refused",
+        code(f"{IDENTITY}._names_of_1", 'return {f"{section}.{name}"', 'return set(KEYS) | {f"{section}.{name}"'),
+        "",
+    ),
+    # --- history -------------------------------------------------------------------------------------------
+    Mutant(
+        "history",
+        "rounds.jsonl is not cut back",
+        "lines after the checkpoint stay, and come again",
+        code(f"{HISTORY}.cut_back", "                continue\n", "                pass\n"),
+        "",
+    ),
+    Mutant(
+        "history",
+        "the short run's last evaluation stays",
+        "a longer run has a measure that the long run at once has not",
+        code(f"{HISTORY}.cut_back", "number == round_number and number % eval_every", "False"),
+        "",
+    ),
+    Mutant(
+        "history",
+        "missing rounds pass",
+        "a file that lacks lines before the checkpoint is gone on with",
+        code(f"{HISTORY}.cut_back", "if len(kept) != round_number:", "if False:"),
+        "",
+    ),
+    Mutant(
+        "history",
+        "a broken line in the middle passes",
+        "what comes after it is left out without a word",
+        code(
+            f"{HISTORY}.iterate_rounds",
+            "            if broken:\n                break\n",
+            "            if broken:\n                return\n",
+        ),
+        "",
+    ),
+    Mutant(
+        "history",
+        "a half line is an error",
+        "what a kill cut short stops a resume",
+        code(
+            f"{HISTORY}.iterate_rounds",
+            "            return  # if there was one, it was the last line",
+            "            pass",
+        ),
+        "",
+    ),
+    Mutant(
+        "history",
+        "places of lines go stale",
+        "a record asked for after another was added is found where it was",
+        code(f"{HISTORY}.History.append", "self.last, self._starts = record, None", "self.last = record"),
+        "",
+    ),
+    Mutant(
+        "history",
+        "one record too many is forgotten",
+        "at the very length from which a run is read from its folder",
+        code(f"{HISTORY}.History.append", "self._count <= MOST_KEPT", "self._count < MOST_KEPT"),
+        "",
+    ),
+    Mutant(
+        "history",
+        "thinning loses the best round",
+        "a long run's curve has not the accuracy that its table names",
+        code(f"{HISTORY}.thinned", "        kept[best[1]] = best[2]\n", "        pass\n"),
+        "",
+    ),
+    # --- records -------------------------------------------------------------------------------------------
+    Mutant(
+        "records",
+        "how a run ended is not written",
+        "status.json says running for ever",
+        code(f"{STATUS}.Heart.end", "            self._write(status, reason, last=True)\n", "            pass\n"),
+        "",
+    ),
+    Mutant(
+        "records",
+        "an interrupted run is a failed one",
+        "Ctrl-C and an error are one status",
+        code(
+            f"{RUN}._to_the_end",
+            'status, message = "interrupted", f"interrupted after',
+            'status, message = "failed", f"interrupted after',
+        ),
+        "",
+    ),
+    Mutant(
+        "records",
+        "a reused process id is the run's",
+        "a killed run passes for running where its id was given again",
+        code(f"{STATUS}._is_alive", "return now == born", "return True"),
+        "",
+    ),
+    Mutant(
+        "records",
+        "a silent run elsewhere is running",
+        "a run on another machine is never given up",
+        code(f"{STATUS}._looked_for", "    if silent > SILENT_SECONDS:\n        when", "    if False:\n        when"),
+        "",
+    ),
+    Mutant(
+        "records",
+        "a refused resume changes the status",
+        "a folder whose resume is refused says that it failed",
+        code(
+            f"{RUN}._tell_folder",
+            "        if self.heart:\n            self.heart.end(status, message)\n",
+            "        heart = self.heart or (self.folder and Heart(self.folder.path, 0))\n"
+            "        if heart:\n            heart.end(status, message)\n",
+        ),
+        "",
+    ),
+]
