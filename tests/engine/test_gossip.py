@@ -11,12 +11,12 @@ from fedmom.engine.gossip import GossipRounds, mean_of
 from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES, exchange_average, start_average
 from fedmom.method.graphs import TOPOLOGIES
-from fedmom.method.mixing import Block, mix_buffers
+from fedmom.method.mixing import Block, mix_buffers, spread
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
 from fedmom.method.topology import Mixing, Topology, make_topology
 from fedmom.records.folder import read_rounds, read_tensors
-from fedmom.rounds.loop import Plan, beginning, evaluate_rows, round_job, run_rounds
+from fedmom.rounds.loop import Plan, beginning, chosen_clients, evaluate_rows, round_job, run_rounds
 from fedmom.rounds.round import Method
 from fedmom.tasks.quadratic import Quadratic, X
 from laws import Trajectory, close, sample_problem, table
@@ -168,7 +168,7 @@ def test_consensus_is_kept():
     close(got.u, got.u[:, :1])
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@table("name", TOPOLOGIES)
 def test_every_named_topology_runs_by_its_own_matrices(name):
     p, topology = sample_problem(16, False, interval=1, lrs=[]), make_topology(name, 16)
     got = trajectory(gossip(quadratic(p), topology, rounds=5, chunk_size=16))
@@ -288,6 +288,12 @@ def test_blocks_of_receivers_give_their_part_of_the_product():
             torch.testing.assert_close(part, whole[torch.from_numpy(receivers)], rtol=1e-14, atol=1e-14)
 
 
+def test_disagreement_is_the_mean_squared_distance_from_the_mean():
+    """Two clients at (0, 0) and (2, 0) in x and at 1 and 3 in y are √2 from their mean each."""
+    rows = {"x": torch.tensor([[0.0, 0.0], [2.0, 0.0]]), "y": torch.tensor([[1.0], [3.0]])}
+    assert spread(rows) == pytest.approx(2.0)
+
+
 def test_a_thousand_clients_are_no_problem():
     """With sparse products: by the mean, which is the same on every topology of one curvature."""
     task = Quadratic([[1.0] * 3] * 1024, np.random.default_rng(0).normal(size=(1024, 3)).tolist(), [0.0] * 3)
@@ -334,6 +340,8 @@ def test_a_network_with_batch_norm_mixes_all_it_has(path):
 def test_clients_own_models_are_measured():
     task = image_task(num_clients=4, dtype=torch.float64)
     rows = gossip(task, make_topology("path", 4), rounds=3)[-1]
+    assert chosen_clients(4, 0) == chosen_clients(4, 9) == [0, 1, 2, 3]
+    assert chosen_clients(10, 4) == [0, 2, 5, 7]  # evenly spread
     measured = evaluate_rows(task, rows, [0, 1, 2, 3])
     each = [task.evaluate(ClientState(*({n: v[i] for n, v in tree.items()} for tree in rows))) for i in range(4)]
     assert measured["worst_client_loss"] == max(m["test_loss"] for m in each)

@@ -5,7 +5,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedmom.method.schedules import SCHEDULES, UNITS, Horizon, LearningRate
@@ -53,6 +53,7 @@ def test_decay_begins_with_the_first_step_past_the_milestone():
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
+@example(29, 7)  # 7 · (29 / 7) = 29.000000000000004
 def test_a_milestone_on_a_step_is_met_there_though_the_division_is_uneven(numerator, denominator):
     # (m · examples per epoch) / (N B) may come out an ulp above a whole number of steps.
     horizon = Horizon(10**9, 1, numerator / denominator)
