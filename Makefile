@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 # Two test processes with one torch thread each: more threads than cores spin waiting for one another. They may keep
 # compiled code: otherwise each of the hundred processes that they start compiles the package anew (0.7 s).
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
+# Slow tests have an hour each: it ends what hangs, and no slow machine misses it.
+SLOWLY := --timeout 3600 --durations 40
 
-.PHONY: help setup quickstart comparison site test test-slow mutants test-container test-rest test-oldest check format clean
+.PHONY: help setup quickstart comparison site extras test test-slow mutants test-container test-rest test-all test-oldest check format clean
 
 help:
 	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
@@ -17,6 +19,7 @@ help:
 	@echo "make test-oldest  the fast tests with the oldest torch that goes, in .venv-oldest"
 	@echo "make mutants      which fast tests notice which mistake (tests/mutants)"
 	@echo "make test-slow    the slow tests;  make test-container: those that need a Docker engine"
+	@echo "make test-all     all tests, and a record of what the fault and intruder tests passed with"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedmom needs Python 3.11 or newer: make PYTHON=python3.11 …")'
@@ -25,6 +28,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(VENV)/.ready
+
+# Everything that some test can use.
+extras: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
 
 quickstart: setup
 	$(BIN)/fedmom run configs/quickstart.toml
@@ -45,7 +52,7 @@ test: setup
 	$(PYTEST)
 
 test-slow: setup
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow $(SLOWLY)
 
 # Which fast tests fail under every mistake of tests/mutants; status 1 if none does under one of them.
 mutants: setup
@@ -53,10 +60,18 @@ mutants: setup
 
 # pytest's exit status 5 says that no test was collected: there is nothing to run, and that is no failure.
 test-container: setup
-	$(PYTEST) -m container || test $$? -eq 5
+	$(PYTEST) -m container $(SLOWLY) || test $$? -eq 5
 
+# A third process, as that of the containers mostly waits.
 test-rest: setup
-	$(PYTEST) -m "slow or container"
+	$(PYTEST) -m "slow or container" $(SLOWLY) -n 3
+
+# What passed is what was there before: where somebody has changed it meanwhile, it is not written.
+FINGERPRINT := $(BIN)/python tests/deployment/fingerprint.py
+
+test-all: extras
+	found=$$($(FINGERPRINT) --value) && unset FEDMOM_FAULTS && $(MAKE) test && \
+		FEDMOM_NEEDS_ENGINE=1 .ci/with-engine $(MAKE) test-rest && $(FINGERPRINT) --write $$found
 
 # The oldest torch that pyproject.toml allows, in an environment of its own; Triton's interpreter of those days takes no
 # newer NumPy.

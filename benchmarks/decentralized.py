@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import fedmom
-from fedmom.records.folder import CONFIG, read_rounds
+from fedmom.records.files import CONFIG
+from fedmom.records.history import read_rounds
 from fedmom.runs.progress import Quiet
 
 CONFIGURATION = "configs/decentralized/fashion.toml"

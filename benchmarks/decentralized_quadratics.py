@@ -16,11 +16,11 @@ import torch
 import fedmom
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
+from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
 from fedmom.method.topology import Topology, make_topology
 from fedmom.rounds.loop import Plan, beginning, run_rounds
-from fedmom.rounds.round import Method
 from fedmom.tasks.quadratic import Quadratic, X
 
 CONFIGURATION = "configs/decentralized/quadratic.toml"

@@ -152,7 +152,7 @@ def digits_ways(actors: int) -> dict[str, tuple[dict[str, Any], int]]:
 
 def measure_digits(changes: dict[str, Any], num_nodes: int, actors: int) -> dict[str, float]:
     """ms per client and round, the median of the rounds but the first two and the last (evaluated) one."""
-    from fedmom.records.folder import read_rounds
+    from fedmom.records.history import read_rounds
 
     with tempfile.TemporaryDirectory(prefix="overhead-") as name:
         folder, config = Path(name), {**DIGITS, **changes}

@@ -44,10 +44,10 @@ from fedmom.engine.engine import Engine  # noqa: E402
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS  # noqa: E402
 from fedmom.experiments.bench import peaks  # noqa: E402
 from fedmom.machine.precision import allow_tf32  # noqa: E402
+from fedmom.method.algorithms import Method  # noqa: E402
 from fedmom.method.schedules import LearningRate  # noqa: E402
 from fedmom.method.state import ClientState, to_device  # noqa: E402
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds  # noqa: E402
-from fedmom.rounds.round import Method  # noqa: E402
 from fedmom.tasks.classification import Classification  # noqa: E402
 from fedmom.tasks.models import build_model  # noqa: E402
 

@@ -23,9 +23,9 @@ from fedmom.data.partition import make_partition  # noqa: E402
 from fedmom.engine.auto import choose  # noqa: E402
 from fedmom.engine.engine import Engine  # noqa: E402
 from fedmom.machine.allocator import keep_freed_memory  # noqa: E402
+from fedmom.method.algorithms import Method  # noqa: E402
 from fedmom.method.schedules import LearningRate  # noqa: E402
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds  # noqa: E402
-from fedmom.rounds.round import Method  # noqa: E402
 from fedmom.tasks.classification import Classification  # noqa: E402
 from fedmom.tasks.models import build_model  # noqa: E402
 

@@ -23,8 +23,8 @@ from fedmom.backends.trainer import Local, Node, held_clients, settled, warm_nod
 from fedmom.data.local import client_source, facts_of, from_record, read_source
 from fedmom.errors import InputError
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
+from fedmom.machine.files import at_home
 from fedmom.method.state import Tree, flatten, unflatten
-from fedmom.records.files import at_home
 
 app = ClientApp()
 
@@ -35,7 +35,7 @@ def query(message: Message, context: Context) -> Message:
     answer = ConfigRecord({"clients": _held(context).tolist()})
     asked = message.content.config_records.get("config", {})
     if asked.get("facts", False):
-        config = settled(context.run_config)
+        config = settled(context.run_config).config
         with _of_own_data(context):
             facts = facts_of(read_source(_own_source(context), config.data.classes), config.run.dtype)
         for name, value in facts._asdict().items():
@@ -121,7 +121,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _is_local(context: Context) -> bool:
-    return settled(context.run_config).data.dataset == "local"
+    return settled(context.run_config).config.data.dataset == "local"
 
 
 def _node(context: Context, asked: Mapping[str, Any]) -> Node:
@@ -154,7 +154,7 @@ def _own_source(context: Context) -> Path:
         raise InputError(f"data.dataset = 'local': a node holds one client, this one {len(held)}: {held}")
     own = context.node_config.get("data-dir")
     if not own:
-        return client_source(settled(context.run_config).data.data_dir, held[0])
+        return client_source(settled(context.run_config).config.data.data_dir, held[0])
     place = at_home(str(own))
     _check_readable(place)
     return place
@@ -169,7 +169,7 @@ def _check_readable(place: Path) -> None:
 
 def _held(context: Context) -> Tensor:
     node, num_nodes = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
-    return held_clients(node, num_nodes, settled(context.run_config).data.num_clients)
+    return held_clients(node, num_nodes, settled(context.run_config).config.data.num_clients)
 
 
 def _tensors(record: Mapping[str, Array]) -> Tree:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedmom.results.groups import Group, group_runs
 from fedmom.results.pictures.comparison import curve
-from fedmom.results.pictures.curves import COLOURS, DARK, DASHES, MARKERS, _figure, _plain, _save
+from fedmom.results.pictures.style import COLOURS, DARK, DASHES, MARKERS, new_figure, plain_axes, save_picture
 from fedmom.results.reading import collect
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -49,7 +49,7 @@ def draw_paths(axes: object, policy: str) -> None:
     axes.set_ylim(-2.6, 4.4)
     axes.set_yticks([])
     axes.set_xticks([r * INTERVAL for r in range(ROUNDS + 1)], [])
-    _plain(axes, grid=None)
+    plain_axes(axes, grid=None)
 
 
 def draw_results(panels: object, groups: list[Group]) -> None:
@@ -71,12 +71,12 @@ def draw_results(panels: object, groups: list[Group]) -> None:
     panels[1].set_ylabel("Clients apart: Σ pᵢ‖xᵢ − x̂‖²")
     panels[1].set_xlabel("Joint epochs")
     for axes in panels:
-        _plain(axes)
+        plain_axes(axes)
 
 
 def main(folder: Path) -> None:
     groups = group_runs(collect([folder])[0])
-    figure = _figure(9.6, 5.4)
+    figure = new_figure(9.6, 5.4)
     grid = figure.add_gridspec(6, 2, width_ratios=[1.0, 1.0])
     for place, policy in enumerate(POLICIES):
         axes = figure.add_subplot(grid[2 * place : 2 * place + 2, 0])
@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
         if place == len(POLICIES) - 1:
             axes.set_xlabel("I local steps between two exchanges (dotted: the common optimum)")
     draw_results([figure.add_subplot(grid[:3, 1]), figure.add_subplot(grid[3:, 1])], groups)
-    _save(figure, PICTURES / "what-for.png")
+    save_picture(figure, PICTURES / "what-for.png")
     shutil.copy(folder / "comparison" / "curves.png", PICTURES / "comparison.png")
 
 

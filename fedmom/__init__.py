@@ -13,11 +13,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from fedmom.config.keys import Config as Config
-    from fedmom.config.keys import load as load
+    from fedmom.config.load import load as load
     from fedmom.data.datasets import Dataset as Dataset
     from fedmom.errors import ClientsFailedError as ClientsFailedError
     from fedmom.errors import DivergedError as DivergedError
     from fedmom.errors import InputError as InputError
+    from fedmom.experiments.run import run as run
     from fedmom.flower.app import simulate_app as simulate_app
     from fedmom.flower.grid import RayGrid as RayGrid
     from fedmom.method.algorithms import local_step as local_step
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from fedmom.runs.callbacks import Callback as Callback
     from fedmom.runs.callbacks import Result as Result
     from fedmom.runs.callbacks import Start as Start
-    from fedmom.runs.execute import run as run
     from fedmom.runs.trackers import Tracked as Tracked
     from fedmom.runs.trackers import Tracker as Tracker
     from fedmom.runs.trackers import Tracking as Tracking
@@ -56,12 +56,12 @@ _HOME = {
     "all_sheets": "fedmom.results.comparison",
     "build_model": "fedmom.tasks.models",
     "group_runs": "fedmom.results.groups",
-    "load": "fedmom.config.keys",
+    "load": "fedmom.config.load",
     "local_step": "fedmom.method.algorithms",
     "make_topology": "fedmom.method.topology",
     "normal_like": "fedmom.randomness",
     "read_status": "fedmom.records.status",
-    "run": "fedmom.runs.execute",
+    "run": "fedmom.experiments.run",
     "simulate_app": "fedmom.flower.app",
     "write_page": "fedmom.results.page.write",
 }

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import Strategy
 from fedmom.errors import ClientsFailedError
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
-from fedmom.rounds.round import Outcome, Progress, Round
+from fedmom.rounds.round import Backend, Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 
 from .failures import Clients
@@ -20,7 +20,7 @@ from .prsgdm import PRSGDM, SPREADS, Answer
 from .replies import Update, accept, pack, shares_memory, unpack
 
 
-class AveragingRounds:
+class AveragingRounds(Backend):
     """Rounds of PRSGDM: what the engine does in this process, done by the nodes of a Grid."""
 
     def __init__(self, strategy: PRSGDM, grid: Grid, task: Task, asked: dict[str, Any], timeout: float) -> None:
@@ -46,7 +46,7 @@ class AveragingRounds:
         return _outcome(self.task, job, trained.state, metrics, trained.answers)
 
 
-class StockRounds:
+class StockRounds(Backend):
     """Rounds of one of Flower's own strategies; the failures are met as for ours before it sees the replies."""
 
     def __init__(

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fedmom.engine.gossip import exchange, mean_of, outcome_of
 from fedmom.errors import InputError
+from fedmom.method.algorithms import Method
 from fedmom.method.mixing import Blocks
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
 from fedmom.method.topology import Mixing, Topology
-from fedmom.rounds.round import Method, Outcome, Progress, Round
+from fedmom.rounds.round import Backend, Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 
 from .failures import Clients
@@ -220,7 +221,7 @@ def _links_of(mixing: Mixing, clients: set[int]) -> list[tuple[int, int]]:
     return [(j, i) for j, i in pairs if j != i and (j in clients or i in clients)]
 
 
-class RelayRounds:
+class RelayRounds(Backend):
     """Rounds of DSGDM for fedmom's round loop."""
 
     def __init__(self, strategy: DSGDM, grid: Grid, task: Task, asked: dict[str, Any], timeout: float) -> None:

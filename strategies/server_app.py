@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -14,17 +14,21 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from fedmom.backends.trainer import settled
-from fedmom.config.keys import Config, replace
+from fedmom.config.keys import Config
+from fedmom.config.load import replace
 from fedmom.config.numbers import counted
+from fedmom.config.resolve import with_choices
+from fedmom.config.strategies import OURS
 from fedmom.errors import InputError, RunStoppedError
+from fedmom.machine.files import at_home, write_text
 from fedmom.machine.output import steady_output
 from fedmom.method.state import num_bytes
-from fedmom.records.files import at_home
-from fedmom.records.folder import ENDED, write_text
+from fedmom.records.files import ENDED
 from fedmom.results.report import finished
 from fedmom.rounds.loop import Plan
-from fedmom.rounds.round import Rounds
-from fedmom.runs.execute import Callback, is_heard, run
+from fedmom.rounds.round import Backend
+from fedmom.runs.callbacks import Callback
+from fedmom.runs.execute import execute, opened
 from fedmom.runs.progress import callbacks
 from fedmom.tasks.classification import Task
 
@@ -46,35 +50,39 @@ def main(grid: Grid, context: Context) -> None:
 
     Raises InputError for bad keys, RunStoppedError where the run did not get to its end (so Flower sees it fail).
     """
-    config = settled(context.run_config)
+    resolved = settled(context.run_config)
+    config, listener = resolved.config, getattr(grid, "listener", None)
     where = config.run
-    if where.resume and config.server.strategy != "pr-sgd-m":
+    if where.resume and config.server.strategy != OURS:
         raise InputError(
             f"run.resume = {where.resume!r}: Flower's {config.server.strategy} keeps state that a checkpoint does not "
             "hold; start a new run"
         )
-    config = replace(config, "run", out="", resume="", backend="simulation" if is_heard() else "flower")
-    out, followers = where.out, list[Callback]()
-    if not is_heard():  # under Flower's own command nobody has chosen a folder, nor follows the rounds
+    config = replace(config, "run", out="", resume="", backend="simulation" if listener else "flower")
+    out, followers = where.out, list[Callback](listener.callbacks if listener else [])
+    if not listener:  # under Flower's own command nobody has chosen a folder, nor follows the rounds
         # In full: this is the SuperLink's directory, which need not be the one of whoever reads the stream.
         out = out or ("" if where.resume else str(Path("runs").resolve() / f"flower-{datetime.now():%Y%m%d-%H%M%S}"))
         followers = callbacks(Console(highlight=False, width=160), quiet=False)
         (at_home(where.resume or out) / ENDED).unlink(missing_ok=True)
-    known, task = None, None
+    known, make_task = None, None
     if config.data.dataset == "local":
         known = _clients(config)
-        task = partial(local_task, grid, known)
+        make_task = partial(local_task, grid, known)
     # Flower's own line for every round would tear the progress bar; its warnings stay.
-    with flower_logs(logging.WARNING if is_heard() else logging.INFO):
-        result = run(
-            config,
-            out=out or None,
-            resume=where.resume or None,
-            callbacks=followers,
-            rounds=partial(make_rounds, grid, known),
-            task=task,
-        )
-    if followers and result.folder:
+    with (
+        flower_logs(logging.WARNING if listener else logging.INFO),
+        opened(
+            resolved._replace(config=config),
+            {},
+            at_home(out) if out else None,
+            at_home(where.resume) if where.resume else None,
+        ) as begun,
+    ):
+        result = execute(begun, partial(make_backend, grid, known), followers, make_task)
+    if listener:
+        listener.result = result
+    elif result.folder:
         write_text(result.folder / ENDED, json.dumps({"status": result.status, "message": result.message}) + "\n")
         for line in finished(result.folder, result.rounds):
             print(line, flush=True)
@@ -102,10 +110,8 @@ def _clients(config: Config) -> Clients:
     )
 
 
-def make_rounds(
-    grid: Grid, known: Clients | None, config: Config, task: Task, plan: Plan
-) -> tuple[Config, Rounds, list[str]]:
-    """The rounds on this Grid, and the configuration with what a node chose where the engine's path was left open.
+def make_backend(grid: Grid, known: Clients | None, config: Config, task: Task, plan: Plan) -> Backend:
+    """The rounds on this Grid, with what a node chose where the engine's path was left open.
 
     `known`: who holds which client, where the nodes have been asked before.
     """
@@ -129,16 +135,21 @@ def make_rounds(
     )
     clients = strategy.clients
     facts = _learn(grid, clients, known, task)
-    config = _settle_path(grid, clients, config, keys.timeout_seconds, facts)
-    asked = {"path": config.engine.path, "chunk-size": config.engine.chunk_size, **facts}
+    choices = _choices(grid, clients, config, keys.timeout_seconds, facts)
+    asked = _asked(config, choices, facts)
     blocks = max(len(holder.clients) for holder in clients.holders)
     notes = [f"{counted(len(clients.holders), 'Flower node')}, at most {counted(blocks, 'client')} each"]
-    if keys.strategy == "pr-sgd-m":
-        return config, AveragingRounds(strategy, grid, task, asked, keys.timeout_seconds), notes
+    backend: AveragingRounds | StockRounds
+    if keys.strategy == OURS:
+        backend = AveragingRounds(strategy, grid, task, asked, keys.timeout_seconds)
+        backend.settled, backend.notes = choices, notes
+        return backend
     with flower_logs(logging.ERROR):  # FedAvg warns that clients do not evaluate: the server does
         stock = make_stock(config, task.start(), clients.holders)
     notes.append(f"{type(stock).__name__} keeps its own state in memory: this run cannot be resumed")
-    return config, StockRounds(stock, clients, grid, task, asked, keys.timeout_seconds), notes
+    backend = StockRounds(stock, clients, grid, task, asked, keys.timeout_seconds)
+    backend.settled, backend.notes = choices, notes
+    return backend
 
 
 def _learn(grid: Grid, clients: Clients, known: Clients | None, task: Task) -> dict[str, Any]:
@@ -150,9 +161,7 @@ def _learn(grid: Grid, clients: Clients, known: Clients | None, task: Task) -> d
     return task.facts if isinstance(task, LocalClassification) else {}
 
 
-def _relay(
-    grid: Grid, known: Clients | None, config: Config, task: Task, plan: Plan
-) -> tuple[Config, Rounds, list[str]]:
+def _relay(grid: Grid, known: Clients | None, config: Config, task: Task, plan: Plan) -> Backend:
     """Algorithm 2: this server holds the rows and relays them."""
     assert plan.topology is not None
     keys = config.server
@@ -166,24 +175,36 @@ def _relay(
         wait_seconds=keys.wait_seconds,
     )
     facts = _learn(grid, strategy.clients, known, task)
-    config = _settle_path(grid, strategy.clients, config, keys.timeout_seconds, facts)
-    asked = {"path": config.engine.path, "chunk-size": config.engine.chunk_size, **facts}
+    choices = _choices(grid, strategy.clients, config, keys.timeout_seconds, facts)
     size = len(task.sizes) * sum(map(num_bytes, task.start())) / 1e6
     nodes = counted(len(strategy.clients.holders), "Flower node")
-    notes = [
+    backend = RelayRounds(strategy, grid, task, _asked(config, choices, facts), keys.timeout_seconds)
+    backend.settled = choices
+    backend.notes = [
         f"{nodes}; Flower has no links between them, so this server relays: it holds x and u of all "
         f"{len(task.sizes)} clients, {size:,.1f} MB"
     ]
-    return config, RelayRounds(strategy, grid, task, asked, keys.timeout_seconds), notes
+    return backend
 
 
-def _settle_path(grid: Grid, clients: Clients, config: Config, timeout: float, facts: dict[str, Any]) -> Config:
-    """One node decides for all, so that a resumed run takes the same; it also compares a path that was given."""
-    if config.engine.path == "loop":
-        return config
+def _choices(
+    grid: Grid, clients: Clients, config: Config, timeout: float, facts: dict[str, Any]
+) -> dict[str, str | int]:
+    """One node decides for all what was left open, so that a resumed run takes the same; it compares what was given."""
+    keys = config.engine
+    if keys.path == "loop":
+        return {}
     largest = max(clients.holders, key=lambda holder: len(holder.clients))
     for node_id, answer, done in ask(grid, [largest.node_id], {"engine": True, **facts}, timeout=timeout):
         if answer is None or "path" not in answer:
             raise InputError(f"node {node_id}: {done.failure or 'it did not say how its engine runs'}")
-        return replace(config, "engine", path=answer["path"], chunk_size=answer["chunk-size"])
-    return config
+        # A run that goes on keeps what it has; the node may have found another way the faster one this time.
+        kept = answer["path"] if keys.path == "auto" else keys.path
+        return {"engine.path": kept, "engine.chunk-size": keys.chunk_size or answer["chunk-size"]}
+    return {}
+
+
+def _asked(config: Config, choices: Mapping[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """What every train message says besides the round and the clients."""
+    engine = with_choices(config, choices).engine
+    return {"path": engine.path, "chunk-size": engine.chunk_size, **facts}

@@ -1,6 +1,6 @@
 """Ray for this process: started here or joined, how many workers fit, and a watch on whether it still lives.
 
-Ray is imported here and in peers.py alone, when it starts.
+Ray is imported here and in backends/peer.py alone, when it starts.
 """
 
 import contextlib

@@ -7,7 +7,6 @@ actor, which measures disagreement and evaluates the mean model. Checkpoints alo
 
 import math
 import time
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,211 +14,23 @@ import torch
 
 from fedmom.actors.cluster import Watch, join_ray
 from fedmom.actors.pool import WARM_UP_SECONDS
-from fedmom.config.build import actors_device, make_plan, make_task, pool_options, set_up_torch
-from fedmom.config.keys import Config, flat, replace
+from fedmom.backends.peer import Peer
+from fedmom.config.build import actors_device, pool_options, resolve_device
+from fedmom.config.keys import Config
+from fedmom.config.load import replace
 from fedmom.config.numbers import counted
-from fedmom.engine.auto import choose
-from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.flower.wire import as_tensor
-from fedmom.machine.allocator import keep_freed_memory
-from fedmom.method.algorithms import MOMENTUM_POLICIES
-from fedmom.method.averaging import WeightedMean
-from fedmom.method.mixing import Block, combine, spread
-from fedmom.method.state import ClientState, Tree, flatten, rows_of, to_device, unflatten
-from fedmom.method.topology import Mixing
-from fedmom.rounds.loop import Plan, beginning, chosen_clients, clients_job, evaluate_rows, summarised
-from fedmom.rounds.round import Outcome, Progress, Round
+from fedmom.method.state import ClientState, as_tensor, flatten, rows_of, to_arrays, to_device, unflatten
+from fedmom.rounds.loop import Plan, summarised
+from fedmom.rounds.round import Backend, Outcome, Progress, Round
 from fedmom.tasks.classification import Task
-from fedmom.user_code import blamed, one_line
+from fedmom.user_code import one_line
 
 LINK_SECONDS = 60.0  # how long rows may take from actor to actor; simulation.straggler-seconds, if that is given
-Arrays = dict[str, np.ndarray]
 
 
-class Peer:
-    """An actor: a block of clients, their rows after the last two rounds, and an engine."""
-
-    def __init__(self, config: Config, me: int, blocks: Sequence[np.ndarray]) -> None:
-        set_up_torch(config.engine)
-        keep_freed_memory()
-        self.config, self.me, self.blocks = config, me, blocks
-        self.ids = blocks[me]
-        self.keys = flat(config)
-        with blamed(self.keys):
-            self.task: Task = make_task(config, config.engine.device)
-            self.plan: Plan = make_plan(config)
-        self.states: dict[int, ClientState] = {}  # {rounds done: the block's rows}
-        self.received: dict[int, Tree] = {}  # {block: its rows of this round}
-
-    def choose(self) -> tuple[str, int]:
-        """(path, chunk size) as configured, or by timing; InputError where the path is not right for the model."""
-        start, wanted = beginning(self.task, self.plan).state, self.config.engine
-        job = clients_job(self.task, self.plan, 0, self.ids)
-        path, chunk_size = wanted.path, wanted.chunk_size
-        with blamed(self.keys):
-            chosen = choose(self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size, own_rows=True)
-        return chosen.path, wanted.chunk_size or chosen.chunk_size
-
-    def load(self, round_index: int, rows: Arrays, path: str, chunk_size: int) -> None:
-        """Begin round 0, 1, … from these rows."""
-        self.states = {round_index: to_device(unflatten(_tensors(rows)), self.task.device)}
-        self.engine = Engine(self.task, self.plan.method, path=path, chunk_size=chunk_size)
-
-    def collect(self, round_index: int) -> Arrays:
-        """The block's rows after so many rounds: of the last two."""
-        return _arrays(flatten(self.states[round_index]))
-
-    def step(self, round_index: int) -> dict[str, Any]:
-        """I local steps of the block, and the rows for each of the other blocks put into the store."""
-        import ray
-
-        job = clients_job(self.task, self.plan, round_index, self.ids)
-        with blamed(self.keys):
-            self.after, losses, _ = self.engine.run_rows(self.states[round_index], job)
-        self.lr = job.lrs[0]
-        out = {other: ray.put(_arrays(self._for(other, round_index))) for other in self._targets(round_index)}
-        return {"losses": losses.tolist(), "out": out, **self._measured(self.after)}
-
-    def gather(self, refs: dict[int, Any], seconds: float) -> dict[int, str]:
-        """Fetch other blocks' rows; {block: why} of those that do not arrive."""
-        import ray
-
-        missing = {}
-        self.received = {}
-        for other, ref in refs.items():
-            try:
-                self.received[other] = _tensors(ray.get(ref, timeout=seconds))
-            except Exception as error:  # lost, freed, timed out, or its owner died
-                missing[other] = one_line(error)
-        return missing
-
-    def mix(self, round_index: int, skipped: Iterable[tuple[int, int]], evaluate: bool) -> dict[str, Any]:
-        """Combine the rows by W_t, without the links between the `skipped` pairs of blocks."""
-        mixing = without_blocks(self._mixing(round_index), self.blocks, skipped)
-        needed = np.unique(np.concatenate([self.ids, mixing.sources[np.isin(mixing.targets, self.ids)]]))
-        own_part = flatten(self._sent(self.after))
-        parts, ids = [own_part], [self.ids]
-        for other, tensors in self.received.items():
-            parts.append({name: value.to(self.task.device) for name, value in tensors.items()})
-            ids.append(senders(self._mixing(round_index), self.blocks[other], self.ids))
-        everybody = np.concatenate(ids)
-        order = torch.from_numpy(np.argsort(everybody)[np.isin(np.sort(everybody), needed)])
-        stack = unflatten({name: torch.cat([part[name] for part in parts])[order] for name in own_part})
-        mixed = combine(
-            Block(mixing, self.ids, needed),
-            stack,
-            own=self.after,
-            before=self.states[round_index],
-            policy=self.plan.method.momentum_policy,
-            lr=self.lr,
-            beta=self.plan.method.beta,
-            pooled=self.plan.method.running_var == "pooled",
-        )
-        self.states = {round_index: self.states[round_index], round_index + 1: mixed}
-        self.received = {}
-        found: dict[str, Any] = self._measured(mixed)
-        if evaluate:
-            chosen = chosen_clients(len(self.task.sizes), self.plan.eval_clients)
-            places = [int(np.searchsorted(self.ids, c)) for c in chosen if c in self.ids]
-            with blamed(self.keys):
-                found["clients"] = [evaluate_rows(self.task, mixed, [place]) for place in places]
-        return found
-
-    def measure(self, before: list[Any], after: list[Any], evaluate: bool) -> dict[str, Any]:
-        """At the first actor, from all blocks' means: Σ size ‖mean_block − mean‖² / N; the mean model's evaluation."""
-        import ray
-
-        sizes = torch.tensor([len(block) for block in self.blocks], dtype=torch.float64)
-        found: dict[str, Any] = {}
-        for when, refs in (("", before), ("_after", after)):
-            means = [_tensors(part) for part in ray.get(refs)]
-            rows = {n: torch.stack([part[n] for part in means]) for n in means[0]}
-            for part, name in (("params", "consensus_distance"), ("momentum", "momentum_spread")):
-                found[name + when] = _between({n: v for n, v in rows.items() if n.startswith(part)}, sizes)
-        if evaluate:
-            whole = {n: torch.tensordot(sizes / sizes.sum(), v.double(), 1) for n, v in rows.items()}
-            start = self.task.start()
-            state = unflatten({n: whole[n].to(v.dtype) for n, v in flatten(start).items() if n in whole})
-            state = state._replace(buffers=self._buffers(rows))
-            with blamed(self.keys):
-                found["measured"] = self.task.evaluate(to_device(state, self.task.device))
-        return found
-
-    def _buffers(self, rows: Tree) -> Tree:
-        """Buffers of the mean model: blocks' pooled variances pooled once more."""
-        names = self.task.start().buffers
-        weights = torch.tensor([len(block) for block in self.blocks], dtype=torch.float64)
-        mean = WeightedMean(self.plan.method.running_var)
-        mean.add(ClientState({}, {}, {name: rows[f"buffers/{name}"] for name in names}), weights)
-        return mean.mean().buffers
-
-    def _measured(self, rows: ClientState) -> dict[str, Any]:
-        """Scalars of the block, and a reference to its mean."""
-        import ray
-
-        mean = to_device(mean_of(rows, self.plan.method.running_var), "cpu")
-        return {
-            "consensus": spread(rows.params),
-            "momentum": spread(rows.momentum),
-            "mean": ray.put(_arrays(flatten(mean))),
-        }
-
-    def _mixing(self, round_index: int) -> Mixing:
-        assert self.plan.topology is not None
-        return self.plan.topology.at(round_index)
-
-    def _targets(self, round_index: int) -> list[int]:
-        """Blocks that need rows of this one."""
-        mixing = self._mixing(round_index)
-        return [b for b in range(len(self.blocks)) if b != self.me and len(senders(mixing, self.ids, self.blocks[b]))]
-
-    def _sent(self, rows: ClientState) -> ClientState:
-        """What travels: x, the real buffers, and u if the policy mixes it."""
-        momentum = rows.momentum if MOMENTUM_POLICIES[self.plan.method.momentum_policy].sends_momentum else {}
-        return ClientState(rows.params, momentum, rows.buffers)
-
-    def _for(self, other: int, round_index: int) -> Tree:
-        ids = senders(self._mixing(round_index), self.ids, self.blocks[other])
-        places = torch.from_numpy(np.searchsorted(self.ids, ids))
-        return flatten(to_device(rows_of(self._sent(self.after), places), "cpu"))
-
-
-def senders(mixing: Mixing, block: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Ascending ids of the clients of `block` that send to clients of `other`."""
-    away = np.isin(mixing.sources, block) & np.isin(mixing.targets, other)
-    return np.unique(mixing.sources[away])
-
-
-def without_blocks(mixing: Mixing, blocks: Sequence[np.ndarray], skipped: Iterable[tuple[int, int]]) -> Mixing:
-    """W without the links between pairs of blocks; ValueError for a W that is not symmetric."""
-    gone = set()
-    for a, b in skipped:
-        forth = np.isin(mixing.sources, blocks[a]) & np.isin(mixing.targets, blocks[b])
-        gone |= set(zip(mixing.sources[forth].tolist(), mixing.targets[forth].tolist(), strict=True))
-    return mixing.without(gone)
-
-
-def _between(rows: Tree, sizes: torch.Tensor) -> float:
-    """Σ size ‖mean_block − mean‖² / Σ size."""
-    total = 0.0
-    for value in rows.values():
-        flat = value.reshape(len(value), -1).double()
-        mean = (sizes / sizes.sum()) @ flat
-        total += float(sizes @ ((flat - mean) ** 2).sum(1))
-    return total / float(sizes.sum())
-
-
-def _arrays(tree: Tree) -> Arrays:
-    return {name: value.detach().cpu().numpy() for name, value in tree.items()}
-
-
-def _tensors(arrays: Arrays) -> Tree:
-    return {name: as_tensor(value) for name, value in arrays.items()}
-
-
-class PeerRounds:
+class Peers(Backend):
     """Rounds of Algorithm 2 by actors that exchange rows among themselves."""
 
     def __init__(self, config: Config, task: Task, plan: Plan) -> None:
@@ -306,7 +117,7 @@ class PeerRounds:
         assert job.rows is not None
         calls = []
         for peer, ids in zip(self.peers, self.blocks, strict=True):
-            rows = _arrays(flatten(to_device(rows_of(job.rows, torch.from_numpy(ids)), "cpu")))
+            rows = to_arrays(flatten(to_device(rows_of(job.rows, torch.from_numpy(ids)), "cpu")))
             calls.append(peer.load.remote(number, rows, self.path, self.chunk_size))
         self._all(calls, list(range(len(calls))), number)
 
@@ -403,13 +214,18 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, str) else 28 if hasattr(value, "hex") and hasattr(value, "task_id") else 8
 
 
-def make_peer_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, PeerRounds, list[str]]:
-    """The actors of `engine.workers` for Algorithm 2, and the configuration with what one of them chose."""
-    rounds = PeerRounds(config, task, plan)
-    path, chunk_size = rounds.path, rounds.chunk_size
-    settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
-    settled = replace(settled, "simulation", num_gpus=rounds.options.num_gpus)
-    biggest = max(map(len, rounds.blocks))
-    actors = counted(len(rounds.peers), "Ray actor")
-    what = f"{actors} on {actors_device(rounds.options)}, of at most {counted(biggest, 'client')}"
-    return settled, rounds, [f"{what} exchange rows directly; each {path} × {chunk_size}"]
+def make_peers(config: Config, task: Task, plan: Plan) -> Peers:
+    """The actors of `engine.workers` for Algorithm 2, with what one of them chose."""
+    backend = Peers(config, task, plan)
+    path, chunk_size = backend.path, backend.chunk_size
+    backend.settled = {
+        "engine.device": resolve_device(config).engine.device,
+        "engine.path": path,
+        "engine.chunk-size": chunk_size,
+        "engine.threads": torch.get_num_threads(),
+        "simulation.num-gpus": backend.options.num_gpus,
+    }
+    actors, biggest = counted(len(backend.peers), "Ray actor"), max(map(len, backend.blocks))
+    what = f"{actors} on {actors_device(backend.options)}, of at most {counted(biggest, 'client')}"
+    backend.notes = [f"{what} exchange rows directly; each {path} × {chunk_size}"]
+    return backend

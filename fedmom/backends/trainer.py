@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fedmom.config.build import classification, make_plan, make_task, resolve_device, set_up_torch
-from fedmom.config.keys import Config, Scalar, flat, load
-from fedmom.config.resolve import resolve
+from fedmom.config.keys import Config, Scalar
+from fedmom.config.load import flat, load
+from fedmom.config.resolve import Resolved, resolve
 from fedmom.data.local import Common, one_of, read_source
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
@@ -33,7 +34,7 @@ def held_clients(node: int, num_nodes: int, num_clients: int) -> np.ndarray:
     return np.arange(first, -(-(node + 1) * num_clients // num_nodes), dtype=np.int64)
 
 
-def settled(run_config: Mapping[str, Scalar]) -> Config:
+def settled(run_config: Mapping[str, Scalar]) -> Resolved:
     """The resolved configuration of a Flower run config, in which every key is there, given or not.
 
     Raises InputError naming the key.
@@ -42,9 +43,9 @@ def settled(run_config: Mapping[str, Scalar]) -> Config:
 
 
 @lru_cache(maxsize=1)
-def _settled(items: tuple[tuple[str, Scalar], ...]) -> Config:
+def _settled(items: tuple[tuple[str, Scalar], ...]) -> Resolved:
     # Of a Config, keys at their defaults count as not given.
-    return resolve(load(load(dict(items)).config)).config
+    return resolve(load(load(dict(items)).config))
 
 
 class Trained(NamedTuple):
@@ -212,4 +213,4 @@ def _node(items: tuple[tuple[str, Any], ...], local: Local | None) -> Node:
 
 def warm_node(run_config: Mapping[str, Scalar], local: Local | None = None) -> Node:
     """The process's Node of this configuration: made at first use, kept until another one is asked for."""
-    return _node(tuple(flat(settled(run_config)).items()), local)
+    return _node(tuple(flat(settled(run_config).config).items()), local)

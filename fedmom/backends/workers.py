@@ -14,22 +14,21 @@ import torch
 
 from fedmom.actors.pool import Failure, Pool
 from fedmom.backends.trainer import Node, Trained
-from fedmom.config.build import actors_device, pool_options
-from fedmom.config.keys import Config, replace
+from fedmom.config.build import actors_device, pool_options, resolve_device
+from fedmom.config.keys import Config
+from fedmom.config.load import replace
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError
-from fedmom.flower.wire import as_tensor
 from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.averaging import WeightedMean
-from fedmom.method.state import ClientState, Tree, flatten, num_bytes, to_device, unflatten
+from fedmom.method.state import Arrays, ClientState, flatten, from_arrays, num_bytes, to_arrays, to_device, unflatten
 from fedmom.rounds.loop import Plan
-from fedmom.rounds.round import Outcome, Progress, Round
+from fedmom.rounds.round import Backend, Outcome, Progress, Round
 from fedmom.tasks.classification import Task
 
 _BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless
 _LARGE = 1 << 20  # the model is so large, in bytes, that sending a block's mean costs more than that
 _REFUSED = "InputError: "  # how the reason of such a failure begins
-Arrays = dict[str, np.ndarray]
 
 
 class Block(NamedTuple):
@@ -58,24 +57,24 @@ def make_worker(config: Config) -> Callable[..., Any]:
     def answer(block: Block, start: Arrays | None = None) -> Any:
         if start is None:
             return node.choose(block.clients)
-        momentum = None if block.momentum is None else _tensors(block.momentum)
+        momentum = None if block.momentum is None else from_arrays(block.momentum)
         trained = node.train(
             block.clients.tolist(),
             block.round_index,
-            unflatten(_tensors(start)),
+            unflatten(from_arrays(start)),
             momentum,
             path=block.path,
             chunk_size=block.chunk_size,
         )
         outcome = trained.outcome
         slim = outcome._replace(mean=ClientState({}, {}, {}), momentum=None)
-        rows = None if outcome.momentum is None else _arrays(outcome.momentum)
-        return Answer(_arrays(flatten(outcome.mean)), trained._replace(outcome=slim), rows)
+        rows = None if outcome.momentum is None else to_arrays(outcome.momentum)
+        return Answer(to_arrays(flatten(outcome.mean)), trained._replace(outcome=slim), rows)
 
     return answer
 
 
-class WorkerRounds:
+class Workers(Backend):
     """Rounds whose blocks are answered by the actors of a Pool."""
 
     def __init__(self, pool: Pool, task: Task, running_var: str, path: str, chunk_size: int) -> None:
@@ -95,11 +94,11 @@ class WorkerRounds:
     def _run_round(self, start: ClientState, job: Round, progress: Progress | None) -> Outcome:
         ids = job.clients.cpu().numpy()
         places = _blocks(len(ids), self.pool.num_workers, self.chunk_size, num_bytes(start.params))
-        shared, waiting = self.pool.share(_arrays(flatten(start))), dict[Any, Answer]()
+        shared, waiting = self.pool.share(to_arrays(flatten(start))), dict[Any, Answer]()
         for number, rows in enumerate(places):
             momentum = None
             if job.momentum is not None:
-                momentum = _arrays({name: u[torch.from_numpy(rows)] for name, u in job.momentum.items()})
+                momentum = to_arrays({name: u[torch.from_numpy(rows)] for name, u in job.momentum.items()})
             block = Block(ids[rows], job.round_index, self.path, self.chunk_size, momentum)
             self.pool.submit((job.round_index, number), block, (shared,))
         mean, parts = WeightedMean(self.running_var), list[Answer]()
@@ -114,7 +113,7 @@ class WorkerRounds:
             waiting[key] = answer  # type: ignore[assignment]
             while (at := (job.round_index, len(parts))) in waiting:
                 part = waiting.pop(at)
-                mean.add_one(unflatten(_tensors(part.mean)), part.trained.weight)
+                mean.add_one(unflatten(from_arrays(part.mean)), part.trained.weight)
                 parts.append(part._replace(mean={}))
                 if progress:
                     progress(part.trained.client_steps)
@@ -127,7 +126,7 @@ class WorkerRounds:
         outcomes = [part.trained.outcome for part in parts]
         momentum = None
         if job.momentum is not None:
-            rows = [_tensors(part.momentum or {}) for part in parts]
+            rows = [from_arrays(part.momentum or {}) for part in parts]
             momentum = {name: torch.cat([u[name] for u in rows]) for name in job.momentum}
         return Outcome(
             mean=to_device(mean.mean(), self.task.device),
@@ -140,8 +139,8 @@ class WorkerRounds:
         )
 
 
-def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, WorkerRounds, list[str]]:
-    """The actors of `engine.workers`, and the configuration with what one of them chose.
+def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
+    """The actors of `engine.workers`, with what one of them chose.
 
     Raises InputError where the actors cannot be had.
     """
@@ -159,10 +158,16 @@ def make_worker_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, 
     except BaseException:
         pool.close()
         raise
-    settled = replace(config, "engine", path=path, chunk_size=chunk_size, threads=torch.get_num_threads())
-    settled = replace(settled, "simulation", num_gpus=options.num_gpus)
-    notes = [f"{counted(pool.num_workers, 'Ray actor')} on {inside.engine.device}, each {path} × {chunk_size}"]
-    return settled, WorkerRounds(pool, task, plan.method.running_var, path, chunk_size), notes
+    backend = Workers(pool, task, plan.method.running_var, path, chunk_size)
+    backend.settled = {
+        "engine.device": resolve_device(config).engine.device,
+        "engine.path": path,
+        "engine.chunk-size": chunk_size,
+        "engine.threads": torch.get_num_threads(),
+        "simulation.num-gpus": options.num_gpus,
+    }
+    backend.notes = [f"{counted(pool.num_workers, 'Ray actor')} on {inside.engine.device}, each {path} × {chunk_size}"]
+    return backend
 
 
 def _blocks(cohort: int, num_workers: int, chunk_size: int, model_bytes: int) -> list[np.ndarray]:
@@ -172,11 +177,3 @@ def _blocks(cohort: int, num_workers: int, chunk_size: int, model_bytes: int) ->
     if 1 < chunk_size < cohort:
         size = max(1, round(size / chunk_size)) * chunk_size
     return np.split(np.arange(cohort), range(size, cohort, size))
-
-
-def _arrays(tree: Tree) -> Arrays:
-    return {name: value.detach().cpu().numpy() for name, value in tree.items()}
-
-
-def _tensors(arrays: Arrays) -> Tree:
-    return {name: as_tensor(value) for name, value in arrays.items()}

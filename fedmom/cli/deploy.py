@@ -11,7 +11,7 @@ from fedmom.cli.options import ConfigFile, Out, Quiet, Resume, Sets, exit_status
 from fedmom.deploy.commands import Commands
 from fedmom.errors import InputError
 from fedmom.experiments.simulation import app_folder
-from fedmom.runs.execute import Callback
+from fedmom.runs.callbacks import Callback
 from fedmom.runs.progress import Bar, Lines
 
 app = typer.Typer(
@@ -126,7 +126,9 @@ def run(
     from fedmom.deploy.following import Following, config_to_send, rounds_done
     from fedmom.deploy.identity import check_ours
     from fedmom.deploy.remote_runs import RemoteRuns, checked_name
-    from fedmom.records.folder import CONFIG, RunFolder, read_rounds
+    from fedmom.records.files import CONFIG
+    from fedmom.records.folder import RunFolder
+    from fedmom.records.history import read_rounds
 
     if out is not None and resume is not None:
         raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")

@@ -33,15 +33,15 @@ from fedmom.cli.options import (
     heed_signals,
     show_run,
 )
-from fedmom.config.keys import load, parse_sets
+from fedmom.config.load import load, parse_sets
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.experiments.run import run as run_config
+from fedmom.experiments.run import run_folders
 from fedmom.flower.app import simulate_app
+from fedmom.machine.files import at_home
 from fedmom.machine.output import steady_output
-from fedmom.records.files import at_home
-from fedmom.records.folder import CONFIG
-from fedmom.runs.execute import run as run_config
-from fedmom.runs.execute import run_folders
+from fedmom.records.files import CONFIG
 from fedmom.runs.progress import Replies, callbacks, show_output
 from fedmom.runs.trackers import Tracking
 from fedmom.user_code import memory_is_full, one_line

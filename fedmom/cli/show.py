@@ -11,7 +11,8 @@ from rich.console import Console
 
 from fedmom.cli.options import DONE, Sets
 from fedmom.config.build import load_task_data, topology_of
-from fedmom.config.keys import KEYS, flat, load, replace, toml_scalar
+from fedmom.config.keys import KEYS
+from fedmom.config.load import flat, load, replace, toml_scalar
 from fedmom.config.resolve import resolve
 from fedmom.data.datasets import DATASETS, download
 from fedmom.errors import InputError
@@ -19,7 +20,8 @@ from fedmom.experiments.bench import as_rows
 from fedmom.experiments.bench import bench as measure
 from fedmom.method.topology import LARGEST_SPECTRUM
 from fedmom.results import tables
-from fedmom.results.pictures import curves
+from fedmom.results.pictures.partition import draw_partition
+from fedmom.results.pictures.style import check_picture
 from fedmom.results.pictures.topology import draw_topology
 from fedmom.results.report import draw_or_say_why
 from fedmom.tasks.models import MODELS
@@ -35,7 +37,7 @@ def partition(
 
     fedmom partition configs/quickstart.toml --set data.alpha=0.05 --out skewed.png
     """
-    curves.check_picture(out)
+    check_picture(out)
     settled = resolve(load(config, sets or ())).config
     data = settled.data
     if data.dataset == "quadratic":
@@ -53,7 +55,7 @@ def partition(
         ["share of a client's largest class, mean", f"{(counts.max(1) / sizes).mean():.3f}"],
     ]
     print(tables.as_text([title, ""], rows))
-    if draw_or_say_why(lambda: curves.draw_partition(counts, out, title=title)):
+    if draw_or_say_why(lambda: draw_partition(counts, out, title=title)):
         print(out)
     return DONE
 
@@ -88,7 +90,7 @@ def topology(
 
     fedmom topology configs/decentralized/ring.toml --set algorithm.topology=exponential --out exponential.png
     """
-    curves.check_picture(out)
+    check_picture(out)
     loaded = load(config, sets or ())
     settled = resolve(loaded._replace(config=replace(loaded.config, "algorithm", name="d-sgd-m"))).config
     graph = topology_of(settled)

@@ -10,12 +10,14 @@ from rich.progress import Progress
 
 from fedmom.cli import supervise
 from fedmom.cli.options import DONE, STATUS, Sets, Tracks, exit_status, heed_signals
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.errors import InputError
 from fedmom.experiments import sweep as sweeps
 from fedmom.experiments.crew import Cell, Ended
-from fedmom.records.files import at_home
+from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
+from fedmom.machine.files import at_home
 from fedmom.results import tables
+from fedmom.results.ranking import best_table, metric_of
 from fedmom.runs.trackers import make_trackers
 
 
@@ -64,9 +66,9 @@ def sweep(
         raise InputError("give --grid SECTION.KEY=V,V,… (once or more) or --list FILE.toml")
     if some and file:
         raise InputError(f"--random {some}: goes with --grid; --list names every run")
-    values = sweeps.parse_grid(grid or ())
-    every = sweeps.listed(file) if file else sweeps.drawn(values, some, 0) if some else sweeps.full(values)
-    cells = sweeps.cells_of(every, sweeps.seeds_of(seeds, config, sets or (), every))
+    values = parse_grid(grid or ())
+    every = listed(file) if file else drawn(values, some, 0) if some else full(values)
+    cells = cells_of(every, seeds_of(seeds, config, sets or (), every))
     own = load(config, sets or ()).config.run.out
     folder = out or (at_home(own) if own else Path("runs") / f"{config.stem}-sweep")
     make_trackers(track or ())  # one that is not installed is said before anything runs
@@ -81,7 +83,7 @@ def sweep(
         how = f"the same command goes on from {folder}"
         return exit_status("interrupted", f"interrupted, {done} of {len(cells)} runs are done; {how}")
     if metric:
-        print(tables.as_text(*sweeps.best_table(ended, folder, metric)))
+        print(tables.as_text(*best_table(ended, folder, metric)))
     print(folder)
     worst = [STATUS[one.status] for one in ended if one.status != "done"]
     return max(worst, default=DONE)
@@ -101,7 +103,7 @@ def _followed(under_way: Iterable[Ended], cells: Sequence[Cell], folder: Path, m
                     text = f"{len(ended)}/{len(cells)} {one.cell.name}: {one.status}{why}"
                     bar.console.print(text, soft_wrap=True, markup=False)
                 if one.status == "done" and not metric:
-                    metric = sweeps.metric_of(folder / one.cell.name)
+                    metric = metric_of(folder / one.cell.name)
         except KeyboardInterrupt:
             pass
     return ended, metric if any(one.status == "done" for one in ended) else ""

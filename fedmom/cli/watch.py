@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedmom.config.keys import flat, to_toml
+from fedmom.config.load import flat, to_toml
 from fedmom.machine.output import nobody_reads
 from fedmom.records.follow import Follower
 from fedmom.records.status import STATUSES, read_status

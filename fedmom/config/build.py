@@ -8,27 +8,24 @@ import torch
 from torch import Tensor
 
 from fedmom.actors.pool import PoolOptions
-from fedmom.config.keys import Config, EngineConfig, replace
+from fedmom.config.keys import Config, EngineConfig
+from fedmom.config.load import replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.data.arrays import channel_axis, check_cast
 from fedmom.data.datasets import Dataset, load_dataset
 from fedmom.data.local import everything
 from fedmom.data.partition import Partition, make_partition
-from fedmom.engine.auto import choose
-from fedmom.engine.engine import Engine
-from fedmom.engine.gossip import GossipRounds
 from fedmom.errors import InputError
 from fedmom.machine.cores import usable_cores
 from fedmom.machine.memory import free_bytes
 from fedmom.machine.precision import allow_tf32
-from fedmom.method.algorithms import ALGORITHMS, Correction, takes_key
+from fedmom.method.algorithms import ALGORITHMS, Correction, Method, takes_key
 from fedmom.method.graphs import Options
 from fedmom.method.schedules import LearningRate
-from fedmom.method.state import ClientState, Tree, num_bytes
+from fedmom.method.state import Tree
 from fedmom.method.topology import Topology, make_topology
 from fedmom.randomness import CORRECTION, random_bits
-from fedmom.rounds.loop import Plan, beginning, round_job
-from fedmom.rounds.round import Method, Rounds
+from fedmom.rounds.loop import Plan
 from fedmom.tasks.classification import Classification, Task
 from fedmom.tasks.models import MODELS, build_model
 from fedmom.tasks.quadratic import Quadratic
@@ -287,44 +284,3 @@ def set_up_torch(keys: EngineConfig) -> None:
     # torch counts the cores of the affinity, but knows no cgroup's limit.
     torch.set_num_threads(keys.threads or min(torch.get_num_threads(), usable_cores()))
     allow_tf32(keys.matmul == "tf32")
-
-
-def make_engine(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
-    """The engine, and the configuration with what `auto` chose, so that a resume takes the same."""
-    wanted = config.engine
-    set_up_torch(wanted)
-    begin = beginning(task, plan)
-    choice = choose(
-        task,
-        plan.method,
-        begin.state,
-        round_job(task, plan, begin)._replace(rows=None),
-        path=wanted.path,
-        chunk_size=wanted.chunk_size,
-        own_rows=plan.topology is not None,
-        compared=plan.compared,
-        steady=plan.steady,
-    )
-    engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
-    # A chunk size that was given stays in the record, though larger than needed: a resume compares the two.
-    chunk_size = wanted.chunk_size or choice.chunk_size
-    settled = replace(config, "engine", path=choice.path, chunk_size=chunk_size, threads=torch.get_num_threads())
-    notes = [f"engine: {choice.trouble}"] if choice.trouble else []
-    if choice.measured:
-        tried = ", ".join(f"{way} {rate:,.0f}" for way, rate in choice.measured.items())
-        notes.append(f"engine: {choice.path} × {choice.chunk_size} (client-steps/s measured: {tried})")
-    if choice.note:
-        notes.append(f"engine: {choice.note}")
-    if plan.topology is None:
-        return settled, engine, notes
-    home = rows_home(task, begin.state)
-    if home != task.device:
-        notes.append("the clients' rows do not fit on the device: they stay in main memory and visit it by chunks")
-    return settled, GossipRounds(engine, plan.topology, home), notes
-
-
-def rows_home(task: Task, start: ClientState) -> torch.device:
-    """Where N rows are kept: on the device if they fit three times (before, after the steps, mixed), else in memory."""
-    each = sum(map(num_bytes, start))
-    fits = 3 * len(task.sizes) * each < 0.6 * free_bytes(task.device)
-    return task.device if fits else torch.device("cpu")

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmom.data.array_files import ARRAYS, idx_files, read_idx, read_npz_arrays
 from fedmom.data.arrays import checked_whole, count_classes, kind_of
 from fedmom.errors import InputError, unknown
-from fedmom.records.files import at_home
+from fedmom.machine.files import at_home
 from fedmom.user_code import is_spec, load_object, one_line
 
 

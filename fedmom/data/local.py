@@ -20,7 +20,7 @@ from fedmom.data.datasets import Dataset
 from fedmom.data.images import read_images
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
-from fedmom.records.files import at_home
+from fedmom.machine.files import at_home
 
 _KEY = "data.dataset = 'local'"
 

@@ -13,6 +13,16 @@ from zlib import crc32
 
 import numpy as np
 
+from fedmom.data.drawing import (
+    deal,
+    deal_shuffled,
+    equal_sizes,
+    log_gamma,
+    round_shares,
+    settle_columns,
+    sinkhorn,
+    softmax,
+)
 from fedmom.errors import InputError, unknown
 
 
@@ -63,7 +73,7 @@ class Request(NamedTuple):
     @property
     def equal_sizes(self) -> np.ndarray:
         """[N] int64, n / N, the first n mod N clients one more."""
-        return _equal_sizes(len(self.classes), self.num_clients)
+        return equal_sizes(len(self.classes), self.num_clients)
 
 
 class PartitionRule(NamedTuple):
@@ -76,7 +86,7 @@ class PartitionRule(NamedTuple):
 
 def iid(request: Request) -> np.ndarray:
     """A random permutation cut into N equal parts (McMahan et al., AISTATS 2017)."""
-    return _deal_shuffled(request.equal_sizes, request.rng)
+    return deal_shuffled(request.equal_sizes, request.rng)
 
 
 def dirichlet_client(request: Request) -> np.ndarray:
@@ -96,10 +106,10 @@ def dirichlet_client(request: Request) -> np.ndarray:
     block = max(1, 2**16 // num_classes)
     for begin in range(0, num_clients, block):
         end = min(begin + block, num_clients)
-        log_q = _log_gamma(concentration, (end - begin, num_classes), rng)
+        log_q = log_gamma(concentration, (end - begin, num_classes), rng)
         first = begin
         while first < end:
-            q = _softmax(np.where(remaining > 0, log_q[first - begin :], -np.inf))
+            q = softmax(np.where(remaining > 0, log_q[first - begin :], -np.inf))
             drawn = rng.multinomial(needed[first:end], q)
             num_fit = int((drawn.cumsum(axis=0) <= remaining).all(axis=1).sum())
             kept = drawn[: num_fit + 1]
@@ -108,7 +118,7 @@ def dirichlet_client(request: Request) -> np.ndarray:
             needed[first : first + len(kept)] -= kept.sum(axis=1)
             remaining -= kept.sum(axis=0)
             first += num_fit
-    return _deal(counts, request)
+    return deal(counts, request.classes, request.rng)
 
 
 def dirichlet_class(request: Request) -> np.ndarray:
@@ -122,11 +132,11 @@ def dirichlet_class(request: Request) -> np.ndarray:
     shape = len(request.class_sizes), request.num_clients
     num_draws = min(1000, max(10, 10**8 // math.prod(shape)))  # 10^8 gamma draws are about ten seconds
     for _ in range(num_draws):
-        shares = _softmax(_log_gamma(request.alpha, shape, request.rng))
+        shares = softmax(log_gamma(request.alpha, shape, request.rng))
         # The clients are exchangeable; permuting them keeps the roundings of the classes independent.
-        counts = request.rng.permuted(_round(shares, request.class_sizes, request.rng), axis=1).T
+        counts = request.rng.permuted(round_shares(shares, request.class_sizes, request.rng), axis=1).T
         if counts.sum(axis=1).min() >= request.min_size:
-            return _deal(counts, request)
+            return deal(counts, request.classes, request.rng)
     raise InputError(
         f"data.min-size = {request.min_size}: {num_draws} draws of dirichlet-class with data.alpha = "
         f"{request.alpha:g} left some of {request.num_clients} clients with fewer; take a larger data.alpha, "
@@ -144,11 +154,11 @@ def dirichlet_balanced(request: Request) -> np.ndarray:
     # Below 1e-4 nothing changes any more: all but C - 1 clients are of one class.
     alpha = max(request.alpha, 1e-4)
     sizes = request.equal_sizes
-    log_gamma = _log_gamma(alpha, (request.num_clients, len(request.class_sizes)), request.rng)
-    shares = _sinkhorn(log_gamma, sizes, request.class_sizes, num_halvings=max(0, math.ceil(-math.log2(alpha))))
-    counts = _round(shares, sizes, request.rng)
-    _settle_columns(counts, sizes[:, None] * shares, request.class_sizes)
-    return _deal(counts, request)
+    log_weights = log_gamma(alpha, (request.num_clients, len(request.class_sizes)), request.rng)
+    shares = sinkhorn(log_weights, sizes, request.class_sizes, num_halvings=max(0, math.ceil(-math.log2(alpha))))
+    counts = round_shares(shares, sizes, request.rng)
+    settle_columns(counts, sizes[:, None] * shares, request.class_sizes)
+    return deal(counts, request.classes, request.rng)
 
 
 def shards(request: Request) -> np.ndarray:
@@ -162,7 +172,7 @@ def shards(request: Request) -> np.ndarray:
     request.rng.shuffle(owner_of_shard)
     owner = np.empty(len(request.classes), np.int64)
     by_label = np.argsort(request.classes, kind="stable")
-    owner[by_label] = np.repeat(owner_of_shard, _equal_sizes(len(owner), num_shards))
+    owner[by_label] = np.repeat(owner_of_shard, equal_sizes(len(owner), num_shards))
     return owner
 
 
@@ -173,10 +183,10 @@ def quantity(request: Request) -> np.ndarray:
     dirichlet: weights ~ Dir(alpha), as in NIID-Bench (Li et al., ICDE 2022).
     """
     num_examples, num_clients, min_size = len(request.classes), request.num_clients, request.min_size
-    weights = _softmax(QUANTITY_LAWS[request.quantity_law](request))
+    weights = softmax(QUANTITY_LAWS[request.quantity_law](request))
     spare = num_examples - num_clients * min_size
     if spare == 0:
-        return _deal_shuffled(np.full(num_clients, min_size), request.rng)
+        return deal_shuffled(np.full(num_clients, min_size), request.rng)
     # sizes = max(scale * weights, min_size), scale such that they add up to n.
     above = np.ones(num_clients, bool)
     while True:
@@ -186,14 +196,14 @@ def quantity(request: Request) -> np.ndarray:
             break
         above &= ~below
     excess = np.where(above, scale * weights - min_size, 0.0)
-    sizes = min_size + _round(excess[None] / excess.sum(), np.array([spare]), request.rng)[0]
-    return _deal_shuffled(sizes, request.rng)
+    sizes = min_size + round_shares(excess[None] / excess.sum(), np.array([spare]), request.rng)[0]
+    return deal_shuffled(sizes, request.rng)
 
 
 # Request -> [N] log weights of the sizes.
 QUANTITY_LAWS: dict[str, Callable[[Request], np.ndarray]] = {
     "log-normal": lambda request: request.sigma * request.rng.standard_normal(request.num_clients),
-    "dirichlet": lambda request: _log_gamma(request.alpha, (request.num_clients,), request.rng),
+    "dirichlet": lambda request: log_gamma(request.alpha, (request.num_clients,), request.rng),
 }
 
 PARTITIONS: dict[str, PartitionRule] = {
@@ -216,6 +226,40 @@ PARTITIONS: dict[str, PartitionRule] = {
         quantity, "labels as in iid, sizes by data.quantity-law (log-normal: FedLab; dirichlet: NIID-Bench)"
     ),
 }
+
+
+def _check_numbers(num_clients: int, alpha: float, min_size: int, shards_per_client: int, sigma: float) -> None:
+    """InputError names the number that is out of range."""
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"data.alpha = {alpha}: must be > 0 and finite")
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise InputError(f"data.sigma = {sigma}: must be >= 0 and finite")
+    if num_clients < 1:
+        raise InputError(f"data.num-clients = {num_clients}: must be >= 1")
+    if min_size < 0:
+        raise InputError(f"data.min-size = {min_size}: must be >= 0")
+    if shards_per_client < 1:
+        raise InputError(f"data.shards-per-client = {shards_per_client}: must be >= 1")
+
+
+def _check_reach(name: str, num_examples: int, num_clients: int, min_size: int, shards_per_client: int) -> None:
+    """InputError where the rule `name` cannot give to every client what it is to hold."""
+    may_be_empty = name == "dirichlet-class" and min_size == 0 and num_examples > 0
+    if num_clients > num_examples and not may_be_empty:
+        raise InputError(
+            f"data.num-clients = {num_clients}: only {num_examples} examples; each client needs at least one"
+        )
+    if num_clients * min_size > num_examples:
+        raise InputError(
+            f"data.min-size = {min_size}: {num_clients} clients need {num_clients * min_size} examples and "
+            f"there are {num_examples}; at most {num_examples // num_clients}"
+        )
+    if name == "shards" and num_clients * shards_per_client > num_examples:
+        raise InputError(
+            f"data.shards-per-client = {shards_per_client}: {num_clients} clients need "
+            f"{num_clients * shards_per_client} shards and there are {num_examples} examples; "
+            f"at most {num_examples // num_clients}"
+        )
 
 
 def make_partition(
@@ -245,33 +289,8 @@ def make_partition(
         raise unknown("data.partition", name, PARTITIONS)
     if quantity_law not in QUANTITY_LAWS:
         raise unknown("data.quantity-law", quantity_law, QUANTITY_LAWS)
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise InputError(f"data.alpha = {alpha}: must be > 0 and finite")
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise InputError(f"data.sigma = {sigma}: must be >= 0 and finite")
-    if num_clients < 1:
-        raise InputError(f"data.num-clients = {num_clients}: must be >= 1")
-    if min_size < 0:
-        raise InputError(f"data.min-size = {min_size}: must be >= 0")
-    if shards_per_client < 1:
-        raise InputError(f"data.shards-per-client = {shards_per_client}: must be >= 1")
-    may_be_empty = name == "dirichlet-class" and min_size == 0 and len(labels) > 0
-    if num_clients > len(labels) and not may_be_empty:
-        raise InputError(
-            f"data.num-clients = {num_clients}: only {len(labels)} examples; each client needs at least one"
-        )
-    if num_clients * min_size > len(labels):
-        raise InputError(
-            f"data.min-size = {min_size}: {num_clients} clients need {num_clients * min_size} examples and "
-            f"there are {len(labels)}; at most {len(labels) // num_clients}"
-        )
-    if name == "shards" and num_clients * shards_per_client > len(labels):
-        raise InputError(
-            f"data.shards-per-client = {shards_per_client}: {num_clients} clients need "
-            f"{num_clients * shards_per_client} shards and there are {len(labels)} examples; "
-            f"at most {len(labels) // num_clients}"
-        )
-
+    _check_numbers(num_clients, alpha, min_size, shards_per_client, sigma)
+    _check_reach(name, len(labels), num_clients, min_size, shards_per_client)
     _, classes, class_sizes = np.unique(labels, return_inverse=True, return_counts=True)
     rng = np.random.default_rng([seed, crc32(name.encode())])  # no two rules share a stream
     owner = PARTITIONS[name].function(
@@ -284,96 +303,3 @@ def make_partition(
             f"{sizes.min()}; take fewer shards or a smaller min-size"
         )
     return Partition(np.argsort(owner, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]))
-
-
-# Drawing --------------------------------------------------------------------------------------------------
-
-
-def _equal_sizes(total: int, num_parts: int) -> np.ndarray:
-    """[num_parts] int64, equal within one, larger ones first."""
-    return total // num_parts + (np.arange(num_parts) < total % num_parts)
-
-
-def _deal_shuffled(sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Sizes [N] -> owner [n]: which examples is left to chance."""
-    return rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
-
-
-def _deal(counts: np.ndarray, request: Request) -> np.ndarray:
-    """Counts [N, C], columns adding up to class_sizes -> owner [n]: which of a class is left to chance."""
-    shuffled = request.rng.permutation(len(request.classes))
-    by_class = shuffled[np.argsort(request.classes[shuffled], kind="stable")]
-    owner = np.empty(len(by_class), np.int64)
-    stop = 0
-    for column in counts.T:
-        start, stop = stop, stop + int(column.sum())
-        owner[by_class[start:stop]] = np.repeat(np.arange(len(column)), column)
-    return owner
-
-
-def _log_gamma(shape: float | np.ndarray, size: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Logarithms of Gamma(shape) draws, finite for every shape > 0.
-
-    G(a) = G(a + 1) U^(1 / a) (Marsaglia & Tsang 2000, section 6), and -log U is exponential. Gamma(0.001)
-    itself is mostly 0 in floating point, and a Dirichlet draw made of zeros is NaN.
-    """
-    shape = np.clip(shape, 1e-200, 1e200)
-    return np.log(rng.standard_gamma(shape + 1, size)) - rng.standard_exponential(size) / shape
-
-
-def _softmax(logs: np.ndarray) -> np.ndarray:
-    """exp(logs), normalised along the last axis; at least one of it must be finite."""
-    weights = np.exp(logs - logs.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    return weights
-
-
-def _round(shares: np.ndarray, totals: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shares [R, M], rows adding up to 1 -> counts [R, M] int64, rows adding up to totals [R] exactly.
-
-    Systematic sampling (Madow & Madow 1944): a count is totals * shares rounded up or down, right on average.
-    """
-    edges = np.floor(np.cumsum(totals[:, None] * shares, axis=1) + rng.random((len(totals), 1))).astype(np.int64)
-    edges = np.minimum(edges, totals[:, None])
-    edges[:, -1] = totals
-    return np.diff(edges, axis=1, prepend=0)
-
-
-def _sinkhorn(log_weights: np.ndarray, sizes: np.ndarray, class_sizes: np.ndarray, *, num_halvings: int) -> np.ndarray:
-    """Shares [N, C] = r_i exp(log_weights)_ik s_k: rows add up to 1, and columns, weighted by sizes [N], to
-    class_sizes [C], within 1 % or as near as 50 steps get.
-
-    A step multiplies s by what is missing: too slow for weights that differ by e^1000. So the weights to the
-    power 2^-num_halvings are balanced first, then that squared, and so on (epsilon scaling: Kosowsky & Yuille
-    1994).
-    """
-    log_s = np.zeros(len(class_sizes))
-    for halving in range(num_halvings, -1, -1):
-        log_s *= 2
-        for _ in range(50):
-            shares = _softmax(log_weights * 2.0**-halving + log_s)
-            totals = sizes @ shares
-            if (abs(totals - class_sizes) <= 0.01 * class_sizes).all():
-                break
-            log_s += np.log(class_sizes / np.maximum(totals, 1e-300))
-    return shares
-
-
-def _settle_columns(counts: np.ndarray, wanted: np.ndarray, class_sizes: np.ndarray) -> None:
-    """Move single examples between classes within a client, in place, until columns add up to class_sizes.
-
-    Each pass settles a column or takes one from every client there is; first from those whom it brings
-    nearest to wanted [N, C].
-    """
-    excess = counts.sum(axis=0) - class_sizes
-    while excess.any():
-        source, target = int(excess.argmax()), int(excess.argmin())
-        holders = np.flatnonzero(counts[:, source])
-        too_many = counts[holders, source] - wanted[holders, source]
-        too_few = wanted[holders, target] - counts[holders, target]
-        by_gain = np.argsort(-(too_many + too_few), kind="stable")
-        moved = holders[by_gain[: min(excess[source], -excess[target])]]
-        counts[moved, source] -= 1
-        counts[moved, target] += 1
-        excess[source] -= len(moved)
-        excess[target] += len(moved)

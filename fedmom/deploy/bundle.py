@@ -6,7 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-from fedmom.config.keys import KEYS, Config, flat
+from fedmom.config.keys import KEYS, Config
+from fedmom.config.load import flat
 from fedmom.errors import InputError
 from fedmom.user_code import is_spec
 

@@ -9,16 +9,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmom.config.keys import Config, load, parse_sets, replace, to_toml
-from fedmom.config.resolve import resolve, resume_config
+from fedmom.config.keys import Config
+from fedmom.config.load import load, parse_sets, replace, to_toml
+from fedmom.config.resolve import resolve
 from fedmom.deploy import federation
 from fedmom.deploy.bundle import DATA
 from fedmom.deploy.commands import CONNECTION, CommandError, Commands, superlink
 from fedmom.deploy.remote_runs import VOLUME, RemoteRuns
 from fedmom.errors import InputError
+from fedmom.machine.files import write_text
 from fedmom.method.state import ClientState
-from fedmom.records.folder import CHECKPOINT, CONFIG, read_about, write_text
-from fedmom.runs.execute import Callback, Start
+from fedmom.records.files import CHECKPOINT, CONFIG, read_about
+from fedmom.records.resume import resume_config
+from fedmom.runs.callbacks import Callback, Start
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_TO_END = 60.0  # of the server's app, once its run is over or was stopped

@@ -34,7 +34,7 @@ from fedmom.deploy.checks import check_parts, checked_host, reachable_host
 from fedmom.deploy.commands import CONNECTION
 from fedmom.deploy.compose import client, client_gpu_override, federation, gpu_override, server
 from fedmom.errors import InputError
-from fedmom.records.folder import write_text
+from fedmom.machine.files import write_text
 
 IMAGE_USER = 10001  # the image's own; where root deploys, containers still run as nobody in particular
 DEFAULTS = {

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fedmom.deploy.commands import CommandError, Commands
 from fedmom.errors import InputError
-from fedmom.records.folder import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about
+from fedmom.records.files import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about
 
 VOLUME = "/runs"  # where the server's app has it
 SERVICE = "serverapp"

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from fedmom.engine.stacked.cuda_graphs import Replays
 from fedmom.engine.stacked.means import Distances, Went, distances
 from fedmom.engine.stacked.steps import Stack
-from fedmom.method.algorithms import MOMENTUM_POLICIES, local_step, takes_key
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, local_step, takes_key
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import (
     ClientState,
@@ -28,7 +28,7 @@ from fedmom.method.state import (
     where,
 )
 from fedmom.randomness import random_bits
-from fedmom.rounds.round import Method, Outcome, Progress, Round, part_of
+from fedmom.rounds.round import Backend, Outcome, Progress, Round, part_of
 from fedmom.tasks.classification import Task
 
 
@@ -63,7 +63,7 @@ PATHS = {
 FOLDED_PATHS = ("factors", "stack")
 
 
-class Engine:
+class Engine(Backend):
     """Runs rounds of one task by one method; `path` (of PATHS) and `chunk_size` change the result by rounding alone.
 
     `convolution`: one of convolutions.CONVOLUTIONS for the folded paths; left out, by layer.

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from fedmom.engine.engine import Engine
+from fedmom.method.algorithms import Method
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.mixing import Blocks, combine, spread
 from fedmom.method.state import ClientState, to_device
 from fedmom.method.topology import Mixing, Topology
-from fedmom.rounds.round import Method, Outcome, Progress, Round
+from fedmom.rounds.round import Backend, Outcome, Progress, Round
 
 
 def mean_of(rows: ClientState, running_var: str = "pooled") -> ClientState:
@@ -70,7 +71,7 @@ def outcome_of(
     )
 
 
-class GossipRounds:
+class GossipRounds(Backend):
     """Rounds of Algorithm 2: the engine's local steps, and the exchange on the device where the rows are."""
 
     def __init__(self, engine: Engine, topology: Topology, home: torch.device | str) -> None:

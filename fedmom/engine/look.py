@@ -30,73 +30,98 @@ def look(task: Classification, start: ClientState, job: Round, correction: Corre
 
     Raises InputError naming the model (or algorithm.correction) and what makes its step another one each time.
     """
-    twin = task.in_dtype(task.dtype)
-    batch = Batch(*(field[0] for field in next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))))
-    held = _held(twin)
-
-    def step(of: Classification, at: Tree = start.params) -> tuple[Tree, Tree, Tensor]:
-        own = Batch(*(field.clone() for field in batch))  # which the model may write into
-        params = {name: x.clone() for name, x in at.items()}
-        grads, buffers, loss = of.gradient_alone(params, start.buffers, own)
-        if name := _first_that_differs((params, {}, loss), (at, {}, loss), ""):
-            raise InputError(f"{task.called}: a training step writes into the parameter {name}; {_OPTIMIZER}")
-        return grads, buffers, loss
-
-    def judged() -> Tensor:
-        try:
-            logits = twin.judged(start, batch.x)
-        except Exception:  # what fails in evaluation is said by check_evaluation, with the examples
-            return torch.zeros(())
-        return logits if isinstance(logits, Tensor) else torch.zeros(())
-
-    def check(before: Mapping[str, Any], when: str) -> None:
-        if name := _drawn(before):
-            raise InputError(f"{task.called}: draws random numbers of {name} in {when}; {_DROPOUT}")
-        if name := changed(held, {name: t for name, t in _held(twin).items() if name in held}):
-            if why := twin.places.constant.get(name, ""):
-                advice = "the clients' have no mean; keep what changes in a buffer of finite real numbers or of int64"
-                raise InputError(f"{task.called}: {when} changes the buffer {name}, which {why}: {advice}")
-            raise InputError(f"{task.called}: {when} changes the tensor {name} of the model; {_STATE}")
-
-    def unchanged(before: dict[str, Any], after: dict[str, Any], when: str) -> None:
-        if name := changed(before, after):
-            raise InputError(f"{task.called}: {when} changes {name} ({_STATE})")
-
+    twin = _Twin(task, start, job)
     with _random_states() as before:
-        step(twin)  # what is made at first use is made
-        check(before, "a training step")
-        judged()
-        check(before, "an evaluation")
-        held |= {name: t for name, t in _held(twin).items() if name not in held}
+        twin.step()  # what is made at first use is made
+        twin.check(before, _STEP)
+        twin.judged()
+        twin.check(before, _EVALUATION)
+        twin.hold_more()
         # Training leaves what training left before, and evaluation what evaluation did: what is kept to be looked at
         # differs between the two. The step from another x in between moves what follows x (an average of its own).
-        first, trained = step(twin), attributes(twin.model)
-        check(before, "a training step")
-        step(twin, _elsewhere(start.params))
-        check(before, "a training step")
-        second = step(twin)
-        unchanged(trained, attributes(twin.model), "a training step")
-        one, looked = judged(), attributes(twin.model)
-        other = judged()
-        check(before, "an evaluation")
-        unchanged(looked, attributes(twin.model), "an evaluation")
-        third, own = step(twin), step(task)
-        unchanged(trained, attributes(twin.model), "an evaluation between two training steps")
+        first, trained = twin.step(), twin.attributes()
+        twin.check(before, _STEP)
+        twin.step(_elsewhere(start.params))
+        twin.check(before, _STEP)
+        second = twin.step()
+        twin.check_attributes(trained, _STEP)
+        one, looked = twin.judged(), twin.attributes()
+        other = twin.judged()
+        twin.check(before, _EVALUATION)
+        twin.check_attributes(looked, _EVALUATION)
+        third, own = twin.step(), twin.step(of=task)
+        twin.check_attributes(trained, "an evaluation between two training steps")
     if name := _first_that_differs(first, second) or _first_that_differs(({}, {}, one), ({}, {}, other)):
         raise InputError(f"{task.called}: {name} differs between two training steps from one state ({_REPEATED})")
     if name := _first_that_differs(first, third):
         raise InputError(f"{task.called}: {name} differs between training steps before and after an evaluation")
     if name := _first_that_differs(first, own):
         raise InputError(f"{task.called}: {name} is another by a copy of the model, which must hold all that it uses")
-    try:
-        twin.state_dict(start)
-    except Exception as error:  # a user's own may raise anything
-        raise InputError(f"{task.called}: the model's state_dict() fails ({one_line(error)})") from error
+    twin.check_state_dict()
     _check_buffers(task, start, first[1])
     if correction is not None:
         look_at_correction(correction, first[0], start.params)
 
 
+class _Twin:
+    """A copy of the model, which takes steps and evaluates on one minibatch of the first client."""
+
+    def __init__(self, task: Classification, start: ClientState, job: Round) -> None:
+        self.called, self.task, self.start = task.called, task.in_dtype(task.dtype), start
+        fields = next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))
+        self.batch = Batch(*(field[0] for field in fields))
+        self.held = _held(self.task)
+
+    def step(self, at: Tree | None = None, of: Classification | None = None) -> tuple[Tree, Tree, Tensor]:
+        """(gradients, buffers, loss) of a step from x `at`, or the start's, by the copy or the task `of`."""
+        at, of = self.start.params if at is None else at, of or self.task
+        own = Batch(*(field.clone() for field in self.batch))  # which the model may write into
+        params = {name: x.clone() for name, x in at.items()}
+        grads, buffers, loss = of.gradient_alone(params, self.start.buffers, own)
+        if name := _first_that_differs((params, {}, loss), (at, {}, loss), ""):
+            raise InputError(f"{self.called}: a training step writes into the parameter {name}; {_OPTIMIZER}")
+        return grads, buffers, loss
+
+    def judged(self) -> Tensor:
+        """The logits of an evaluation."""
+        try:
+            logits = self.task.judged(self.start, self.batch.x)
+        except Exception:  # what fails in evaluation is said by check_evaluation, with the examples
+            return torch.zeros(())
+        return logits if isinstance(logits, Tensor) else torch.zeros(())
+
+    def attributes(self) -> dict[str, Any]:
+        """Copies of what its modules hold besides parameters, buffers and modules."""
+        return attributes(self.task.model)
+
+    def hold_more(self) -> None:
+        """Look from now on also at tensors that were made at first use."""
+        self.held |= {name: t for name, t in _held(self.task).items() if name not in self.held}
+
+    def check(self, before: Mapping[str, Any], when: str) -> None:
+        """InputError where random numbers were drawn since `before`, or a tensor that is no client's has changed."""
+        if name := _drawn(before):
+            raise InputError(f"{self.called}: draws random numbers of {name} in {when}; {_DROPOUT}")
+        if name := changed(self.held, {name: t for name, t in _held(self.task).items() if name in self.held}):
+            if why := self.task.places.constant.get(name, ""):
+                advice = "the clients' have no mean; keep what changes in a buffer of finite real numbers or of int64"
+                raise InputError(f"{self.called}: {when} changes the buffer {name}, which {why}: {advice}")
+            raise InputError(f"{self.called}: {when} changes the tensor {name} of the model; {_STATE}")
+
+    def check_attributes(self, before: dict[str, Any], when: str) -> None:
+        """InputError where an attribute of a module is another than `before`."""
+        if name := changed(before, self.attributes()):
+            raise InputError(f"{self.called}: {when} changes {name} ({_STATE})")
+
+    def check_state_dict(self) -> None:
+        """InputError where the model cannot be handed out at the run's end."""
+        try:
+            self.task.state_dict(self.start)
+        except Exception as error:  # a user's own may raise anything
+            raise InputError(f"{self.called}: the model's state_dict() fails ({one_line(error)})") from error
+
+
+_STEP, _EVALUATION = "a training step", "an evaluation"
 _DROPOUT = "use nn.Dropout layers, whose masks are addressed by (seed, client, step)"
 _STATE = "clients have none of their own: register it as a buffer, or log by Python's logging or a callback"
 _OPTIMIZER = "only the optimizer may move parameters"

@@ -9,23 +9,23 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.overrides import TorchFunctionMode
 
+from fedmom.engine.calls import Precision
 from fedmom.engine.engine import Engine
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.errors import InputError
 from fedmom.machine.precision import exactly
-from fedmom.method.algorithms import MOMENTUM_POLICIES, takes_key
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, takes_key
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, row_of
 from fedmom.randomness import random_bits, uniform
-from fedmom.rounds.round import Method, Round
+from fedmom.rounds.round import Round
 from fedmom.tasks.classification import Batch, Classification
 from fedmom.tasks.places import copied
 
@@ -45,21 +45,6 @@ class _Went(NamedTuple):
     states: list[ClientState]  # by name in `parts`: the mean, or every client's own
     losses: Tensor  # [C] float64
     spreads: tuple[float, float]  # of x and of u, where they are means
-
-
-class _Precision(TorchFunctionMode):
-    """The roundest real dtype that a call of torch gives back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.eps, self.autocast = torch.finfo(F64).eps, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and (found.is_floating_point() or found.is_complex()):
-            self.eps = max(self.eps, torch.finfo(found.dtype).eps)
-            self.autocast = self.autocast or torch.is_autocast_enabled(found.device.type)
-        return found
 
 
 class Yardstick:
@@ -85,7 +70,7 @@ class Yardstick:
         """What plain torch comes to, in as much time as there is, from a start at which it is finite."""
         self.task, self.note, self.tolerance = task, "", _EXACT
         self.model = copied(task.model)  # as it was before any step
-        with _Precision() as seen:
+        with Precision() as seen:
             self._try(job)
         if seen.autocast and task.dtype != self.dtype:  # which leaves float64 as it is
             raise ValueError("autocast acts in the run's own dtype alone")
@@ -112,11 +97,8 @@ class Yardstick:
     def differs(self, path: str) -> str:
         """ "" or how the way `path` of engine.PATHS differs from plain torch, in words."""
         if not _finite(self.want):  # the run itself will say so; until then the plainest way is taken
-            return (
-                ""
-                if path == "loop"
-                else "plain torch's first two steps are not finite, so that nothing can be compared"
-            )
+            why = "plain torch's first two steps are not finite, so that nothing can be compared"
+            return "" if path == "loop" else why
         ways = [""]
         if path == "stack" and any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in self.model.modules()):
             ways = self._convolutions()

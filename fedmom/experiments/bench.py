@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedmom.backends.local import make_backend
 from fedmom.config.build import make_plan, make_task, resolve_device
 from fedmom.config.keys import Config
+from fedmom.config.resolve import with_choices
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.timings import now
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
-from fedmom.rounds.round import Rounds
-from fedmom.runs.execute import local_rounds
+from fedmom.rounds.round import Backend
 from fedmom.tasks.classification import Batch, Classification, Task
 
 KINDS = {  # of torch's operators, by a part of the name; the first that fits
@@ -55,9 +56,9 @@ def bench(config: Config, *, seconds: float = 10.0, progress: Callable[[str], No
     progress("data and model")
     task, plan = make_task(config, config.engine.device), make_plan(config)
     progress("timing the ways to run it")
-    config, rounds, notes = local_rounds(config, task, plan)
+    backend = make_backend(config, task, plan)
     try:
-        steps = _endless(task, plan, rounds)
+        steps = _endless(task, plan, backend)
         progress("rounds")
         next(steps)
         found: list[float] = []
@@ -67,24 +68,23 @@ def bench(config: Config, *, seconds: float = 10.0, progress: Callable[[str], No
         progress("where the time goes")
         shares = _shares(lambda: next(steps), device)
     finally:
-        if hasattr(rounds, "close"):
-            rounds.close()
+        backend.close()
     progress("what the device can do")
     start = beginning(task, plan)
     return Bench(
-        config,
-        notes,
+        with_choices(config, backend.settled),
+        list(backend.notes),
         statistics.median(count / s for count, s in zip(rates, found, strict=True)),
         found,
         _flops(task, start.state),
-        _bytes(task, rounds, start.state, round_job(task, plan, start)),
+        _bytes(task, backend, start.state, round_job(task, plan, start)),
         *peaks(device, getattr(torch, config.run.dtype)),
         _memory(device),
         shares,
     )
 
 
-def _endless(task: Task, plan: Plan, rounds: Rounds) -> Iterator[float]:
+def _endless(task: Task, plan: Plan, rounds: Backend) -> Iterator[float]:
     """Runs a round after the other, again from the beginning after the last, and gives each one's client-steps."""
     # A run evaluates its last round: here one more would follow, so none is the last.
     longer = plan._replace(num_rounds=plan.num_rounds + 1, eval_every=plan.num_rounds + 2)
@@ -126,7 +126,7 @@ def _flops(task: Task, start: ClientState) -> float:
     return float(counter.get_total_flops())
 
 
-def _bytes(task: Task, rounds: Rounds, start: ClientState, job: Any) -> float:
+def _bytes(task: Task, rounds: Backend, start: ClientState, job: Any) -> float:
     """Eight passes over a client's weights and five over what backward keeps.
 
     Two passes use the weights, g is written and read, u and x are read and written. Weights in factors are read and

@@ -21,14 +21,15 @@ from types import FrameType
 from typing import NamedTuple
 
 from fedmom.config.build import share_of_gpus
-from fedmom.config.keys import Scalar, load, parse_sets
+from fedmom.config.keys import Scalar
+from fedmom.config.load import load, parse_sets
 from fedmom.errors import InputError
+from fedmom.experiments.run import run
 from fedmom.machine.cores import usable_cores
 from fedmom.method.state import ClientState
 from fedmom.records.files import CONFIG
 from fedmom.rounds.loop import Record
 from fedmom.runs.callbacks import STOPPING, Callback
-from fedmom.runs.execute import run
 from fedmom.runs.progress import Quiet
 from fedmom.runs.trackers import Tracking
 from fedmom.user_code import one_line

@@ -5,12 +5,12 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-import fedmom
 from fedmom.config.build import pool_options
-from fedmom.config.keys import Config, flat, replace
+from fedmom.config.keys import Config
+from fedmom.config.load import flat, replace
 from fedmom.errors import InputError, RunStoppedError
-from fedmom.records.files import at_home
-from fedmom.runs.execute import Callback, Result, listening
+from fedmom.machine.files import at_home
+from fedmom.runs.callbacks import Callback, Listener, Result
 
 
 def simulate(
@@ -32,33 +32,34 @@ def simulate(
     num_nodes = -(-config.data.num_clients // config.simulation.clients_per_node)
     options = pool_options(replace(config, "engine", workers=0))
     where = {"run.out": str(out or ""), "run.resume": str(resume or ""), "simulation.num-gpus": options.num_gpus}
-    with listening(callbacks) as heard:
+    listener = Listener(list(callbacks))
 
-        def show(partition: int, text: str) -> None:
-            for callback in heard.callbacks:
-                callback.on_output(partition, text)
+    def show(partition: int, text: str) -> None:
+        for callback in listener.callbacks:
+            callback.on_output(partition, text)
 
-        try:
-            simulate_app(
-                app_folder(app),
-                num_nodes=num_nodes,
-                run_config={**flat(config), **where},
-                options=options,
-                on_output=show if config.simulation.show_output else None,
-            )
-        except RunStoppedError:
-            if heard.result is None:
-                raise
-    if heard.result is None:
+    try:
+        simulate_app(
+            app_folder(app),
+            num_nodes=num_nodes,
+            run_config={**flat(config), **where},
+            options=options,
+            grid_ready=lambda grid: setattr(grid, "listener", listener),
+            on_output=show if config.simulation.show_output else None,
+        )
+    except RunStoppedError:
+        if listener.result is None:
+            raise
+    if listener.result is None:
         raise InputError(f"--app {app or '.'}: its ServerApp made no run of fedmom; try `fedmom simulate-app`")
-    return heard.result
+    return listener.result
 
 
 def app_folder(app: str | Path | None) -> Path:
     """The folder of the Flower app: as given, or here, or fedmom's own checkout."""
     if app is not None:
         return at_home(app)
-    own = Path(fedmom.__file__).resolve().parent.parent
+    own = Path(__file__).resolve().parents[2]
     here = Path.cwd()
     return here if _is_app(here) or not (own / "strategies").is_dir() else own
 

@@ -42,6 +42,8 @@ class RayGrid:
     text)`, in another thread, what was printed or logged.
     """
 
+    listener: Any = None  # who hears of the run that a ServerApp makes on this Grid: fedmom.runs.callbacks.Listener
+
     shares_memory = True  # arrays lie in Ray's store, where all workers read them: nothing to gain from bundles
 
     def __init__(

@@ -8,7 +8,6 @@ Plain bytes here, so that both sides of the wire share it; Flower's records are 
 
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from fedmom.errors import InputError
 from fedmom.flower.npy import npy_header
-from fedmom.method.state import Tree
+from fedmom.method.state import Tree, as_tensor
 
 
 def to_npy(tensor: Tensor) -> bytes:
@@ -88,10 +87,3 @@ def unbundle(tensors: Mapping[str, Tensor]) -> Tree:
 def is_bundle(name: str) -> bool:
     """Whether an array of this name holds several tensors."""
     return name.startswith("[[")
-
-
-def as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor that shares the memory of an array which may be read-only: read it only."""
-    with warnings.catch_warnings():  # of torch, that the memory may not be written to
-        warnings.simplefilter("ignore")
-        return torch.from_numpy(array)

@@ -160,6 +160,17 @@ MOMENTUM_POLICIES = {
 }
 
 
+class Method(NamedTuple):
+    """What of Algorithm 1 stays the same over a run."""
+
+    beta: float
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    momentum_policy: str = "average"
+    running_var: str = "pooled"
+    correction: Correction | None = None  # of the gradient, the user's own
+
+
 class Algorithm(NamedTuple):
     """A named member of the family, as what it fixes."""
 

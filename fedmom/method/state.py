@@ -1,12 +1,15 @@
 """What a client carries, as a value: the model x, the momentum u and the model's buffers."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Tree = dict[str, Tensor]
+Arrays = dict[str, np.ndarray]
 
 
 class ClientState(NamedTuple):
@@ -101,3 +104,20 @@ def unflatten(tensors: Mapping[str, Tensor]) -> ClientState:
             raise ValueError(f"tensor {key!r}: expected params/…, momentum/… or buffers/…")
         getattr(state, part)[name] = value
     return state
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor that shares the memory of an array which may be read-only: read it only."""
+    with warnings.catch_warnings():  # of torch, that the memory may not be written to
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)
+
+
+def to_arrays(tree: Tree) -> Arrays:
+    """Tensors as NumPy's arrays, which processes share in Ray's store; of tensors on the CPU no copy is made."""
+    return {name: value.detach().cpu().numpy() for name, value in tree.items()}
+
+
+def from_arrays(arrays: Arrays) -> Tree:
+    """The inverse of `to_arrays`, on the arrays' own memory, which may be read only."""
+    return {name: as_tensor(value) for name, value in arrays.items()}

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedmom.errors import InputError, unknown
+from fedmom.machine.files import at_home
 from fedmom.method.graphs import TOPOLOGIES, WEIGHTS, Edges, Options
-from fedmom.records.files import at_home
 
 TOLERANCE = 1e-8  # of row and column sums: matrices in files are rounded
 FILES = (".npy", ".csv", ".edges")

@@ -1,11 +1,8 @@
-"""Files that appear whole or not at all, and the names of those in a run folder."""
+"""The files of a run folder by name, and how tensors are written to them and read back."""
 
-import contextlib
 import json
-import os
 import re
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedmom.errors import InputError
+from fedmom.machine.files import whole_file
 from fedmom.method.state import Tree
 
 CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
@@ -23,62 +21,6 @@ STATUS = "status.json"  # how the run is or how it ended: `fedmom.records.status
 ENDED = "ended.json"  # of a run under Flower's own command: how it ended, for whoever follows it from afar
 # What a checked file says of itself begins so; the others' begins with {, which is no flipped bit away from it.
 _CHECKED = re.compile(r"crc32:([0-9a-f]{8}) ")
-
-
-def at_home(path: str | Path) -> Path:
-    """The path, its leading ~ or ~user as the shell has it: it leaves --out=~/x and all values of keys as they are.
-
-    Raises InputError for a user that this machine does not know.
-    """
-    found = Path(os.path.expanduser(path))
-    if (user := found.parts[0] if found.parts else "").startswith("~"):
-        raise InputError(f"{path}: {user} is no user of this machine; ./{path} is a folder or file of that name here")
-    return found
-
-
-@contextlib.contextmanager
-def whole_file(path: Path, sync: bool = True) -> Iterator[Path]:
-    """A name to write to; when the block ends well the file is synced and takes `path`'s place, else removed.
-
-    sync: wait until it is on the disk, so that not even a power cut leaves an empty file.
-    Raises InputError in one line when the disk is full or the folder cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        if sync:
-            with open(aside, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(aside, path)
-        if sync:
-            _sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was there is unharmed") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str, sync: bool = True) -> None:
-    with whole_file(path, sync) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def over_text(path: Path, text: str) -> None:
-    """Write over a file that is there, where no disk space is left for a new one. Raises OSError."""
-    with open(path, "r+", encoding="utf-8") as file:
-        file.write(text)
-        file.truncate()
 
 
 def write_tensors(path: Path, tensors: Tree, about: dict[str, Any]) -> None:

@@ -7,12 +7,6 @@ its last checkpoint, and rounds.jsonl is cut back to it.
 import contextlib
 import json
 import os
-import platform
-import re
-import subprocess
-import sys
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +14,18 @@ import torch
 
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
-from fedmom.records.files import CHECKPOINT as CHECKPOINT
-from fedmom.records.files import CLIENTS as CLIENTS
-from fedmom.records.files import CONFIG as CONFIG
-from fedmom.records.files import ENDED as ENDED
-from fedmom.records.files import ENVIRONMENT as ENVIRONMENT
-from fedmom.records.files import FINAL as FINAL
-from fedmom.records.files import ROUNDS as ROUNDS
-from fedmom.records.files import STATUS as STATUS
-from fedmom.records.files import over_text as over_text
-from fedmom.records.files import read_about as read_about
-from fedmom.records.files import read_tensors as read_tensors
-from fedmom.records.files import whole_file as whole_file
-from fedmom.records.files import write_tensors as write_tensors
-from fedmom.records.files import write_text as write_text
-from fedmom.records.history import last_round as last_round
-from fedmom.records.history import read_rounds as read_rounds
+from fedmom.records.files import (
+    CHECKPOINT,
+    CLIENTS,
+    CONFIG,
+    ENVIRONMENT,
+    FINAL,
+    ROUNDS,
+    STATUS,
+    read_about,
+    read_tensors,
+    write_tensors,
+)
 from fedmom.records.identity import Identity
 from fedmom.rounds.loop import Progressed, Record
 
@@ -60,53 +50,6 @@ def _rows(done: Progressed) -> ClientState | None:
     if done.client_momentum is not None:
         return ClientState({}, done.client_momentum, {})
     return done.rows
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions, hardware, commit and command: what a reader needs to run it again."""
-    names = ["fedmom", "torch", "torchvision", "numpy", "scikit-learn", "safetensors", "flwr", "ray"]
-    found = {name: _version(name) for name in names}
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command(sys.argv),
-        "python": platform.python_version(),
-        "versions": {name: number for name, number in found.items() if number},
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "commit": _commit(),
-    }
-
-
-def _command(words: list[str]) -> list[str]:
-    """The command, without the token that Flower gives to the processes of a run: people share run folders."""
-    shown = [Path(words[0]).name, *(re.sub(r"^(--[\w-]*token[\w-]*)=.*", r"\1=…", word) for word in words[1:])]
-    hidden = [bool(re.fullmatch(r"--[\w-]*token[\w-]*", before)) for before in ["", *shown[:-1]]]
-    return ["…" if secret else word for word, secret in zip(shown, hidden, strict=True)]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout fedmom runs from, with + if files have changed; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _why(error: OSError | ValueError) -> str:

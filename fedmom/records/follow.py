@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmom.config.keys import Config, load
+from fedmom.config.keys import Config
+from fedmom.config.load import load
 from fedmom.errors import InputError
-from fedmom.records.folder import CONFIG, ROUNDS
+from fedmom.records.files import CONFIG, ROUNDS
 from fedmom.rounds.loop import Record
 
 

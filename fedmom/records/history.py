@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import overload
 
 from fedmom.errors import InputError
-from fedmom.records.files import ROUNDS, whole_file
+from fedmom.machine.files import whole_file
+from fedmom.records.files import ROUNDS
 from fedmom.rounds.loop import Record
 
 MOST_KEPT = 10_000  # records of a run that are held in memory, 1.4 kB each; of a longer one its folder is read

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.config.keys import KEYS, Config, flat
+from fedmom.config.keys import KEYS, Config
+from fedmom.config.load import flat
 from fedmom.errors import InputError
+from fedmom.machine.files import at_home
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.topology import FILES
-from fedmom.records.files import at_home
 from fedmom.tasks.classification import Classification, Task
 from fedmom.user_code import is_own_file, is_spec, load_object
 

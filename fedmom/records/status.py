@@ -13,9 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.errors import InputError
-from fedmom.records.folder import CONFIG, FINAL, ROUNDS, STATUS, last_round, over_text, write_text
+from fedmom.machine.files import over_text, write_text
+from fedmom.records.files import CONFIG, FINAL, ROUNDS, STATUS
+from fedmom.records.history import last_round
 
 # The first five are written, the others are what a reader finds.
 STATUSES = {

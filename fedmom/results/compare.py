@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedmom.records.folder import write_text
+from fedmom.machine.files import write_text
 from fedmom.results.comparison import Target, speedups
 from fedmom.results.groups import Group
 from fedmom.results.pictures import comparison

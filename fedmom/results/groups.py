@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from fedmom.config.keys import KEYS, Scalar, toml_scalar
+from fedmom.config.keys import KEYS, Scalar
+from fedmom.config.load import toml_scalar
 from fedmom.errors import InputError
 from fedmom.results.reading import Run
 from fedmom.results.tables import MEASURES, number

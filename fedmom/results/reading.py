@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.config.keys import Scalar, flat, load
+from fedmom.config.keys import Scalar
+from fedmom.config.load import flat, load
 from fedmom.errors import InputError
 from fedmom.records.files import CONFIG, ENVIRONMENT, MANIFEST, ROUNDS
 from fedmom.records.history import read_rounds

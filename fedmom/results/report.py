@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedmom.errors import InputError
-from fedmom.records.folder import write_text
+from fedmom.machine.files import write_text
 from fedmom.records.history import thinned
 from fedmom.results.pictures import curves as pictures
 from fedmom.results.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table

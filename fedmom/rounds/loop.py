@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from fedmom.errors import DivergedError
-from fedmom.method.algorithms import MOMENTUM_POLICIES, slow_step
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, slow_step
 from fedmom.method.schedules import SCHEDULES, Horizon, LearningRate
 from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, row_of, stacked, to_device, zeros_like
 from fedmom.method.topology import Topology
 from fedmom.randomness import COHORT, random_bits
-from fedmom.rounds.round import Method, Outcome, Progress, Round, Rounds, part_of
+from fedmom.rounds.round import Backend, Outcome, Progress, Round, part_of
 from fedmom.tasks.classification import Task
 
 Record = dict[str, Any]
@@ -183,9 +183,9 @@ def after_round(task: Task, plan: Plan, done: Progressed, job: Round, outcome: O
 
 
 def run_rounds(
-    task: Task, plan: Plan, engine: Rounds, done: Progressed, progress: Progress | None = None
+    task: Task, plan: Plan, engine: Backend, done: Progressed, progress: Progress | None = None
 ) -> Iterator[tuple[Progressed, Record]]:
-    """Rounds done.round + 1 … R, each as the state after it and its record (see docs/method.md).
+    """Backend done.round + 1 … R, each as the state after it and its record (see docs/method.md).
 
     Raises InputError before the first one where the model cannot be evaluated, and
     DivergedError, with the round and the lr, when the loss, x or u is NaN or infinite.

@@ -1,25 +1,14 @@
 """What a round asks and what comes of it: the words between the round loop and whoever runs a round."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fedmom.method.algorithms import Correction
 from fedmom.method.state import ClientState, Tree, rows_of, to_device
 
 Progress = Callable[[int], None]  # client-steps done since the last call
-
-
-class Method(NamedTuple):
-    """What of Algorithm 1 stays the same over a run."""
-
-    beta: float
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    momentum_policy: str = "average"
-    running_var: str = "pooled"
-    correction: Correction | None = None  # of the gradient, the user's own
 
 
 class Round(NamedTuple):
@@ -53,11 +42,23 @@ class Outcome(NamedTuple):
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings mean and rows, where others hold them
 
 
-class Rounds(Protocol):
-    """Whoever can run one round: the engine on this device, Ray actors, or Flower's clients."""
+class Backend(Protocol):
+    """Whoever can run one round: the engine on this device, Ray actors, or Flower's clients.
+
+    Ours derive from it, so that one which chooses nothing, says nothing and holds nothing has run_round alone.
+    """
+
+    # {"engine.path": …}: what it chose of the configuration, so that a resume takes the same.
+    settled: Mapping[str, Any] = MappingProxyType({})
+    notes: Sequence[str] = ()  # what of that should be known
 
     def run_round(self, start: ClientState, job: Round, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
+        ...
+
+    def close(self) -> None:
+        """End what it holds: actors, and Ray if it was started for them."""
+        return
 
 
 def part_of(job: Round, rows: Tensor) -> Round:

@@ -5,8 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -69,34 +68,10 @@ class Result(NamedTuple):
 
 @dataclass
 class Listener:
-    """Who hears of a run that a Flower ServerApp makes in this process."""
+    """Who hears of the run that a ServerApp makes on a Grid of this process, as the Grid's attribute `listener`."""
 
     callbacks: list[Callback]
     result: Result | None = None
-
-
-_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
-
-
-@contextlib.contextmanager
-def listening(callbacks: Iterable[Callback]) -> Iterator[Listener]:
-    """Within the block a run without callbacks of its own has these, and leaves its Result in the listener."""
-    listener = Listener(list(callbacks))
-    token = _LISTENER.set(listener)
-    try:
-        yield listener
-    finally:
-        _LISTENER.reset(token)
-
-
-def heard() -> Listener | None:
-    """Who in this process listens to the run that is about to begin."""
-    return _LISTENER.get()
-
-
-def is_heard() -> bool:
-    """Whether somebody does."""
-    return heard() is not None
 
 
 @contextlib.contextmanager

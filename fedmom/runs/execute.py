@@ -1,159 +1,96 @@
-"""`fedmom.run`: a configuration becomes a run with records, checkpoints and callbacks."""
+"""A run under way: a resolved configuration becomes rounds with records, checkpoints and callbacks."""
 
 import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fedmom.config.build import make_engine, make_plan, make_task, resolve_device
-from fedmom.config.keys import Config, flat, load, parse_sets, replace, to_toml
-from fedmom.config.resolve import resolve, resume_config
+from fedmom.config.build import make_plan, resolve_device
+from fedmom.config.build import make_task as build_task
+from fedmom.config.keys import Config
+from fedmom.config.load import flat, load, replace, to_toml
+from fedmom.config.resolve import Resolved, resolve, with_choices
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
+from fedmom.machine.files import write_text
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import num_bytes
-from fedmom.records.files import at_home
-from fedmom.records.folder import CONFIG, ENVIRONMENT, RunFolder, environment, write_text
+from fedmom.records.environment import environment
+from fedmom.records.files import CONFIG, ENVIRONMENT
+from fedmom.records.folder import RunFolder
 from fedmom.records.history import History, cut_back
 from fedmom.records.identity import identity_of
+from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
 from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Progressed, Record, beginning, round_job, run_rounds
-from fedmom.rounds.round import Rounds
-from fedmom.runs.callbacks import Callback as Callback
-from fedmom.runs.callbacks import Interrupts, heard, interrupts_held
-from fedmom.runs.callbacks import Result as Result
-from fedmom.runs.callbacks import Start as Start
-from fedmom.runs.callbacks import is_heard as is_heard
-from fedmom.runs.callbacks import listening as listening
+from fedmom.rounds.round import Backend
+from fedmom.runs.callbacks import Callback, Interrupts, Result, Start, interrupts_held
 from fedmom.tasks.classification import Task
 from fedmom.user_code import blamed, one_line
 
-# (configuration, task, plan) -> the configuration with what was chosen, who runs the rounds, and notes
-MakeRounds = Callable[[Config, Task, Plan], tuple[Config, Rounds, list[str]]]
+MakeBackend = Callable[[Config, Task, Plan], Backend]
+MakeTask = Callable[[Config], Task]
 
 
-def run(
-    config: str | Path | Mapping[str, Any] | Config | None = None,
-    *,
-    sets: Iterable[str] | Mapping[str, Any] = (),
-    out: str | Path | None = None,
-    resume: str | Path | None = None,
-    device: str | None = None,
-    callbacks: Iterable[Callback] = (),
-    app: str | Path | None = None,
-    rounds: MakeRounds | None = None,
-    task: Callable[[Config], Task] | None = None,
-) -> Result:
-    """Run Algorithm 1 or 2 as `config` says: a TOML file, a mapping ({"algorithm": {"lr": 0.1}}) or a Config.
+class Opened(NamedTuple):
+    """A run that may begin: what is asked, and where it goes on or will write."""
 
-    `sets` changes keys ({"algorithm.lr": 0.1} or ["algorithm.lr=0.1"]), `out` names a run folder to write (None:
-    nothing is written), `resume` a run folder to go on with (`config` may then be left out).
-    With run.backend = "simulation" the Flower app in the folder `app` (default: here) runs on Ray actors; a ServerApp
-    gives `rounds`, by which its rounds are run, and `task`, where the data are not here.
-    Raises InputError for bad input. Divergence, clients that failed and Ctrl-C are a Result's status, and leave a
-    checkpoint in the folder.
+    resolved: Resolved
+    folder: RunFolder | None  # of the run to go on with, locked
+    out: Path | None  # where a new run is to have its folder
+
+
+@contextlib.contextmanager
+def opened(
+    source: Any, changes: Mapping[str, Any], out: Path | None = None, resume: Path | None = None
+) -> Iterator[Opened]:
+    """A run's configuration, resolved once: of a new one, or of that in the folder `resume`, locked within the block.
+
+    source: what `load` takes, or a Resolved. Raises InputError naming what is wrong, before any data are read.
     """
-    config = at_home(config) if isinstance(config, str | Path) else config
-    changes = parse_sets([sets] if isinstance(sets, str) else sets)
-    if device is not None:
-        changes["engine.device"] = device
-    out, resume = run_folders(config, changes, out, resume)
-    if resume is not None and out is not None:
-        raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")
-    if resume is None and config is None:
-        raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
-    folder = None
     if out is not None:
-        RunFolder.check_new(out)  # before the data are read and the engine is timed
+        RunFolder.check_new(out)
+    folder = None if resume is None else RunFolder.open(resume)
     try:
         if resume is not None:
-            folder = RunFolder.open(resume)
-            settled, notes = resume_config(resume, config, changes)
+            resolved = resume_config(resume, source.config if isinstance(source, Resolved) else source, changes)
         else:
-            settled, notes = resolve(load({} if config is None else config, changes))
-        settled = replace(settled, "run", out="", resume="")
-        _check_backend(settled, rounds)
-        if settled.run.backend == "simulation" and rounds is None:
-            if folder is not None:
-                folder.close()
-            from fedmom.experiments.simulation import simulate  # which needs this module
-
-            return simulate(settled, out=out, resume=resume, callbacks=callbacks, app=app)
-        listener = heard()
-        callbacks = list(callbacks) or (listener.callbacks if listener else [])
-        here = resolve_device(settled)
-        with blamed(flat(settled)):
-            objectives = task(here) if task else make_task(here, here.engine.device)
-            plan = make_plan(settled)._replace(compared=resume is not None)
-            # Under Flower every node resolves "auto" for itself, and a resumed run must leave it to them again.
-            settled = settled if rounds else here
-            make = rounds or local_rounds
-            settled, engine, chosen = make(settled, objectives, plan)
-        try:
-            if out is not None:
-                folder = RunFolder.create(out)
-            under_way = _Run(settled, objectives, plan, engine, folder, notes, chosen, callbacks)
-            result = under_way.go(resume is not None)
-            if listener:
-                listener.result = result
-            return result
-        except BaseException:
-            for callback in callbacks:
-                callback.on_error()
-            raise
-        finally:
-            if hasattr(engine, "close"):
-                engine.close()
+            resolved = source if isinstance(source, Resolved) else resolve(load(source, changes))
+        config = replace(resolved.config, "run", out="", resume="")
+        yield Opened(resolved._replace(config=config), folder, out)
     finally:
         if folder is not None:
             folder.close()
 
 
-def run_folders(
-    config: str | Path | Mapping[str, Any] | Config | None,
-    sets: Iterable[str] | Mapping[str, Any],
-    out: str | Path | None,
-    resume: str | Path | None,
-) -> tuple[Path | None, Path | None]:
-    """(folder to write, folder to resume): as given, else as the keys run.out and run.resume say, else None."""
-    for name, folder in (("out", out), ("resume", resume)):
-        empty = folder is not None and str(folder) in ("", "." if name == "out" else "")  # Path("") is Path(".")
-        if empty or not isinstance(folder, str | Path | None):
-            raise InputError(f"--{name} {str(folder)!r}: must name a folder of the run's own")
-    keys = load({} if config is None else config, sets).config.run
-    out, resume = out or keys.out, resume or keys.resume
-    return at_home(out) if out else None, at_home(resume) if resume else None
+def execute(
+    run: Opened, make_backend: MakeBackend, callbacks: Iterable[Callback] = (), make_task: MakeTask | None = None
+) -> Result:
+    """Do the rounds of a run on the backend that `make_backend` makes, and tell the callbacks.
 
-
-def local_rounds(config: Config, task: Task, plan: Plan) -> tuple[Config, Rounds, list[str]]:
-    """The engine of this process, or `engine.workers` Ray actors; the configuration with what they chose; notes."""
-    if not config.engine.workers:
-        return make_engine(config, task, plan)
-    if plan.topology is not None:
-        from fedmom.backends.peers import make_peer_rounds  # which needs Ray
-
-        return make_peer_rounds(config, task, plan)
-    from fedmom.backends.workers import make_worker_rounds  # which needs Ray, if not at once
-
-    return make_worker_rounds(config, task, plan)
-
-
-def check_place(config: Config, *, here: bool) -> None:
-    """InputError unless a run of this (settled) configuration can be made: its backend and, if here, its device."""
-    _check_backend(config, None)
-    if here and config.run.backend == "engine":
-        resolve_device(config)
-
-
-def _check_backend(config: Config, rounds: MakeRounds | None) -> None:
-    backend, strategy = config.run.backend, config.server.strategy
-    if backend == "flower" and rounds is None:
-        raise InputError("run.backend = 'flower': start it with `flwr run`; here it is engine or simulation")
-    if backend == "engine" and strategy != "pr-sgd-m":
-        raise InputError(
-            f"server.strategy = {strategy!r}: is Flower's; it needs run.backend = 'simulation' or `flwr run`"
-        )
+    make_task: where the data are not here. Raises InputError for bad input; divergence, clients that failed and Ctrl-C
+    are the Result's status, and leave a checkpoint in the folder.
+    """
+    config, folder, resumed, callbacks = run.resolved.config, run.folder, run.folder is not None, list(callbacks)
+    here = resolve_device(config)
+    with blamed(flat(config)):
+        task = make_task(here) if make_task else build_task(here, here.engine.device)
+        plan = make_plan(config)._replace(compared=resumed)
+        backend = make_backend(config, task, plan)
+    try:
+        if run.out is not None:
+            folder = RunFolder.create(run.out)
+        config = with_choices(config, backend.settled)
+        return _Run(config, task, plan, backend, folder, run.resolved.notes, callbacks).go(resumed)
+    except BaseException:
+        for callback in callbacks:
+            callback.on_error()
+        raise
+    finally:
+        backend.close()
+        if run.out is not None and folder is not None:
+            folder.close()
 
 
 class _Run:
@@ -164,16 +101,15 @@ class _Run:
         config: Config,
         task: Task,
         plan: Plan,
-        engine: Rounds,
+        backend: Backend,
         folder: RunFolder | None,
         overruled: tuple[str, ...],
-        chosen: list[str],
         callbacks: list[Callback],
     ) -> None:
-        self.config, self.task, self.plan, self.engine = config, task, plan, engine
+        self.config, self.task, self.plan, self.backend = config, task, plan, backend
         self.folder, self.callbacks = folder, callbacks
         self.warnings = [*overruled, *_warnings(config, task, plan)]
-        self.notes = [*self.warnings, *chosen]
+        self.notes = [*self.warnings, *backend.notes]
         self.identity = identity_of(config, task)
         self.stamp = self.identity.stamp
         self.rounds = History(folder.path if folder else None)
@@ -310,7 +246,7 @@ class _Run:
 
     def _steps(self, done: Progressed) -> Iterator[tuple[Progressed, Record]]:
         """The rounds; what the user's own code raises in one, and any bad input that only shows there, names it."""
-        steps, number = run_rounds(self.task, self.plan, self.engine, done, self._on_steps), done.round
+        steps, number = run_rounds(self.task, self.plan, self.backend, done, self._on_steps), done.round
         while True:
             number += 1
             try:

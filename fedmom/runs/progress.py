@@ -12,7 +12,7 @@ from fedmom.config.numbers import counted
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.state import ClientState
 from fedmom.rounds.loop import Record
-from fedmom.runs.execute import Callback, Result, Start
+from fedmom.runs.callbacks import Callback, Result, Start
 
 _SECONDS_BETWEEN_LINES = 2.0
 

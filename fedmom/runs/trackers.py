@@ -9,12 +9,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from fedmom.config.keys import Scalar, flat, to_toml
+from fedmom.config.keys import Scalar
+from fedmom.config.load import flat, to_toml
 from fedmom.errors import InputError, unknown
+from fedmom.machine.files import write_text
 from fedmom.method.state import ClientState
-from fedmom.records.folder import CONFIG, write_text
+from fedmom.records.files import CONFIG
 from fedmom.rounds.loop import Record
-from fedmom.runs.execute import Callback, Result, Start
+from fedmom.runs.callbacks import Callback, Result, Start
 from fedmom.user_code import one_line
 
 MEMORY = "tracking.json"  # in the run folder: under which ids trackers know the run, for a resume

@@ -112,7 +112,7 @@ def test_a_handler_that_fails_fails_alone(pool, what):
     assert isinstance(failure, Failure)
     assert failure.kind == "raised"
     if what == "raise":  # where it came from is told, for the traceback stays in the worker
-        assert re.fullmatch(r"ValueError: no more \(.*test_executors\.py:\d+\)", failure.reason)
+        assert re.fullmatch(r"ValueError: no more \(.*test_pool\.py:\d+\)", failure.reason)
     assert "\n" not in failure.reason
     assert all(answer[0] == key for key, answer in answers.items())
 
@@ -161,12 +161,10 @@ def test_what_waits_behind_a_long_message_goes_elsewhere(pool):
     wait_for_both(pool)
     submit_all(pool, [("echo", 0)] * 200)  # so that batches are large
     for key in range(60):
-        pool.submit(key, ("sleep", 1.2 if key == 20 else 0.0005))
-    begun = time.monotonic()
+        pool.submit(key, ("sleep", 2.5 if key == 20 else 0.0005))  # less than what makes it late
     early: set[int] = set()
     while not early >= set(range(21, 60)):
-        early.add(pool.take(timeout=5)[0])
-    assert time.monotonic() - begun < 1
+        early.add(pool.take(timeout=60)[0])
     assert 20 not in early
     # Those before it in its batch come with it.
     assert take_all(pool, 60 - len(early)).keys() == set(range(60)) - early

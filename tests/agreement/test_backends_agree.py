@@ -1,4 +1,9 @@
-"""The same run on the engine, on Flower's Simulation Engine, and on a real SuperLink: one x, one u. All slow."""
+"""The same run on the engine, on Flower's Simulation Engine, and on a real SuperLink: one x, one u. All slow.
+
+A `flwr run` costs most of a minute of imports, so each of these has as much in it as one run can show. What every
+option means is test_flower's and test_relay's, on a Grid in one process; float32 and one client per node on a SuperLink
+are test_containers'.
+"""
 
 import re
 from pathlib import Path
@@ -8,18 +13,12 @@ import pytest
 import torch
 
 import fedmom
-from fedmom.records.folder import read_rounds, read_tensors
+from fedmom.records.files import read_tensors
+from fedmom.records.history import read_rounds
 from flower_processes import Flower
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-QUADRATIC = {
-    "data.dataset": "quadratic",
-    "data.curvatures": "1;3;2;0.5;1.5",
-    "data.centers": "4;-2;1;0;3",
-    "algorithm.num-local-steps": 3,
-    "run.num-rounds": 5,
-}
 DIGITS = {
     "data.num-clients": 5,
     "model.name": "mlp",
@@ -27,13 +26,8 @@ DIGITS = {
     "algorithm.num-local-steps": 2,
 }
 FLOAT64 = {**DIGITS, "run.dtype": "float64", "run.num-rounds": 4, "run.eval-every": 3}
-FLOAT32 = {**DIGITS, "run.num-rounds": 2}
 GOSSIP = {"algorithm.name": "d-sgd-m", "algorithm.topology": "exponential"}
 NESTEROV = {"algorithm.nesterov": True}
-
-
-# The tests of one SuperLink stay in one process: otherwise there would be two.
-on_the_simulated = pytest.mark.xdist_group("flower-simulated")
 
 
 @pytest.fixture(scope="module")
@@ -71,51 +65,25 @@ def assert_the_engines(changes, folder, tolerance):
             np.testing.assert_allclose(got, right, rtol=max(1e-8, 10 * tolerance), atol=1e-10, err_msg=key)
 
 
-@on_the_simulated
-@pytest.mark.parametrize(
-    ("changes", "num_nodes", "tolerance"),
-    [
-        ({**FLOAT64, **NESTEROV}, 5, 1e-10),
-        (FLOAT64, 2, 1e-10),
-        ({**FLOAT64, **GOSSIP}, 5, 1e-10),
-    ],
-    ids=["digits-II", "digits-blocks", "decentralized"],
-)
-def test_flowers_simulation_engine_gives_the_engines_result(simulated, tmp_path, changes, num_nodes, tolerance):
-    ran = simulated.run({**changes, "run.out": str(tmp_path / "run")}, num_nodes)
+def test_flower_run_trains_resumes_and_fails_by_name(simulated, tmp_path):
+    """On Flower's Simulation Engine, by option II, on nodes that hold blocks."""
+    changes = {**FLOAT64, **NESTEROV, "engine.path": "stack", "engine.chunk-size": 3}
+    ran = simulated.run({**changes, "run.num-rounds": 3}, 2)
     assert ran.status == "finished:completed", ran.text
-    # What a user sees: the rounds as they end, and where the run folder is.
-    assert f"round 1/{changes['run.num-rounds']} · train loss" in ran.text
-    assert f"\n{tmp_path / 'run'}\n" in ran.text
-    assert_the_engines(changes, tmp_path / "run", tolerance)
-
-
-@on_the_simulated
-def test_a_run_that_names_no_folder_says_where_its_own_is(simulated):
-    """Float32, the default, too: 1e-5 after two rounds."""
-    changes = {**FLOAT32, **NESTEROV}
-    ran = simulated.run(changes, 5)
-    assert ran.status == "finished:completed", ran.text
+    # What a user sees: the rounds as they end, and where the folder is of a run that has named none.
+    assert "round 1/3 · train loss" in ran.text
     (folder,) = set(re.findall(r"^(?:run folder: )?(/.*/runs/flower-[-\d]+)$", ran.text, re.MULTILINE))
     assert Path(folder).is_absolute()  # below the SuperLink's directory, which need not be the user's
-    assert_the_engines(changes, Path(folder), 1e-5)
-
-
-@on_the_simulated
-def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulated, tmp_path):
-    """Of quadratics by option II, on nodes that hold blocks."""
-    folder, changes = tmp_path / "run", {**QUADRATIC, **NESTEROV}
-    ran = simulated.run({**changes, "run.num-rounds": 3, "run.out": str(folder)}, 2)
-    assert ran.status == "finished:completed", ran.text
-    ran = simulated.run({**changes, "run.resume": str(folder)}, 2)
+    ran = simulated.run({**changes, "run.resume": folder}, 2)
     assert ran.status == "finished:completed", ran.text
     assert "resumed after round 3" in ran.text
-    assert_the_engines(changes, folder, 1e-10)
+    assert f"\n{folder}\n" in ran.text
+    assert_the_engines(changes, Path(folder), 1e-10)
 
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine").write_text("")
-    ran = simulated.run({**QUADRATIC, "run.out": str(taken)}, 2)
+    ran = simulated.run({**changes, "run.out": str(taken)}, 2)
     assert ran.status == "finished:failed"
     reason = f"--out {taken}: exists already and is no run folder; name another --out"
     assert ran.details.endswith(f": {reason}")
@@ -123,19 +91,11 @@ def test_under_flwr_run_too_a_run_resumes_and_a_mistake_is_a_failed_run(simulate
     assert [path.name for path in taken.iterdir()] == ["mine"]
 
 
-@pytest.mark.xdist_group("flower-deployed")
-@pytest.mark.parametrize(
-    ("changes", "tolerance"),
-    [
-        ({**QUADRATIC, **NESTEROV, "run.num-rounds": 2}, 1e-10),
-        ({**FLOAT32, "algorithm.momentum-policy": "local"}, 1e-5),
-        ({**FLOAT64, **GOSSIP, "run.num-rounds": 2, "engine.path": "loop"}, 1e-10),
-    ],
-    ids=["quadratic-II-blocks", "digits-float32-local-blocks", "decentralized-blocks"],
-)
-def test_a_superlink_with_tls_and_two_supernodes_gives_the_engines_result(deployed, tmp_path, changes, tolerance):
+def test_a_superlink_with_tls_and_two_supernodes_gives_the_engines_result(deployed, tmp_path):
+    """Algorithm 2, which no container runs, on nodes that hold blocks."""
+    changes = {**FLOAT64, **GOSSIP, "run.num-rounds": 2, "engine.path": "loop"}
     ran = deployed.run({**changes, "run.out": str(tmp_path / "run")})
     assert ran.status == "finished:completed", ran.text + deployed.logs()
     assert f"round 1/{changes['run.num-rounds']} · train loss" in ran.text
     assert f"\n{tmp_path / 'run'}\n" in ran.text
-    assert_the_engines(changes, tmp_path / "run", tolerance)
+    assert_the_engines(changes, tmp_path / "run", 1e-10)

@@ -16,20 +16,12 @@ from typer.main import get_command
 
 import fedmom
 from fedmom.cli import main
-from fedmom.config.keys import KEYS, load
+from fedmom.config.keys import KEYS
+from fedmom.config.load import load
 from fedmom.data.datasets import DATASETS
 from fedmom.experiments.simulation import app_folder
-from fedmom.records.folder import (
-    CHECKPOINT,
-    CONFIG,
-    ENVIRONMENT,
-    FINAL,
-    ROUNDS,
-    STATUS,
-    read_about,
-    read_rounds,
-    read_tensors,
-)
+from fedmom.records.files import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_tensors
+from fedmom.records.history import read_rounds
 from fedmom.results.pictures import curves
 from fedmom.results.pictures.curves import draw_curves
 from fedmom.runs import progress
@@ -206,7 +198,7 @@ def test_a_full_memory_is_one_line(refused, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nsize 1")
 
-    monkeypatch.setattr("fedmom.config.build.choose", full)
+    monkeypatch.setattr("fedmom.backends.local.choose", full)
     refused(
         ["memory is full", "data.batch-size", "can't allocate memory size 1"], "run", "quadratic.toml", "--out", "x"
     )
@@ -216,7 +208,7 @@ def test_errors_of_ours_are_not_hidden(fed, monkeypatch):
     def bug(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("fedmom.config.build.choose", bug)
+    monkeypatch.setattr("fedmom.backends.local.choose", bug)
     with pytest.raises(RuntimeError, match="a bug"):
         fed("run", "quadratic.toml")
 
@@ -461,7 +453,7 @@ def test_ctrl_c_before_the_first_round_is_one_line(fed, monkeypatch, workplace):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedmom.runs.execute.make_task", interrupt)
+    monkeypatch.setattr("fedmom.runs.execute.build_task", interrupt)
     before = tree(workplace)
     assert fed("run", "tiny.toml", "--out", "x") == (130, [], ["fedmom: interrupted"])
     assert tree(workplace) == before

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedmom.config.keys import KEYS, LARGEST, SECTIONS, Config, Loaded, flat, load, parse_set, to_toml, toml_scalar
-from fedmom.config.resolve import Resolved, length_keys, resolve
+from fedmom.config.keys import KEYS, LARGEST, SECTIONS, Config
+from fedmom.config.load import Loaded, flat, load, parse_set, to_toml, toml_scalar
+from fedmom.config.resolve import Resolved, resolve
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, theory_interval
+from fedmom.records.resume import length_keys
 from laws import table
 
 ROOT = Path(__file__).parents[2]
@@ -503,4 +505,4 @@ def test_flower_takes_every_config_as_a_run_config():
     for path in CONFIGS:
         run_config = get_fused_config_from_dir(ROOT, parse_config_args([str(path)]))
         assert set(run_config) == set(KEYS), path
-        assert settled(run_config) == resolve(load(path)).config, path
+        assert settled(run_config).config == resolve(load(path)).config, path

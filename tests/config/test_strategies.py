@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.config.strategies import OURS, STRATEGIES
 from fedmom.errors import InputError

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fedmom.config.build import make_task
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.data.datasets import ARRAYS, Dataset, load_dataset
 from fedmom.data.local import agreed, client_source, facts_of, read_server, read_source

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmom.data import partition
+from fedmom.data import drawing, partition
 from fedmom.data.partition import PARTITIONS, QUANTITY_LAWS, Partition, make_partition
 from fedmom.errors import InputError
 from laws import table
@@ -154,7 +154,7 @@ def test_balanced_counts_keep_both_margins(class_sizes, where, alpha, seed):
     labels = np.repeat(np.arange(len(class_sizes)), class_sizes)
     num_clients = 1 + round(where * (len(labels) - 1))
     # The counts before they are dealt out: afterwards every partition has the class totals.
-    with mock.patch.object(partition, "_deal", wraps=partition._deal) as deal:
+    with mock.patch.object(partition, "deal", wraps=partition.deal) as deal:
         part = make_partition("dirichlet-balanced", labels, num_clients, alpha=alpha, seed=seed)
     counts = deal.call_args.args[0]
     np.testing.assert_array_equal(counts.sum(axis=0), class_sizes)
@@ -167,7 +167,7 @@ def test_balanced_counts_keep_both_margins(class_sizes, where, alpha, seed):
 def test_what_was_counted_is_what_is_dealt(name):
     labels = skewed_labels(500)
     for alpha in (1e-3, 0.3, 1e6):
-        with mock.patch.object(partition, "_deal", wraps=partition._deal) as deal:
+        with mock.patch.object(partition, "deal", wraps=partition.deal) as deal:
             part = split(name, labels, 30, alpha=alpha)
         np.testing.assert_array_equal(part.class_counts(labels, 10), deal.call_args.args[0])
 
@@ -178,7 +178,7 @@ def test_settling_keeps_rows_and_reaches_columns_from_anywhere():
         counts, target = rng.integers(0, 4, (6, 5)), rng.integers(0, 4, (6, 5))
         class_sizes = rng.multinomial(counts.sum(), target.sum(axis=0) / target.sum())
         rows = counts.sum(axis=1)
-        partition._settle_columns(counts, target, class_sizes)
+        drawing.settle_columns(counts, target, class_sizes)
         np.testing.assert_array_equal(counts.sum(axis=0), class_sizes)
         np.testing.assert_array_equal(counts.sum(axis=1), rows)
         assert (counts >= 0).all()
@@ -186,9 +186,9 @@ def test_settling_keeps_rows_and_reaches_columns_from_anywhere():
 
 def test_sinkhorn_balances_the_shares():
     labels = skewed_labels(5000)
-    class_sizes, sizes = np.bincount(labels), partition._equal_sizes(5000, 200)
-    log_gamma = partition._log_gamma(0.3, (200, 10), np.random.default_rng(0))
-    shares = partition._sinkhorn(log_gamma, sizes, class_sizes, num_halvings=2)
+    class_sizes, sizes = np.bincount(labels), drawing.equal_sizes(5000, 200)
+    log_gamma = drawing.log_gamma(0.3, (200, 10), np.random.default_rng(0))
+    shares = drawing.sinkhorn(log_gamma, sizes, class_sizes, num_halvings=2)
     np.testing.assert_allclose(shares.sum(axis=1), 1)
     np.testing.assert_allclose(sizes @ shares, class_sizes, rtol=0.011)
     # Scaled and nothing else: log shares less log weights are a row term plus a column term.
@@ -200,7 +200,7 @@ def test_sinkhorn_balances_the_shares():
 def test_rounding_is_up_or_down_and_right_on_average():
     shares = np.random.default_rng(0).dirichlet(np.ones(6), size=3)
     totals, rng = np.array([1, 7, 100]), np.random.default_rng(1)
-    counts = np.stack([partition._round(shares, totals, rng) for _ in range(4000)])
+    counts = np.stack([drawing.round_shares(shares, totals, rng) for _ in range(4000)])
     assert (counts.sum(axis=2) == totals).all()
     assert (np.abs(counts - totals[:, None] * shares) < 1 + 1e-9).all()
     np.testing.assert_allclose(counts.mean(axis=0), totals[:, None] * shares, atol=0.04)  # 5 standard errors
@@ -210,14 +210,14 @@ def test_rounding_is_up_or_down_and_right_on_average():
 def test_rounding_adds_up_where_floats_do_not(offset):
     rng = mock.Mock(random=lambda shape: np.full(shape, offset))
     for shares in ([0.1] * 10, [1.0, 0.0], [0.0, 1.0], [1.0]):  # 3 = 0.3 x 10 = 2.9999999999999996
-        counts = partition._round(np.array([shares, shares]), np.array([1, 3]), rng)
+        counts = drawing.round_shares(np.array([shares, shares]), np.array([1, 3]), rng)
         np.testing.assert_array_equal(counts.sum(axis=1), [1, 3])
         assert counts.min() >= 0
 
 
 @pytest.mark.parametrize("alpha", [1e-4, 0.5, 1000.0])
 def test_log_gamma_is_the_logarithm_of_a_gamma(alpha):
-    x, a = partition._log_gamma(alpha, (100_000,), np.random.default_rng(0)), torch.tensor(alpha).double()
+    x, a = drawing.log_gamma(alpha, (100_000,), np.random.default_rng(0)), torch.tensor(alpha).double()
     mean, variance = torch.special.digamma(a).item(), torch.special.polygamma(1, a).item()
     assert abs(x.mean() - mean) < 5 * np.sqrt(variance / 100_000)
     assert abs(x.var() / variance - 1) < 0.05

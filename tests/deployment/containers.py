@@ -16,7 +16,7 @@ import torch
 
 import fedmom
 from fedmom.deploy.initialise import open_deployment
-from fedmom.records.folder import read_tensors
+from fedmom.records.files import read_tensors
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "deploy.toml"
@@ -51,7 +51,7 @@ def docker(*words: str, check: bool = True) -> str:
 def engine_answers() -> bool:
     if shutil.which("docker") is None:
         return False
-    return subprocess.run(["docker", "info"], capture_output=True, timeout=60).returncode == 0
+    return subprocess.run(["docker", "info"], capture_output=True, timeout=600).returncode == 0
 
 
 def build_image() -> None:
@@ -87,7 +87,7 @@ def free_port(also: int = 0) -> int:
 
 
 def wait_until(
-    holds: Callable[[], bool], what: str, seconds: float = 180.0, evidence: Callable[[], str] = lambda: ""
+    holds: Callable[[], bool], what: str, seconds: float = 900.0, evidence: Callable[[], str] = lambda: ""
 ) -> None:
     """Until it holds; an AssertionError with the evidence once `seconds` are over."""
     deadline = time.monotonic() + seconds
@@ -114,17 +114,31 @@ class Run:
     def wait_for_round(self, number: int, seconds: float = 900.0) -> None:
         """Until a round is over on the server; the next one is then under way."""
 
-        def rounds() -> int:
+        # It is looked for there: each `docker exec` from here costs more than the clients' steps.
+        enough = f'[ "$(cat /runs/{self.name}/rounds.jsonl 2>/dev/null | wc -l)" -ge {number} ]'
+        script = f"for n in $(seq 25); do {enough} && echo over && break; sleep 0.2; done"
+
+        def over() -> bool:
             assert self.process.poll() is None, self.said()
-            script = f"cat /runs/{self.name}/rounds.jsonl 2>/dev/null | wc -l"
-            text = docker("exec", self.deployment.container("serverapp"), "sh", "-c", script, check=False).strip()
-            return int(text) if text.isdecimal() else 0
+            return "over" in docker("exec", self.deployment.container("serverapp"), "sh", "-c", script, check=False)
 
         def evidence() -> str:
             services = ("superlink", "serverapp", *(f"{s}-{k}" for k in range(3) for s in ("supernode", "clientapp")))
             return "\n".join([self.said(), *(f"{s}:\n{self.deployment.logs(s)[-2000:]}" for s in services)])
 
-        wait_until(lambda: rounds() >= number, f"round {number} of {self.name}", seconds, evidence)
+        wait_until(over, f"round {number} of {self.name}", seconds, evidence)
+
+    def wait_to_say(self, words: str, seconds: float = 900.0) -> None:
+        """Until it has printed this; an AssertionError once it has ended without."""
+
+        def said() -> bool:
+            ended = self.process.poll() is not None
+            if words in self.said():
+                return True
+            assert not ended, self.said()
+            return False
+
+        wait_until(said, words, seconds, self.said)
 
     def end(self, status: int = 0, seconds: float = 900.0) -> str:
         """What it said, once it has ended with this exit status."""
@@ -168,11 +182,6 @@ class Deployment:
     def go_on(self, out: Path, changes: dict | None = None) -> Run:
         """With nothing but the folder's name."""
         return self.start("run", "--resume", str(out), *sets(changes or {}), out=out)
-
-    def is_at(self, name: str) -> bool:
-        """Whether the server's app has the run folder."""
-        script = f"flock --nonblock /runs/{name} true || echo busy"
-        return "busy" in docker("exec", self.container("serverapp"), "sh", "-c", script, check=False)
 
     def container(self, service: str) -> str:
         return f"{self.name}-{service}-1"

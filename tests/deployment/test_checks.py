@@ -10,7 +10,8 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from clients import client_app
-from fedmom.config.keys import Config, flat, load, replace
+from fedmom.config.keys import Config
+from fedmom.config.load import flat, load, replace
 from fedmom.deploy.bundle import check_travels
 from fedmom.deploy.certificates import as_sent, make_node_key
 from fedmom.deploy.commands import Commands

@@ -3,18 +3,16 @@
 import pytest
 
 from containers import CHANGES, IMAGE, assert_engines, docker
-from fedmom.records.folder import read_rounds
+from fedmom.records.history import read_rounds
 
 # All modules of this kind in one process: their tests share the containers.
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1500), pytest.mark.xdist_group("containers")]
 
 
-def test_three_clients_train_to_the_engines_model(deployment, tmp_path):
-    text = deployment.run(tmp_path / "run", CHANGES).end()
-    assert "accuracy" in text
-    rounds = read_rounds(tmp_path / "run")
+def test_three_clients_train_to_the_engines_model(trained):
+    rounds = read_rounds(trained)
     assert len(rounds) == 2
-    assert_engines(tmp_path / "run", CHANGES)
+    assert_engines(trained, CHANGES)
     print(f"seconds from round 1 to 2: {rounds[1]['wall_seconds'] - rounds[0]['wall_seconds']:.1f}")
 
 
@@ -24,10 +22,10 @@ def test_in_float32_the_model_is_the_engines_to_rounding(deployment, tmp_path):
     assert_engines(tmp_path / "single", changes, 1e-5)
 
 
-def test_a_name_that_the_server_knows_is_refused(deployment, tmp_path):
+def test_a_name_that_the_server_knows_is_refused(deployment, trained, tmp_path):
     """Two run folders here may have one name; there they would be one."""
-    text = deployment.run(tmp_path / "run", CHANGES).end(2)
-    assert "the server has a run folder 'run' already" in text
+    text = deployment.run(tmp_path / trained.name, CHANGES).end(2)
+    assert f"the server has a run folder '{trained.name}' already" in text
 
 
 def test_no_secret_is_in_the_image_the_environment_or_a_log(deployment):

@@ -19,7 +19,7 @@ from fedmom.deploy.commands import CommandError, Commands
 from fedmom.deploy.following import Following
 from fedmom.deploy.initialise import initialise, open_deployment
 from fedmom.errors import InputError
-from fedmom.records.folder import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about, write_tensors
+from fedmom.records.files import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about, write_tensors
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,6 +15,7 @@ from fedmom.deploy.commands import Commands, superlink
 from fedmom.deploy.initialise import open_deployment
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1500), pytest.mark.xdist_group("containers")]
+WHERE_NOTHING_CHANGED = "test_nodes_that_do_not_belong"  # fingerprint.py
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def keys(deployment, tmp_path):
 
 
 def outsider(deployment: Deployment, keys: Path, *command: str) -> str:
-    """What a container in the SuperNodes' network says while it runs a command, for two minutes at most."""
+    """What a container in the SuperNodes' network says while it runs a command, for ten minutes at most."""
     place = ("--network", f"{deployment.name}_fleet", "--volume", f"{keys}:/keys:ro", *DIRECT)
-    return docker("run", "--rm", *place, IMAGE, "timeout", "120", *command, check=False)
+    return docker("run", "--rm", *place, IMAGE, "timeout", "600", *command, check=False)
 
 
 DIRECT = ("--env", "NO_PROXY=*", "--env", "no_proxy=*")  # as the Compose files have it

@@ -7,9 +7,9 @@ for the order of sums.
 import pytest
 import torch
 
-from fedmom.backends.workers import make_worker_rounds
+from fedmom.backends.workers import make_workers
 from fedmom.config.build import pool_options, resolve_device
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
@@ -113,11 +113,11 @@ def test_workers_run_where_the_configuration_says(monkeypatch):
     monkeypatch.setattr("fedmom.backends.workers.Pool", OfOne)
     with pretend():
         config = resolve_device(resolve(load({"engine.workers": 2})).config)
-        settled, _, (note,) = make_worker_rounds(config, image_task("mlp"), simple_plan(4))
+        workers = make_workers(config, image_task("mlp"), simple_plan(4))
     ((inside, options),) = pools
-    assert (settled.engine.device, inside.engine.device) == ("cuda", "cuda")
-    assert (settled.simulation.num_gpus, options.num_gpus) == (0.5, 0.5)
-    assert "on cuda" in note
+    assert (workers.settled["engine.device"], inside.engine.device) == ("cuda", "cuda")
+    assert (workers.settled["simulation.num-gpus"], options.num_gpus) == (0.5, 0.5)
+    assert "on cuda" in workers.notes[0]
 
 
 def test_a_way_to_convolve_that_cannot_run_here_does_not_rule_out_the_others(monkeypatch):

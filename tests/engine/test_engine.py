@@ -9,10 +9,10 @@ import torch
 from fedmom.engine.auto import Choice, choose
 from fedmom.engine.engine import PATHS, Engine
 from fedmom.errors import DivergedError
+from fedmom.method.algorithms import Method
 from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState
 from fedmom.rounds.loop import beginning, bytes_per_exchange, cohort, round_job, run_rounds
-from fedmom.rounds.round import Method
 from runs import image_task, run_plan, simple_plan, tiny_images
 
 MODELS = ["logistic", "mlp", "cnn", "resnet20"]

@@ -9,15 +9,15 @@ import laws
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds, mean_of
 from fedmom.errors import InputError
-from fedmom.method.algorithms import MOMENTUM_POLICIES, exchange_average, start_average
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, exchange_average, start_average
 from fedmom.method.graphs import TOPOLOGIES
 from fedmom.method.mixing import Block, mix_buffers, spread
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
 from fedmom.method.topology import Mixing, Topology, make_topology
-from fedmom.records.folder import read_rounds, read_tensors
+from fedmom.records.files import read_tensors
+from fedmom.records.history import read_rounds
 from fedmom.rounds.loop import Plan, beginning, chosen_clients, evaluate_rows, round_job, run_rounds
-from fedmom.rounds.round import Method
 from fedmom.tasks.quadratic import Quadratic, X
 from laws import Trajectory, close, sample_problem, table
 from runs import engine_runner, image_task

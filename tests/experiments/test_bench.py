@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.experiments.bench import _flops, as_rows, bench, peaks
 from runs import image_task

@@ -14,10 +14,10 @@ from clients.client_app import app as client_app
 from fedmom.backends.trainer import warm_node
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.method.algorithms import Method
 from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
-from fedmom.rounds.round import Method
-from fedmom.runs.execute import Callback, listening
+from fedmom.runs.callbacks import Callback, Listener
 from grids import LocalGrid, run_config
 from strategies.dispatch import anew, exchange
 from strategies.dsgdm import DSGDM
@@ -169,9 +169,10 @@ def test_rows_go_to_their_clients_in_whatever_order_nodes_hold_them():
             return reply
 
     keys = run_config(LOCAL)
-    with listening([Callback()]) as heard:
-        server_app(Interleaved(client_app, 2, keys), Context(1, 0, {}, RecordDict(), keys))
-    torch.testing.assert_close(heard.result.state_dict["x"], by_engine(LOCAL).state_dict["x"])
+    grid = Interleaved(client_app, 2, keys)
+    grid.listener = Listener([Callback()])
+    server_app(grid, Context(1, 0, {}, RecordDict(), keys))
+    torch.testing.assert_close(grid.listener.result.state_dict["x"], by_engine(LOCAL).state_dict["x"])
 
 
 @pytest.mark.parametrize(
@@ -421,6 +422,9 @@ def test_the_relays_bookkeeping_is_of_this_round():
     a_round(strategy, grid, start)
     mixed = strategy.train_round(grid, 2, strategy.rows, ConfigRecord(), timeout=0.3)
     assert mixed.answered.tolist() == [True, True, True, False, True]
+    for part in ("params", "momentum"):  # whose link's weight stays at home: W without it keeps the mean
+        for name, rows in getattr(mixed.rows, part).items():
+            torch.testing.assert_close(rows.mean(0), getattr(mixed.after, part)[name].mean(0))
 
 
 def test_the_relay_starts_anew_where_it_is_asked_to():
@@ -457,8 +461,19 @@ def test_a_given_path_is_compared_with_the_loop_under_flower(num_nodes):
         by_flower(GIVEN, num_nodes)
 
 
+@pytest.fixture(scope="module")
+def one_ray():
+    """Starting it takes seconds."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.slow
+@pytest.mark.xdist_group("a given path on Ray")
 @pytest.mark.parametrize("changes", [{}, {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}], ids=str)
-def test_a_given_path_is_compared_with_the_loop_on_actors(changes):
+def test_a_given_path_is_compared_with_the_loop_on_actors(one_ray, changes):
     with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after two steps"):
         by_engine({**GIVEN, "data.num-clients": 16, "engine.workers": 1, **changes})

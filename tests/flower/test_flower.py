@@ -13,10 +13,12 @@ from flwr.serverapp.strategy import FedAvg
 
 from both_sides import DIGITS, QUADRATIC, RESNET, assert_same, by_engine, by_flower, fails
 from clients.client_app import app as client_app
-from fedmom.backends.trainer import held_clients, warm_node
+from fedmom.backends.trainer import Node, held_clients, warm_node
+from fedmom.config.load import load
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import flatten
-from fedmom.records.folder import read_rounds, read_tensors
+from fedmom.records.files import read_tensors
+from fedmom.records.history import read_rounds
 from grids import LocalGrid, run_config
 from strategies.flower_strategies import STOCK
 from strategies.prsgdm import PRSGDM
@@ -451,3 +453,15 @@ def test_where_the_nodes_train_is_left_to_them_in_the_record_too(tmp_path):
     result, _ = by_flower({**QUADRATIC, "run.num-rounds": 1}, 5, out=tmp_path / "run")
     assert result.config.engine.device == "auto"
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["device"] in ("cpu", "cuda")
+
+
+def test_a_run_that_goes_on_keeps_what_a_node_once_chose(tmp_path, monkeypatch):
+    """Whatever that node finds the fastest now: another way is another run."""
+    changes = {**DIGITS, "engine.path": "auto", "run.num-rounds": 2, "run.checkpoint-every": 1}
+    by_flower(changes, 2, out=tmp_path / "run")
+    chosen = load(tmp_path / "run" / "config.toml").config.engine
+    other = ("vmap" if chosen.path == "loop" else "loop", chosen.chunk_size + 1)
+    monkeypatch.setattr(Node, "choose", lambda self, clients: other)
+    result, _ = by_flower({**changes, "run.num-rounds": 4}, 2, resume=tmp_path / "run")
+    assert (result.config.engine.path, result.config.engine.chunk_size) == (chosen.path, chosen.chunk_size)
+    assert_same(result, by_engine({**changes, "run.num-rounds": 4}), 1e-9)

@@ -469,4 +469,4 @@ def test_two_processes_may_each_have_their_own_ray():
     )
     environment = {**os.environ, "PYTHONPATH": str(PLAIN.parents[2])}
     runs = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    assert [run.wait(timeout=900) for run in runs] == [0, 0]

@@ -10,10 +10,10 @@ from both_sides import QUADRATIC, RESNET, assert_same, by_engine, by_flower
 from clients.client_app import app as client_app
 from fedmom.backends.trainer import warm_node
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.method.algorithms import Method
 from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
-from fedmom.records.folder import read_rounds
-from fedmom.rounds.round import Method
+from fedmom.records.history import read_rounds
 from grids import LocalGrid, run_config
 from strategies.dsgdm import DSGDM
 from strategies.replies import pack, unpack
@@ -72,14 +72,15 @@ def test_stop_names_the_client():
     assert "disk full" in result.message
 
 
-def test_proceed_lets_a_client_stand_still_and_moves_its_weights_to_the_diagonals(tmp_path):
-    """Round 2 without client 3: its row stays, and the mean of the others' local steps is kept."""
-    keys = {**DIGITS, "server.on-failure": "proceed", "run.num-rounds": 2}
+@pytest.mark.parametrize("policy", ["average", "quasi-global"])
+def test_proceed_lets_a_client_stand_still(tmp_path, policy):
+    """Round 2 without client 3: its row stays, whatever the policy would make of its momentum."""
+    keys = {**DIGITS, "algorithm.momentum-policy": policy, "server.on-failure": "proceed", "run.num-rounds": 2}
     by_flower({**keys, "run.num-rounds": 1}, 5, out=tmp_path / "one")
     result, _ = by_flower(keys, 5, {"fault": fails(3)}, out=tmp_path / "two")
     assert result.status == "done"
     assert [r.get("num_failed") for r in read_rounds(tmp_path / "two")] == [None, 1]
-    from fedmom.records.folder import read_tensors
+    from fedmom.records.files import read_tensors
 
     one, two = (read_tensors(tmp_path / name / "clients.safetensors")[0] for name in ("one", "two"))
     for name in one:

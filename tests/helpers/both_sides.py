@@ -7,7 +7,7 @@ from flwr.app import Context, RecordDict
 import fedmom
 from clients.client_app import app as client_app
 from fedmom.errors import RunStoppedError
-from fedmom.runs.callbacks import listening
+from fedmom.runs.callbacks import Listener
 from grids import LocalGrid, run_config
 from strategies.server_app import app as server_app
 
@@ -39,12 +39,12 @@ def by_flower(changes, num_nodes, grid_options=None, **where):
     """The same run through both apps -> (Result, the Grid); RunStoppedError passes through."""
     keys = run_config({**changes, **{f"run.{name}": str(path) for name, path in where.items()}})
     grid = LocalGrid(client_app, num_nodes, keys, **(grid_options or {}))
-    with listening([fedmom.Callback()]) as heard:
-        try:
-            server_app(grid, Context(1, 0, {}, RecordDict(), keys))
-        except RunStoppedError:
-            assert heard.result.status != "done"
-    return heard.result, grid
+    grid.listener = Listener([fedmom.Callback()])
+    try:
+        server_app(grid, Context(1, 0, {}, RecordDict(), keys))
+    except RunStoppedError:
+        assert grid.listener.result.status != "done"
+    return grid.listener.result, grid
 
 
 def assert_same(one, other, tolerance=1e-10):

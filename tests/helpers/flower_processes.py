@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedmom.config.keys import toml_scalar
+from fedmom.config.load import toml_scalar
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -66,7 +66,7 @@ class Flower:
             "OMP_NUM_THREADS": "1",
         }
 
-    def call(self, *command: str, timeout: float = 400) -> str:
+    def call(self, *command: str, timeout: float = 1500) -> str:
         """Standard output and error of a command that must end with status 0 and in time."""
         where = {"env": self.environment, "cwd": self.folder, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, text=True, **where) as process:
@@ -130,7 +130,7 @@ class Flower:
         for port in ports:
             self.wait_for(port)
 
-    def wait_for(self, port: int, seconds: float = 60) -> None:
+    def wait_for(self, port: int, seconds: float = 600) -> None:
         """Until somebody listens there; fails at once where a process that was started has ended."""
         deadline = time.monotonic() + seconds
         while True:

@@ -7,13 +7,12 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedmom.config.keys import KEYS, load
+from fedmom.config.keys import KEYS
+from fedmom.config.load import flat, load
 
 
 def run_config(changes: Mapping) -> dict:
     """What Flower would hand to the apps: every key, flat."""
-    from fedmom.config.keys import flat
-
     assert set(changes) <= set(KEYS)
     return flat(load(changes).config)
 

@@ -2,7 +2,7 @@
 
 import json
 
-from fedmom.config.keys import load, to_toml
+from fedmom.config.load import load, to_toml
 from fedmom.config.resolve import resolve
 from fedmom.results.tables import RunHistory
 

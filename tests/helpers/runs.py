@@ -6,9 +6,9 @@ import torch
 from fedmom.data.datasets import Dataset, load_dataset
 from fedmom.data.partition import make_partition
 from fedmom.engine.engine import Engine
+from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
 from fedmom.rounds.loop import Plan, Progressed, beginning, run_rounds
-from fedmom.rounds.round import Method
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import build_model
 from fedmom.tasks.quadratic import Quadratic

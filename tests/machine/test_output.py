@@ -15,7 +15,7 @@ import fedmom
 from fedmom.cli import main, options
 from fedmom.machine import output
 from fedmom.machine.output import Output, steady_output
-from fedmom.records.folder import CHECKPOINT, FINAL, read_about
+from fedmom.records.files import CHECKPOINT, FINAL, read_about
 from fedmom.records.status import read_status
 from fedmom.results.pictures import curves
 from laws import table

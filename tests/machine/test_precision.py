@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from fedmom.config.build import set_up_torch
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.stacked.convolutions import _described
 from fedmom.engine.stacked.steps import Stack
 from fedmom.errors import InputError
 from fedmom.machine.precision import allow_tf32, convolves_in_tf32
-from fedmom.method.algorithms import momentum_step
+from fedmom.method.algorithms import Method, momentum_step
 from fedmom.method.state import ClientState
-from fedmom.rounds.round import Method
 from pretend_cuda import pretend
 from runs import F64, image_task, run_plan, simple_plan
 

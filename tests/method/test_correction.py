@@ -11,10 +11,10 @@ import fedmom
 import fedmom.config.build
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
+from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
 from fedmom.randomness import random_bits
 from fedmom.rounds.loop import Plan, beginning, run_rounds
-from fedmom.rounds.round import Method
 from fedmom.tasks.quadratic import Quadratic
 from laws import table
 from runs import F64, image_task, run_plan, simple_plan

@@ -14,7 +14,7 @@ WHO = Identity({1: "a", 2: "2:a"}, {}, {})
 
 def tree(value, rows=()):
     """Names in an order that is not the alphabet's, which files keep theirs in."""
-    return {name: torch.full((*rows, 2), value + place) for place, name in enumerate(("w", "b", "a"))}
+    return {name: torch.full((*rows, 2), value + place) for place, name in enumerate(("w", "a", "b"))}
 
 
 def state(value, rows=()):

@@ -9,9 +9,8 @@ import torch
 import fedmom
 from fedmom.errors import InputError
 from fedmom.records import history
-from fedmom.records.files import read_about, read_tensors, write_tensors
-from fedmom.records.folder import CHECKPOINT, CLIENTS, ROUNDS, read_rounds
-from fedmom.records.history import History, cut_back, thinned
+from fedmom.records.files import CHECKPOINT, CLIENTS, ROUNDS, read_about, read_tensors, write_tensors
+from fedmom.records.history import History, cut_back, read_rounds, thinned
 
 QUADRATIC = {
     "data.dataset": "quadratic",
@@ -99,9 +98,9 @@ def test_memory_does_not_grow_with_the_rounds(tmp_path, monkeypatch):
 
 def test_records_that_were_added_are_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(history, "MOST_KEPT", 3)
-    rounds = History(tmp_path)
-    lines = write(tmp_path, 8)
+    rounds, lines = History(tmp_path), write(tmp_path, 8)
     for count, line in enumerate(lines, 1):
+        write(tmp_path, count)
         rounds.append(line)
         assert list(rounds) == lines[:count]
         assert [rounds[place] for place in range(count)] == lines[:count]

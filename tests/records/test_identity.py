@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import fedmom
-from fedmom.config import keys
-from fedmom.config.keys import load
+from fedmom.config.keys import KEYS
+from fedmom.config.load import flat, load
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError
 from fedmom.records import identity
-from fedmom.records.folder import CHECKPOINT, FINAL, read_about, read_rounds, read_tensors
+from fedmom.records.files import CHECKPOINT, FINAL, read_about, read_tensors
+from fedmom.records.history import read_rounds
 from fedmom.records.identity import identity_of
 from fedmom.user_code import load_object
 
@@ -181,8 +182,8 @@ def test_a_key_that_did_not_exist_then_does_not_hinder_a_resume(workplace, monke
     """A newer version knows one key more, of which the recorded configuration says nothing."""
     sets = {**TINY, "data.dataset": "tiny.npz"}
     before = identity_of(resolve(load({}, sets)).config)
-    wider = {**keys.KEYS, "model.new-key": keys.KEYS["model.hidden"]._replace(default=7)}
-    settings = {**dict.fromkeys(wider, None), **keys.flat(resolve(load({}, sets)).config), "model.new-key": 7}
+    wider = {**KEYS, "model.new-key": KEYS["model.hidden"]._replace(default=7)}
+    settings = {**dict.fromkeys(wider, None), **flat(resolve(load({}, sets)).config), "model.new-key": 7}
     monkeypatch.setattr(identity, "KEYS", wider)
     monkeypatch.setattr(identity, "flat", lambda _: settings)
     after = identity_of(resolve(load({}, sets)).config)

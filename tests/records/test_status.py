@@ -15,6 +15,7 @@ import fedmom
 from fedmom.errors import InputError
 from fedmom.records import files, status
 from fedmom.records import folder as records
+from fedmom.records.history import last_round
 from fedmom.records.status import read_status
 
 QUADRATIC = {
@@ -59,7 +60,7 @@ def test_every_end_is_written(tmp_path, do, sets, wanted, round_number):
     assert (seen[0].status, seen[0].round, seen[0].pid) == ("running", 1, os.getpid())
     found = read_status(tmp_path / "run")
     assert found.status == wanted
-    assert found.round == (records.last_round(tmp_path / "run") if round_number is None else round_number)
+    assert found.round == (last_round(tmp_path / "run") if round_number is None else round_number)
     assert bool(found.reason) == (wanted != "done")
     assert "\n" not in found.reason
 

@@ -41,7 +41,7 @@ def test_an_example_comes_to_what_it_says(name, tmp_path):
     code = f"import {name}; found = {name}.main(); assert found > {LEAST[name]}, found"
     paths = {"PYTHONPATH": str(EXAMPLES), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, timeout=280
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout
@@ -52,7 +52,7 @@ def test_an_example_comes_to_what_it_says(name, tmp_path):
 def test_any_flower_app_runs_on_our_grid():
     pytest.importorskip("ray")
     command = [sys.executable, "-m", "fedmom", "simulate-app", "flower_app", "--num-clients", "5", "--num-actors", "1"]
-    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
     # x <- the mean of x + (i − x)/2 over clients 0 … 4, from 0: 2 (1 − 2^−3).
     assert "x = 1.750 after 3 rounds" in done.stdout
@@ -79,7 +79,7 @@ def test_the_notebook_is_the_tutorial():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(7200)
 def test_the_tutorial_from_the_first_line_to_the_last(tmp_path, monkeypatch):
     """As a notebook, in an empty folder, with nothing but the installed command."""
     nbformat = pytest.importorskip("nbformat")
@@ -88,7 +88,7 @@ def test_the_tutorial_from_the_first_line_to_the_last(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     book = nbformat.reads((EXAMPLES / "tutorial.ipynb").read_text(encoding="utf-8"), as_version=4)
-    nbclient.NotebookClient(book, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(book, timeout=3000, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = json.dumps(book)
     for words in ("share of a client's largest class", "momentum-policy=average", "To test accuracy", "report.html"):
         assert words in said

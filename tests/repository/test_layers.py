@@ -1,4 +1,4 @@
-"""Who may import what: on the syntax tree, and by running without the packages that are extras."""
+"""Which room may import which, on the syntax trees; how large a room may be; and a run without what is an extra."""
 
 import ast
 import functools
@@ -6,50 +6,87 @@ import io
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("fedmom", "strategies", "clients")
-MODULES = sorted((ROOT / "fedmom").rglob("*.py"))
-# An extra is imported by these files only, and only when it is used.
-EXTRAS = {
-    "torchvision": {"datasets.py"},
-    "sklearn": {"datasets.py"},
-    "matplotlib": {"pictures.py"},
-    "plotly": {"write.py"},
-    "jinja2": {"write.py"},
-    "mlflow": {"trackers.py"},
-    "wandb": {"trackers.py"},
-    "flwr": {"flower_app.py", "ray_client.py", "ray_grid.py", "ray_messages.py"},
-    "ray": {"ray_start.py", "peers.py"},
+FILES = sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
+
+# Every room of the house and what it imports: only what stands above it. docs/design.md says what each is for.
+LAYERS = {
+    "errors": "",
+    "randomness": "",
+    "user_code": "errors",
+    "machine": "errors",
+    "method": "errors machine",
+    "actors": "errors user_code machine",
+    "data": "errors randomness user_code machine",
+    "tasks": "errors randomness user_code machine method data",
+    "rounds": "errors randomness method tasks",
+    "engine": "errors randomness user_code machine method tasks rounds",
+    "config": "errors randomness user_code machine method actors data tasks rounds engine",
+    "backends": "errors user_code machine method actors data tasks rounds engine config",
+    "records": "errors user_code machine method tasks rounds config",
+    "runs": "errors user_code machine method tasks rounds config records",
+    "flower": "errors user_code method actors",
+    "deploy": "errors user_code machine method config records runs",
+    "experiments": "errors user_code machine method actors tasks rounds engine config backends records runs flower",
+    "results": "errors user_code machine method data rounds config records experiments",
+    "cli": "errors user_code machine method actors data tasks rounds config records runs flower deploy experiments "
+    "results",
+    "strategies": "errors machine method data tasks rounds engine config backends records runs flower results",
+    "clients": "errors machine method data backends flower",
 }
-IMPORT_CALLS = ("__import__", "import_module", "importlib.import_module")
+# What is not every user's: the one or two places that import it.
+EXTRAS = {
+    "flwr": ("fedmom/flower/", "strategies/", "clients/"),
+    "ray": ("fedmom/actors/cluster.py", "fedmom/backends/peers.py", "fedmom/backends/peer.py"),
+    "torchvision": ("fedmom/data/datasets.py",),
+    "sklearn": ("fedmom/data/datasets.py",),
+    "PIL": ("fedmom/data/images.py",),
+    "matplotlib": ("fedmom/results/pictures/",),
+    "plotly": ("fedmom/results/page/write.py",),
+    "jinja2": ("fedmom/results/page/write.py",),
+    "typer": ("fedmom/cli/",),
+    "rich": ("fedmom/cli/", "fedmom/runs/progress.py", "strategies/server_app.py"),
+    "triton": ("fedmom/engine/stacked/triton_kernels.py",),
+    "mlflow": ("fedmom/runs/trackers.py",),
+    "wandb": ("fedmom/runs/trackers.py",),
+}
 MAY_BE_ABSENT = ("flwr", "ray", "torchvision", "matplotlib", "plotly")
+LONGER = ()  # files that are one thing, though long
+AT_ONCE = (
+    "typer",
+    "rich",
+    "triton",
+)  # imported as soon as the file that needs them; Flower's two apps import flwr so, too
+IMPORT_CALLS = ("__import__", "import_module", "importlib.import_module")
 
 
-def imports(node: ast.AST) -> list[str]:
-    """Top-level packages that the node imports, by statement or by name: "fedmom" for fedmom.engine.engine."""
+def imports(node: ast.AST, package: str) -> list[str]:
+    """Modules that the node imports, by statement or by name; of `from a import b` a.b, which may be a module."""
     if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
-        names = [node.module] if node.level == 0 and node.module else ["fedmom"]
-    elif isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORT_CALLS:
-        names = [ast.literal_eval(argument) for argument in node.args[:1] if isinstance(argument, ast.Constant)]
-    else:
-        names = []
-    return [name.partition(".")[0] for name in names]
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        start = ".".join(package.split(".")[: -node.level + 1 or None]) if node.level else ""
+        base = ".".join(filter(None, (start, node.module)))
+        return [f"{base}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORT_CALLS:
+        return [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+    return []
 
 
 @functools.cache
 def imported(path: Path) -> dict[str, bool]:
-    """{package: whether some import of it runs as soon as the file is imported}."""
+    """{module or module.name: whether some import of it runs as soon as the file is imported}."""
     found: dict[str, bool] = {}
+    package = ".".join(path.relative_to(ROOT).parent.parts) if path.is_relative_to(ROOT) else "here"
 
     def visit(node: ast.AST, lazy: bool) -> None:
-        for name in imports(node):
+        for name in imports(node, package):
             found[name] = found.get(name, False) or not lazy
         for child in ast.iter_child_nodes(node):
             visit(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
@@ -58,39 +95,83 @@ def imported(path: Path) -> dict[str, bool]:
     return found
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    """fedmom.method.state -> method, strategies.fleet -> strategies; "" for fedmom itself and its command."""
+    parts = module.split(".")
+    room = parts[1] if parts[0] == "fedmom" and len(parts) > 1 else parts[0]
+    return "" if room in ("fedmom", "__main__") else room
+
+
+def of_house(name: str) -> str | None:
+    """The module of ours that an imported name means or lies in; None for somebody else's."""
+    known = {module_of(path) for path in FILES}
+    return name if name in known else name.rpartition(".")[0] if name.partition(".")[0] in FOLDERS else None
+
+
 def test_the_walk_sees_every_kind_of_import(tmp_path):
     path = tmp_path / "a.py"
     path.write_text(
         "import ray.data as d\nif d:\n    from flwr import x\nclass A:\n    import b\n"
         "def f():\n    import torchvision\n    importlib.import_module('sklearn.svm')\nfrom .state import y\n"
     )
-    eager, lazy = dict.fromkeys(["ray", "flwr", "b", "fedmom"], True), dict.fromkeys(["torchvision", "sklearn"], False)
-    assert imported(path) == {**eager, **lazy}
+    eager = dict.fromkeys(["ray.data", "flwr.x", "b", "here.state.y"], True)
+    assert imported(path) == {**eager, **dict.fromkeys(["torchvision", "sklearn.svm"], False)}
 
 
-@pytest.mark.parametrize("package", EXTRAS)
-def test_an_extra_is_imported_in_one_file_and_only_when_used(package):
-    users = {path.name: imported(path)[package] for path in MODULES if package in imported(path)}
-    assert set(users) <= EXTRAS[package]
-    assert not any(users.values()), f"{package} is imported as soon as fedmom is: {users}"
-    if any(path.name in EXTRAS[package] for path in MODULES):
-        assert users, f"the rule for {package} looks at nothing"
+def test_a_room_imports_only_what_stands_above_it():
+    order = list(LAYERS)
+    for room, may in LAYERS.items():
+        assert all(order.index(other) < order.index(room) for other in may.split()), room
+    found: dict[str, set[str]] = {room: set() for room in LAYERS}
+    for path in FILES:
+        room = room_of(module_of(path))
+        others = {room_of(module) for name in imported(path) if (module := of_house(name))}
+        assert not others & {"tests", "benchmarks"}, path
+        if room:
+            assert "" not in others, f"{path} imports fedmom itself, which imports everything"
+            found[room] |= others - {room}
+    assert {room: set(may.split()) for room, may in LAYERS.items()} == found
 
 
-def test_the_library_knows_neither_strategies_nor_clients():
-    assert MODULES
-    for path in MODULES:
-        assert not {"strategies", "clients", "tests", "benchmarks"} & set(imported(path)), path
+def test_no_file_imports_itself_by_way_of_others():
+    names = {module_of(path): path for path in FILES if path.name != "__init__.py"}
+    graph = {name: {of_house(other) for other in imported(path)} & {*names} - {name} for name, path in names.items()}
+    assert len([*TopologicalSorter(graph).static_order()]) == len(names)  # CycleError names the circle
 
 
-def test_the_mathematics_does_not_know_the_configuration():
-    for name in ("algorithms", "averaging", "engine", "train", "objective", "quadratic", "schedules"):
-        source = (ROOT / "fedmom" / f"{name}.py").read_text(encoding="utf-8")
-        modules = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-        assert modules, name
-        assert not {"fedmom.config.keys", "fedmom.config.resolve", "fedmom.runs.execute", "fedmom.cli.main"} & set(
-            modules
-        ), name
+def test_an_extra_is_imported_in_its_place_and_only_when_used():
+    for extra, places in EXTRAS.items():
+        users = {path.relative_to(ROOT).as_posix(): path for path in FILES}
+        users = {
+            name: path for name, path in users.items() if any(f"{i}.".startswith(f"{extra}.") for i in imported(path))
+        }
+        outside = [name for name in users if not name.startswith(places)]
+        assert users, f"the rule for {extra} looks at nothing"
+        assert not outside, f"{extra} is imported by {outside}"
+        for name, path in users.items():
+            if name.startswith("fedmom/") and extra not in AT_ONCE:
+                at_once = [i for i, eager in imported(path).items() if eager and f"{i}.".startswith(f"{extra}.")]
+                assert not at_once, f"{name} imports {extra} as soon as it is imported"
+
+
+def test_a_room_is_looked_through_at_a_glance():
+    """At most 21 rooms, nine files in each, 320 lines in a file, 50 in a function."""
+    inside = [path for path in (ROOT / "fedmom").iterdir() if path.name != "__pycache__" and path.suffix != ".typed"]
+    assert len(inside) <= 21
+    for folder in {path.parent for path in FILES}:
+        files = [path.name for path in folder.glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+        assert len(files) <= 9, f"{folder}: {sorted(files)}"
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 320 or path.name in LONGER, f"{path}: {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 50, f"{path}: {node.name} has {lines} lines"
 
 
 BARE = """
@@ -123,19 +204,6 @@ def test_the_engine_runs_where_the_extras_are_missing(tmp_path):
     assert done.stderr == "fedmom: no picture was drawn: matplotlib is not installed\n"
     assert not list(tmp_path.rglob("*.png"))
     assert (tmp_path / "by-command" / "final.safetensors").is_file()
-
-
-SIDES = {"strategies": "clients", "clients": "strategies"}
-
-
-@pytest.mark.parametrize(("side", "other"), SIDES.items())
-def test_the_two_sides_of_flower_never_meet(side, other):
-    files = sorted((ROOT / side).rglob("*.py"))
-    assert files
-    for path in files:
-        packages = set(imported(path))
-        assert not {other, "tests", "benchmarks", "ray", "torchvision", "matplotlib"} & packages, path
-    assert any("fedmom" in imported(path) and "flwr" in imported(path) for path in files)
 
 
 OWN = """

@@ -17,7 +17,7 @@ def test_the_site_builds_strictly(tmp_path):
         pytest.importorskip(package, reason="pip install -e '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
     for words in ("Run Algorithm 1 or 2 as", "wants to hear of a run", "on_round", "make_topology"):

@@ -24,7 +24,7 @@ from fedmom.results.comparison import (
 )
 from fedmom.results.groups import check_fit, group_runs, of_groups
 from fedmom.results.page import content
-from fedmom.results.pictures import comparison, curves
+from fedmom.results.pictures import comparison, curves, style
 from fedmom.results.pictures.comparison import curve, styles
 from fedmom.results.reading import collect
 from fedmom.results.sheets import (
@@ -221,7 +221,7 @@ def test_curves_can_be_told_apart_in_grey(tmp_path):
 
 @pytest.mark.slow
 def test_figures_come_as_png_and_pdf_and_the_same_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(curves, "DPI", 40)
+    monkeypatch.setattr(style, "DPI", 40)
     for n in (10, 20):
         lines = records(4, speed=n)
         for record in lines:  # panels take time: one column
@@ -263,7 +263,7 @@ def call(capsys, *words):
 
 @pytest.mark.slow
 def test_the_command_prints_and_writes(sweep, capsys, monkeypatch):
-    monkeypatch.setattr(curves, "DPI", 50)
+    monkeypatch.setattr(style, "DPI", 50)
     status, out, err = call(capsys, sweep, "--target", "accuracy=0.7")
     assert (status, err) == (0, [])
     for title in ("At the end", *(f"At equal {name}" for name in AXES.values()), "To test accuracy ≥ 70 %"):
@@ -364,7 +364,7 @@ def test_numbers_are_of_finished_runs_alone_and_every_format_says_so(mixed, tmp_
 def test_figures_say_what_they_leave_out(mixed, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(comparison, "_save_all", lambda figure, stem: figures.append(figure) or [])
-    monkeypatch.setattr(curves, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(curves, "save_picture", lambda figure, path: figures.append(figure))
     groups = groups_of(mixed)
     comparison._draw_grid(groups, MEASURES[:1], ["round"], tmp_path / "x")
     runs = [run.history for group in groups for run in group.runs]

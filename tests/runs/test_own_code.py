@@ -8,7 +8,8 @@ import pytest
 
 import fedmom
 from fedmom.errors import InputError
-from fedmom.records.folder import CHECKPOINT, read_about, read_rounds
+from fedmom.records.files import CHECKPOINT, read_about
+from fedmom.records.history import read_rounds
 from fedmom.records.status import read_status
 
 CODE = """

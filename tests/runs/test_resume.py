@@ -15,7 +15,8 @@ import fedmom
 from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError
 from fedmom.records import folder
-from fedmom.records.folder import read_about, read_rounds, read_tensors
+from fedmom.records.files import read_about, read_tensors
+from fedmom.records.history import read_rounds
 
 DIGITS = {
     "data": {"dataset": "digits", "num_clients": 6, "batch_size": 8},

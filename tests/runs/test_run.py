@@ -11,11 +11,13 @@ import torch
 
 import fedmom
 import laws
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.engine import PATHS
 from fedmom.errors import InputError
-from fedmom.records.folder import _command, read_rounds, read_tensors
+from fedmom.records.environment import _command
+from fedmom.records.files import read_tensors
+from fedmom.records.history import read_rounds
 
 ROOT = Path(__file__).parents[2]
 QUIET = [fedmom.Callback()]
@@ -152,7 +154,7 @@ def test_quickstart_config_reaches_what_it_says(tmp_path):
         "--out",
         str(tmp_path / "q"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "q")
     assert read_rounds(tmp_path / "q")[-1]["test_accuracy"] > 0.95

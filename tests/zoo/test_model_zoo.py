@@ -9,7 +9,7 @@ from torch import Tensor
 import fedmom
 import plain
 from fedmom.config.build import load_task_data
-from fedmom.config.keys import load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.data.batches import Sampler
 from fedmom.errors import InputError
@@ -168,19 +168,20 @@ def test_float32_refuses_nothing_that_float64_trains(name):
     assert_right(seen, result, by_plain_torch(name, 0.0), 1e-2)
 
 
-ELSEWHERE = {  # a dozen, by the path that is asked for
-    "conv2d": "factors",
-    "batch_norm": "stack",
-    "transformer": "vmap",
-    "gpt": "auto",
-    "lstm": "vmap",
-    "frozen": "auto",
-    "two_names": "stack",
-    "pruned": "auto",
-    "checkpoint_dropout": "loop",
-    "dropout": "factors",
-    "assigned_average": "vmap",
-    "counter_buffer": "loop",
+WORKERS, SIMULATION = {"engine.workers": 2}, {"run.backend": "simulation"}
+ELSEWHERE = {  # a dozen: the path that is asked for, each of them on both kinds of actors
+    "conv2d": ("factors", WORKERS),
+    "dropout": ("factors", SIMULATION),
+    "batch_norm": ("stack", WORKERS),
+    "two_names": ("stack", SIMULATION),
+    "transformer": ("vmap", WORKERS),
+    "lstm": ("vmap", SIMULATION),
+    "assigned_average": ("vmap", SIMULATION),
+    "frozen": ("auto", WORKERS),
+    "gpt": ("auto", SIMULATION),
+    "pruned": ("auto", WORKERS),
+    "counter_buffer": ("loop", WORKERS),
+    "checkpoint_dropout": ("loop", SIMULATION),
 }
 
 
@@ -196,23 +197,18 @@ def one_ray():
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("the zoo on Ray")
-@pytest.mark.parametrize(
-    "changes", [{"engine.workers": 2}, {"run.backend": "simulation"}], ids=["workers", "simulation"]
-)
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_on_ray_too_it_is_plain_torch(one_ray, name, changes):
+def test_on_ray_too_it_is_plain_torch(one_ray, name):
+    path, changes = ELSEWHERE[name]
     keys = {"simulation.num-actors": 2, "simulation.num-cpus": 0.5, "simulation.clients-per-node": 2}
     seen = Seen()
-    result = fedmom.run(config(name, ELSEWHERE[name], **keys, **changes), callbacks=[seen])
+    result = fedmom.run(config(name, path, **keys, **changes), callbacks=[seen])
     assert_right(seen, result, by_plain_torch(name), ZOO[name].digits)
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("the zoo on Ray")
-@pytest.mark.parametrize(
-    "changes", [{"engine.workers": 2}, {"run.backend": "simulation"}], ids=["workers", "simulation"]
-)
-@pytest.mark.parametrize("name", ["depth_numpy", "two_outputs"])
+@pytest.mark.parametrize(("name", "changes"), [("depth_numpy", WORKERS), ("two_outputs", SIMULATION)])
 def test_on_ray_too_what_has_no_meaning_is_refused(one_ray, name, changes):
     keys = {"simulation.num-actors": 2, "simulation.num-cpus": 0.5}
     assert_refused(name, "auto", ZOO[name].refused["loop"], **keys, **changes)

@@ -16,8 +16,9 @@ from torch.nn.functional import cross_entropy
 from fedmom.engine.stacked.factors import Factors, OnDevice, numbers, on_device, pays
 from fedmom.engine.stacked.layers import FoldedLinear, FoldError, fold
 from fedmom.engine.stacked.means import Ended
+from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState, Tree, rows_of
-from fedmom.rounds.round import Method, Progress, Round, part_of
+from fedmom.rounds.round import Progress, Round, part_of
 from fedmom.tasks.classification import Batch, Classification
 
 F64 = torch.float64

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 
 from fedmom.config.build import load_task_data
-from fedmom.config.keys import KEYS, load, toml_scalar
+from fedmom.config.keys import KEYS
+from fedmom.config.load import load, toml_scalar
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
-from fedmom.records.folder import CONFIG
+from fedmom.records.files import CONFIG
 from fedmom.results.comparison import AXES, Target, all_sheets
 from fedmom.results.groups import Group, differing, said, shared
 from fedmom.results.pictures.comparison import SPREADS, styles
-from fedmom.results.pictures.curves import COLOURS, DASHES, MARKERS
+from fedmom.results.pictures.style import COLOURS, DASHES, MARKERS
 from fedmom.results.reading import Run, environment_of, is_run
 from fedmom.results.sheets import Sheet, Stat, written
 from fedmom.results.tables import MEASURES, Measure, finite, number

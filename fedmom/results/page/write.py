@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import fedmom
-from fedmom.records.folder import write_text
+from fedmom.machine.files import write_text
+from fedmom.records.environment import version_of
 from fedmom.results.comparison import Target
 from fedmom.results.groups import Group
 from fedmom.results.page import content
@@ -47,7 +47,7 @@ def write_page(groups: Sequence[Group], targets: Sequence[Target], path: Path, *
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(packed),
-        version=fedmom.__version__,
+        version=version_of("fedmom") or "",
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,17 @@ import numpy as np
 
 from fedmom.results.comparison import AXES, Speedup, Target
 from fedmom.results.groups import Group
-from fedmom.results.pictures.curves import COLOURS, DARK, DASHES, LIGHT, MARKERS, _figure, _integers, _plain, _save
+from fedmom.results.pictures.style import (
+    COLOURS,
+    DARK,
+    DASHES,
+    LIGHT,
+    MARKERS,
+    new_figure,
+    plain_axes,
+    save_picture,
+    whole_ticks,
+)
 from fedmom.results.tables import MEASURES, Measure, byte_unit, finite, number
 
 KINDS = (".png", ".pdf")
@@ -111,7 +121,7 @@ def _draw_grid(groups: Sequence[Group], rows: Sequence[Measure], axes: Sequence[
     width = 0.5 + 2.7 * max(len(columns), 1.6)
     per_line = max(1, min(len(labels), int(width / (0.65 + 0.075 * max(map(len, labels))))))
     lines = ceil(len(labels) / per_line)
-    figure = _figure(width, 0.5 + 2.1 * len(rows) + 0.19 * lines)
+    figure = new_figure(width, 0.5 + 2.1 * len(rows) + 0.19 * lines)
     panels = figure.subplots(len(rows), len(columns), sharex="col", sharey="row", squeeze=False)
     for row, measure in zip(panels, rows, strict=True):
         for panel, axis in zip(row, columns, strict=True):
@@ -119,7 +129,7 @@ def _draw_grid(groups: Sequence[Group], rows: Sequence[Measure], axes: Sequence[
                 _draw_curve(
                     panel, curve(group, axis, measure.key), look, measure, divisor if axis == "bytes_sent" else 1
                 )
-            _plain(panel)
+            plain_axes(panel)
         values = [value for run in runs for value in finite(run.rounds, measure.key)]
         row[0].set_ylabel(_LABELS.get(measure.key, measure.label), fontsize=9)
         _scale_rows(row[0], measure, values, runs)
@@ -130,7 +140,7 @@ def _draw_grid(groups: Sequence[Group], rows: Sequence[Measure], axes: Sequence[
             panel.set_xscale("log", nonpositive="mask")
             panel.xaxis.set_major_formatter("{x:g}")
         elif axis == "round":
-            panel.xaxis.set_major_locator(_integers(6))
+            panel.xaxis.set_major_locator(whole_ticks(6))
     seeds = any(len(group.runs) > 1 for group in groups)
     title = ["mean ± standard deviation over seeds"] * seeds + [footing] * bool(footing)
     _legend(figure, panels[0, 0], labels, looks, per_line, "; ".join(title))
@@ -173,7 +183,7 @@ def draw_speedup(found: Sequence[Speedup], target: Target, stem: Path, footing: 
     """The paper's figure: how many times sooner N clients get there, beside the line of a linear speedup."""
     if not found:
         return []
-    figure = _figure(6.6, 3.3 + 0.19 * ceil(len(found) / 2))
+    figure = new_figure(6.6, 3.3 + 0.19 * ceil(len(found) / 2))
     panels = figure.subplots(1, 2, sharey=True)
     titles = ("In local steps of one client", "In seconds on this machine")
     for panel, title, kind in zip(panels, titles, ("by_steps", "by_seconds"), strict=True):
@@ -202,7 +212,7 @@ def draw_speedup(found: Sequence[Speedup], target: Target, stem: Path, footing: 
         panel.minorticks_off()
         panel.yaxis.set_major_formatter("{x:g}")
         panel.set_xlabel("Clients N")
-        _plain(panel)
+        plain_axes(panel)
         panel.grid(color=LIGHT, linewidth=0.6)
     panels[0].set_ylabel(f"Speedup to {target.title}")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -216,5 +226,5 @@ def draw_speedup(found: Sequence[Speedup], target: Target, stem: Path, footing: 
 def _save_all(figure: Any, stem: Path) -> list[Path]:
     paths = [stem.with_name(stem.name + kind) for kind in KINDS]
     for path in paths:
-        _save(figure, path)
+        save_picture(figure, path)
     return paths

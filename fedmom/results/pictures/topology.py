@@ -7,7 +7,7 @@ import numpy as np
 
 from fedmom.method.graphs import torus_shape
 from fedmom.method.topology import Topology
-from fedmom.results.pictures.curves import COLOURS, DARK, LIGHT, _figure, _plain, _save
+from fedmom.results.pictures.style import COLOURS, DARK, LIGHT, new_figure, plain_axes, save_picture
 
 MAX_ARROWS = 80  # links; more are drawn as plain lines
 MAX_LABELS = 40  # clients
@@ -16,11 +16,11 @@ _AROUND = np.linspace(0, 2 * np.pi, 361)
 
 def draw_topology(topology: Topology, path: Path) -> None:
     """PNG: who sends to whom over a period (line width ∝ weight), and the spectrum with |λ₂| as a dashed circle."""
-    figure = _figure(9.6, 5.3)
+    figure = new_figure(9.6, 5.3)
     graph, circle = figure.subplots(1, 2)
     _draw_graph(graph, topology)
     _draw_spectrum(circle, topology)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def places(topology: Topology) -> np.ndarray:
@@ -93,7 +93,7 @@ def _draw_spectrum(axes: Any, topology: Topology) -> None:
     axes.set_box_aspect(1)
     axes.set_xlim(-1.12, 1.12)
     axes.set_ylim(-1.12, 1.12)
-    _plain(axes, grid=None)
+    plain_axes(axes, grid=None)
     axes.set_xlabel("Re λ")
     axes.set_ylabel("Im λ")
     what = f"Eigenvalues of W{' over a period' if topology.period > 1 else ''}"

@@ -1,8 +1,8 @@
-"""Whether a model keeps the examples of a batch apart, as far as its forward pass can say without any values.
+"""What a model's calls of torch tell: in how few digits it computes, and whether it keeps a batch's examples apart.
 
 A folded model gets the examples of K clients as one batch. What it does with them must not depend on their values, for
 a branch would be taken for all clients together, nor on how many they are: a batch that is worked on in pieces of 128
-examples has other pieces when it is K times as long.
+examples has other pieces when it is K times as long. A forward pass says so without any values.
 """
 
 from collections.abc import Collection
@@ -13,6 +13,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedmom.tasks.places import copied
+
+
+class Precision(TorchFunctionMode):
+    """The unit of rounding of the roundest real dtype that a call of torch gives back, and whether autocast acted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps, self.autocast = torch.finfo(torch.float64).eps, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and (found.is_floating_point() or found.is_complex()):
+            self.eps = max(self.eps, torch.finfo(found.dtype).eps)
+            self.autocast = self.autocast or torch.is_autocast_enabled(found.device.type)
+        return found
 
 
 class _Call(NamedTuple):

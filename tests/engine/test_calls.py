@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fedmom
-from fedmom.engine.apart import mixes_by
+from fedmom.engine.calls import mixes_by
 from laws import table
 from runs import F64
 
@@ -86,7 +86,7 @@ def ghost(shape, classes):
 def test_ghost_batch_normalisation_is_the_loops_on_every_path():
     """Two clients' 16 examples are one batch of 32: right with two pieces, and wrong from three clients on."""
     sets = {"data.num-clients": 6, "data.batch-size": 8, "run.num-rounds": 2, "run.dtype": "float64"}
-    sets |= {"model.name": "test_apart:ghost", "algorithm.num-local-steps": 2}
+    sets |= {"model.name": "test_calls:ghost", "algorithm.num-local-steps": 2}
     ended = {path: fedmom.run(sets | {"engine.path": path}) for path in ("loop", "vmap", "auto")}
     assert ended["auto"].config.engine.path in ("loop", "vmap")
     for name, x in ended["loop"].state_dict.items():

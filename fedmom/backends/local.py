@@ -1,0 +1,74 @@
+"""The backend `engine`: the rounds of this process, or of `engine.workers` Ray actors that it starts."""
+
+import torch
+
+from fedmom.config.build import resolve_device, set_up_torch
+from fedmom.config.keys import Config
+from fedmom.engine.auto import choose
+from fedmom.engine.engine import Engine
+from fedmom.engine.gossip import GossipRounds
+from fedmom.machine.memory import free_bytes
+from fedmom.method.state import ClientState, num_bytes
+from fedmom.rounds.loop import Plan, beginning, round_job
+from fedmom.rounds.round import Backend
+from fedmom.tasks.classification import Task
+
+
+def make_backend(config: Config, task: Task, plan: Plan) -> Backend:
+    """The rounds of a resolved configuration. Raises InputError where the actors cannot be had."""
+    if not config.engine.workers:
+        return make_local(config, task, plan)
+    if plan.topology is not None:
+        from fedmom.backends.peers import make_peers  # which needs Ray
+
+        return make_peers(config, task, plan)
+    from fedmom.backends.workers import make_workers  # which needs Ray, if not at once
+
+    return make_workers(config, task, plan)
+
+
+def make_local(config: Config, task: Task, plan: Plan) -> Backend:
+    """The engine on this process's device, with what `auto` chose."""
+    wanted = config.engine
+    set_up_torch(wanted)
+    begin = beginning(task, plan)
+    choice = choose(
+        task,
+        plan.method,
+        begin.state,
+        round_job(task, plan, begin)._replace(rows=None),
+        path=wanted.path,
+        chunk_size=wanted.chunk_size,
+        own_rows=plan.topology is not None,
+        compared=plan.compared,
+        steady=plan.steady,
+    )
+    engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
+    notes = [f"engine: {choice.trouble}"] if choice.trouble else []
+    if choice.measured:
+        tried = ", ".join(f"{way} {rate:,.0f}" for way, rate in choice.measured.items())
+        notes.append(f"engine: {choice.path} × {choice.chunk_size} (client-steps/s measured: {tried})")
+    if choice.note:
+        notes.append(f"engine: {choice.note}")
+    backend: Engine | GossipRounds = engine
+    if plan.topology is not None:
+        home = rows_home(task, begin.state)
+        backend = GossipRounds(engine, plan.topology, home)
+        if home != task.device:
+            notes.append("the clients' rows do not fit on the device: they stay in main memory and visit it by chunks")
+    backend.settled = {
+        "engine.device": resolve_device(config).engine.device,
+        "engine.path": choice.path,
+        # A size that was given stays in the record, though larger than needed: a resume compares the two.
+        "engine.chunk-size": wanted.chunk_size or choice.chunk_size,
+        "engine.threads": torch.get_num_threads(),
+    }
+    backend.notes = notes
+    return backend
+
+
+def rows_home(task: Task, start: ClientState) -> torch.device:
+    """Where N rows are kept: on the device if they fit three times (before, after the steps, mixed), else in memory."""
+    each = sum(map(num_bytes, start))
+    fits = 3 * len(task.sizes) * each < 0.6 * free_bytes(task.device)
+    return task.device if fits else torch.device("cpu")
