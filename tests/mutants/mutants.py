@@ -914,7 +914,7 @@ MUTANTS = [
         "rounds",
         "evaluation before the round",
         "test_loss of round r is that of round r − 1",
-        code(f"{LOOP}.run_rounds", "task.evaluate(new.state)", "task.evaluate(done.state)"),
+        code(f"{LOOP}.run_rounds", "job, outcome, new)\n", "job, outcome, new._replace(state=done.state))\n"),
         "tests/engine/test_engine.py::test_records_say_what_they_should",
     ),
     Mutant(
@@ -1096,9 +1096,9 @@ MUTANTS = [
         "`proceed` averages the round's start in its place",
         code(
             f"{PRSGDM}._average",
-            "        self.clients.enough(server_round, num_clients)\n",
-            "        self.clients.enough(server_round, num_clients)\n"
-            "        for _ in range(self.clients.num_clients - num_clients):\n"
+            "        self.fleet.enough(server_round, num_clients)\n",
+            "        self.fleet.enough(server_round, num_clients)\n"
+            "        for _ in range(self.fleet.num_clients - num_clients):\n"
             "            mean.add_one(unflatten(self._expected), 1.0)\n",
         ),
         "tests/flower/test_flower.py::test_every_option_means_the_same[{'algorithm.cohort-size': 2}]",
