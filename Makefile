@@ -8,7 +8,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 
 # Slow tests have an hour each: it ends what hangs, and no slow machine misses it.
 SLOWLY := --timeout 3600 --durations 40
 
-.PHONY: help setup quickstart comparison site extras test test-slow test-container test-rest test-all test-oldest check format clean
+.PHONY: help setup quickstart comparison site extras test test-slow mutants test-container test-rest test-all test-oldest check format clean
 
 help:
 	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
@@ -17,6 +17,7 @@ help:
 	@echo "make site         the documentation as a site, in build/site"
 	@echo "make check        ruff, mypy and the fast tests"
 	@echo "make test-oldest  the fast tests with the oldest torch that goes, in .venv-oldest"
+	@echo "make mutants      which fast tests notice which mistake (tests/mutants)"
 	@echo "make test-slow    the slow tests;  make test-container: those that need a Docker engine"
 	@echo "make test-all     all tests, and a record of what the fault and intruder tests passed with"
 
@@ -52,6 +53,10 @@ test: setup
 
 test-slow: setup
 	$(PYTEST) -m slow $(SLOWLY)
+
+# Which fast tests fail under every mistake of tests/mutants; status 1 if none does under one of them.
+mutants: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants
 
 # pytest's exit status 5 says that no test was collected: there is nothing to run, and that is no failure.
 test-container: setup

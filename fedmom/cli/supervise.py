@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-FAILED, INTERRUPTED = 4, 130  # exit statuses, as in terminal.py, which takes seconds to import
+FAILED, INTERRUPTED = 4, 130  # exit statuses, as in options.py, which takes seconds to import
 
 _armed = False
 _report = -1  # in a child: where its exit status goes

@@ -1,7 +1,7 @@
 """Many clients on one device: chunks of stacked clients, or a loop over one client at a time.
 
 `loop` and `vmap` call the same `local_step`, written for one client; `stack` and `factors` take the folded model of
-stack.py. All see the same addressed minibatches, and tests hold them equal. choice.py says which is taken.
+stacked/. All see the same addressed minibatches, and tests hold them equal. auto.py says which is taken.
 """
 
 from collections.abc import Iterator, Sequence

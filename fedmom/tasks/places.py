@@ -47,7 +47,7 @@ class Places:
         buffers = dict(model.named_buffers())
         self.dropout_keys = [name for name in buffers if name.rpartition(".")[2] == KEY]
         # What has no mean over clients stays as it is (phases, a graph, a code book, a mask of −inf): {name: why}.
-        # That no step changes it is looked at before the first round (look.py).
+        # That no step changes it is looked at before the first round (engine/look.py).
         whys = {name: _no_mean(b) for name, b in buffers.items() if name not in self.dropout_keys}
         self.constant = {name: why for name, why in whys.items() if why}
         self.buffers = {name: buffers[name] for name, why in whys.items() if not why}

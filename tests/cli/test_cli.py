@@ -131,7 +131,7 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), STAGES, ids=[change for change, _ in STAGES])
+@table("change, words", STAGES)
 def test_a_mistake_found_at_any_stage_of_a_run_is_one_line(refused, change, words):
     raises = "def raises():\n    raise OSError('one\\ntwo')\n"
     Path("mine.py").write_text(raises + "def leaves(*args):\n    raise SystemExit(7)\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """`fedmom watch`: reads files alone, whole lines only, and follows runs that go on, are cut back or become longer."""
 
+import itertools
 import json
 import threading
 import time
@@ -14,6 +15,7 @@ from fedmom.errors import InputError
 from fedmom.records.follow import Follower
 from fedmom.records.status import Heart
 from histories import make_run, records
+from laws import table
 
 
 def write(folder, lines):
@@ -127,9 +129,9 @@ def test_the_view_says_what_matters_at_any_width(tmp_path):
         assert max(map(len, text.splitlines())) <= width
 
 
-@pytest.mark.parametrize("values", [[1.0, 1.0], [0.0, 1.0], [1.0, 0.0, 1.0, 0.0]])
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (10, 3), (40, 7)])
-def test_a_curve_begins_and_ends_where_it_should(values, width, height):
+@table("values, size", itertools.product([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0, 1.0, 0.0]], [(1, 1), (10, 3), (40, 7)]))
+def test_a_curve_begins_and_ends_where_it_should(values, size):
+    width, height = size
     lines = curve(range(len(values)), values, width, height)
     assert [len(line) for line in lines] == [width] * height
     dots = {(r, c) for r in range(height) for c in range(width) if lines[r][c] != "\u2800"}

@@ -373,6 +373,16 @@ def test_baselines_overrule_and_say_so(name):
     assert resolve(load(quiet)).notes == resolve(load({"algorithm.name": name})).notes == ()
 
 
+def test_baselines_mean_what_their_names_say():
+    """Large-batch SGD exchanges at every step, local SGD has no momentum."""
+    keys = {"algorithm.num-local-steps": 8, "algorithm.beta": 0.9}
+    large, local = (
+        resolve(load({**keys, "algorithm.name": name})).config.algorithm for name in ("parallel-sgd-m", "local-sgd")
+    )
+    assert (large.num_local_steps, large.beta) == (1, 0.9)
+    assert (local.num_local_steps, local.beta) == (8, 0.0)
+
+
 def test_a_baseline_of_interval_one_overrules_epochs_and_theory_too():
     for key, value in [("local-epochs", 3), ("interval", "theory-iid")]:
         config, notes = resolve(load({"algorithm.name": "parallel-sgd-m", f"algorithm.{key}": value}))

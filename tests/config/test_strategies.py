@@ -6,6 +6,7 @@ from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.config.strategies import OURS, STRATEGIES
 from fedmom.errors import InputError
+from laws import table
 from strategies.flower_strategies import STOCK
 
 BASE = {"data.num-clients": 10, "run.backend": "simulation"}
@@ -20,7 +21,7 @@ def test_one_table_says_what_is_made():
     assert {OURS, *STOCK} == set(STRATEGIES)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@table("name", STRATEGIES)
 def test_weights_and_absent_clients_are_taken_by_those_alone_that_can(name):
     """dp-fedavg's noise is for C clients of equal weight; trimmed means and Krum have no weights."""
     assert settle(name).notes == ()
@@ -36,8 +37,8 @@ def test_weights_and_absent_clients_are_taken_by_those_alone_that_can(name):
     settle(name, **PROCEED, **{"server.min-clients": 10})
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
+@table(
+    "name, changes, message",
     [
         ("krum", {"server.num-malicious": 4}, "num-malicious = 4: Krum needs at least 11 clients"),
         ("krum", PROCEED, "num-malicious = 0: Krum needs at least 3 clients .* 1 of 10 clients may make a round"),

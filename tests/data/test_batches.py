@@ -7,6 +7,7 @@ import torch
 from fedmom.data.batches import Sampler, crop_flip, normalised
 from fedmom.data.partition import Partition, make_partition
 from fedmom.randomness import integers, normal, random_bits, uniform
+from laws import table
 
 
 def sampler(sizes, batch_size=4, **options) -> Sampler:
@@ -44,7 +45,7 @@ def test_clients_draw_from_their_own_examples(sampling):
         assert torch.isin(drawn[client], own).all()
 
 
-@pytest.mark.parametrize("client", range(6))
+@table("client", range(6))
 def test_shuffle_gives_every_example_once_per_pass(client):
     """A client with fewer examples than a batch wraps; passes differ."""
     s, n = sampler(SIZES), SIZES[client]
@@ -76,7 +77,9 @@ def test_seeds_and_clients_differ(sampling):
     a, b = sampler([50, 50], sampling=sampling, seed=0), sampler([50, 50], sampling=sampling, seed=1)
     first = draw(a, [0, 1], [0, 0], 3)
     assert not torch.equal(first, draw(b, [0, 1], [0, 0], 3))
-    assert not torch.equal(first[0] % 50, first[1] % 50)
+    place = torch.empty(100, dtype=torch.int64)
+    place[a.indices] = torch.arange(100)  # where an example lies among all clients', 50 each
+    assert not torch.equal(place[first[0]] % 50, place[first[1]] % 50)
 
 
 def test_runs_with_different_intervals_see_the_same_data():
@@ -155,6 +158,8 @@ def test_crop_flip_is_pad_crop_flip():
     assert len(flips) > 10  # images move differently
     alone = crop_flip(images[1:2], 1, clients[1:2], steps[1:2])
     assert torch.equal(alone[0], got[1])
+    for other in ((2, clients, steps), (1, clients + 1, steps), (1, clients, steps + 1)):
+        assert not torch.equal(crop_flip(images, *other), got)  # another seed, client or step moves them otherwise
 
 
 def test_crop_flip_offsets_are_uniform():

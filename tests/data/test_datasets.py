@@ -16,6 +16,7 @@ import torch
 from fedmom.data import datasets
 from fedmom.data.datasets import ARRAYS, DATASETS, DEBIAN_FASHION_MNIST, Dataset, download, load_dataset
 from fedmom.errors import InputError
+from laws import table
 
 
 def images(*shape: int) -> np.ndarray:
@@ -49,11 +50,13 @@ def refused(name: str, *words: str, data_dir: str = "data", load=load_dataset) -
 def user_module(tmp_path, monkeypatch):
     """Write a module of the user's into the current directory; gone again after the test."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a file changed twice in a second would be taken from it
     name = "fedmom_test_user_data"
 
     def write(source: str) -> str:
         header = "import numpy as np, torch\nfrom fedmom.data.datasets import Dataset\n"
         (tmp_path / f"{name}.py").write_text(header + textwrap.dedent(source))
+        sys.modules.pop(name, None)
         return name
 
     yield write
@@ -158,7 +161,7 @@ def test_an_npz_file_may_be_cut_anywhere(tmp_path):
 # functions of the user's
 
 
-@pytest.mark.parametrize(
+@table(
     "result",
     [
         "x, y, x, y",
@@ -182,8 +185,8 @@ def test_what_a_users_function_may_return(user_module, result):
     assert not data.x_test.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("signature", "value"),
+@table(
+    "signature, value",
     [("", 0), ("data_dir", 5), ("path", 5), ("*, data_dir='/abc'", 5), ("size=0, data_dir='/'", 5), ("n='12'", 2)],
 )
 def test_a_users_function_gets_data_dir_if_it_asks(user_module, signature, value):
@@ -207,8 +210,8 @@ def test_a_users_dataset_keeps_its_statistics(user_module):
     assert data[4:] == (7, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), "crop-flip")
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
+@table(
+    "body, words",
     [
         ("return 3", ["must return a Dataset", "returned int"]),
         ("return x, y", ["must return", "returned tuple of 2"]),
@@ -298,8 +301,8 @@ def test_idx_files_in_every_place(tmp_path, name, below, zipped):
     assert data[4:] == (10, DATASETS[name].mean, DATASETS[name].std, "none")
 
 
-@pytest.mark.parametrize(
-    ("damage", "word"),
+@table(
+    "damage, word",
     [
         (lambda content: content[:-1], "truncated"),
         (lambda content: content[:16], "truncated"),

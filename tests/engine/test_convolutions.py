@@ -1,5 +1,6 @@
 """Every way to convolve with clients' own weights is one convolution per client; the fastest is found once."""
 
+import itertools
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS, Ways
 from fedmom.engine.stacked.timings import Timings
+from laws import table
 
 # (K, B, in, height, width, out, kernel, stride, padding, dilation, bias)
 SHAPES = {
@@ -17,6 +19,8 @@ SHAPES = {
     "one position": (2, 2, 1, 3, 3, 1, 3, 1, 0, 1, False),
     "more channels than a tile": (2, 1, 70, 4, 4, 70, 3, 1, 1, 1, False),
 }
+
+FOLDED = [name for name in CONVOLUTIONS if name != "loop"]
 
 
 def operands(shape, dtype, shared):
@@ -41,20 +45,15 @@ def passed(convolve, leaves, shared, options):
     return y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], torch.cos(y.detach()))
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "tolerance", "shared"),
-    [
-        *((shape, torch.float64, 1e-12, False) for shape in SHAPES),
-        ("plain", torch.float64, 1e-12, True),
-        ("1x1 with stride", torch.float64, 1e-12, True),
-        ("plain", torch.float32, 5e-5, False),
-        ("dilated", torch.float32, 5e-5, True),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if name != "loop"])
-def test_every_way_is_one_convolution_per_client(name, shape, dtype, tolerance, shared):
+# Every way with every shape in some dtype, with clients' own weights and with shared ones in both dtypes.
+KINDS = itertools.cycle([(torch.float64, False), (torch.float64, True), (torch.float32, False), (torch.float32, True)])
+
+
+@table("name, shape, kind", [(*pair, next(KINDS)) for pair in itertools.product(FOLDED, SHAPES)])
+def test_every_way_is_one_convolution_per_client(name, shape, kind):
     """The plain way: torch's own convolution on each client's examples and weights."""
+    dtype, shared = kind
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-5
     leaves, options = operands(SHAPES[shape], dtype, shared)
     found = passed(CONVOLUTIONS[name], leaves, shared, options)
     want = passed(CONVOLUTIONS["loop"], leaves, False, options)
@@ -69,8 +68,7 @@ def test_the_loop_is_torchs_convolution():
     torch.testing.assert_close(CONVOLUTIONS["loop"](*leaves, False, options), torch.cat(apart))
 
 
-@pytest.mark.parametrize("geometry", [((1, 2), (0, 0), (1, 1)), ((1, 1), (0, 1), (1, 1))], ids=str)
-@pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if name != "loop"])
+@table("name, geometry", itertools.product(FOLDED, [((1, 2), (0, 0), (1, 1)), ((1, 1), (0, 1), (1, 1))]))
 def test_directions_may_differ(name, geometry):
     leaves, _ = operands(SHAPES["plain"], torch.float64, False)
     options = (*geometry, False, [0, 0], 1)

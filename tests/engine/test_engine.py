@@ -9,7 +9,11 @@ import torch
 from fedmom.engine.auto import Choice, choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.paths import PATHS
-from fedmom.rounds.loop import beginning, cohort, round_job
+from fedmom.errors import DivergedError
+from fedmom.method.algorithms import Method
+from fedmom.method.schedules import Horizon, LearningRate
+from fedmom.method.state import ClientState
+from fedmom.rounds.loop import beginning, bytes_per_exchange, cohort, round_job, run_rounds
 from runs import image_task, run_plan, simple_plan, tiny_images
 
 MODELS = ["logistic", "mlp", "cnn", "resnet20"]
@@ -115,13 +119,18 @@ def test_sample_weights_weigh_model_and_momentum_alike():
     plan = simple_plan(3, num_rounds=1, client_weights="samples")
     task = image_task(num_clients=3)
     task.sizes = np.array([1, 2, 5])  # what the weights are made of
-    done, _ = run_plan(task, plan, path="vmap")
+    done, (record,) = run_plan(task, plan, path="vmap", chunk_size=2)
     job = round_job(task, plan, beginning(task, plan))
     assert job.weights.tolist() == [1.0, 2.0, 5.0]
-    rows = []
+    uniform = plan._replace(client_weights="uniform")
+    assert round_job(task, uniform, beginning(task, uniform)).weights.tolist() == [1.0, 1.0, 1.0]
+    rows, losses = [], []
     for client in range(3):
         only = job._replace(**{n: getattr(job, n)[client : client + 1] for n in job._fields[:4]})
-        rows.append(Engine(task, plan.method, path="loop", chunk_size=1).run_round(task.start(), only).mean)
+        alone = Engine(task, plan.method, path="loop", chunk_size=1).run_round(task.start(), only)
+        rows.append(alone.mean)
+        losses.append(alone.train_loss)
+    assert record["train_loss"] == pytest.approx(sum(w * f for w, f in zip([1, 2, 5], losses, strict=True)) / 8)
     for part in ("params", "momentum"):
         for name, value in getattr(done.state, part).items():
             want = sum(w * getattr(r, part)[name] for w, r in zip([1, 2, 5], rows, strict=True)) / 8
@@ -140,6 +149,7 @@ def test_cohorts_are_addressed_sorted_and_fair():
     # 200 expected each, deviation √(500 · 0.4 · 0.6) = 11.
     assert abs(seen - 200).max() < 55
     assert (cohort(10, 10, 0, 3) == np.arange(10)).all()
+    assert any((cohort(10, 4, 5, index) != cohort(10, 4, 6, index)).any() for index in range(5))
 
 
 def test_partial_participation_keeps_the_others_momentum_under_local():
@@ -148,6 +158,7 @@ def test_partial_participation_keeps_the_others_momentum_under_local():
     done, (record,) = run_plan(task, plan)
     here = set(cohort(5, plan.cohort_size, plan.seed, 0).tolist())
     assert record["num_clients"] == 2
+    assert record["joint_epochs"] == 2 * 3 * 5 / 60  # clients, steps, examples each
     for client in range(5):
         moved = any(bool(u[client].any()) for u in done.client_momentum.values())
         assert moved == (client in here)
@@ -232,8 +243,47 @@ def test_bytes_sent_counts_what_travels():
         assert [r["bytes_sent"] for r in rows] == [3 * each, 6 * each]
 
 
+def test_bytes_of_an_exchange_by_hand():
+    """Three numbers of x and of u, two statistics and a count, of 8 bytes each; u where it travels and β > 0."""
+    x, count = torch.zeros(3, dtype=torch.float64), torch.tensor(1)
+    state = ClientState({"x": x}, {"x": x}, {"running_mean": x[:2], "num_batches_tracked": count})
+    for method, right in ((Method(0.9), 9), (Method(0.0), 6), (Method(0.9, momentum_policy="local"), 6)):
+        assert bytes_per_exchange(state, method) == 8 * right
+
+
+def test_a_round_goes_on_where_the_one_before_ended():
+    """Rounds of 4 steps of 2 of 4 clients: γ changes in the middle of the second, whose minibatches are new ones."""
+    task = image_task(num_clients=4)
+    plan = simple_plan(4, num_rounds=3, num_local_steps=4, cohort_size=2)
+    plan = plan._replace(rate=LearningRate(1.0, "step", (0.5,), 0.5, "fraction"))
+    # 12 steps; 60 examples are seen in 6 steps of 2 clients with 5 each.
+    assert plan.horizon(task.sizes) == Horizon(12, 2, 6.0)
+    jobs = [round_job(task, plan, beginning(task, plan)._replace(round=done)) for done in range(3)]
+    assert [job.lrs for job in jobs] == [[1.0] * 4, [1.0, 1.0, 0.5, 0.5], [0.5] * 4]
+    assert [job.first_steps.tolist() for job in jobs] == [[0, 0], [4, 4], [8, 8]]
+    _, rows = run_plan(task, plan._replace(rate=plan.rate._replace(lr=0.1)))
+    assert [r["lr"] for r in rows] == [0.1, 0.1, 0.05]
+
+
+@pytest.mark.parametrize("part", ["params", "momentum", "buffers", "spread"])
+def test_a_number_that_is_not_finite_ends_the_run_wherever_it_is(part):
+    class Broken(Engine):
+        def run_round(self, start, job, progress=None):
+            outcome = super().run_round(start, job, progress)
+            if part == "spread":
+                return outcome._replace(momentum_spread=math.inf)
+            tree = {"w": torch.tensor([1.0, math.nan])}
+            return outcome._replace(mean=outcome.mean._replace(**{part: tree}), measured={})
+
+    task, plan = image_task(), simple_plan(4)
+    rounds = run_rounds(task, plan, Broken(task, plan.method, path="loop", chunk_size=1), beginning(task, plan))
+    with pytest.raises(DivergedError, match=rf"{part}.* became .*round 1 at lr = 0.05"):
+        next(rounds)
+
+
 def test_records_say_what_they_should():
-    _, rows = run_plan(image_task(), simple_plan(4, num_rounds=3, eval_every=2))
+    done, rows = run_plan(image_task(), simple_plan(4, num_rounds=3, eval_every=2))
+    assert rows[-1]["test_loss"] == image_task().evaluate(done.state)["test_loss"]  # after the round
     assert [r["round"] for r in rows] == [1, 2, 3]
     assert [r["steps"] for r in rows] == [3, 6, 9]
     assert [r["joint_epochs"] for r in rows] == [4 * 3 * 5 * k / 60 for k in (1, 2, 3)]

@@ -11,13 +11,13 @@ from fedmom.engine.gossip import GossipRounds, mean_of
 from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, exchange_average, start_average
 from fedmom.method.graphs import TOPOLOGIES
-from fedmom.method.mixing import Block, mix_buffers
+from fedmom.method.mixing import Block, mix_buffers, spread
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
 from fedmom.method.topology import Mixing, Topology, make_topology
 from fedmom.records.files import read_tensors
 from fedmom.records.history import read_rounds
-from fedmom.rounds.loop import Plan, beginning, evaluate_rows, round_job, run_rounds
+from fedmom.rounds.loop import Plan, beginning, chosen_clients, evaluate_rows, round_job, run_rounds
 from fedmom.tasks.quadratic import Quadratic, X
 from laws import Trajectory, close, sample_problem, table
 from runs import engine_runner, image_task
@@ -102,17 +102,18 @@ def step_by_step(p, matrices, *, rounds, lr, nesterov, policy) -> Trajectory:
     return Trajectory(np.stack(xs), np.stack(us))
 
 
-@OPTIONS
 @pytest.mark.parametrize(
-    ("num_clients", "period", "chunk_size", "path", "policy"),
+    ("num_clients", "period", "chunk_size", "path", "policy", "nesterov"),
     [
-        (1, 1, 64, "vmap", "average"),
-        (2, 1, 1, "vmap", "average"),
-        (3, 3, 2, "vmap", "average"),
-        (9, 2, 4, "vmap", "average"),
-        (4, 3, 64, "loop", "average"),
-        (5, 2, 2, "vmap", "local"),
-        (4, 2, 3, "vmap", "reset"),
+        (1, 1, 64, "vmap", "average", False),
+        (2, 1, 1, "vmap", "average", True),
+        (3, 3, 2, "vmap", "average", True),
+        (9, 2, 4, "vmap", "average", False),
+        (4, 3, 64, "loop", "average", True),
+        (3, 2, 64, "loop", "average", False),
+        (5, 2, 2, "vmap", "local", True),
+        (5, 2, 2, "vmap", "local", False),
+        (4, 2, 3, "vmap", "reset", True),
     ],
 )
 def test_the_engine_is_algorithm_2_step_by_step(num_clients, period, chunk_size, path, policy, nesterov):
@@ -167,7 +168,7 @@ def test_consensus_is_kept():
     close(got.u, got.u[:, :1])
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@table("name", TOPOLOGIES)
 def test_every_named_topology_runs_by_its_own_matrices(name):
     p, topology = sample_problem(16, False, interval=1, lrs=[]), make_topology(name, 16)
     got = trajectory(gossip(quadratic(p), topology, rounds=5, chunk_size=16))
@@ -287,6 +288,12 @@ def test_blocks_of_receivers_give_their_part_of_the_product():
             torch.testing.assert_close(part, whole[torch.from_numpy(receivers)], rtol=1e-14, atol=1e-14)
 
 
+def test_disagreement_is_the_mean_squared_distance_from_the_mean():
+    """Two clients at (0, 0) and (2, 0) in x and at 1 and 3 in y are √2 from their mean each."""
+    rows = {"x": torch.tensor([[0.0, 0.0], [2.0, 0.0]]), "y": torch.tensor([[1.0], [3.0]])}
+    assert spread(rows) == pytest.approx(2.0)
+
+
 def test_a_thousand_clients_are_no_problem():
     """With sparse products: by the mean, which is the same on every topology of one curvature."""
     task = Quadratic([[1.0] * 3] * 1024, np.random.default_rng(0).normal(size=(1024, 3)).tolist(), [0.0] * 3)
@@ -333,6 +340,8 @@ def test_a_network_with_batch_norm_mixes_all_it_has(path):
 def test_clients_own_models_are_measured():
     task = image_task(num_clients=4, dtype=torch.float64)
     rows = gossip(task, make_topology("path", 4), rounds=3)[-1]
+    assert chosen_clients(4, 0) == chosen_clients(4, 9) == [0, 1, 2, 3]
+    assert chosen_clients(10, 4) == [0, 2, 5, 7]  # evenly spread
     measured = evaluate_rows(task, rows, [0, 1, 2, 3])
     each = [task.evaluate(ClientState(*({n: v[i] for n, v in tree.items()} for tree in rows))) for i in range(4)]
     assert measured["worst_client_loss"] == max(m["test_loss"] for m in each)
@@ -436,6 +445,17 @@ def test_a_disconnected_graph_warns(tmp_path):
     (tmp_path / "g.edges").write_text("0 1\n2 3\n")
     with pytest.warns(UserWarning, match="disconnected"):
         fedmom.run({**SMALL, "algorithm.topology": str(tmp_path / "g.edges"), "run.num-rounds": 1})
+
+
+def test_bytes_are_those_of_the_rounds_own_links():
+    """A ring that is directed has 4 links, everybody with everybody 12; each carries x and, where it is mixed, u."""
+    ring, everybody = np.roll(np.eye(4), 1, axis=1) / 2 + np.eye(4) / 2, np.full((4, 4), 0.25)
+    x = {X: torch.zeros(3, dtype=torch.float64)}
+    for policy, each in (("average", 48), ("local", 24), ("reset", 24), ("quasi-global", 24)):
+        method = Method(0.9, momentum_policy=policy)
+        plan = Plan(method, LearningRate(0.1), 2, 4, 1, topology=dense(ring, everybody))
+        sent = [plan.bytes_sent(t, 4, ClientState(x, x, {})) for t in range(3)]
+        assert sent == [4 * each, 12 * each, 4 * each], policy
 
 
 def test_round_job_carries_the_rows():

@@ -13,6 +13,7 @@ from torch import nn
 from fedmom.engine.look import look
 from fedmom.errors import InputError
 from fedmom.rounds.loop import beginning, round_job
+from laws import table
 from runs import simple_plan
 
 
@@ -269,7 +270,7 @@ def look_at(task):
     look(task, begin.state, round_job(task, plan, begin), None)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@table("name", REFUSED)
 def test_what_no_client_has_of_its_own_is_refused(name):
     build, why = REFUSED[name]
     task = made(build)(2)

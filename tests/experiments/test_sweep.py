@@ -15,9 +15,10 @@ from fedmom.cli import main
 from fedmom.config.load import load
 from fedmom.errors import InputError
 from fedmom.experiments import crew
-from fedmom.experiments.crew import Requests
+from fedmom.experiments.crew import CellEnded, Requests
 from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
-from fedmom.experiments.sweep import MANIFEST, Ended, check, measured_by, sweep
+from fedmom.experiments.sweep import check, measured_by, sweep
+from fedmom.records.files import MANIFEST
 from fedmom.records.history import read_rounds
 from fedmom.records.status import read_status
 from fedmom.results.ranking import best_table, metric_of
@@ -173,7 +174,7 @@ def test_a_run_without_the_number_stands_last_and_is_not_counted(tmp_path):
         (tmp_path / cell.name).mkdir()
         lines = [json.dumps({"round": 1, **({} if value is None else {"loss": value})}) for value in values]
         (tmp_path / cell.name / "rounds.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    ended = [Ended(cell, "done", "", 1.0) for cell in cells]
+    ended = [CellEnded(cell, "done", "", 1.0) for cell in cells]
     _, rows = best_table([*ended[:2], ended[2]._replace(status="diverged"), *ended[3:]], tmp_path, "loss")
     assert rows == [
         ["lr=0.2", "1", "1 of 3", "seed 1: no loss; seed 2: no loss"],
@@ -341,7 +342,7 @@ def test_the_same_run_twice_and_a_folder_that_is_none_of_a_sweep_are_refused(tmp
 
 def test_an_interrupted_run_ends_the_sweep(tmp_path, monkeypatch):
     cells = cells_of(full(parse_grid(["algorithm.lr=0.1,0.2"])), [0])
-    monkeypatch.setattr(crew, "run_cell", lambda work, cell: Ended(cell, "interrupted", "", 1.0))
+    monkeypatch.setattr(crew, "run_cell", lambda work, cell: CellEnded(cell, "interrupted", "", 1.0))
     assert [one.status for one in sweep(QUADRATIC, cells, tmp_path)] == ["interrupted"]
 
 

@@ -443,6 +443,9 @@ def test_the_relays_bookkeeping_is_of_this_round():
     a_round(strategy, grid, start)
     mixed = strategy.train_round(grid, 2, strategy.rows, ConfigRecord(), timeout=0.3)
     assert mixed.answered.tolist() == [True, True, True, False, True]
+    for part in ("params", "momentum"):  # whose link's weight stays at home: W without it keeps the mean
+        for name, rows in getattr(mixed.rows, part).items():
+            torch.testing.assert_close(rows.mean(0), getattr(mixed.after, part)[name].mean(0))
 
 
 def test_the_relay_starts_anew_where_it_is_asked_to():

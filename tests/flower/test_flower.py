@@ -318,6 +318,15 @@ def test_slow_momentum_is_the_formula_and_its_zero_changes_nothing():
     torch.testing.assert_close(unpack(result.arrays)["params/x"], two.state_dict["x"])
 
 
+def test_slow_momentum_divides_by_the_clients_lr():
+    """Where γ changes between rounds, u_s keeps what was divided by the γ of its own round."""
+    changes = {**QUADRATIC, "run.num-rounds": 4, "algorithm.lr-schedule": "step", "algorithm.lr-milestones": "0.5"}
+    right = by_engine({**changes, "algorithm.slow-momentum": 0.4, "algorithm.slow-lr": 0.5})
+    grid, start = LocalGrid(client_app, 5, run_config(changes)), warm_node(run_config(changes)).task.start()
+    found = PRSGDM(5, slow_momentum=0.4, slow_lr=0.5).start(grid, pack(flatten(start)), num_rounds=4)
+    torch.testing.assert_close(unpack(found.arrays)["params/x"], right.state_dict["x"])
+
+
 # Flower's own strategies on our clients
 
 

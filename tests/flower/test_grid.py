@@ -18,6 +18,7 @@ from fedmom.errors import InputError
 from fedmom.flower import grid as ray_grid
 from fedmom.flower.app import load_components, simulate_app
 from fedmom.flower.grid import RayGrid
+from laws import table
 
 pytest.importorskip("ray")
 flwr_app = pytest.importorskip("flwr.app")
@@ -113,7 +114,7 @@ def test_what_one_client_alone_gets_is_not_put(grid, seen):
     assert grid._data.num_puts == before
 
 
-@pytest.mark.parametrize(
+@table(
     "array",
     [
         np.arange(3000.0).reshape(30, 100),
@@ -125,7 +126,6 @@ def test_what_one_client_alone_gets_is_not_put(grid, seen):
         np.arange(2000, dtype=">i4"),
         np.ones(4000, bool),
     ],
-    ids=lambda array: f"{array.dtype}{array.shape}",
 )
 def test_an_echo_is_the_array_however_it_travels(grid, seen, array):
     sent = ArrayRecord({"a": Array(array), "b": Array(array)})

@@ -72,9 +72,10 @@ def test_stop_names_the_client():
     assert "disk full" in result.message
 
 
-def test_proceed_lets_a_client_stand_still_and_moves_its_weights_to_the_diagonals(tmp_path):
-    """Round 2 without client 3: its row stays, and the mean of the others' local steps is kept."""
-    keys = {**DIGITS, "server.on-failure": "proceed", "run.num-rounds": 2}
+@pytest.mark.parametrize("policy", ["average", "quasi-global"])
+def test_proceed_lets_a_client_stand_still(tmp_path, policy):
+    """Round 2 without client 3: its row stays, whatever the policy would make of its momentum."""
+    keys = {**DIGITS, "algorithm.momentum-policy": policy, "server.on-failure": "proceed", "run.num-rounds": 2}
     by_flower({**keys, "run.num-rounds": 1}, 5, out=tmp_path / "one")
     result, _ = by_flower(keys, 5, {"fault": fails(3)}, out=tmp_path / "two")
     assert result.status == "done"

@@ -81,7 +81,7 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("name", TREES)
+@table("name", TREES)
 def test_a_bundle_is_one_array_per_dtype_and_comes_back(name):
     tensors = TREES[name]
     bundled = bundle(tensors)

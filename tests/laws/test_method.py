@@ -55,9 +55,17 @@ def test_fixed_point_formula_gives_the_published_numbers(policy):
     assert at_one == pytest.approx(laws.FIXED_OPTIMUM, abs=1e-12)
 
 
-@OPTIONS
-@paths
-@pytest.mark.parametrize(("num_clients", "chunk_size"), [(1, 64), (2, 1), (3, 2), (7, 2), (7, 64)])
+@pytest.mark.parametrize(
+    ("path", "nesterov", "num_clients", "chunk_size"),
+    [
+        ("vmap", False, 1, 64),
+        ("vmap", True, 2, 1),
+        ("vmap", False, 7, 2),
+        ("vmap", True, 7, 64),
+        ("loop", True, 1, 64),
+        ("loop", False, 3, 2),
+    ],
+)
 def test_engine_is_the_method_step_by_step(path, nesterov, num_clients, chunk_size):
     """Against the plain numpy version, every client at every step, several rounds and odd chunks."""
     problem = sample_problem(num_clients, nesterov, interval=4, lrs=[0.07] * 12)

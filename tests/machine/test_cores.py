@@ -2,16 +2,15 @@
 
 import os
 
-import pytest
-
 from fedmom.machine import cores
+from laws import table
 
 V2 = {"proc/cgroup": "0::/a/b\n"}
 V1 = {"proc/cgroup": "3:cpu,cpuacct:/a\n2:memory:/x\n"}
 
 
-@pytest.mark.parametrize(
-    ("files", "right"),
+@table(
+    "files, right",
     [
         ({}, 8),
         ({**V2, "fs/a/b/cpu.max": "max 100000\n"}, 8),
@@ -26,7 +25,9 @@ V1 = {"proc/cgroup": "3:cpu,cpuacct:/a\n2:memory:/x\n"}
 def test_the_least_of_affinity_and_limits_counts(tmp_path, monkeypatch, files, right):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    place = tmp_path / str(len(list(tmp_path.iterdir())))  # every row's own
+    place.mkdir()
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert cores.usable_cores(tmp_path / "proc", tmp_path / "fs") == right
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    assert cores.usable_cores(place / "proc", place / "fs") == right

@@ -18,6 +18,7 @@ from fedmom.machine.output import Output, steady_output
 from fedmom.records.files import CHECKPOINT, FINAL, read_about
 from fedmom.records.status import read_status
 from fedmom.results.pictures import curves
+from laws import table
 
 QUADRATIC = '[data]\ndataset = "quadratic"\n[run]\nnum-rounds = 3\n[engine]\npath = "loop"\nthreads = 1\n'
 LETTERS = "γ = 0.1 · N × I – û ≤ ∞ ⌈n⌉ ⠁⠀ │ naïve 😀 \udcff"
@@ -30,7 +31,7 @@ def workplace(in_tmp, monkeypatch):
     return in_tmp
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8", "utf-16", "koi8-r"])
+@table("encoding", ["ascii", "cp1252", "latin-1", "utf-8", "utf-16", "koi8-r"])
 def test_every_letter_can_be_written_in_every_encoding(encoding):
     raw = io.BytesIO()
     stream = Output(io.TextIOWrapper(raw, encoding=encoding, write_through=True))

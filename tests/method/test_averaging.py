@@ -74,9 +74,12 @@ def test_pooled_variance_formula_with_weights(sizes):
 
 
 def test_integers_stay_integers_and_take_the_largest():
-    got = average(rows_of(5), [1, 1, 1, 1, 1], (2,)).mean().buffers["bn.num_batches_tracked"]
-    assert got.dtype == torch.int64
-    assert int(got) == 11
+    rows = rows_of(5)
+    turned = ClientState(*({n: v.flip(0) for n, v in tree.items()} for tree in rows))
+    for state in (rows, turned):  # the largest comes with the last chunk, and with the first
+        got = average(state, [1, 1, 1, 1, 1], (2,)).mean().buffers["bn.num_batches_tracked"]
+        assert got.dtype == torch.int64
+        assert int(got) == 11
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

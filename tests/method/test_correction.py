@@ -16,6 +16,7 @@ from fedmom.method.schedules import LearningRate
 from fedmom.randomness import random_bits
 from fedmom.rounds.loop import Plan, beginning, run_rounds
 from fedmom.tasks.quadratic import Quadratic
+from laws import table
 from runs import F64, image_task, run_plan, simple_plan
 
 MU = 0.3
@@ -37,17 +38,20 @@ def fedprox(grads, params, start):
 @pytest.fixture(autouse=True)
 def modules(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a file changed twice in a second would be taken from it
     yield
     sys.modules.pop("mine", None)
 
 
 def write(text):
     Path("mine.py").write_text(text)
+    sys.modules.pop("mine", None)
     return {"algorithm.correction": "mine:correct"}
 
 
-@pytest.mark.parametrize("path", ["loop", "vmap"])
-@pytest.mark.parametrize(("nesterov", "num_clients"), [(False, 1), (False, 3), (True, 2)])
+@pytest.mark.parametrize(
+    ("path", "nesterov", "num_clients"), [("loop", False, 3), ("loop", True, 1), ("vmap", False, 1), ("vmap", True, 2)]
+)
 def test_fedprox_on_quadratics_is_the_recursion_written_out(path, nesterov, num_clients):
     """g_i = h_i (x_i − c_i) + μ (x_i − x̂), x̂ from the start of the round; then Algorithm 1 as ever."""
     h, c = np.array([1.0, 3.0, 0.5])[:num_clients, None], np.array([4.0, -2.0, 1.0])[:num_clients, None]
@@ -151,8 +155,8 @@ def test_addressed_noise_is_the_same_on_every_path_and_another_for_every_client_
     assert len(seen) == 16
 
 
-@pytest.mark.parametrize(
-    ("body", "why"),
+@table(
+    "body, why",
     [
         ("return {n: g + torch.randn(g.shape) for n, g in grads.items()}", "draws random numbers of torch"),
         ("return {n: g * np.random.rand() for n, g in grads.items()}", "draws random numbers of numpy"),

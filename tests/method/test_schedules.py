@@ -5,10 +5,11 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedmom.method.schedules import SCHEDULES, UNITS, Horizon, LearningRate
+from laws import table
 
 # The paper's CIFAR-10 run: 8 clients, 64 examples each per step, 160 passes over 50,000 examples.
 PER_EPOCH = 50_000 / (8 * 64)  # 97.65625 steps
@@ -52,6 +53,7 @@ def test_decay_begins_with_the_first_step_past_the_milestone():
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
+@example(29, 7)  # 7 · (29 / 7) = 29.000000000000004
 def test_a_milestone_on_a_step_is_met_there_though_the_division_is_uneven(numerator, denominator):
     # (m · examples per epoch) / (N B) may come out an ulp above a whole number of steps.
     horizon = Horizon(10**9, 1, numerator / denominator)
@@ -93,9 +95,12 @@ def test_cosine_after_a_warm_up_starts_from_lr_at_its_end():
     assert rate.at(100, horizon) == pytest.approx(0, abs=1e-16)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "step", "theory"])
-@pytest.mark.parametrize(("unit", "amount", "steps"), [("fraction", 0.2, 20), ("joint-epochs", 2.5, 25)])
-def test_warm_up_is_linear_and_then_gone(schedule, unit, amount, steps):
+@table(
+    "schedule, length", itertools.product(["constant", "step", "theory"], [("fraction", 0.2), ("joint-epochs", 2.5)])
+)
+def test_warm_up_is_linear_and_then_gone(schedule, length):
+    """A fifth of 100 steps, or 2.5 joint epochs of 10 steps each."""
+    (unit, amount), steps = length, {"fraction": 20, "joint-epochs": 25}[length[0]]
     horizon = Horizon(100, 4, 10.0)
     cold = LearningRate(0.5, schedule, (0.5,), 0.1, unit)
     warm = cold._replace(warmup=amount)
@@ -110,14 +115,14 @@ def test_theory_is_c_times_the_root_of_n_over_t():
         assert set(rates(LearningRate(0.5, "theory"), Horizon(T, N, 3.0))) == {0.5 * math.sqrt(N / T)}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@table("schedule", SCHEDULES)
 def test_rates_are_positive_and_at_most_lr(schedule):
     for horizon, warmup in itertools.product(HORIZONS[:3], (0.0, 0.3)):
         ceiling = 0.5 * max(1.0, math.sqrt(horizon.num_clients / horizon.num_steps))
         assert all(0 < lr <= ceiling for lr in rates(some_rate(schedule, warmup=warmup), horizon))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@table("schedule", SCHEDULES)
 def test_only_schedules_that_say_so_need_the_length(schedule):
     for unit in UNITS:
         rate = LearningRate(0.5, schedule, (0.5, 0.75), 0.1, unit)

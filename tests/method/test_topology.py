@@ -15,7 +15,7 @@ SIZES = [1, 2, 3, 4, 9, 16]
 REFUSED = {("torus", 2), ("torus", 3), ("hypercube", 3), ("hypercube", 9)} | {("random-regular", n) for n in (2, 3, 4)}
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@table("name", TOPOLOGIES)
 def test_every_topology_is_right_at_every_size_or_names_the_sizes_that_fit(name):
     for num_clients in SIZES:
         if (name, num_clients) not in REFUSED:
@@ -47,6 +47,13 @@ def circulant(hops, n):
     return max(abs(np.mean(np.exp(2j * np.pi * k * np.array(hops) / n))) for k in range(1, n))
 
 
+def one_peer(n):
+    """Of a round: its W_t are circulants, so eigenvalues of a period multiply, and the root is taken."""
+    hops = [2**t for t in range(math.ceil(math.log2(n)))]
+    product = max(abs(np.prod([(1 + np.exp(2j * np.pi * k * hop / n)) / 2 for hop in hops])) for k in range(1, n))
+    return product ** (1 / len(hops))
+
+
 @table(
     "name, sizes, value",
     [
@@ -59,6 +66,7 @@ def circulant(hops, n):
         ("star", (2,), lambda n: 0),
         ("complete", SIZES, lambda n: 0),
         ("one-peer-exponential", (2, 4, 32), lambda n: 0),
+        ("one-peer-exponential", (3, 9, 24), lambda n: one_peer(n)),
     ],
 )
 def test_second_eigenvalues_that_are_known(name, sizes, value):

@@ -98,8 +98,31 @@ def test_memory_does_not_grow_with_the_rounds(tmp_path, monkeypatch):
 
 def test_records_that_were_added_are_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(history, "MOST_KEPT", 3)
-    rounds = History(tmp_path)
-    for line in write(tmp_path, 8):
+    rounds, lines = History(tmp_path), write(tmp_path, 8)
+    for count, line in enumerate(lines, 1):
+        write(tmp_path, count)
         rounds.append(line)
-    assert list(rounds) == read_rounds(tmp_path)
+        assert list(rounds) == lines[:count]
+        assert [rounds[place] for place in range(count)] == lines[:count]
     assert rounds.last == rounds[-1] == read_rounds(tmp_path)[-1]
+
+
+def test_what_is_missing_or_broken_before_the_end_is_named(tmp_path):
+    """Only the last line may be half a line: a kill cuts it short."""
+    lines = [json.dumps(line) + "\n" for line in write(tmp_path, 5)]
+    (tmp_path / ROUNDS).write_text("".join(lines) + lines[0][:9])
+    assert len(read_rounds(tmp_path)) == 5
+    (tmp_path / ROUNDS).write_text("".join(lines[:2] + lines[3:]))
+    with pytest.raises(InputError, match="lacks rounds before the checkpoint's, 5"):
+        cut_back(tmp_path, 5, 1, ())
+    (tmp_path / ROUNDS).write_text("".join(lines[:2]) + lines[2][:9] + "\n" + "".join(lines[3:]))
+    with pytest.raises(InputError, match=":3: is not a round's record"):
+        read_rounds(tmp_path)
+
+
+def test_thinning_keeps_the_best_round_and_the_ends():
+    lines = [{"round": r, "test_loss": 1.0, "test_accuracy": 0.9 if r == 778 else 0.5} for r in range(1, 2001)]
+    kept = [record["round"] for record in thinned(lines, 20)]
+    assert kept == sorted(kept)
+    assert {1, 778, 2000} <= set(kept)
+    assert len(kept) < 50

@@ -458,33 +458,33 @@ def test_runs_that_do_not_fit_together_say_what_differs(tmp_path):
         check_fit(groups)
 
 
-@pytest.mark.parametrize(
-    ("words", "why"),
-    [
-        (["nowhere"], "nowhere: no such folder"),
-        (["empty"], "empty: is neither a run folder"),
-        (["file"], "file: is a file"),
-        (["none"], "none: none of its 1 runs has finished a round"),
-        (["none/a"], "none/a: no run has finished a round yet"),
-        (["sweep", "--target", "acuracy=0.9"], "did you mean"),
-        (["sweep", "--target", "distance=0.9"], "choose one of test_accuracy, test_loss (no run has another)"),
-        (["sweep", "--target", "accuracy"], "METRIC=NUMBER"),
-        (["sweep", "--target", "accuracy=high"], "METRIC=NUMBER"),
-        (["sweep", "--target", "accuracy=80"], "accuracy=80%"),
-        (["sweep", "--target", "loss = nan"], "reached by no run, or by every one"),
-        (["sweep", "--target", "loss=inf"], "reached by no run, or by every one"),
-        (["sweep", "--format", "html"], "choose one of text, markdown, csv, latex"),
-        (["sweep", "--out", "file"], "--out file: is a file; name a folder"),
-        (["sweep", "--out", "~nobody-of-this-name/x"], "is no user of this machine; ./~nobody-of-this-name/x is"),
-    ],
-)
-def test_bad_input_is_one_line(sweep, capsys, monkeypatch, words, why):
+BAD = [
+    (["nowhere"], "nowhere: no such folder"),
+    (["empty"], "empty: is neither a run folder"),
+    (["file"], "file: is a file"),
+    (["none"], "none: none of its 1 runs has finished a round"),
+    (["none/a"], "none/a: no run has finished a round yet"),
+    (["sweep", "--target", "acuracy=0.9"], "did you mean"),
+    (["sweep", "--target", "distance=0.9"], "choose one of test_accuracy, test_loss (no run has another)"),
+    (["sweep", "--target", "accuracy"], "METRIC=NUMBER"),
+    (["sweep", "--target", "accuracy=high"], "METRIC=NUMBER"),
+    (["sweep", "--target", "accuracy=80"], "accuracy=80%"),
+    (["sweep", "--target", "loss = nan"], "reached by no run, or by every one"),
+    (["sweep", "--target", "loss=inf"], "reached by no run, or by every one"),
+    (["sweep", "--format", "html"], "choose one of text, markdown, csv, latex"),
+    (["sweep", "--out", "file"], "--out file: is a file; name a folder"),
+    (["sweep", "--out", "~nobody-of-this-name/x"], "is no user of this machine; ./~nobody-of-this-name/x is"),
+]
+
+
+def test_bad_input_is_one_line(sweep, capsys, monkeypatch):
     monkeypatch.chdir(sweep.parent)
     Path("empty").mkdir()
     Path("file").touch()
     make_run(Path("none/a"), {}, [])
     before = sorted(sweep.parent.rglob("*"))
-    status, out, err = call(capsys, *words)
-    assert (status, out, len(err)) == (2, "", 1)
-    assert why in err[0]
-    assert sorted(sweep.parent.rglob("*")) == before
+    for words, why in BAD:
+        status, out, err = call(capsys, *words)
+        assert (status, out, len(err)) == (2, "", 1), words
+        assert why in err[0]
+        assert sorted(sweep.parent.rglob("*")) == before

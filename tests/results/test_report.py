@@ -15,6 +15,7 @@ from fedmom.results.pictures.style import COLOURS
 from fedmom.results.report import draw_or_say_why, draw_report
 from fedmom.results.tables import AXES, RunHistory, as_markdown, equal_table, summary_table
 from histories import classifier, one_column, quadratic
+from laws import table
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +54,14 @@ def test_the_report_holds_every_table_and_a_picture_of_every_run(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "report.md"]
     text = paths["report"].read_text(encoding="utf-8")
     assert f"({paths['curves'].name})" in text
-    for table in (summary_table(runs), *(equal_table(runs, axis) for axis in AXES)):
-        assert as_markdown(*table) in text
+    for one in (summary_table(runs), *(equal_table(runs, axis) for axis in AXES)):
+        assert as_markdown(*one) in text
     image = pixels(paths["curves"])
     colours = [colour for colour in COLOURS if colour != "#000000"]  # text is black too
     assert [where(image, colour).sum() >= 20 for colour in colours] == [True] * 2 + [False] * (len(colours) - 2)
 
 
-@pytest.mark.parametrize(
+@table(
     "make",
     [
         lambda: [one_column("one round", 1)],
@@ -71,7 +72,6 @@ def test_the_report_holds_every_table_and_a_picture_of_every_run(tmp_path):
         lambda: [one_column("short", 4), one_column("long", 400)],
         lambda: [one_column(f"seed {k}", 3) for k in range(15)],
     ],
-    ids=["single", "single-quadratic", "zero", "to-zero", "mixed", "log-axis", "many"],
 )
 def test_something_shows(tmp_path, make):
     draw_curves(make(), tmp_path / "curves.png")
@@ -117,7 +117,7 @@ def test_long_names_are_cut_and_lose_what_they_share():
 # --- partitions ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_clients", "num_classes"), [(1, 1), (20, 10), (1, 100), (101, 1), (1500, 100)])
+@table("num_clients, num_classes", [(1, 1), (20, 10), (1, 100), (101, 1), (1500, 100)])
 def test_a_partition_is_drawn(tmp_path, num_clients, num_classes):
     counts = np.random.default_rng(0).integers(0, 50, size=(num_clients, num_classes))
     counts[0, 0] = 60

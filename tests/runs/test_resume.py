@@ -61,6 +61,8 @@ def test_interrupted_run_resumes_to_the_same_bytes(tmp_path, policy, stop):
     assert second.status == "done"
     same_run(tmp_path / "whole", tmp_path / "parts")
     assert [r["round"] for r in second.rounds] == list(range(1, 13))
+    times = [r["wall_seconds"] for r in second.rounds]
+    assert times == sorted(times)  # over both parts
 
 
 def test_interrupt_inside_a_round_loses_only_that_round(tmp_path):

@@ -8,7 +8,7 @@ import fedmom
 from fedmom.data.partition import make_partition
 from fedmom.tasks.classification import Batch, Classification
 from fedmom.tasks.models import build_model
-from runs import run_plan, simple_plan, tiny_images
+from runs import image_task, run_plan, simple_plan, tiny_images
 
 QUIET = [fedmom.Callback()]
 MODELS = """
@@ -145,3 +145,24 @@ def test_the_gradient_alone_is_the_gradient(model):
             assert not found[name].requires_grad
     assert not alone[2].requires_grad
     assert all(torch.equal({**start.params, **start.buffers}[name], value) for name, value in before.items())
+
+
+def test_every_step_of_every_client_drops_out_otherwise():
+    """Keys go by client and step, whoever asks from which step on."""
+    task, clients = image_task("cnn", 3), torch.arange(3)
+    keys = torch.stack([batch.dropout_key for batch in task.round_batches(clients, torch.zeros_like(clients), 4)])
+    assert len(keys.unique()) == 12
+    (later,) = task.round_batches(clients[1:], torch.full((2,), 3), 1)
+    assert torch.equal(later.dropout_key, keys[3, 1:])
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet20"])
+def test_evaluation_is_the_models_own_in_eval_mode(name):
+    """Without dropout and by the running statistics, on the test examples."""
+    task, data = image_task(name), tiny_images()
+    net = build_model(name, tuple(data.x_train.shape[1:]), 3, seed=3, hidden=8).double().eval()
+    with torch.no_grad():
+        logits = net((data.x_test.double() / 255 - 0.4) / 0.3)
+    found = task.evaluate(task.start())
+    assert found["test_loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, data.y_test)), rel=1e-9)
+    assert found["test_accuracy"] == float((logits.argmax(1) == data.y_test).double().mean())

@@ -1,0 +1,1371 @@
+"""Wrong versions of the product, one mistake each, and the fast test that must fail under it.
+
+What laws/wrong.py is for Algorithm 1 this is for the rest of the house: mistakes that somebody could make, none of
+which gives the right numbers in the end. A row keeps the dotted name of what it changes; where that moves, or its text
+is written otherwise, the row says that it is stale and is adapted.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from change import Change, both, code, constant, entry
+from fedmom.method.algorithms import start_local
+
+# The fast tests that `python tests/mutants` runs under every mutant of a part: where its laws are stated.
+PARTS = {
+    "algorithm 1": (
+        "tests/laws",
+        "tests/method/test_algorithms.py",
+        "tests/method/test_correction.py",
+        "tests/engine/test_engine.py",
+        "tests/config/test_config.py::test_baselines_mean_what_their_names_say",
+        "tests/config/test_config.py::test_intervals_are_the_theorems_floors_in_exact_arithmetic",
+    ),
+    "algorithm 2": ("tests/method/test_topology.py", "tests/engine/test_gossip.py", "tests/flower/test_relay.py"),
+    "averaging": ("tests/method/test_averaging.py", "tests/engine/test_engine.py", "tests/laws"),
+    "stack": ("tests/engine/test_stacked.py",),
+    "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_classification.py"),
+    "partitions": ("tests/data/test_partition.py",),
+    "schedules": ("tests/method/test_schedules.py", "tests/engine/test_engine.py", "tests/laws"),
+    "rounds": ("tests/engine/test_engine.py", "tests/engine/test_gossip.py", "tests/runs/test_run.py"),
+    "resume": ("tests/runs/test_resume.py", "tests/records", "tests/engine/test_gossip.py"),
+    "failures": ("tests/flower/test_failures.py", "tests/flower/test_flower.py", "tests/flower/test_relay.py"),
+    "identity": ("tests/records/test_identity.py",),
+    "history": ("tests/records/test_history.py", "tests/runs/test_resume.py"),
+    "records": ("tests/records", "tests/runs/test_run.py"),
+}
+
+
+class Mutant(NamedTuple):
+    part: str  # of PARTS
+    name: str
+    breaks: str  # what is wrong then, in words
+    change: Change
+    test: str  # the node id of a test that must fail
+
+
+ALGORITHMS, AVERAGING, MIXING = "fedmom.method.algorithms", "fedmom.method.averaging", "fedmom.method.mixing"
+TOPOLOGY, GRAPHS, SCHEDULES = "fedmom.method.topology", "fedmom.method.graphs", "fedmom.method.schedules"
+LOOP, ENGINE, GOSSIP = "fedmom.rounds.loop", "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
+STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.RoundSums"
+BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.classification.Classification"
+FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
+RUN, STATUS, FILES = "fedmom.runs.execute._Run", "fedmom.records.status", "fedmom.records.files"
+PRSGDM, DSGDM, CLIENTS = "strategies.prsgdm.PRSGDM", "strategies.dsgdm.DSGDM", "strategies.fleet.Fleet"
+
+CONTENT = "tests/records/test_identity.py::test_other_content_of_what_the_configuration_names_is_refused_by_key"
+
+_DECAY = (
+    "    if weight_decay:\n        grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}\n"
+)
+_CORRECTED = "        grads = correction(grads, state.params, start, **more)\n"
+_POLICIES = f"{ALGORITHMS}.MOMENTUM_POLICIES"
+
+MUTANTS = [
+    # --- algorithm 1 ---------------------------------------------------------------------------------------
+    Mutant(
+        "algorithm 1",
+        "momentum is kept local under `average`",
+        "every client goes on with its own u where it must restart from û",
+        entry(_POLICIES, "average", lambda row: row._replace(start=start_local, keeps_rows=True)),
+        "tests/laws/test_method.py::test_interval_one_is_large_batch_momentum_sgd[vmap-option I]",
+    ),
+    Mutant(
+        "algorithm 1",
+        "lr inside the momentum",
+        "u ← βu + γg: a schedule changes the memory too",
+        both(
+            code(
+                f"{ALGORITHMS}.momentum_step",
+                "    momentum = {name: beta * u + grads[name] for name, u in state.momentum.items()}\n",
+                "    grads = {name: lr * g for name, g in grads.items()}\n"
+                "    momentum = {name: beta * u + grads[name] for name, u in state.momentum.items()}\n    lr = 1.0\n",
+            ),
+        ),
+        "tests/laws/test_method.py::test_interval_one_is_large_batch_momentum_sgd[vmap-option I]",
+    ),
+    Mutant(
+        "algorithm 1",
+        "option II takes the old u",
+        "v = βu + g with u before the step",
+        code(f"{ALGORITHMS}.momentum_step", "u in momentum.items()}", "u in state.momentum.items()}"),
+        "tests/laws/test_method.py::test_interval_one_is_large_batch_momentum_sgd[vmap-option II]",
+    ),
+    Mutant(
+        "algorithm 1",
+        "weight decay is not multiplied by the lr's share",
+        "decoupled decay (x ← x − λx) in place of λx inside g",
+        code(
+            f"{ALGORITHMS}.local_step",
+            _DECAY,
+            "    if weight_decay:\n        state = state._replace(params={n: x - lr * weight_decay * x "
+            "for n, x in state.params.items()})\n",
+        ),
+        "tests/method/test_algorithms.py::test_weight_decay_is_in_the_gradient_as_in_torch_sgd",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the correction comes before weight decay",
+        "λx is added to what the correction made",
+        code(
+            f"{ALGORITHMS}.local_step",
+            _DECAY + "    if correction is not None:\n        assert start is not None\n"
+            '        more = {} if key is None else {"key": key}\n' + _CORRECTED,
+            "    if correction is not None:\n        assert start is not None\n"
+            '        more = {} if key is None else {"key": key}\n' + _CORRECTED + _DECAY,
+        ),
+        "tests/method/test_algorithms.py::test_a_correction_is_of_the_gradient_with_its_weight_decay",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the correction sees x twice",
+        "it is given x where it must be given x at the start of the round",
+        code(
+            f"{ALGORITHMS}.local_step",
+            "correction(grads, state.params, start,",
+            "correction(grads, state.params, state.params,",
+        ),
+        "tests/method/test_correction.py::test_fedprox_on_quadratics_is_the_recursion_written_out[loop-False-3]",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the correction's key is the round's",
+        "noise is the same in every step of a round",
+        code(
+            f"{ENGINE}._run_chunk",
+            "random_bits(job.clients, job.first_steps + s)",
+            "random_bits(job.clients, job.first_steps)",
+        ),
+        "tests/method/test_correction.py::test_addressed_noise_is_the_same_on_every_path_and_another_for_every_client_step_and_seed",
+    ),
+    Mutant(
+        "algorithm 1",
+        "slow momentum forgets",
+        "u_s ← (x − x̂)/γ: α is ignored",
+        code(f"{ALGORITHMS}.slow_step", "alpha * slow[name] + (x - mean[name]) / lr", "(x - mean[name]) / lr"),
+        "tests/method/test_algorithms.py::test_slow_momentum_by_hand",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the interval for distinct data is that of identical data",
+        "theory-non-iid takes T^(1/2)/N^(3/2)",
+        code(f"{ALGORITHMS}.theory_interval", '"theory-non-iid": math.isqrt(root)', '"theory-non-iid": root'),
+        "tests/config/test_config.py::test_intervals_are_the_theorems_floors_in_exact_arithmetic",
+    ),
+    Mutant(
+        "algorithm 1",
+        "local SGD has momentum",
+        "local-sgd no longer means β = 0",
+        entry(f"{ALGORITHMS}.ALGORITHMS", "local-sgd", lambda row: row._replace(beta=None)),
+        "tests/config/test_config.py::test_baselines_mean_what_their_names_say",
+    ),
+    Mutant(
+        "algorithm 1",
+        "average resets",
+        "policy `average` starts rounds from u = 0",
+        entry(
+            _POLICIES, "average", lambda row: row._replace(start=lambda mean, own: {n: u * 0 for n, u in mean.items()})
+        ),
+        "tests/laws/test_method.py::test_interval_one_is_large_batch_momentum_sgd[vmap-option I]",
+    ),
+    Mutant(
+        "algorithm 1",
+        "a client of a cohort gets the momentum of its place",
+        "under `local` row k of the table goes to the k-th of the cohort",
+        code(f"{LOOP}.round_job", "u[torch.from_numpy(ids)]", "u[: len(ids)]"),
+        "tests/engine/test_engine.py::test_under_local_every_client_of_a_cohort_starts_from_its_own_momentum[1]",
+    ),
+    Mutant(
+        "algorithm 1",
+        "a cohort's momenta are put back by place",
+        "under `local` the k-th of the cohort writes row k",
+        code(f"{LOOP}.after_round", "index_copy(0, ids,", "index_copy(0, torch.arange(len(ids)),"),
+        "tests/engine/test_engine.py::test_partial_participation_keeps_the_others_momentum_under_local",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the same cohort every round",
+        "cohorts go by the seed alone",
+        code(f"{LOOP}.cohort", "random_bits(COHORT, seed, round_index,", "random_bits(COHORT, seed, 0,"),
+        "tests/engine/test_engine.py::test_cohorts_are_addressed_sorted_and_fair",
+    ),
+    Mutant(
+        "algorithm 1",
+        "the same cohorts for every seed",
+        "cohorts go by the round alone",
+        code(f"{LOOP}.cohort", "random_bits(COHORT, seed, round_index,", "random_bits(COHORT, 0, round_index,"),
+        "tests/engine/test_engine.py::test_cohorts_are_addressed_sorted_and_fair",
+    ),
+    Mutant(
+        "algorithm 1",
+        "a step too many",
+        "with unequal numbers of steps a client that is done takes one more",
+        code(f"{ENGINE}._run_chunk", "active = s < job.num_steps", "active = s <= job.num_steps"),
+        "tests/engine/test_engine.py::test_local_epochs_with_really_unequal_clients",
+    ),
+    # --- algorithm 2 ---------------------------------------------------------------------------------------
+    Mutant(
+        "algorithm 2",
+        "W transposed",
+        "i takes of j what j should take of i",
+        code(
+            f"{MIXING}.Block.matrix",
+            "[self.rows, self.columns]",
+            "[self.columns, self.rows] if self.shape[0] == self.shape[1] else [self.rows, self.columns]",
+        ),
+        "tests/engine/test_gossip.py::test_a_directed_ring_tells_w_from_its_transpose_and_the_order",
+    ),
+    Mutant(
+        "algorithm 2",
+        "always W_0",
+        "the first matrix of a period in every round",
+        code(f"{TOPOLOGY}.Topology.at", "round_index % len(self.matrices)", "0"),
+        "tests/method/test_topology.py::test_a_sweep_of_the_one_peer_graph_averages_exactly",
+    ),
+    Mutant(
+        "algorithm 2",
+        "W_t one round late",
+        "round t mixes with W of round t − 1",
+        code(
+            f"{GOSSIP}.GossipRounds.run_round",
+            "self.topology.at(job.round_index)",
+            "self.topology.at(job.round_index - 1)",
+        ),
+        "tests/engine/test_gossip.py::test_the_engine_is_algorithm_2_step_by_step[3-3-2-vmap-average-True]",
+    ),
+    Mutant(
+        "algorithm 2",
+        "the relay's W_t one round early",
+        "Flower's rounds count from 1, and W from 0",
+        code(f"{DSGDM}._mix", "self.topology.at(server_round - 1)", "self.topology.at(server_round)"),
+        "tests/flower/test_relay.py::test_the_relay_gives_the_engines_rounds[one-peer-II]",
+    ),
+    Mutant(
+        "algorithm 2",
+        "u is not mixed",
+        "policy `average` mixes x alone",
+        entry(_POLICIES, "average", lambda row: row._replace(exchange=lambda rows: rows.own)),
+        "tests/engine/test_gossip.py::test_the_engine_is_algorithm_2_step_by_step[2-1-1-vmap-average-True]",
+    ),
+    Mutant(
+        "algorithm 2",
+        "u is mixed twice",
+        "u times W times W",
+        code(
+            f"{MIXING}.combine",
+            "{name: apply(u) for name, u in after.momentum.items()}",
+            "{name: apply(apply(u)) for name, u in after.momentum.items()}",
+        ),
+        "tests/engine/test_gossip.py::test_the_engine_is_algorithm_2_step_by_step[2-1-1-vmap-average-True]",
+    ),
+    Mutant(
+        "algorithm 2",
+        "combine, then adapt",
+        "x before the step is mixed, and each client adds its own step to it",
+        code(
+            f"{MIXING}.combine",
+            "{name: apply(x) for name, x in after.params.items()}",
+            "{name: apply(before.params[name]) + x - before.params[name] for name, x in after.params.items()}",
+        ),
+        "tests/engine/test_gossip.py::test_a_directed_ring_tells_w_from_its_transpose_and_the_order",
+    ),
+    Mutant(
+        "algorithm 2",
+        "two policies' rows are swapped",
+        "`local` resets and `reset` keeps",
+        both(
+            entry(
+                _POLICIES,
+                "local",
+                lambda row: row._replace(exchange=lambda rows: {n: u * 0 for n, u in rows.own.items()}),
+            ),
+            entry(_POLICIES, "reset", lambda row: row._replace(exchange=lambda rows: rows.own)),
+        ),
+        "tests/engine/test_gossip.py::test_a_policy_is_one_row_of_one_table",
+    ),
+    Mutant(
+        "algorithm 2",
+        "quasi-global momentum without its share",
+        "(x − x⁺)/γ enters with weight 1 and not 1 − β",
+        code(f"{ALGORITHMS}.exchange_quasi_global", "(1 - rows.beta) / rows.lr", "1 / rows.lr"),
+        "tests/engine/test_gossip.py::test_quasi_global_momentum_is_the_published_recursion",
+    ),
+    Mutant(
+        "algorithm 2",
+        "quasi-global momentum travels",
+        "bytes of u are counted though nothing but x is sent",
+        entry(_POLICIES, "quasi-global", lambda row: row._replace(sends_momentum=True)),
+        "tests/engine/test_gossip.py::test_bytes_are_those_of_the_rounds_own_links",
+    ),
+    Mutant(
+        "algorithm 2",
+        "mixed variances are not pooled",
+        "running_var is Σ w var, without the spread of the means",
+        code(f"{MIXING}.mix_buffers", "    if pooled:\n", "    if False:\n"),
+        "tests/engine/test_gossip.py::test_buffers_are_mixed_with_their_variance_pooled",
+    ),
+    Mutant(
+        "algorithm 2",
+        "the weights of links are one over the larger degree",
+        "Metropolis without the 1 for the client itself: W is periodic on regular graphs",
+        entry(
+            f"{GRAPHS}.WEIGHTS", "metropolis", lambda _: lambda degrees, a, b: 1.0 / np.maximum(degrees[a], degrees[b])
+        ),
+        "tests/method/test_topology.py::test_every_topology_is_right_at_every_size_or_names_the_sizes_that_fit",
+    ),
+    Mutant(
+        "algorithm 2",
+        "a directed ring turns the other way",
+        "i sends to i − 1",
+        code(f"{TOPOLOGY}.from_hops", "(everybody + hop) % num_clients", "(everybody - hop) % num_clients"),
+        "tests/method/test_topology.py::test_the_directed_ring_sends_to_the_next",
+    ),
+    Mutant(
+        "algorithm 2",
+        "columns of W are not checked",
+        "a matrix that does not keep consensus is taken",
+        code(
+            f"{TOPOLOGY}.check",
+            '(0, "column", "consensus would not last")',
+            '(1, "column", "consensus would not last")',
+        ),
+        "tests/method/test_topology.py::test_matrices_that_are_refused",
+    ),
+    Mutant(
+        "algorithm 2",
+        "a link that failed takes its weight along",
+        "neither diagonal gets it, and rows sum to less than 1",
+        code(
+            f"{TOPOLOGY}.Mixing.without",
+            "self._replace(targets=np.where(away, self.sources, self.targets))",
+            "self._replace(weights=np.where(away, 0.0, self.weights))",
+        ),
+        "tests/method/test_topology.py::test_without_links_a_symmetric_matrix_stays_doubly_stochastic[star]",
+    ),
+    Mutant(
+        "algorithm 2",
+        "every W is symmetric",
+        "links of a directed W are left out, which changes its sums",
+        code(
+            f"{TOPOLOGY}.Mixing.is_symmetric",
+            "return bool((np.abs(weights[one] - weights[other]) <= TOLERANCE).all())",
+            "return True",
+        ),
+        "tests/method/test_topology.py::test_symmetry_and_parts_are_those_of_the_dense_matrix",
+    ),
+    Mutant(
+        "algorithm 2",
+        "|λ₂| of a whole period is called that of a round",
+        "the root over the period is not taken",
+        code(f"{TOPOLOGY}.Topology.second_eigenvalue", "float(largest ** (1 / self.period))", "float(largest)"),
+        "tests/method/test_topology.py::test_second_eigenvalues_that_are_known",
+    ),
+    Mutant(
+        "algorithm 2",
+        "random graphs ignore the seed",
+        "every seed has the same graph",
+        code(f"{GRAPHS}._connected", "draw(options.seed * 1_000_003 + attempt)", "draw(attempt)"),
+        "tests/method/test_topology.py::test_random_graphs_go_by_the_seed",
+    ),
+    Mutant(
+        "algorithm 2",
+        "disagreement is summed",
+        "Σ ‖x_i − x̄‖² is not divided by N",
+        code(
+            f"{MIXING}.spread", "return total / max(1, len(next(iter(rows.values()), torch.empty(1))))", "return total"
+        ),
+        "tests/engine/test_gossip.py::test_disagreement_is_the_mean_squared_distance_from_the_mean",
+    ),
+    Mutant(
+        "algorithm 2",
+        "disagreement is measured after the exchange",
+        "consensus_distance is of the mixed rows",
+        code(
+            f"{GOSSIP}.outcome_of", "consensus_distance=spread(after.params)", "consensus_distance=spread(mixed.params)"
+        ),
+        "tests/engine/test_gossip.py::test_a_run_records_what_it_did",
+    ),
+    Mutant(
+        "algorithm 2",
+        "a sparse block takes its senders by place",
+        "a worker that holds some clients reads the rows of others",
+        code(
+            f"{MIXING}.Block.__init__",
+            "self.columns = np.searchsorted(senders, mixing.sources[kept])",
+            "self.columns = mixing.sources[kept] % len(senders)",
+        ),
+        "tests/engine/test_gossip.py::test_blocks_of_receivers_give_their_part_of_the_product",
+    ),
+    Mutant(
+        "algorithm 2",
+        "bytes count a client's own share",
+        "num_links counts the diagonal of W",
+        code(f"{TOPOLOGY}.Mixing.num_links", "int((self.sources != self.targets).sum())", "len(self.sources)"),
+        "tests/method/test_topology.py::test_every_topology_is_right_at_every_size_or_names_the_sizes_that_fit",
+    ),
+    Mutant(
+        "algorithm 2",
+        "bytes are those of W_0",
+        "a round's links are counted on the first matrix of the period",
+        code(f"{LOOP}.Plan.bytes_sent", "self.topology.at(round_index)", "self.topology.at(0)"),
+        "tests/engine/test_gossip.py::test_bytes_are_those_of_the_rounds_own_links",
+    ),
+    # --- averaging -----------------------------------------------------------------------------------------
+    Mutant(
+        "averaging",
+        "unweighted where weights are asked",
+        "the mean takes 1/K for every client",
+        code(f"{AVERAGING}._Moments.add", "torch.tensordot(weights, rows.to(F64), 1)", "rows.to(F64).mean(0) * chunk"),
+        "tests/method/test_averaging.py::test_means_and_spreads_are_the_textbook_ones_however_rows_are_split[7-sizes3]",
+    ),
+    Mutant(
+        "averaging",
+        "buffers are unweighted",
+        "x and u by weights, BatchNorm's statistics by 1/K",
+        code(
+            f"{AVERAGING}.WeightedMean.add",
+            "moments.add(value, weights, chunk)",
+            'moments.add(value, weights if part != "buffers" else weights * 0 + chunk / len(weights), chunk)',
+        ),
+        "tests/method/test_averaging.py::test_pooled_variance_formula_with_weights[sizes0]",
+    ),
+    Mutant(
+        "averaging",
+        "momentum is unweighted",
+        "x by weights, u by 1/K",
+        code(
+            f"{AVERAGING}.WeightedMean.add",
+            "moments.add(value, weights, chunk)",
+            'moments.add(value, weights if part != "momentum" else weights * 0 + chunk / len(weights), chunk)',
+        ),
+        "tests/method/test_averaging.py::test_means_and_spreads_are_the_textbook_ones_however_rows_are_split[7-sizes3]",
+    ),
+    Mutant(
+        "averaging",
+        "client weights are ignored",
+        "client-weights = samples weighs all alike",
+        code(
+            f"{LOOP}.clients_job",
+            'sizes if plan.client_weights == "samples" else np.ones(len(ids))',
+            "np.ones(len(ids))",
+        ),
+        "tests/engine/test_engine.py::test_sample_weights_weigh_model_and_momentum_alike",
+    ),
+    Mutant(
+        "averaging",
+        "clients are always weighed by their samples",
+        "client-weights = uniform is not the paper's 1/N",
+        code(f"{LOOP}.clients_job", 'sizes if plan.client_weights == "samples" else np.ones(len(ids))', "sizes"),
+        "tests/engine/test_engine.py::test_sample_weights_weigh_model_and_momentum_alike",
+    ),
+    Mutant(
+        "averaging",
+        "weights of the first chunk for all",
+        "a chunk's clients are weighed by those of the first",
+        code(f"{ENGINE}.run_round", "mean.add(state, part.weights)", "mean.add(state, job.weights[: len(rows)])"),
+        "tests/engine/test_engine.py::test_sample_weights_weigh_model_and_momentum_alike",
+    ),
+    Mutant(
+        "averaging",
+        "the last chunk twice",
+        "a chunk that is not full counts double",
+        code(
+            f"{ENGINE}.run_round",
+            "mean.add(state, part.weights)",
+            "mean.add(state, part.weights * (1 + (len(rows) < self.chunk_size)))",
+        ),
+        "tests/engine/test_engine.py::test_any_chunk_size_gives_the_same_numbers[2-local]",
+    ),
+    Mutant(
+        "averaging",
+        "running_var by mean where it is pooled",
+        "the spread of the means is left out of the variance",
+        code(f"{AVERAGING}.WeightedMean.mean", "        if self.pooled:\n", "        if False:\n"),
+        "tests/method/test_averaging.py::test_pooled_variance_is_the_variance_of_all_activations_together",
+    ),
+    Mutant(
+        "averaging",
+        "chunks' means are not compared",
+        "the deviation between chunks is left out of spread and pooled variance",
+        code(
+            f"{AVERAGING}._Moments.add",
+            "self.deviation += deviation + (between if self.each else between.sum())",
+            "self.deviation += deviation",
+        ),
+        "tests/method/test_averaging.py::test_means_and_spreads_are_the_textbook_ones_however_rows_are_split[2-sizes1]",
+    ),
+    Mutant(
+        "averaging",
+        "counts are summed",
+        "num_batches_tracked of all chunks together",
+        code(f"{AVERAGING}.WeightedMean.add", "torch.maximum(known, largest)", "known + largest"),
+        "tests/method/test_averaging.py::test_integers_stay_integers_and_take_the_largest",
+    ),
+    Mutant(
+        "averaging",
+        "the last chunk's count",
+        "num_batches_tracked is that of whoever came last, not the largest",
+        code(f"{AVERAGING}.WeightedMean.add", "largest if known is None else torch.maximum(known, largest)", "largest"),
+        "tests/method/test_averaging.py::test_integers_stay_integers_and_take_the_largest",
+    ),
+    Mutant(
+        "averaging",
+        "one by one, unweighted",
+        "a server that adds up replies ignores their weights after the first",
+        code(f"{AVERAGING}._SummedOneByOne.add", "self.total.add_(row, alpha=weight)", "self.total.add_(row)"),
+        "tests/method/test_averaging.py::test_one_by_one_gives_the_same[2-mean]",
+    ),
+    Mutant(
+        "averaging",
+        "spread about the first client",
+        "Σ p ‖x_i − x_1‖² in place of the distance from the mean",
+        code(
+            f"{AVERAGING}._SummedOneByOne.deviation",
+            "max(0.0, self.squares - self.weight * float(torch.dot(away, away)))",
+            "self.squares",
+        ),
+        "tests/method/test_averaging.py::test_one_by_one_gives_the_same[2-mean]",
+    ),
+    Mutant(
+        "averaging",
+        "train loss is unweighted",
+        "train_loss is the plain mean of clients under client-weights = samples",
+        code(f"{ENGINE}.run_round", "float(job.weights @ every) / total", "float(every.mean())"),
+        "tests/engine/test_engine.py::test_sample_weights_weigh_model_and_momentum_alike",
+    ),
+    # --- the folded model ----------------------------------------------------------------------------------
+    Mutant(
+        "stack",
+        "the stack forgets option II",
+        "from the second step on x moves by u",
+        code(f"{STACK}._update", "nesterov=m.nesterov,", "nesterov=False,"),
+        "tests/engine/test_stacked.py::test_every_model_is_the_loops[logistic-factors-True]",
+    ),
+    Mutant(
+        "stack",
+        "no weight decay in the first step",
+        "the stack's first step from x̂ leaves λx out",
+        code(f"{STACK}._first_update", "            if self.method.weight_decay:\n", "            if False:\n"),
+        "tests/engine/test_stacked.py::test_every_model_is_the_loops[logistic-rows-False]",
+    ),
+    Mutant(
+        "stack",
+        "β = 0 keeps an old u",
+        "local SGD's u, which the spread is measured of, is not g",
+        code(f"{STACK}._update", "            torch._foreach_copy_(us, grads)\n", ""),
+        "tests/engine/test_stacked.py::test_any_number_of_steps_and_clients[2-7-0.0-rows]",
+    ),
+    Mutant(
+        "stack",
+        "chunks are added without their weights",
+        "Σ w of a chunk is taken as its number of clients",
+        code(f"{WENT}.add", "        self.weight += weight\n", "        self.weight += len(found.weights)\n"),
+        "tests/engine/test_stacked.py::test_large_activations_and_large_tensors[batch-0-2]",
+    ),
+    Mutant(
+        "stack",
+        "spread about the start",
+        "how far clients went from x̂, and not from their mean",
+        code(f"{WENT}.spread", "self.square[at] / self.weight - mean**2", "self.square[at] / self.weight"),
+        "tests/engine/test_stacked.py::test_every_model_is_the_loops[logistic-rows-False]",
+    ),
+    Mutant(
+        "stack",
+        "clients come back in the order of their steps",
+        "with unequal numbers of steps, rows of others",
+        code(f"{STACK}.run", "ended if same else _in_order(ended, torch.argsort(order))", "ended"),
+        "tests/engine/test_stacked.py::test_unequal_numbers_of_steps[64-rows]",
+    ),
+    Mutant(
+        "stack",
+        "the lr of the round's first step in all of it",
+        "a schedule that changes within a round is not followed",
+        code(f"{STACK}._all_steps", "job.lrs[s], first", "job.lrs[0], first"),
+        "tests/engine/test_stacked.py::test_a_changing_lr_enters_the_numbers[rows]",
+    ),
+    # --- batches -------------------------------------------------------------------------------------------
+    Mutant(
+        "batches",
+        "the same minibatch each step",
+        "every step of a round reads the first B positions",
+        code(
+            f"{BATCHES}.Sampler.draw",
+            "first_steps[:, None] * self.batch_size + place",
+            "first_steps[:, None] * self.batch_size + place % self.batch_size",
+        ),
+        "tests/data/test_batches.py::test_batches_do_not_depend_on_company_order_or_rounds[shuffle]",
+    ),
+    Mutant(
+        "batches",
+        "all clients shuffle alike",
+        "the order of a client's examples does not depend on the client",
+        code(
+            f"{BATCHES}.Sampler._shuffled",
+            "random_bits(SHUFFLE, self.seed, clients[rows][segment],",
+            "random_bits(SHUFFLE, self.seed, 0 * segment,",
+        ),
+        "tests/data/test_batches.py::test_seeds_and_clients_differ[shuffle]",
+    ),
+    Mutant(
+        "batches",
+        "clients shuffle by their place",
+        "the order of a client's examples depends on who is asked with it",
+        code(f"{BATCHES}.Sampler._shuffled", "clients[rows][segment]", "rows[segment]"),
+        "tests/data/test_batches.py::test_batches_do_not_depend_on_company_order_or_rounds[shuffle]",
+    ),
+    Mutant(
+        "batches",
+        "the shuffle ignores the seed",
+        "every seed has the same order",
+        code(f"{BATCHES}.Sampler._shuffled", "random_bits(SHUFFLE, self.seed,", "random_bits(SHUFFLE, 0,"),
+        "tests/data/test_batches.py::test_seeds_and_clients_differ[shuffle]",
+    ),
+    Mutant(
+        "batches",
+        "the same order in every pass",
+        "a client's examples are shuffled once for all",
+        code(f"{BATCHES}.Sampler._shuffled", "which_pass[segment]", "0 * which_pass[segment]"),
+        "tests/data/test_batches.py::test_shuffle_gives_every_example_once_per_pass",
+    ),
+    Mutant(
+        "batches",
+        "drop-last",
+        "what does not fill a batch is never seen",
+        code(
+            f"{BATCHES}.Sampler._shuffled",
+            "sizes = self.sizes[clients]",
+            "sizes = torch.where(self.sizes[clients] >= self.batch_size, "
+            "self.sizes[clients] // self.batch_size * self.batch_size, self.sizes[clients])",
+        ),
+        "tests/data/test_batches.py::test_shuffle_gives_every_example_once_per_pass",
+    ),
+    Mutant(
+        "batches",
+        "examples of others",
+        "a client's numbers are looked up from the first client's on",
+        code(f"{BATCHES}.Sampler.draw", "self.offsets[clients][:, None] + own", "own"),
+        "tests/data/test_batches.py::test_clients_draw_from_their_own_examples[shuffle]",
+    ),
+    Mutant(
+        "batches",
+        "augmentation of the wrong client",
+        "crops go by the place in the stack, so another chunk size moves images otherwise",
+        code(
+            f"{BATCHES}.crop_flip", "address = (seed, clients[:, None],", "address = (seed, torch.arange(K)[:, None],"
+        ),
+        "tests/data/test_batches.py::test_crop_flip_is_pad_crop_flip",
+    ),
+    Mutant(
+        "batches",
+        "augmentation once for all steps",
+        "a client's crops are the same in every step",
+        code(f"{BATCHES}.crop_flip", "steps[:, None], place)", "0 * steps[:, None], place)"),
+        "tests/data/test_batches.py::test_crop_flip_is_pad_crop_flip",
+    ),
+    Mutant(
+        "batches",
+        "images are not centred by the deviation",
+        "x/(255 std) − mean",
+        code(f"{BATCHES}._constants", "(shift / scale).to(dtype)", "shift.to(dtype)"),
+        "tests/data/test_batches.py::test_normalised",
+    ),
+    Mutant(
+        "batches",
+        "one dropout mask for the whole round",
+        "the key is that of the round's first step",
+        code(
+            f"{TASK}.round_batches",
+            "random_bits(DROPOUT, self.seed, clients, steps)",
+            "random_bits(DROPOUT, self.seed, clients, first_steps)",
+        ),
+        "tests/tasks/test_classification.py::test_every_step_of_every_client_drops_out_otherwise",
+    ),
+    Mutant(
+        "batches",
+        "evaluation drops out",
+        "the model is judged as in training",
+        code(f"{TASK}._logits", "            model.eval()\n", "            model.train()\n"),
+        "tests/tasks/test_classification.py::test_evaluation_is_the_models_own_in_eval_mode[cnn]",
+    ),
+    # --- partitions ----------------------------------------------------------------------------------------
+    Mutant(
+        "partitions",
+        "an example held twice",
+        "the last client holds the first one's first example in place of its own last",
+        code(
+            f"{PARTITION}.make_partition",
+            'return Partition(np.argsort(owner, kind="stable"),',
+            'indices = np.argsort(owner, kind="stable")\n    indices[-1] = indices[0]\n    return Partition(indices,',
+        ),
+        "tests/data/test_partition.py::test_every_example_has_one_client_and_the_seed_says_which",
+    ),
+    Mutant(
+        "partitions",
+        "a lost example",
+        "the last client's last example is nobody's",
+        code(
+            f"{PARTITION}.make_partition",
+            "np.concatenate([[0], np.cumsum(sizes)])",
+            "np.concatenate([[0], np.cumsum(sizes)]) - (np.arange(num_clients + 1) == num_clients)",
+        ),
+        "tests/data/test_partition.py::test_every_example_has_one_client_and_the_seed_says_which",
+    ),
+    Mutant(
+        "partitions",
+        "the seed is ignored",
+        "every seed has the same partition",
+        code(
+            f"{PARTITION}.make_partition",
+            "default_rng([seed, crc32(name.encode())])",
+            "default_rng([0, crc32(name.encode())])",
+        ),
+        "tests/data/test_partition.py::test_another_seed_is_another_partition",
+    ),
+    Mutant(
+        "partitions",
+        "alpha is ignored",
+        "dirichlet-client draws by Dir(p)",
+        code(f"{PARTITION}.dirichlet_client", "request.alpha * (", "("),
+        "tests/data/test_partition.py::test_dirichlet_client_draws_from_its_law",
+    ),
+    Mutant(
+        "partitions",
+        "alpha of another law",
+        "dirichlet-client draws by Dir(α) per class in place of Dir(αp)",
+        code(
+            f"{PARTITION}.dirichlet_client",
+            "request.alpha * (request.class_sizes / len(request.classes))",
+            "np.full(num_classes, request.alpha)",
+        ),
+        "tests/data/test_partition.py::test_dirichlet_client_draws_from_its_law",
+    ),
+    Mutant(
+        "partitions",
+        "min-size is ignored by dirichlet-class",
+        "a draw that leaves a client with fewer is taken",
+        code(f"{PARTITION}.dirichlet_class", "counts.sum(axis=1).min() >= request.min_size", "True"),
+        "tests/data/test_partition.py::test_bad_input_is_one_line_that_names_the_key",
+    ),
+    Mutant(
+        "partitions",
+        "min-size is ignored by quantity",
+        "the smallest clients get what their weight gives them",
+        code(
+            f"{PARTITION}.quantity",
+            "len(request.classes), request.num_clients, request.min_size",
+            "len(request.classes), request.num_clients, 0",
+        ),
+        "tests/data/test_partition.py::test_min_size_holds_for_every_rule",
+    ),
+    Mutant(
+        "partitions",
+        "shards of unsorted labels",
+        "a client's shards hold all classes",
+        code(f"{PARTITION}.shards", 'np.argsort(request.classes, kind="stable")', "np.arange(len(request.classes))"),
+        "tests/data/test_partition.py::test_shards_hold_few_classes[1]",
+    ),
+    Mutant(
+        "partitions",
+        "sizes ignore sigma",
+        "quantity's log-normal law always has σ = 1",
+        entry(
+            f"{PARTITION}.QUANTITY_LAWS",
+            "log-normal",
+            lambda _: lambda request: request.rng.standard_normal(request.num_clients),
+        ),
+        "tests/data/test_partition.py::test_log_normal_sizes_have_the_spread_asked_for[0.0]",
+    ),
+    Mutant(
+        "partitions",
+        "the remainder goes to the last client",
+        "n mod N examples more than the others have",
+        code(
+            "fedmom.data.drawing.equal_sizes",
+            "(np.arange(num_parts) < total % num_parts)",
+            "(np.arange(num_parts) == num_parts - 1) * (total % num_parts)",
+        ),
+        "tests/data/test_partition.py::test_every_example_has_one_client_and_the_seed_says_which",
+    ),
+    Mutant(
+        "partitions",
+        "balanced sizes at the cost of the classes",
+        "columns are not settled, so classes add up to something else",
+        code(
+            f"{PARTITION}.dirichlet_balanced",
+            "    settle_columns(counts, sizes[:, None] * shares, request.class_sizes)\n",
+            "",
+        ),
+        "tests/data/test_partition.py::test_balanced_counts_keep_both_margins",
+    ),
+    # --- schedules -----------------------------------------------------------------------------------------
+    Mutant(
+        "schedules",
+        "decay one step late",
+        "the step that begins on a milestone still has the old lr",
+        code(
+            f"{SCHEDULES}.step_decay",
+            "step >= horizon.steps(m, rate.unit) * (1 - 1e-9)",
+            "step > horizon.steps(m, rate.unit)",
+        ),
+        "tests/method/test_schedules.py::test_decay_begins_with_the_first_step_past_the_milestone",
+    ),
+    Mutant(
+        "schedules",
+        "an ulp late",
+        "a milestone on a step is missed where the division is uneven",
+        code(f"{SCHEDULES}.step_decay", " * (1 - 1e-9)", ""),
+        "tests/method/test_schedules.py::test_a_milestone_on_a_step_is_met_there_though_the_division_is_uneven",
+    ),
+    Mutant(
+        "schedules",
+        "the schedule restarts every round",
+        "γ is that of step 0, 1, … in each round",
+        code(f"{LOOP}.clients_job", "first = round_index * per_round", "first = 0.0 * per_round"),
+        "tests/laws/test_method.py::test_one_client_is_torch_sgd[vmap-option I]",
+    ),
+    Mutant(
+        "schedules",
+        "the schedule is one step ahead",
+        "step t takes γ of step t + 1",
+        code(f"{LOOP}.clients_job", "math.floor(first + s)", "math.floor(first + s) + 1"),
+        "tests/laws/test_method.py::test_one_client_is_torch_sgd[vmap-option I]",
+    ),
+    Mutant(
+        "schedules",
+        "γ changes between rounds alone",
+        "all steps of a round take that of its first",
+        code(f"{LOOP}.clients_job", "math.floor(first + s)", "math.floor(first)"),
+        "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
+    ),
+    Mutant(
+        "schedules",
+        "the cosine ends a step early",
+        "half a period ends at T − 1",
+        code(f"{SCHEDULES}.cosine", "max(1.0, horizon.num_steps - warmup)", "max(1.0, horizon.num_steps - 1 - warmup)"),
+        "tests/method/test_schedules.py::test_cosine_goes_from_lr_to_the_minimum_and_never_up[2-0.01]",
+    ),
+    Mutant(
+        "schedules",
+        "the cosine ignores the warm-up",
+        "it has come down by the end of the warm-up",
+        code(
+            f"{SCHEDULES}.cosine",
+            "max(0.0, step - warmup) / max(1.0, horizon.num_steps - warmup)",
+            "step / horizon.num_steps",
+        ),
+        "tests/method/test_schedules.py::test_cosine_after_a_warm_up_starts_from_lr_at_its_end",
+    ),
+    Mutant(
+        "schedules",
+        "warm-up begins at zero",
+        "step 0 does not move x",
+        code(f"{SCHEDULES}.LearningRate.at", "(step + 1) / warmup", "step / warmup"),
+        "tests/method/test_schedules.py::test_cosine_after_a_warm_up_starts_from_lr_at_its_end",
+    ),
+    Mutant(
+        "schedules",
+        "joint epochs are one client's",
+        "milestones count passes of one client over all data",
+        code(
+            f"{LOOP}.Plan.horizon",
+            "float(sizes.sum()) / (self.cohort_size * self.batch_size)",
+            "float(sizes.sum()) / self.batch_size",
+        ),
+        "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
+    ),
+    Mutant(
+        "schedules",
+        "the run's length is its rounds",
+        "fractions of the run are of R and not of T = R · I steps",
+        code(f"{LOOP}.Plan.horizon", "math.ceil(self.num_rounds * per_round)", "self.num_rounds"),
+        "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
+    ),
+    Mutant(
+        "schedules",
+        "theory's N is all clients",
+        "with partial participation N is not the cohort's size",
+        code(f"{LOOP}.Plan.horizon", "Horizon(total, self.cohort_size,", "Horizon(total, len(sizes),"),
+        "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
+    ),
+    # --- the round loop and its records --------------------------------------------------------------------
+    Mutant(
+        "rounds",
+        "the same minibatches each round",
+        "a round begins with the client's first examples again",
+        code(f"{LOOP}.clients_job", "torch.from_numpy(round_index * steps)", "torch.from_numpy(0 * steps)"),
+        "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
+    ),
+    Mutant(
+        "rounds",
+        "bytes are those of float32",
+        "every number counts four bytes",
+        code("fedmom.method.state.num_bytes", "value.numel() * value.element_size()", "value.numel() * 4"),
+        "tests/engine/test_engine.py::test_bytes_sent_counts_what_travels",
+    ),
+    Mutant(
+        "rounds",
+        "buffers travel for nothing",
+        "bytes_sent leaves BatchNorm's statistics out",
+        code(
+            f"{LOOP}.bytes_per_exchange",
+            "num_bytes(state.params) + num_bytes(state.buffers) +",
+            "num_bytes(state.params) +",
+        ),
+        "tests/engine/test_engine.py::test_bytes_of_an_exchange_by_hand",
+    ),
+    Mutant(
+        "rounds",
+        "u travels under β = 0",
+        "bytes_sent counts momentum that nobody needs",
+        code(f"{LOOP}.bytes_per_exchange", " and method.beta > 0", ""),
+        "tests/engine/test_engine.py::test_bytes_sent_counts_what_travels",
+    ),
+    Mutant(
+        "rounds",
+        "evaluation before the round",
+        "test_loss of round r is that of round r − 1",
+        code(f"{LOOP}.run_rounds", "job, outcome, new)\n", "job, outcome, new._replace(state=done.state))\n"),
+        "tests/engine/test_engine.py::test_records_say_what_they_should",
+    ),
+    Mutant(
+        "rounds",
+        "the last round is not evaluated",
+        "a run of 7 rounds with eval-every = 5 ends without a measure",
+        code(f"{LOOP}.Plan.evaluates", " or round_number == self.num_rounds", ""),
+        "tests/engine/test_engine.py::test_records_say_what_they_should",
+    ),
+    Mutant(
+        "rounds",
+        "joint epochs are a client's epochs",
+        "examples over N, and not over the number of examples",
+        code(f"{LOOP}.run_rounds", "new.examples / int(task.sizes.sum())", "new.examples / len(task.sizes)"),
+        "tests/engine/test_engine.py::test_local_epochs_mask_unequal_steps_exactly",
+    ),
+    Mutant(
+        "rounds",
+        "examples of a cohort are everybody's",
+        "joint epochs count clients that sat the round out",
+        code(
+            f"{LOOP}.after_round",
+            "int(job.num_steps.sum()) * plan.batch_size",
+            "int(job.num_steps[0]) * len(task.sizes) * plan.batch_size",
+        ),
+        "tests/engine/test_engine.py::test_partial_participation_keeps_the_others_momentum_under_local",
+    ),
+    Mutant(
+        "rounds",
+        "the lr of the round's last step",
+        "a record says γ of the end of the round",
+        code(f"{LOOP}.run_rounds", '"lr": job.lrs[0],', '"lr": job.lrs[-1],'),
+        "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
+    ),
+    Mutant(
+        "rounds",
+        "a NaN in the momentum passes",
+        "x and the measures alone are looked at",
+        code(f"{LOOP}._check_finite", "in outcome.mean._asdict().items():", 'in [("params", outcome.mean.params)]:'),
+        "tests/engine/test_engine.py::test_a_number_that_is_not_finite_ends_the_run_wherever_it_is[momentum]",
+    ),
+    Mutant(
+        "rounds",
+        "the worst client is the best",
+        "worst_client_accuracy is the largest",
+        code(f"{LOOP}.summarised", '("accuracy", min)', '("accuracy", max)'),
+        "tests/engine/test_gossip.py::test_clients_own_models_are_measured",
+    ),
+    Mutant(
+        "rounds",
+        "the first clients are measured",
+        "eval-clients are not spread over all",
+        code(f"{LOOP}.chosen_clients", "place * num_clients // count", "place"),
+        "tests/engine/test_gossip.py::test_clients_own_models_are_measured",
+    ),
+    Mutant(
+        "failures",
+        "who failed is not said",
+        "a record of a round without somebody has no num_failed",
+        code(f"{LOOP}.run_rounds", "if len(job.clients) < asked:", "if False:"),
+        "tests/flower/test_flower.py::test_proceed_averages_the_others_and_says_so[average-raises]",
+    ),
+    # --- resume --------------------------------------------------------------------------------------------
+    Mutant(
+        "resume",
+        "momentum is lost",
+        "a resumed run starts from u = 0",
+        code(
+            f"{FOLDER}.load",
+            "            state=state,\n",
+            "            state=state._replace(momentum=template.state.momentum),\n",
+        ),
+        "tests/records/test_folder.py::test_what_was_saved_is_loaded",
+    ),
+    Mutant(
+        "resume",
+        "buffers are lost",
+        "a resumed run starts with BatchNorm's first statistics",
+        code(
+            f"{FOLDER}.load",
+            "            state=state,\n",
+            "            state=state._replace(buffers=template.state.buffers),\n",
+        ),
+        "tests/records/test_folder.py::test_what_was_saved_is_loaded",
+    ),
+    Mutant(
+        "resume",
+        "counters are lost",
+        "steps, examples and bytes count from the resume on",
+        code(f"{FOLDER}.load", "**{name: about[name] for name in _COUNTS}", 'round=about["round"]'),
+        "tests/records/test_folder.py::test_what_was_saved_is_loaded",
+    ),
+    Mutant(
+        "resume",
+        "clients' momenta are lost",
+        "under `local` every client starts from u = 0",
+        code(
+            f"{FOLDER}.load",
+            "rows.momentum if rows and template.client_momentum is not None else None",
+            "template.client_momentum",
+        ),
+        "tests/records/test_folder.py::test_what_was_saved_is_loaded",
+    ),
+    Mutant(
+        "resume",
+        "clients' rows are lost",
+        "under Algorithm 2 every client starts from x⁰",
+        code(f"{FOLDER}.load", "rows=rows if template.rows is not None else None", "rows=template.rows"),
+        "tests/records/test_folder.py::test_what_was_saved_is_loaded",
+    ),
+    Mutant(
+        "resume",
+        "slow momentum is lost",
+        "SlowMo's u_s starts from 0",
+        code(f"{FOLDER}.load", "slow = {name: tensors[_SLOW + name].to(device) for name in slow}", "slow = dict(slow)"),
+        "tests/records/test_folder.py::test_what_was_saved_is_loaded",
+    ),
+    Mutant(
+        "resume",
+        "rows of another round",
+        "after a kill between two files the clients' rows need not be the checkpoint's",
+        code(f"{FOLDER}.load", "c.exists() and read_about(c) == about", "c.exists()"),
+        "tests/runs/test_resume.py::test_kill_between_the_two_files_of_a_checkpoint[new rows written]",
+    ),
+    Mutant(
+        "resume",
+        "the older rows are not kept",
+        "a kill between two files leaves a checkpoint without its rows",
+        code(f"{FOLDER}.save", "                os.replace(clients, previous)\n", "                pass\n"),
+        "tests/runs/test_resume.py::test_kill_between_the_two_files_of_a_checkpoint[new rows written]",
+    ),
+    Mutant(
+        "resume",
+        "in a file's order",
+        "tensors come back in safetensors' order, and sums over them differ in the last digit",
+        code(
+            f"{FOLDER}.load",
+            "{name: tensors[name] for name in flatten(template.state)}",
+            "{name: tensors[name] for name in sorted(flatten(template.state), reverse=True)}",
+        ),
+        "tests/records/test_folder.py::test_what_was_saved_is_loaded",
+    ),
+    Mutant(
+        "resume",
+        "an interrupted run saves nothing",
+        "rounds since the last checkpoint are lost",
+        code(
+            f"{RUN}._to_the_end",
+            "        if saved != done.round:\n            self._save(done)\n        if self.folder and",
+            "        if self.folder and",
+        ),
+        "tests/runs/test_resume.py::test_interrupted_run_resumes_to_the_same_bytes[average-1]",
+    ),
+    Mutant(
+        "resume",
+        "time begins anew",
+        "wall_seconds counts from the resume on",
+        code(f"{RUN}._begin", "            if self.rounds.last:\n", "            if False:\n"),
+        "tests/runs/test_resume.py::test_interrupted_run_resumes_to_the_same_bytes[local-7]",
+    ),
+    Mutant(
+        "resume",
+        "damage passes",
+        "a checkpoint whose bits have changed is taken",
+        code(f"{FILES}._read", "checked[1] != _checksum(found, text)", "False"),
+        "tests/records/test_history.py::test_one_flipped_bit_anywhere_is_refused_in_one_line[checkpoint.safetensors]",
+    ),
+    Mutant(
+        "resume",
+        "two processes in one folder",
+        "the lock is not taken",
+        code(f"{FOLDER}._acquire", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+        "tests/runs/test_resume.py::test_two_processes_cannot_share_a_folder_and_a_killed_run_resumes_to_the_same_bytes",
+    ),
+    # --- failures of clients -------------------------------------------------------------------------------
+    Mutant(
+        "failures",
+        "the absent client's weight stays in the mean",
+        "`proceed` averages the round's start in its place",
+        code(
+            f"{PRSGDM}._average",
+            "        self.fleet.enough(server_round, num_clients)\n",
+            "        self.fleet.enough(server_round, num_clients)\n"
+            "        for _ in range(self.fleet.num_clients - num_clients):\n"
+            "            mean.add_one(unflatten(self._expected), 1.0)\n",
+        ),
+        "tests/flower/test_flower.py::test_every_option_means_the_same[{'algorithm.cohort-size': 2}]",
+    ),
+    Mutant(
+        "failures",
+        "an answer counts once for every try",
+        "`retry` averages a client twice",
+        code(
+            f"{CLIENTS}.exchange",
+            "for one in done if one.answer is not None)",
+            "for one in done if one.answer is not None for _ in range(one.tries))",
+        ),
+        "tests/flower/test_failures.py::test_the_late_answer_to_an_earlier_try_counts",
+    ),
+    Mutant(
+        "failures",
+        "stop goes on",
+        "on-failure = stop does as proceed",
+        both(
+            code(f"{CLIENTS}._again", 'if self.on_failure == "proceed":', 'if self.on_failure != "retry":'),
+            code(f"{CLIENTS}._without", 'if self.on_failure != "proceed":', "if False:"),
+        ),
+        "tests/flower/test_failures.py::test_a_missing_reply_stops_a_round_that_somebody_else_collected[stop-averaging]",
+    ),
+    Mutant(
+        "failures",
+        "one try too few",
+        "server.retries = 2 asks again once",
+        code(f"{CLIENTS}._again", "failed.tries > self.retries", "failed.tries >= self.retries"),
+        "tests/flower/test_flower.py::test_retry_gives_the_whole_result[raises]",
+    ),
+    Mutant(
+        "failures",
+        "the fewest clients are ignored",
+        "a round of too few goes on",
+        code(f"{CLIENTS}.enough", "if answered < self.min_clients:", "if not answered:"),
+        "tests/flower/test_failures.py::test_proceed_goes_on_without_it[averaging]",
+    ),
+    Mutant(
+        "failures",
+        "NaN is averaged",
+        "an update that is not finite is taken",
+        code("strategies.replies._check", "if value.is_floating_point() and not", "if False and not"),
+        "tests/flower/test_failures.py::test_a_refused_update_is_named_there_too[averaging]",
+    ),
+    Mutant(
+        "failures",
+        "an answer for others is taken",
+        "a node's reply is averaged in another client's place",
+        code("strategies.replies.accept", "if clients and list(", "if False and list("),
+        "tests/flower/test_failures.py::test_a_wrong_block_is_refused_by_name",
+    ),
+    Mutant(
+        "failures",
+        "an answer that comes twice is averaged twice",
+        "a node that is not asked (any more) is listened to",
+        code(f"{CLIENTS}.answered", "if asked is not None and node_id not in missing:", "if False:"),
+        "tests/flower/test_failures.py::test_an_answer_that_comes_twice_is_not_averaged_twice[averaging]",
+    ),
+    Mutant(
+        "failures",
+        "nodes in the order of their ids",
+        "sums are not taken in client order, so they differ from the engine's",
+        code(
+            "strategies.fleet.learn_holders", "key=lambda holder: holder.clients", "key=lambda holder: holder.node_id"
+        ),
+        "tests/flower/test_failures.py::test_a_node_that_does_not_answer_the_query_is_asked_again",
+    ),
+    Mutant(
+        "failures",
+        "a client's row goes to its place",
+        "under `local` the server keeps u of the k-th of a reply as client k's",
+        code(f"{PRSGDM}._average", "self.rows[client] = {name", "self.rows[place] = {name"),
+        "tests/flower/test_failures.py::test_local_by_itself_keeps_every_clients_momentum",
+    ),
+    Mutant(
+        "failures",
+        "clients' momenta in the nodes' order",
+        "under `local` a node that holds every other client mixes them up",
+        code("strategies.backends._outcome", "rows[n] for answer in own])[order]", "rows[n] for answer in own])"),
+        "tests/flower/test_failures.py::test_rows_go_to_their_clients_in_whatever_order_nodes_hold_them",
+    ),
+    Mutant(
+        "failures",
+        "the relay moves who was not there",
+        "what a policy makes of u is also made of an absent client's",
+        code(
+            f"{DSGDM}._mix", "                    value[absent] = before[name][absent]\n", "                    pass\n"
+        ),
+        "tests/flower/test_relay.py::test_proceed_lets_a_client_stand_still[quasi-global]",
+    ),
+    Mutant(
+        "failures",
+        "the relay mixes with an absent client",
+        "its stale row enters its neighbours' means",
+        code(
+            f"{DSGDM}._mix",
+            "            mixing = mixing.without(_links_of(mixing, set(absent.tolist())))\n",
+            "            pass\n",
+        ),
+        "tests/flower/test_failures.py::test_the_relays_bookkeeping_is_of_this_round",
+    ),
+    Mutant(
+        "failures",
+        "the relay's answers of the round before",
+        "who answered then passes for answered now",
+        code(f"{DSGDM}.train_round", "        self._updates = {}\n", ""),
+        "tests/flower/test_failures.py::test_a_node_that_comes_back_under_another_id_is_the_same_node[gossip]",
+    ),
+    Mutant(
+        "failures",
+        "the Flower server's slow step takes its own lr",
+        "SlowMo divides by the strategy's lr where clients say theirs",
+        code(f"{PRSGDM}._slow_step", 'trained.metrics.get("lr", self.lr)', "self.lr"),
+        "tests/flower/test_flower.py::test_slow_momentum_divides_by_the_clients_lr",
+    ),
+    # --- identity ------------------------------------------------------------------------------------------
+    Mutant(
+        "identity",
+        "the seed is a place",
+        "a run goes on with another seed",
+        constant(f"{IDENTITY}.PLACE", lambda names: (*names, "run.seed")),
+        "tests/records/test_identity.py::test_a_runs_identity_is_every_key_but_its_length_and_place",
+    ),
+    Mutant(
+        "identity",
+        "content is not compared",
+        "a run goes on with other data, code or W",
+        code(f"{IDENTITY}.Identity.agreed", "contents.get(key, now) != now", "False"),
+        f"{CONTENT}[an .npz file]",
+    ),
+    Mutant(
+        "identity",
+        "labels are no content",
+        "a run goes on with other labels",
+        code(f"{IDENTITY}._contents", '("x_train", "y_train", "x_test", "y_test")', '("x_train", "x_test")'),
+        f"{CONTENT}[an .npz file]",
+    ),
+    Mutant(
+        "identity",
+        "code is a function's own lines",
+        "what it calls may change",
+        code(f"{IDENTITY}._Reached._named", '            self._later("", {where: value})\n', "            pass\n"),
+        f"{CONTENT}[a method]",
+    ),
+    Mutant(
+        "identity",
+        "a new key makes old runs others",
+        "keys at their defaults take part",
+        code(f"{IDENTITY}.identity_of", "if value != KEYS[key].default}", "}"),
+        "tests/records/test_identity.py::test_a_key_that_did_not_exist_then_does_not_hinder_a_resume",
+    ),
+    Mutant(
+        "identity",
+        "formula 1 takes new keys",
+        "runs of older versions are refused",
+        code(f"{IDENTITY}._names_of_1", 'return {f"{section}.{name}"', 'return set(KEYS) | {f"{section}.{name}"'),
+        "tests/records/test_identity.py::test_a_key_that_did_not_exist_then_does_not_hinder_a_resume",
+    ),
+    # --- history -------------------------------------------------------------------------------------------
+    Mutant(
+        "history",
+        "rounds.jsonl is not cut back",
+        "lines after the checkpoint stay, and come again",
+        code(f"{HISTORY}.cut_back", "                continue\n", "                pass\n"),
+        "tests/records/test_history.py::test_rounds_are_a_sequence_wherever_they_are[3]",
+    ),
+    Mutant(
+        "history",
+        "the short run's last evaluation stays",
+        "a longer run has a measure that the long run at once has not",
+        code(f"{HISTORY}.cut_back", "number == round_number and number % eval_every", "False"),
+        "tests/runs/test_resume.py::test_longer_run_is_evaluated_where_the_long_run_is",
+    ),
+    Mutant(
+        "history",
+        "missing rounds pass",
+        "a file that lacks lines before the checkpoint is gone on with",
+        code(f"{HISTORY}.cut_back", "if len(kept) != round_number:", "if False:"),
+        "tests/records/test_history.py::test_what_is_missing_or_broken_before_the_end_is_named",
+    ),
+    Mutant(
+        "history",
+        "a broken line in the middle passes",
+        "what comes after it is left out without a word",
+        code(
+            f"{HISTORY}.iterate_rounds",
+            "            if broken:\n                break\n",
+            "            if broken:\n                return\n",
+        ),
+        "tests/records/test_history.py::test_what_is_missing_or_broken_before_the_end_is_named",
+    ),
+    Mutant(
+        "history",
+        "a half line is an error",
+        "what a kill cut short stops a resume",
+        code(
+            f"{HISTORY}.iterate_rounds",
+            "            return  # if there was one, it was the last line",
+            "            pass",
+        ),
+        "tests/records/test_history.py::test_what_is_missing_or_broken_before_the_end_is_named",
+    ),
+    Mutant(
+        "history",
+        "places of lines go stale",
+        "a record asked for after another was added is found where it was",
+        code(f"{HISTORY}.History.append", "self.last, self._starts = record, None", "self.last = record"),
+        "tests/records/test_history.py::test_records_that_were_added_are_read_back",
+    ),
+    Mutant(
+        "history",
+        "one record too many is forgotten",
+        "at the very length from which a run is read from its folder",
+        code(f"{HISTORY}.History.append", "self._count <= MOST_KEPT", "self._count < MOST_KEPT"),
+        "tests/records/test_history.py::test_records_that_were_added_are_read_back",
+    ),
+    Mutant(
+        "history",
+        "thinning loses the best round",
+        "a long run's curve has not the accuracy that its table names",
+        code(f"{HISTORY}.thinned", "        kept[best[1]] = best[2]\n", "        pass\n"),
+        "tests/records/test_history.py::test_thinning_keeps_the_best_round_and_the_ends",
+    ),
+    # --- records -------------------------------------------------------------------------------------------
+    Mutant(
+        "records",
+        "how a run ended is not written",
+        "status.json says running for ever",
+        code(f"{STATUS}.Heart.end", "            self._write(status, reason, last=True)\n", "            pass\n"),
+        "tests/records/test_status.py::test_every_end_is_written[<lambda>-sets0-done-4]",
+    ),
+    Mutant(
+        "records",
+        "an interrupted run is a failed one",
+        "Ctrl-C and an error are one status",
+        code(
+            f"{RUN}._to_the_end",
+            'status, message = "interrupted", f"interrupted after',
+            'status, message = "failed", f"interrupted after',
+        ),
+        "tests/records/test_status.py::test_every_end_is_written[<lambda>-sets1-interrupted-2]",
+    ),
+    Mutant(
+        "records",
+        "a reused process id is the run's",
+        "a killed run passes for running where its id was given again",
+        code(f"{STATUS}._is_alive", "return now == born", "return True"),
+        "tests/records/test_status.py::test_a_process_that_is_gone_was_killed",
+    ),
+    Mutant(
+        "records",
+        "a silent run elsewhere is running",
+        "a run on another machine is never given up",
+        code(f"{STATUS}._looked_for", "    if silent > SILENT_SECONDS:\n        when", "    if False:\n        when"),
+        "tests/records/test_status.py::test_a_run_elsewhere_is_known_by_when_it_was_last_heard_of",
+    ),
+]

@@ -1,0 +1,21 @@
+"""Every mistake of the table is noticed by the test that its row names, and by nothing but the mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_mutant_fails_its_test_and_the_right_program_passes(tmp_path):
+    """In a process of its own: one that has threads by now, as a session of tests may have, is not to be forked."""
+    words = [sys.executable, str(HERE), "--named", "--json", str(tmp_path / "found.json")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) > 50

@@ -1,0 +1,55 @@
+"""A checkpoint gives back all that a run between two rounds is."""
+
+import torch
+
+from fedmom.method.state import ClientState
+from fedmom.records.folder import RunFolder
+from fedmom.records.identity import Identity
+from fedmom.rounds.loop import RunState
+from laws import table
+
+STAMP = {"run_id": "2:a"}
+WHO = Identity({1: "a", 2: "2:a"}, {}, {})
+
+
+def tree(value, rows=()):
+    """Names in an order that is not the alphabet's, which files keep theirs in."""
+    return {name: torch.full((*rows, 2), value + place) for place, name in enumerate(("w", "a", "b"))}
+
+
+def state(value, rows=()):
+    return ClientState(tree(value, rows), tree(value + 0.5, rows), {"mean": tree(value)["w"], "count": torch.tensor(7)})
+
+
+@table("own", [{}, {"client_momentum": tree(3.0, (4,))}, {"rows": state(4.0, (4,))}, {"slow_momentum": tree(5.0)}])
+def test_what_was_saved_is_loaded(tmp_path, own):
+    """State, buffers, counts, the server's own momentum and the clients' own; as the zeros of a new run had them."""
+    folder = RunFolder.create(tmp_path / "-".join(["run", *own]))
+    try:
+        done = RunState(3, state(1.0), None, steps=12, examples=240, bytes_sent=960)._replace(**own)
+        folder.save(done, STAMP)
+        blank = RunState(0, state(0.0), None)._replace(
+            **{
+                name: ClientState(*({n: v * 0 for n, v in part.items()} for part in value))
+                if isinstance(value, ClientState)
+                else {n: v * 0 for n, v in value.items()}
+                for name, value in own.items()
+            }
+        )
+        found, stamp = folder.load(WHO, blank, torch.device("cpu"))
+    finally:
+        folder.close()
+    assert stamp == STAMP
+    for name in RunState._fields:
+        same(getattr(found, name), getattr(done, name))
+
+
+def same(found, right):
+    if isinstance(right, ClientState):
+        for part, other in zip(found, right, strict=True):
+            same(part, other)
+    elif isinstance(right, dict):
+        assert list(found) == list(right)
+        assert all(torch.equal(found[name], value) for name, value in right.items())
+    else:
+        assert found == right
