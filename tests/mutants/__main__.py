@@ -51,7 +51,11 @@ def main() -> int:
 
 def line(name: str, found: Found) -> str:
     first = [failure.test.removeprefix("tests/") for failure in found.failures]
-    what = ", ".join(first[:2]) + (", …" if len(first) > 2 else "") if first else found.stale or "UNCAUGHT"
+    what = (
+        ", ".join(first[:2]) + (", …" if len(first) > 2 else "")
+        if first
+        else found.stale or ("" if name == RIGHT else "UNCAUGHT")
+    )
     return f"{len(first):4d} of {found.run:3d}  {found.seconds:4.0f} s  {name}: {what}"
 
 

@@ -22,7 +22,16 @@ from change import Change, StaleError
 
 ROOT = Path(__file__).parents[2]
 # What a row with a slip of the pen raises, and what says nothing about a law.
-TYPOS = ("NameError", "UnboundLocalError", "SyntaxError", "ImportError", "ModuleNotFoundError", "StaleError")
+TYPOS = (
+    "AttributeError",
+    "TypeError",
+    "NameError",
+    "UnboundLocalError",
+    "SyntaxError",
+    "ImportError",
+    "ModuleNotFoundError",
+    "StaleError",
+)
 ALL, FIRST = "all", "first"  # tests to run: all, or up to the first that fails
 
 

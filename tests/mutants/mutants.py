@@ -14,7 +14,14 @@ from fedmom.method.algorithms import start_local
 
 # The fast tests that `python tests/mutants` runs under every mutant of a part: where its laws are stated.
 PARTS = {
-    "algorithm 1": ("tests/laws", "tests/method/test_correction.py", "tests/engine/test_engine.py", "tests/config"),
+    "algorithm 1": (
+        "tests/laws",
+        "tests/method/test_algorithms.py",
+        "tests/method/test_correction.py",
+        "tests/engine/test_engine.py",
+        "tests/config/test_config.py::test_baselines_mean_what_their_names_say",
+        "tests/config/test_config.py::test_intervals_are_the_theorems_floors_in_exact_arithmetic",
+    ),
     "algorithm 2": ("tests/method/test_topology.py", "tests/engine/test_gossip.py", "tests/flower/test_relay.py"),
     "averaging": ("tests/method/test_averaging.py", "tests/engine/test_engine.py", "tests/laws"),
     "stack": ("tests/engine/test_stacked.py",),
@@ -202,7 +209,11 @@ MUTANTS = [
         "algorithm 2",
         "W transposed",
         "i takes of j what j should take of i",
-        code(f"{MIXING}.Block.matrix", "np.stack([self.rows, self.columns])", "np.stack([self.columns, self.rows])"),
+        code(
+            f"{MIXING}.Block.matrix",
+            "[self.rows, self.columns]",
+            "[self.columns, self.rows] if self.shape[0] == self.shape[1] else [self.rows, self.columns]",
+        ),
         "tests/engine/test_gossip.py::test_a_directed_ring_tells_w_from_its_transpose_and_the_order",
     ),
     Mutant(
@@ -587,13 +598,6 @@ MUTANTS = [
     ),
     Mutant(
         "batches",
-        "the same minibatches each round",
-        "a round begins with the client's first examples again",
-        code(f"{LOOP}.clients_job", "torch.from_numpy(round_index * steps)", "torch.from_numpy(0 * steps)"),
-        "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
-    ),
-    Mutant(
-        "batches",
         "all clients shuffle alike",
         "the order of a client's examples does not depend on the client",
         code(
@@ -885,6 +889,13 @@ MUTANTS = [
         "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
     ),
     # --- the round loop and its records --------------------------------------------------------------------
+    Mutant(
+        "rounds",
+        "the same minibatches each round",
+        "a round begins with the client's first examples again",
+        code(f"{LOOP}.clients_job", "torch.from_numpy(round_index * steps)", "torch.from_numpy(0 * steps)"),
+        "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
+    ),
     Mutant(
         "rounds",
         "bytes are those of float32",
