@@ -76,8 +76,8 @@ def test_every_end_has_its_status_and_one_line(start, body, status, said):
 def test_ctrl_c_is_heard_once_and_by_the_run_alone(start):
     """A terminal sends it to the whole group: helpers of the run, such as Ray's processes, must not hear of it."""
     process = start("""helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-say("ready")
 try:
+    say("ready")
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(0.3)
