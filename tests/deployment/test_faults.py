@@ -93,11 +93,13 @@ SLOW = (
 def rogue(tmp_path_factory):
     """A checkout whose clients misbehave where their data folder says so."""
     app = tmp_path_factory.mktemp("rogue") / "app"
-    app.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, app)
-    for name in ("fedmom", "strategies", "clients", "configs"):  # whole: a package may be called as a user's folder is
-        shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
+    never = shutil.ignore_patterns(".*", "__pycache__")
+    big = shutil.ignore_patterns("runs", "build", "docs", "tests", "benchmarks")  # of the root: fedmom/ has a runs/ too
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return never(folder, names) | (big(folder, names) if Path(folder) == ROOT else set())
+
+    shutil.copytree(ROOT, app, ignore=left_out)
     with open(app / "clients" / "client_app.py", "a") as file:
         file.write(MISBEHAVE)
     return app
