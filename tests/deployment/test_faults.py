@@ -7,6 +7,7 @@ by itself, and those that stop and go on from their checkpoints. What each ends 
 import contextlib
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
