@@ -1112,7 +1112,7 @@ MUTANTS = [
             "        for _ in range(self.fleet.num_clients - num_clients):\n"
             "            mean.add_one(unflatten(self._expected), 1.0)\n",
         ),
-        "tests/flower/test_flower.py::test_every_option_means_the_same[{'algorithm.cohort-size': 2}]",
+        "tests/flower/test_flower.py::test_proceed_averages_the_others_and_says_so[average-raises]",
     ),
     Mutant(
         "failures",
