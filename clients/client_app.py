@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
 from fedmom.backends.trainer import Local, Node, held_clients, settled, warm_node
 from fedmom.data.local import client_source, facts_of, from_record, read_source
@@ -27,6 +27,9 @@ from fedmom.machine.files import at_home
 from fedmom.method.state import Tree, flatten, unflatten
 from fedmom.tasks.task import task_kind
 
+Metric = int | float | list[int] | list[float]
+Record = ArrayRecord | MetricRecord | ConfigRecord
+
 app = ClientApp()
 
 
@@ -34,7 +37,7 @@ app = ClientApp()
 def query(message: Message, context: Context) -> Message:
     """Which clients this node holds and, where it is asked for, how its engine would run them."""
     answer = ConfigRecord({"clients": _held(context).tolist()})
-    asked = message.content.config_records.get("config", {})
+    asked = _asked(message)
     if asked.get("facts", False):
         config = settled(context.run_config).config
         with _of_own_data(context):
@@ -52,8 +55,8 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """I local steps of the clients that the message names (without names: all that the node holds)."""
-    asked = message.content.config_records["config"]
-    clients = asked.get("clients", _held(context).tolist())
+    asked = _asked(message)
+    clients: list[int] = asked.get("clients", _held(context).tolist())
     if asked.get("rows", False):
         return _train_rows(message, context, clients)
     arrays, rows = message.content.array_records["arrays"], message.content.array_records.get("rows")
@@ -67,7 +70,7 @@ def train(message: Message, context: Context) -> Message:
         chunk_size=asked.get("chunk-size", 0),
     )
     outcome = trained.outcome
-    metrics = {
+    metrics: dict[str, Metric] = {
         "num-examples": trained.weight,
         "lr": trained.lr,
         "train_loss": outcome.train_loss,
@@ -80,7 +83,7 @@ def train(message: Message, context: Context) -> Message:
     about["path"] = torch.cat(points).tolist() if points else []
     mean = flatten(outcome.mean)
     # In the order of what came: some of Flower's strategies pair arrays by their places.
-    content = {
+    content: dict[str, Record] = {
         "arrays": _record({name: mean[name] for name in start}, arrays),
         "metrics": MetricRecord(metrics),
         "clients": about,
@@ -92,7 +95,7 @@ def train(message: Message, context: Context) -> Message:
 
 def _train_rows(message: Message, context: Context, clients: list[int]) -> Message:
     """Algorithm 2: every client goes on from its own row, and the rows [k, ...] go back."""
-    asked, arrays = message.content.config_records["config"], message.content.array_records["arrays"]
+    asked, arrays = _asked(message), message.content.array_records["arrays"]
     start = _tensors(arrays)
     trained = _node(context, asked).train_rows(
         clients,
@@ -105,7 +108,7 @@ def _train_rows(message: Message, context: Context, clients: list[int]) -> Messa
     about = ConfigRecord({"clients": sorted(clients), "client-steps": trained.client_steps})
     about["train-loss"] = trained.losses.tolist()
     about["path"] = torch.cat([point.reshape(-1) for point in trained.path]).tolist() if trained.path else []
-    content = {
+    content: dict[str, Record] = {
         "arrays": _record({name: after[name] for name in start}, arrays),
         "metrics": MetricRecord({"num-examples": float(len(clients)), "lr": trained.lr}),
         "clients": about,
@@ -117,7 +120,7 @@ def _train_rows(message: Message, context: Context, clients: list[int]) -> Messa
 def evaluate(message: Message, context: Context) -> Message:
     """Loss and accuracy of a model on the node's own training examples (with local data: on its test examples)."""
     state = unflatten(_tensors(message.content.array_records["arrays"]))
-    asked = message.content.config_records.get("config", {})
+    asked = _asked(message)
     measured, num_examples = _node(context, asked).evaluate(_held(context).tolist(), state)
     return Message(RecordDict({"metrics": MetricRecord({"num-examples": num_examples, **measured})}), reply_to=message)
 
@@ -169,7 +172,13 @@ def _check_readable(place: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
-def _held(context: Context) -> Tensor:
+def _asked(message: Message) -> Mapping[str, Any]:
+    """What the message says besides its tensors; the server and fedmom's tests hold it to what is read here."""
+    return message.content.config_records.get("config", ConfigRecord())
+
+
+def _held(context: Context) -> np.ndarray:
+    """The clients of this node, in ascending order."""
     node, num_nodes = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
     return held_clients(node, num_nodes, settled(context.run_config).config.data.num_clients)
 

@@ -127,9 +127,9 @@ def _outcome(task: Task, job: Job, state: ClientState, metrics: dict[str, float]
             ]
     momentum = None
     if job.momentum is not None:
-        own = [answer for answer in answers if answer.rows]
-        order = torch.tensor([place[client] for answer in own for client in answer.about["clients"]]).argsort()
-        momentum = {n: torch.cat([answer.rows[n] for answer in own])[order] for n in job.momentum}
+        own = [(answer.rows, answer.about["clients"]) for answer in answers if answer.rows]
+        order = torch.tensor([place[client] for _, clients in own for client in clients]).argsort()
+        momentum = {n: torch.cat([rows[n] for rows, _ in own])[order] for n in job.momentum}
     return Outcome(
         mean=to_device(state, task.device),
         train_loss=metrics["train_loss"],

@@ -74,7 +74,7 @@ class Fleet:
 
     def asked_of(self, message: Message) -> list[int]:
         """The clients that a message is for: those it names, else all that its node holds, or held when it was sent."""
-        named = message.content.config_records.get(CONFIG, {}).get("clients", [])
+        named: Any = message.content.config_records.get(CONFIG, ConfigRecord()).get("clients", [])
         return list(named) or list(self._held.get(message.metadata.dst_node_id, ()))
 
     def exchange(

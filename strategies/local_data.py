@@ -1,5 +1,6 @@
 """Clients whose data nobody else has: the server learns their sizes, and has them evaluate where it has no test set."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -48,8 +49,8 @@ def local_task(grid: Grid, fleet: Fleet, config: Config) -> LocalClassification:
     fleet.learn(grid, {"facts": True})
     facts = []
     for holder in fleet.holders:
-        fields = {name: holder.about[name.replace("_", "-")] for name in Facts._fields}
-        facts.append(Facts(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}))
+        said: Iterator[Any] = (holder.about[name.replace("_", "-")] for name in Facts._fields)
+        facts.append(Facts._make(tuple(value) if isinstance(value, list) else value for value in said))
     server = read_server(config.data.data_dir, config.data.classes)
     common = agreed(facts, server)
     task = classification(config, config.engine.device, *none_of(common, server), LocalClassification)

@@ -140,7 +140,7 @@ class PRSGDM(Strategy):
                 continue
             self._asked[holder.node_id] = clients
             asked = ConfigRecord({**config, "server-round": server_round, "clients": clients})
-            content = {ARRAYS: arrays, CONFIG: asked}
+            content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {ARRAYS: arrays, CONFIG: asked}
             if self.rows:
                 own = [self.rows[client] for client in clients]
                 content[ROWS] = pack({n: torch.stack([u[n] for u in own]) for n in own[0]}, bundled=bundled)
@@ -152,7 +152,7 @@ class PRSGDM(Strategy):
         """Weighted means of the replies, in the order in which they come; failures as `on_failure` says."""
         updates = self.fleet.answered(server_round, self._asked, replies, self._accept)
         trained = self._average(server_round, updates)
-        return pack(flatten(trained.state)), MetricRecord(trained.metrics)
+        return pack(flatten(trained.state)), MetricRecord(dict(trained.metrics))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -201,7 +201,7 @@ class PRSGDM(Strategy):
             result.evaluate_metrics_serverapp[0] = measured
         for number in range(first_round, num_rounds + 1):
             trained = self.train_round(grid, number, arrays, train_config, timeout=timeout)
-            metrics = MetricRecord(trained.metrics)
+            metrics = MetricRecord(dict(trained.metrics))
             arrays = result.arrays = pack(flatten(self._slow_step(arrays, trained)))
             result.train_metrics_clientapp[number] = metrics
             log(INFO, "[ROUND %s/%s] %s", number, num_rounds, dict(metrics))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
@@ -73,9 +73,14 @@ def accept(
     tensors = unpack(content.array_records[ARRAYS])
     expected = expected or tensors
     _check("update", tensors, expected)
-    about = dict(content.config_records.get(ABOUT, {}))
-    if clients and list(about.setdefault("clients", list(clients))) != list(clients):
-        raise ValueError(f"its reply is of clients {list(about['clients'])[:5]}, which it was not asked for")
+    about: dict[str, Any] = dict(content.config_records.get(ABOUT, ConfigRecord()))
+    if clients:
+        about.setdefault("clients", list(clients))
+    for name in ("clients", "train-loss", "path"):
+        if not isinstance(about.get(name, []), list):
+            raise ValueError(f"its record {ABOUT!r} has {name} = {about[name]!r}, must be a list")
+    if clients and about["clients"] != list(clients):
+        raise ValueError(f"its reply is of clients {about['clients'][:5]}, which it was not asked for")
     if losses and len(about.get("train-loss", ())) != len(about.get("clients", ())):
         raise ValueError(f"its record {ABOUT!r} must have train-loss, one number for each of its clients")
     own = unpack(content.array_records[ROWS]) if ROWS in content.array_records else None

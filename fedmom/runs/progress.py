@@ -59,6 +59,7 @@ class Bar(Callback):
         """`follows`: a run that goes on elsewhere; its rounds come in bursts, so its records say how fast it is."""
         self.console, self.follows = console, follows
         self.seen: Record = {}
+        self.bar = Progress(console=console)  # until a run begins, and says what there is to show
 
     def on_start(self, start: Start) -> None:
         total = start.config.run.num_rounds
@@ -109,8 +110,7 @@ class Bar(Callback):
         self.bar.stop()
 
     def on_error(self) -> None:
-        if hasattr(self, "bar"):
-            self.bar.stop()
+        self.bar.stop()
 
 
 class Lines(Callback):

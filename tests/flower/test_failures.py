@@ -101,6 +101,17 @@ def test_a_wrong_block_is_refused_by_name():
         PRSGDM(5).start(grid, start, num_rounds=1)
 
 
+@pytest.mark.parametrize("name", ["clients", "train-loss", "path"])
+def test_a_number_in_the_place_of_a_list_is_refused_by_name(name):
+    def one(reply):
+        reply.content["clients"][name] = 3
+        return reply
+
+    grid, start = of(QUADRATIC, fails(3, one, rounds=(1,)))
+    with pytest.raises(ClientsFailedError, match=rf"client 3, node \d+: its record 'clients' has {name} = 3, must be"):
+        PRSGDM(5).start(grid, start, num_rounds=1)
+
+
 @strategies
 def test_an_answer_that_comes_twice_is_not_averaged_twice(name):
     changes, make = STRATEGIES[name]
