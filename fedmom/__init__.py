@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fedmom.flower.app import simulate_app as simulate_app
     from fedmom.flower.grid import RayGrid as RayGrid
     from fedmom.method.algorithms import local_step as local_step
+    from fedmom.method.randomness import normal_like as normal_like
     from fedmom.method.topology import make_topology as make_topology
-    from fedmom.randomness import normal_like as normal_like
     from fedmom.records.status import Status as Status
     from fedmom.records.status import read_status as read_status
     from fedmom.results.comparison import all_sheets as all_sheets
@@ -61,7 +61,7 @@ _HOME = {
     "load": "fedmom.config.load",
     "local_step": "fedmom.method.algorithms",
     "make_topology": "fedmom.method.topology",
-    "normal_like": "fedmom.randomness",
+    "normal_like": "fedmom.method.randomness",
     "read_status": "fedmom.records.status",
     "run": "fedmom.experiments.run",
     "simulate_app": "fedmom.flower.app",

@@ -21,10 +21,10 @@ from fedmom.machine.memory import free_bytes
 from fedmom.machine.precision import allow_tf32
 from fedmom.method.algorithms import ALGORITHMS, Correction, Method, takes_key
 from fedmom.method.graphs import GraphOptions
+from fedmom.method.randomness import CORRECTION, random_bits
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import Tree
 from fedmom.method.topology import Topology, make_topology
-from fedmom.randomness import CORRECTION, random_bits
 from fedmom.rounds.loop import Plan
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import MODELS, build_model

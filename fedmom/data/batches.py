@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmom.data.partition import Partition
-from fedmom.randomness import CROP, FLIP, REPLACEMENT, SHUFFLE, integers, random_bits
+from fedmom.method.randomness import CROP, FLIP, REPLACEMENT, SHUFFLE, integers, random_bits
 
 SAMPLINGS = {
     "shuffle": "every example once per pass over the client's data, in a new order each pass",

@@ -18,6 +18,7 @@ from fedmom.engine.stacked.means import Distances, RoundSums, distances
 from fedmom.engine.stacked.steps import Stack
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, local_step, takes_key
 from fedmom.method.averaging import WeightedMean
+from fedmom.method.randomness import random_bits
 from fedmom.method.state import (
     ClientState,
     Tree,
@@ -28,7 +29,6 @@ from fedmom.method.state import (
     stacked,
     where,
 )
-from fedmom.randomness import random_bits
 from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
 from fedmom.tasks.task import Task
 

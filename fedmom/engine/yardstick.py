@@ -24,8 +24,8 @@ from fedmom.errors import InputError
 from fedmom.machine.precision import exactly
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, takes_key
 from fedmom.method.averaging import WeightedMean
+from fedmom.method.randomness import random_bits, uniform
 from fedmom.method.state import ClientState, row_of
-from fedmom.randomness import random_bits, uniform
 from fedmom.rounds.round import Job
 from fedmom.tasks.classification import Batch, Classification
 from fedmom.tasks.places import copied

@@ -13,10 +13,10 @@ import torch
 
 from fedmom.errors import DivergedError
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, slow_step
+from fedmom.method.randomness import COHORT, random_bits
 from fedmom.method.schedules import SCHEDULES, Horizon, LearningRate
 from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, row_of, stacked, to_device, zeros_like
 from fedmom.method.topology import Topology
-from fedmom.randomness import COHORT, random_bits
 from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
 from fedmom.tasks.task import Task
 

@@ -13,8 +13,8 @@ from fedmom.data.datasets import Dataset
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes, sizes_made
+from fedmom.method.randomness import DROPOUT, random_bits
 from fedmom.method.state import ClientState, Tree, initial_state
-from fedmom.randomness import DROPOUT, random_bits
 from fedmom.tasks.places import BoundedGathers, Places, cast, check_model, copied
 from fedmom.user_code import one_line
 

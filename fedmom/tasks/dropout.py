@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedmom.randomness import random_bits
+from fedmom.method.randomness import random_bits
 
 KEY = "dropout_key"
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.method.randomness import NOISE, normal
 from fedmom.method.state import ClientState, Tree, initial_state
-from fedmom.randomness import NOISE, normal
 
 X = "x"  # the name of the one parameter
 

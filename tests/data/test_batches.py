@@ -6,7 +6,7 @@ import torch
 
 from fedmom.data.batches import Sampler, crop_flip, normalised
 from fedmom.data.partition import Partition, make_partition
-from fedmom.randomness import integers, normal, random_bits, uniform
+from fedmom.method.randomness import integers, normal, random_bits, uniform
 from laws import table
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fedmom.data.batches import Sampler
 from fedmom.data.datasets import Dataset
-from fedmom.randomness import DROPOUT, random_bits
+from fedmom.method.randomness import DROPOUT, random_bits
 from fedmom.tasks.dropout import KEY, address_dropout
 
 F64 = torch.float64

@@ -12,8 +12,8 @@ import fedmom.config.build
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.algorithms import Method
+from fedmom.method.randomness import random_bits
 from fedmom.method.schedules import LearningRate
-from fedmom.randomness import random_bits
 from fedmom.rounds.loop import Plan, beginning, run_rounds
 from fedmom.tasks.quadratic import Quadratic
 from laws import table
@@ -130,7 +130,7 @@ def test_a_wrong_one_is_one_line_before_the_first_round(text, why):
 
 
 NOISE = """
-from fedmom.randomness import normal_like
+from fedmom.method.randomness import normal_like
 def correct(grads, params, start, key):
     return {name: g + 0.1 * normal_like(g, key, i) for i, (name, g) in enumerate(grads.items())}
 """
