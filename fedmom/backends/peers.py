@@ -62,7 +62,10 @@ class Peers(Backend):
             raise
 
     def _settle(self, config: Config) -> tuple[str, int]:
-        return self._all([self.peers[0].choose.remote()], [0], 0)[0]
+        """(path, chunk size) of all actors, by the first, once all are up: starting is no round and has no limit."""
+        ready = [peer.__ray_ready__.remote() for peer in self.peers]
+        self._all(ready, list(range(len(ready))), 0, limit=0.0)
+        return self._all([self.peers[0].choose.remote()], [0], 0, limit=0.0)[0]
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
@@ -169,11 +172,14 @@ class Peers(Backend):
                 if time.monotonic() > deadline:
                     raise
 
-    def _all(self, calls: list[Any], who: list[int], number: int) -> list[Any]:
-        """The answers of all calls; ClientsFailedError names the clients of an actor that died, failed or is late."""
+    def _all(self, calls: list[Any], who: list[int], number: int, limit: float | None = None) -> list[Any]:
+        """The answers of all calls; ClientsFailedError names the clients of an actor that died, failed or is late.
+
+        limit: seconds for all of them, 0 for as long as they take; by default the straggler limit.
+        """
         answers = []
-        # The first calls read data and build models.
-        limit = max(self.limit, WARM_UP_SECONDS) if self.limit and self.at < 0 else self.limit
+        if limit is None:  # the first round loads libraries
+            limit = max(self.limit, WARM_UP_SECONDS) if self.limit and self.at < 0 else self.limit
         deadline = time.monotonic() + limit if limit else math.inf
         for call, peer in zip(calls, who, strict=True):
             try:

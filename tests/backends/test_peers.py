@@ -173,7 +173,7 @@ def lose_rows(monkeypatch, link, in_round):
 @pytest.mark.slow
 def test_a_lost_link_stops_the_run_by_name(tmp_path, monkeypatch):
     lose_rows(monkeypatch, (0, 1), 1)
-    changes = {"engine.workers": 2, "algorithm.topology": "ring", "simulation.straggler-seconds": 5.0}
+    changes = {"engine.workers": 2, "algorithm.topology": "ring", "simulation.straggler-seconds": 60.0}
     result = fedmom.run(BASE, sets=changes, out=tmp_path / "run", callbacks=[Quiet()])
     assert result.status == "failed"
     assert "round 2: rows from clients 0 … 2 to clients 3 … 4 did not arrive" in result.message
@@ -183,7 +183,7 @@ def test_a_lost_link_stops_the_run_by_name(tmp_path, monkeypatch):
 def test_a_lost_link_can_be_skipped_where_w_is_symmetric(monkeypatch):
     """Both diagonals take the pair's weight: the result is the engine's with that W, and the mean is kept."""
     lose_rows(monkeypatch, (0, 1), 0)
-    changes = {"algorithm.topology": "ring", "simulation.on-link-failure": "skip", "simulation.straggler-seconds": 5.0}
+    changes = {"algorithm.topology": "ring", "simulation.on-link-failure": "skip", "simulation.straggler-seconds": 60.0}
     config, task, plan = settled({**changes, "run.num-rounds": 1})
     rounds = Peers(config, task, plan)
     try:

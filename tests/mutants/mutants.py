@@ -1160,7 +1160,7 @@ MUTANTS = [
         "failures",
         "an answer for others is taken",
         "a node's reply is averaged in another client's place",
-        code("strategies.replies.accept", "if clients and list(", "if False and list("),
+        code("strategies.replies.accept", "if clients and about[", "if False and about["),
         "tests/flower/test_failures.py::test_a_wrong_block_is_refused_by_name",
     ),
     Mutant(
@@ -1190,7 +1190,11 @@ MUTANTS = [
         "failures",
         "clients' momenta in the nodes' order",
         "under `local` a node that holds every other client mixes them up",
-        code("strategies.backends._outcome", "rows[n] for answer in own])[order]", "rows[n] for answer in own])"),
+        code(
+            "strategies.backends._outcome",
+            "torch.cat([rows[n] for rows, _ in own])[order]",
+            "torch.cat([rows[n] for rows, _ in own])",
+        ),
         "tests/flower/test_failures.py::test_rows_go_to_their_clients_in_whatever_order_nodes_hold_them",
     ),
     Mutant(
