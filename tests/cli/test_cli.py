@@ -459,7 +459,8 @@ def test_ctrl_c_before_the_first_round_is_one_line(fed, monkeypatch, workplace):
     assert tree(workplace) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a fast one with more signals: machine/test_output.py
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_real_process_with_a_checkpoint(workplace, number):
     command = [sys.executable, "-m", "fedmom", "run", "quadratic.toml", "--out", "x"]
     command += ["--quiet", "--set", "run.num-rounds=1000000", "--set", "run.checkpoint-every=1000000"]

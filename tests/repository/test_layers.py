@@ -3,6 +3,7 @@
 import ast
 import functools
 import io
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -58,7 +59,12 @@ EXTRAS = {
 MAY_BE_ABSENT = ("flwr", "ray", "torchvision", "matplotlib", "plotly")
 # With the file that needs them; as flwr comes with the apps of strategies/ and clients/.
 AT_ONCE = ("typer", "rich", "triton")
-IMPORT_CALLS = ("__import__", "import_module", "importlib.import_module")
+IMPORT_CALLS = ("__import__", "import_module")
+
+
+def called(node: ast.Call) -> str:
+    """`import_module` of importlib.import_module(…)."""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
 def imports(node: ast.AST, package: str) -> list[str]:
@@ -69,7 +75,7 @@ def imports(node: ast.AST, package: str) -> list[str]:
         start = ".".join(package.split(".")[: -node.level + 1 or None]) if node.level else ""
         base = ".".join(filter(None, (start, node.module)))
         return [f"{base}.{alias.name}" for alias in node.names]
-    if isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORT_CALLS:
+    if isinstance(node, ast.Call) and called(node) in IMPORT_CALLS:
         return [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
     return []
 
@@ -90,8 +96,12 @@ def imported(path: Path) -> dict[str, bool]:
     return found
 
 
+@functools.cache
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path) for path in FILES}
 
 
 def room_of(module: str) -> str:
@@ -103,8 +113,7 @@ def room_of(module: str) -> str:
 
 def of_house(name: str) -> str | None:
     """The module of ours that an imported name means or lies in; None for somebody else's."""
-    known = {module_of(path) for path in FILES}
-    return name if name in known else name.rpartition(".")[0] if name.partition(".")[0] in FOLDERS else None
+    return name if name in MODULES else name.rpartition(".")[0] if name.partition(".")[0] in FOLDERS else None
 
 
 def test_the_walk_sees_every_kind_of_import(tmp_path):
@@ -171,18 +180,15 @@ def test_a_room_is_looked_through_at_a_glance():
 
 BARE = """
 import sys
-import zipfile
 for name in {absent!r}:
     sys.modules[name] = None  # from now on `import name` raises ModuleNotFoundError
 import fedmom
-import fedmom.cli.main
-small = {{"model.name": "logistic", "data.num-clients": 3, "engine.path": "vmap"}}
-for name, rounds, keys in [("digits", 2, small), ("quadratic", 2, {{}}), ("tiny.npz", 1, small)]:
-    config = {{"data.dataset": name, "run.num-rounds": rounds, **keys}}
-    result = fedmom.run(config, out=f"run-{{name}}", callbacks=[fedmom.Callback()])
-    assert result.status == "done" and len(result.rounds) == rounds, result
-    assert (result.folder / "final.safetensors").is_file()
-status = fedmom.cli.main.call(["run", "run-tiny.npz/config.toml", "--out", "by-command", "--quiet"])
+import fedmom.actors.pool, fedmom.cli.main, fedmom.flower.grid
+small = {{"data.dataset": "digits", "data.num-clients": 3, "model.name": "logistic", "engine.path": "vmap"}}
+result = fedmom.run({{**small, "run.num-rounds": 2}}, out="run", callbacks=[fedmom.Callback()])
+assert result.status == "done" and len(result.rounds) == 2, result
+sets = [f"--set={{key}}={{value}}" for key, value in {{"data.dataset": "tiny.npz", "run.num-rounds": 1}}.items()]
+status = fedmom.cli.main.call(["run", "run/config.toml", "--out", "by-command", "--quiet", *sets])
 assert status == 0, status
 assert not [name for name in sys.modules if name.partition(".")[0] in {absent!r} and sys.modules[name]]
 """
@@ -198,12 +204,12 @@ def test_the_engine_runs_where_the_extras_are_missing(tmp_path):
     assert done.stdout.split() == ["by-command"]
     assert done.stderr == "fedmom: no picture was drawn: matplotlib is not installed\n"
     assert not list(tmp_path.rglob("*.png"))
-    assert (tmp_path / "by-command" / "final.safetensors").is_file()
+    for name in ("run", "by-command"):
+        assert (tmp_path / name / "final.safetensors").is_file()
 
 
 OWN = """
 import sys
-import zipfile
 sys.path.insert(0, "")
 import clients.mine, strategies  # the user's, before ours and after
 from fedmom.flower.app import load_components
@@ -225,11 +231,16 @@ def test_a_project_may_have_packages_called_clients_and_strategies(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_flowers_bundle_holds_every_file_of_code():
+def test_flowers_bundle_holds_every_file_of_code(tmp_path):
     """What git ignores stays out of a bundle without a word: so would a package runs/, were .gitignore not anchored."""
     from flwr.cli.build import build_fab_from_disk
 
-    bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT)))
-    code = {path.relative_to(ROOT).as_posix() for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
+    # Without what else lies in a checkout, all of which Flower would look at.
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path)))
+    code = {path.relative_to(ROOT).as_posix() for path in FILES}
     assert len(code) > 100
     assert code <= set(bundle.namelist()), code - set(bundle.namelist())

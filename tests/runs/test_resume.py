@@ -28,6 +28,24 @@ DIGITS = {
 VOLATILE = ("wall_seconds", "client_steps_per_second")
 
 
+LOCAL = {**DIGITS, "algorithm": {"num_local_steps": 3, "momentum_policy": "local"}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run at once, for looking at; one for each configuration."""
+    folders: dict[str, Path] = {}
+
+    def made(config=DIGITS, **sets) -> Path:
+        key = json.dumps([config, sets])
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("whole") / "run"
+            fedmom.run(config, sets=sets, out=folders[key], callbacks=[fedmom.Callback()])
+        return folders[key]
+
+    return made
+
+
 class StopAfter(fedmom.Callback):
     """Ctrl-C after a round."""
 
@@ -50,22 +68,21 @@ def same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(("policy", "stop"), [("average", 1), ("local", 7), ("reset", 3)])
-def test_interrupted_run_resumes_to_the_same_bytes(tmp_path, policy, stop):
+def test_interrupted_run_resumes_to_the_same_bytes(whole, tmp_path, policy, stop):
     sets = {"algorithm.momentum-policy": policy, "algorithm.cohort-size": 4}
-    fedmom.run(DIGITS, sets=sets, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
     first = fedmom.run(DIGITS, sets=sets, out=tmp_path / "parts", callbacks=[StopAfter(stop)])
     assert first.status == "interrupted"
     assert read_about(tmp_path / "parts" / folder.CHECKPOINT)["round"] == stop
     assert not (tmp_path / "parts" / folder.FINAL).exists()
     second = fedmom.run(resume=tmp_path / "parts", callbacks=[fedmom.Callback()])
     assert second.status == "done"
-    same_run(tmp_path / "whole", tmp_path / "parts")
+    same_run(whole(**sets), tmp_path / "parts")
     assert [r["round"] for r in second.rounds] == list(range(1, 13))
     times = [r["wall_seconds"] for r in second.rounds]
     assert times == sorted(times)  # over both parts
 
 
-def test_interrupt_inside_a_round_loses_only_that_round(tmp_path):
+def test_interrupt_inside_a_round_loses_only_that_round(whole, tmp_path):
     class InRound(fedmom.Callback):
         steps = 0
 
@@ -77,9 +94,8 @@ def test_interrupt_inside_a_round_loses_only_that_round(tmp_path):
     result = fedmom.run(DIGITS, out=tmp_path / "run", callbacks=[InRound()])
     assert result.status == "interrupted"
     assert read_about(tmp_path / "run" / folder.CHECKPOINT)["round"] == 4
-    fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
     fedmom.run(resume=tmp_path / "run", callbacks=[fedmom.Callback()])
-    same_run(tmp_path / "whole", tmp_path / "run")
+    same_run(whole(), tmp_path / "run")
 
 
 CHILD = """
@@ -95,7 +111,7 @@ fedmom.run(config, out=sys.argv[2], callbacks=[Stays()])
 
 
 def start_child(config: dict, out: Path, stays: int) -> subprocess.Popen:
-    """The run in a process of its own, which stays in a round; 0: in none."""
+    """The run in a process of its own, which stays in a round."""
     words = [json.dumps(config), str(out), str(stays)]
     return subprocess.Popen([sys.executable, "-c", CHILD, *words], stderr=subprocess.DEVNULL)
 
@@ -108,11 +124,9 @@ def wait_for_round(out: Path, number: int, child: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def test_two_processes_cannot_share_a_folder_and_a_killed_run_resumes_to_the_same_bytes(tmp_path):
-    config = json.loads(json.dumps(DIGITS))
-    config["algorithm"]["momentum_policy"] = "local"
+def test_two_processes_cannot_share_a_folder_and_a_killed_run_resumes_to_the_same_bytes(whole, tmp_path):
     out = tmp_path / "killed"
-    child = start_child(config, out, stays=5)
+    child = start_child(LOCAL, out, stays=5)
     try:
         wait_for_round(out, 5, child)
         with pytest.raises(InputError, match="another process"):
@@ -122,33 +136,28 @@ def test_two_processes_cannot_share_a_folder_and_a_killed_run_resumes_to_the_sam
     assert child.wait() == -signal.SIGKILL
     assert read_about(out / folder.CHECKPOINT)["round"] < 12
     fedmom.run(resume=out, callbacks=[fedmom.Callback()])
-    fedmom.run(config, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
-    same_run(tmp_path / "whole", out)
+    same_run(whole(LOCAL), out)
 
 
-def test_killed_before_the_first_checkpoint_starts_again(tmp_path):
-    fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
+def test_killed_before_the_first_checkpoint_starts_again(whole, tmp_path):
     fedmom.run(DIGITS, out=tmp_path / "killed", callbacks=[StopAfter(2)])
     (tmp_path / "killed" / folder.CHECKPOINT).unlink()
     fedmom.run(resume=tmp_path / "killed", callbacks=[fedmom.Callback()])
-    same_run(tmp_path / "whole", tmp_path / "killed")
+    same_run(whole(), tmp_path / "killed")
 
 
-def test_line_cut_short_by_a_kill_is_dropped(tmp_path):
+def test_line_cut_short_by_a_kill_is_dropped(whole, tmp_path):
     out = tmp_path / "run"
     fedmom.run(DIGITS, out=out, callbacks=[StopAfter(7)])
     with open(out / folder.ROUNDS, "a") as file:
         file.write('{"round": 8, "ste')
     fedmom.run(resume=out, callbacks=[fedmom.Callback()])
-    fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
-    same_run(tmp_path / "whole", out)
+    same_run(whole(), out)
 
 
 @pytest.mark.parametrize("after", ["rows moved aside", "new rows written"])
-def test_kill_between_the_two_files_of_a_checkpoint(tmp_path, monkeypatch, after):
+def test_kill_between_the_two_files_of_a_checkpoint(whole, tmp_path, monkeypatch, after):
     """The clients' rows and the checkpoint are two files; a kill between them must cost nothing."""
-    config = json.loads(json.dumps(DIGITS))
-    config["algorithm"]["momentum_policy"] = "local"
     out = tmp_path / "run"
     write, count = folder.write_tensors, [0]
 
@@ -165,12 +174,11 @@ def test_kill_between_the_two_files_of_a_checkpoint(tmp_path, monkeypatch, after
 
     monkeypatch.setattr(folder, "write_tensors", dying)
     with pytest.raises(Killed):
-        fedmom.run(config, out=out, callbacks=[fedmom.Callback()])
+        fedmom.run(LOCAL, out=out, callbacks=[fedmom.Callback()])
     monkeypatch.setattr(folder, "write_tensors", write)
     assert read_about(out / folder.CHECKPOINT)["round"] == 3
     fedmom.run(resume=out, callbacks=[fedmom.Callback()])
-    fedmom.run(config, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
-    same_run(tmp_path / "whole", out)
+    same_run(whole(LOCAL), out)
 
 
 def test_longer_run_equals_the_long_run_at_once(tmp_path):
@@ -190,7 +198,7 @@ def test_longer_run_is_evaluated_where_the_long_run_is(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_while_a_line_is_written_keeps_line_and_state_together(tmp_path, monkeypatch, number):
+def test_signal_while_a_line_is_written_keeps_line_and_state_together(whole, tmp_path, monkeypatch, number):
     append = folder.RunFolder.append
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -208,8 +216,7 @@ def test_signal_while_a_line_is_written_keeps_line_and_state_together(tmp_path, 
     assert result.status == "interrupted"
     assert read_about(tmp_path / "run" / folder.CHECKPOINT)["round"] == len(read_rounds(tmp_path / "run")) == 5
     fedmom.run(resume=tmp_path / "run", callbacks=[fedmom.Callback()])
-    fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
-    same_run(tmp_path / "whole", tmp_path / "run")
+    same_run(whole(), tmp_path / "run")
 
 
 def test_error_in_a_callback_leaves_a_checkpoint(tmp_path):
@@ -265,7 +272,7 @@ def test_resume_takes_what_auto_chose(tmp_path):
     assert second.config.engine.path in PATHS
 
 
-def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     fedmom.run(DIGITS, out=out, callbacks=[StopAfter(4)])
     good = (out / folder.CHECKPOINT).read_bytes()
@@ -283,15 +290,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(tmp_path, mo
     assert (out / folder.CHECKPOINT).read_bytes() == good
     assert not [p for p in out.iterdir() if ".safetensors." in p.name]
     fedmom.run(resume=out, callbacks=[fedmom.Callback()])
-    fedmom.run(DIGITS, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
-    same_run(tmp_path / "whole", out)
-
-
-def test_files_of_one_run_are_the_same_bytes_in_another_process(tmp_path):
-    fedmom.run(DIGITS, out=tmp_path / "here", callbacks=[fedmom.Callback()])
-    child = start_child(DIGITS, tmp_path / "there", stays=0)
-    assert child.wait(timeout=120) == 0
-    same_run(tmp_path / "here", tmp_path / "there")
+    same_run(whole(), out)
 
 
 def test_final_file_holds_model_and_momentum(tmp_path):
