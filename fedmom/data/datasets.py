@@ -37,6 +37,10 @@ class Dataset(NamedTuple):
         return tuple(self.x_train.shape[1:])
 
 
+Arrays = tuple[object, object, object, object]  # x_train, y_train, x_test, y_test, not yet checked
+DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
+
+
 class Entry(NamedTuple):
     """A named data set. Mean and std are those of the training images, as usually quoted."""
 
@@ -46,38 +50,75 @@ class Entry(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str = "none"
-    torchvision: str = ""  # the class in torchvision.datasets, if there is one
-    folder: str = ""  # where torchvision unpacks it, below its root
+    own: Callable[[], Arrays] | None = None  # its arrays, where it comes with a library
+    torchvision: str = ""  # the class in torchvision.datasets that fetches it, if there is one
+    folders: tuple[str, ...] = ()  # where its files may be, below data.data-dir or anywhere
+    read: Callable[[str, Path], Arrays | None] | None = None  # (name, folder) -> its files' arrays; None: it has none
+    advice: str = ""  # another way to get it
+
+
+def _digits() -> Arrays:
+    """scikit-learn's digits: values 0 to 16 become round(255 v / 16), every fifth example of a class is test.
+
+    The split uses no random generator, so that it is the same for ever: 1,437 + 360 examples.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise InputError("data.dataset = 'digits': needs scikit-learn (pip install scikit-learn)") from error
+    digits = load_digits()
+    images = ((digits.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]
+    is_test = np.zeros(len(images), dtype=bool)
+    is_test[np.argsort(digits.target, kind="stable")[::5]] = True
+    return images[~is_test], digits.target[~is_test], images[is_test], digits.target[is_test]
+
+
+def _read_idx_files(name: str, folder: Path) -> Arrays | None:
+    if (files := idx_files(folder)) is None:
+        return None
+    x_train, y_train, x_test, y_test = (read_idx(f"data.dataset = {name!r}", file) for file in files)
+    return x_train, y_train, x_test, y_test
+
+
+def _read_cifar(name: str, folder: Path) -> Arrays | None:
+    """By torchvision, which looks for the folder by its name below a root."""
+    if not folder.is_dir():
+        return None
+    dataset_class = _torchvision_class(name)
+    try:
+        train, test = (dataset_class(root=str(folder.parent), train=train, download=False) for train in (True, False))
+    except Exception as error:  # a wrong checksum, a truncated pickle, a missing batch
+        raise InputError(f"data.dataset = {name!r}: cannot read {folder}: {one_line(error)}") from error
+    return train.data, np.array(train.targets), test.data, np.array(test.targets)
 
 
 DATASETS: dict[str, Entry] = {
     "digits": Entry(
         "1,437 + 360 handwritten digits, 1x8x8, 10 classes: scikit-learn's, nothing to download",
-        (1, 8, 8), 10, (0.3058,), (0.3761,),
+        (1, 8, 8), 10, (0.3058,), (0.3761,), own=_digits,
     ),
     "fashion-mnist": Entry(
         "60,000 + 10,000 photos of clothes, 1x28x28, 10 classes: --download, or apt's dataset-fashion-mnist",
-        (1, 28, 28), 10, (0.2860,), (0.3530,), "none", "FashionMNIST", "FashionMNIST/raw",
+        (1, 28, 28), 10, (0.2860,), (0.3530,), torchvision="FashionMNIST", read=_read_idx_files,
+        folders=("", "fashion-mnist", "FashionMNIST/raw", DEBIAN_FASHION_MNIST),
+        advice="apt install dataset-fashion-mnist",
     ),
     "mnist": Entry(
         "60,000 + 10,000 handwritten digits, 1x28x28, 10 classes: --download",
-        (1, 28, 28), 10, (0.1307,), (0.3081,), "none", "MNIST", "MNIST/raw",
+        (1, 28, 28), 10, (0.1307,), (0.3081,), torchvision="MNIST", read=_read_idx_files,
+        folders=("", "mnist", "MNIST/raw"),
     ),
     "cifar10": Entry(
         "50,000 + 10,000 photos, 3x32x32, 10 classes: --download",
-        (3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
-        "crop-flip", "CIFAR10", "cifar-10-batches-py",
+        (3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "crop-flip",
+        torchvision="CIFAR10", folders=("cifar-10-batches-py",), read=_read_cifar,
     ),
     "cifar100": Entry(
         "50,000 + 10,000 photos, 3x32x32, 100 classes: --download",
-        (3, 32, 32), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),
-        "crop-flip", "CIFAR100", "cifar-100-python",
+        (3, 32, 32), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "crop-flip",
+        torchvision="CIFAR100", folders=("cifar-100-python",), read=_read_cifar,
     ),
 }  # fmt: skip
-
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-
-Arrays = tuple[object, object, object, object]  # x_train, y_train, x_test, y_test, not yet checked
 
 
 def load_dataset(name: str, data_dir: str = "data") -> Dataset:
@@ -89,7 +130,8 @@ def load_dataset(name: str, data_dir: str = "data") -> Dataset:
         return _call_user(name, data_dir)
     if name not in DATASETS:
         raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", '"module:function"'])
-    arrays = _digits() if name == "digits" else _find(name, at_home(data_dir))
+    own = DATASETS[name].own
+    arrays = own() if own is not None else _find(name, at_home(data_dir))
     return _named_dataset(name, arrays)
 
 
@@ -98,7 +140,7 @@ def download(name: str, data_dir: str) -> None:
     if name not in DATASETS:
         raise unknown("data.dataset", name, DATASETS)
     if not DATASETS[name].torchvision:
-        raise InputError(f"data.dataset = {name!r}: comes with scikit-learn, there is nothing to download")
+        raise InputError(f"data.dataset = {name!r}: there is nothing to download; {DATASETS[name].summary}")
     dataset_class = _torchvision_class(name)
     try:
         for train in (True, False):
@@ -145,22 +187,6 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 # Where the arrays come from.
 
 
-def _digits() -> Arrays:
-    """scikit-learn's digits: values 0 to 16 become round(255 v / 16), every fifth example of a class is test.
-
-    The split uses no random generator, so that it is the same for ever: 1,437 + 360 examples.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError("data.dataset = 'digits': needs scikit-learn (pip install scikit-learn)") from error
-    digits = load_digits()
-    images = ((digits.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]
-    is_test = np.zeros(len(images), dtype=bool)
-    is_test[np.argsort(digits.target, kind="stable")[::5]] = True
-    return images[~is_test], digits.target[~is_test], images[is_test], digits.target[is_test]
-
-
 def _find(name: str, data_dir: Path) -> Arrays:
     """The first of the places where a named data set may be."""
     entry = DATASETS[name]
@@ -170,35 +196,14 @@ def _find(name: str, data_dir: Path) -> Arrays:
     looked = [data_dir / f"{name}.npz"]
     if looked[0].exists():
         return _read_npz(key, looked[0])
-    if name in ("mnist", "fashion-mnist"):
-        folders = [data_dir, data_dir / name, data_dir / entry.folder]
-        if name == "fashion-mnist":
-            folders.append(DEBIAN_FASHION_MNIST)
-        for folder in folders:
-            if (files := idx_files(folder)) is not None:
-                x_train, y_train, x_test, y_test = (read_idx(key, file) for file in files)
-                return x_train, y_train, x_test, y_test
-        looked += folders
-    else:
-        looked.append(data_dir / entry.folder)
-        if looked[-1].is_dir():
-            return _read_cifar(name, data_dir)
-    advice = f"fetch it with: fedmom datasets --download {name} --data-dir {data_dir}"
-    if name == "fashion-mnist":
-        advice += ", or: apt install dataset-fashion-mnist"
+    for folder in entry.folders:
+        looked.append(data_dir / folder)
+        if entry.read is not None and (arrays := entry.read(name, looked[-1])) is not None:
+            return arrays
+    fetch = f"fetch it with: fedmom datasets --download {name} --data-dir {data_dir}" if entry.torchvision else ""
+    advice = ", or: ".join(filter(None, (fetch, entry.advice))) or f"write its arrays into {looked[0]}"
     places = ", ".join(str(path) for path in looked)
     raise InputError(f"{key}: not found (looked for {places}); {advice}")
-
-
-def _read_cifar(name: str, data_dir: Path) -> Arrays:
-    dataset_class = _torchvision_class(name)
-    try:
-        train = dataset_class(root=str(data_dir), train=True, download=False)
-        test = dataset_class(root=str(data_dir), train=False, download=False)
-    except Exception as error:  # a wrong checksum, a truncated pickle, a missing batch
-        folder = data_dir / DATASETS[name].folder
-        raise InputError(f"data.dataset = {name!r}: cannot read {folder}: {one_line(error)}") from error
-    return train.data, np.array(train.targets), test.data, np.array(test.targets)
 
 
 def _torchvision_class(name: str) -> Callable:

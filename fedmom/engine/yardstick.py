@@ -160,13 +160,11 @@ class Yardstick:
     def _begin(self, count: int, by: float) -> tuple[ClientState, ClientState]:
         """(the common start, every client's own start [C, ...]): x off the model's own, u not zero."""
         own = self.task.start()
-        keeps = MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows
+        policy = MOMENTUM_POLICIES[self.method.momentum_policy]
         common = self._moved(own, 0, by)
-        if MOMENTUM_POLICIES[self.method.momentum_policy].forgets and not self.own_rows:
-            common = common._replace(momentum={n: torch.zeros_like(u) for n, u in own.momentum.items()})
-        rows = [self._moved(own, 1 + i, by) if self.own_rows or keeps else common for i in range(count)]
-        if not self.own_rows:
-            rows = [common._replace(momentum=row.momentum) for row in rows]
+        rows = [self._moved(own, 1 + i, by) if self.own_rows or policy.keeps_rows else common for i in range(count)]
+        if not self.own_rows:  # as a round begins, which the engine does by itself
+            rows = [common._replace(momentum=policy.start(common.momentum, row.momentum)) for row in rows]
         trees = zip(*rows, strict=True)
         return common, ClientState(*({n: torch.stack([t[n] for t in tree]) for n in tree[0]} for tree in trees))
 

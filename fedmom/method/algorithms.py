@@ -138,7 +138,6 @@ class MomentumPolicy(NamedTuple):
     summary: str
     gossip_only: bool = False  # whether it means something under Algorithm 2 alone
     one_step: bool = False  # whether it is for one step between two exchanges
-    forgets: bool = False  # whether u = 0 at the start of every round
 
 
 MOMENTUM_POLICIES = {
@@ -148,9 +147,7 @@ MOMENTUM_POLICIES = {
     "local": MomentumPolicy(
         start_local, exchange_local, False, True, "every client keeps its own u (x alone is averaged)"
     ),
-    "reset": MomentumPolicy(
-        start_reset, exchange_reset, False, False, "u = 0 at the start of every round", forgets=True
-    ),
+    "reset": MomentumPolicy(start_reset, exchange_reset, False, False, "u = 0 at the start of every round"),
     "quasi-global": MomentumPolicy(
         start_local,
         exchange_quasi_global,

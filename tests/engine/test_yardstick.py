@@ -15,6 +15,7 @@ from fedmom.engine.engine import Engine
 from fedmom.engine.paths import PATHS
 from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
+from fedmom.method import algorithms
 from fedmom.method.state import row_of
 from fedmom.rounds.loop import beginning, round_job
 from fedmom.tasks.classification import Batch, Classification
@@ -71,6 +72,18 @@ def test_right_ways_pass_in_every_dtype(num_clients, policy, dtype):
             found = yardstick_of(one, simple_plan(num_clients, momentum_policy=policy, **options))
             assert [found.differs(path) for path in ("loop", "stack", "factors")] == ["", "", ""]
     assert yardstick_of(task, simple_plan(num_clients), own_rows=True).differs("stack") == ""
+
+
+def test_a_policy_of_a_new_row_is_compared_by_its_own_start(monkeypatch):
+    half = algorithms.MOMENTUM_POLICIES["average"]._replace(
+        start=lambda mean, own: {n: 0.5 * u for n, u in mean.items()}
+    )
+    monkeypatch.setitem(algorithms.MOMENTUM_POLICIES, "half", half)
+    task, plan = image_task("mlp", 3), simple_plan(3, momentum_policy="half")
+    assert [yardstick_of(task, plan).differs(path) for path in PATHS] == [""] * len(PATHS)
+    found = yardstick_of(task, plan)
+    monkeypatch.setitem(algorithms.MOMENTUM_POLICIES, "half", algorithms.MOMENTUM_POLICIES["average"])
+    assert all(found.differs(path) for path in PATHS)
 
 
 class MixesALittle(nn.Module):

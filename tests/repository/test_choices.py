@@ -4,17 +4,23 @@ import ast
 from pathlib import Path
 
 from fedmom.config.strategies import STRATEGIES
+from fedmom.data.datasets import DATASETS
+from fedmom.data.partition import PARTITIONS
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES
+from fedmom.tasks.models import MODELS
 from fedmom.tasks.task import TASKS
 
 ROOT = Path(__file__).parents[2]
 TABLES = {
     "fedmom/config/strategies.py": STRATEGIES,
+    "fedmom/data/datasets.py": DATASETS,
+    "fedmom/data/partition.py": PARTITIONS,
     "fedmom/engine/paths.py": PATHS,
     "fedmom/engine/stacked/convolutions.py": CONVOLUTIONS,
     "fedmom/method/algorithms.py": {**ALGORITHMS, **MOMENTUM_POLICIES},
+    "fedmom/tasks/models.py": MODELS,
     "fedmom/tasks/task.py": TASKS,
 }
 
