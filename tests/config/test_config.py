@@ -394,9 +394,8 @@ def test_a_baseline_of_interval_one_overrules_epochs_and_theory_too():
 
 
 def test_zero_local_steps_means_the_algorithms_own():
-    assert {name: settled(algorithm__name=name).config.algorithm.num_local_steps for name in ALGORITHMS} == {
-        name: {"parallel-sgd-m": 1, "d-sgd-m": 1}.get(name, 8) for name in ALGORITHMS
-    }
+    wanted = {"pr-sgd-m": 8, "parallel-sgd-m": 1, "d-sgd-m": 1, "local-sgd": 8}
+    assert {name: settled(algorithm__name=name).config.algorithm.num_local_steps for name in wanted} == wanted
 
 
 @given(st.integers(1, 10**24), st.integers(1, 10**4))
