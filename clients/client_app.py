@@ -28,7 +28,7 @@ from fedmom.method.state import Tree, flatten, unflatten
 from fedmom.tasks.task import task_kind
 
 Metric = int | float | list[int] | list[float]
-Record = ArrayRecord | MetricRecord | ConfigRecord
+AnyRecord = ArrayRecord | MetricRecord | ConfigRecord
 
 app = ClientApp()
 
@@ -83,7 +83,7 @@ def train(message: Message, context: Context) -> Message:
     about["path"] = torch.cat(points).tolist() if points else []
     mean = flatten(outcome.mean)
     # In the order of what came: some of Flower's strategies pair arrays by their places.
-    content: dict[str, Record] = {
+    content: dict[str, AnyRecord] = {
         "arrays": _record({name: mean[name] for name in start}, arrays),
         "metrics": MetricRecord(metrics),
         "clients": about,
@@ -108,7 +108,7 @@ def _train_rows(message: Message, context: Context, clients: list[int]) -> Messa
     about = ConfigRecord({"clients": sorted(clients), "client-steps": trained.client_steps})
     about["train-loss"] = trained.losses.tolist()
     about["path"] = torch.cat([point.reshape(-1) for point in trained.path]).tolist() if trained.path else []
-    content: dict[str, Record] = {
+    content: dict[str, AnyRecord] = {
         "arrays": _record({name: after[name] for name in start}, arrays),
         "metrics": MetricRecord({"num-examples": float(len(clients)), "lr": trained.lr}),
         "clients": about,

@@ -16,7 +16,7 @@ from fedmom.tasks.task import Task
 
 from .fleet import Fleet
 from .flower_strategies import CohortGrid
-from .prsgdm import PRSGDM, SPREADS, Answer
+from .prsgdm import PRSGDM, SPREADS, Contribution
 from .replies import Update, accept, pack, shares_memory, unpack
 
 
@@ -92,7 +92,7 @@ class StockRounds(Backend):
             metrics[name] = sum(u.weight * u.metrics[name] for u in updates) / mean.weight
         for name, part in SPREADS.items():
             metrics[name] += mean.spread(part)
-        answers = [Answer(update.weight, update.about, None) for update in updates]
+        answers = [Contribution(update.weight, update.about, None) for update in updates]
         return _outcome(self.task, job, unflatten(_like(result, tensors)), metrics, answers)
 
 
@@ -110,7 +110,9 @@ def _tell(progress: Progress | None, update: Update) -> None:
         progress(int(update.about.get("client-steps", 0)))
 
 
-def _outcome(task: Task, job: Job, state: ClientState, metrics: dict[str, float], answers: Sequence[Answer]) -> Outcome:
+def _outcome(
+    task: Task, job: Job, state: ClientState, metrics: dict[str, float], answers: Sequence[Contribution]
+) -> Outcome:
     """What the nodes' answers come to, in the order of the job's clients."""
     place = {client: k for k, client in enumerate(job.clients.tolist())}
     answered = torch.zeros(len(place), dtype=torch.bool)

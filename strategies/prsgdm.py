@@ -42,7 +42,7 @@ SPREADS = {"consensus_distance": "params", "momentum_spread": "momentum"}
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-class Answer(NamedTuple):
+class Contribution(NamedTuple):
     """What remains of an update once it has been added up."""
 
     weight: float
@@ -50,12 +50,12 @@ class Answer(NamedTuple):
     rows: Tree | None
 
 
-class Trained(NamedTuple):
+class TrainedRound(NamedTuple):
     """One round of training."""
 
     state: ClientState  # x̂, û and the buffers
     metrics: dict[str, float]  # train_loss, consensus_distance, momentum_spread
-    answers: list[Answer]  # in client order
+    answers: list[Contribution]  # in client order
 
 
 class PRSGDM(Strategy):
@@ -227,7 +227,7 @@ class PRSGDM(Strategy):
         *,
         timeout: float = 0.0,
         on_update: Callable[[Update], None] = lambda update: None,
-    ) -> Trained:
+    ) -> TrainedRound:
         """Send the cohort its start, and average what comes back; failures as `on_failure` says."""
         messages = self._train_messages(server_round, arrays, config, grid)
         updates = self.fleet.exchange(grid, server_round, messages, arrays, timeout=timeout, accept=self._accept)
@@ -244,14 +244,14 @@ class PRSGDM(Strategy):
         server_round: int,
         updates: Iterable[Update],
         on_update: Callable[[Update], None] = lambda update: None,
-    ) -> Trained:
+    ) -> TrainedRound:
         """Weighted means, one update at a time; each is let go before the next is taken."""
-        mean, sums, answers, num_clients = WeightedMean(self.running_var), dict[str, float](), list[Answer](), 0
+        mean, sums, answers, num_clients = WeightedMean(self.running_var), dict[str, float](), list[Contribution](), 0
         for update in updates:
             mean.add_one(update.state, update.weight)
             for name, value in update.metrics.items():
                 sums[name] = sums.get(name, 0.0) + update.weight * value
-            answers.append(Answer(update.weight, update.about, update.rows))
+            answers.append(Contribution(update.weight, update.about, update.rows))
             if self.keeps_rows and update.rows:
                 for place, client in enumerate(update.about["clients"]):
                     self.rows[client] = {name: u[place].clone() for name, u in update.rows.items()}
@@ -262,9 +262,9 @@ class PRSGDM(Strategy):
         metrics = {name: value / mean.weight for name, value in sums.items()}
         for name, part in SPREADS.items():  # a block's clients about its mean, and the means about theirs
             metrics[name] = metrics.get(name, 0.0) + mean.spread(part)
-        return Trained(mean.mean(), metrics, answers)
+        return TrainedRound(mean.mean(), metrics, answers)
 
-    def _slow_step(self, arrays: ArrayRecord, trained: Trained) -> ClientState:
+    def _slow_step(self, arrays: ArrayRecord, trained: TrainedRound) -> ClientState:
         """SlowMo's step from the round's start to its mean; the mean itself with α = 0 and η = 1."""
         if not self.slow_momentum and self.slow_lr == 1:
             return trained.state

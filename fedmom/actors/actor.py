@@ -51,7 +51,7 @@ class Packed(NamedTuple):
         return len(self.head) + sum(memoryview(buffer).nbytes for buffer in self.buffers)
 
 
-class Progress:
+class ProgressFile:
     """A file of three numbers by which a worker and the driver on one machine agree on what has begun.
 
     The worker writes which message of which batch it is about to begin, then reads up to which batch it was stopped;
@@ -106,7 +106,7 @@ class Actor:
         self.output, self.show = WorkerOutput(), show
         sys.path[:0] = [path for path in paths if path not in sys.path]
         try:
-            self.progress: Progress | None = Progress(progress)
+            self.progress: ProgressFile | None = ProgressFile(progress)
         except OSError:
             self.progress = None
         told = Started(os.getpid(), self.progress is not None, "", self.output.paths)

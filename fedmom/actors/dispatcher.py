@@ -18,9 +18,9 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from fedmom.actors.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, Progress, Started
+from fedmom.actors.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, ProgressFile, Started
 from fedmom.actors.cluster import PoolOptions, Watch, count_workers, first_line
-from fedmom.actors.work import Batch, Submitted, Worker
+from fedmom.actors.work import MessageBatch, Submitted, Worker
 from fedmom.actors.worker_output import printed
 from fedmom.errors import InputError, RayEndedError
 from fedmom.machine.scratch import ScratchFolder
@@ -90,7 +90,7 @@ class Dispatcher:
     def _start_worker(self) -> None:
         self._num_starts += 1
         path = os.path.join(self._folder.path, str(self._num_starts))
-        worker = Worker(self._actor_class.remote(), Progress(path, create=True))
+        worker = Worker(self._actor_class.remote(), ProgressFile(path, create=True))
         self._workers.append(worker)
         self._call(
             worker.actor.start.remote(sys.path, self._make_worker, path, self._on_output is not None),
@@ -147,7 +147,7 @@ class Dispatcher:
         under_way = {m.key for worker in self._workers for batch in worker.batches for m in batch.messages}
         self._forgotten |= keys & under_way
 
-    def _on_batch(self, worker: Worker, batch: Batch, result: Any) -> None:
+    def _on_batch(self, worker: Worker, batch: MessageBatch, result: Any) -> None:
         if worker not in self._workers or batch not in worker.batches:
             return  # an earlier event told that it died, or was too late
         if isinstance(result, Exception):
@@ -278,6 +278,6 @@ class Dispatcher:
         if not worker.batches:
             worker.since = time.monotonic()
         self._num_batches += 1
-        batch = Batch(self._num_batches, messages)
+        batch = MessageBatch(self._num_batches, messages)
         worker.batches.append(batch)
         self._call(worker.actor.run.remote(batch.number, calls, *refs), self._on_batch, worker, batch)

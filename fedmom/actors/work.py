@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedmom.actors.actor import Packed, Progress
+from fedmom.actors.actor import Packed, ProgressFile
 
 WARM_UP_SECONDS = 60.0  # the straggler limit of a worker's first message, if longer: data are read, models built
 
@@ -28,7 +28,7 @@ class Submitted:
 
 
 @dataclass(eq=False)
-class Batch:
+class MessageBatch:
     """Messages that are sent to a worker in one call."""
 
     number: int  # increasing
@@ -40,11 +40,11 @@ class Worker:
     """A Ray actor, and what it has to do."""
 
     actor: Any
-    progress: Progress
+    progress: ProgressFile
     pid: int = 0  # 0 until it is up
     told: bool = False  # does it write its progress?
     files: list[str] = field(default_factory=list)  # into which it prints
-    batches: deque[Batch] = field(default_factory=deque)  # under way; the first is being worked on
+    batches: deque[MessageBatch] = field(default_factory=deque)  # under way; the first is being worked on
     since: float = 0.0  # when the first batch became the first
     alone: bool = False  # the batch under way must stay the only one
     warm: bool = False  # has it answered?

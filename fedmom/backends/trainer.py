@@ -48,7 +48,7 @@ def _settled(items: tuple[tuple[str, Scalar], ...]) -> Resolved:
     return resolve(load(load(dict(items)).config))
 
 
-class Trained(NamedTuple):
+class TrainedBlock(NamedTuple):
     """What a block of clients answers."""
 
     outcome: Outcome  # weighted means over the block; tensors in main memory
@@ -135,7 +135,7 @@ class Node:
         *,
         path: str = "",
         chunk_size: int = 0,
-    ) -> Trained:
+    ) -> TrainedBlock:
         """I local steps of `clients` from `start` in round 0, 1, …, and their weighted mean.
 
         `momentum`: their own u [k, ...], for policy "local". `path` and `chunk_size` as the server settled them;
@@ -149,7 +149,7 @@ class Node:
         job = clients_job(self.task, self.plan, round_index, ids, momentum)
         with blamed(self._keys):
             outcome = engine.run_round(to_device(start, self.task.device), job)
-        return Trained(
+        return TrainedBlock(
             outcome._replace(mean=to_device(outcome.mean, "cpu"), losses=outcome.losses.cpu()),
             float(job.weights.sum()),
             int(job.num_steps.sum()),

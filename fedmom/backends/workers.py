@@ -14,7 +14,7 @@ import torch
 
 from fedmom.actors.actor import Failure
 from fedmom.actors.pool import Pool
-from fedmom.backends.trainer import Node, Trained
+from fedmom.backends.trainer import Node, TrainedBlock
 from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import replace
@@ -32,7 +32,7 @@ _LARGE = 1 << 20  # the model is so large, in bytes, that sending a block's mean
 _REFUSED = "InputError: "  # how the reason of such a failure begins
 
 
-class Block(NamedTuple):
+class BlockJob(NamedTuple):
     """What one message asks of an actor: some clients in one round, or (clients alone) how it would run them."""
 
     clients: np.ndarray  # [k]
@@ -42,11 +42,11 @@ class Block(NamedTuple):
     momentum: Arrays | None = None  # [k, ...] their own u, for policy "local"
 
 
-class Answer(NamedTuple):
+class BlockAnswer(NamedTuple):
     """What an actor makes of a block."""
 
     mean: Arrays
-    trained: Trained  # its outcome without tensors of the model's size
+    trained: TrainedBlock  # its outcome without tensors of the model's size
     momentum: Arrays | None
 
 
@@ -55,7 +55,7 @@ def make_worker(config: Config) -> Callable[..., Any]:
     keep_freed_memory()
     node = Node(config)
 
-    def answer(block: Block, start: Arrays | None = None) -> Any:
+    def answer(block: BlockJob, start: Arrays | None = None) -> Any:
         if start is None:
             return node.choose(block.clients)
         momentum = None if block.momentum is None else from_arrays(block.momentum)
@@ -70,7 +70,7 @@ def make_worker(config: Config) -> Callable[..., Any]:
         outcome = trained.outcome
         slim = outcome._replace(mean=ClientState({}, {}, {}), momentum=None)
         rows = None if outcome.momentum is None else to_arrays(outcome.momentum)
-        return Answer(to_arrays(flatten(outcome.mean)), trained._replace(outcome=slim), rows)
+        return BlockAnswer(to_arrays(flatten(outcome.mean)), trained._replace(outcome=slim), rows)
 
     return answer
 
@@ -95,14 +95,14 @@ class Workers(Backend):
     def _run_round(self, start: ClientState, job: Job, progress: Progress | None) -> Outcome:
         ids = job.clients.cpu().numpy()
         places = _blocks(len(ids), self.pool.num_workers, self.chunk_size, num_bytes(start.params))
-        shared, waiting = self.pool.share(to_arrays(flatten(start))), dict[Any, Answer]()
+        shared, waiting = self.pool.share(to_arrays(flatten(start))), dict[Any, BlockAnswer]()
         for number, rows in enumerate(places):
             momentum = None
             if job.momentum is not None:
                 momentum = to_arrays({name: u[torch.from_numpy(rows)] for name, u in job.momentum.items()})
-            block = Block(ids[rows], job.round_index, self.path, self.chunk_size, momentum)
+            block = BlockJob(ids[rows], job.round_index, self.path, self.chunk_size, momentum)
             self.pool.submit((job.round_index, number), block, (shared,))
-        mean, parts = WeightedMean(self.running_var), list[Answer]()
+        mean, parts = WeightedMean(self.running_var), list[BlockAnswer]()
         while len(parts) < len(places):
             key, answer = self.pool.take() or (None, None)
             if isinstance(answer, Failure):
@@ -120,7 +120,7 @@ class Workers(Backend):
                     progress(part.trained.client_steps)
         return self._outcome(job, mean, parts)
 
-    def _outcome(self, job: Job, mean: WeightedMean, parts: list[Answer]) -> Outcome:
+    def _outcome(self, job: Job, mean: WeightedMean, parts: list[BlockAnswer]) -> Outcome:
         def average(values: list[Any]) -> Any:
             return sum(part.trained.weight / mean.weight * value for part, value in zip(parts, values, strict=True))
 
@@ -151,7 +151,7 @@ def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
     try:
         model = num_bytes(task.start().params)
         size = max(map(len, _blocks(plan.cohort_size, pool.num_workers, config.engine.chunk_size, model)))
-        pool.submit("choose", Block(np.arange(size)))
+        pool.submit("choose", BlockJob(np.arange(size)))
         _, answer = pool.take() or (None, None)
         if isinstance(answer, Failure):
             raise InputError(answer.reason.removeprefix(_REFUSED))

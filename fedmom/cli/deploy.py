@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fedmom.cli.options import ConfigFile, Out, Quiet, Resume, Sets, exit_status, fresh_folder, heed_signals, show_run
+from fedmom.cli.options import (
+    ConfigFile,
+    Out,
+    QuietOption,
+    Resume,
+    Sets,
+    exit_status,
+    fresh_folder,
+    heed_signals,
+    show_run,
+)
 from fedmom.deploy.commands import Commands
 from fedmom.errors import InputError
 from fedmom.experiments.simulation import app_folder
@@ -107,7 +117,7 @@ def run(
     sets: Sets = None,
     out: Out = None,
     resume: Resume = None,
-    quiet: Quiet = False,
+    quiet: QuietOption = False,
     folder: Folder = HERE,
     checkout: Checkout = None,
     build_arg: BuildArguments = None,

@@ -27,10 +27,10 @@ from fedmom.cli.options import (
     Device,
     FlowerApp,
     Out,
-    Quiet,
+    QuietOption,
     Resume,
     Sets,
-    TensorBoard,
+    TensorBoardOption,
     Tracks,
     exit_status,
     fresh_folder,
@@ -84,9 +84,9 @@ def run(
     device: Device = None,
     backend: BackendName = None,
     flower_app: FlowerApp = None,
-    tensorboard: TensorBoard = False,
+    tensorboard: TensorBoardOption = False,
     track: Tracks = None,
-    quiet: Quiet = False,
+    quiet: QuietOption = False,
 ) -> int:
     """Run a configuration: train, record every round, draw the curves.
 

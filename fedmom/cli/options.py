@@ -21,7 +21,7 @@ from fedmom.runs.trackers import TRACKERS
 
 DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 # By how a run ended; "refused": its configuration was wrong, as whoever ran it found.
-STATUS = {"done": DONE, "refused": BAD_INPUT, "diverged": DIVERGED, "failed": FAILED, "interrupted": INTERRUPTED}
+EXIT_STATUS = {"done": DONE, "refused": BAD_INPUT, "diverged": DIVERGED, "failed": FAILED, "interrupted": INTERRUPTED}
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A TOML file; configs/ holds complete ones.")]
 Sets = Annotated[
@@ -33,7 +33,7 @@ Resume = Annotated[
     Path | None,
     typer.Option("--resume", metavar="DIR", help="Go on with this run folder; CONFIG may be left out."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")]
 Tracks = Annotated[
     list[str] | None,
     typer.Option("--track", metavar="|".join(TRACKERS), help="Who else hears of every round; may be repeated."),
@@ -47,7 +47,7 @@ FlowerApp = Annotated[
     Path | None,
     typer.Option("--app", metavar="DIR", help="Backend simulation: the Flower app's folder (default: here)."),
 ]
-TensorBoard = Annotated[
+TensorBoardOption = Annotated[
     bool, typer.Option("--tensorboard", help="Event files in the run folder; the same as --track tensorboard.")
 ]
 
@@ -99,4 +99,4 @@ def exit_status(status: str, message: str, go_on: str = "") -> int:
         print(f"fedmom: {message}", file=sys.stderr)
         if go_on and status in ("interrupted", "failed"):
             print(f"fedmom: go on with: {go_on}", file=sys.stderr)
-    return STATUS[status]
+    return EXIT_STATUS[status]

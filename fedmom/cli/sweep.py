@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from fedmom.cli import supervise
-from fedmom.cli.options import DONE, STATUS, Sets, Tracks, exit_status, heed_signals
+from fedmom.cli.options import DONE, EXIT_STATUS, Sets, Tracks, exit_status, heed_signals
 from fedmom.config.load import load
 from fedmom.errors import InputError
 from fedmom.experiments import sweep as sweeps
@@ -91,7 +91,7 @@ def sweep(
     if metric:
         print(tables.as_text(*best_table(ended, folder, metric)))
     print(folder)
-    worst = [STATUS[one.status] for one in ended if one.status != "done"]
+    worst = [EXIT_STATUS[one.status] for one in ended if one.status != "done"]
     return max(worst, default=DONE)
 
 

@@ -37,11 +37,11 @@ class Dataset(NamedTuple):
         return tuple(self.x_train.shape[1:])
 
 
-Arrays = tuple[object, object, object, object]  # x_train, y_train, x_test, y_test, not yet checked
+RawArrays = tuple[object, object, object, object]  # x_train, y_train, x_test, y_test, not yet checked
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
 
 
-class Entry(NamedTuple):
+class DatasetEntry(NamedTuple):
     """A named data set. Mean and std are those of the training images, as usually quoted."""
 
     summary: str
@@ -50,14 +50,16 @@ class Entry(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str = "none"
-    own: Callable[[], Arrays] | None = None  # its arrays, where it comes with a library
+    own: Callable[[], RawArrays] | None = None  # its arrays, where it comes with a library
     torchvision: str = ""  # the class in torchvision.datasets that fetches it, if there is one
     folders: tuple[str, ...] = ()  # where its files may be, below data.data-dir or anywhere
-    read: Callable[[str, Path], Arrays | None] | None = None  # (name, folder) -> its files' arrays; None: it has none
+    read: Callable[[str, Path], RawArrays | None] | None = (
+        None  # (name, folder) -> its files' arrays; None: it has none
+    )
     advice: str = ""  # another way to get it
 
 
-def _digits() -> Arrays:
+def _digits() -> RawArrays:
     """scikit-learn's digits: values 0 to 16 become round(255 v / 16), every fifth example of a class is test.
 
     The split uses no random generator, so that it is the same for ever: 1,437 + 360 examples.
@@ -73,14 +75,14 @@ def _digits() -> Arrays:
     return images[~is_test], digits.target[~is_test], images[is_test], digits.target[is_test]
 
 
-def _read_idx_files(name: str, folder: Path) -> Arrays | None:
+def _read_idx_files(name: str, folder: Path) -> RawArrays | None:
     if (files := idx_files(folder)) is None:
         return None
     x_train, y_train, x_test, y_test = (read_idx(f"data.dataset = {name!r}", file) for file in files)
     return x_train, y_train, x_test, y_test
 
 
-def _read_cifar(name: str, folder: Path) -> Arrays | None:
+def _read_cifar(name: str, folder: Path) -> RawArrays | None:
     """By torchvision, which looks for the folder by its name below a root."""
     if not folder.is_dir():
         return None
@@ -92,28 +94,28 @@ def _read_cifar(name: str, folder: Path) -> Arrays | None:
     return train.data, np.array(train.targets), test.data, np.array(test.targets)
 
 
-DATASETS: dict[str, Entry] = {
-    "digits": Entry(
+DATASETS: dict[str, DatasetEntry] = {
+    "digits": DatasetEntry(
         "1,437 + 360 handwritten digits, 1x8x8, 10 classes: scikit-learn's, nothing to download",
         (1, 8, 8), 10, (0.3058,), (0.3761,), own=_digits,
     ),
-    "fashion-mnist": Entry(
+    "fashion-mnist": DatasetEntry(
         "60,000 + 10,000 photos of clothes, 1x28x28, 10 classes: --download, or apt's dataset-fashion-mnist",
         (1, 28, 28), 10, (0.2860,), (0.3530,), torchvision="FashionMNIST", read=_read_idx_files,
         folders=("", "fashion-mnist", "FashionMNIST/raw", DEBIAN_FASHION_MNIST),
         advice="apt install dataset-fashion-mnist",
     ),
-    "mnist": Entry(
+    "mnist": DatasetEntry(
         "60,000 + 10,000 handwritten digits, 1x28x28, 10 classes: --download",
         (1, 28, 28), 10, (0.1307,), (0.3081,), torchvision="MNIST", read=_read_idx_files,
         folders=("", "mnist", "MNIST/raw"),
     ),
-    "cifar10": Entry(
+    "cifar10": DatasetEntry(
         "50,000 + 10,000 photos, 3x32x32, 10 classes: --download",
         (3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "crop-flip",
         torchvision="CIFAR10", folders=("cifar-10-batches-py",), read=_read_cifar,
     ),
-    "cifar100": Entry(
+    "cifar100": DatasetEntry(
         "50,000 + 10,000 photos, 3x32x32, 100 classes: --download",
         (3, 32, 32), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "crop-flip",
         torchvision="CIFAR100", folders=("cifar-100-python",), read=_read_cifar,
@@ -149,7 +151,7 @@ def download(name: str, data_dir: str) -> None:
         raise InputError(f"data.dataset = {name!r}: the download to {data_dir!r} failed: {one_line(error)}") from error
 
 
-def _named_dataset(name: str, arrays: Arrays) -> Dataset:
+def _named_dataset(name: str, arrays: RawArrays) -> Dataset:
     entry = DATASETS[name]
     key = f"data.dataset = {name!r}"
     x_train, y_train, x_test, y_test = checked_whole(key, arrays)
@@ -162,7 +164,7 @@ def _named_dataset(name: str, arrays: Arrays) -> Dataset:
     return Dataset(x_train, y_train, x_test, y_test, entry.num_classes, entry.mean, entry.std, entry.augment)
 
 
-def _user_dataset(name: str, arrays: Arrays) -> Dataset:
+def _user_dataset(name: str, arrays: RawArrays) -> Dataset:
     key = f"data.dataset = {name!r}"
     x_train, y_train, x_test, y_test = checked_whole(key, arrays)
     num_classes = count_classes(key, max(int(y_train.max()), int(y_test.max())), len(y_train) + len(y_test))
@@ -187,7 +189,7 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 # Where the arrays come from.
 
 
-def _find(name: str, data_dir: Path) -> Arrays:
+def _find(name: str, data_dir: Path) -> RawArrays:
     """The first of the places where a named data set may be."""
     entry = DATASETS[name]
     key = f"data.dataset = {name!r}"
@@ -214,7 +216,7 @@ def _torchvision_class(name: str) -> Callable:
     return getattr(torchvision.datasets, DATASETS[name].torchvision)
 
 
-def _read_npz(key: str, path: Path) -> Arrays:
+def _read_npz(key: str, path: Path) -> RawArrays:
     return _four(f"{key}: {path}", read_npz_arrays(key, path))
 
 
@@ -246,7 +248,7 @@ def _call_user(name: str, data_dir: str) -> Dataset:
     raise InputError(f"{key}: must return {wanted}; returned {got}")
 
 
-def _four(key: str, arrays: Mapping[str, object]) -> Arrays:
+def _four(key: str, arrays: Mapping[str, object]) -> RawArrays:
     missing = [name for name in ARRAYS if name not in arrays]
     if missing:
         raise InputError(f"{key}: has no {', '.join(missing)} (needs {', '.join(ARRAYS)})")

@@ -55,7 +55,7 @@ class CellEnded(NamedTuple):
     seconds: float  # 0 if nothing had to be run
 
 
-class Work(NamedTuple):
+class SweepWork(NamedTuple):
     """What every run of a sweep has in common; it travels to other processes."""
 
     config: str
@@ -65,7 +65,7 @@ class Work(NamedTuple):
     threads: int = 0  # of torch; 0: as the configuration says
 
 
-def one_by_one(work: Work, cells: Sequence[Cell]) -> Iterator[CellEnded]:
+def one_by_one(work: SweepWork, cells: Sequence[Cell]) -> Iterator[CellEnded]:
     """In this process. The last one given may be interrupted; then no other was begun."""
     for cell in cells:
         ended = run_cell(work, cell)
@@ -74,7 +74,7 @@ def one_by_one(work: Work, cells: Sequence[Cell]) -> Iterator[CellEnded]:
             return
 
 
-def run_cell(work: Work, cell: Cell, followers: Sequence[Callback] = ()) -> CellEnded:
+def run_cell(work: SweepWork, cell: Cell, followers: Sequence[Callback] = ()) -> CellEnded:
     """One cell, new or from where it was; an interruption is how it ended."""
     begin, folder = time.monotonic(), Path(work.out) / cell.name
     changes = {**parse_sets(work.sets), **cell.sets, "run.out": "", "run.resume": ""}
@@ -155,7 +155,7 @@ class Asked(Callback):
                 raise KeyboardInterrupt
 
 
-def on_ray(work: Work, cells: Sequence[Cell], workers: int, address: str) -> Iterator[CellEnded]:
+def on_ray(work: SweepWork, cells: Sequence[Cell], workers: int, address: str) -> Iterator[CellEnded]:
     """On Ray actors, of a Ray that is started here ("local") or of a cluster that sees the same folders.
 
     Raises KeyboardInterrupt at its end where it was asked to end before.

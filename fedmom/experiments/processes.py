@@ -16,11 +16,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
-from fedmom.experiments.crew import LOOK_SECONDS, Asked, Cell, CellEnded, Requests, Work, run_cell
+from fedmom.experiments.crew import LOOK_SECONDS, Asked, Cell, CellEnded, Requests, SweepWork, run_cell
 from fedmom.machine.cores import usable_cores
 
 
-def side_by_side(work: Work, cells: Sequence[Cell], workers: int) -> Iterator[CellEnded]:
+def side_by_side(work: SweepWork, cells: Sequence[Cell], workers: int) -> Iterator[CellEnded]:
     """In processes beside this one, each of which is given its next cell when it has answered for the last.
 
     Raises KeyboardInterrupt at its end where it was asked to end before.
@@ -61,7 +61,7 @@ def side_by_side(work: Work, cells: Sequence[Cell], workers: int) -> Iterator[Ce
         raise KeyboardInterrupt
 
 
-def _hire(work: Work) -> tuple[Connection, BaseProcess]:
+def _hire(work: SweepWork) -> tuple[Connection, BaseProcess]:
     """A process, and the line to it. It never hears the terminal's Ctrl-C, not even while it starts."""
     context = multiprocessing.get_context("spawn")
     resource_tracker.ensure_running()  # the first process would start it, and it lets Ctrl-C in again
@@ -110,7 +110,7 @@ def _answer(connection: Connection, process: BaseProcess, cell: Cell, told: bool
     return CellEnded(cell, "failed", f"its process {how}", 0.0)
 
 
-def _serve(connection: Connection, work: Work, parent: int) -> None:
+def _serve(connection: Connection, work: SweepWork, parent: int) -> None:
     """Run cells until the line ends. Asked to end, a cell under way leaves its checkpoint and is the last one."""
     asked = at_work = False
     check = Asked(lambda: asked)

@@ -9,7 +9,7 @@ from fedmom.config.keys import Config
 from fedmom.config.load import load, parse_sets
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError, unknown
-from fedmom.experiments.crew import Cell, CellEnded, Work, on_ray, one_by_one
+from fedmom.experiments.crew import Cell, CellEnded, SweepWork, on_ray, one_by_one
 from fedmom.experiments.processes import side_by_side
 from fedmom.experiments.run import check_place
 from fedmom.machine.files import write_text
@@ -22,7 +22,7 @@ from fedmom.rounds.loop import CLIENT_MEASURES
 from fedmom.tasks.task import task_kind
 
 WAITING = "not begun"  # of a cell that waits for its turn
-ENDED = ("done", "diverged")  # runs that another try would not change
+SETTLED = ("done", "diverged")  # runs that another try would not change
 
 
 def check(
@@ -99,14 +99,14 @@ def sweep(
     waiting = []
     for cell in cells:
         before = known.get(cell.name, {})
-        if before.get("status") in ENDED and not _lacks_rounds(config, cell, out, sets, before["status"]):
+        if before.get("status") in SETTLED and not _lacks_rounds(config, cell, out, sets, before["status"]):
             yield CellEnded(cell, before["status"], before.get("message", ""), 0.0)
         else:
             waiting.append(cell)
     planned = {cell.name: {"status": WAITING, "message": "", "sets": cell.sets} for cell in waiting}
     known = {**planned, **known}
     _write(out, known)
-    work = Work(str(config.resolve()), str(out.resolve()), tuple(sets), tuple(track))
+    work = SweepWork(str(config.resolve()), str(out.resolve()), tuple(sets), tuple(track))
     if ray and waiting:
         under_way = on_ray(work, waiting, workers, ray)
     elif workers > 1 and len(waiting) > 1:

@@ -9,11 +9,11 @@ import numpy as np
 
 from fedmom.errors import InputError
 from fedmom.flower.messages import (
-    Answer,
+    AppCall,
+    AppReply,
     Content,
     RecordDict,
     State,
-    Work,
     identify,
     message_of,
     metadata_values,
@@ -42,14 +42,14 @@ def load_component(kind: str, spec: str, app_dir: Path) -> Any:
     return app
 
 
-def serve_client(spec: str, app_dir: Path, num_nodes: int, run_config: dict[str, Any]) -> Callable[..., Answer]:
+def serve_client(spec: str, app_dir: Path, num_nodes: int, run_config: dict[str, Any]) -> Callable[..., AppReply]:
     """The handler of a worker: any node's message with that node's state, through the ClientApp, to the reply."""
     from flwr.app import Context, RecordDict
     from flwr.app import Message as FlowerMessage
 
     app = load_component("ClientApp", spec, app_dir)
 
-    def handle(work: Work, *shared: Sequence[Any]) -> Answer:
+    def handle(work: AppCall, *shared: Sequence[Any]) -> AppReply:
         message = message_of(work.metadata, unpack(work.content, shared))
         run_id, message_id, node_id = message.metadata.run_id, message.metadata.message_id, message.metadata.dst_node_id
         identify(run_id, node_id, 0)
@@ -63,7 +63,7 @@ def serve_client(spec: str, app_dir: Path, num_nodes: int, run_config: dict[str,
             raise ValueError("the ClientApp returned a Message without reply_to=message")
         content = pack(reply.content) if reply.has_content() else None
         error = (reply.error.code, reply.error.reason) if reply.has_error() else None
-        return Answer(metadata_values(reply), content, error, _changed(context.state, work.state))
+        return AppReply(metadata_values(reply), content, error, _changed(context.state, work.state))
 
     return handle
 

@@ -21,7 +21,7 @@ from fedmom.actors.cluster import PoolOptions
 from fedmom.actors.pool import Pool
 from fedmom.flower import messages as ray_messages
 from fedmom.flower.client import serve_client
-from fedmom.flower.messages import Answer, Pending, State, Work
+from fedmom.flower.messages import AppCall, AppReply, Pending, State
 
 # flwr's classes, which may be absent
 Context = Any
@@ -276,10 +276,10 @@ class RayGrid:
         state = self._states.get(pending.node_id)
         if state is not None:
             state = State(state.head, [pickle.PickleBuffer(buffer) for buffer in state.buffers])
-        work = Work(pending.metadata, pending.content, pending.node_id - FIRST_NODE_ID, state)
+        work = AppCall(pending.metadata, pending.content, pending.node_id - FIRST_NODE_ID, state)
         self._pool.submit(message_id, work, pending.shared)
 
-    def _accept(self, node_id: int, answer: Answer) -> Message:
+    def _accept(self, node_id: int, answer: AppReply) -> Message:
         """Keep the node's new state; the reply."""
         if answer.state is not None:
             # Copies: a view would hold the whole batch of replies that it came with in the store.

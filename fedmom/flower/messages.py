@@ -44,7 +44,7 @@ class State(NamedTuple):
     buffers: list[Any]
 
 
-class Work(NamedTuple):
+class AppCall(NamedTuple):
     """What a worker gets for one message."""
 
     metadata: tuple[Any, ...]
@@ -53,7 +53,7 @@ class Work(NamedTuple):
     state: State | None
 
 
-class Answer(NamedTuple):
+class AppReply(NamedTuple):
     """What a worker gives back."""
 
     metadata: tuple[Any, ...]

@@ -177,18 +177,18 @@ def resnet56(input_shape: Shape, num_classes: int, options: ModelOptions) -> nn.
     return resnet("resnet56", 9, input_shape, num_classes, options.norm)
 
 
-class Entry(NamedTuple):
+class ModelEntry(NamedTuple):
     build: Callable[[Shape, int, ModelOptions], nn.Module]
     summary: str  # one line; parameters counted for 3x32x32 images and 10 classes
     images: bool = False  # whether it looks at neighbouring pixels, so that [C, H, W] must be that
 
 
-MODELS: dict[str, Entry] = {
-    "logistic": Entry(logistic, "multinomial logistic regression, 30,730 parameters on CIFAR-10"),
-    "mlp": Entry(mlp, "two hidden layers of 200 (model.hidden), 656,810 parameters on CIFAR-10"),
-    "cnn": Entry(cnn, "two convolutions, dropout, two dense layers; 1,626,442 parameters on CIFAR-10", True),
-    "resnet20": Entry(resnet20, "CIFAR ResNet of 20 layers, normalised by model.norm, 269,722 parameters", True),
-    "resnet56": Entry(resnet56, "CIFAR ResNet of 56 layers, normalised by model.norm, 853,018 parameters", True),
+MODELS: dict[str, ModelEntry] = {
+    "logistic": ModelEntry(logistic, "multinomial logistic regression, 30,730 parameters on CIFAR-10"),
+    "mlp": ModelEntry(mlp, "two hidden layers of 200 (model.hidden), 656,810 parameters on CIFAR-10"),
+    "cnn": ModelEntry(cnn, "two convolutions, dropout, two dense layers; 1,626,442 parameters on CIFAR-10", True),
+    "resnet20": ModelEntry(resnet20, "CIFAR ResNet of 20 layers, normalised by model.norm, 269,722 parameters", True),
+    "resnet56": ModelEntry(resnet56, "CIFAR ResNet of 56 layers, normalised by model.norm, 853,018 parameters", True),
 }
 
 

@@ -388,7 +388,7 @@ def test_a_missing_set_says_where_it_looked_and_what_to_do(tmp_path, monkeypatch
 
 def test_an_entry_of_its_numbers_alone_is_a_file_by_its_name(tmp_path, monkeypatch):
     """What a contributor adds first: no class of torchvision's, no folder, no reader."""
-    monkeypatch.setitem(DATASETS, "mine", datasets.Entry("a few, 1x4x4", (1, 4, 4), 3, (0.5,), (0.5,)))
+    monkeypatch.setitem(DATASETS, "mine", datasets.DatasetEntry("a few, 1x4x4", (1, 4, 4), 3, (0.5,), (0.5,)))
     refused("mine", "not found", f"write its arrays into {tmp_path / 'mine.npz'}", data_dir=str(tmp_path))
     refused("mine", "nothing to download", load=download)
     save(tmp_path / "mine.npz", **arrays(1, 4, 4))
