@@ -4,9 +4,9 @@
 stacked/. All see the same addressed minibatches, and tests hold them equal. auto.py says which is taken.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.cuda_graphs import Replays
-from fedmom.engine.stacked.means import Distances, RoundSums, distances
+from fedmom.engine.stacked.means import RoundSums, distances
 from fedmom.engine.stacked.steps import Stack
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, local_step, takes_key
 from fedmom.method.averaging import WeightedMean
@@ -23,7 +23,6 @@ from fedmom.method.state import (
     ClientState,
     Tree,
     concatenated,
-    expand,
     like,
     row_of,
     stacked,
@@ -55,127 +54,82 @@ def loop_step(
     return tree_map(lambda t: t[None], local_step(state, batch, start=start, key=own, **method))
 
 
-class Engine(Backend):
-    """Runs rounds of one task by one method; `path` (of PATHS) and `chunk_size` change the result by rounding alone.
+Sums = WeightedMean | RoundSums
 
-    `convolution`: one of convolutions.CONVOLUTIONS for the folded paths; left out, by layer.
-    Raises FoldError for "stack" and "factors" with a model or task that cannot take them.
+
+class ChunkOutcome(NamedTuple):
+    """What the K clients of one chunk came to."""
+
+    ended: Any  # their rows, or how far they went: what the runner's sums take
+    weights: Tensor  # [K]
+    losses: Tensor  # [K] float64, mean over each client's own steps
+    points: Sequence[Tensor] = ()  # Σ w x after every local step, for small tasks; else empty
+    momentum: Tree | None = None  # [K, ...] the clients' own u at the end, in main memory, for policy "local"
+
+
+class Runner(Protocol):
+    """A way to run the clients of a job chunk by chunk, each chunk given by its places in the cohort.
+
+    Each outcome is to be used up and let go before the next is asked for: replays share their memory, and the rows of
+    two chunks may not fit on the device together.
     """
 
-    def __init__(self, task: Task, method: Method, *, path: str, chunk_size: int, convolution: str = "") -> None:
+    def sums(self, start: ClientState) -> Sums:
+        """What the outcomes of a round from `start` are added to."""
+        ...
+
+    def from_start(
+        self, start: ClientState, job: Job, chunks: Sequence[Tensor], progress: Progress | None
+    ) -> Iterator[ChunkOutcome]:
+        """All local steps from the common `start`."""
+        ...
+
+    def from_rows(self, job: Job, chunks: Sequence[Tensor], progress: Progress | None) -> Iterator[ChunkOutcome]:
+        """All local steps of every client from its own row of job.rows; `ended` are rows [K, ...]."""
+        ...
+
+
+def own_momentum(job: Job, momentum: Tree, *, copy: bool = False) -> Tree | None:
+    """A chunk's own u [K, ...] where the job keeps all of them; `copy`: also if it is there already."""
+    if job.momentum is None:
+        return None
+    return {name: u.to(job.momentum[name].device, copy=copy) for name, u in momentum.items()}
+
+
+class PlainRunner:
+    """Chunks by `local_step`, which is written for one client: mapped over K of them, or a loop over chunks of one."""
+
+    def __init__(self, task: Task, method: Method, *, stacks: bool) -> None:
         self.task, self.method = task, method
-        self.stack: Stack | None = None
-        way = PATHS[path]
-        if way.folds:
-            self.stack = Stack(task, method, factors=way.factors, convolution=convolution)
-        self.replays = Replays(self.stack) if self.stack is not None and task.device.type == "cuda" else None
-        self.step, self.gradient = (vmap_step, task.gradient) if way.stacks else (loop_step, task.gradient_alone)
+        self.step, self.gradient = (vmap_step, task.gradient) if stacks else (loop_step, task.gradient_alone)
         self.keyed = method.correction is not None and takes_key(method.correction)
-        # The loop keeps one client resident: a larger chunk would only hold finished rows for longer.
-        self.chunk_size = chunk_size if way.stacks else 1
 
-    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
-        """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
-        if self.stack is not None:
-            return self._run_stacked(self.stack, start, job, progress)
-        policy = MOMENTUM_POLICIES[self.method.momentum_policy]
-        mean = WeightedMean(self.method.running_var)
-        losses: list[Tensor] = []
-        path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.task.small else 0)
-        own: list[Tree] = []
-        for rows in torch.arange(len(job.clients)).split(self.chunk_size):
-            part = part_of(job, rows)
-            state = stacked(start, len(rows))
-            momentum = expand(start.momentum, len(rows))
-            state = state._replace(momentum=policy.start(momentum, part.momentum))
-            state, loss, points = self._run_chunk(state, part, progress)
-            mean.add(state, part.weights)
-            losses.append(loss)
-            path = [a + b for a, b in zip(path, points, strict=True)]
-            if policy.keeps_rows and job.momentum is not None:
-                own.append({name: u.to(job.momentum[name].device) for name, u in state.momentum.items()})
-        total, every = float(job.weights.sum()), torch.cat(losses)
-        return Outcome(
-            mean=mean.mean(),
-            train_loss=float(job.weights @ every) / total,
-            consensus_distance=mean.spread("params"),
-            momentum_spread=mean.spread("momentum"),
-            trajectory=[point / total for point in path],
-            momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
-            losses=every,
-        )
+    def sums(self, start: ClientState) -> WeightedMean:
+        return WeightedMean(self.method.running_var)
 
-    def _run_stacked(self, stack: Stack, start: ClientState, job: Job, progress: Progress | None) -> Outcome:
+    def from_start(
+        self, start: ClientState, job: Job, chunks: Sequence[Tensor], progress: Progress | None
+    ) -> Iterator[ChunkOutcome]:
         policy = MOMENTUM_POLICIES[self.method.momentum_policy]
-        begin = start if policy.keeps_rows else start._replace(momentum=policy.start(start.momentum, None))
-        went, losses, own = RoundSums(start, self.method.running_var), list[Tensor](), list[Tree]()
-        chunks = torch.arange(len(job.clients)).split(self.chunk_size)
-        weights = [float(part.sum()) for part in job.weights.cpu().split(self.chunk_size)]
-        for found, weight in zip(self._distances(stack, begin, job, chunks, own, progress), weights, strict=True):
-            went.add(found, weight)
-            losses.append(found.losses.clone())
-        every = torch.cat(losses)
-        return Outcome(
-            mean=went.mean(),
-            train_loss=float(job.weights @ every) / float(job.weights.sum()),
-            consensus_distance=went.spread("params"),
-            momentum_spread=went.spread("momentum"),
-            trajectory=[],
-            momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
-            losses=every,
-        )
 
-    def _distances(
-        self,
-        stack: Stack,
-        begin: ClientState,
-        job: Job,
-        chunks: Sequence[Tensor],
-        own: list[Tree],
-        progress: Progress | None,
-    ) -> Iterator[Distances]:
-        """How far each chunk's clients went; each to be used up before the next. Their own u goes into `own`."""
-        policy = MOMENTUM_POLICIES[self.method.momentum_policy]
-        even = bool((job.num_steps == len(job.lrs)).all())
-        if even and not policy.keeps_rows and self.replays is not None and self.replays.fits(job, len(chunks[0])):
-            yield from self.replays.run(begin, [part_of(job, places) for places in chunks], progress)
-            return
-        for places in chunks:
+        def run(places: Tensor) -> ChunkOutcome:
+            part, state = part_of(job, places), stacked(start, len(places))
+            state = state._replace(momentum=policy.start(state.momentum, part.momentum))
+            found = self._run_chunk(state, part, progress)
+            return found._replace(momentum=own_momentum(job, found.ended.momentum)) if policy.keeps_rows else found
+
+        return map(run, chunks)
+
+    def from_rows(self, job: Job, chunks: Sequence[Tensor], progress: Progress | None) -> Iterator[ChunkOutcome]:
+        def run(places: Tensor) -> ChunkOutcome:
             part = part_of(job, places)
-            momentum = policy.start(begin.momentum, part.momentum) if policy.keeps_rows else None
-            ended = stack.run(begin, part, momentum=momentum, even=even, progress=progress)
-            if policy.keeps_rows and job.momentum is not None:
-                home = {name: u.device for name, u in job.momentum.items()}
-                own.append({name: u.to(home[name], copy=True) for name, u in ended.momentum.items()})
-            yield distances(begin, ended)
-
-    def run_rows(
-        self, rows: ClientState, job: Job, progress: Progress | None = None
-    ) -> tuple[ClientState, Tensor, list[Tensor]]:
-        """I local steps of every client from its own row, without an exchange.
-
-        rows: [C, ...] of the job's clients. Returns rows like them, mean losses [C], and Σ w x after every step.
-        """
-        parts: list[ClientState] = []
-        losses: list[Tensor] = []
-        path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.task.small else 0)
-        for places in torch.arange(len(job.clients)).split(self.chunk_size):
-            part = part_of(job._replace(rows=rows), places)
             assert part.rows is not None
-            if self.stack is not None:
-                ended = self.stack.run(row_of(part.rows, 0), part, rows=part.rows, progress=progress)
-                state, loss, points = ClientState(*ended[:3]), ended.losses, list[Tensor]()
-            else:
-                state, loss, points = self._run_chunk(part.rows, part, progress)
-            parts.append(state)
-            losses.append(loss)
-            path = [a + b for a, b in zip(path, points, strict=True)]
-        return like(concatenated(parts), rows), torch.cat(losses), path
+            return self._run_chunk(part.rows, part, progress)
 
-    def _run_chunk(
-        self, state: ClientState, job: Job, progress: Progress | None
-    ) -> tuple[ClientState, Tensor, list[Tensor]]:
-        """All local steps of K stacked clients -> state, mean loss [K], Σ w x after each step."""
+        return map(run, chunks)
+
+    def _run_chunk(self, state: ClientState, job: Job, progress: Progress | None) -> ChunkOutcome:
+        """All local steps of K stacked clients."""
         most, least = int(job.num_steps.max()), int(job.num_steps.min())
         losses = torch.zeros(len(job.clients), dtype=torch.float64, device=self.task.device)
         points: list[Tensor] = []
@@ -198,7 +152,7 @@ class Engine(Backend):
             if progress:
                 progress(moved)
         points += [points[-1]] * (len(job.lrs) - most) if points else []
-        return state, losses / job.num_steps, points
+        return ChunkOutcome(state, job.weights, losses / job.num_steps, points)
 
     def _one_step(
         self, state: ClientState, batch: Any, start: Tree, lr: float, key: Tensor | None
@@ -222,3 +176,115 @@ class Engine(Backend):
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
+
+
+class StackRunner:
+    """Chunks through the folded model, replayed as CUDA graphs where they can be."""
+
+    def __init__(self, stack: Stack, replays: Replays | None) -> None:
+        self.stack, self.replays = stack, replays
+
+    def sums(self, start: ClientState) -> RoundSums:
+        return RoundSums(start, self.stack.method.running_var)
+
+    def from_start(
+        self, start: ClientState, job: Job, chunks: Sequence[Tensor], progress: Progress | None
+    ) -> Iterator[ChunkOutcome]:
+        policy = MOMENTUM_POLICIES[self.stack.method.momentum_policy]
+        even = bool((job.num_steps == len(job.lrs)).all())
+        if not policy.keeps_rows:
+            start = start._replace(momentum=policy.start(start.momentum, None))
+            if even and self.replays is not None and self.replays.fits(job, len(chunks[0])):
+                parts = [part_of(job, places) for places in chunks]
+                replayed = zip(self.replays.run(start, parts, progress), parts, strict=True)
+                return (ChunkOutcome(went, part.weights, went.losses.clone()) for went, part in replayed)
+
+        def run(places: Tensor) -> ChunkOutcome:
+            part = part_of(job, places)
+            momentum = policy.start(start.momentum, part.momentum) if policy.keeps_rows else None
+            ended = self.stack.run(start, part, momentum=momentum, even=even, progress=progress)
+            # A copy, since `distances` writes over the rows.
+            own = own_momentum(job, ended.momentum, copy=True) if policy.keeps_rows else None
+            return ChunkOutcome(distances(start, ended), part.weights, ended.losses, momentum=own)
+
+        return map(run, chunks)
+
+    def from_rows(self, job: Job, chunks: Sequence[Tensor], progress: Progress | None) -> Iterator[ChunkOutcome]:
+        def run(places: Tensor) -> ChunkOutcome:
+            part = part_of(job, places)
+            assert part.rows is not None
+            ended = self.stack.run(row_of(part.rows, 0), part, rows=part.rows, progress=progress)
+            return ChunkOutcome(ClientState(*ended[:3]), part.weights, ended.losses)
+
+        return map(run, chunks)
+
+
+class Engine(Backend):
+    """Runs rounds of one task by one method; `path` (of PATHS) and `chunk_size` change the result by rounding alone.
+
+    `convolution`: one of convolutions.CONVOLUTIONS for the folded paths; left out, by layer.
+    Raises FoldError for "stack" and "factors" with a model or task that cannot take them.
+    """
+
+    def __init__(self, task: Task, method: Method, *, path: str, chunk_size: int, convolution: str = "") -> None:
+        self.task, self.method = task, method
+        self.stack: Stack | None = None
+        way = PATHS[path]
+        if way.folds:
+            self.stack = Stack(task, method, factors=way.factors, convolution=convolution)
+        self.replays = Replays(self.stack) if self.stack is not None and task.device.type == "cuda" else None
+        self.plain = PlainRunner(task, method, stacks=way.stacks)
+        # The loop keeps one client resident: a larger chunk would only hold finished rows for longer.
+        self.chunk_size = chunk_size if way.stacks else 1
+
+    @property
+    def runner(self) -> Runner:
+        """Who runs the chunks, with the stack and the replays that the engine has by now."""
+        return self.plain if self.stack is None else StackRunner(self.stack, self.replays)
+
+    def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
+        """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
+        runner = self.runner
+        sums = runner.sums(start)
+        losses, path, own = self._add_up(runner.from_start(start, job, self._chunks(job), progress), job, sums.add)
+        total = float(job.weights.sum())
+        return Outcome(
+            mean=sums.mean(),
+            train_loss=float(job.weights @ losses) / total,
+            consensus_distance=sums.spread("params"),
+            momentum_spread=sums.spread("momentum"),
+            trajectory=[point / total for point in path],
+            momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
+            losses=losses,
+        )
+
+    def run_rows(
+        self, rows: ClientState, job: Job, progress: Progress | None = None
+    ) -> tuple[ClientState, Tensor, list[Tensor]]:
+        """I local steps of every client from its own row, without an exchange.
+
+        rows: [C, ...] of the job's clients. Returns rows like them, mean losses [C], and Σ w x after every step.
+        """
+        job, parts = job._replace(rows=rows), list[ClientState]()
+        chunks = self.runner.from_rows(job, self._chunks(job), progress)
+        losses, path, _ = self._add_up(chunks, job, lambda ended, weights: parts.append(ended))
+        return like(concatenated(parts), rows), losses, path
+
+    def _chunks(self, job: Job) -> Sequence[Tensor]:
+        """The places of each chunk's clients in the cohort."""
+        return torch.arange(len(job.clients)).split(self.chunk_size)
+
+    def _add_up(
+        self, chunks: Iterator[ChunkOutcome], job: Job, add: Callable[[Any, Tensor], None]
+    ) -> tuple[Tensor, list[Tensor], list[Tree]]:
+        """Every chunk, given to `add` -> losses [C], Σ w x after every step, the own u of each chunk that has them."""
+        losses, own = list[Tensor](), list[Tree]()
+        path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.task.small else 0)
+        for chunk in chunks:
+            add(chunk.ended, chunk.weights)
+            losses.append(chunk.losses)
+            path = [a + b for a, b in zip(path, chunk.points, strict=True)]
+            if chunk.momentum is not None:
+                own.append(chunk.momentum)
+            del chunk  # its rows, before the next chunk's are made
+        return torch.cat(losses), path, own

@@ -1,14 +1,17 @@
 """The engine: both paths and every chunk size give one result; policies, weights, cohorts, unequal steps."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
 from fedmom.engine.auto import Choice, choose
-from fedmom.engine.engine import Engine
+from fedmom.engine.engine import Engine, PlainRunner
 from fedmom.engine.paths import PATHS
+from fedmom.engine.stacked.means import RowsEnded
+from fedmom.engine.stacked.steps import Stack
 from fedmom.errors import DivergedError
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import Horizon, LearningRate
@@ -82,6 +85,27 @@ def test_spreads_are_mean_squared_distances_before_the_exchange(num_clients):
         rows = torch.stack([torch.cat([v.flatten() for v in getattr(s, part).values()]) for s in alone])
         want = float(((rows - rows.mean(0)) ** 2).sum(1).mean())
         assert record[key] == pytest.approx(want, rel=1e-10, abs=1e-25)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("policy", ["average", "local"])
+def test_one_chunks_rows_are_gone_before_the_next_are_made(path, policy, monkeypatch):
+    """No x of an earlier chunk is left when the local steps of another begin."""
+    rows, left = [], []
+    owner, name = (Stack, "run") if PATHS[path].folds else (PlainRunner, "_run_chunk")
+    run = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        left.append(sum(ref() is not None for ref in rows))
+        found = run(*args, **kwargs)
+        params = found.params if isinstance(found, RowsEnded) else found.ended.params
+        rows.extend(weakref.ref(x) for x in params.values())
+        return found
+
+    monkeypatch.setattr(owner, name, watched)
+    run_plan(image_task("mlp", 5), simple_plan(5, momentum_policy=policy), path=path, chunk_size=2)
+    assert rows
+    assert left == [0] * (15 if path == "loop" else 9)
 
 
 def test_clones_have_no_spread():

@@ -125,9 +125,7 @@ def test_a_wrong_way_is_never_chosen(path, monkeypatch):
 
     def wrong(self, start, job, progress=None):
         outcome = right(self, start, job, progress)
-        name = (
-            "stack" if self.stack is not None else "vmap" if self.step is not None and self.chunk_size > 1 else "loop"
-        )
+        name = "stack" if self.stack is not None else "vmap" if self.chunk_size > 1 else "loop"
         name = "factors" if self.stack is not None and self.stack.factors else name
         if name != path:
             return outcome

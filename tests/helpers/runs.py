@@ -23,10 +23,13 @@ class WatchedEngine(Engine):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.seen: list = []
+        step = self.plain.step
 
-    def _one_step(self, state, batch, start, lr, key):
-        self.seen.append(state)
-        return super()._one_step(state, batch, start, lr, key)
+        def watched(state, *args, **kwargs):
+            self.seen.append(state)
+            return step(state, *args, **kwargs)
+
+        self.plain.step = watched
 
 
 def engine_runner(path: str, chunk_size: int = 64) -> Runner:

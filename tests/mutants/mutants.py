@@ -49,6 +49,7 @@ ALGORITHMS, AVERAGING, MIXING = "fedmom.method.algorithms", "fedmom.method.avera
 TOPOLOGY, GRAPHS, SCHEDULES = "fedmom.method.topology", "fedmom.method.graphs", "fedmom.method.schedules"
 LOOP, ENGINE, GOSSIP = "fedmom.rounds.loop", "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.RoundSums"
+PLAIN = "fedmom.engine.engine.PlainRunner"
 BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.classification.Classification"
 FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
 RUN, STATUS, FILES = "fedmom.runs.execute._Run", "fedmom.records.status", "fedmom.records.files"
@@ -133,7 +134,7 @@ MUTANTS = [
         "the correction's key is the round's",
         "noise is the same in every step of a round",
         code(
-            f"{ENGINE}._run_chunk",
+            f"{PLAIN}._run_chunk",
             "random_bits(job.clients, job.first_steps + s)",
             "random_bits(job.clients, job.first_steps)",
         ),
@@ -201,7 +202,7 @@ MUTANTS = [
         "algorithm 1",
         "a step too many",
         "with unequal numbers of steps a client that is done takes one more",
-        code(f"{ENGINE}._run_chunk", "active = s < job.num_steps", "active = s <= job.num_steps"),
+        code(f"{PLAIN}._run_chunk", "active = s < job.num_steps", "active = s <= job.num_steps"),
         "tests/engine/test_engine.py::test_local_epochs_with_really_unequal_clients",
     ),
     # --- algorithm 2 ---------------------------------------------------------------------------------------
@@ -463,7 +464,11 @@ MUTANTS = [
         "averaging",
         "weights of the first chunk for all",
         "a chunk's clients are weighed by those of the first",
-        code(f"{ENGINE}.run_round", "mean.add(state, part.weights)", "mean.add(state, job.weights[: len(rows)])"),
+        code(
+            f"{PLAIN}.from_start",
+            "part, state = part_of(job, places), ",
+            "part, state = part_of(job, places)._replace(weights=job.weights[: len(places)]), ",
+        ),
         "tests/engine/test_engine.py::test_sample_weights_weigh_model_and_momentum_alike",
     ),
     Mutant(
@@ -471,9 +476,9 @@ MUTANTS = [
         "the last chunk twice",
         "a chunk that is not full counts double",
         code(
-            f"{ENGINE}.run_round",
-            "mean.add(state, part.weights)",
-            "mean.add(state, part.weights * (1 + (len(rows) < self.chunk_size)))",
+            f"{ENGINE}._add_up",
+            "add(chunk.ended, chunk.weights)",
+            "add(chunk.ended, chunk.weights * (1 + (len(chunk.weights) < self.chunk_size)))",
         ),
         "tests/engine/test_engine.py::test_any_chunk_size_gives_the_same_numbers[2-local]",
     ),
@@ -531,7 +536,7 @@ MUTANTS = [
         "averaging",
         "train loss is unweighted",
         "train_loss is the plain mean of clients under client-weights = samples",
-        code(f"{ENGINE}.run_round", "float(job.weights @ every) / total", "float(every.mean())"),
+        code(f"{ENGINE}.run_round", "float(job.weights @ losses) / total", "float(losses.mean())"),
         "tests/engine/test_engine.py::test_sample_weights_weigh_model_and_momentum_alike",
     ),
     # --- the folded model ----------------------------------------------------------------------------------
@@ -560,14 +565,14 @@ MUTANTS = [
         "stack",
         "chunks are added without their weights",
         "Σ w of a chunk is taken as its number of clients",
-        code(f"{WENT}.add", "        self.weight += weight\n", "        self.weight += len(found.weights)\n"),
+        code(f"{WENT}.add", "self.weight + weights.sum()", "self.weight + len(weights)"),
         "tests/engine/test_stacked.py::test_large_activations_and_large_tensors[batch-0-2]",
     ),
     Mutant(
         "stack",
         "spread about the start",
         "how far clients went from x̂, and not from their mean",
-        code(f"{WENT}.spread", "self.square[at] / self.weight - mean**2", "self.square[at] / self.weight"),
+        code(f"{WENT}.spread", "self.square[at] / weight - mean**2", "self.square[at] / weight"),
         "tests/engine/test_stacked.py::test_every_model_is_the_loops[logistic-rows-False]",
     ),
     Mutant(

@@ -37,7 +37,6 @@ class Distances(NamedTuple):
     sums: dict[At, tuple[Tensor, Tensor, Tensor]]  # {tensors: (Σ w (· − base) [d], Σ w ‖·‖², base [d])}
     buffers: Tree  # [K, ...]
     losses: Tensor  # [K]
-    weights: Tensor  # [K]
 
 
 def distances(start: ClientState, ended: RowsEnded) -> Distances:
@@ -53,7 +52,7 @@ def distances(start: ClientState, ended: RowsEnded) -> Distances:
     for name, factors in ended.factors.items():
         for part, (total, square), base in zip(("params", "momentum"), factors.sums(), factors.base(), strict=True):
             sums[part, (name,)] = (total.reshape(-1), square, base.reshape(-1))
-    return Distances(sums, ended.buffers, ended.losses, ended.weights)
+    return Distances(sums, ended.buffers, ended.losses)
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -85,17 +84,18 @@ class RoundSums:
     """The sums over all chunks of a round, and what they come to."""
 
     def __init__(self, start: ClientState, running_var: str) -> None:
-        self.start, self.weight, self.count = start, 0.0, 0
+        self.start, self.count = start, 0
+        self.weight = torch.zeros((), dtype=F64)  # where the clients are: to fetch it would wait for the device
         self.buffers = WeightedMean(running_var)
         self.held: list[tuple[Tree, Tensor]] = []  # buffers that are still to be averaged
         self.total: dict[At, Tensor] = {}
         self.square: dict[At, Tensor] = {}
         self.base: dict[At, Tensor] = {}
 
-    def add(self, found: Distances, weight: float) -> None:
-        """`weight`: the sum of the clients' weights. Nothing of `found` is kept: its memory may be written again."""
-        self.weight += weight
-        self.count += len(found.weights)
+    def add(self, found: Distances, weights: Tensor) -> None:
+        """Add K clients with weights [K]. Nothing of `found` is kept: its memory may be written again."""
+        self.weight = self.weight + weights.sum()
+        self.count += len(weights)
         for at, (total, square, base) in found.sums.items():
             if at in self.total:
                 self.total[at] += total
@@ -104,8 +104,8 @@ class RoundSums:
                 self.total[at], self.square[at] = total.to(F64, copy=True), square.clone()
                 self.base[at] = base.clone()
         if found.buffers:
-            self.held.append(({name: b.clone() for name, b in found.buffers.items()}, found.weights.clone()))
-            if sum(len(weights) for _, weights in self.held) >= _HELD:
+            self.held.append(({name: b.clone() for name, b in found.buffers.items()}, weights))
+            if sum(len(held) for _, held in self.held) >= _HELD:
                 self._average_buffers()
 
     def _average_buffers(self) -> None:
@@ -118,9 +118,10 @@ class RoundSums:
     def mean(self) -> ClientState:
         """x̂, û and the buffers' means, in their dtypes."""
         parts: dict[str, Tree] = {"params": {}, "momentum": {}}
+        weight = float(self.weight)
         for (part, names), total in self.total.items():
             tree = getattr(self.start, part)
-            flat = self.base[part, names] + total / self.weight
+            flat = self.base[part, names] + total / weight
             for name, value in zip(names, flat.split([tree[name].numel() for name in names]), strict=True):
                 parts[part][name] = value.reshape(tree[name].shape).to(tree[name].dtype)
         for part, found in parts.items():
@@ -132,9 +133,9 @@ class RoundSums:
         """Σ p_i ‖·_i − mean‖², to rounding of how far the clients went."""
         if self.count == 1:
             return 0.0
-        found = torch.zeros((), dtype=F64)
+        found, weight = torch.zeros((), dtype=F64), float(self.weight)
         for at in self.total:
             if at[0] == part:
-                mean = torch.linalg.vector_norm(self.total[at]) / self.weight
-                found = found + (self.square[at] / self.weight - mean**2).cpu()
+                mean = torch.linalg.vector_norm(self.total[at]) / weight
+                found = found + (self.square[at] / weight - mean**2).cpu()
         return max(0.0, float(found))
