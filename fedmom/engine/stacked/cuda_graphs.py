@@ -26,8 +26,8 @@ from fedmom.tasks.classification import Batch
 from fedmom.user_code import one_line
 
 # f -> (what it gave, a function that does it again, into the same memory)
-Record = Callable[[Callable[[], Distances]], tuple[Distances, Callable[[], None]]]
-Key = tuple[Any, ...]
+Recorder = Callable[[Callable[[], Distances]], tuple[Distances, Callable[[], None]]]
+GraphKey = tuple[Any, ...]
 
 COMINGS = 4  # of a chunk: it is taken, recorded, compared, and from then on replayed
 _MOST = 4  # recordings that are kept, each with the memory of its steps
@@ -94,12 +94,12 @@ class _Recording:
 class Replays:
     """Chunks through a stack, replayed where they can be. One process, one device, one thread."""
 
-    def __init__(self, stack: Stack, record: Record = cuda_graph) -> None:
+    def __init__(self, stack: Stack, record: Recorder = cuda_graph) -> None:
         self.stack, self.record = stack, record
         self.trouble = ""  # why nothing is recorded any more
         self.num_replayed = 0  # chunks
-        self._kept: OrderedDict[Key, _Recording] = OrderedDict()
-        self._last: OrderedDict[Key, None] = OrderedDict()  # what came by once
+        self._kept: OrderedDict[GraphKey, _Recording] = OrderedDict()
+        self._last: OrderedDict[GraphKey, None] = OrderedDict()  # what came by once
 
     def fits(self, job: Job, num_clients: int) -> bool:
         """Whether all minibatches of a chunk of so many clients may lie in memory at once."""
@@ -152,7 +152,7 @@ class Replays:
         torch.cuda.empty_cache()
         return distances(start, self.stack.run_straight(start, job, batches))
 
-    def _record(self, key: Key, start: ClientState, job: Job, batches: list[Batch], want: Distances) -> None:
+    def _record(self, key: GraphKey, start: ClientState, job: Job, batches: list[Batch], want: Distances) -> None:
         """Record this chunk, and keep it if it gives `want`."""
         while len(self._kept) >= _MOST:
             self._kept.popitem(last=False)
