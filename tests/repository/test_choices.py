@@ -7,6 +7,7 @@ from fedmom.config.strategies import STRATEGIES
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES
+from fedmom.method.graphs import TOPOLOGIES
 from fedmom.tasks.task import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -15,6 +16,7 @@ TABLES = {
     "fedmom/engine/paths.py": PATHS,
     "fedmom/engine/stacked/convolutions.py": CONVOLUTIONS,
     "fedmom/method/algorithms.py": {**ALGORITHMS, **MOMENTUM_POLICIES},
+    "fedmom/method/graphs.py": TOPOLOGIES.keys() - {"path"},  # which is also a key of what updates are about
     "fedmom/tasks/task.py": TASKS,
 }
 
