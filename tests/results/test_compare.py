@@ -25,7 +25,7 @@ from fedmom.results.comparison import (
 from fedmom.results.groups import check_fit, group_runs, of_groups
 from fedmom.results.page import content
 from fedmom.results.pictures import comparison, curves, style
-from fedmom.results.pictures.comparison import curve, styles
+from fedmom.results.pictures.curves import curve, styles
 from fedmom.results.reading import collect
 from fedmom.results.sheets import (
     FORMATS,
@@ -38,7 +38,7 @@ from fedmom.results.sheets import (
     stat,
     written,
 )
-from fedmom.results.tables import MEASURES, RunHistory
+from fedmom.results.tables import MEASURES
 from histories import make_run, records
 
 ROOT = Path(__file__).parents[2]
@@ -367,8 +367,8 @@ def test_figures_say_what_they_leave_out(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "save_picture", lambda figure, path: figures.append(figure))
     groups = groups_of(mixed)
     comparison._draw_grid(groups, MEASURES[:1], ["round"], tmp_path / "x")
-    runs = [run.history for group in groups for run in group.runs]
-    short = [RunHistory(run.name, [{"round": 1, "test_loss": 1.0}]) for run in runs]
+    runs = [run for group in groups for run in group.runs]
+    short = [run._replace(rounds=[{"round": 1, "test_loss": 1.0}]) for run in runs]
     curves.draw_curves(short, tmp_path, of_groups(groups))
     for figure in figures:
         legend = figure.legends[0]
