@@ -26,20 +26,16 @@ class Target(NamedTuple):
     value: float
 
     @property
-    def rises(self) -> bool:
-        return "accuracy" in self.measure.key
-
-    @property
     def title(self) -> str:
         name, digits = self.measure.title.replace(" (%)", ""), ".4g"
         unit = " %" if self.measure.factor == 100 else ""
-        return f"{name} {'≥' if self.rises else '≤'} {format(self.measure.factor * self.value, digits)}{unit}"
+        return f"{name} {'≥' if self.measure.rises else '≤'} {format(self.measure.factor * self.value, digits)}{unit}"
 
     def reached(self, rounds: Sequence[Record]) -> Record | None:
         """The first evaluation at which it was reached."""
         for record in rounds:
             value = number(record, self.measure.key)
-            if value is not None and (value >= self.value if self.rises else value <= self.value):
+            if value is not None and (value >= self.value if self.measure.rises else value <= self.value):
                 return record
         return None
 
@@ -62,7 +58,7 @@ def parse_target(text: str, runs: Sequence[Run]) -> Target:
     if not isfinite(value):
         raise InputError(f"--target {text!r}: {number_text} is reached by no run, or by every one; write a number")
     target = Target(_BY_KEY[name], value)
-    if target.rises and not 0 < value <= 1:
+    if target.measure.rises and not 0 < value <= 1:
         raise InputError(f"--target {text!r}: an accuracy is in (0, 1]; write accuracy=0.8 or accuracy=80%")
     return target
 
@@ -72,15 +68,13 @@ def usual_targets(runs: Sequence[Run]) -> list[Target]:
 
     Runs that never came near it (half as good as the best) do not hold the others back.
     """
-    measure = next((m for m in MEASURES if any(finite(run.rounds, m.key) for run in runs)), None)
-    accuracy = _BY_KEY["test_accuracy"]
-    if any(finite(run.rounds, accuracy.key) for run in runs):
-        measure = accuracy
+    # Accuracy before all others.
+    measures = sorted(MEASURES, key=lambda measure: measure.key != "test_accuracy")
+    measure = next((m for m in measures if any(finite(run.rounds, m.key) for run in runs)), None)
     if measure is None:
         return []
-    rises = "accuracy" in measure.key
-    best = [max(found) if rises else min(found) for run in runs if (found := finite(run.rounds, measure.key))]
-    if rises:
+    best = [max(found) if measure.rises else min(found) for run in runs if (found := finite(run.rounds, measure.key))]
+    if measure.rises:
         worst = min(value for value in best if value >= 0.5 * max(best))
         value = floor(1000 * worst + 1e-9) / 1000
     else:

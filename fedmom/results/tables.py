@@ -22,6 +22,11 @@ class Measure(NamedTuple):
     factor: float = 1.0
     log: bool = False
 
+    @property
+    def rises(self) -> bool:
+        """Whether larger is better."""
+        return "accuracy" in self.key
+
 
 MEASURES = (
     Measure("test_loss", "test loss", "Test loss at x̂", "#.4g"),

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from fedmom.errors import InputError
+from fedmom.method.graphs import TOPOLOGIES
+from fedmom.method.topology import make_topology
 from fedmom.results.comparison import run_sheets
-from fedmom.results.pictures import curves, partition, style
+from fedmom.results.pictures import curves, partition, style, topology
 from fedmom.results.pictures.curves import draw_curves
 from fedmom.results.pictures.partition import draw_partition
 from fedmom.results.pictures.style import COLOURS
@@ -117,6 +119,17 @@ def test_long_names_are_cut_and_lose_what_they_share():
     for names in ([prefix] * 2, ["x" * 300], ["x" * 300, "y" * 300]):
         assert [len(name) for name in curves._legend_names(names)] == [style.MAX_NAME] * len(names)
     assert curves._legend_names(["_a", "b\nc"]) == [" _a", "b c"]
+
+
+@table("name, places", [("ring", 8), ("star", 9), ("torus", 9), ("torus", 1), ("one-peer-exponential", 8)])
+def test_a_topology_is_drawn_as_its_row_says(tmp_path, name, places):
+    assert topology.PLACINGS.keys() == {rule.layout for rule in TOPOLOGIES.values()}
+    graph = make_topology(name, places)
+    at = topology.PLACINGS[graph.layout].places(places)
+    assert len(np.unique(at.round(6), axis=0)) == places == len(at)
+    assert (np.linalg.norm(at[0]) < 1e-9) == (name == "star")
+    topology.draw_topology(graph, tmp_path / "graph.png")
+    assert where(pixels(tmp_path / "graph.png"), COLOURS[0]).any()
 
 
 # --- partitions ------------------------------------------------------------------------------------------

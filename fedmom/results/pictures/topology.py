@@ -34,7 +34,9 @@ def _hub(n: int) -> np.ndarray:
 
 
 def _grid(n: int) -> np.ndarray:
-    shape = torus_shape(n) or (1, n)
+    shape = torus_shape(n)
+    if shape is None:  # one client
+        return _circle(n)
     row, column = np.divmod(np.arange(n), shape[1])
     return (np.stack([column, -row], 1) - [(shape[1] - 1) / 2, -(shape[0] - 1) / 2]) / max(1, max(shape) - 1) * 2
 
