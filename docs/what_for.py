@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmom.results.groups import Group, group_runs
-from fedmom.results.pictures.comparison import curve
+from fedmom.results.pictures.curves import curve
 from fedmom.results.pictures.style import COLOURS, DARK, DASHES, MARKERS, new_figure, plain_axes, save_picture
 from fedmom.results.reading import collect
 

@@ -11,14 +11,14 @@ from rich.console import Console
 from fedmom.cli.options import BAD_INPUT, DONE
 from fedmom.cli.watch import watch as watch_folder
 from fedmom.errors import InputError, unknown
-from fedmom.results import tables
 from fedmom.results.compare import default_out, draw_figures, write_tables
-from fedmom.results.comparison import all_sheets, parse_target, usual_targets
-from fedmom.results.groups import check_counted, check_fit, group_runs, of_groups
+from fedmom.results.comparison import all_sheets, parse_target, run_sheets, usual_targets
+from fedmom.results.groups import check_counted, check_fit, counted_of, group_runs, of_groups
 from fedmom.results.page import write_page
 from fedmom.results.reading import collect
 from fedmom.results.report import draw_or_say_why, draw_report
-from fedmom.results.sheets import FORMATS
+from fedmom.results.sheets import FORMATS, written_out
+from fedmom.results.tables import as_text
 
 Unfinished = Annotated[
     bool, typer.Option("--unfinished", help="Count runs that are not finished too, as far as they got.")
@@ -64,7 +64,7 @@ def compare(
     groups = group_runs(runs, unfinished=unfinished)
     check_counted(groups)
     check_fit(groups)
-    counted = [run for group in groups for run in group.runs]
+    counted = counted_of(groups)
     wanted = [parse_target(text, counted) for text in targets or ()] or usual_targets(counted)
     sheets = all_sheets(groups, wanted)
     _tell([*notes, *of_groups(groups)])
@@ -113,22 +113,22 @@ def report(
     runs, notes = collect(folders)
     groups = group_runs(runs, unfinished=unfinished)
     check_counted(groups)
-    counted = [run for group in groups for run in group.runs]
+    counted = counted_of(groups)
     told = of_groups(groups)
-    histories = [run.history for run in runs if run in counted]
+    shown = [run for run in runs if run in counted]  # in the order in which they were named
     _tell(notes)
-    print(tables.as_text(*tables.summary_table(histories)))
-    for axis, title in tables.AXES.items():
-        print(f"\nat equal {title}{'s' if title == 'round' else ''}")
-        print(tables.as_text(*tables.equal_table(histories, axis)))
+    end, *equal = run_sheets(shown)
+    print(as_text(*written_out(end)))
+    for sheet in equal:
+        print(f"\n{sheet.title.lower()}\n{as_text(*written_out(sheet))}")
     for line in told:
         print(line)
     if not page_alone:
-        draw_or_say_why(lambda: [print(path) for path in draw_report(histories, target, told).values()])
+        draw_or_say_why(lambda: [print(path) for path in draw_report(shown, target, told).values()])
     page = target if page_alone else target / "report.html"
     notes = [*notes, *told]
-    shown = draw_or_say_why(lambda: print(write_page(groups, usual_targets(counted), page, notes=notes)), what="page")
-    return DONE if shown else BAD_INPUT  # the page is what was asked for
+    drawn = draw_or_say_why(lambda: print(write_page(groups, usual_targets(counted), page, notes=notes)), what="page")
+    return DONE if drawn else BAD_INPUT  # the page is what was asked for
 
 
 def watch(

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from fedmom.errors import InputError
 
 Edges = Iterable[tuple[int, int]] | np.ndarray  # [E, 2]
+Layout = Literal["circle", "hub", "grid"]  # where a picture places the clients; a hub is client 0, in the middle
 
 
 class GraphOptions(NamedTuple):
@@ -111,14 +112,15 @@ class Rule(NamedTuple):
     summary: str
     edges: Callable[[int, GraphOptions], Edges] | None = None  # who is linked with whom
     hops: Callable[[int], list[list[int]]] | None = None  # a list of hops per round of the period; W = 1/(hops + 1)
+    layout: Layout = "circle"
 
 
 TOPOLOGIES: dict[str, Rule] = {
     "complete": Rule("everybody with everybody: W = 11ᵀ/N", complete),
     "ring": Rule("i with i ± 1", ring),
-    "torus": Rule("a grid whose ends meet, as square as N allows", torus),
+    "torus": Rule("a grid whose ends meet, as square as N allows", torus, layout="grid"),
     "hypercube": Rule("i with i ⊕ 2^k; N = 2^k", hypercube),
-    "star": Rule("client 0 with everybody", star),
+    "star": Rule("client 0 with everybody", star, layout="hub"),
     "path": Rule("a ring that is cut open", path),
     "exponential": Rule("i sends to i + 2^k, all k in every round", hops=lambda n: [hops(n)]),
     "one-peer-exponential": Rule(

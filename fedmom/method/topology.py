@@ -15,7 +15,7 @@ import numpy as np
 
 from fedmom.errors import InputError, unknown
 from fedmom.machine.files import at_home
-from fedmom.method.graphs import TOPOLOGIES, WEIGHTS, Edges, GraphOptions
+from fedmom.method.graphs import TOPOLOGIES, WEIGHTS, Edges, GraphOptions, Layout
 
 TOLERANCE = 1e-8  # of row and column sums: matrices in files are rounded
 FILES = (".npy", ".csv", ".edges")
@@ -81,8 +81,8 @@ class Mixing(NamedTuple):
 class Topology:
     """W_t of every round t: `matrices` in turn. Built by `make_topology`, which checks them."""
 
-    def __init__(self, name: str, matrices: Sequence[Mixing]) -> None:
-        self.name, self.matrices = name, tuple(matrices)
+    def __init__(self, name: str, matrices: Sequence[Mixing], layout: Layout = "circle") -> None:
+        self.name, self.matrices, self.layout = name, tuple(matrices), layout
         self.num_clients = matrices[0].num_clients
 
     def at(self, round_index: int) -> Mixing:
@@ -283,6 +283,8 @@ def make_topology(
         raise unknown("algorithm.topology", name, [*TOPOLOGIES, "FILE.npy, FILE.csv or FILE.edges"])
     rule = TOPOLOGIES[name]
     if rule.hops is not None:
-        return Topology(name, [from_hops(num_clients, hop_list) for hop_list in rule.hops(num_clients)])
-    assert rule.edges is not None
-    return Topology(name, [from_edges(num_clients, rule.edges(num_clients, options), weights)])
+        matrices = [from_hops(num_clients, hop_list) for hop_list in rule.hops(num_clients)]
+    else:
+        assert rule.edges is not None
+        matrices = [from_edges(num_clients, rule.edges(num_clients, options), weights)]
+    return Topology(name, matrices, rule.layout)

@@ -6,13 +6,14 @@ from statistics import median
 from typing import NamedTuple
 
 from fedmom.errors import InputError, unknown
-from fedmom.results.groups import Group, check_counted, names_of, said
+from fedmom.results.groups import Group, alone, check_counted, counted_of, names_of, said
 from fedmom.results.reading import Run
-from fedmom.results.sheets import Cell, Column, Sheet, Stat, stat
-from fedmom.results.tables import MEASURES, Measure, byte_unit, finite, last_evaluated, measures_of, number
+from fedmom.results.sheets import Column, Sheet, Stat, Value, stat, written
+from fedmom.results.tables import MEASURES, Measure, byte_unit, finite, last_evaluated, number
 from fedmom.rounds.loop import Record
 
 AXES = {"round": "rounds", "joint_epochs": "joint epochs", "bytes_sent": "bytes", "wall_seconds": "seconds"}
+COSTS = ("round", "joint_epochs", "bytes_sent")  # seconds are the machine's too
 _ALIASES = {"accuracy": "test_accuracy", "loss": "test_loss"}
 _BY_KEY = {measure.key: measure for measure in MEASURES}
 N = "data.num-clients"
@@ -25,20 +26,16 @@ class Target(NamedTuple):
     value: float
 
     @property
-    def rises(self) -> bool:
-        return "accuracy" in self.measure.key
-
-    @property
     def title(self) -> str:
         name, digits = self.measure.title.replace(" (%)", ""), ".4g"
         unit = " %" if self.measure.factor == 100 else ""
-        return f"{name} {'≥' if self.rises else '≤'} {format(self.measure.factor * self.value, digits)}{unit}"
+        return f"{name} {'≥' if self.measure.rises else '≤'} {format(self.measure.factor * self.value, digits)}{unit}"
 
     def reached(self, rounds: Sequence[Record]) -> Record | None:
         """The first evaluation at which it was reached."""
         for record in rounds:
             value = number(record, self.measure.key)
-            if value is not None and (value >= self.value if self.rises else value <= self.value):
+            if value is not None and (value >= self.value if self.measure.rises else value <= self.value):
                 return record
         return None
 
@@ -61,7 +58,7 @@ def parse_target(text: str, runs: Sequence[Run]) -> Target:
     if not isfinite(value):
         raise InputError(f"--target {text!r}: {number_text} is reached by no run, or by every one; write a number")
     target = Target(_BY_KEY[name], value)
-    if target.rises and not 0 < value <= 1:
+    if target.measure.rises and not 0 < value <= 1:
         raise InputError(f"--target {text!r}: an accuracy is in (0, 1]; write accuracy=0.8 or accuracy=80%")
     return target
 
@@ -71,15 +68,13 @@ def usual_targets(runs: Sequence[Run]) -> list[Target]:
 
     Runs that never came near it (half as good as the best) do not hold the others back.
     """
-    measure = next((m for m in MEASURES if any(finite(run.rounds, m.key) for run in runs)), None)
-    accuracy = _BY_KEY["test_accuracy"]
-    if any(finite(run.rounds, accuracy.key) for run in runs):
-        measure = accuracy
+    # Accuracy before all others.
+    measures = sorted(MEASURES, key=lambda measure: measure.key != "test_accuracy")
+    measure = next((m for m in measures if any(finite(run.rounds, m.key) for run in runs)), None)
     if measure is None:
         return []
-    rises = "accuracy" in measure.key
-    best = [max(found) if rises else min(found) for run in runs if (found := finite(run.rounds, measure.key))]
-    if rises:
+    best = [max(found) if measure.rises else min(found) for run in runs if (found := finite(run.rounds, measure.key))]
+    if measure.rises:
         worst = min(value for value in best if value >= 0.5 * max(best))
         value = floor(1000 * worst + 1e-9) / 1000
     else:
@@ -101,64 +96,121 @@ def all_sheets(groups: Sequence[Group], targets: Sequence[Target]) -> list[Sheet
     return [sheet._replace(left=left) for sheet in sheets] if any(left.values()) else sheets
 
 
-def _of(group: Group, value: Callable[[Run], float | None]) -> Stat | None:
-    return stat([value(run) for run in group.runs])
+def run_sheets(runs: Sequence[Run]) -> list[Sheet]:
+    """What a report says of runs, a row each: where they ended, and where all of them can be compared."""
+    groups = alone(runs)
+    return [end_sheet(groups, of_runs=True), *(equal_sheet(groups, axis, of_runs=True) for axis in COSTS)]
 
 
-def _scaled(value: float | None, factor: float) -> float | None:
-    return None if value is None else factor * value
+def measures_of(runs: Sequence[Run]) -> Sequence[Measure]:
+    """The measures that at least one of the runs has; the classifier's where none was ever evaluated."""
+    names = set[str]().union(*(names_of(run) for run in runs))
+    return [measure for measure in MEASURES if measure.key in names] or MEASURES[:2]
 
 
-def end_sheet(groups: Sequence[Group]) -> Sheet:
-    """Where each group ended: counts of the last round, values of the last evaluation."""
-    histories = [run.history for group in groups for run in group.runs]
-    measures = measures_of(histories)
-    columns = [Column("run"), Column("seeds"), Column("rounds"), Column("joint epochs")]
-    for measure in measures:
-        columns.append(Column(measure.title, measure.digits))
+def _divided(value: float | None, divisor: float) -> float | None:
+    return None if value is None else value / divisor
+
+
+def _measured(record: Record, measure: Measure) -> float | None:
+    value = number(record, measure.key)
+    return None if value is None else measure.factor * value
+
+
+def _last(key: str, divisor: float = 1.0) -> Callable[[Run], float | None]:
+    return lambda run: _divided(number(run.rounds[-1], key), divisor)
+
+
+def _evaluated(measure: Measure) -> Callable[[Run], float | None]:
+    return lambda run: _measured(last_evaluated(run.rounds), measure)
+
+
+def _best(measure: Measure) -> Callable[[Run], float | None]:
+    return lambda run: max((measure.factor * value for value in finite(run.rounds, measure.key)), default=None)
+
+
+def _speed(run: Run) -> float | None:
+    """The median: a slow first round (compilation, caches) does not count."""
+    speeds = finite(run.rounds, "client_steps_per_second")
+    return median(speeds) if speeds else None
+
+
+def _named(group: Group, of_runs: bool) -> list[Value]:
+    """What a row begins with; of single runs there are no seeds to tell of."""
+    return [group.label] if of_runs else [group.label, group.seeds]
+
+
+def _naming(of_runs: bool) -> list[Column]:
+    return [Column("run")] if of_runs else [Column("run"), Column("seeds")]
+
+
+def _sent_unit(runs: Sequence[Run]) -> tuple[float, str]:
+    return byte_unit(max((end for run in runs for end in finite(run.rounds[-1:], "bytes_sent")), default=0.0))
+
+
+def end_sheet(groups: Sequence[Group], *, of_runs: bool = False) -> Sheet:
+    """Where each group ended: counts of the last round, values of the last evaluation.
+
+    of_runs: the groups are of one run each, which is told with its steps, and without what is said of seeds.
+    """
+    runs = counted_of(groups)
+    divisor, unit = (1e6, "MB") if of_runs else _sent_unit(runs)
+    columns = [(Column("rounds"), _last("round"))]
+    columns += [(Column("steps"), _last("steps"))] * of_runs
+    columns.append((Column("joint epochs"), _last("joint_epochs")))
+    for measure in measures_of(runs):
+        columns.append((Column(measure.title, measure.digits), _evaluated(measure)))
         if measure.key == "test_accuracy":
-            columns.append(Column("best (%)", ".2f"))
-    largest = max((end for h in histories for end in finite(h.rounds[-1:], "bytes_sent")), default=0.0)
-    divisor, unit = byte_unit(largest)
-    columns += [Column(f"{unit} sent"), Column("seconds"), Column("client-steps/s")]
-    rows = []
-    for group in groups:
-        row: list[Cell] = [group.label, group.seeds]
-        row += [stat([number(run.rounds[-1], key) for run in group.runs]) for key in ("round", "joint_epochs")]
-        last = [last_evaluated(run.rounds) for run in group.runs]
-        for measure in measures:
-            row.append(stat([_scaled(number(record, measure.key), measure.factor) for record in last]))
-            if measure.key == "test_accuracy":
-                row.append(_of(group, lambda run: 100 * max(finite(run.rounds, "test_accuracy"), default=float("nan"))))
-        row.append(_of(group, lambda run: _scaled(number(run.rounds[-1], "bytes_sent"), 1 / divisor)))
-        row.append(_of(group, lambda run: number(run.rounds[-1], "wall_seconds")))
-        row.append(_of(group, lambda run: median(finite(run.rounds, "client_steps_per_second") or [float("nan")])))
-        rows.append(row)
-    note = "Of the last evaluation, mean ± standard deviation over seeds; client-steps/s: median over the rounds."
-    return Sheet("at-the-end", "At the end", columns, rows, note)
+            columns.append((Column("best (%)", measure.digits), _best(measure)))
+    columns.append((Column(f"{unit} sent"), _last("bytes_sent", divisor)))
+    columns += [(Column("seconds"), _last("wall_seconds")), (Column("client-steps/s"), _speed)]
+    rows = [
+        [*_named(group, of_runs), *(stat([value(run) for run in group.runs]) for _, value in columns)]
+        for group in groups
+    ]
+    note = (
+        "Values of the last evaluation; client-steps/s is the median over the rounds."
+        if of_runs
+        else "Of the last evaluation, mean ± standard deviation over seeds; client-steps/s: median over the rounds."
+    )
+    return Sheet("at-the-end", "At the end", [*_naming(of_runs), *(column for column, _ in columns)], rows, note)
 
 
-def equal_sheet(groups: Sequence[Group], axis: str) -> Sheet:
-    """Every group at the largest value of `axis` that all runs reached, and before it at half of that value."""
-    runs = [run for group in groups for run in group.runs]
-    measures = measures_of([run.history for run in runs])
+def equal_sheet(groups: Sequence[Group], axis: str, *, of_runs: bool = False) -> Sheet:
+    """Every group at the largest value of `axis` that all runs reached, and before it at half of that value.
+
+    A run that never moves along the axis (one client sends nothing) does not hold the others back; no rows where no
+    run moves. of_runs: the groups are of one run each, whose bytes are each in a unit of their own.
+    """
+    if axis not in AXES:
+        raise unknown("axis", axis, AXES)
+    runs = counted_of(groups)
+    measures = measures_of(runs)
     ends = [max(finite(run.rounds, axis), default=0.0) for run in runs]
     end = min((end for end in ends if end > 0), default=0.0)
     half = float(floor(end / 2)) if axis == "round" else end / 2
+    own_unit = of_runs and axis == "bytes_sent"
     divisor, unit = byte_unit(end) if axis == "bytes_sent" else (1.0, AXES[axis])
-    columns = [Column("run"), Column("seeds"), Column(f"at {unit}"), Column("evaluated at")]
+
+    def place(values: Sequence[float | None]) -> Value:
+        if own_unit and values[0] is not None:
+            by, own = byte_unit(values[0])
+            return f"{written(stat([values[0] / by]), '')} {own}"
+        return stat([_divided(value, divisor) for value in values])
+
+    at = {"round": "round", "bytes_sent": "bytes sent"}.get(axis, unit) if of_runs else unit
+    columns = [*_naming(of_runs), Column(f"at {at}"), Column("evaluated at")]
     columns += [Column(measure.title, measure.digits) for measure in measures]
-    rows = list[list[Cell]]()
+    rows = list[list[Value]]()
     for limit in (half, end):
         for group in groups if limit > 0 else ():
             found = [_evaluated_by(run.rounds, axis, limit) for run in group.runs]
-            row: list[Cell] = [group.label, group.seeds, Stat(limit / divisor, None, 1, 1)]
-            row.append(stat([_scaled(number(record, axis), 1 / divisor) for record in found]))
-            row += [stat([_scaled(number(record, m.key), m.factor) for record in found]) for m in measures]
-            rows.append(row)
+            places = [place([limit]), place([number(record, axis) for record in found])]
+            measured = [stat([_measured(record, measure) for record in found]) for measure in measures]
+            rows.append([*_named(group, of_runs), *places, *measured])
     name = AXES[axis].replace(" ", "-")
     note = "The last evaluation at or before the largest value that all runs reached, and at or before half of it."
-    return Sheet(f"equal-{name}", f"At equal {AXES[axis]}", columns, rows, note)
+    return Sheet(f"equal-{name}", f"At equal {AXES[axis]}", columns, rows, "" if of_runs else note)
 
 
 def _evaluated_by(rounds: Sequence[Record], axis: str, limit: float) -> Record:
@@ -168,17 +220,15 @@ def _evaluated_by(rounds: Sequence[Record], axis: str, limit: float) -> Record:
 
 def target_sheet(groups: Sequence[Group], target: Target) -> Sheet:
     """What it took each group to get there."""
-    histories = [run.history for group in groups for run in group.runs]
-    largest = max((end for h in histories for end in finite(h.rounds[-1:], "bytes_sent")), default=0.0)
-    divisor, unit = byte_unit(largest)
+    divisor, unit = _sent_unit(counted_of(groups))
     columns = [Column("run"), Column("seeds"), Column("reached by")]
     columns += [Column("rounds"), Column("steps"), Column("joint epochs"), Column(f"{unit} sent"), Column("seconds")]
-    rows = list[list[Cell]]()
+    rows = list[list[Value]]()
     for group in groups:
         found = [record for run in group.runs if (record := target.reached(run.rounds)) is not None]
-        row: list[Cell] = [group.label, group.seeds, f"{len(found)} of {len(group.runs)}"]
+        row: list[Value] = [group.label, group.seeds, f"{len(found)} of {len(group.runs)}"]
         for key in ("round", "steps", "joint_epochs", "bytes_sent", "wall_seconds"):
-            row.append(stat([_scaled(number(r, key), 1 / divisor if key == "bytes_sent" else 1.0) for r in found]))
+            row.append(stat([_divided(number(r, key), divisor if key == "bytes_sent" else 1.0) for r in found]))
         rows.append(row)
     note = (
         "The first evaluation at which it was reached, of the seeds that reached it; steps: local ones, of one client."
@@ -233,7 +283,7 @@ def speedup_sheet(groups: Sequence[Group], target: Target) -> Sheet | None:
     if not found:
         return None
     columns = [Column("run"), Column("N"), Column("seeds"), Column("ideal"), Column("by steps"), Column("by seconds")]
-    rows = list[list[Cell]]()
+    rows = list[list[Value]]()
     for family in found:
         for n, seeds, *columns_of_n in zip(*family[1:], strict=True):
             ideal = Stat(n / family.num_clients[0], None, 1, 1)

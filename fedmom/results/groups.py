@@ -1,7 +1,9 @@
 """Runs that differ in nothing but the seed are one group; groups are labelled by what differs between them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from fedmom.config.keys import KEYS, Scalar
 from fedmom.config.load import toml_scalar
@@ -51,7 +53,7 @@ _OF_EXAMPLES = {
 }
 
 
-class Left(NamedTuple):
+class LeftOut(NamedTuple):
     """A run that is not counted: it is not finished, or it is another one once more."""
 
     run: Run
@@ -68,7 +70,7 @@ class Group(NamedTuple):
     label: str
     runs: list[Run]  # those that count, a seed each; [] where none does
     differs: dict[str, Scalar]  # the keys in which groups differ, and this group's values
-    left: list[Left] = []  # noqa: RUF012 - never changed
+    left: list[LeftOut] = []  # noqa: RUF012 - never changed
 
     @property
     def settings(self) -> dict[str, Scalar]:
@@ -92,6 +94,36 @@ class Group(NamedTuple):
         counted = [f"{run.name} ({run.standing})" for run in self.runs if not run.is_finished]
         parts = {"left out": [left.text for left in self.left], "counted though not finished": counted}
         return "; ".join(f"{what}: {_several(names)}" for what, names in parts.items() if names)
+
+    @property
+    def title(self) -> str:
+        """Its label, with the seeds where not all of them are finished and counted."""
+        return f"{self.label} ({self.seeds} seeds)" if self.note else self.label
+
+    @property
+    def rounds(self) -> list[int]:
+        """The rounds that all of its runs have: seeds that ended earlier cut the others there."""
+        return sorted(set.intersection(*({record["round"] for record in run.rounds} for run in self.runs)))
+
+    def numbers(self, key: str, rounds: Container[int]) -> np.ndarray:
+        """[seeds, P] what the runs have under `key` in rounds that all of them have; NaN where there is no number."""
+        found = [[number(record, key) for record in run.rounds if record["round"] in rounds] for run in self.runs]
+        return np.array([[np.nan if value is None else value for value in row] for row in found], dtype=np.float64)
+
+
+def counted_of(groups: Sequence[Group]) -> list[Run]:
+    """The runs that count."""
+    return [run for group in groups for run in group.runs]
+
+
+def alone(runs: Sequence[Run]) -> list[Group]:
+    """Each run as a group of one, called by its name. InputError where there is nothing to show."""
+    if not runs:
+        raise InputError("no runs to report: name at least one run folder")
+    for run in runs:
+        if not run.rounds:
+            raise InputError(f"run {run.name!r} has no rounds: its rounds.jsonl must hold at least one")
+    return [Group(run.name, [run], {}) for run in runs]
 
 
 def _several(names: Sequence[str], most: int = 6) -> str:
@@ -125,17 +157,17 @@ def group_runs(runs: Sequence[Run], *, unfinished: bool = False) -> list[Group]:
     return groups
 
 
-def _counted(runs: Sequence[Run], unfinished: bool) -> tuple[list[Run], list[Left]]:
+def _counted(runs: Sequence[Run], unfinished: bool) -> tuple[list[Run], list[LeftOut]]:
     """(runs that count, one of each seed; the others)."""
-    counted, left = list[Run](), list[Left]()
+    counted, left = list[Run](), list[LeftOut]()
     for seed in dict.fromkeys(run.settings["run.seed"] for run in runs):
         same = [run for run in runs if run.settings["run.seed"] == seed]
         best = max(same, key=lambda run: (run.is_finished, len(run.rounds)))
         if best.is_finished or (unfinished and best.rounds):
             counted.append(best)
         else:
-            left.append(Left(best))
-        left += [Left(run, best.name) for run in same if run is not best]
+            left.append(LeftOut(best))
+        left += [LeftOut(run, best.name) for run in same if run is not best]
     return counted, left
 
 
@@ -195,7 +227,7 @@ def check_fit(groups: Sequence[Group]) -> None:
                     "compare runs on the same data"
                 )
     common, before = set[str](), first
-    for run in (run for group in groups for run in group.runs):
+    for run in counted_of(groups):
         measured = names_of(run)
         if common and measured and not common & measured:
             raise InputError(

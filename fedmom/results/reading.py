@@ -11,7 +11,6 @@ from fedmom.errors import InputError
 from fedmom.records.files import CONFIG, ENVIRONMENT, MANIFEST, ROUNDS
 from fedmom.records.history import read_rounds
 from fedmom.records.status import Status, read_status
-from fedmom.results.tables import RunHistory
 from fedmom.rounds.loop import Record
 
 
@@ -21,12 +20,9 @@ class Run(NamedTuple):
     name: str  # of its folder; its path where two folders have one name
     folder: Path
     rounds: list[Record]
-    settings: dict[str, Scalar]  # the resolved configuration, {"section.key": value}
-    status: Status
-
-    @property
-    def history(self) -> RunHistory:
-        return RunHistory(self.name, self.rounds)
+    # The resolved configuration, {"section.key": value}; not needed where the rounds alone are shown.
+    settings: dict[str, Scalar] = {}  # noqa: RUF012 - never changed
+    status: Status = Status("unfinished")
 
     @property
     def is_finished(self) -> bool:

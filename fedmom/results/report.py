@@ -8,13 +8,17 @@ from pathlib import Path
 from fedmom.errors import InputError
 from fedmom.machine.files import write_text
 from fedmom.records.history import thinned
+from fedmom.results.comparison import end_sheet, run_sheets
+from fedmom.results.groups import alone
 from fedmom.results.pictures import curves as pictures
-from fedmom.results.tables import AXES, MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
+from fedmom.results.reading import Run
+from fedmom.results.sheets import sheet_markdown, written_out
+from fedmom.results.tables import MISSING, as_text
 from fedmom.rounds.loop import Record
 from fedmom.user_code import one_line
 
 
-def draw_report(runs: Sequence[RunHistory], out_dir: Path, notes: Sequence[str] = ()) -> dict[str, Path]:
+def draw_report(runs: Sequence[Run], out_dir: Path, notes: Sequence[str] = ()) -> dict[str, Path]:
     """Write curves.png and report.md (the tables, and the picture linked) into `out_dir`.
 
     notes: what was left out, or is not finished; both files say so.
@@ -22,12 +26,7 @@ def draw_report(runs: Sequence[RunHistory], out_dir: Path, notes: Sequence[str] 
     paths = {"curves": out_dir / "curves.png", "report": out_dir / "report.md"}
     pictures.draw_curves(runs, paths["curves"], *[list(notes)] * bool(notes))
     parts = ["# Runs", "![Curves of the runs](curves.png)", *notes]
-    parts += ["## At the end", as_markdown(*summary_table(runs))]
-    parts += ["Values of the last evaluation; client-steps/s is the median over the rounds."]
-    for axis, name in AXES.items():
-        header, rows = equal_table(runs, axis)
-        if rows:
-            parts += [f"## At equal {'rounds' if axis == 'round' else name}", as_markdown(header, rows)]
+    parts += [sheet_markdown(sheet) for sheet in run_sheets(runs) if sheet.rows]
     parts += [
         "Equal tables: each run's last evaluation at or before the largest value that all runs reached, "
         f"and at or before half of it; {MISSING} where a run was not evaluated by then."
@@ -43,9 +42,9 @@ def finished(folder: Path, rounds: Sequence[Record], width: int | None = None) -
     """
     lines, curves = [], folder / "curves.png"
     if rounds:
-        run = RunHistory(folder.name, thinned(rounds))
+        run = Run(folder.name, folder, thinned(rounds))
         draw_or_say_why(lambda: pictures.draw_curves([run], curves))
-        header, (row,) = summary_table([run])
+        header, (row,) = written_out(end_sheet(alone([run]), of_runs=True))
         text = as_text(header, [row])
         if width is not None and len(text.partition("\n")[0]) > width:
             text = as_text(header[:1] + row[:1], [list(pair) for pair in zip(header[1:], row[1:], strict=True)])

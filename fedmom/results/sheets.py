@@ -23,7 +23,7 @@ class Stat(NamedTuple):
     of: int  # seeds of the group
 
 
-Cell = str | Stat | None
+Value = str | Stat | None
 
 
 class Column(NamedTuple):
@@ -37,7 +37,7 @@ class Sheet(NamedTuple):
     name: str  # of its file
     title: str
     columns: list[Column]
-    rows: list[list[Cell]]
+    rows: list[list[Value]]
     note: str = ""
     left: Mapping[str, str] = MappingProxyType({})  # {group: what of it is not counted, or not finished}, if anything
 
@@ -50,7 +50,9 @@ class Sheet(NamedTuple):
 
 
 def stat(values: Sequence[float | None]) -> Stat | None:
-    """Over the seeds that have a finite number; None where none has."""
+    """Over the seeds that have a finite number, None where none has; a run that is alone shows what it has, NaN too."""
+    if len(values) == 1 and values[0] is not None:
+        return Stat(values[0], None, 1, 1)
     found = [value for value in values if value is not None and isfinite(value)]
     if not found:
         return None
@@ -67,7 +69,7 @@ def _pair(cell: Stat, digits: str) -> tuple[str, str]:
     return text, f"{cell.sd:.2g}" if "e" in text else f"{cell.sd:,.{after}f}"
 
 
-def written(cell: Cell, digits: str, plus_minus: str = " ± ") -> str:
+def written(cell: Value, digits: str, plus_minus: str = " ± ") -> str:
     """ "84.93 ± 0.51", and "(2 of 3)" where not every seed has the number."""
     if cell is None:
         return MISSING
@@ -77,19 +79,20 @@ def written(cell: Cell, digits: str, plus_minus: str = " ± ") -> str:
     return text if cell.num == cell.of else f"{text} ({cell.num} of {cell.of})"
 
 
-def _written(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
+def written_out(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
+    """(header, rows)."""
     header = [column.title for column in sheet.columns]
     digits = [column.digits for column in sheet.columns]
     return header, [[written(*pair) for pair in zip(row, digits, strict=True)] for row in sheet.rows]
 
 
 def sheet_text(sheet: Sheet) -> str:
-    parts = [sheet.title, as_text(*_written(sheet)), sheet.note, sheet.foot]
+    parts = [sheet.title, as_text(*written_out(sheet)), sheet.note, sheet.foot]
     return "\n".join(part for part in parts if part)
 
 
 def sheet_markdown(sheet: Sheet) -> str:
-    parts = [f"## {sheet.title}", as_markdown(*_written(sheet)), sheet.note, sheet.foot]
+    parts = [f"## {sheet.title}", as_markdown(*written_out(sheet)), sheet.note, sheet.foot]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -151,7 +154,7 @@ def latex(text: str) -> str:
 def sheet_latex(sheet: Sheet) -> str:
     r"""A table for a paper (\usepackage{booktabs})."""
 
-    def cell(value: Cell, digits: str) -> str:
+    def cell(value: Value, digits: str) -> str:
         if not isinstance(value, Stat):
             return latex(value or MISSING)
         text = written(value._replace(num=value.of), digits, r" \pm ").replace(",", "{,}")

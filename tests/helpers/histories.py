@@ -1,10 +1,11 @@
 """Run histories made by hand."""
 
 import json
+from pathlib import Path
 
 from fedmom.config.load import load, to_toml
 from fedmom.config.resolve import resolve
-from fedmom.results.tables import RunHistory
+from fedmom.results.reading import Run
 
 
 def classifier(name, num_rounds, *, eval_every=1, epochs=0.5, sent=1_000_000, accuracy=None):
@@ -18,7 +19,7 @@ def classifier(name, num_rounds, *, eval_every=1, epochs=0.5, sent=1_000_000, ac
             value = r / 100 if accuracy is None else accuracy[r - 1]
             entry |= {"test_loss": 1 / r, "test_accuracy": value}
         rounds.append(entry)
-    return RunHistory(name, rounds)
+    return Run(name, Path(name), rounds)
 
 
 def one_column(*args, **options):
@@ -34,7 +35,7 @@ def quadratic(name, num_rounds, rate=0.5):
         {"round": r, "steps": r, "train_loss": rate**r, "loss": rate ** (2 * r), "distance": rate**r}
         for r in range(1, num_rounds + 1)
     ]
-    return RunHistory(name, rounds)
+    return Run(name, Path(name), rounds)
 
 
 def make_run(folder, sets, records):

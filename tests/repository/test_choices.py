@@ -9,6 +9,7 @@ from fedmom.data.partition import PARTITIONS
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES
+from fedmom.method.graphs import TOPOLOGIES
 from fedmom.tasks.models import MODELS
 from fedmom.tasks.task import TASKS
 
@@ -21,6 +22,7 @@ TABLES = {
     "fedmom/engine/stacked/convolutions.py": CONVOLUTIONS,
     "fedmom/method/algorithms.py": {**ALGORITHMS, **MOMENTUM_POLICIES},
     "fedmom/tasks/models.py": MODELS,
+    "fedmom/method/graphs.py": TOPOLOGIES.keys() - {"path"},  # which is also a key of what updates are about
     "fedmom/tasks/task.py": TASKS,
 }
 

@@ -18,14 +18,15 @@ from fedmom.results.comparison import (
     end_sheet,
     equal_sheet,
     parse_target,
+    run_sheets,
     speedups,
     target_sheet,
     usual_targets,
 )
-from fedmom.results.groups import check_fit, group_runs, of_groups
+from fedmom.results.groups import alone, check_fit, group_runs, of_groups
 from fedmom.results.page import content
 from fedmom.results.pictures import comparison, curves, style
-from fedmom.results.pictures.comparison import curve, styles
+from fedmom.results.pictures.curves import curve, styles
 from fedmom.results.reading import collect
 from fedmom.results.sheets import (
     FORMATS,
@@ -37,8 +38,9 @@ from fedmom.results.sheets import (
     sheet_text,
     stat,
     written,
+    written_out,
 )
-from fedmom.results.tables import MEASURES, RunHistory
+from fedmom.results.tables import MEASURES
 from histories import make_run, records
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +91,7 @@ def test_a_stat_is_the_mean_and_the_sample_deviation(values):
     assert (found.mean, found.num, found.of) == (pytest.approx(np.mean(values)), len(values), len(values) + 2)
     assert found.sd is None if len(values) == 1 else found.sd == pytest.approx(np.std(values, ddof=1))
     assert stat([None, float("inf")]) is None
+    assert np.isnan(stat([float("nan")]).mean)  # a run that is alone shows that it diverged
 
 
 def test_a_number_is_written_with_its_deviation_in_the_same_digits():
@@ -111,6 +114,28 @@ def test_the_tables_say_what_the_records_say(sweep):
         assert row[loss].mean == pytest.approx(1 / (10 * I))
         assert row[loss].sd == pytest.approx(np.std([0.01, -0.01], ddof=1))
         assert row[titles.index("MB sent")].mean == pytest.approx(10)
+
+
+def test_a_run_is_a_group_of_one(tmp_path):
+    """A report and a comparison say the same of runs of one seed each, a last value that is no number too."""
+    for lr, last in ((0.1, 0.5), (0.2, float("nan"))):
+        lines = records(10)
+        lines[-1]["test_loss"] = last
+        make_run(tmp_path / f"{lr}", {"algorithm.lr": lr, "run.num-rounds": 10}, lines)
+    runs, _ = collect([tmp_path])
+    groups = group_runs(runs)
+    assert [alone(runs)[0].runs, alone(runs)[1].runs] == [group.runs for group in groups]
+    for several, single in zip(all_sheets(groups, [])[:4], run_sheets(runs), strict=True):
+        assert several.title == single.title
+        tables = []
+        for header, rows in map(written_out, (several, single)):
+            tables.append([dict(zip(header, row, strict=True)) for row in rows])
+        common = [title for title in tables[0][0] if title in tables[1][0] and title not in ("run", "evaluated at")]
+        assert {"test loss", "test accuracy (%)"} <= set(common)
+        assert [[row[title] for title in common] for row in tables[0]] == [
+            [row[title] for title in common] for row in tables[1]
+        ]
+        assert {row["test loss"] for row in tables[1]} >= {"nan"}
 
 
 @pytest.mark.parametrize(
@@ -367,8 +392,8 @@ def test_figures_say_what_they_leave_out(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "save_picture", lambda figure, path: figures.append(figure))
     groups = groups_of(mixed)
     comparison._draw_grid(groups, MEASURES[:1], ["round"], tmp_path / "x")
-    runs = [run.history for group in groups for run in group.runs]
-    short = [RunHistory(run.name, [{"round": 1, "test_loss": 1.0}]) for run in runs]
+    runs = [run for group in groups for run in group.runs]
+    short = [run._replace(rounds=[{"round": 1, "test_loss": 1.0}]) for run in runs]
     curves.draw_curves(short, tmp_path, of_groups(groups))
     for figure in figures:
         legend = figure.legends[0]

@@ -8,12 +8,17 @@ import pytest
 from PIL import Image
 
 from fedmom.errors import InputError
-from fedmom.results.pictures import curves, partition, style
+from fedmom.method.graphs import TOPOLOGIES
+from fedmom.method.topology import make_topology
+from fedmom.results.comparison import run_sheets
+from fedmom.results.pictures import curves, partition, style, topology
 from fedmom.results.pictures.curves import draw_curves
 from fedmom.results.pictures.partition import draw_partition
 from fedmom.results.pictures.style import COLOURS
+from fedmom.results.reading import Run
 from fedmom.results.report import draw_or_say_why, draw_report
-from fedmom.results.tables import AXES, RunHistory, as_markdown, equal_table, summary_table
+from fedmom.results.sheets import written_out
+from fedmom.results.tables import as_markdown
 from histories import classifier, one_column, quadratic
 from laws import table
 
@@ -54,8 +59,10 @@ def test_the_report_holds_every_table_and_a_picture_of_every_run(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "report.md"]
     text = paths["report"].read_text(encoding="utf-8")
     assert f"({paths['curves'].name})" in text
-    for one in (summary_table(runs), *(equal_table(runs, axis) for axis in AXES)):
-        assert as_markdown(*one) in text
+    sheets = run_sheets(runs)
+    assert len(sheets) == 4
+    for sheet in sheets:
+        assert as_markdown(*written_out(sheet)) in text
     image = pixels(paths["curves"])
     colours = [colour for colour in COLOURS if colour != "#000000"]  # text is black too
     assert [where(image, colour).sum() >= 20 for colour in colours] == [True] * 2 + [False] * (len(colours) - 2)
@@ -66,8 +73,8 @@ def test_the_report_holds_every_table_and_a_picture_of_every_run(tmp_path):
     [
         lambda: [one_column("one round", 1)],
         lambda: [quadratic("one round", 1)],
-        lambda: [RunHistory("at the optimum", [{"round": 1, "loss": 0.0, "distance": 0.0}])],
-        lambda: [RunHistory("in the end", [{"round": 1, "distance": 1.0}, {"round": 2, "distance": 0.0}])],
+        lambda: [Run("at the optimum", Path(), [{"round": 1, "loss": 0.0, "distance": 0.0}])],
+        lambda: [Run("in the end", Path(), [{"round": 1, "distance": 1.0}, {"round": 2, "distance": 0.0}])],
         lambda: [quadratic("q", 30), one_column("c", 30, eval_every=7)],
         lambda: [one_column("short", 4), one_column("long", 400)],
         lambda: [one_column(f"seed {k}", 3) for k in range(15)],
@@ -90,7 +97,7 @@ def test_what_is_not_a_finite_number_is_skipped(tmp_path):
 
 
 def test_rounds_without_any_measure_still_give_a_picture(tmp_path):
-    draw_curves([RunHistory("empty", [{"round": 1}])], tmp_path / "curves.png")
+    draw_curves([Run("empty", Path(), [{"round": 1}])], tmp_path / "curves.png")
     pixels(tmp_path / "curves.png")
 
 
@@ -112,6 +119,17 @@ def test_long_names_are_cut_and_lose_what_they_share():
     for names in ([prefix] * 2, ["x" * 300], ["x" * 300, "y" * 300]):
         assert [len(name) for name in curves._legend_names(names)] == [style.MAX_NAME] * len(names)
     assert curves._legend_names(["_a", "b\nc"]) == [" _a", "b c"]
+
+
+@table("name, places", [("ring", 8), ("star", 9), ("torus", 9), ("torus", 1), ("one-peer-exponential", 8)])
+def test_a_topology_is_drawn_as_its_row_says(tmp_path, name, places):
+    assert topology.PLACINGS.keys() == {rule.layout for rule in TOPOLOGIES.values()}
+    graph = make_topology(name, places)
+    at = topology.PLACINGS[graph.layout].places(places)
+    assert len(np.unique(at.round(6), axis=0)) == places == len(at)
+    assert (np.linalg.norm(at[0]) < 1e-9) == (name == "star")
+    topology.draw_topology(graph, tmp_path / "graph.png")
+    assert where(pixels(tmp_path / "graph.png"), COLOURS[0]).any()
 
 
 # --- partitions ------------------------------------------------------------------------------------------

@@ -1,10 +1,24 @@
 """Tables against histories made by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from fedmom.errors import InputError
-from fedmom.results.tables import MISSING, RunHistory, as_markdown, as_text, equal_table, summary_table
+from fedmom.results.comparison import end_sheet, equal_sheet, run_sheets
+from fedmom.results.groups import alone
+from fedmom.results.reading import Run
+from fedmom.results.sheets import written_out
+from fedmom.results.tables import MISSING, as_markdown, as_text
 from histories import classifier, quadratic
+
+
+def summary_table(runs):
+    return written_out(end_sheet(alone(runs), of_runs=True))
+
+
+def equal_table(runs, axis):
+    return written_out(equal_sheet(alone(runs), axis, of_runs=True))
 
 
 def columns(table):
@@ -131,9 +145,9 @@ def test_markdown_escapes_bars_and_line_breaks():
     ]
 
 
-@pytest.mark.parametrize("table", [summary_table, lambda runs: equal_table(runs, "round")])
-def test_no_runs_and_no_rounds_are_said_in_one_line(table):
+@pytest.mark.parametrize("make", [alone, run_sheets])
+def test_no_runs_and_no_rounds_are_said_in_one_line(make):
     with pytest.raises(InputError, match="no runs"):
-        table([])
+        make([])
     with pytest.raises(InputError, match="'hollow' has no rounds"):
-        table([classifier("a", 2), RunHistory("hollow", [])])
+        make([classifier("a", 2), Run("hollow", Path("hollow"), [])])

@@ -15,15 +15,15 @@ from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.records.files import CONFIG
 from fedmom.results.comparison import AXES, Target, all_sheets
-from fedmom.results.groups import Group, differing, said, shared
-from fedmom.results.pictures.comparison import SPREADS, styles
+from fedmom.results.groups import Group, counted_of, differing, said, shared
+from fedmom.results.pictures.curves import styles
+from fedmom.results.pictures.partition import class_shares
 from fedmom.results.pictures.style import COLOURS, DASHES, MARKERS
-from fedmom.results.reading import Run, environment_of, is_run
-from fedmom.results.sheets import Sheet, Stat, written
-from fedmom.results.tables import MEASURES, Measure, finite, number
+from fedmom.results.reading import environment_of, is_run
+from fedmom.results.sheets import Sheet, Stat, Value, written
+from fedmom.results.tables import MEASURES, SPREADS, TRAIN, finite, number
 from fedmom.tasks.task import task_kind
 
-TRAIN = Measure("train_loss", "train loss", "Train loss", "#.4g")
 POINTS = 20_000  # on the page, over all groups: more would make it slow to open
 MAX_POINTS = 1_000  # of one group
 MAX_CLIENTS = 400  # columns of a partition's picture
@@ -33,7 +33,7 @@ _CHOSEN = ("engine.path", "engine.chunk-size", "engine.threads")  # by `auto`; t
 
 def summary(groups: Sequence[Group]) -> list[str]:
     """What was run, in a few sentences."""
-    runs = [run for group in groups for run in group.runs]
+    runs = counted_of(groups)
     same = shared(runs)
     varied = [key for key in differing(runs) if key in KEYS]
     seeds = sorted({int(run.settings["run.seed"]) for run in runs})
@@ -70,7 +70,7 @@ def _short(value: float | None) -> float | None:
 
 def curves(groups: Sequence[Group]) -> dict[str, Any]:
     """Everything the charts draw: means and deviations over seeds at rounds that all seeds have, and each seed."""
-    runs = [run for group in groups for run in group.runs]
+    runs = counted_of(groups)
     measures = [m for m in (*MEASURES, TRAIN, *SPREADS) if any(finite(run.rounds, m.key) for run in runs)]
     axes = [axis for axis in AXES if any(value > 0 for run in runs for value in finite(run.rounds, axis))]
     most = max(50, min(MAX_POINTS, POINTS // max(1, len(runs))))
@@ -83,7 +83,7 @@ def curves(groups: Sequence[Group]) -> dict[str, Any]:
         ],
         "groups": [
             {
-                "label": f"{group.label} ({group.seeds} seeds)" if group.note else group.label,
+                "label": group.title,
                 "colour": COLOURS.index(look["color"]),
                 "dash": DASHES.index(look["linestyle"]),
                 "marker": MARKERS.index(look["marker"]),
@@ -96,30 +96,23 @@ def curves(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _lines(group: Group, measures: Sequence[str], axes: Sequence[str], most: int) -> dict[str, Any]:
-    common = sorted(set.intersection(*({record["round"] for record in run.rounds} for run in group.runs)))
-    kept = set(_thinned(group.runs, measures, common, most))
-    tables = [[record for record in run.rounds if record["round"] in kept] for run in group.runs]
-
-    def column(key: str) -> np.ndarray:
-        """[seeds, P], NaN where a round has no such number."""
-        found = [[number(record, key) for record in table] for table in tables]
-        return np.array([[np.nan if value is None else value for value in row] for row in found], dtype=np.float64)
-
-    values = {key: column(key) for key in measures}
-    lines: dict[str, Any] = {"x": {axis: [_short(v) for v in column(axis).mean(axis=0)] for axis in axes}}
+    kept = set(_thinned(group, most))
+    values = {key: group.numbers(key, kept) for key in measures}
+    lines: dict[str, Any] = {"x": {axis: [_short(v) for v in group.numbers(axis, kept).mean(axis=0)] for axis in axes}}
     lines["mean"] = {key: [_short(v) for v in y.mean(axis=0)] for key, y in values.items()}
-    if len(tables) > 1:
+    if len(group.runs) > 1:
         lines["sd"] = {key: [_short(v) for v in y.std(axis=0, ddof=1)] for key, y in values.items()}
         lines["seeds"] = {key: [[_short(v) for v in row] for row in y] for key, y in values.items()}
     return lines
 
 
-def _thinned(runs: Sequence[Run], measures: Sequence[str], common: Sequence[int], most: int) -> list[int]:
+def _thinned(group: Group, most: int) -> list[int]:
     """At most about `most` of the common rounds, evaluated ones first, evenly spaced, first and last included."""
+    common = group.rounds
     if len(common) <= most:
-        return list(common)
-    judged = {r["round"] for r in runs[0].rounds if any(number(r, m.key) is not None for m in MEASURES)}
-    pool = [r for r in common if r in judged] or list(common)
+        return common
+    judged = {r["round"] for r in group.runs[0].rounds if any(number(r, m.key) is not None for m in MEASURES)}
+    pool = [r for r in common if r in judged] or common
     places = np.unique(np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(int))
     return [common[0], *(pool[place] for place in places), common[-1]]
 
@@ -129,13 +122,19 @@ def tables(groups: Sequence[Group], targets: Sequence[Target]) -> list[dict[str,
     return [_table(sheet) for sheet in all_sheets(groups, targets)]
 
 
+def _sorted_by(cell: Value) -> str:
+    """What is "" comes last."""
+    if isinstance(cell, Stat):
+        return f"{cell.mean:.10g}" if isfinite(cell.mean) else ""
+    return cell or ""
+
+
 def _table(sheet: Sheet) -> dict[str, Any]:
     rows = []
     for row in sheet.rows:
         cells = []
         for cell, column in zip(row, sheet.columns, strict=True):
-            value = f"{cell.mean:.10g}" if isinstance(cell, Stat) else (cell or "")
-            cells.append({"text": written(cell, column.digits), "value": value})
+            cells.append({"text": written(cell, column.digits), "value": _sorted_by(cell)})
         rows.append(cells)
     return {
         "name": sheet.name,
@@ -178,18 +177,14 @@ def _picture(split: Partition, labels: np.ndarray, num_classes: int) -> dict[str
     facts = f"{len(sizes):,} clients with {sizes.min():,} to {sizes.max():,} examples, median {np.median(sizes):,.0f}"
     if len(counts) <= MAX_CLIENTS:
         return {"z": counts.T.tolist(), "unit": "examples", "facts": facts}
-    shares = counts / np.maximum(sizes, 1)[:, None]
-    shares = shares[np.lexsort((-shares.max(axis=1), shares.argmax(axis=1)))]
-    starts = np.arange(MAX_CLIENTS) * len(shares) // MAX_CLIENTS
-    means = np.add.reduceat(shares, starts, axis=0) / np.diff(np.append(starts, len(shares)))[:, None]
-    z = [[_short(float(value)) for value in row] for row in means.T]
+    z = [[_short(float(value)) for value in row] for row in class_shares(counts, MAX_CLIENTS).T]
     facts += f"; sorted by largest class, a column is the mean of about {len(counts) / MAX_CLIENTS:,.3g} clients"
     return {"z": z, "unit": "share", "facts": facts}
 
 
 def settings(groups: Sequence[Group]) -> dict[str, Any]:
     """What differs between groups, and every key that all runs share."""
-    runs = [run for group in groups for run in group.runs]
+    runs = counted_of(groups)
     keys = list(groups[0].differs)
     differ = [
         {"label": group.label, "values": [str(toml_scalar(group.differs[key])) for key in keys]} for group in groups

@@ -15,7 +15,7 @@ from typing import Any
 from fedmom.machine.files import write_text
 from fedmom.records.environment import version_of
 from fedmom.results.comparison import Target
-from fedmom.results.groups import Group
+from fedmom.results.groups import Group, counted_of
 from fedmom.results.page import content
 
 HERE = Path(__file__).parent
@@ -61,7 +61,7 @@ def _json(value: Any) -> str:
 
 
 def _title(groups: Sequence[Group]) -> str:
-    runs = [run for group in groups for run in group.runs]
+    runs = counted_of(groups)
     if len(runs) == 1:
         return runs[0].name
     folders = {run.folder.parent.name for run in runs}

@@ -1,121 +1,169 @@
-"""Curves of runs as PNG: measures against rounds, joint epochs and bytes sent."""
+"""Curves: a row per measure, a column per axis, a line per group (the mean over its seeds) with a band of deviations.
+
+Colours, dashes and markers change together, so that curves can be told apart in grey too.
+"""
 
 import os
 import re
 import textwrap
 from collections.abc import Sequence
-from math import ceil, isfinite
+from math import ceil
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedmom.results.comparison import AXES, COSTS
+from fedmom.results.groups import Group, alone, counted_of
 from fedmom.results.pictures.style import (
     COLOURS,
     DASHES,
     MARKERS,
     MAX_NAME,
+    add_legend,
     new_figure,
     plain_axes,
     save_picture,
     short_name,
     whole_ticks,
 )
-from fedmom.results.tables import AXES, CONSENSUS, MEASURES, Measure, RunHistory, byte_unit, check, finite, number
+from fedmom.results.reading import Run
+from fedmom.results.tables import CONSENSUS, MEASURES, TRAIN, Measure, byte_unit, finite
 
 PALE = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.35, "marker": "none", "zorder": 1.5}
-MAX_MARKERS = 16  # on one curve
 
 
-def draw_curves(runs: Sequence[RunHistory], path: Path, notes: Sequence[str] = ()) -> None:
-    """PNG: a row per measure, against rounds, joint epochs and bytes sent. Pale lines are the train loss.
+class Curve(NamedTuple):
+    """The mean of a group's seeds at every round that all of them have."""
+
+    x: np.ndarray  # [P] mean over seeds
+    y: np.ndarray  # [P]
+    sd: np.ndarray  # [P] sample deviation of y; 0 for one seed
+
+
+def curve(group: Group, x: str, y: str) -> Curve:
+    """Rounds where every seed has a finite x and y; seeds that ended earlier cut the curve there."""
+    rounds = set(group.rounds)
+    xs, ys = group.numbers(x, rounds), group.numbers(y, rounds)
+    kept = (np.isfinite(xs) & np.isfinite(ys)).all(axis=0)
+    xs, ys = xs[:, kept], ys[:, kept]
+    sd = ys.std(axis=0, ddof=1) if len(ys) > 1 else np.zeros(ys.shape[1])
+    return Curve(xs.mean(axis=0), ys.mean(axis=0), sd)
+
+
+def line_style(colour: int, dash: int, marker: int) -> dict[str, Any]:
+    """How a line looks, the same in every panel and in the legend."""
+    return {
+        "color": COLOURS[colour % len(COLOURS)],
+        "linestyle": DASHES[dash % len(DASHES)],
+        "marker": MARKERS[marker % len(MARKERS)],
+        "linewidth": 1.4,
+        "markersize": 3.6,
+    }
+
+
+def styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """A look for each group. Where two keys make the groups, one is the colour and marker, the other the dashes."""
+    keys = list(groups[0].differs)
+    if len(keys) == 2:
+        values = [list(dict.fromkeys(group.differs[key] for group in groups)) for key in keys]
+        if len(values[0]) <= len(COLOURS) and len(values[1]) <= len(DASHES) and min(map(len, values)) > 1:
+            first, second = (
+                [found.index(group.differs[key]) for group in groups] for found, key in zip(values, keys, strict=True)
+            )
+            return [line_style(colour, dash, colour) for colour, dash in zip(first, second, strict=True)]
+    return [line_style(index, index, index) for index in range(len(groups))]
+
+
+def draw_curves(runs: Sequence[Run], path: Path, notes: Sequence[str] = ()) -> None:
+    """PNG of runs: every measure against rounds, joint epochs and bytes sent. Pale lines are the train loss.
 
     notes: small lines below the names of the runs.
     """
-    check(runs)
-    measures = [m for m in (*MEASURES, CONSENSUS) if any(_keys(run, m) for run in runs)] or MEASURES[:1]
-    ends = {axis: [end for run in runs if (end := max(finite(run.rounds, axis), default=0.0)) > 0] for axis in AXES}
-    columns = [axis for axis in AXES if ends[axis]] or ["round"]
-    divisor, unit = byte_unit(max(ends["bytes_sent"], default=0.0))
+    groups = alone(runs)
+    measures = [m for m in (*MEASURES, CONSENSUS) if any(_keys(group, m, train=True) for group in groups)]
+    labels = _legend_names([run.name for run in runs])
+    save_picture(draw_grid(groups, measures or MEASURES[:1], COSTS, labels, "\n".join(notes), train=True), path)
 
-    names = _legend_names([run.name for run in runs])
-    width = 0.5 + 3.1 * max(len(columns), 1.5)
-    # 0.078 inches a letter at 8.5 points, 0.6 for the line before it
-    names_per_line = max(1, min(len(names), int(width / (0.6 + 0.078 * max(map(len, names))))))
-    foot = "\n".join(line for note in notes for line in textwrap.wrap(note, int(width / 0.072)))
-    lines_below = ceil(len(names) / names_per_line) + foot.count("\n") + bool(foot)
-    figure = new_figure(width, 0.3 + 2.45 * len(measures) + 0.19 * lines_below)
+
+def draw_grid(
+    groups: Sequence[Group],
+    measures: Sequence[Measure],
+    axes: Sequence[str],
+    labels: Sequence[str],
+    note: str,
+    *,
+    train: bool = False,
+) -> Any:
+    """The figure; its lines are called by `labels`, with `note` below. train: with pale lines of the train loss."""
+    runs = counted_of(groups)
+    ends = {axis: [end for run in runs if (end := max(finite(run.rounds, axis), default=0.0)) > 0] for axis in axes}
+    columns = [axis for axis in axes if ends[axis]] or axes[:1]
+    divisor, unit = byte_unit(max(ends.get("bytes_sent", []), default=0.0))
+    looks = [each for group, each in zip(groups, styles(groups), strict=True) if group.runs]
+    groups = [group for group in groups if group.runs]
+    width = 0.5 + 2.7 * max(len(columns), 1.6)
+    # 0.075 inches a letter at 8.5 points, 0.65 for the line before it.
+    per_line = max(1, min(len(labels), int(width / (0.65 + 0.075 * max(map(len, labels))))))
+    note = "\n".join(line for text in note.split("\n") for line in textwrap.wrap(text, int(width / 0.072)))
+    figure = new_figure(width, 0.5 + 2.1 * len(measures) + 0.19 * (ceil(len(labels) / per_line) + note.count("\n")))
     panels = figure.subplots(len(measures), len(columns), sharex="col", sharey="row", squeeze=False)
-
     for row, measure in zip(panels, measures, strict=True):
-        for axes, axis in zip(row, columns, strict=True):
-            _draw_panel(axes, runs, measure, axis, divisor if axis == "bytes_sent" else 1.0)
-        row[0].set_ylabel(_scale(row[0], runs, measure))
-    for axes, axis in zip(panels[-1], columns, strict=True):
-        axes.set_xlabel(f"Sent by all clients ({unit})" if axis == "bytes_sent" else AXES[axis].capitalize())
+        for panel, axis in zip(row, columns, strict=True):
+            for group, each in zip(groups, looks, strict=True):
+                for key in _keys(group, measure, train):
+                    pale = PALE if key == TRAIN.key else {}
+                    by = divisor if axis == "bytes_sent" else 1.0
+                    _draw_curve(panel, curve(group, axis, key), each | pale, measure, by)
+            plain_axes(panel)
+        row[0].set_ylabel(_scale(row[0], groups, measure, train), fontsize=9)
+    for panel, axis in zip(panels[-1], columns, strict=True):
+        title = f"Sent by all clients ({unit})" if axis == "bytes_sent" else AXES[axis].capitalize()
+        panel.set_xlabel(title, fontsize=9)
         if ends[axis] and max(ends[axis]) > 10 * min(ends[axis]):  # else the shortest run is a vertical line
-            axes.set_xscale("log", nonpositive="mask")
-            axes.xaxis.set_major_formatter("{x:g}")
+            panel.set_xscale("log", nonpositive="mask")
+            panel.xaxis.set_major_formatter("{x:g}")
         elif axis == "round":
-            axes.xaxis.set_major_locator(whole_ticks(7))
-
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": names_per_line, "frameon": False}
-    lines = [panels[0, 0].plot([], [], **_style(index))[0] for index in range(len(runs))]
-    legend = figure.legend(
-        lines, names, **place, fontsize=8.5, handlelength=3.2, columnspacing=1.6, title=foot or None, title_fontsize=7.5
-    )
-    for text in (*legend.get_texts(), legend.get_title()):
-        text.set_parse_math(False)
+            panel.xaxis.set_major_locator(whole_ticks(6))
+    lines = [panels[0, 0].plot([], [], **each)[0] for each in looks]
+    add_legend(figure, lines, labels, per_line, note, handlelength=3.4, columnspacing=1.6)
     figure.align_ylabels(panels[:, 0])
-    save_picture(figure, path)
+    return figure
 
 
-def _draw_panel(axes: Any, runs: Sequence[RunHistory], measure: Measure, axis: str, divisor: float) -> None:
-    for index, run in enumerate(runs):
-        for key in _keys(run, measure):
-            x, y = _series(run, axis, key)
-            look = _style(index) | (PALE if key == "train_loss" else {})
-            axes.plot(x / divisor, measure.factor * y, **look, markevery=ceil(len(x) / MAX_MARKERS) or 1)
-    plain_axes(axes)
+def _draw_curve(panel: Any, drawn: Curve, line: dict[str, Any], measure: Measure, divisor: float) -> None:
+    x, y, sd = drawn.x / divisor, measure.factor * drawn.y, measure.factor * drawn.sd
+    panel.plot(x, y, **line, markevery=0.08)  # a share of the panel: evenly spaced on a log axis too
+    if sd.any():
+        low = np.maximum(y - sd, 0.5 * y) if measure.log else y - sd  # a log axis has no room below 0
+        panel.fill_between(x, low, y + sd, color=line["color"], alpha=0.16, linewidth=0)
 
 
-def _style(index: int) -> dict[str, Any]:
-    """How the curve of a run looks, the same in every panel and in the legend."""
-    choices = {"color": COLOURS, "linestyle": DASHES, "marker": MARKERS}
-    return {name: looks[index % len(looks)] for name, looks in choices.items()} | {"linewidth": 1.5, "markersize": 3.5}
+def _keys(group: Group, measure: Measure, train: bool) -> list[str]:
+    """What a group has to draw in the row of a measure; train losses go with a quadratic's loss, else the test loss."""
+    quadratic = any(finite(run.rounds, key) for run in group.runs for key in ("loss", "distance"))
+    with_train = train and measure.key == ("loss" if quadratic else "test_loss")
+    keys = [TRAIN.key] * with_train + [measure.key]
+    return [key for key in keys if any(finite(run.rounds, key) for run in group.runs)]
 
 
-def _series(run: RunHistory, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """The rounds of a run in which both x and y are finite: [P], [P]."""
-    pairs = [(number(entry, x), number(entry, y)) for entry in run.rounds]
-    kept = [(a, b) for a, b in pairs if a is not None and b is not None and isfinite(a) and isfinite(b)]
-    points = np.array(kept, dtype=np.float64).reshape(-1, 2)
-    return points[:, 0], points[:, 1]
-
-
-def _keys(run: RunHistory, measure: Measure) -> list[str]:
-    """What a run has to draw in the row of a measure; train losses go with a quadratic's loss, else the test loss."""
-    quadratic = any(finite(run.rounds, key) for key in ("loss", "distance"))
-    train = ["train_loss"] if measure.key == ("loss" if quadratic else "test_loss") else []
-    return [key for key in [*train, measure.key] if finite(run.rounds, key)]
-
-
-def _scale(axes: Any, runs: Sequence[RunHistory], measure: Measure) -> str:
+def _scale(panel: Any, groups: Sequence[Group], measure: Measure, train: bool) -> str:
     """Choose the y scale of a row, and say it in the row's label.
 
     One diverging run must not flatten the others: a test loss ends at twice the runs' median start.
     """
-    curves = [[finite(run.rounds, key) for key in _keys(run, measure)] for run in runs]
-    values = [value for run in curves for curve in run for value in curve]
-    label = measure.label + (" (pale: train)" if any("train_loss" in _keys(run, measure) for run in runs) else "")
+    drawn = [(run, _keys(group, measure, train)) for group in groups for run in group.runs]
+    curves = [[found for key in keys if (found := finite(run.rounds, key))] for run, keys in drawn]
+    values = [value for run in curves for found in run for value in found]
+    label = measure.label + ("\n(pale: train)" if any(TRAIN.key in keys for _, keys in drawn) else "")
     if measure.log and min(values, default=0.0) >= 0 and max(values, default=0.0) > 0:
-        axes.set_yscale("log")  # an optimum that was reached exactly is a line through the floor
-        axes.tick_params(axis="y", which="both", labelsize=9)  # labels between the powers are no larger than theirs
+        panel.set_yscale("log")  # an optimum that was reached exactly is a line through the floor
+        panel.tick_params(axis="y", which="minor", labelsize=8)  # no larger than those of the powers
     if measure.key == "test_loss" and values:
-        top, bottom = 2 * median(max(curve[0] for curve in run) for run in curves if run), min(values)
+        top, bottom = 2 * median(max(found[0] for found in run) for run in curves if run), min(values)
         if 0 < top < max(values):
-            axes.set_ylim(bottom - 0.05 * (top - bottom), top)
+            panel.set_ylim(bottom - 0.05 * (top - bottom), top)
             label += f", cut at {top:.2g}"
     return label
 

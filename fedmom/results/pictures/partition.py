@@ -76,23 +76,29 @@ def _draw_bubbles(axes: Any, areas: np.ndarray, unit: Any) -> None:
     axes.set_ylim(-0.7, areas.shape[1] - 0.3)
 
 
+def class_shares(counts: np.ndarray, most: int) -> np.ndarray:
+    """[P, classes] shares of a client's examples, clients by dominant class; P = N, or `most` means of neighbours."""
+    sizes = counts.sum(axis=1)
+    shares = counts / np.maximum(sizes, 1)[:, None]
+    dominant = np.where(sizes > 0, shares.argmax(axis=1), counts.shape[1])  # clients without examples come last
+    shares = shares[np.lexsort((-shares.max(axis=1), dominant))]
+    if len(shares) <= most:
+        return shares
+    starts = np.arange(most) * len(shares) // most
+    return np.add.reduceat(shares, starts, axis=0) / np.diff(np.append(starts, len(shares)))[:, None]
+
+
 def _draw_shares(counts: np.ndarray, title: str, class_names: Sequence[str]) -> Any:
     """Heat map of the clients' class shares, clients sorted by dominant class, below a histogram of sizes."""
     num_clients, num_classes = counts.shape
-    sizes = counts.sum(axis=1)
-    shares = counts / np.maximum(sizes, 1)[:, None].astype(np.float32)  # [N, classes]
-    dominant = np.where(sizes > 0, shares.argmax(axis=1), num_classes)  # clients without examples come last
-    shares = shares[np.lexsort((-shares.max(axis=1), dominant))]
-    if num_clients > MAX_HEAT_COLUMNS:
-        starts = np.arange(MAX_HEAT_COLUMNS) * num_clients // MAX_HEAT_COLUMNS
-        widths = np.diff(np.append(starts, num_clients))
-        shares = np.add.reduceat(shares, starts, axis=0) / widths[:, None]
+    shares = class_shares(counts, MAX_HEAT_COLUMNS)
+    if num_clients > len(shares):
         title += f" ({num_clients:,} clients, each column the mean of about {num_clients / MAX_HEAT_COLUMNS:,.3g})"
 
     height = min(max(0.28 * num_classes, 1.2), 6.0)
     figure = new_figure(8.5, height + 2.9)
     histogram, heat = figure.subplots(2, 1, height_ratios=[1.2, height])
-    _draw_sizes(histogram, sizes)
+    _draw_sizes(histogram, counts.sum(axis=1))
     image = heat.imshow(shares.T, **HEAT, vmax=1.0, extent=(0, num_clients, -0.5, num_classes - 0.5))
     heat.xaxis.set_major_formatter("{x:,.0f}")
     heat.set_xlabel("Clients, sorted by dominant class")

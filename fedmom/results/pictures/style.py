@@ -4,6 +4,7 @@ The only file that imports matplotlib, and only when something is drawn; through
 pictures need no display and may be drawn in any thread.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def plain_axes(axes: Any, *, grid: str | None = "both") -> None:
     axes.set_axisbelow(True)
     if grid:
         axes.grid(True, axis=grid, color=LIGHT, linewidth=0.6)
+
+
+def add_legend(
+    figure: Any, handles: Sequence[Any], labels: Sequence[str], per_line: int, note: str, **spacing: float
+) -> None:
+    """The names of the lines below the panels, so many on a line, and `note` with them; no text is mathematics."""
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": per_line, "frameon": False}
+    legend = figure.legend(handles, labels, **place, fontsize=8.5, title=note, title_fontsize=8, **spacing)
+    for text in (*legend.get_texts(), legend.get_title()):
+        text.set_parse_math(False)
 
 
 def add_circles(axes: Any, centres: np.ndarray, diameters: np.ndarray, unit: Any) -> None:

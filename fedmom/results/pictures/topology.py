@@ -1,11 +1,12 @@
 """A topology as PNG: the graph, and the eigenvalues of W in the unit circle."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmom.method.graphs import torus_shape
+from fedmom.method.graphs import Layout, torus_shape
 from fedmom.method.topology import Topology
 from fedmom.results.pictures.style import COLOURS, DARK, LIGHT, new_figure, plain_axes, save_picture
 
@@ -23,22 +24,36 @@ def draw_topology(topology: Topology, path: Path) -> None:
     save_picture(figure, path)
 
 
-def places(topology: Topology) -> np.ndarray:
-    """[N, 2] where clients stand: a star's hub in the middle, a torus as a grid, else around a circle."""
-    n = topology.num_clients
-    if topology.name == "torus" and (shape := torus_shape(n)):
-        row, column = np.divmod(np.arange(n), shape[1])
-        return (np.stack([column, -row], 1) - [(shape[1] - 1) / 2, -(shape[0] - 1) / 2]) / max(1, max(shape) - 1) * 2
-    angle = np.pi / 2 - 2 * np.pi * np.arange(n) / n
-    around = np.stack([np.cos(angle), np.sin(angle)], 1)
-    if topology.name == "star":
-        angle = np.pi / 2 - 2 * np.pi * np.arange(n - 1) / max(1, n - 1)
-        around = np.concatenate([[[0.0, 0.0]], np.stack([np.cos(angle), np.sin(angle)], 1)])
-    return around
+def _circle(n: int) -> np.ndarray:
+    angle = np.pi / 2 - 2 * np.pi * np.arange(n) / max(1, n)
+    return np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def _hub(n: int) -> np.ndarray:
+    return np.concatenate([[[0.0, 0.0]], _circle(n - 1)])
+
+
+def _grid(n: int) -> np.ndarray:
+    shape = torus_shape(n)
+    if shape is None:  # one client
+        return _circle(n)
+    row, column = np.divmod(np.arange(n), shape[1])
+    return (np.stack([column, -row], 1) - [(shape[1] - 1) / 2, -(shape[0] - 1) / 2]) / max(1, max(shape) - 1) * 2
+
+
+class Placing(NamedTuple):
+    """How a layout is drawn."""
+
+    places: Callable[[int], np.ndarray]  # N -> [N, 2]
+    bends: bool = False  # long links, which go around; straight ones would hide behind the row
+
+
+PLACINGS: dict[Layout, Placing] = {"circle": Placing(_circle), "hub": Placing(_hub), "grid": Placing(_grid, bends=True)}
 
 
 def _draw_graph(axes: Any, topology: Topology) -> None:
-    n, at = topology.num_clients, places(topology)
+    placing = PLACINGS[topology.layout]
+    n, at = topology.num_clients, placing.places(topology.num_clients)
     links: dict[tuple[int, int], float] = {}
     for matrix in topology.matrices:
         for j, i, w in zip(matrix.sources.tolist(), matrix.targets.tolist(), matrix.weights.tolist(), strict=True):
@@ -51,8 +66,7 @@ def _draw_graph(axes: Any, topology: Topology) -> None:
         if (j, i) in both and j > i:
             continue
         width = thin * (0.4 + 1.4 * weight / heaviest)
-        around = topology.name == "torus" and np.linalg.norm(at[i] - at[j]) > 1.5 * np.linalg.norm(at[1] - at[0])
-        if around:  # a straight line would hide behind the row
+        if placing.bends and np.linalg.norm(at[i] - at[j]) > 1.5 * np.linalg.norm(at[1] - at[0]):
             look = {"arrowstyle": "-", "color": COLOURS[0], "linewidth": width, "connectionstyle": "arc3,rad=0.22"}
             axes.annotate("", at[i], at[j], arrowprops={**look, "alpha": 0.75}, zorder=1)
         elif (j, i) in both or len(links) > MAX_ARROWS:
