@@ -24,7 +24,7 @@ from fedmom.records.history import read_rounds
 from fedmom.rounds.loop import beginning, run_rounds
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("peers")  # in one process, which has one Ray
+pytestmark = [pytest.mark.xdist_group("Ray: rounds"), pytest.mark.usefixtures("one_ray")]
 BASE = {
     "algorithm.name": "d-sgd-m",
     "data.num-clients": 5,
@@ -46,16 +46,6 @@ class Quiet(fedmom.Callback):
     wants_state = False
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_once():
-    """One Ray for all tests of this file: starting it takes seconds."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 def settled(changes):
     config = resolve(load({**BASE, "engine.workers": 2, **changes})).config
     return config, make_task(config, "cpu"), make_plan(config)
@@ -65,12 +55,8 @@ def slow(changes):
     return pytest.param(changes, marks=pytest.mark.slow)
 
 
-ONE_EACH = {"data.num-clients": 3, "engine.workers": 3}  # a client on each actor
 CASES = [
     {"algorithm.topology": "ring"},
-    slow({"algorithm.topology": "one-peer-exponential", "algorithm.nesterov": True, "algorithm.num-local-steps": 3}),
-    slow({"algorithm.topology": "star", "algorithm.momentum-policy": "local", "engine.workers": 1}),
-    slow({"algorithm.topology": "directed-ring", "algorithm.momentum-policy": "quasi-global", **ONE_EACH}),
     slow({"algorithm.topology": "complete", "model.name": "resnet20", "run.num-rounds": 2, "data.num-clients": 3}),
 ]
 
