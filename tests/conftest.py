@@ -36,7 +36,8 @@ def one_ray(tmp_path_factory):
     """One Ray for all tests of this process that do not ask for a fresh one, as starting it takes seconds.
 
     -> the file that the faulty clients of tests/apps look into. Its tests are in one of two groups of pytest-xdist,
-    "Ray: rounds" and "Ray: messages", so that no third process starts one.
+    "Ray: rounds" and "Ray: messages", which take about as long, so that no third process starts one. What needs a
+    fresh Ray starts it in a process below the test's, and if slow is in the group "Ray: fresh".
     """
     ray = pytest.importorskip("ray")
     plan = tmp_path_factory.mktemp("faults") / "plan.json"

@@ -180,6 +180,7 @@ WAYS = {
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("Ray: fresh")
 @pytest.mark.parametrize(("way", "number"), [("simulation", signal.SIGTERM), ("workers", signal.SIGINT)])
 def test_a_signal_to_all_leaves_a_checkpoint_and_no_processes(tmp_path, way, number):
     """As Ctrl-C on a terminal sends it; SIGTERM too, for which Ray has a handler of its own: `docker stop` sends it."""
@@ -194,6 +195,7 @@ def test_a_signal_to_all_leaves_a_checkpoint_and_no_processes(tmp_path, way, num
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("Ray: fresh")
 @pytest.mark.parametrize(("way", "part"), [("simulation", "gcs_server"), ("peers", "raylet")])
 def test_a_run_whose_ray_was_killed_ends_with_a_line_and_goes_on(tmp_path, way, part):
     process, folder, processes = begun(tmp_path, WAYS[way])

@@ -249,7 +249,7 @@ MUTANTS = [
         "the relay's W_t one round early",
         "Flower's rounds count from 1, and W from 0",
         code(f"{DSGDM}._mix", "self.topology.at(server_round - 1)", "self.topology.at(server_round)"),
-        "tests/flower/test_relay.py::test_the_relay_gives_the_engines_rounds[one-peer-II]",
+        "tests/laws/test_backends.py::test_rounds_are_the_naive_loops[relay]",
     ),
     Mutant(
         "algorithm 2",
