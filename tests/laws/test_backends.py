@@ -148,13 +148,14 @@ class Begun:
 
 @pytest.fixture
 def backend(request):
-    """The backend of a name: f(changes, nodes of a Grid) begins a run on it, which ends with the test."""
+    """The backend of a name: f(changes, nodes of a Grid) begins a run on it, which ends with the next or the test."""
     way = WAYS[request.param]
     if way.workers:
         request.getfixturevalue("one_ray")
     with contextlib.ExitStack() as ends:
 
         def begin(changes: Mapping[str, Any] | None = None, num_nodes: int = 2) -> Begun:
+            ends.close()  # of the one before
             keys = {**BASE, **way.changes, **(GOSSIP if way.gossip else {}), **(changes or {})}
             config = resolve(load(keys)).config
             task, plan = make_task(config, "cpu"), make_plan(config)
