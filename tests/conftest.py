@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,21 @@ def in_tmp(tmp_path, monkeypatch):
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def one_ray(tmp_path_factory):
+    """One Ray for all tests of this process that do not ask for a fresh one, as starting it takes seconds.
+
+    -> the file that the faulty clients of tests/apps look into. Its tests are in one of two groups of pytest-xdist,
+    "Ray: rounds" and "Ray: messages", which take about as long, so that no third process starts one. What needs a
+    fresh Ray starts it in a process below the test's, and if slow is in the group "Ray: fresh".
+    """
+    ray = pytest.importorskip("ray")
+    plan = tmp_path_factory.mktemp("faults") / "plan.json"
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setenv("FEDMOM_TEST_FAULTS", str(plan))  # the actors have the environment that Ray was started in
+        warnings.simplefilter("ignore", FutureWarning)  # a tip about CUDA_VISIBLE_DEVICES
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield plan
+    ray.shutdown()

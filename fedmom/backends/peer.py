@@ -3,6 +3,7 @@
 Rows travel through Ray's object store: an actor puts what a neighbour needs there, and the driver passes references.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,7 +40,9 @@ from fedmom.user_code import blamed, one_line
 class Peer:
     """An actor: a block of clients, their rows after the last two rounds, and an engine."""
 
-    def __init__(self, config: Config, me: int, blocks: Sequence[np.ndarray]) -> None:
+    def __init__(self, config: Config, me: int, blocks: Sequence[np.ndarray], paths: Sequence[str] = ()) -> None:
+        """`paths` is the driver's sys.path, on which the user's own data and model may be."""
+        sys.path[:0] = [path for path in paths if path not in sys.path]
         set_up_torch(config.engine)
         keep_freed_memory()
         self.config, self.me, self.blocks = config, me, blocks

@@ -6,6 +6,7 @@ actor, which measures disagreement and evaluates the mean model. Checkpoints alo
 """
 
 import math
+import sys
 import time
 from typing import Any
 
@@ -53,7 +54,7 @@ class Peers(Backend):
             self.seconds = self.limit or LINK_SECONDS
             inside = replace(config, "engine", device=actors_device(options), threads=0, workers=0)
             actor = self._ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Peer)
-            self.peers = [actor.remote(inside, number, self.blocks) for number in range(wanted)]
+            self.peers = [actor.remote(inside, number, self.blocks, sys.path) for number in range(wanted)]
             self.at = -1  # rounds that the peers' rows have behind them
             self.driver_bytes = 0  # through this process in the last round
             self.path, self.chunk_size = self._settle(config)

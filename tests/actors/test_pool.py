@@ -19,7 +19,7 @@ from fedmom.errors import InputError
 
 pytest.importorskip("ray")
 
-pytestmark = pytest.mark.xdist_group("executors")  # in one process, which has one Ray
+pytestmark = pytest.mark.xdist_group("Ray: messages")
 
 
 def make_worker():
@@ -58,7 +58,7 @@ def make_worker():
 
 
 @pytest.fixture(scope="module")
-def pool():
+def pool(one_ray):
     with Pool(make_worker, PoolOptions(num_workers=2, num_cpus=0.5, straggler_seconds=3.0)) as pool:
         yield pool
 

@@ -24,7 +24,8 @@ from fedmom.records.history import read_rounds
 from fedmom.rounds.loop import beginning, run_rounds
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("peers")  # in one process, which has one Ray
+pytestmark = pytest.mark.xdist_group("Ray: rounds")
+on_ray = pytest.mark.usefixtures("one_ray")
 BASE = {
     "algorithm.name": "d-sgd-m",
     "data.num-clients": 5,
@@ -46,16 +47,6 @@ class Quiet(fedmom.Callback):
     wants_state = False
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_once():
-    """One Ray for all tests of this file: starting it takes seconds."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 def settled(changes):
     config = resolve(load({**BASE, "engine.workers": 2, **changes})).config
     return config, make_task(config, "cpu"), make_plan(config)
@@ -65,12 +56,8 @@ def slow(changes):
     return pytest.param(changes, marks=pytest.mark.slow)
 
 
-ONE_EACH = {"data.num-clients": 3, "engine.workers": 3}  # a client on each actor
 CASES = [
     {"algorithm.topology": "ring"},
-    slow({"algorithm.topology": "one-peer-exponential", "algorithm.nesterov": True, "algorithm.num-local-steps": 3}),
-    slow({"algorithm.topology": "star", "algorithm.momentum-policy": "local", "engine.workers": 1}),
-    slow({"algorithm.topology": "directed-ring", "algorithm.momentum-policy": "quasi-global", **ONE_EACH}),
     slow({"algorithm.topology": "complete", "model.name": "resnet20", "run.num-rounds": 2, "data.num-clients": 3}),
 ]
 
@@ -85,6 +72,7 @@ class Look(fedmom.Callback):
         self.seen.append(next(iter(state.params.values())).clone())
 
 
+@on_ray
 @pytest.mark.parametrize("changes", CASES, ids=lambda c: c["algorithm.topology"])
 def test_peers_give_the_engines_result(tmp_path, changes):
     engine = fedmom.run(BASE, sets=changes, out=tmp_path / "engine", callbacks=[Quiet()])
@@ -106,6 +94,7 @@ def test_peers_give_the_engines_result(tmp_path, changes):
             np.testing.assert_allclose(other[key], mine[key], rtol=1e-7, atol=1e-12, err_msg=key)
 
 
+@on_ray
 @pytest.mark.slow
 def test_what_passes_through_the_driver_is_small_and_an_actor_that_cannot_work_is_named():
     """Rows of 1.5 MB, some kB per round."""
@@ -134,6 +123,7 @@ class KillAfter(Quiet):
             os.kill(self.pid, signal.SIGKILL)
 
 
+@on_ray
 @pytest.mark.slow
 def test_a_dead_actor_stops_the_run_by_name_and_the_checkpoint_goes_on(tmp_path, monkeypatch):
     killer = KillAfter()
@@ -170,6 +160,7 @@ def lose_rows(monkeypatch, link, in_round):
     monkeypatch.setattr(Peers, "_gather", gather)
 
 
+@on_ray
 @pytest.mark.slow
 def test_a_lost_link_stops_the_run_by_name(tmp_path, monkeypatch):
     lose_rows(monkeypatch, (0, 1), 1)
@@ -179,6 +170,7 @@ def test_a_lost_link_stops_the_run_by_name(tmp_path, monkeypatch):
     assert "round 2: rows from clients 0 … 2 to clients 3 … 4 did not arrive" in result.message
 
 
+@on_ray
 @pytest.mark.slow
 def test_a_lost_link_can_be_skipped_where_w_is_symmetric(monkeypatch):
     """Both diagonals take the pair's weight: the result is the engine's with that W, and the mean is kept."""
@@ -220,6 +212,7 @@ def test_who_sends_to_whom():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("Ray: fresh")
 def test_a_hung_actor_is_late_by_name_and_nobody_waits_for_it(tmp_path):
     """Its rows cannot be had for the last checkpoint either: the one before it stays."""
     config = ROOT / "configs" / "decentralized" / "ring.toml"

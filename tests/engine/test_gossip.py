@@ -111,9 +111,6 @@ def step_by_step(p, matrices, *, rounds, lr, nesterov, policy) -> Trajectory:
         (9, 2, 4, "vmap", "average", False),
         (4, 3, 64, "loop", "average", True),
         (3, 2, 64, "loop", "average", False),
-        (5, 2, 2, "vmap", "local", True),
-        (5, 2, 2, "vmap", "local", False),
-        (4, 2, 3, "vmap", "reset", True),
     ],
 )
 def test_the_engine_is_algorithm_2_step_by_step(num_clients, period, chunk_size, path, policy, nesterov):

@@ -81,8 +81,9 @@ def test_processes_side_by_side_give_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("Ray: messages")
+@pytest.mark.usefixtures("one_ray")
 def test_ray_actors_give_the_same_bytes(tmp_path):
-    pytest.importorskip("ray")
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     same = ["engine.path=loop", "engine.threads=1"]
     run(alone, ["algorithm.lr=0.1,1e30"], sets=[*same, "run.num-rounds=40"])

@@ -493,18 +493,8 @@ def test_a_given_path_is_compared_with_the_loop_under_flower(num_nodes):
         by_flower(GIVEN, num_nodes)
 
 
-@pytest.fixture(scope="module")
-def one_ray():
-    """Starting it takes seconds."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow
-@pytest.mark.xdist_group("a given path on Ray")
+@pytest.mark.xdist_group("Ray: messages")
 @pytest.mark.parametrize("changes", [{}, {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}], ids=str)
 def test_a_given_path_is_compared_with_the_loop_on_actors(one_ray, changes):
     with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after two steps"):

@@ -27,7 +27,7 @@ from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.serverapp import Grid  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("ray-grid")  # in one process, which has one Ray
+pytestmark = pytest.mark.xdist_group("Ray: messages")
 PLAIN = Path(__file__).parents[1] / "apps" / "plain_app"
 OLDER = PLAIN.parent / "older_app"
 OPTIONS = PoolOptions(num_workers=2, num_cpus=0.5, retries=1, straggler_seconds=2)
@@ -35,7 +35,7 @@ NUM_NODES = 6
 
 
 @pytest.fixture(scope="module")
-def grid():
+def grid(one_ray):
     config = load_components(PLAIN).config
     with RayGrid("plain_app.client:app", app_dir=PLAIN, num_nodes=NUM_NODES, run_config=config, options=OPTIONS) as it:
         yield it
@@ -382,7 +382,7 @@ def test_a_whole_app_of_flowers_older_kind(grid, tmp_path):
     assert told[2::2] == [list(range(7))] * 2
 
 
-def test_a_whole_app_that_knows_nothing_of_fedmom(grid):  # in the grid's Ray
+def test_a_whole_app_that_knows_nothing_of_fedmom(one_ray):
     path, identity = list(sys.path), TaskIdentity._run_id
     grids = []
     overrides = {"model.size": 2000, "num-rounds": 3}

@@ -35,12 +35,9 @@ DIGITS = {
     ("changes", "num_nodes"),
     [
         (QUADRATIC, 1),
-        ({**DIGITS, "algorithm.topology": "one-peer-exponential", "algorithm.nesterov": True}, 5),
-        ({**DIGITS, "algorithm.momentum-policy": "local", "engine.path": "vmap", "engine.chunk-size": 2}, 2),
-        ({**DIGITS, "algorithm.momentum-policy": "quasi-global", "algorithm.topology": "directed-ring"}, 2),
         ({**RESNET, **GOSSIP, "algorithm.num-local-steps": 2, "run.num-rounds": 2}, 2),
     ],
-    ids=["quadratic", "one-peer-II", "local", "quasi-global", "batch-norm"],
+    ids=["quadratic", "batch-norm"],
 )
 def test_the_relay_gives_the_engines_rounds(changes, num_nodes):
     relayed, _ = by_flower(changes, min(num_nodes, changes.get("data.num-clients", 5)))

@@ -22,13 +22,23 @@ PARTS = {
         "tests/config/test_config.py::test_baselines_mean_what_their_names_say",
         "tests/config/test_config.py::test_intervals_are_the_theorems_floors_in_exact_arithmetic",
     ),
-    "algorithm 2": ("tests/method/test_topology.py", "tests/engine/test_gossip.py", "tests/flower/test_relay.py"),
+    "algorithm 2": (
+        "tests/laws/test_backends.py",
+        "tests/method/test_topology.py",
+        "tests/engine/test_gossip.py",
+        "tests/flower/test_relay.py",
+    ),
     "averaging": ("tests/method/test_averaging.py", "tests/engine/test_engine.py", "tests/laws"),
     "stack": ("tests/engine/test_stacked.py",),
     "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_classification.py"),
     "partitions": ("tests/data/test_partition.py",),
     "schedules": ("tests/method/test_schedules.py", "tests/engine/test_engine.py", "tests/laws"),
-    "rounds": ("tests/engine/test_engine.py", "tests/engine/test_gossip.py", "tests/runs/test_run.py"),
+    "rounds": (
+        "tests/laws/test_backends.py",
+        "tests/engine/test_engine.py",
+        "tests/engine/test_gossip.py",
+        "tests/runs/test_run.py",
+    ),
     "resume": ("tests/runs/test_resume.py", "tests/records", "tests/engine/test_gossip.py"),
     "failures": ("tests/flower/test_failures.py", "tests/flower/test_flower.py", "tests/flower/test_relay.py"),
     "identity": ("tests/records/test_identity.py",),
@@ -175,14 +185,14 @@ MUTANTS = [
         "a client of a cohort gets the momentum of its place",
         "under `local` row k of the table goes to the k-th of the cohort",
         code(f"{LOOP}.round_job", "u[torch.from_numpy(ids)]", "u[: len(ids)]"),
-        "tests/engine/test_engine.py::test_under_local_every_client_of_a_cohort_starts_from_its_own_momentum[1]",
+        "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[loop]",
     ),
     Mutant(
         "algorithm 1",
         "a cohort's momenta are put back by place",
         "under `local` the k-th of the cohort writes row k",
         code(f"{LOOP}.after_round", "index_copy(0, ids,", "index_copy(0, torch.arange(len(ids)),"),
-        "tests/engine/test_engine.py::test_partial_participation_keeps_the_others_momentum_under_local",
+        "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[loop]",
     ),
     Mutant(
         "algorithm 1",
@@ -203,7 +213,7 @@ MUTANTS = [
         "a step too many",
         "with unequal numbers of steps a client that is done takes one more",
         code(f"{PLAIN}._run_chunk", "active = s < job.num_steps", "active = s <= job.num_steps"),
-        "tests/engine/test_engine.py::test_local_epochs_with_really_unequal_clients",
+        "tests/laws/test_backends.py::test_clients_take_as_many_steps_as_their_epochs_have[vmap]",
     ),
     # --- algorithm 2 ---------------------------------------------------------------------------------------
     Mutant(
@@ -240,7 +250,7 @@ MUTANTS = [
         "the relay's W_t one round early",
         "Flower's rounds count from 1, and W from 0",
         code(f"{DSGDM}._mix", "self.topology.at(server_round - 1)", "self.topology.at(server_round)"),
-        "tests/flower/test_relay.py::test_the_relay_gives_the_engines_rounds[one-peer-II]",
+        "tests/laws/test_backends.py::test_rounds_are_the_naive_loops[relay]",
     ),
     Mutant(
         "algorithm 2",
@@ -451,14 +461,14 @@ MUTANTS = [
             'sizes if plan.client_weights == "samples" else np.ones(len(ids))',
             "np.ones(len(ids))",
         ),
-        "tests/engine/test_engine.py::test_sample_weights_weigh_model_and_momentum_alike",
+        "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
     Mutant(
         "averaging",
         "clients are always weighed by their samples",
         "client-weights = uniform is not the paper's 1/N",
         code(f"{LOOP}.clients_job", 'sizes if plan.client_weights == "samples" else np.ones(len(ids))', "sizes"),
-        "tests/engine/test_engine.py::test_sample_weights_weigh_model_and_momentum_alike",
+        "tests/laws/test_backends.py::test_rounds_are_the_naive_loops[loop]",
     ),
     Mutant(
         "averaging",
@@ -469,7 +479,7 @@ MUTANTS = [
             "part, state = part_of(job, places), ",
             "part, state = part_of(job, places)._replace(weights=job.weights[: len(places)]), ",
         ),
-        "tests/engine/test_engine.py::test_sample_weights_weigh_model_and_momentum_alike",
+        "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
     Mutant(
         "averaging",
@@ -537,7 +547,7 @@ MUTANTS = [
         "train loss is unweighted",
         "train_loss is the plain mean of clients under client-weights = samples",
         code(f"{ENGINE}.run_round", "float(job.weights @ losses) / total", "float(losses.mean())"),
-        "tests/engine/test_engine.py::test_sample_weights_weigh_model_and_momentum_alike",
+        "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
     # --- the folded model ----------------------------------------------------------------------------------
     Mutant(
@@ -945,7 +955,7 @@ MUTANTS = [
         "joint epochs are a client's epochs",
         "examples over N, and not over the number of examples",
         code(f"{LOOP}.run_rounds", "new.examples / int(task.sizes.sum())", "new.examples / len(task.sizes)"),
-        "tests/engine/test_engine.py::test_local_epochs_mask_unequal_steps_exactly",
+        "tests/laws/test_backends.py::test_clients_take_as_many_steps_as_their_epochs_have[loop]",
     ),
     Mutant(
         "rounds",
@@ -956,7 +966,7 @@ MUTANTS = [
             "int(job.num_steps.sum()) * plan.batch_size",
             "int(job.num_steps[0]) * len(task.sizes) * plan.batch_size",
         ),
-        "tests/engine/test_engine.py::test_partial_participation_keeps_the_others_momentum_under_local",
+        "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[loop]",
     ),
     Mutant(
         "rounds",

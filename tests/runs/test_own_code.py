@@ -116,6 +116,8 @@ def test_an_error_of_the_users_code_is_one_line_that_names_key_and_round(own, pl
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("Ray: messages")
+@pytest.mark.usefixtures("one_ray")
 @pytest.mark.parametrize("place", ["forward", "evaluation", "correction"])
 @pytest.mark.parametrize("algorithm", ["pr-sgd-m", "d-sgd-m"])
 def test_the_same_on_actors(own, place, algorithm):

@@ -181,18 +181,8 @@ ELSEWHERE = {  # a dozen: the path that is asked for, each of them on both kinds
 }
 
 
-@pytest.fixture(scope="module")
-def one_ray():
-    """Starting it takes seconds."""
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow
-@pytest.mark.xdist_group("the zoo on Ray")
+@pytest.mark.xdist_group("Ray: messages")
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_on_ray_too_it_is_plain_torch(one_ray, name):
     path, changes = ELSEWHERE[name]
@@ -203,7 +193,7 @@ def test_on_ray_too_it_is_plain_torch(one_ray, name):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("the zoo on Ray")
+@pytest.mark.xdist_group("Ray: messages")
 @pytest.mark.parametrize(("name", "changes"), [("depth_numpy", WORKERS), ("two_outputs", SIMULATION)])
 def test_on_ray_too_what_has_no_meaning_is_refused(one_ray, name, changes):
     keys = {"simulation.num-actors": 2, "simulation.num-cpus": 0.5}
