@@ -43,16 +43,19 @@ class Peer:
     def __init__(self, config: Config, me: int, blocks: Sequence[np.ndarray], paths: Sequence[str] = ()) -> None:
         """`paths` is the driver's sys.path, on which the user's own data and model may be."""
         sys.path[:0] = [path for path in paths if path not in sys.path]
-        set_up_torch(config.engine)
-        keep_freed_memory()
         self.config, self.me, self.blocks = config, me, blocks
         self.ids = blocks[me]
         self.keys = flat(config)
-        with blamed(self.keys):
-            self.task: Task = make_task(config, config.engine.device)
-            self.plan: Plan = make_plan(config)
         self.states: dict[int, ClientState] = {}  # {rounds done: the block's rows}
         self.received: dict[int, Tree] = {}  # {block: its rows of this round}
+
+    def begin(self) -> None:
+        """Read the data and build the model. InputError, which of a constructor Ray would tell as an actor's death."""
+        set_up_torch(self.config.engine)
+        keep_freed_memory()
+        with blamed(self.keys):
+            self.task: Task = make_task(self.config, self.config.engine.device)
+            self.plan: Plan = make_plan(self.config)
 
     def choose(self) -> tuple[str, int]:
         """(path, chunk size) as configured, or by timing; InputError where the path is not right for the model."""

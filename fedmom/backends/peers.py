@@ -64,8 +64,8 @@ class Peers(Backend):
 
     def _settle(self, config: Config) -> tuple[str, int]:
         """(path, chunk size) of all actors, by the first, once all are up: starting is no round and has no limit."""
-        ready = [peer.__ray_ready__.remote() for peer in self.peers]
-        self._all(ready, list(range(len(ready))), 0, limit=0.0)
+        begun = [peer.begin.remote() for peer in self.peers]
+        self._all(begun, list(range(len(begun))), 0, limit=0.0)
         return self._all([self.peers[0].choose.remote()], [0], 0, limit=0.0)[0]
 
     def close(self) -> None:

@@ -109,6 +109,28 @@ def test_what_passes_through_the_driver_is_small_and_an_actor_that_cannot_work_i
         rounds.close()
 
 
+OWN_DATA = """
+import numpy as np
+import ray
+
+def data():
+    if ray.get_runtime_context().worker.mode == 1:  # in an actor
+        raise OSError("not on this machine")
+    x = np.arange(40, dtype=np.float32).reshape(20, 2)
+    return {"x_train": x, "y_train": np.arange(20) % 2, "x_test": x, "y_test": np.arange(20) % 2}
+"""
+
+
+@on_ray
+@pytest.mark.slow
+def test_data_that_an_actor_alone_cannot_read_are_a_line_of_their_key(tmp_path, monkeypatch):
+    (tmp_path / "actors_data.py").write_text(OWN_DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {"engine.workers": 2, "data.dataset": "actors_data:data", "data.partition": "iid"}
+    with pytest.raises(InputError, match=r"^data\.dataset = 'actors_data:data': .*OSError: not on this machine$"):
+        fedmom.run(BASE, sets=changes, callbacks=[Quiet()])
+
+
 class KillAfter(Quiet):
     """SIGKILL an actor after the second round."""
 
