@@ -197,7 +197,7 @@ class StackRunner:
             if even and self.replays is not None and self.replays.fits(job, len(chunks[0])):
                 parts = [part_of(job, places) for places in chunks]
                 replayed = zip(self.replays.run(start, parts, progress), parts, strict=True)
-                return (ChunkOutcome(went, part.weights, went.losses.clone()) for went, part in replayed)
+                return (ChunkOutcome(moved, part.weights, moved.losses.clone()) for moved, part in replayed)
 
         def run(places: Tensor) -> ChunkOutcome:
             part = part_of(job, places)

@@ -40,7 +40,7 @@ _SECONDS, _WAYS = 20.0, 6  # that comparing so many ways may take before it is m
 _FEW_EXAMPLES = 8
 
 
-class _Went(NamedTuple):
+class _Reached(NamedTuple):
     """What clients came to: plainly, or by some way."""
 
     states: list[ClientState]  # by name in `parts`: the mean, or every client's own
@@ -179,7 +179,7 @@ class Yardstick:
 
     # --- plainly, and by an engine ---------------------------------------------------------------------------
 
-    def _plain(self, rounding: float) -> _Went:
+    def _plain(self, rounding: float) -> _Reached:
         """rounding: by how much x starts elsewhere, relatively."""
         batches = list(self.task.round_batches(self.job.clients, self.job.first_steps, len(self.lrs)))
         ends, losses = [], []
@@ -190,7 +190,7 @@ class Yardstick:
             losses.append(loss)
         every = torch.tensor(losses, dtype=F64)
         if self.own_rows:
-            return _Went(ends, every, (0.0, 0.0))
+            return _Reached(ends, every, (0.0, 0.0))
         mean = WeightedMean(self.method.running_var)
         for state, weight in zip(ends, self.job.weights.tolist(), strict=True):
             mean.add(
@@ -201,7 +201,7 @@ class Yardstick:
         states = [averages]
         if MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows:
             states += [ClientState({}, state.momentum, {}) for state in ends]
-        return _Went(states, every, (mean.spread("params"), mean.spread("momentum")))
+        return _Reached(states, every, (mean.spread("params"), mean.spread("momentum")))
 
     def _one_client(self, i: int, batches: Sequence[Batch], rounding: float) -> tuple[ClientState, float]:
         """Client i of the few, from its start."""
@@ -247,10 +247,10 @@ class Yardstick:
         after = dict(model.named_buffers())
         return ClientState(params, momentum, {n: after[n] for n in start.buffers}), total / len(batches)
 
-    def _by(self, engine: Engine) -> _Went:
+    def _by(self, engine: Engine) -> _Reached:
         if self.own_rows:
             rows, losses, _ = engine.run_rows(self.rows, self.job._replace(rows=None))
-            return _Went([row_of(rows, i) for i in range(len(losses))], losses.cpu(), (0.0, 0.0))
+            return _Reached([row_of(rows, i) for i in range(len(losses))], losses.cpu(), (0.0, 0.0))
         job = self.job
         keeps = MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows
         if keeps:
@@ -260,11 +260,11 @@ class Yardstick:
         if outcome.momentum is not None:
             own = {n: u.to(self.task.device) for n, u in outcome.momentum.items()}
             states += [ClientState({}, {n: u[i] for n, u in own.items()}, {}) for i in range(len(job.clients))]
-        return _Went(states, outcome.losses.cpu(), (outcome.consensus_distance, outcome.momentum_spread))
+        return _Reached(states, outcome.losses.cpu(), (outcome.consensus_distance, outcome.momentum_spread))
 
     # --- how far apart ---------------------------------------------------------------------------------------
 
-    def _away(self, got: _Went, want: _Went) -> tuple[float, str]:
+    def _away(self, got: _Reached, want: _Reached) -> tuple[float, str]:
         """(the largest distance, in parts of the whole step, and what is so far)."""
         begun = [row_of(self.rows, i) if self.own_rows else self.start for i in range(len(want.states))]
         found: list[tuple[float, str]] = []
@@ -297,9 +297,9 @@ def _ratio(away: float, step: float) -> float:
     return 0.0 if away == 0 else away / step if step > 0 and math.isfinite(away) else math.inf
 
 
-def _finite(went: _Went) -> bool:
-    tensors = [t for state in went.states for tree in state for t in tree.values() if t.is_floating_point()]
-    return all(bool(torch.isfinite(t).all()) for t in [*tensors, went.losses])
+def _finite(reached: _Reached) -> bool:
+    tensors = [t for state in reached.states for tree in state for t in tree.values() if t.is_floating_point()]
+    return all(bool(torch.isfinite(t).all()) for t in [*tensors, reached.losses])
 
 
 def _as(parameter: Tensor, value: Tensor) -> Tensor:
