@@ -142,7 +142,8 @@ def download(name: str, data_dir: str) -> None:
     if name not in DATASETS:
         raise unknown("data.dataset", name, DATASETS)
     if not DATASETS[name].torchvision:
-        raise InputError(f"data.dataset = {name!r}: there is nothing to download; {DATASETS[name].summary}")
+        place = "it is there" if DATASETS[name].own else f"write its arrays into {at_home(data_dir) / name}.npz"
+        raise InputError(f"data.dataset = {name!r}: there is nothing to download; {place}")
     dataset_class = _torchvision_class(name)
     try:
         for train in (True, False):

@@ -390,7 +390,13 @@ def test_an_entry_of_its_numbers_alone_is_a_file_by_its_name(tmp_path, monkeypat
     """What a contributor adds first: no class of torchvision's, no folder, no reader."""
     monkeypatch.setitem(DATASETS, "mine", datasets.DatasetEntry("a few, 1x4x4", (1, 4, 4), 3, (0.5,), (0.5,)))
     refused("mine", "not found", f"write its arrays into {tmp_path / 'mine.npz'}", data_dir=str(tmp_path))
-    refused("mine", "nothing to download", load=download)
+    refused(
+        "mine",
+        "nothing to download",
+        f"write its arrays into {tmp_path / 'mine.npz'}",
+        data_dir=str(tmp_path),
+        load=download,
+    )
     save(tmp_path / "mine.npz", **arrays(1, 4, 4))
     assert load_dataset("mine", str(tmp_path)).mean == (0.5,)
 
@@ -457,7 +463,7 @@ def test_downloads_that_cannot_work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", fail)
     refused("mnist", "the download to", "OSError: no network", data_dir=str(tmp_path), load=download)
-    refused("digits", "nothing to download", load=download)
+    refused("digits", "nothing to download; it is there", load=download)
     refused("mine.npz", "choose one of", load=download)
 
 
