@@ -53,9 +53,8 @@ class DatasetEntry(NamedTuple):
     own: Callable[[], RawArrays] | None = None  # its arrays, where it comes with a library
     torchvision: str = ""  # the class in torchvision.datasets that fetches it, if there is one
     folders: tuple[str, ...] = ()  # where its files may be, below data.data-dir or anywhere
-    read: Callable[[str, Path], RawArrays | None] | None = (
-        None  # (name, folder) -> its files' arrays; None: it has none
-    )
+    # (name, folder) -> the arrays of the files there; None: there are none.
+    read: Callable[[str, Path], RawArrays | None] | None = None
     advice: str = ""  # another way to get it
 
 

@@ -1,9 +1,11 @@
 """The site builds strictly: no broken link, no page that nobody reaches, no name that does not exist."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,30 @@ def test_links_to_files_of_the_checkout_lead_somewhere(page):
     for path in sorted(start.glob("*.md")) if start.is_dir() else [start]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("guide", ["CONTRIBUTING.md", "docs/design.md"])
+def test_names_and_files_in_the_guides_for_developers_exist(guide):
+    spans = re.findall(
+        r"`([^`\n]+)`", re.sub(r"```.*?```", "", (ROOT / guide).read_text(encoding="utf-8"), flags=re.DOTALL)
+    )
+    for file in {span for span in spans if re.fullmatch(r"[\w.-]+(/[\w.-]+)+\.(py|md|toml|txt|yml)", span)}:
+        assert (ROOT / file).exists() or (ROOT / "fedmom" / file).exists(), f"{guide}: {file}"
+    names = {span for span in spans if re.fullmatch(r"[A-Z]\w{2,}", span) and not (ROOT / span).exists()}
+    assert names, f"{guide} names nothing"
+    assert not names - names_in_code(), f"{guide}: {sorted(names - names_in_code())}"
+
+
+@cache
+def names_in_code() -> set[str]:
+    """Every name that code of ours defines, imports or uses; words in comments and texts are none."""
+    found = set[str]()
+    for folder in ("fedmom", "strategies", "clients", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                match node:
+                    case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.Name(id=name):
+                        found.add(name)
+                    case ast.alias(name=name):
+                        found.update(name.split("."))
+    return found
