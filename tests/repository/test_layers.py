@@ -52,7 +52,7 @@ EXTRAS = {
     "jinja2": ("fedmom/results/page/write.py",),
     "typer": ("fedmom/cli/",),
     "rich": ("fedmom/cli/", "fedmom/runs/progress.py", "strategies/server_app.py"),
-    "triton": ("fedmom/engine/stacked/triton_kernels.py",),
+    "triton": ("fedmom/engine/stacked/kernels/",),
     "mlflow": ("fedmom/runs/trackers.py",),
     "wandb": ("fedmom/runs/trackers.py",),
 }

@@ -136,7 +136,7 @@ def _implicit(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, opti
     if x.dtype not in (torch.float32, torch.float64):
         raise RuntimeError(f"Triton's kernels were not tried with {x.dtype}")
     try:
-        from fedmom.engine.stacked.triton_kernels import Implicit
+        from fedmom.engine.stacked.kernels.convolution import Implicit
     except ImportError as error:
         raise RuntimeError("Triton is not installed") from error
     y: Tensor = Implicit.apply(x, weight, bias, shared, options)
