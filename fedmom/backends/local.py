@@ -41,7 +41,6 @@ def make_local(config: Config, task: Task, plan: Plan) -> Backend:
         chunk_size=wanted.chunk_size,
         own_rows=plan.topology is not None,
         compared=plan.compared,
-        steady=plan.steady,
     )
     engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
     notes = [f"engine: {choice.trouble}"] if choice.trouble else []

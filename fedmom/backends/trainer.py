@@ -116,7 +116,6 @@ class Node:
                     path=path,
                     chunk_size=chunk_size,
                     own_rows=self.plan.topology is not None,
-                    steady=self.plan.steady,
                 )
             self._choices[size] = (choice.path, wanted.chunk_size or choice.chunk_size)
         return self._choices[size]
@@ -150,7 +149,7 @@ class Node:
         with blamed(self._keys):
             outcome = engine.run_round(to_device(start, self.task.device), job)
         return TrainedBlock(
-            outcome._replace(mean=to_device(outcome.mean, "cpu"), losses=outcome.losses.cpu()),
+            outcome._replace(mean=to_device(outcome.mean, "cpu"), losses=outcome.losses),
             float(job.weights.sum()),
             int(job.num_steps.sum()),
             job.lrs[0],
@@ -192,10 +191,10 @@ class Node:
             num_examples = self.local.common.test_sizes[self.local.client]
             with blamed(self._keys):
                 return self.task.evaluate(to_device(start, self.task.device)), num_examples
-        ids = torch.tensor(sorted(clients), device=self.task.device)
+        ids = torch.tensor(sorted(clients))
         with blamed(self._keys):
             measured = self.task.evaluate_clients(to_device(start, self.task.device), ids)
-        return measured, int(self.task.sizes[ids.cpu().numpy()].sum())
+        return measured, int(self.task.sizes[ids.numpy()].sum())
 
     def _check(self, start: ClientState) -> None:
         expected = self.task.start()

@@ -93,7 +93,7 @@ class Workers(Backend):
             raise ClientsFailedError(f"round {job.round_index + 1}: {error}") from None
 
     def _run_round(self, start: ClientState, job: Job, progress: Progress | None) -> Outcome:
-        ids = job.clients.cpu().numpy()
+        ids = job.clients.numpy()
         places = _blocks(len(ids), self.pool.num_workers, self.chunk_size, num_bytes(start.params))
         shared, waiting = self.pool.share(to_arrays(flatten(start))), dict[Any, BlockAnswer]()
         for number, rows in enumerate(places):

@@ -32,7 +32,11 @@ _KEY = (
 
 
 class Sampler:
-    """Addresses the minibatches of all clients; holds the partition on the device and nothing that changes."""
+    """Addresses the minibatches of all clients; holds the partition in main memory and nothing that changes.
+
+    Drawing takes a hundred operators on a few thousand integers: a GPU would wait for each of their launches, and the
+    host has nothing else to do while a GPU works.
+    """
 
     def __init__(
         self,
@@ -41,16 +45,15 @@ class Sampler:
         *,
         sampling: str = "shuffle",
         seed: int = 0,
-        device: torch.device | str = "cpu",
     ) -> None:
         self.batch_size, self.sampling, self.seed = batch_size, sampling, seed
-        self.indices = torch.from_numpy(np.ascontiguousarray(partition.indices)).to(device)
-        self.offsets = torch.from_numpy(np.ascontiguousarray(partition.offsets)).to(device)
+        self.indices = torch.from_numpy(np.ascontiguousarray(partition.indices))
+        self.offsets = torch.from_numpy(np.ascontiguousarray(partition.offsets))
         self.sizes = self.offsets.diff()
 
     def draw(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Tensor:
         """Example numbers [K, num_steps, B] of clients [K], from each one's step first_steps [K] on."""
-        place = torch.arange(num_steps * self.batch_size, device=self.indices.device)
+        place = torch.arange(num_steps * self.batch_size)
         positions = first_steps[:, None] * self.batch_size + place  # [K, P] in each client's stream
         sizes = self.sizes[clients][:, None]
         if self.sampling == "replacement":
@@ -71,10 +74,10 @@ class Sampler:
         num_passes = positions[:, -1] // sizes - first_pass + 1  # [K] permutations of each client
         rows = torch.repeat_interleave(num_passes)  # [S] the client's place 0 … K−1 of every segment
         segment_of_row = num_passes.cumsum(0) - num_passes  # [K] each client's first segment
-        which_pass = first_pass[rows] + torch.arange(len(rows), device=rows.device) - segment_of_row[rows]
+        which_pass = first_pass[rows] + torch.arange(len(rows)) - segment_of_row[rows]
         segment = torch.repeat_interleave(sizes[rows])  # [E] the segment of every entry
         starts = sizes[rows].cumsum(0) - sizes[rows]  # [S] each segment's first entry
-        entry = torch.arange(len(segment), device=segment.device) - starts[segment]  # [E] 0 … n−1 within it
+        entry = torch.arange(len(segment)) - starts[segment]  # [E] 0 … n−1 within it
         bits = random_bits(SHUFFLE, self.seed, clients[rows][segment], which_pass[segment], entry)
         by_key = torch.sort(bits & _KEY, stable=True).indices
         # Stable, so within each segment the random order stays.
@@ -83,25 +86,32 @@ class Sampler:
         return order[starts[where] + positions % sizes[:, None]]
 
 
-def crop_flip(images: Tensor, seed: int, clients: Tensor, steps: Tensor, pad: int = 4) -> Tensor:
-    """Random crop after zero padding by `pad`, and random horizontal flip, of images [K, B, C, H, W].
+def moves(seed: int, clients: Tensor, steps: Tensor, batch_size: int, pad: int = 4) -> Tensor:
+    """How images are cropped and flipped: [*steps.shape, B, 3] rows down and columns right (−pad … pad), flip (0, 1).
 
-    Addressed by (seed, client, the client's step, place in the batch). He et al. (2016), section 4.2.
+    Addressed by (seed, client, the client's step, place in the batch); `clients` and `steps` are of one shape.
+    """
+    address = (seed, clients[..., None], steps[..., None], torch.arange(batch_size))
+    down = integers(2 * pad + 1, CROP, 0, *address) - pad
+    right = integers(2 * pad + 1, CROP, 1, *address) - pad
+    return torch.stack([down, right, integers(2, FLIP, *address)], -1)
+
+
+def crop_flip(images: Tensor, moved: Tensor) -> Tensor:
+    """Random crop after zero padding, and random horizontal flip, of images [K, B, C, H, W] by `moves` [K, B, 3].
+
+    He et al. (2016), section 4.2.
     """
     K, B, _, H, W = images.shape
-    place = torch.arange(B, device=images.device)
-    address = (seed, clients[:, None], steps[:, None], place)
-    down = integers(2 * pad + 1, CROP, 0, *address) - pad  # [K, B]
-    right = integers(2 * pad + 1, CROP, 1, *address) - pad
-    flip = integers(2, FLIP, *address).bool()
+    down, right, flip = moved.unbind(-1)
     y = down[..., None] + torch.arange(H, device=images.device)  # [K, B, H] source rows
     x = right[..., None] + torch.arange(W, device=images.device)
-    x = torch.where(flip[..., None], x.flip(-1), x)
+    x = torch.where(flip[..., None] > 0, x.flip(-1), x)
     inside = ((y >= 0) & (y < H))[..., :, None] & ((x >= 0) & (x < W))[..., None, :]  # [K, B, H, W]
     source = y.clamp(0, H - 1)[..., :, None] * W + x.clamp(0, W - 1)[..., None, :]
     flat = images.reshape(K, B, -1, H * W)
-    moved = flat.gather(3, source.reshape(K, B, 1, H * W).expand_as(flat)).reshape(images.shape)
-    return moved * inside[:, :, None].to(images.dtype)
+    shown = flat.gather(3, source.reshape(K, B, 1, H * W).expand_as(flat)).reshape(images.shape)
+    return shown * inside[:, :, None].to(images.dtype)
 
 
 def normalised(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tensor:

@@ -49,7 +49,6 @@ def choose(
     chunk_size: int,
     own_rows: bool = False,
     compared: bool = False,
-    steady: bool = True,
 ) -> Choice:
     """Settle path = "auto" and chunk_size = 0 by memory and by timing a few steps of `job` in each way.
 
@@ -59,7 +58,7 @@ def choose(
 
     "auto" tries the loop and one way of stacking: the folded model if it can be had and is right, else torch.vmap.
     Chunks are tried in several sizes because on a CPU a smaller one may fit into the cache. The timed steps are
-    thrown away (rates.py). `steady`: whether other rounds will have the same γ, so that a GPU may replay them.
+    thrown away (rates.py).
     """
     cohort = len(job.clients)
     if compared and is_settled(path, chunk_size):
@@ -74,7 +73,7 @@ def choose(
     if is_settled(path, chunk_size):
         return Choice(path, min(chunk_size, cohort), {}, note=note)
     even = bool((job.num_steps == len(job.lrs)).all())
-    replays = steady and even and not own_rows and not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
+    replays = even and not own_rows and not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
     rates = Rates(partial(rate, task, method, start, job, replays=replays), path, trouble)
     sizes = [min(chunk_size, cohort)] if chunk_size else _chunk_sizes(task, start, wide, cohort)
     rates.try_all([*([(LOOP, 1)] if path == AUTO else []), *((wide, size) for size in sizes)])

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.cuda_graphs import Replays
-from fedmom.engine.stacked.means import RoundSums, distances
+from fedmom.engine.stacked.means import RoundEnd, RoundSums, distances
 from fedmom.engine.stacked.steps import Stack
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, local_step, takes_key
 from fedmom.method.averaging import WeightedMean
@@ -54,14 +54,29 @@ def loop_step(
     return tree_map(lambda t: t[None], local_step(state, batch, start=start, key=own, **method))
 
 
-Sums = WeightedMean | RoundSums
+class Sums(Protocol):
+    """What the chunks of a round are added to."""
+
+    def add(self, ended: Any, weights: Tensor, /) -> None:
+        """Add K clients, their weights [K] in main memory; `ended` may be written over afterwards."""
+
+    def finish(self, losses: Tensor, /) -> RoundEnd:
+        """What the round came to; losses [C] float64 of all clients."""
+        ...
+
+
+class PlainSums(WeightedMean):
+    """Of rows of clients."""
+
+    def finish(self, losses: Tensor) -> RoundEnd:
+        return RoundEnd(self.mean(), losses.cpu(), self.spread("params"), self.spread("momentum"), None)
 
 
 class ChunkOutcome(NamedTuple):
     """What the K clients of one chunk came to."""
 
     ended: Any  # their rows, or how far they went: what the runner's sums take
-    weights: Tensor  # [K]
+    weights: Tensor  # [K] in main memory
     losses: Tensor  # [K] float64, mean over each client's own steps
     points: Sequence[Tensor] = ()  # Σ w x after every local step, for small tasks; else empty
     momentum: Tree | None = None  # [K, ...] the clients' own u at the end, in main memory, for policy "local"
@@ -104,8 +119,8 @@ class PlainRunner:
         self.step, self.gradient = (vmap_step, task.gradient) if stacks else (loop_step, task.gradient_alone)
         self.keyed = method.correction is not None and takes_key(method.correction)
 
-    def sums(self, start: ClientState) -> WeightedMean:
-        return WeightedMean(self.method.running_var)
+    def sums(self, start: ClientState) -> PlainSums:
+        return PlainSums(self.method.running_var)
 
     def from_start(
         self, start: ClientState, job: Job, chunks: Sequence[Tensor], progress: Progress | None
@@ -113,7 +128,7 @@ class PlainRunner:
         policy = MOMENTUM_POLICIES[self.method.momentum_policy]
 
         def run(places: Tensor) -> ChunkOutcome:
-            part, state = part_of(job, places), stacked(start, len(places))
+            part, state = part_of(job, places, self.task.device), stacked(start, len(places))
             state = state._replace(momentum=policy.start(state.momentum, part.momentum))
             found = self._run_chunk(state, part, progress)
             return found._replace(momentum=own_momentum(job, found.ended.momentum)) if policy.keeps_rows else found
@@ -122,7 +137,7 @@ class PlainRunner:
 
     def from_rows(self, job: Job, chunks: Sequence[Tensor], progress: Progress | None) -> Iterator[ChunkOutcome]:
         def run(places: Tensor) -> ChunkOutcome:
-            part = part_of(job, places)
+            part = part_of(job, places, self.task.device)
             assert part.rows is not None
             return self._run_chunk(part.rows, part, progress)
 
@@ -131,28 +146,29 @@ class PlainRunner:
     def _run_chunk(self, state: ClientState, job: Job, progress: Progress | None) -> ChunkOutcome:
         """All local steps of K stacked clients."""
         most, least = int(job.num_steps.max()), int(job.num_steps.min())
-        losses = torch.zeros(len(job.clients), dtype=torch.float64, device=self.task.device)
+        device = self.task.device
+        losses = torch.zeros(len(job.clients), dtype=torch.float64, device=device)
         points: list[Tensor] = []
-        start = state.params
+        start, num_steps, weights = state.params, job.num_steps.to(device), job.weights.to(device)
         for s, batch in enumerate(self.task.round_batches(job.clients, job.first_steps, most)):
-            key = random_bits(job.clients, job.first_steps + s) if self.keyed else None
+            key = random_bits(job.clients, job.first_steps + s).to(device) if self.keyed else None
             after, loss = self._one_step(state, batch, start, job.lrs[s], key)
             moved = len(job.clients)
             if s < least:
                 state = after
                 losses += loss
             else:
-                active = s < job.num_steps
+                active = s < num_steps
                 state = where(active, after, state)
                 losses += torch.where(active, loss, 0)
-                moved = int(active.sum())
+                moved = int((s < job.num_steps).sum())
             if self.task.small:
                 flat = torch.cat([x.flatten(1).to(torch.float64) for x in state.params.values()], dim=1)
-                points.append(job.weights @ flat)
+                points.append(weights @ flat)
             if progress:
                 progress(moved)
         points += [points[-1]] * (len(job.lrs) - most) if points else []
-        return ChunkOutcome(state, job.weights, losses / job.num_steps, points)
+        return ChunkOutcome(state, job.weights, losses / num_steps, points)
 
     def _one_step(
         self, state: ClientState, batch: Any, start: Tree, lr: float, key: Tensor | None
@@ -194,13 +210,13 @@ class StackRunner:
         even = bool((job.num_steps == len(job.lrs)).all())
         if not policy.keeps_rows:
             start = start._replace(momentum=policy.start(start.momentum, None))
-            if even and self.replays is not None and self.replays.fits(job, len(chunks[0])):
+            if even and self.replays is not None:
                 parts = [part_of(job, places) for places in chunks]
                 replayed = zip(self.replays.run(start, parts, progress), parts, strict=True)
                 return (ChunkOutcome(moved, part.weights, moved.losses.clone()) for moved, part in replayed)
 
         def run(places: Tensor) -> ChunkOutcome:
-            part = part_of(job, places)
+            part = part_of(job, places, self.stack.task.device)
             momentum = policy.start(start.momentum, part.momentum) if policy.keeps_rows else None
             ended = self.stack.run(start, part, momentum=momentum, even=even, progress=progress)
             # A copy, since `distances` writes over the rows.
@@ -211,7 +227,7 @@ class StackRunner:
 
     def from_rows(self, job: Job, chunks: Sequence[Tensor], progress: Progress | None) -> Iterator[ChunkOutcome]:
         def run(places: Tensor) -> ChunkOutcome:
-            part = part_of(job, places)
+            part = part_of(job, places, self.stack.task.device)
             assert part.rows is not None
             ended = self.stack.run(row_of(part.rows, 0), part, rows=part.rows, progress=progress)
             return ChunkOutcome(ClientState(*ended[:3]), part.weights, ended.losses)
@@ -247,15 +263,16 @@ class Engine(Backend):
         runner = self.runner
         sums = runner.sums(start)
         losses, path, own = self._add_up(runner.from_start(start, job, self._chunks(job), progress), job, sums.add)
-        total = float(job.weights.sum())
+        end, total = sums.finish(losses), float(job.weights.sum())
         return Outcome(
-            mean=sums.mean(),
-            train_loss=float(job.weights @ losses) / total,
-            consensus_distance=sums.spread("params"),
-            momentum_spread=sums.spread("momentum"),
+            mean=end.mean,
+            train_loss=float(job.weights @ end.losses) / total,
+            consensus_distance=end.consensus_distance,
+            momentum_spread=end.momentum_spread,
             trajectory=[point / total for point in path],
             momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
-            losses=losses,
+            losses=end.losses,
+            broken=end.broken,
         )
 
     def run_rows(
@@ -263,12 +280,13 @@ class Engine(Backend):
     ) -> tuple[ClientState, Tensor, list[Tensor]]:
         """I local steps of every client from its own row, without an exchange.
 
-        rows: [C, ...] of the job's clients. Returns rows like them, mean losses [C], and Σ w x after every step.
+        rows: [C, ...] of the job's clients. Returns rows like them, mean losses [C] in main memory, and Σ w x after
+        every step.
         """
         job, parts = job._replace(rows=rows), list[ClientState]()
         chunks = self.runner.from_rows(job, self._chunks(job), progress)
         losses, path, _ = self._add_up(chunks, job, lambda ended, weights: parts.append(ended))
-        return like(concatenated(parts), rows), losses, path
+        return like(concatenated(parts), rows), losses.cpu(), path
 
     def _chunks(self, job: Job) -> Sequence[Tensor]:
         """The places of each chunk's clients in the cohort."""

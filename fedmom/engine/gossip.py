@@ -57,7 +57,7 @@ def outcome_of(
     total = float(job.weights.sum())
     return Outcome(
         mean=to_device(mean_of(mixed, method.running_var), task_device),
-        train_loss=float(job.weights.to(losses.device) @ losses) / total,
+        train_loss=float(job.weights @ losses) / total,
         consensus_distance=spread(after.params),
         momentum_spread=spread(after.momentum),
         trajectory=[point / total for point in path],

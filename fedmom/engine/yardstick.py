@@ -143,10 +143,10 @@ class Yardstick:
 
     def _short(self, job: Job, count: int) -> Job:
         uneven = not bool((job.num_steps == job.num_steps[0]).all())
-        steps = torch.full((count,), len(self.lrs), dtype=torch.int64, device=job.clients.device)
+        steps = torch.full((count,), len(self.lrs), dtype=torch.int64)
         if uneven:
             steps[1::2] = 1
-        weights = torch.arange(1, count + 1, dtype=F64, device=job.clients.device)
+        weights = torch.arange(1, count + 1, dtype=F64)
         return job._replace(
             clients=job.clients[:count],
             first_steps=job.first_steps[:count],
@@ -234,7 +234,8 @@ class Yardstick:
                     sent, now, then = ({n: _real(t.detach().clone()) for n, t in tree.items()} for tree in trees)
                     more = {}
                     if takes_key(m.correction):
-                        more["key"] = random_bits(self.job.clients[i], self.job.first_steps[i] + s)
+                        key = random_bits(self.job.clients[i], self.job.first_steps[i] + s)
+                        more["key"] = key.to(self.task.device)
                     grads = {n: _as(here[n], g) for n, g in m.correction(sent, now, then, **more).items()}
                 # As torch.optim.SGD(momentum=β, nesterov=…) does, whose first step would take seconds to import
                 # torch._dynamo.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedmom.method.state import ClientState, Tree
 
 F64 = torch.float64
-_MEAN, _VAR = "running_mean", "running_var"
+MEAN, VAR = "running_mean", "running_var"  # how the names of BatchNorm's statistics end
 
 
 class _Moments:
@@ -84,9 +84,10 @@ class WeightedMean:
         self.dtypes: dict[tuple[str, str], torch.dtype] = {}
 
     def add(self, rows: ClientState, weights: Tensor) -> None:
-        """Add K clients: tensors [K, ...] and weights [K] (float64, positive)."""
+        """Add K clients: tensors [K, ...] and weights [K] (float64, positive, best in main memory)."""
         chunk = float(weights.sum())
         self.weight += chunk
+        weights = weights.to(next((value.device for tree in rows for value in tree.values()), weights.device))
         for part, tree in rows._asdict().items():
             for name, value in tree.items():
                 if not value.is_floating_point():
@@ -124,8 +125,8 @@ class WeightedMean:
         means = {at: m.total / m.weight for at, m in self.moments.items() if m.total is not None}
         if self.pooled:
             for part, name in means:
-                partner = (part, name.removesuffix(_VAR) + _MEAN)
-                if name.endswith(_VAR) and partner in means:
+                partner = (part, name.removesuffix(VAR) + MEAN)
+                if name.endswith(VAR) and partner in means:
                     spread = self.moments[partner].deviation
                     means[part, name] += 0 if spread is None else spread / self.weight
         parts: dict[str, Tree] = {part: {} for part in ClientState._fields}

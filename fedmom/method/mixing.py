@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Rows
+from fedmom.method.averaging import MEAN, VAR
 from fedmom.method.state import ClientState, Tree
 from fedmom.method.topology import Mixing
 
 # Above this share of non-zero entries, and for few clients, one dense product is faster (measured: docs/log.md).
 _DENSE_SHARE, _DENSE_CLIENTS = 0.07, 64
-_MEAN, _VAR = "running_mean", "running_var"
 
 Apply = Callable[[Tensor], Tensor]  # rows [N, ...] -> rows [n, ...]
 
@@ -66,8 +66,8 @@ def mix_buffers(apply: Apply, buffers: Tree, own: Tree, pooled: bool) -> Tree:
     mixed = {name: apply(value) if value.is_floating_point() else own[name] for name, value in buffers.items()}
     if pooled:
         for name in buffers:
-            partner = name.removesuffix(_VAR) + _MEAN
-            if name.endswith(_VAR) and partner in buffers:
+            partner = name.removesuffix(VAR) + MEAN
+            if name.endswith(VAR) and partner in buffers:
                 # Σ w (var + mean²) − (Σ w mean)², with means about a common point: clients that agree add 0, not noise.
                 centre = buffers[partner].mean(0)
                 away = apply((buffers[partner] - centre) ** 2) - (mixed[partner] - centre) ** 2

@@ -59,14 +59,13 @@ def theory(rate: LearningRate, step: int, horizon: Horizon) -> float:
 class Schedule(NamedTuple):
     lr: Callable[[LearningRate, int, Horizon], float]
     needs_length: bool  # whether γ_t depends on how long the run will be
-    steady: bool  # whether γ_t stays the same for many rounds
     summary: str
 
 
 SCHEDULES = {
-    "constant": Schedule(constant, False, True, "γ"),
-    "step": Schedule(step_decay, False, True, "γ times lr-decay at each of lr-milestones"),
-    "cosine": Schedule(cosine, True, False, "half a cosine from γ to lr-min over the run"),
-    "theory": Schedule(theory, True, True, "c √(N / T), with c = lr"),
+    "constant": Schedule(constant, False, "γ"),
+    "step": Schedule(step_decay, False, "γ times lr-decay at each of lr-milestones"),
+    "cosine": Schedule(cosine, True, "half a cosine from γ to lr-min over the run"),
+    "theory": Schedule(theory, True, "c √(N / T), with c = lr"),
 }
 UNITS = {"joint-epochs": "passes of all clients together over all data", "fraction": "part of the run"}

@@ -6,6 +6,7 @@ Plain arguments in, a record and a new state out; nothing here knows of files, t
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from fedmom.errors import DivergedError
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, slow_step
 from fedmom.method.randomness import COHORT, random_bits
-from fedmom.method.schedules import SCHEDULES, Horizon, LearningRate
+from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, row_of, stacked, to_device, zeros_like
 from fedmom.method.topology import Topology
 from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
@@ -47,11 +48,6 @@ class Plan(NamedTuple):
     def slow(self) -> bool:
         """Whether the server takes a step of its own."""
         return self.slow_momentum > 0 or self.slow_lr != 1
-
-    @property
-    def steady(self) -> bool:
-        """Whether many rounds have the same γ, so that a GPU may record one and replay it."""
-        return SCHEDULES[self.rate.schedule].steady
 
     def evaluates(self, round_number: int) -> bool:
         """Whether round 1, 2, … ends with an evaluation."""
@@ -126,12 +122,17 @@ def bytes_per_exchange(state: ClientState, method: Method) -> int:
 def round_job(task: Task, plan: Plan, done: RunState) -> Job:
     """What the whole cohort must do in the round after `done`."""
     num_clients = len(task.sizes)
-    ids = cohort(num_clients, plan.cohort_size, plan.seed, done.round)
+    job = cohort_job(task, plan, done.round)
     rows = done.client_momentum
-    if rows is not None and len(ids) < num_clients:
-        rows = {name: u[torch.from_numpy(ids)] for name, u in rows.items()}
-    job = clients_job(task, plan, done.round, ids, rows)
-    return job._replace(rows=done.rows, evaluates=plan.evaluates(done.round + 1))
+    if rows is not None and len(job.clients) < num_clients:
+        rows = {name: u[job.clients] for name, u in rows.items()}
+    following = partial(cohort_job, task, plan, done.round + 1) if done.round + 1 < plan.num_rounds else None
+    return job._replace(momentum=rows, rows=done.rows, evaluates=plan.evaluates(done.round + 1), following=following)
+
+
+def cohort_job(task: Task, plan: Plan, round_index: int) -> Job:
+    """What of round 0, 1, … can be known before the rounds before it are done."""
+    return clients_job(task, plan, round_index, cohort(len(task.sizes), plan.cohort_size, plan.seed, round_index))
 
 
 def clients_job(task: Task, plan: Plan, round_index: int, ids: np.ndarray, momentum: Tree | None = None) -> Job:
@@ -143,10 +144,10 @@ def clients_job(task: Task, plan: Plan, round_index: int, ids: np.ndarray, momen
     lrs = [plan.rate.at(math.floor(first + s), horizon) for s in range(int(steps.max()))]
     weights = torch.from_numpy(sizes if plan.client_weights == "samples" else np.ones(len(ids)))
     return Job(
-        clients=torch.from_numpy(ids).to(task.device),
-        weights=weights.to(task.device, torch.float64),
-        first_steps=torch.from_numpy(round_index * steps).to(task.device),
-        num_steps=torch.from_numpy(steps).to(task.device),
+        clients=torch.from_numpy(ids),
+        weights=weights.to(torch.float64),
+        first_steps=torch.from_numpy(round_index * steps),
+        num_steps=torch.from_numpy(steps),
         lrs=lrs,
         momentum=momentum,
         round_index=round_index,
@@ -158,7 +159,7 @@ def after_round(task: Task, plan: Plan, done: RunState, job: Job, outcome: Outco
     rows = done.client_momentum
     if rows is not None and outcome.momentum is not None:
         everybody = len(job.clients) == len(task.sizes)
-        ids = job.clients.cpu()
+        ids = job.clients
         rows = (
             outcome.momentum if everybody else {n: u.index_copy(0, ids, outcome.momentum[n]) for n, u in rows.items()}
         )
@@ -273,9 +274,11 @@ def _check_finite(round_number: int, job: Job, outcome: Outcome, measured: Recor
     for name, value in {"train_loss": outcome.train_loss, **measured, **spreads}.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise DivergedError(f"the {name.replace('_', ' ')} became {value} in {where}: try a smaller lr")
-    for part, tree in outcome.mean._asdict().items():
-        if not is_finite(tree):
-            raise DivergedError(f"the {part} became NaN or infinite in {where}: try a smaller lr")
+    broken = outcome.broken
+    if broken is None:
+        broken = next((part for part, tree in outcome.mean._asdict().items() if not is_finite(tree)), "")
+    if broken:
+        raise DivergedError(f"the {broken} became NaN or infinite in {where}: try a smaller lr")
 
 
 def _coordinates(state: ClientState, path: list[torch.Tensor]) -> Record:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fedmom.method.state import ClientState, Tree, rows_of, to_device
@@ -12,7 +13,7 @@ Progress = Callable[[int], None]  # client-steps done since the last call
 
 
 class Job(NamedTuple):
-    """What one round asks of the engine."""
+    """What one round asks of the engine. Its numbers are in main memory, wherever the clients are trained."""
 
     clients: Tensor  # [C] int64, the cohort, in ascending order
     weights: Tensor  # [C] float64, of the means; they need not sum to 1
@@ -23,6 +24,7 @@ class Job(NamedTuple):
     round_index: int = 0  # rounds before this one
     rows: ClientState | None = None  # [N, ...] the clients' own x, u and buffers, of Algorithm 2
     evaluates: bool = False  # whether the round's result will be measured
+    following: Callable[[], "Job"] | None = None  # the next round's, without anything that depends on this one's result
 
 
 class Outcome(NamedTuple):
@@ -34,12 +36,13 @@ class Outcome(NamedTuple):
     momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
     trajectory: list[Tensor]  # x̄ after every local step, for small tasks; else empty
     momentum: Tree | None  # [C, ...] the clients' own u at the end, in main memory, for policy "local"
-    losses: Tensor  # [C] float64, mean over each client's own steps
+    losses: Tensor  # [C] float64 in main memory, mean over each client's own steps
     answered: Tensor | None = None  # [C] bool: whose update is in the means; None: everybody's
     rows: ClientState | None = None  # [N, ...] the clients' next start, of Algorithm 2
     more: Mapping[str, Any] | None = None  # what else goes into the round's record
     measured: dict[str, Any] | None = None  # the evaluation, where whoever ran the round made it
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings mean and rows, where others hold them
+    broken: str | None = None  # the part of the mean that is NaN or infinite, or ""; None: nobody has looked
 
 
 class Backend(Protocol):
@@ -61,13 +64,16 @@ class Backend(Protocol):
         return
 
 
-def part_of(job: Job, rows: Tensor) -> Job:
-    """The job of some clients of the cohort, given as places in it; their own u is brought to the device."""
-    rows = rows.to(job.clients.device)
+def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
+    """The job of some clients of the cohort, given as places in it.
+
+    `device`: where their own u, or own rows, are brought; left out, they stay where they are.
+    """
     momentum = None
     if job.momentum is not None:
-        momentum = {name: u[rows.to(u.device)].to(rows.device) for name, u in job.momentum.items()}
-    own = None if job.rows is None else to_device(rows_of(job.rows, rows), rows.device)
+        momentum = {name: u[rows.to(u.device)].to(device or u.device) for name, u in job.momentum.items()}
+    own = None if job.rows is None else rows_of(job.rows, rows)
+    own = to_device(own, device) if own is not None and device is not None else own
     return job._replace(
         clients=job.clients[rows],
         weights=job.weights[rows],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedmom.data.batches import Sampler, crop_flip, normalised
+from fedmom.data.batches import Sampler, crop_flip, moves, normalised
 from fedmom.data.datasets import Dataset
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
@@ -27,6 +27,14 @@ class Batch(NamedTuple):
     x: Tensor  # [B, *shape], normalised
     y: Tensor  # [B]
     dropout_key: Tensor  # [] int64, the address of this step's masks
+
+
+class Draws(NamedTuple):
+    """What the minibatches of K clients' steps are made from: integers, drawn in main memory by their addresses."""
+
+    examples: Tensor  # [K, I, B] numbers of training examples
+    moves: Tensor  # [K, I, B, 3] how each image is cropped and flipped; [K, I, B, 0] without augmentation
+    dropout_keys: Tensor  # [K, I] int64, the addresses of the steps' masks
 
 
 class Classification:
@@ -60,7 +68,7 @@ class Classification:
             **{name: getattr(dataset, name).to(self.device) for name in ("x_train", "y_train", "x_test", "y_test")}
         )
         self.sizes = partition.sizes
-        self.sampler = Sampler(partition, batch_size, sampling=sampling, seed=seed, device=self.device)
+        self.sampler = Sampler(partition, batch_size, sampling=sampling, seed=seed)
         self.augment, self.seed, self.dtype = augment, seed, dtype
         self._hold(cast(model, self.device, dtype))
         self._each: int | None = None  # bytes that the evaluation of one example takes, where measured
@@ -80,17 +88,28 @@ class Classification:
         return initial_state(*self.places.start())
 
     def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Batch]:
-        indices = self.sampler.draw(clients, first_steps, num_steps)
-        source = self.dataset.x_train
+        drawn = self.draws(clients, first_steps, num_steps)
+        drawn = Draws(*(part.to(self.device) for part in drawn))
         for s in range(num_steps):
-            rows, steps = indices[:, s].reshape(-1), first_steps + s
-            # index_select copies whole examples; indexing by a matrix goes number by number.
-            x = source.index_select(0, rows).reshape(*indices[:, s].shape, *source.shape[1:])
-            y = self.dataset.y_train[indices[:, s]]
-            if self.augment == "crop-flip":
-                x = crop_flip(x, self.seed, clients, steps)
-            keys = random_bits(DROPOUT, self.seed, clients, steps) if self.dropout_keys else clients
-            yield Batch(self._normalised(x), y, keys)
+            yield self.batch(drawn, s)
+
+    def draws(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Draws:
+        """For clients [K] and their steps first_steps [K] + 0, 1, …, in main memory."""
+        examples = self.sampler.draw(clients, first_steps, num_steps)
+        steps = first_steps[:, None] + torch.arange(num_steps)
+        who = clients[:, None].expand(steps.shape)
+        crops = self.augment == "crop-flip"
+        moved = moves(self.seed, who, steps, examples.shape[2]) if crops else examples.new_empty(*examples.shape, 0)
+        return Draws(examples, moved, random_bits(DROPOUT, self.seed, who, steps) if self.dropout_keys else who)
+
+    def batch(self, drawn: Draws, step: int) -> Batch:
+        """The minibatches [K, ...] of step 0, 1, … of those that were drawn. Nothing in it waits for the device."""
+        source, examples = self.dataset.x_train, drawn.examples[:, step]
+        # index_select copies whole examples; indexing by a matrix goes number by number.
+        x = source.index_select(0, examples.reshape(-1)).reshape(*examples.shape, *source.shape[1:])
+        if drawn.moves.shape[-1]:
+            x = crop_flip(x, drawn.moves[:, step])
+        return Batch(self._normalised(x), self.dataset.y_train[examples], drawn.dropout_keys[:, step])
 
     def _normalised(self, x: Tensor) -> Tensor:
         return normalised(x, self.dataset.mean, self.dataset.std, self.dtype)
@@ -149,7 +168,7 @@ class Classification:
             kept += saved.numel() * saved.element_size()
             return saved
 
-        first = torch.zeros(1, dtype=torch.int64, device=self.device)
+        first = torch.zeros(1, dtype=torch.int64)
         batch = Batch(*(field[0] for field in next(iter(self.round_batches(first, first, 1)))))
         params = {name: x.detach().requires_grad_() for name, x in start.params.items()}
         with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
@@ -176,7 +195,7 @@ class Classification:
     def evaluate_clients(self, state: ClientState, clients: Tensor) -> dict[str, float]:
         """Loss and accuracy on the training examples of clients [K], unaugmented: {"loss", "accuracy"}."""
         offsets, indices = self.sampler.offsets, self.sampler.indices
-        rows = torch.cat([indices[offsets[c] : offsets[c + 1]] for c in clients.tolist()])
+        rows = torch.cat([indices[offsets[c] : offsets[c + 1]] for c in clients.tolist()]).to(self.device)
         loss, accuracy = self._judge(state, self.dataset.x_train[rows], self.dataset.y_train[rows])
         return {"loss": loss, "accuracy": accuracy}
 
@@ -214,7 +233,8 @@ class Classification:
             loss += cross_entropy(logits, y, reduction="sum")
             right += (logits.argmax(1) == y).sum()
         count = max(1, len(y_all))
-        return loss.item() / count, right.item() / count
+        loss, right = torch.stack([loss, right.double()]).tolist()  # in one wait for the device
+        return loss / count, right / count
 
     def _piece(self, state: ClientState, x_all: Tensor) -> int:
         """How many examples are judged at a time: so many that what a layer makes of them fits into the memory."""

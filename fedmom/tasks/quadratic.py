@@ -53,13 +53,14 @@ class Quadratic:
         return initial_state({X: self.x0.clone()}, {})
 
     def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Sample]:
-        h, c = self.h[clients], self.c[clients]
-        coordinate = torch.arange(h.shape[1], device=self.device)
+        places = clients.to(self.device)
+        h, c = self.h[places], self.c[places]
+        coordinate = torch.arange(h.shape[1])
         for s in range(num_steps):
             noise = torch.zeros_like(h)
             if self.noise_sigma:
                 address = (NOISE, self.seed, clients[:, None], (first_steps + s)[:, None], coordinate)
-                noise = (self.noise_sigma * normal(*address)).to(h.dtype)
+                noise = (self.noise_sigma * normal(*address)).to(self.device, h.dtype)
             yield Sample(h, c, noise)
 
     def gradient_alone(self, params: Tree, buffers: Tree, sample: Sample) -> tuple[Tree, Tree, Tensor]:
@@ -96,7 +97,8 @@ class Quadratic:
 
     def evaluate_clients(self, state: ClientState, clients: Tensor) -> dict[str, float]:
         """ "loss": the mean of f_i(x) over clients [K]."""
-        h, c = self.h[clients], self.c[clients]
+        places = clients.to(self.device)
+        h, c = self.h[places], self.c[places]
         return {"loss": float((h * (state.params[X] - c) ** 2).sum() / 2 / len(clients))}
 
     def activation_bytes(self, start: ClientState) -> int:

@@ -30,7 +30,10 @@ class Task(Protocol):
         """The same where no vmap is around it."""
 
     def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Any]:
-        """The minibatches of clients [K] for steps first_steps [K] + 0, 1, …: tensors [K, ...] per step."""
+        """The minibatches of clients [K] for steps first_steps [K] + 0, 1, …: tensors [K, ...] per step.
+
+        Clients and steps are given in main memory; the minibatches are where the task is.
+        """
 
     def check_evaluation(self, state: ClientState) -> None:
         """Raise InputError where `evaluate` would fail."""

@@ -29,6 +29,11 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 COPIES = {"_to_copy", "copy_"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+# What of an operator's operands is not read, or not as a whole.
+WRITTEN_ALONE = {"copy_", "zero_", "fill_", "_foreach_zero_", "_foreach_copy_"}  # their first operand
+GATHERED = {"index_select", "index", "gather", "embedding"}  # as much of the first operand as there are results
+# How torch's kernels over lists of tensors take them: so many tensors of 1, 2, … lists, and so many blocks of numbers.
+LIST_DEPTHS, LIST_BLOCKS, LIST_BLOCK, CAT_TENSORS = (110, 64, 48, 36, 30), 320, 65_536, 128
 FORM_ALONE = {"squeeze_", "unsqueeze_", "t_", "transpose_", "as_strided_", "detach_"}
 
 
@@ -111,7 +116,9 @@ class Graph:
         self.card.replays += 1
         with _disable_current_modes(), torch.no_grad():
             for func, args, kwargs, places in self.calls:
-                again = func(*tree_map(self._there, args, is_leaf=_is_place), **tree_map(self._there, kwargs))
+                again = func(
+                    *tree_map(self._there, args, is_leaf=_is_place), **tree_map(self._there, kwargs, is_leaf=_is_place)
+                )
                 for place, new in zip(places, _tensors(again), strict=True):
                     if place is not None:
                         self._there(place).copy_(new)
@@ -173,6 +180,7 @@ class Card:
 
     def __init__(self) -> None:
         self.launches, self.waits, self.sent = Counter[str](), Counter[str](), Counter[str]()
+        self.bytes = Counter[str]()  # that kernels read and write, by operator; nothing stays in a cache
         self.mixed, self.races, self.dead = Counter[str](), Counter[str](), Counter[str]()
         self.replays = 0
         self.seconds, self.launch_seconds, self.first_seconds = 0.0, 1e-5, 0.0  # a clock that only launches move
@@ -184,6 +192,12 @@ class Card:
     def troubles(self) -> dict[str, int]:
         """What no program may do."""
         return {**self.mixed, **self.races, **self.dead}
+
+    def forget(self) -> None:
+        """Count from here on."""
+        for counter in (self.launches, self.waits, self.sent, self.bytes):
+            counter.clear()
+        self.replays = 0
 
     def set_stream(self, stream: Stream) -> None:
         self.current = stream
@@ -256,7 +270,7 @@ class Card:
             on_card = bool(memory_of(args[0]))
         launches = on_card and (any(new) or func._schema.is_mutable) and name not in FORM_ALONE
         if launches:
-            self._launch(func, name, args, kwargs)
+            self._launch(func, name, args, kwargs, [t for t, is_new in zip(outs, new, strict=True) if is_new])
         for t, is_new in zip(outs, new, strict=True):
             if is_new and on_card:
                 self.make(t)
@@ -287,11 +301,13 @@ class Card:
         if name in WAITS or boolean or counted:
             self.wait(name)
 
-    def _launch(self, func: Any, name: str, args: Any, kwargs: Any) -> None:
+    def _launch(self, func: Any, name: str, args: Any, kwargs: Any, made: list[Tensor]) -> None:
         if "empty" not in name:
-            self.launches[name] += 1
+            number = num_kernels(name, args)
+            self.launches[name] += number
+            self.bytes[name] += num_moved(func, name, args, kwargs, made)
             self.current.now += 1
-            self.seconds += self.launch_seconds
+            self.seconds += number * self.launch_seconds
             shapes = (name, *(tuple(t.shape) for t in _tensors((args, kwargs))))
             self.seconds += 0 if shapes in self._shapes else self.first_seconds
             self._shapes.add(shapes)
@@ -303,6 +319,36 @@ class Card:
             for t in _tensors(given.get(argument.name)):
                 if memory := memory_of(t):
                     self.use(memory, partial(_described, t), writes=writes)
+
+
+def num_kernels(name: str, args: Any) -> int:
+    """As many as torch launches for one operator: those over lists take so many tensors at a time."""
+    lists = [a for a in args if isinstance(a, list | tuple) and any(isinstance(t, Tensor) for t in a)]
+    if name == "cat":
+        return -(-len(lists[0]) // CAT_TENSORS)
+    if not name.startswith(("_foreach", "_fused")) or not lists:
+        return 1
+    blocks = sum(-(-t.numel() // LIST_BLOCK) for t in lists[0])
+    return max(-(-len(lists[0]) // LIST_DEPTHS[len(lists) - 1]), -(-blocks // LIST_BLOCKS))
+
+
+def num_moved(func: Any, name: str, args: Any, kwargs: Any, made: list[Tensor]) -> int:
+    """Bytes that an operator reads and writes at the least: each operand once, and what it gives."""
+    given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    total, seen = sum(t.nbytes for t in made), set[Any]()
+    for place, argument in enumerate(func._schema.arguments):
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        reads = not (name in WRITTEN_ALONE and place == 0)
+        for t in _tensors(given.get(argument.name)):
+            own = (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), tuple(t.stride()))
+            size = t.element_size()
+            for length, step in zip(t.shape, t.stride(), strict=True):
+                size *= length if step else 1  # an expanded dimension is one in memory
+            if name in GATHERED and place == 0 and made:
+                size = made[0].numel() * t.element_size()
+            total += size * ((own not in seen) * reads + writes)
+            seen.add(own)
+    return total
 
 
 class _Operators(TorchDispatchMode):
@@ -332,6 +378,8 @@ class _Functions(TorchFunctionMode):
             raise TypeError(f"can't convert cuda:0 device type tensor to numpy ({site()})")
         if name == "tolist" and memory_of(subject):
             card.wait(name)
+        if name == "pin_memory":
+            return subject
         if name in ("to", "cpu", "cuda") and isinstance(subject, Tensor):
             return self._moved(func, name, subject, args[1:], kwargs)
         wanted = _is_cuda(kwargs.get("device"))

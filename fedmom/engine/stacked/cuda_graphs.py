@@ -1,12 +1,12 @@
 """The local steps of a chunk of clients, recorded once as a CUDA graph and replayed: nothing is launched from Python.
 
-A recording belongs to a number of clients and the γ of a round; start, minibatches and weights are copied into the
-memory that it reads, and it owns all memory that it reads and did not make. It is made the second time that such a
-chunk comes by, and trusted after it has given what the same steps give without it, also in another round. While a
-chunk runs, the next one's minibatches are drawn on a stream of their own.
+A recording belongs to a number of clients and of steps; the start, and all else that may change from round to round
+(minibatches, γ, weights), is copied into the memory that it reads, and it owns all memory that it reads and did not
+make. It is made the second time that such a chunk comes by, and trusted after it has given what the same steps give
+without it, also in another round. While a chunk is replayed, the host draws the next one's minibatches, those of the
+next round's first chunk too.
 """
 
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from fedmom.engine.stacked.means import Distances, distances
-from fedmom.engine.stacked.steps import Stack
+from fedmom.engine.stacked.steps import Orders, Stack
 from fedmom.method.state import ClientState
-from fedmom.rounds.round import Job, Progress
-from fedmom.tasks.classification import Batch
+from fedmom.rounds.round import Job, Progress, part_of
 from fedmom.user_code import one_line
 
 # f -> (what it gave, a function that does it again, into the same memory)
@@ -31,7 +30,6 @@ GraphKey = tuple[Any, ...]
 
 COMINGS = 4  # of a chunk: it is taken, recorded, compared, and from then on replayed
 _MOST = 4  # recordings that are kept, each with the memory of its steps
-_BATCHES = 0.1  # of the free memory: more minibatches of a chunk than fit into it are drawn step by step, unrecorded
 
 
 def cuda_graph(run: Callable[[], Distances]) -> tuple[Distances, Callable[[], None]]:
@@ -98,71 +96,84 @@ class Replays:
         self.stack, self.record = stack, record
         self.trouble = ""  # why nothing is recorded any more
         self.num_replayed = 0  # chunks
+        self.num_ahead = 0  # of the chunks those whose minibatches were drawn during the round before
         self._kept: OrderedDict[GraphKey, _Recording] = OrderedDict()
         self._last: OrderedDict[GraphKey, None] = OrderedDict()  # what came by once
-
-    def fits(self, job: Job, num_clients: int) -> bool:
-        """Whether all minibatches of a chunk of so many clients may lie in memory at once."""
-        task = self.stack.task
-        if task.device.type != "cuda":
-            return True
-        each = math.prod(task.dataset.x_train.shape[1:]) * task.dtype.itemsize * task.sampler.batch_size
-        return 2 * num_clients * len(job.lrs) * each < _BATCHES * torch.cuda.mem_get_info(task.device)[0]
+        self._ahead: tuple[Job, Orders] | None = None
 
     def run(self, start: ClientState, parts: Sequence[Job], progress: Progress | None = None) -> Iterator[Distances]:
         """What remains of each chunk, all of whose clients take as many steps as there are in job.lrs.
 
         Each is to be used up before the next is asked for: they may share their memory.
         """
-        for part, batches in self._drawn(parts):
-            yield self._run(start, part, batches)
+        for part in parts:
+            yield self._run(start, part, self._orders(part))
             if progress:
                 progress(len(part.clients) * len(part.lrs))
+        following = parts[-1].following
+        if following is not None and self.stack.task.device.type == "cuda":  # the card works; the host would wait
+            job = following()
+            first = part_of(job, torch.arange(min(len(parts[0].clients), len(job.clients))))
+            self._ahead = first, self.stack.orders(first)
 
-    def _run(self, start: ClientState, job: Job, batches: list[Batch]) -> Distances:
-        inputs = _inputs(start, batches, job.weights)
-        key = (tuple(job.lrs), *((tensor.shape, tensor.dtype) for tensor in inputs))
+    def _orders(self, job: Job) -> Orders:
+        """Of this chunk, in main memory."""
+        if self._ahead is not None:
+            known, orders = self._ahead
+            self._ahead = None
+            if _alike(known, job):
+                self.num_ahead += 1
+                return orders
+        return self.stack.orders(job)
+
+    def _run(self, start: ClientState, job: Job, orders: Orders) -> Distances:
+        inputs, words = _tensors(start), orders.words()
+        key = (words.shape, len(job.clients), len(job.lrs), *((tensor.shape, tensor.dtype) for tensor in inputs))
         recording = self._kept.get(key)
         if recording is not None:
             self._kept.move_to_end(key)
-            for memory, tensor in zip(recording.inputs, inputs, strict=True):
-                memory.copy_(tensor)
+            *memory, words_there = recording.inputs
+            _copied(memory, inputs)
+            words_there.copy_(_sendable(words, words_there.device), non_blocking=True)
             recording.replay()
             if recording.is_trusted(job.round_index):
                 self.num_replayed += 1
                 return recording.found
-        found = self._straight(start, job, batches)
+        there = _sendable(words, self.stack.task.device).to(self.stack.task.device, non_blocking=True)
+        found = self._straight(start, job, orders.read(there))
         if recording is not None:
             recording.compared.append(job.round_index)
             self._check(recording.found, found)
         elif key in self._last and not self.trouble:
-            self._record(key, start, job, batches, found)
+            self._record(key, start, job, orders, there, found)
         self._last[key] = None
         while len(self._last) > 2 * _MOST:
             self._last.popitem(last=False)
         return found
 
-    def _straight(self, start: ClientState, job: Job, batches: list[Batch]) -> Distances:
+    def _straight(self, start: ClientState, job: Job, orders: Orders) -> Distances:
         try:
-            return distances(start, self.stack.run_straight(start, job, batches))
+            return distances(start, self.stack.run_straight(start, job, orders))
         except torch.OutOfMemoryError:
             if not self._kept:
                 raise
         self._give_up("the memory does not suffice for recordings beside the steps themselves")
         torch.cuda.empty_cache()
-        return distances(start, self.stack.run_straight(start, job, batches))
+        return distances(start, self.stack.run_straight(start, job, orders))
 
-    def _record(self, key: GraphKey, start: ClientState, job: Job, batches: list[Batch], want: Distances) -> None:
+    def _record(
+        self, key: GraphKey, start: ClientState, job: Job, orders: Orders, words: Tensor, want: Distances
+    ) -> None:
         """Record this chunk, and keep it if it gives `want`."""
         while len(self._kept) >= _MOST:
             self._kept.popitem(last=False)
-        memory = tree_map(torch.clone, (start, batches, job.weights))
-        own_start, own_batches, weights = memory
-        own_job, reads = job._replace(weights=weights), _Reads()
+        own_start = ClientState(*({name: value.clone() for name, value in tree.items()} for tree in start))
+        own_words, reads = words.clone(), _Reads()
+        own_orders = orders.read(own_words)
 
         def steps() -> Distances:
             with reads:
-                return distances(own_start, self.stack.run_straight(own_start, own_job, own_batches))
+                return distances(own_start, self.stack.run_straight(own_start, job, own_orders))
 
         try:
             found, replay = self.record(steps)
@@ -170,9 +181,9 @@ class Replays:
         except RuntimeError as error:
             self._give_up(one_line(error))
             return
-        # Kernels that torch's dispatcher never sees (Triton's) read what the job and the stack hold.
-        owns = (own_job, self.stack.numbers, reads.outside)
-        self._kept[key] = _Recording(_inputs(*memory), owns, found, replay, [job.round_index])
+        # Kernels that torch's dispatcher never sees read what these hold.
+        owns = (own_orders, reads.outside)
+        self._kept[key] = _Recording([*_tensors(own_start), own_words], owns, found, replay, [job.round_index])
         self._check(found, want)
 
     def _check(self, found: Distances, want: Distances) -> None:
@@ -184,47 +195,36 @@ class Replays:
         self._kept.clear()
         warnings.warn(f"rounds are not replayed as a CUDA graph: {trouble}", stacklevel=2)
 
-    def _drawn(self, parts: Sequence[Job]) -> Iterator[tuple[Job, list[Batch]]]:
-        """Every chunk and its minibatches; on a GPU the next ones are drawn while the caller's work goes on."""
-        task = self.stack.task
 
-        def draw(part: Job) -> list[Batch]:
-            return list(task.round_batches(part.clients, part.first_steps, len(part.lrs)))
-
-        if task.device.type != "cuda":
-            for part in parts:
-                yield part, draw(part)
-            return
-        side = torch.cuda.Stream(task.device)
-        side.wait_stream(torch.cuda.current_stream(task.device))
-        for number, part in enumerate(parts):
-            if number == 0:
-                batches, ready = self._on(side, draw, part)
-            main = torch.cuda.current_stream(task.device)  # of this chunk's work: not the last one's for sure
-            main.wait_event(ready)
-            for tensor in tree_leaves(batches):
-                tensor.record_stream(main)
-            yield part, batches
-            if number + 1 < len(parts):
-                batches, ready = self._on(side, draw, parts[number + 1])
-
-    @staticmethod
-    def _on(side: Any, draw: Callable[[Job], list[Batch]], part: Job) -> tuple[list[Batch], Any]:
-        with torch.cuda.stream(side):
-            batches = draw(part)
-            return batches, side.record_event()
+def _tensors(start: ClientState) -> list[Tensor]:
+    """By name: the order of a dict may change from round to round."""
+    return [tree[name] for tree in start for name in sorted(tree)]
 
 
-def _inputs(start: ClientState, batches: list[Batch], weights: Tensor) -> list[Tensor]:
-    """All that a chunk's steps read, by name: the order of a dict may change from round to round."""
-    return [*(tree[name] for tree in start for name in sorted(tree)), *tree_leaves(batches), weights]
+def _copied(memory: list[Tensor], tensors: list[Tensor]) -> None:
+    """In a few launches: all of one dtype together."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        pairs = [(m, t) for m, t in zip(memory, tensors, strict=True) if t.dtype == dtype]
+        torch._foreach_copy_([m for m, _ in pairs], [t for _, t in pairs])
+
+
+def _sendable(words: Tensor, device: torch.device) -> Tensor:
+    """In memory from which the card reads while the host goes on."""
+    return words.pin_memory() if device.type == "cuda" else words
+
+
+def _alike(one: Job, other: Job) -> bool:
+    """Whether the same clients take the same steps."""
+    fields = ((one.clients, other.clients), (one.first_steps, other.first_steps), (one.weights, other.weights))
+    return list(one.lrs) == list(other.lrs) and all(torch.equal(a, b) for a, b in fields)
 
 
 def _agree(one: Distances, other: Distances) -> bool:
     """Up to generous rounding: a replay of the wrong memory is off by as much as the steps themselves."""
-    pairs = [(one.losses, other.losses)]
-    pairs += [(a, b) for at, found in other.sums.items() for a, b in zip(one.sums[at], found, strict=True)]
-    pairs += [(one.buffers[name], other.buffers[name]) for name in other.buffers]
+    pairs = [(one.losses, other.losses), *zip(one.groups(), other.groups(), strict=True)]
+    pairs += [*zip(one.squares, other.squares, strict=True)]
+    pairs += [(one.buffers[kind], other.buffers[kind]) for kind in other.buffers]
+    pairs += [(one.bases[at], other.bases[at]) for at in other.bases]
     for got, want in pairs:
         away, size = (torch.linalg.vector_norm(t.double()) for t in (got - want, want))
         if not away <= 0.02 * size + 1e-9 and torch.isfinite(size):  # a run that diverges says so itself

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedmom.engine.stacked.updates import Number, times
 from fedmom.method.algorithms import momentum_step
 from fedmom.method.state import ClientState
 
@@ -42,31 +43,38 @@ def numbers(lrs: list[float], *, beta: float, nesterov: bool, weight_decay: floa
     return Numbers(*(torch.stack([getattr(state, part)[""] for state in found]) for part in ("params", "momentum")))
 
 
-class OnDevice(NamedTuple):
-    """The same numbers where the weights are: nothing may be sent there while a CUDA graph is recorded."""
+class Coefficients(NamedTuple):
+    """The same numbers as the steps take them."""
 
-    of: Numbers
-    steps: Tensor  # [I + 1, I] of g_1, …, g_I in x before and after each step, in the weights' dtype
+    params: list[list[Number]]  # [I + 1][2 + I]
+    momentum: list[list[Number]]
+    steps: Tensor  # [I + 1, I] of g_1, …, g_I in x before and after each step, in the weights' device and dtype
     last: tuple[Tensor, Tensor]  # [I] float64, in x and in u at the end
 
 
-def on_device(of: Numbers, like: Tensor) -> OnDevice:
-    """`like`: a tensor of the weights' device and dtype."""
-    params, momentum = (part[:, 2:].to(like.device) for part in of)
-    return OnDevice(of, params.to(like.dtype), (params[-1], momentum[-1]))
+def coefficients(of: Numbers, like: Tensor, *, fixed: bool) -> Coefficients:
+    """`like`: a tensor of the weights' device and dtype.
+
+    fixed: they are in main memory, and are written into the kernels' calls; else they are read where they are.
+    """
+    params, momentum = of
+    read = (lambda row: row.tolist()) if fixed else (lambda row: list(row.unbind()))
+    steps, last = params[:, 2:].to(like.device, like.dtype), (params[-1, 2:], momentum[-1, 2:])
+    in_x, in_u = ([read(row) for row in part] for part in of)
+    return Coefficients(in_x, in_u, steps, (last[0].to(like.device), last[1].to(like.device)))
 
 
 class Factors:
     """One dense weight [out, in] of K clients during a round of I steps with M rows each."""
 
-    def __init__(self, x: Tensor, u: Tensor, numbers: OnDevice, weights: Tensor) -> None:
-        """x̂ and û [out, in]; the numbers of the round; w [K] of the means."""
+    def __init__(self, x: Tensor, u: Tensor, numbers: Coefficients, weights: Tensor) -> None:
+        """x̂ and û [out, in]; the numbers of the round; w [K] of the means, where x is."""
         self.x, self.u, self.numbers, self.weights = x, u, numbers, weights
-        self.of = numbers.of
+        self.num_steps = len(numbers.params) - 1
         self.step, self.calls, self.backs, self.rows = 0, 0, 0, 0
 
     def _begin(self, num_clients: int, rows: int) -> None:
-        steps, (size_out, size_in) = len(self.of.params) - 1, self.x.shape
+        steps, (size_out, size_in) = self.num_steps, self.x.shape
         self.rows = rows
         self.h = self.x.new_empty(num_clients, steps * rows, size_in)
         self.d = self.x.new_empty(num_clients, steps * rows, size_out)
@@ -78,9 +86,12 @@ class Factors:
         self._turn()
 
     def _turn(self) -> None:
-        now = self.of.params[self.step].tolist()
-        x = self.x if now[0] == 1 else now[0] * self.x
-        self.weight = torch.add(x, self.u, alpha=now[1]) if now[1] else x
+        p, q, *_ = self.numbers.params[self.step]
+        if isinstance(p, Tensor) or isinstance(q, Tensor):
+            self.weight = times(self.x, p) + times(self.u, q) if self.step else self.x
+        else:
+            x = self.x if p == 1 else p * self.x
+            self.weight = torch.add(x, self.u, alpha=q) if q else x
         self.past = self.step * self.rows
         # Every row of a step's minibatch by its step's number.
         self.scale = self.numbers.steps[self.step, : self.step].repeat_interleave(self.rows)
@@ -111,8 +122,9 @@ class Factors:
         self.dd[:, past:end, :end] = dd = torch.bmm(d, self.d[:, :end].transpose(1, 2))
         weighted = (d * self.weights.to(d.dtype)[:, None, None]).reshape(-1, d.shape[2])
         gradients = weighted.T @ self.now.reshape(-1, self.now.shape[2])  # Σ_i w_i δ_iᵀ h_i, of all clients at once
-        self.total_x.add_(gradients, alpha=float(self.of.params[-1, 2 + self.step]))
-        self.total_u.add_(gradients, alpha=float(self.of.momentum[-1, 2 + self.step]))
+        for total, numbers in ((self.total_x, self.numbers.params), (self.total_u, self.numbers.momentum)):
+            by = numbers[-1][2 + self.step]
+            total.add_(times(gradients, by)) if isinstance(by, Tensor) else total.add_(gradients, alpha=by)
         if not wanted:
             return None
         before = d @ self.weight
@@ -133,13 +145,13 @@ class Factors:
     def base(self) -> tuple[Tensor, Tensor]:
         """p x̂ + q û of x and of u at the end of the round, in float64."""
         x, u = self.x.double(), self.u.double()
-        rows = (part[-1].tolist() for part in self.of)
+        rows = (self.numbers.params[-1], self.numbers.momentum[-1])
         first, second = (p * x + q * u for p, q, *_ in rows)
         return first, second
 
     def sums(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """((Σ_i w_i E_i, Σ_i w_i ‖E_i‖²) of x, the same of u) at the end of the round."""
-        assert self.step == len(self.of.params) - 1, "the round is not over"
+        assert self.step == self.num_steps, "the round is not over"
         steps, rows = self.step, self.rows
         # ⟨g_j, g_k⟩ = Σ (δ_j δ_kᵀ)(h_j h_kᵀ) over both minibatches' rows; j ≥ k was kept.
         shape = (len(self.weights), steps, rows, steps, rows)

@@ -4,13 +4,14 @@
 can be of any size. `base` is the round's start, or what dense layers in factors would have come to without gradients.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedmom.engine.stacked.factors import Factors
-from fedmom.method.averaging import WeightedMean
+from fedmom.method.averaging import MEAN, VAR, WeightedMean
 from fedmom.method.state import ClientState, Tree
 
 F64 = torch.float64
@@ -34,25 +35,61 @@ class RowsEnded(NamedTuple):
 class Distances(NamedTuple):
     """What remains of K clients for the means."""
 
-    sums: dict[At, tuple[Tensor, Tensor, Tensor]]  # {tensors: (Σ w (· − base) [d], Σ w ‖·‖², base [d])}
-    buffers: Tree  # [K, ...]
-    losses: Tensor  # [K]
+    total: Tensor  # [D] float64, Σ w (· − base) of all tensors, one after the other as in `layout`
+    squares: Tensor  # [G] float64, Σ w ‖· − base‖² of each group of tensors
+    buffers: Tree  # {kind: [K, n]}, as `beside` lays them
+    losses: Tensor  # [K] float64
+    bases: dict[At, Tensor]  # float64, of the groups whose base is not the round's start
+    layout: dict[At, int]  # the groups, and how many numbers each has
+
+    def groups(self) -> Sequence[Tensor]:
+        """`total` by groups."""
+        return self.total.split(list(self.layout.values()))
 
 
 def distances(start: ClientState, ended: RowsEnded) -> Distances:
     """From `start` to where K clients ended. Their rows are used up: they hold differences afterwards."""
-    sums: dict[At, tuple[Tensor, Tensor, Tensor]] = {}
+    groups = dict[At, int]()
     for part in ("params", "momentum"):
-        rows, bases = getattr(ended, part), getattr(start, part)
+        for names in [*_together(getattr(ended, part)), *((name,) for name in ended.factors)]:
+            groups[part, names] = sum(getattr(start, part)[name].numel() for name in names)
+    total = torch.empty(sum(groups.values()), dtype=F64, device=ended.losses.device)
+    into = dict(zip(groups, total.split(list(groups.values())), strict=True))
+    squares, bases = dict[At, Tensor](), dict[At, Tensor]()
+    for part in ("params", "momentum"):
+        rows = getattr(ended, part)
         for names in _together(rows):
-            away, base = _side_by_side(rows, names, 1), _side_by_side(bases, names, 0)
-            away.sub_(base)
-            norms = row_norms(away)
-            sums[part, names] = (ended.weights.to(away.dtype) @ away, ended.weights @ norms**2, base)
+            away = _side_by_side(rows, names, 1)
+            away.sub_(_side_by_side(getattr(start, part), names, 0))
+            into[part, names].copy_(ended.weights.to(away.dtype) @ away)
+            squares[part, names] = ended.weights @ row_norms(away) ** 2
     for name, factors in ended.factors.items():
-        for part, (total, square), base in zip(("params", "momentum"), factors.sums(), factors.base(), strict=True):
-            sums[part, (name,)] = (total.reshape(-1), square, base.reshape(-1))
-    return Distances(sums, ended.buffers, ended.losses)
+        for part, found, base in zip(("params", "momentum"), factors.sums(), factors.base(), strict=True):
+            at: At = (part, (name,))
+            into[at].copy_(found[0].reshape(-1))
+            squares[at], bases[at] = found[1], base.reshape(-1)
+    stacked = torch.stack([squares[at] for at in groups]) if groups else total
+    return Distances(total, stacked, beside(ended.buffers), ended.losses, bases, groups)
+
+
+def beside(buffers: Tree) -> Tree:
+    """{kind: [K, n]} of buffers [K, ...]: those that are averaged alike, side by side."""
+    return {kind: _side_by_side(buffers, names, 1) for kind, names in kinds(buffers).items()}
+
+
+def kinds(buffers: Tree) -> dict[str, tuple[str, ...]]:
+    """{kind: names} of buffers that are averaged alike; a variance lies where its mean does, as a pooled one needs."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(buffers):
+        own, stem = buffers[name], name.removesuffix(VAR)
+        other = buffers.get(stem + MEAN)
+        if name.endswith(VAR) and other is not None and (other.shape, other.dtype) == (own.shape, own.dtype):
+            for suffix in (MEAN, VAR):
+                found.setdefault(f"{own.dtype} {suffix}", []).append(stem + suffix)
+    paired = {name for names in found.values() for name in names}
+    for name in sorted(buffers.keys() - paired):
+        found.setdefault(f"{buffers[name].dtype} other", []).append(name)
+    return {kind: tuple(names) for kind, names in found.items()}
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -80,62 +117,99 @@ def _side_by_side(tree: Tree, names: tuple[str, ...], axes: int) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=axes)
 
 
+class RoundEnd(NamedTuple):
+    """What a round came to."""
+
+    mean: ClientState  # x̂, û and the buffers, in their dtypes
+    losses: Tensor  # [C] float64 in main memory
+    consensus_distance: float  # Σ p_i ‖x_i − x̂‖², to rounding of how far the clients went
+    momentum_spread: float  # Σ p_i ‖u_i − û‖²
+    broken: str | None  # the part of the mean that is NaN or infinite, or ""; None: nobody has looked
+
+
 class RoundSums:
     """The sums over all chunks of a round, and what they come to."""
 
     def __init__(self, start: ClientState, running_var: str) -> None:
         self.start, self.count = start, 0
-        self.weight = torch.zeros((), dtype=F64)  # where the clients are: to fetch it would wait for the device
-        self.buffers = WeightedMean(running_var)
+        self.weight = 0.0
+        self.buffers = WeightedMean(running_var)  # by kinds
         self.held: list[tuple[Tree, Tensor]] = []  # buffers that are still to be averaged
-        self.total: dict[At, Tensor] = {}
-        self.square: dict[At, Tensor] = {}
-        self.base: dict[At, Tensor] = {}
+        self.layout: dict[At, int] = {}
+        self.total = self.squares = torch.empty(0, dtype=F64)  # as in Distances
+        self.bases: dict[At, Tensor] = {}
 
     def add(self, found: Distances, weights: Tensor) -> None:
-        """Add K clients with weights [K]. Nothing of `found` is kept: its memory may be written again."""
-        self.weight = self.weight + weights.sum()
+        """Add K clients, their weights [K] in main memory. Nothing of `found` is kept: it may be written again."""
+        self.weight += float(weights.sum())
         self.count += len(weights)
-        for at, (total, square, base) in found.sums.items():
-            if at in self.total:
-                self.total[at] += total
-                self.square[at] += square
-            else:
-                self.total[at], self.square[at] = total.to(F64, copy=True), square.clone()
-                self.base[at] = base.clone()
+        if self.layout:
+            self.total += found.total
+            self.squares += found.squares
+        else:
+            self.layout, self.total, self.squares = found.layout, found.total.clone(), found.squares.clone()
+            self.bases = {at: base.clone() for at, base in found.bases.items()}
         if found.buffers:
-            self.held.append(({name: b.clone() for name, b in found.buffers.items()}, weights))
+            self.held.append(({kind: b.clone() for kind, b in found.buffers.items()}, weights))
             if sum(len(held) for _, held in self.held) >= _HELD:
                 self._average_buffers()
 
     def _average_buffers(self) -> None:
         if self.held:
             trees, weights = zip(*self.held, strict=True)
-            rows = {name: torch.cat([tree[name] for tree in trees]) for name in trees[0]}
+            rows = {
+                kind: torch.cat([t[kind] for t in trees]) if len(trees) > 1 else trees[0][kind] for kind in trees[0]
+            }
             self.buffers.add(ClientState({}, {}, rows), torch.cat(weights))
             self.held.clear()
 
-    def mean(self) -> ClientState:
-        """x̂, û and the buffers' means, in their dtypes."""
+    def finish(self, losses: Tensor) -> RoundEnd:
+        """The means, and all that the host wants to know, in one wait for the device. losses: [C] float64."""
         parts: dict[str, Tree] = {"params": {}, "momentum": {}}
-        weight = float(self.weight)
-        for (part, names), total in self.total.items():
-            tree = getattr(self.start, part)
-            flat = self.base[part, names] + total / weight
-            for name, value in zip(names, flat.split([tree[name].numel() for name in names]), strict=True):
-                parts[part][name] = value.reshape(tree[name].shape).to(tree[name].dtype)
-        for part, found in parts.items():
-            parts[part] = {name: found[name] for name in getattr(self.start, part)}
+        means, sizes = self._means(), list(self.layout.values())
+        for (part, names), flat in zip(self.layout, means.split(sizes), strict=True):
+            parts[part] |= _apart(flat, names, getattr(self.start, part))
+        parts = {part: {name: found[name] for name in getattr(self.start, part)} for part, found in parts.items()}
         self._average_buffers()
-        return ClientState(**parts, buffers=self.buffers.mean().buffers if self.start.buffers else {})
-
-    def spread(self, part: str) -> float:
-        """Σ p_i ‖·_i − mean‖², to rounding of how far the clients went."""
+        found, own = self.buffers.mean().buffers, dict[str, Tensor]()
+        for kind, names in kinds(self.start.buffers).items():
+            own |= _apart(found[kind], names, self.start.buffers)
+        mean = ClientState(**parts, buffers={name: own[name] for name in self.start.buffers})
+        looks = self._looks(means, found) if means.is_cuda else {}
+        norms = torch._foreach_norm(list(self.total.split(sizes))) if sizes else []
+        facts = [losses, *(norm.reshape(1) for norm in norms), self.squares, *looks.values()]
+        every, norm, square, fine = torch.cat(facts).cpu().split([len(losses), len(sizes), len(sizes), len(looks)])
+        spreads = {"params": 0.0, "momentum": 0.0}
+        for (part, _), away, squared in zip(self.layout, norm.tolist(), square.tolist(), strict=True):
+            spreads[part] += squared / self.weight - (away / self.weight) * (away / self.weight)
         if self.count == 1:
-            return 0.0
-        found, weight = torch.zeros((), dtype=F64), float(self.weight)
-        for at in self.total:
-            if at[0] == part:
-                mean = torch.linalg.vector_norm(self.total[at]) / weight
-                found = found + (self.square[at] / weight - mean**2).cpu()
-        return max(0.0, float(found))
+            spreads = dict.fromkeys(spreads, 0.0)
+        bad = next((name for name, is_fine in zip(looks, fine.tolist(), strict=True) if not is_fine), "")
+        broken = bad.partition(" ")[0] if looks else None
+        return RoundEnd(mean, every, max(0.0, spreads["params"]), max(0.0, spreads["momentum"]), broken)
+
+    def _means(self) -> Tensor:
+        """[D] x̂ and û, one tensor after the other; on a GPU in their dtype, so that the parts are views of one."""
+        pieces = list[Tensor]()
+        for at in self.layout:
+            part, names = at
+            tree = getattr(self.start, part)
+            pieces += [self.bases[at]] if at in self.bases else [tree[name].reshape(-1) for name in names]
+        if not pieces:
+            return self.total
+        means = torch.cat(pieces).to(F64) + self.total / self.weight
+        dtypes = {value.dtype for tree in self.start[:2] for value in tree.values()}
+        return means.to(dtypes.pop()) if means.is_cuda and len(dtypes) == 1 else means
+
+    def _looks(self, means: Tensor, buffers: Tree) -> dict[str, Tensor]:
+        """{part: [1] float64}: whether x̂, û and the buffers' means are finite."""
+        half = sum(count for (part, _), count in self.layout.items() if part == "params")
+        flat = {"params": means[:half], "momentum": means[half:]}
+        flat |= {f"buffers {kind}": value for kind, value in buffers.items() if value.is_floating_point()}
+        return {name: torch.isfinite(value).all().to(F64).reshape(1) for name, value in flat.items()}
+
+
+def _apart(flat: Tensor, names: Sequence[str], like: Tree) -> Tree:
+    """The inverse of `_side_by_side`, for tensors of the shapes and dtypes of `like`."""
+    parts = flat.split([like[name].numel() for name in names])
+    return {n: v.reshape(like[n].shape).to(like[n].dtype) for n, v in zip(names, parts, strict=True)}

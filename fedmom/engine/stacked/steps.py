@@ -7,21 +7,47 @@ all (factors.py).
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from fedmom.engine.stacked.factors import Factors, OnDevice, numbers, on_device, pays
+from fedmom.engine.stacked.factors import Factors, Numbers, coefficients, numbers, pays
 from fedmom.engine.stacked.layers import FoldedLinear, FoldError, fold
 from fedmom.engine.stacked.means import RowsEnded
+from fedmom.engine.stacked.updates import Number, first_update, update
 from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState, Tree, rows_of
 from fedmom.rounds.round import Job, Progress, part_of
-from fedmom.tasks.classification import Batch, Classification
+from fedmom.tasks.classification import Batch, Classification, Draws
 
 F64 = torch.float64
+
+
+class Orders(NamedTuple):
+    """What the steps of K clients read besides their start: drawn in main memory, and sent in one copy.
+
+    A CUDA graph reads all of it from one place, so that it can be replayed with other minibatches, γ and weights.
+    """
+
+    draws: Draws
+    weights: Tensor  # [K] float64, of the means
+    lrs: Tensor  # [I] float64, γ of each step
+    numbers: Numbers  # of dense layers in factors
+
+    def words(self) -> Tensor:
+        """[n] int64: one after the other, bit for bit."""
+        return torch.cat([leaf.reshape(-1).view(torch.int64) for leaf in tree_leaves(self)])
+
+    def read(self, words: Tensor) -> "Orders":
+        """Others of the same shapes, from their `words`: views, where those are."""
+        leaves, shape = tree_flatten(self)
+        parts = words.split([leaf.numel() for leaf in leaves])
+        found = [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        read: Orders = tree_unflatten(found, shape)
+        return read
 
 
 class Stack:
@@ -44,7 +70,7 @@ class Stack:
         self.model, self.clients = fold(task.model)
         self.model.train()
         self.clients.convolution = convolution
-        self.numbers: tuple[tuple[float, ...], OnDevice] | None = None
+        self.numbers: tuple[tuple[float, ...], Numbers] | None = None  # of the γ that came last
         self.sizes: dict[str, tuple[int, int, int]] | None = None  # {dense weight: (in, out, M)} where seen once
 
     def run(
@@ -67,64 +93,76 @@ class Stack:
         if not same:  # whoever still has steps to take is a prefix
             job = part_of(job, order)
             rows = None if rows is None else rows_of(rows, order)
-            momentum = None if momentum is None else {n: u[order] for n, u in momentum.items()}
+            momentum = None if momentum is None else {n: u[order.to(u.device)] for n, u in momentum.items()}
         most = int(job.num_steps[0])
         counts = [int((job.num_steps > s).sum()) for s in range(most)]
-        state = self._begin(start, job, rows, momentum, factors=even)
+        weights = job.weights.to(self.task.device)
+        if rows is not None:
+            x, u, buffers = ({n: v.clone(memory_format=torch.contiguous_format) for n, v in t.items()} for t in rows)
+            state = _Rows(x, u, buffers, {}, shared=False)
+        else:
+            factored = even and momentum is None and self.factors is not False
+            of = self._numbers(tuple(job.lrs)) if factored else None
+            state = self._begin(start, job, weights, of, fixed=True)
+            state.momentum = dict(momentum or {})
         batches = self.task.round_batches(job.clients, job.first_steps, most)
-        ended = self._all_steps(start, job, state, batches, counts, progress)
+        losses = self._all_steps(start, state, batches, job.lrs, counts, progress)
+        losses = losses / (most if same else job.num_steps.to(losses.device))
+        ended = RowsEnded(state.params, state.momentum, state.buffers, state.factors, losses, weights)
         return ended if same else _in_order(ended, torch.argsort(order))
 
-    def run_straight(self, start: ClientState, job: Job, batches: Sequence[Batch]) -> RowsEnded:
-        """The same for clients that all take as many steps as there are in job.lrs, from batches that were drawn.
+    def orders(self, job: Job) -> Orders:
+        """What `run_straight` needs for clients that all take as many steps as there are in job.lrs."""
+        draws = self.task.draws(job.clients, job.first_steps, len(job.lrs))
+        return Orders(draws, job.weights, torch.tensor(job.lrs, dtype=F64), self._numbers(tuple(job.lrs)))
 
-        Nothing in it waits for the device, so that it can be recorded as a CUDA graph.
+    def run_straight(self, start: ClientState, job: Job, orders: Orders) -> RowsEnded:
+        """All steps of the job's clients by `orders`, which are where `start` is.
+
+        Nothing in it waits for the device or is sent there, and of `job` no number is read but how many clients and
+        steps there are, so that it can be recorded as a CUDA graph.
         """
-        state = self._begin(start, job, None, None, factors=True)
-        return self._all_steps(start, job, state, batches, [len(job.clients)] * len(job.lrs), None)
+        K, count = len(job.clients), len(job.lrs)
+        factored = self.factors is not False
+        state = self._begin(start, job, orders.weights, orders.numbers if factored else None, fixed=False)
+        batches = (self.task.batch(orders.draws, s) for s in range(count))
+        losses = self._all_steps(start, state, batches, orders.lrs.unbind(), [K] * count, None) / count
+        return RowsEnded(state.params, state.momentum, state.buffers, state.factors, losses, orders.weights)
 
     def _all_steps(
         self,
         start: ClientState,
-        job: Job,
         state: "_Rows",
         batches: Iterable[Batch],
+        lrs: Sequence[Number],
         counts: Sequence[int],
         progress: Progress | None,
-    ) -> RowsEnded:
-        """One step after the other, of the first counts[s] clients."""
-        losses = torch.zeros(len(job.clients), dtype=F64, device=self.task.device)
+    ) -> Tensor:
+        """One step after the other, of the first counts[s] clients; the sums of their losses [K]."""
+        losses = torch.zeros(counts[0], dtype=F64, device=self.task.device)
         for s, batch in enumerate(batches):
-            losses[: counts[s]] += self._step(start, state, batch, counts[s], job.lrs[s], first=s == 0)
+            losses[: counts[s]] += self._step(start, state, batch, counts[s], lrs[s], first=s == 0)
             if progress:
                 progress(counts[s])
         self.clients.params, self.clients.buffers, self.clients.factors = {}, {}, {}
-        return RowsEnded(
-            state.params, state.momentum, state.buffers, state.factors, losses / job.num_steps, job.weights
-        )
+        return losses
 
-    def _begin(
-        self, start: ClientState, job: Job, rows: ClientState | None, momentum: Tree | None, *, factors: bool
-    ) -> "_Rows":
-        K = len(job.clients)
-        if rows is not None:
-            x, u, buffers = ({n: v.clone(memory_format=torch.contiguous_format) for n, v in t.items()} for t in rows)
-            return _Rows(x, u, buffers, {}, shared=False)
+    def _begin(self, start: ClientState, job: Job, weights: Tensor, of: Numbers | None, *, fixed: bool) -> "_Rows":
+        """K clients at `start`; `of`: the numbers of dense layers in factors, None without such."""
+        K, made = len(job.clients), dict[str, Factors]()
         buffers = {n: v.expand(K, *v.shape).clone() for n, v in start.buffers.items()}
-        made: dict[str, Factors] = {}
-        if factors and momentum is None and self.factors is not False:
-            for name in self.in_factors(start, job):
-                first = start.params[name]
-                of = self._numbers(tuple(job.lrs), first)
-                made[name] = Factors(first, start.momentum[name], of, job.weights)
-        return _Rows({}, dict(momentum or {}), buffers, made, shared=True)
+        if of is not None and (names := self.in_factors(start, job)):
+            by = coefficients(of, start.params[names[0]], fixed=fixed)
+            made = {n: Factors(start.params[n], start.momentum[n], by, weights) for n in names}
+        return _Rows({}, {}, buffers, made, shared=True)
 
-    def _numbers(self, lrs: tuple[float, ...], like: Tensor) -> OnDevice:
-        """Of a round with these γ; the last ones are kept."""
+    def _numbers(self, lrs: tuple[float, ...]) -> Numbers:
+        """Of a round with these γ; nothing where no dense layer may be in factors."""
+        if self.factors is False:
+            return Numbers(torch.empty(0, dtype=F64), torch.empty(0, dtype=F64))
         if self.numbers is None or self.numbers[0] != lrs:
             m = self.method
-            of = numbers(list(lrs), beta=m.beta, nesterov=m.nesterov, weight_decay=m.weight_decay)
-            self.numbers = lrs, on_device(of, like)
+            self.numbers = lrs, numbers(list(lrs), beta=m.beta, nesterov=m.nesterov, weight_decay=m.weight_decay)
         return self.numbers[1]
 
     def in_factors(self, start: ClientState, job: Job) -> list[str]:
@@ -178,7 +216,7 @@ class Stack:
             raise FoldError(f"logits of shape {list(logits.shape)}")
         return cross_entropy(logits, y.reshape(-1), reduction="none").reshape(K, -1).mean(1)
 
-    def _step(self, start: ClientState, state: "_Rows", batch: Batch, K: int, lr: float, *, first: bool) -> Tensor:
+    def _step(self, start: ClientState, state: "_Rows", batch: Batch, K: int, lr: Number, *, first: bool) -> Tensor:
         """One local step of the first K clients, written into `state`; their losses before it."""
         shared = first and state.shared
         names = [n for n in start.params if n not in state.factors]
@@ -195,67 +233,15 @@ class Stack:
         with torch.no_grad():
             grads = [torch.zeros_like(x) if x.grad is None else x.grad.contiguous() for x in leaves.values()]
             if shared:
-                self._first_update(start, state, names, grads, lr)
+                for n, g in zip(names, grads, strict=True):
+                    before = state.momentum.get(n, start.momentum[n])
+                    state.params[n], state.momentum[n] = first_update(self.method, start.params[n], before, g, lr)
             else:
-                self._update([state.params[n][:K] for n in names], [state.momentum[n][:K] for n in names], grads, lr)
+                xs, us = ([tree[n][:K] for n in names] for tree in (state.params, state.momentum))
+                update(self.method, xs, us, grads, lr)
         for factors in state.factors.values():
             factors.advance()
         return losses.detach().to(F64)
-
-    def _first_update(
-        self, start: ClientState, state: "_Rows", names: list[str], grads: list[Tensor], lr: float
-    ) -> None:
-        """From the common x̂ to rows."""
-        beta = self.method.beta
-        for name, g in zip(names, grads, strict=True):
-            x = start.params[name]
-            if self.method.weight_decay:
-                g.add_(x, alpha=self.method.weight_decay)
-            before = state.momentum.get(name, start.momentum[name])
-            if self.method.nesterov:
-                u = g + beta * before
-                v = g.add_(u, alpha=beta)
-            else:
-                u = v = g.add_(before, alpha=beta)
-            state.momentum[name], state.params[name] = u, torch.sub(x, v, alpha=lr)
-
-    def _update(self, xs: list[Tensor], us: list[Tensor], grads: list[Tensor], lr: float) -> None:
-        """u ← βu + g, x ← x − γu or x − γ(βu + g), in place: g is read once, u and x are read and written once."""
-        m = self.method
-        if not xs:
-            return
-        if m.beta == 0:  # torch leaves u alone then; here u is g
-            if m.weight_decay:
-                torch._foreach_add_(grads, xs, alpha=m.weight_decay)
-            torch._foreach_copy_(us, grads)
-            torch._foreach_add_(xs, grads, alpha=-lr)
-            return
-        if not _fuses(xs[0]):
-            if m.weight_decay:
-                torch._foreach_add_(grads, xs, alpha=m.weight_decay)
-            torch._foreach_mul_(us, m.beta)
-            torch._foreach_add_(us, grads)
-            if m.nesterov:
-                torch._foreach_add_(grads, us, alpha=m.beta)
-            torch._foreach_add_(xs, grads if m.nesterov else us, alpha=-lr)
-            return
-        torch._fused_sgd_(
-            xs,
-            grads,
-            us,
-            weight_decay=m.weight_decay,
-            momentum=m.beta,
-            lr=lr,
-            dampening=0.0,
-            nesterov=m.nesterov,
-            maximize=False,
-            is_first_step=False,
-        )
-
-
-def _fuses(x: Tensor) -> bool:
-    """Whether torch's fused SGD is right for weights like x: on a CPU torch 2.11's is not in 16 bits."""
-    return x.is_cuda or x.dtype.itemsize >= 4
 
 
 class _Rows:
@@ -268,5 +254,6 @@ class _Rows:
 
 
 def _in_order(ended: RowsEnded, order: Tensor) -> RowsEnded:
+    order = order.to(ended.losses.device)
     params, momentum, buffers = ({n: v[order] for n, v in tree.items()} for tree in ended[:3])
     return RowsEnded(params, momentum, buffers, ended.factors, ended.losses[order], ended.weights[order])
