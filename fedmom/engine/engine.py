@@ -201,19 +201,23 @@ class StackRunner:
         self.stack, self.replays = stack, replays
 
     def sums(self, start: ClientState) -> RoundSums:
-        return RoundSums(start, self.stack.method.running_var)
+        return RoundSums(self._begun(start), self.stack.method.running_var)
+
+    def _begun(self, start: ClientState) -> ClientState:
+        """Where all clients start: by a policy that gives each a u of its own, x alone."""
+        policy = MOMENTUM_POLICIES[self.stack.method.momentum_policy]
+        return start if policy.keeps_rows else start._replace(momentum=policy.start(start.momentum, None))
 
     def from_start(
         self, start: ClientState, job: Job, chunks: Sequence[Tensor], progress: Progress | None
     ) -> Iterator[ChunkOutcome]:
         policy = MOMENTUM_POLICIES[self.stack.method.momentum_policy]
         even = bool((job.num_steps == len(job.lrs)).all())
-        if not policy.keeps_rows:
-            start = start._replace(momentum=policy.start(start.momentum, None))
-            if even and self.replays is not None:
-                parts = [part_of(job, places) for places in chunks]
-                replayed = zip(self.replays.run(start, parts, progress), parts, strict=True)
-                return (ChunkOutcome(moved, part.weights, moved.losses.clone()) for moved, part in replayed)
+        start = self._begun(start)
+        if even and self.replays is not None and not policy.keeps_rows:
+            parts = [part_of(job, places) for places in chunks]
+            replayed = zip(self.replays.run(start, parts, progress), parts, strict=True)
+            return (ChunkOutcome(moved, part.weights, moved.losses.clone()) for moved, part in replayed)
 
         def run(places: Tensor) -> ChunkOutcome:
             part = part_of(job, places, self.stack.task.device)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmom.data.batches import Sampler, crop_flip, normalised
+from fedmom.data.batches import Sampler, crop_flip, moves, normalised
 from fedmom.data.partition import Partition, make_partition
 from fedmom.method.randomness import integers, normal, random_bits, uniform
 from laws import table
@@ -142,7 +142,11 @@ def plain_crop_flip(image, down, right, flip, pad=4):
 def test_crop_flip_is_pad_crop_flip():
     images = torch.randint(1, 255, (3, 5, 2, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     clients, steps = torch.tensor([4, 0, 9]), torch.tensor([11, 12, 13])
-    got = crop_flip(images, 1, clients, steps)
+
+    def moved(*address):
+        return crop_flip(images, moves(*address, batch_size=5))
+
+    got = moved(1, clients, steps)
     flips = set()
     for k in range(3):
         for b in range(5):
@@ -156,15 +160,14 @@ def test_crop_flip_is_pad_crop_flip():
             assert len(found) == 1
             flips.add(found[0])
     assert len(flips) > 10  # images move differently
-    alone = crop_flip(images[1:2], 1, clients[1:2], steps[1:2])
-    assert torch.equal(alone[0], got[1])
+    assert torch.equal(moves(1, clients[1:2], steps[1:2], 5), moves(1, clients, steps, 5)[1:2])
     for other in ((2, clients, steps), (1, clients + 1, steps), (1, clients, steps + 1)):
-        assert not torch.equal(crop_flip(images, *other), got)  # another seed, client or step moves them otherwise
+        assert not torch.equal(moved(*other), got)  # another seed, client or step moves them otherwise
 
 
 def test_crop_flip_offsets_are_uniform():
     images = torch.full((1, 20_000, 1, 1, 1), 255, dtype=torch.uint8)
-    kept = crop_flip(images, 0, torch.tensor([0]), torch.tensor([0])) > 0
+    kept = crop_flip(images, moves(0, torch.tensor([0]), torch.tensor([0]), 20_000)) > 0
     # A 1 × 1 image survives only the central one of 9 × 9 crops.
     assert abs(kept.double().mean() - 1 / 81) < 0.003
 

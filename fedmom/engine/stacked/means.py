@@ -174,7 +174,8 @@ class RoundSums:
         found, own = self.buffers.mean().buffers, dict[str, Tensor]()
         for kind, names in kinds(self.start.buffers).items():
             own |= _apart(found[kind], names, self.start.buffers)
-        mean = ClientState(**parts, buffers={name: own[name] for name in self.start.buffers})
+        order = sorted(self.start.buffers, key=lambda name: not own[name].is_floating_point())  # as WeightedMean has it
+        mean = ClientState(**parts, buffers={name: own[name] for name in order})
         looks = self._looks(means, found) if means.is_cuda else {}
         norms = torch._foreach_norm(list(self.total.split(sizes))) if sizes else []
         facts = [losses, *(norm.reshape(1) for norm in norms), self.squares, *looks.values()]
