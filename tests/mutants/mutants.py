@@ -59,6 +59,7 @@ ALGORITHMS, AVERAGING, MIXING = "fedmom.method.algorithms", "fedmom.method.avera
 TOPOLOGY, GRAPHS, SCHEDULES = "fedmom.method.topology", "fedmom.method.graphs", "fedmom.method.schedules"
 LOOP, ENGINE, GOSSIP = "fedmom.rounds.loop", "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.RoundSums"
+UPDATES = "fedmom.engine.stacked.updates"
 PLAIN = "fedmom.engine.engine.PlainRunner"
 BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.classification.Classification"
 FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
@@ -184,7 +185,7 @@ MUTANTS = [
         "algorithm 1",
         "a client of a cohort gets the momentum of its place",
         "under `local` row k of the table goes to the k-th of the cohort",
-        code(f"{LOOP}.round_job", "u[torch.from_numpy(ids)]", "u[: len(ids)]"),
+        code(f"{LOOP}.round_job", "u[job.clients]", "u[: len(job.clients)]"),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[loop]",
     ),
     Mutant(
@@ -212,7 +213,7 @@ MUTANTS = [
         "algorithm 1",
         "a step too many",
         "with unequal numbers of steps a client that is done takes one more",
-        code(f"{PLAIN}._run_chunk", "active = s < job.num_steps", "active = s <= job.num_steps"),
+        code(f"{PLAIN}._run_chunk", "active = s < num_steps", "active = s <= num_steps"),
         "tests/laws/test_backends.py::test_clients_take_as_many_steps_as_their_epochs_have[vmap]",
     ),
     # --- algorithm 2 ---------------------------------------------------------------------------------------
@@ -476,8 +477,8 @@ MUTANTS = [
         "a chunk's clients are weighed by those of the first",
         code(
             f"{PLAIN}.from_start",
-            "part, state = part_of(job, places), ",
-            "part, state = part_of(job, places)._replace(weights=job.weights[: len(places)]), ",
+            "part, state = part_of(job, places, self.task.device), ",
+            "part, state = part_of(job, places, self.task.device)._replace(weights=job.weights[: len(places)]), ",
         ),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
@@ -546,7 +547,7 @@ MUTANTS = [
         "averaging",
         "train loss is unweighted",
         "train_loss is the plain mean of clients under client-weights = samples",
-        code(f"{ENGINE}.run_round", "float(job.weights @ losses) / total", "float(losses.mean())"),
+        code(f"{ENGINE}.run_round", "float(job.weights @ end.losses) / total", "float(end.losses.mean())"),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
     # --- the folded model ----------------------------------------------------------------------------------
@@ -554,35 +555,35 @@ MUTANTS = [
         "stack",
         "the stack forgets option II",
         "from the second step on x moves by u",
-        code(f"{STACK}._update", "nesterov=m.nesterov,", "nesterov=False,"),
+        code(f"{UPDATES}.update", "nesterov=method.nesterov,", "nesterov=False,"),
         "tests/engine/test_stacked.py::test_every_model_is_the_loops[logistic-factors-True]",
     ),
     Mutant(
         "stack",
         "no weight decay in the first step",
         "the stack's first step from x̂ leaves λx out",
-        code(f"{STACK}._first_update", "            if self.method.weight_decay:\n", "            if False:\n"),
+        code(f"{UPDATES}.first_update", "    if method.weight_decay:\n", "    if False:\n"),
         "tests/engine/test_stacked.py::test_every_model_is_the_loops[logistic-rows-False]",
     ),
     Mutant(
         "stack",
         "β = 0 keeps an old u",
         "local SGD's u, which the spread is measured of, is not g",
-        code(f"{STACK}._update", "            torch._foreach_copy_(us, grads)\n", ""),
+        code(f"{UPDATES}._update_plainly", "        torch._foreach_copy_(us, grads)\n", "        pass\n"),
         "tests/engine/test_stacked.py::test_any_number_of_steps_and_clients[2-7-0.0-rows]",
     ),
     Mutant(
         "stack",
         "chunks are added without their weights",
         "Σ w of a chunk is taken as its number of clients",
-        code(f"{WENT}.add", "self.weight + weights.sum()", "self.weight + len(weights)"),
+        code(f"{WENT}.add", "float(weights.sum())", "len(weights)"),
         "tests/engine/test_stacked.py::test_large_activations_and_large_tensors[batch-0-2]",
     ),
     Mutant(
         "stack",
         "spread about the start",
         "how far clients went from x̂, and not from their mean",
-        code(f"{WENT}.spread", "self.square[at] / weight - mean**2", "self.square[at] / weight"),
+        code(f"{WENT}.finish", " - (away / self.weight) * (away / self.weight)", ""),
         "tests/engine/test_stacked.py::test_every_model_is_the_loops[logistic-rows-False]",
     ),
     Mutant(
@@ -596,7 +597,7 @@ MUTANTS = [
         "stack",
         "the lr of the round's first step in all of it",
         "a schedule that changes within a round is not followed",
-        code(f"{STACK}._all_steps", "job.lrs[s], first", "job.lrs[0], first"),
+        code(f"{STACK}._all_steps", "lrs[s], first", "lrs[0], first"),
         "tests/engine/test_stacked.py::test_a_changing_lr_enters_the_numbers[rows]",
     ),
     # --- batches -------------------------------------------------------------------------------------------
@@ -666,16 +667,14 @@ MUTANTS = [
         "batches",
         "augmentation of the wrong client",
         "crops go by the place in the stack, so another chunk size moves images otherwise",
-        code(
-            f"{BATCHES}.crop_flip", "address = (seed, clients[:, None],", "address = (seed, torch.arange(K)[:, None],"
-        ),
+        code(f"{BATCHES}.moves", "address = (seed, clients[..., None],", "address = (seed, 0 * clients[..., None],"),
         "tests/data/test_batches.py::test_crop_flip_is_pad_crop_flip",
     ),
     Mutant(
         "batches",
         "augmentation once for all steps",
         "a client's crops are the same in every step",
-        code(f"{BATCHES}.crop_flip", "steps[:, None], place)", "0 * steps[:, None], place)"),
+        code(f"{BATCHES}.moves", "steps[..., None], torch", "0 * steps[..., None], torch"),
         "tests/data/test_batches.py::test_crop_flip_is_pad_crop_flip",
     ),
     Mutant(
@@ -690,9 +689,9 @@ MUTANTS = [
         "one dropout mask for the whole round",
         "the key is that of the round's first step",
         code(
-            f"{TASK}.round_batches",
-            "random_bits(DROPOUT, self.seed, clients, steps)",
-            "random_bits(DROPOUT, self.seed, clients, first_steps)",
+            f"{TASK}.draws",
+            "random_bits(DROPOUT, self.seed, who, steps)",
+            "random_bits(DROPOUT, self.seed, who, steps[:, :1].expand(who.shape))",
         ),
         "tests/tasks/test_classification.py::test_every_step_of_every_client_drops_out_otherwise",
     ),
@@ -979,7 +978,9 @@ MUTANTS = [
         "rounds",
         "a NaN in the momentum passes",
         "x and the measures alone are looked at",
-        code(f"{LOOP}._check_finite", "in outcome.mean._asdict().items():", 'in [("params", outcome.mean.params)]:'),
+        code(
+            f"{LOOP}._check_finite", "in outcome.mean._asdict().items() if", 'in [("params", outcome.mean.params)] if'
+        ),
         "tests/engine/test_engine.py::test_a_number_that_is_not_finite_ends_the_run_wherever_it_is[momentum]",
     ),
     Mutant(
