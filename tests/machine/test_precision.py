@@ -1,5 +1,7 @@
 """Storage in bfloat16 and products in TF32: options, with an error that is bounded and what it should be."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from fedmom.config.build import set_up_torch
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.stacked.convolutions import _described
-from fedmom.engine.stacked.steps import Stack
+from fedmom.engine.stacked.updates import first_update, update
 from fedmom.errors import InputError
 from fedmom.machine.precision import allow_tf32, convolves_in_tf32
 from fedmom.method.algorithms import Method, momentum_step
@@ -66,8 +68,8 @@ def test_bfloat16_does_not_travel(changes):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
-def test_the_update_is_the_methods_in_every_dtype(monkeypatch, dtype):
-    """On a CPU torch 2.11's fused SGD writes garbage in 16 bits, from the sixteenth number on."""
+def test_the_updates_are_the_methods_in_every_dtype(monkeypatch, dtype):
+    """Also with γ as a tensor. On a CPU torch 2.11's fused SGD writes garbage in 16 bits, from the 16th number on."""
     fused = torch._fused_sgd_
 
     def as_in_torch_2_11(xs, *rest, **options):
@@ -76,14 +78,21 @@ def test_the_update_is_the_methods_in_every_dtype(monkeypatch, dtype):
             xs[0].flatten()[16:] = 7.0
 
     monkeypatch.setattr(torch, "_fused_sgd_", as_in_torch_2_11)
-    task, bound = image_task("mlp", dtype=dtype), 4 * torch.finfo(dtype).eps  # a rounding for each operation
-    for beta, nesterov, weight_decay in [(0.9, True, 0.01), (0.9, False, 0.0), (0.0, False, 0.01)]:
+    bound = 4 * torch.finfo(dtype).eps  # a rounding for each operation
+    cases = itertools.product(
+        [0.1, torch.tensor(0.1, dtype=F64)], [(0.9, True, 0.01), (0.9, False, 0.0), (0.0, False, 0.01)]
+    )
+    for lr, (beta, nesterov, weight_decay) in cases:
+        method = Method(beta, nesterov, weight_decay)
         x, u, g = (torch.linspace(-1, 1, 40).roll(place).to(dtype) for place in (0, 7, 20))
         exact, grads = ClientState({"": x.double()}, {"": u.double()}, {}), g.double() + weight_decay * x.double()
         want = momentum_step(exact, {"": grads}, lr=0.1, beta=beta, nesterov=nesterov)
-        Stack(task, Method(beta, nesterov, weight_decay))._update([x], [u], [g], 0.1)
-        torch.testing.assert_close(x.double(), want.params[""], rtol=bound, atol=bound)
-        torch.testing.assert_close(u.double(), want.momentum[""], rtol=bound, atol=bound)
+        rows = first_update(method, x, u, g.expand(2, -1).clone(), lr)
+        update(method, [x], [u], [g], lr)
+        for own, right in zip((x, u), (want.params[""], want.momentum[""]), strict=True):
+            torch.testing.assert_close(own.double(), right, rtol=bound, atol=bound)
+        for own, right in zip(rows, (want.params[""], want.momentum[""]), strict=True):
+            torch.testing.assert_close(own.double(), right.expand(2, -1), rtol=bound, atol=bound)
 
 
 USERS = {
