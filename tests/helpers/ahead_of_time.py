@@ -1,8 +1,6 @@
 """Triton's convolutions compiled for an H100 on a machine without one, and what the compiler says of them.
 
-A program of its own, for a process that interprets kernels cannot compile them: a JSON list, one entry a kernel.
-`--ptxas` runs the assembler alone, for the registers that it spills.
-"""
+A program of its own, for a process that interprets kernels cannot compile them: a JSON list, one entry a kernel."""
 
 import argparse
 import collections
@@ -26,7 +24,7 @@ from fedmom.engine.stacked.kernels import convolution, tiles
 HOPPER = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64"}
-# Of ResNet-56 on CIFAR-10 with K = 8 clients at B = 64: (in, out, kernel, stride, side), and one with odd channels.
+# Of ResNet-56 on CIFAR-10 with K = 8 clients at B = 64: (in, out, kernel, stride, side).
 SHAPES = {
     "first": (3, 16, 3, 1, 32),
     "16 to 16": (16, 16, 3, 1, 32),
@@ -58,7 +56,9 @@ def planned(shape: str, which: str, dtype: torch.dtype, precision: str) -> tuple
 def compiled(kernel: Any, launch: tiles.Launch, dtype: torch.dtype) -> dict[str, Any]:
     """Registers, bytes spilt and shared, and how often each instruction of interest stands in the machine code."""
     tensors = {name for name in kernel.arg_names if name not in launch.constants and name != "B"}
-    types = {name: TYPES[dtype] if name in tensors else "i32" if name == "B" else "constexpr" for name in kernel.arg_names}
+    types = {
+        name: TYPES[dtype] if name in tensors else "i32" if name == "B" else "constexpr" for name in kernel.arg_names
+    }
     constants = {(kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in tensors}
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
@@ -71,8 +71,10 @@ def compiled(kernel: Any, launch: tiles.Launch, dtype: torch.dtype) -> dict[str,
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    instructions = collections.Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", code, re.MULTILINE))
-    loads = {name: number for name, number in instructions.items() if name.startswith(("LDG", "LDGSTS"))}
+    instructions = collections.Counter(
+        re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", code, re.MULTILINE)
+    )
+    loads = {name: number for name, number in instructions.items() if name.startswith(("LDG.", "LDGSTS."))}
     families = collections.Counter[str]()
     for name, number in instructions.items():
         families[name.partition(".")[0]] += number

@@ -5,6 +5,8 @@ over innermost as well: what lies side by side is loaded together, 16 bytes at a
 interpreter for tests (TRITON_INTERPRET=1). Sums are float32, or float64 for float64 operands.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -100,15 +102,15 @@ def _weights(
     for first in range(part * PART, min(M, part * PART + PART), BK):
         m = first + tl.arange(0, BK)
         image, row, column = m // (ROWS * COLUMNS), m // COLUMNS % ROWS, m % COLUMNS
-        at = m.to(tl.int64)[:, None] * RESULTS + n[None, :]
-        a = tl.load(gradient + at, mask=(m < M)[:, None] & (n < RESULTS)[None, :], other=0.0)
+        at = n[:, None] + m.to(tl.int64)[None, :] * RESULTS
+        a = tl.load(gradient + at, mask=(n < RESULTS)[:, None] & (m < M)[None, :], other=0.0)
         place, there = _met(
             row[:, None], column[:, None], r[None, :], q[None, :], HEIGHT, WIDTH, STRIDE, PAD, DILATION, False
         )
         there = there & (m < M)[:, None] & (p < CHANNELS * KH * KW)[None, :]
         images = source + image.to(tl.int64) * (HEIGHT * WIDTH * CHANNELS)
         b = tl.load(images[:, None] + (place * CHANNELS + channel[None, :]), mask=there, other=0.0)
-        total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION, out_dtype=total.dtype)
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
     at = ((part * K + client) * RESULTS + n[:, None]) * (CHANNELS * KH * KW) + (channel * (KH * KW) + tap)[None, :]
     tl.store(result + at, total, mask=(n < RESULTS)[:, None] & (p < CHANNELS * KH * KW)[None, :])
 
@@ -138,7 +140,7 @@ def convolve_weights(x: Tensor, d: Tensor, K: int, kernel: list[int], geometry: 
     return result
 
 
-def _activations(plan: Launch, source: Tensor, taps: Tensor, bias: Tensor | None, sides: list[int]) -> Tensor:
+def _activations(plan: Launch, source: Tensor, taps: Tensor, bias: Tensor | None, sides: Sequence[int]) -> Tensor:
     shape = (len(source), taps.shape[3], *sides)
     result = torch.empty(shape, dtype=source.dtype, device=source.device, memory_format=torch.channels_last)
     bias = taps if bias is None else bias.contiguous()

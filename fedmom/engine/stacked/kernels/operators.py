@@ -91,7 +91,7 @@ def _convolve_weights(x: Tensor, d: Tensor, K: int, kernel: list[int], geometry:
     parts, rest = plan["PARTS"], plan["PARTS"] * plan["PART"] - len(d) // K * d[0, 0].numel()
     found = []
     for own, gradient in zip(x.chunk(K), d.chunk(K), strict=True):
-        patches = unfold(own, kernel, dilation, padding, stride).transpose(1, 2).flatten(0, 1)  # [M, in·kh·kw]
+        patches = unfold(own, tuple(kernel), dilation, padding, stride).transpose(1, 2).flatten(0, 1)  # [M, in·kh·kw]
         rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # [M, out]
         cut = [pad(t, (0, 0, 0, rest)).reshape(parts, -1, t.shape[1]) for t in (rows, patches)]
         found.append(torch.bmm(cut[0].transpose(1, 2), cut[1]))

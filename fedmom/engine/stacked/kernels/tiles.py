@@ -2,10 +2,10 @@
 
 A card's own timing has no say, so the same shape is summed in the same order in every run and on every card. It was
 chosen by counting for an H100, whose 132 multiprocessors want two programs each, and by what the compiler reports of
-registers and shared memory (docs/log.md); no card has timed it.
+registers, spills and the width of loads (docs/log.md); no card has timed it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 Geometry = tuple[int, int, int]  # stride, padding, dilation, each the same in both directions
 
+GENERATION = 2  # of kernels and tiles, counted up when they change: what was timed before is of others
 PROGRAMS = 2 * 132  # two for each multiprocessor of an H100
 _SHORTEST = 4  # steps of a part of a sum: fewer would not fill the pipeline of loads
 
@@ -55,17 +56,17 @@ def activation_launch(
     M, double = len(source) // K * rows * columns, source.dtype == torch.float64
     BN = _tile(results, 32 if double else 64)
     flat = channels < 16 or channels % 4 != 0
-    BK = 16 if double else _tile(channels, 32) if not flat else 32
+    BK = 16 if precision == "ieee" else 32 if flat else _tile(channels, 32)  # ieee with 32: registers spill
     BM = 64
     if not double and _up(M, 128) * _up(results, BN) * K >= 2 * PROGRAMS:
         BM = 128  # weights are loaded half as often
-    constants = _geometry(source, (rows, columns), (channels, results, KH, KW), geometry)
+    constants = _shape(source, (rows, columns), (channels, results, KH, KW), geometry)
     constants |= {"BACK": back, "BIAS": bias, "FLAT": flat, "PRECISION": precision, "BM": BM, "BN": BN, "BK": BK}
     return Launch((_up(M, BM), _up(results, BN), K), constants, warps=4, stages=3)
 
 
 def weight_launch(
-    source: Tensor, gradient: Tensor, kernel: tuple[int, int], K: int, geometry: Geometry, precision: str
+    source: Tensor, gradient: Tensor, kernel: Sequence[int], K: int, geometry: Geometry, precision: str
 ) -> Launch:
     """Of the gradient of the weights, from source [K·B, C, H, W] and gradient [K·B, N, H', W'].
 
@@ -74,19 +75,19 @@ def weight_launch(
     """
     channels, results, sides = source.shape[1], gradient.shape[1], gradient.shape[2:]
     M, double = len(source) // K * prod(sides), source.dtype == torch.float64
-    BM, BN, BK = _tile(results, 32 if double else 64), 64, 16 if double else 32
+    # TF32 with 64 rows would be Hopper's own product of four warps, which wants what it sums over innermost: loads of
+    # activations would be of 4 bytes.
+    BM, BN, BK = _tile(results, 32 if double or precision == "tf32" else 64), 64, 16 if double else 32
     tiles = _up(results, BM) * _up(channels * prod(kernel), BN)
     parts = max(1, min(_up(PROGRAMS, tiles * K), M // (_SHORTEST * BK)))
-    part = _up(_up(M, parts), BK) * BK
-    parts = _up(M, part)  # whole steps may need fewer of them
-    constants = _geometry(source, sides, (channels, results, *kernel), geometry)
+    part = max(1, M // parts // BK) * BK  # whole steps: no fewer parts than that
+    parts = _up(M, part)
+    constants = _shape(source, sides, (channels, results, *kernel), geometry)
     constants |= {"PARTS": parts, "PART": part, "PRECISION": precision, "BM": BM, "BN": BN, "BK": BK}
     return Launch((_up(results, BM), _up(channels * prod(kernel), BN), K * parts), constants, warps=4, stages=3)
 
 
-def _geometry(
-    source: Tensor, sides: Iterable[int], sizes: tuple[int, int, int, int], geometry: Geometry
-) -> dict[str, int]:
+def _shape(source: Tensor, sides: Iterable[int], sizes: Iterable[int], geometry: Geometry) -> dict[str, Any]:
     """Shapes are constants: a network has few, and the index arithmetic of a known one is a shift or a product."""
     values = (*source.shape[2:], *sides, *sizes, *geometry)
     names = "HEIGHT WIDTH ROWS COLUMNS CHANNELS RESULTS KH KW STRIDE PAD DILATION"
