@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import unfold
 
+from fedmom.engine.stacked.kernels.operators import Implicit
+from fedmom.engine.stacked.kernels.tiles import GENERATION
 from fedmom.engine.stacked.timings import Timings
 from fedmom.machine.precision import convolves_in_tf32
 
@@ -128,17 +130,16 @@ def _unfolded(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, opti
 
 
 def _implicit(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: ConvolutionOptions) -> Tensor:
-    """Triton's kernels: 2d, without groups and alike in both directions. RuntimeError where they cannot run."""
+    """Triton's kernels: 2d, without groups and alike in both directions. RuntimeError where they cannot run.
+
+    On a CPU they are refused unless they are interpreted, so that no CPU's bytes depend on them.
+    """
     if options[-1] != 1 or x.ndim != 4 or any(len(set(pair)) > 1 for pair in options[:3]):
         return CONVOLUTIONS["grouped"](x, weight, bias, shared, options)
     if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise RuntimeError("Triton's kernels need a CUDA device")
     if x.dtype not in (torch.float32, torch.float64):
         raise RuntimeError(f"Triton's kernels were not tried with {x.dtype}")
-    try:
-        from fedmom.engine.stacked.kernels.convolution import Implicit
-    except ImportError as error:
-        raise RuntimeError("Triton is not installed") from error
     y: Tensor = Implicit.apply(x, weight, bias, shared, options)
     return y
 
@@ -177,7 +178,9 @@ class Ways:
         shape = _described(x, weight, bias, shared, options)
         if shape not in self.chosen:
             self.timings = self.timings or Timings.of_device(x.device)
-            seconds = self.timings.get(shape) or self._measured(shape, x, weight, bias, shared, options)
+            known = self.timings.get(shape) or {}
+            seconds = {name: known[name] for name in CONVOLUTIONS if name in known}  # a file may name others
+            seconds = seconds or self._measured(shape, x, weight, bias, shared, options)
             self.chosen[shape] = min(seconds, key=lambda name: seconds[name])
         return self.chosen[shape]
 
@@ -213,7 +216,7 @@ def _described(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, opt
     parts += ["to", "x".join(map(str, weight.shape[1:])), f"stride {stride} padding {padding} dilation {dilation}"]
     parts += [f"groups {groups}", str(x.dtype).removeprefix("torch."), "bias" if bias is not None else ""]
     tf32 = "tf32" if convolves_in_tf32(x) else ""
-    parts += ["shared" if shared else "", "first" if not x.requires_grad else "", tf32]
+    parts += ["shared" if shared else "", "first" if not x.requires_grad else "", tf32, f"kernels {GENERATION}"]
     return " ".join(part for part in parts if part)
 
 

@@ -1,0 +1,103 @@
+"""How a convolution of K clients is cut into programs: tiles, warps, stages and parts of sums, by shape alone.
+
+A card's own timing has no say, so the same shape is summed in the same order in every run and on every card. It was
+chosen by counting for an H100, whose 132 multiprocessors want two programs each, and by what the compiler reports of
+registers, spills and the width of loads (docs/log.md); no card has timed it.
+"""
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Geometry = tuple[int, int, int]  # stride, padding, dilation, each the same in both directions
+
+GENERATION = 2  # of kernels and tiles, counted up when they change: what was timed before is of others
+PROGRAMS = 2 * 132  # two for each multiprocessor of an H100
+_SHORTEST = 4  # steps of a part of a sum: fewer would not fill the pipeline of loads
+
+
+def sides_after(source: Tensor, kernel: Iterable[int], geometry: Geometry) -> tuple[int, int]:
+    """Height and width of what a convolution of source [..., H, W] gives."""
+    stride, padding, dilation = geometry
+    height, width = (
+        (size + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+        for size, k in zip(source.shape[-2:], kernel, strict=True)
+    )
+    return height, width
+
+
+class Launch(NamedTuple):
+    """All that a kernel is told beside its tensors."""
+
+    grid: tuple[int, int, int]
+    constants: dict[str, Any]  # by the names of the kernel's parameters
+    warps: int
+    stages: int  # of loads under way while products are taken
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a call of the kernel, and of a compilation ahead of time."""
+        return {**self.constants, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def activation_launch(
+    source: Tensor, taps: Tensor, sides: Iterable[int], geometry: Geometry, precision: str, *, back: bool, bias: bool
+) -> Launch:
+    """Of the product that gives activations of `sides`, from source [K·B, C, H, W] and taps [K, kh, kw, N, C].
+
+    BM positions by BN channels of the result. Where channels come in fours they are loaded 16 bytes at a time, tap by
+    tap, BK channels in a step; fewer than 16, and odd numbers of them, lie beside the taps in one sum.
+    """
+    K, KH, KW, results, channels = taps.shape
+    rows, columns = sides
+    M, double = len(source) // K * rows * columns, source.dtype == torch.float64
+    BN = _tile(results, 32 if double else 64)
+    flat = channels < 16 or channels % 4 != 0
+    BK = 16 if precision == "ieee" else 32 if flat else _tile(channels, 32)  # ieee with 32: registers spill
+    BM = 64
+    if not double and _up(M, 128) * _up(results, BN) * K >= 2 * PROGRAMS:
+        BM = 128  # weights are loaded half as often
+    constants = _shape(source, (rows, columns), (channels, results, KH, KW), geometry)
+    constants |= {"BACK": back, "BIAS": bias, "FLAT": flat, "PRECISION": precision, "BM": BM, "BN": BN, "BK": BK}
+    return Launch((_up(M, BM), _up(results, BN), K), constants, warps=4, stages=3)
+
+
+def weight_launch(
+    source: Tensor, gradient: Tensor, kernel: Sequence[int], K: int, geometry: Geometry, precision: str
+) -> Launch:
+    """Of the gradient of the weights, from source [K·B, C, H, W] and gradient [K·B, N, H', W'].
+
+    BM channels of the result by BN pairs of (tap, channel), and a sum over B·H'·W' positions in PARTS of PART: as many
+    parts as make PROGRAMS programs, if none is shorter than a few steps of BK.
+    """
+    channels, results, sides = source.shape[1], gradient.shape[1], gradient.shape[2:]
+    M, double = len(source) // K * prod(sides), source.dtype == torch.float64
+    # TF32 with 64 rows would be Hopper's own product of four warps, which wants what it sums over innermost: loads of
+    # activations would be of 4 bytes.
+    BM, BN, BK = _tile(results, 32 if double or precision == "tf32" else 64), 64, 16 if double else 32
+    tiles = _up(results, BM) * _up(channels * prod(kernel), BN)
+    parts = max(1, min(_up(PROGRAMS, tiles * K), M // (_SHORTEST * BK)))
+    part = max(1, M // parts // BK) * BK  # whole steps: no fewer parts than that
+    parts = _up(M, part)
+    constants = _shape(source, sides, (channels, results, *kernel), geometry)
+    constants |= {"PARTS": parts, "PART": part, "PRECISION": precision, "BM": BM, "BN": BN, "BK": BK}
+    return Launch((_up(results, BM), _up(channels * prod(kernel), BN), K * parts), constants, warps=4, stages=3)
+
+
+def _shape(source: Tensor, sides: Iterable[int], sizes: Iterable[int], geometry: Geometry) -> dict[str, Any]:
+    """Shapes are constants: a network has few, and the index arithmetic of a known one is a shift or a product."""
+    values = (*source.shape[2:], *sides, *sizes, *geometry)
+    names = "HEIGHT WIDTH ROWS COLUMNS CHANNELS RESULTS KH KW STRIDE PAD DILATION"
+    return dict(zip(names.split(), values, strict=True))
+
+
+def _tile(size: int, most: int) -> int:
+    """The power of two that holds `size`: 16 at least, which the tensor cores ask for, and `most` at most."""
+    return min(most, max(16, 1 << (size - 1).bit_length()))
+
+
+def _up(size: int, by: int) -> int:
+    return -(-size // by)
