@@ -1,5 +1,10 @@
-"""Which path and how many clients at once: settled by memory and by timing the run's own first steps."""
+"""Which path and how many clients at once: settled by memory and by timing the run's own first steps.
 
+What was chosen is remembered on disk (stacked/timings.py), so that the next such run need not time it; what is
+remembered is compared with plain torch all the same.
+"""
+
+import time
 from functools import partial
 from typing import NamedTuple
 
@@ -9,9 +14,10 @@ from torch import nn
 from fedmom.engine.calls import mixes_by
 from fedmom.engine.look import look, look_at_correction
 from fedmom.engine.paths import AUTO, FACTORS, LOOP, PATHS, STACK, VMAP, is_plain, is_settled
-from fedmom.engine.rates import Rates, Way, rate, seconds
+from fedmom.engine.rates import Rates, Way, rate, replayable, seconds
 from fedmom.engine.stacked.layers import FoldError
 from fedmom.engine.stacked.steps import Stack
+from fedmom.engine.stacked.timings import Memory, Remembered
 from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes
@@ -37,6 +43,21 @@ class Choice(NamedTuple):
     measured: dict[str, float]
     trouble: str = ""  # why stacking was ruled out, if it was
     note: str = ""  # what else should be known
+    seconds: float = 0.0  # that timing took
+    kept: str = ""  # "now" where it is remembered from now on, or the day from which it was
+
+    @property
+    def said(self) -> str:
+        """In one line what was taken, beside what, and what that took; "" where nothing was chosen by timing."""
+        if not self.measured:
+            return ""
+        own = f"{self.path} × {self.chunk_size}"
+        others = ", ".join(f"{way} {rate:,.0f}" for way, rate in self.measured.items() if way != own)
+        beside = f"beside {others}" if others else "beside nothing else"
+        how = f"in {self.seconds:.1f} s" + (", remembered from now on" if self.kept else "")
+        if self.kept not in ("", "now"):
+            how = f"on {self.kept} and remembered"
+        return f"{own}, {self.measured[own]:,.0f} client-steps/s measured {how}, {beside}"
 
 
 def choose(
@@ -50,6 +71,7 @@ def choose(
     own_rows: bool = False,
     compared: bool = False,
     steady: bool = True,
+    remember: bool = False,
 ) -> Choice:
     """Settle path = "auto" and chunk_size = 0 by memory and by timing a few steps of `job` in each way.
 
@@ -60,30 +82,78 @@ def choose(
     "auto" tries the loop and one way of stacking: the folded model if it can be had and is right, else torch.vmap.
     Chunks are tried in several sizes because on a CPU a smaller one may fit into the cache. The timed steps are
     thrown away (rates.py). `steady`: whether other rounds will have the same γ, so that a GPU may replay them.
+    `remember`: take what was chosen in such a situation before, if it is right and runs; else keep what is found.
     """
     cohort = len(job.clients)
     if compared and is_settled(path, chunk_size):
         return Choice(path, min(chunk_size or 1, cohort), {})
     yardstick = _look(task, method, start, job, own_rows)
     note = yardstick.note if yardstick else ""
-    if is_plain(path):
-        return Choice(LOOP, 1, {}, note=note)
-    wide, trouble = _way_to_stack(task, method, start, job, path, yardstick)
+    wide, trouble = (LOOP, "") if is_plain(path) else _way_to_stack(task, method, start, job, path, yardstick)
     if is_plain(wide):
         return Choice(LOOP, 1, {}, trouble, note)
     if is_settled(path, chunk_size):
         return Choice(path, min(chunk_size, cohort), {}, note=note)
-    even = bool((job.num_steps == len(job.lrs)).all())
-    replays = steady and even and not own_rows and not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
-    rates = Rates(partial(rate, task, method, start, job, replays=replays), path, trouble)
+    replays = steady and replayable(method, job, own_rows)
     sizes = [min(chunk_size, cohort)] if chunk_size else _chunk_sizes(task, start, wide, cohort)
-    rates.try_all([*([(LOOP, 1)] if path == AUTO else []), *((wide, size) for size in sizes)])
+    # How far memory goes changes a little all the time: by powers of 4 it does not.
+    asked = [path, chunk_size, wide, own_rows, replays, len(sizes), sizes[-1] == cohort]
+    memory = Memory(task, method, start, job, asked, on=remember)
+    known = memory.get()
+    if known and known.chunk_size <= sizes[-1] and _still_good(known, task, method, start, job, path, wide, yardstick):
+        return Choice(known.path, known.chunk_size, known.measured, trouble, note, kept=known.day)
+    begin = time.monotonic()
+    rates = Rates(partial(rate, task, method, start, job, replays=replays), path, trouble)
+    _time_all(rates, task, method, start, job, path, [(wide, size) for size in sizes], yardstick)
+    found = Choice(*rates.best, rates.named(), rates.trouble, note, time.monotonic() - begin)
+    # A way that failed is tried again by the next run.
+    kept = rates.trouble == trouble and memory.put(found.path, found.chunk_size, found.measured)
+    return found._replace(kept="now") if kept else found
+
+
+def _time_all(
+    rates: Rates,
+    task: Task,
+    method: Method,
+    start: ClientState,
+    job: Job,
+    path: str,
+    stacked: list[Way],
+    yardstick: Yardstick | None,
+) -> None:
+    """Time the ways to stack that were found right; for "auto" the loop and the rivals too."""
+    rates.try_all([*([(LOOP, 1)] if path == AUTO else []), *stacked])
     if not rates.found:
-        raise InputError(f"engine.path = {path!r}: the memory of {task.device} is too small for {sizes[0]} clients")
+        few = stacked[0][1]
+        raise InputError(f"engine.path = {path!r}: the memory of {task.device} is too small for {few} clients")
     if path == AUTO and rates.best[0] == STACK and (rivals := _rivals(task, method, start, job, rates, yardstick)):
         rates.try_rivals(rivals)
-    measured = {f"{name} × {size}": speed for (name, size), speed in rates.found.items()}
-    return Choice(*rates.best, measured, rates.trouble, note)
+
+
+def _still_good(
+    known: Remembered,
+    task: Task,
+    method: Method,
+    start: ClientState,
+    job: Job,
+    path: str,
+    wide: str,
+    yardstick: Yardstick | None,
+) -> bool:
+    """Whether a way that was the fastest before may be chosen now: it is right, and runs. `wide` was compared."""
+    if known.path != wide:
+        if path != AUTO:
+            return False
+        if is_plain(known.path):  # which was compared, and has run
+            return True
+        if wide != STACK or (yardstick and yardstick.differs(known.path)):  # else no rival of it
+            return False
+    try:
+        seconds(task, method, start, job, known.path, known.chunk_size, steps=2)
+    except Exception:  # memory does not suffice any more; what else it is shows where it is timed
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def _chunk_sizes(task: Task, start: ClientState, path: str, cohort: int) -> list[int]:
@@ -166,7 +236,15 @@ def _may_factor(task: Task, method: Method, start: ClientState, job: Job) -> boo
 
 
 def _cannot_fold(task: Task, method: Method, job: Job, path: str, yardstick: Yardstick | None) -> str:
-    """ "" or why the folded model cannot be used: it cannot be had, or it does not come to what plain torch does."""
+    """ "" or why the folded model cannot be used: it cannot be had, or it does not come to what plain torch does.
+
+    Everything that asks whether stack or factors may be taken asks here.
+    """
+    return _folded_differs(task, method, job, path, yardstick)
+
+
+def _folded_differs(task: Task, method: Method, job: Job, path: str, yardstick: Yardstick | None) -> str:
+    """ "" or why not, as the folded model is."""
     try:
         stack = Stack(task, method)
         assert yardstick is not None  # whatever can be folded has a model

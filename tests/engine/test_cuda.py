@@ -108,7 +108,7 @@ def test_workers_run_where_the_configuration_says(monkeypatch):
             pass
 
         def take(self):
-            return "choose", ("stack", 4)
+            return "choose", ("stack", 4, "")
 
     monkeypatch.setattr("fedmom.backends.workers.Pool", OfOne)
     with pretend():
