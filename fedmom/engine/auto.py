@@ -17,7 +17,7 @@ from fedmom.engine.paths import AUTO, FACTORS, LOOP, PATHS, STACK, VMAP, is_plai
 from fedmom.engine.rates import Rates, Way, rate, replayable, seconds
 from fedmom.engine.stacked.layers import FoldError
 from fedmom.engine.stacked.steps import Stack
-from fedmom.engine.stacked.timings import Memory, Remembered
+from fedmom.engine.stacked.timings import KnownWays, Remembered
 from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes
@@ -30,7 +30,7 @@ from fedmom.user_code import one_line
 
 
 def bytes_per_client(task: Task, start: ClientState) -> int:
-    """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
+    """KnownWays that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
     # Twice the activations: backward adds a gradient to most of them.
     return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * task.activation_bytes(start)
 
@@ -52,12 +52,12 @@ class Choice(NamedTuple):
         if not self.measured:
             return ""
         own = f"{self.path} × {self.chunk_size}"
-        others = ", ".join(f"{way} {rate:,.0f}" for way, rate in self.measured.items() if way != own)
+        others = ", ".join(f"{way} at {rate:,.0f}" for way, rate in self.measured.items() if way != own)
         beside = f"beside {others}" if others else "beside nothing else"
         how = f"in {self.seconds:.1f} s" + (", remembered from now on" if self.kept else "")
         if self.kept not in ("", "now"):
             how = f"on {self.kept} and remembered"
-        return f"{own}, {self.measured[own]:,.0f} client-steps/s measured {how}, {beside}"
+        return f"{own} at {self.measured[own]:,.0f} client-steps/s measured {how}, {beside}"
 
 
 def choose(
@@ -98,8 +98,8 @@ def choose(
     sizes = [min(chunk_size, cohort)] if chunk_size else _chunk_sizes(task, start, wide, cohort)
     # How far memory goes changes a little all the time: by powers of 4 it does not.
     asked = [path, chunk_size, wide, own_rows, replays, len(sizes), sizes[-1] == cohort]
-    memory = Memory(task, method, start, job, asked, on=remember)
-    known = memory.get()
+    ways = KnownWays(task, method, start, job, asked, on=remember)
+    known = ways.get()
     if known and known.chunk_size <= sizes[-1] and _still_good(known, task, method, start, job, path, wide, yardstick):
         return Choice(known.path, known.chunk_size, known.measured, trouble, note, kept=known.day)
     begin = time.monotonic()
@@ -107,7 +107,7 @@ def choose(
     _time_all(rates, task, method, start, job, path, [(wide, size) for size in sizes], yardstick)
     found = Choice(*rates.best, rates.named(), rates.trouble, note, time.monotonic() - begin)
     # A way that failed is tried again by the next run.
-    kept = rates.trouble == trouble and memory.put(found.path, found.chunk_size, found.measured)
+    kept = rates.trouble == trouble and ways.put(found.path, found.chunk_size, found.measured)
     return found._replace(kept="now") if kept else found
 
 

@@ -82,7 +82,7 @@ class Remembered(NamedTuple):
     day: str = ""  # 2026-01-31, when it was measured
 
 
-class Memory:
+class KnownWays:
     """What was chosen before in one situation: device, versions, task, model, job and what was asked for.
 
     It is a timing and no more: whoever takes a way from here has compared it with plain torch first.
