@@ -28,6 +28,10 @@ def test_the_folder_is_the_users_cache(environment, right, monkeypatch):
     assert folder() == (right and Path(right))
 
 
+def test_tests_keep_nothing_in_the_users_folder():
+    assert folder() is None
+
+
 def test_without_a_home_there_is_none(monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
