@@ -39,10 +39,10 @@ def make_local(config: Config, task: Task, plan: Plan) -> Backend:
         round_job(task, plan, begin)._replace(rows=None),
         path=wanted.path,
         chunk_size=wanted.chunk_size,
+        remember=wanted.remember,
         own_rows=plan.topology is not None,
         compared=plan.compared,
         steady=plan.steady,
-        remember=wanted.remember,
     )
     engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
     notes = [f"engine: {choice.trouble}"] if choice.trouble else []

@@ -115,10 +115,10 @@ class Node:
                     start,
                     job,
                     path=path,
+                    remember=wanted.remember,
                     chunk_size=chunk_size,
                     own_rows=self.plan.topology is not None,
                     steady=self.plan.steady,
-                    remember=wanted.remember,
                 )
             self._choices[size] = (choice.path, wanted.chunk_size or choice.chunk_size)
             self.said[size] = choice.said

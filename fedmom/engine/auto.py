@@ -69,20 +69,20 @@ def choose(
     path: str,
     chunk_size: int,
     own_rows: bool = False,
+    remember: bool = False,
     compared: bool = False,
     steady: bool = True,
-    remember: bool = False,
 ) -> Choice:
     """Settle path = "auto" and chunk_size = 0 by memory and by timing a few steps of `job` in each way.
 
     Every way is compared with plain torch before it may be chosen, the loop too (yardstick.py), but for a run that was
     `compared` when it began. own_rows: clients start from rows of their own (Algorithm 2). Raises InputError where the
-    model cannot be trained, or not by the path asked for.
+    model cannot be trained, or not by the path asked for. `remember`: take what was chosen in such a situation before,
+    if it is right and runs; else keep what is found.
 
     "auto" tries the loop and one way of stacking: the folded model if it can be had and is right, else torch.vmap.
     Chunks are tried in several sizes because on a CPU a smaller one may fit into the cache. The timed steps are
     thrown away (rates.py). `steady`: whether other rounds will have the same γ, so that a GPU may replay them.
-    `remember`: take what was chosen in such a situation before, if it is right and runs; else keep what is found.
     """
     cohort = len(job.clients)
     if compared and is_settled(path, chunk_size):

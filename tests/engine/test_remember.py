@@ -96,7 +96,6 @@ ASKED = {
     "the path": {"path": "stack"},
     "the chunk size": {"chunk_size": 2},
     "rows of their own": {"own_rows": True},
-    "no replays": {"steady": False},
 }
 
 
