@@ -44,6 +44,7 @@ def measure(changes: dict[str, Any], rounds: int) -> dict[str, Any]:
     keys = {
         "data.num-clients": 1000,
         "data.partition": "iid",
+        "engine.remember": False,
         "data.batch-size": 10,
         "algorithm.lr": 0.02,
         "run.num-rounds": rounds + 1,  # the last one is evaluated

@@ -37,6 +37,7 @@ def fedmom(load: dict[str, Any], folder: Path, rounds: int, **changes: Any) -> R
         "algorithm.num-local-steps": load["steps"],
         "algorithm.lr": load["lr"],
         "algorithm.beta": load["momentum"],
+        "engine.remember": "false",
         "run.num-rounds": rounds + 1,  # the last one is evaluated
         "run.eval-every": rounds + 1,
         "run.checkpoint-every": rounds + 1,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ["FEDMOM_CACHE"] = ""  # here and there nothing is remembered of other runs, and nothing of these is
 torch.set_num_threads(1)
 # A shell starts what runs in its background with Ctrl-C ignored; here and in the processes of tests it is heard.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

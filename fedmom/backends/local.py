@@ -39,16 +39,13 @@ def make_local(config: Config, task: Task, plan: Plan) -> Backend:
         round_job(task, plan, begin)._replace(rows=None),
         path=wanted.path,
         chunk_size=wanted.chunk_size,
+        remember=wanted.remember,
         own_rows=plan.topology is not None,
         compared=plan.compared,
     )
     engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
     notes = [f"engine: {choice.trouble}"] if choice.trouble else []
-    if choice.measured:
-        tried = ", ".join(f"{way} {rate:,.0f}" for way, rate in choice.measured.items())
-        notes.append(f"engine: {choice.path} × {choice.chunk_size} (client-steps/s measured: {tried})")
-    if choice.note:
-        notes.append(f"engine: {choice.note}")
+    notes += [f"engine: {said}" for said in (choice.said, choice.note) if said]
     backend: Engine | GossipRounds = engine
     if plan.topology is not None:
         home = rows_home(task, begin.state)

@@ -57,14 +57,26 @@ class Peer:
             self.task: Task = make_task(self.config, self.config.engine.device)
             self.plan: Plan = make_plan(self.config)
 
-    def choose(self) -> tuple[str, int]:
-        """(path, chunk size) as configured, or by timing; InputError where the path is not right for the model."""
+    def choose(self) -> tuple[str, int, str]:
+        """(path, chunk size, what was measured) as configured, or by timing.
+
+        Raises InputError where the path is not right for the model.
+        """
         start, wanted = beginning(self.task, self.plan).state, self.config.engine
         job = clients_job(self.task, self.plan, 0, self.ids)
         path, chunk_size = wanted.path, wanted.chunk_size
         with blamed(self.keys):
-            chosen = choose(self.task, self.plan.method, start, job, path=path, chunk_size=chunk_size, own_rows=True)
-        return chosen.path, wanted.chunk_size or chosen.chunk_size
+            chosen = choose(
+                self.task,
+                self.plan.method,
+                start,
+                job,
+                path=path,
+                chunk_size=chunk_size,
+                own_rows=True,
+                remember=wanted.remember,
+            )
+        return chosen.path, wanted.chunk_size or chosen.chunk_size, chosen.said
 
     def load(self, round_index: int, rows: Arrays, path: str, chunk_size: int) -> None:
         """Begin round 0, 1, … from these rows."""

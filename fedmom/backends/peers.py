@@ -57,13 +57,16 @@ class Peers(Backend):
             self.peers = [actor.remote(inside, number, self.blocks, sys.path) for number in range(wanted)]
             self.at = -1  # rounds that the peers' rows have behind them
             self.driver_bytes = 0  # through this process in the last round
-            self.path, self.chunk_size = self._settle(config)
+            self.path, self.chunk_size, self.said = self._settle()
         except BaseException:
             self.close()
             raise
 
-    def _settle(self, config: Config) -> tuple[str, int]:
-        """(path, chunk size) of all actors, by the first, once all are up: starting is no round and has no limit."""
+    def _settle(self) -> tuple[str, int, str]:
+        """(path, chunk size, what was measured) of all actors, by the first, once all are up.
+
+        Starting is no round and has no limit.
+        """
         begun = [peer.begin.remote() for peer in self.peers]
         self._all(begun, list(range(len(begun))), 0, limit=0.0)
         return self._all([self.peers[0].choose.remote()], [0], 0, limit=0.0)[0]
@@ -235,4 +238,5 @@ def make_peers(config: Config, task: Task, plan: Plan) -> Peers:
     actors, biggest = counted(len(backend.peers), "Ray actor"), max(map(len, backend.blocks))
     what = f"{actors} on {actors_device(backend.options)}, of at most {counted(biggest, 'client')}"
     backend.notes = [f"{what} exchange rows directly; each {path} × {chunk_size}"]
+    backend.notes += [f"the first actor: {backend.said}"] if backend.said else []
     return backend

@@ -92,6 +92,7 @@ class Node:
                 self.task = classification(self.config, device, *one_of(local.common, local.client, held))
             self.plan: Plan = make_plan(self.config)
         self._choices: dict[int, tuple[str, int]] = {}
+        self.said: dict[int, str] = {}  # {size of block: what was measured for it, or remembered}
         self._engines: dict[tuple[str, int], Engine] = {}
 
     def choose(self, clients: np.ndarray) -> tuple[str, int]:
@@ -114,10 +115,12 @@ class Node:
                     start,
                     job,
                     path=path,
+                    remember=wanted.remember,
                     chunk_size=chunk_size,
                     own_rows=self.plan.topology is not None,
                 )
             self._choices[size] = (choice.path, wanted.chunk_size or choice.chunk_size)
+            self.said[size] = choice.said
         return self._choices[size]
 
     def _engine(self, path: str, chunk_size: int) -> Engine:

@@ -57,7 +57,7 @@ def make_worker(config: Config) -> Callable[..., Any]:
 
     def answer(block: BlockJob, start: Arrays | None = None) -> Any:
         if start is None:
-            return node.choose(block.clients)
+            return *node.choose(block.clients), node.said[len(block.clients)]
         momentum = None if block.momentum is None else from_arrays(block.momentum)
         trained = node.train(
             block.clients.tolist(),
@@ -155,7 +155,7 @@ def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
         _, answer = pool.take() or (None, None)
         if isinstance(answer, Failure):
             raise InputError(answer.reason.removeprefix(_REFUSED))
-        path, chunk_size = answer  # type: ignore[misc]
+        path, chunk_size, said = answer  # type: ignore[misc]
     except BaseException:
         pool.close()
         raise
@@ -168,6 +168,7 @@ def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
         "simulation.num-gpus": options.num_gpus,
     }
     backend.notes = [f"{counted(pool.num_workers, 'Ray actor')} on {inside.engine.device}, each {path} × {chunk_size}"]
+    backend.notes += [f"the first actor: {said}"] if said else []
     return backend
 
 

@@ -75,7 +75,12 @@ def bench(
     with console.status("…") as status:
         settled = resolve(loaded).config
         with blamed(flat(settled)):
-            found = measure(settled, seconds=seconds, progress=lambda text: status.update(f"{text} …"))
+            found = measure(
+                settled,
+                seconds=seconds,
+                progress=lambda text: status.update(f"{text} …"),
+                remember="engine.remember" in loaded.given,
+            )
     for note in found.notes:
         print(note)
     print(tables.as_text([str(config), ""], as_rows(found)))

@@ -165,6 +165,7 @@ class EngineConfig:
     device: str = key("auto", "where tensors live", ["auto", "cpu", "cuda"])
     path: str = key("auto", "how clients run side by side; auto: the fastest, by timing", [AUTO, *PATHS])
     chunk_size: int = key(0, "K, clients stacked at once; 0: by memory", at_least(0))
+    remember: bool = key(True, "what auto found by timing is kept in the cache folder for such runs, and taken from it")
     matmul: str = key("float32", "how exactly a GPU multiplies float32", MATMULS)
     threads: int = key(0, "CPU threads, fewer than 1025; 0: torch's choice", within(0, 1025))
     workers: int = key(0, "Ray actors that share the clients, each as [simulation] says; 0: this process", at_least(0))

@@ -1,5 +1,10 @@
-"""Which path and how many clients at once: settled by memory and by timing the run's own first steps."""
+"""Which path and how many clients at once: settled by memory and by timing the run's own first steps.
 
+What was chosen is remembered on disk (stacked/timings.py), so that the next such run need not time it; what is
+remembered is compared with plain torch all the same.
+"""
+
+import time
 from functools import partial
 from typing import NamedTuple
 
@@ -9,9 +14,10 @@ from torch import nn
 from fedmom.engine.calls import mixes_by
 from fedmom.engine.look import look, look_at_correction
 from fedmom.engine.paths import AUTO, FACTORS, LOOP, PATHS, STACK, VMAP, is_plain, is_settled
-from fedmom.engine.rates import Rates, Way, rate, seconds
+from fedmom.engine.rates import Rates, Way, rate, replayable, seconds
 from fedmom.engine.stacked.layers import FoldError
 from fedmom.engine.stacked.steps import Stack
+from fedmom.engine.stacked.timings import KnownWays, Remembered
 from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes
@@ -24,7 +30,7 @@ from fedmom.user_code import one_line
 
 
 def bytes_per_client(task: Task, start: ClientState) -> int:
-    """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
+    """KnownWays that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
     # Twice the activations: backward adds a gradient to most of them.
     return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * task.activation_bytes(start)
 
@@ -37,6 +43,21 @@ class Choice(NamedTuple):
     measured: dict[str, float]
     trouble: str = ""  # why stacking was ruled out, if it was
     note: str = ""  # what else should be known
+    seconds: float = 0.0  # that timing took
+    kept: str = ""  # "now" where it is remembered from now on, or the day from which it was
+
+    @property
+    def said(self) -> str:
+        """In one line what was taken, beside what, and what that took; "" where nothing was chosen by timing."""
+        if not self.measured:
+            return ""
+        own = f"{self.path} × {self.chunk_size}"
+        others = ", ".join(f"{way} at {rate:,.0f}" for way, rate in self.measured.items() if way != own)
+        beside = f"beside {others}" if others else "beside nothing else"
+        how = f"in {self.seconds:.1f} s" + (", remembered from now on" if self.kept else "")
+        if self.kept not in ("", "now"):
+            how = f"on {self.kept} and remembered"
+        return f"{own} at {self.measured[own]:,.0f} client-steps/s measured {how}, {beside}"
 
 
 def choose(
@@ -48,13 +69,15 @@ def choose(
     path: str,
     chunk_size: int,
     own_rows: bool = False,
+    remember: bool = False,
     compared: bool = False,
 ) -> Choice:
     """Settle path = "auto" and chunk_size = 0 by memory and by timing a few steps of `job` in each way.
 
     Every way is compared with plain torch before it may be chosen, the loop too (yardstick.py), but for a run that was
     `compared` when it began. own_rows: clients start from rows of their own (Algorithm 2). Raises InputError where the
-    model cannot be trained, or not by the path asked for.
+    model cannot be trained, or not by the path asked for. `remember`: take what was chosen in such a situation before,
+    if it is right and runs; else keep what is found.
 
     "auto" tries the loop and one way of stacking: the folded model if it can be had and is right, else torch.vmap.
     Chunks are tried in several sizes because on a CPU a smaller one may fit into the cache. The timed steps are
@@ -65,24 +88,71 @@ def choose(
         return Choice(path, min(chunk_size or 1, cohort), {})
     yardstick = _look(task, method, start, job, own_rows)
     note = yardstick.note if yardstick else ""
-    if is_plain(path):
-        return Choice(LOOP, 1, {}, note=note)
-    wide, trouble = _way_to_stack(task, method, start, job, path, yardstick)
+    wide, trouble = (LOOP, "") if is_plain(path) else _way_to_stack(task, method, start, job, path, yardstick)
     if is_plain(wide):
         return Choice(LOOP, 1, {}, trouble, note)
     if is_settled(path, chunk_size):
         return Choice(path, min(chunk_size, cohort), {}, note=note)
-    even = bool((job.num_steps == len(job.lrs)).all())
-    replays = even and not own_rows and not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
-    rates = Rates(partial(rate, task, method, start, job, replays=replays), path, trouble)
+    replays = replayable(method, job, own_rows)
     sizes = [min(chunk_size, cohort)] if chunk_size else _chunk_sizes(task, start, wide, cohort)
-    rates.try_all([*([(LOOP, 1)] if path == AUTO else []), *((wide, size) for size in sizes)])
+    # How far memory goes changes a little all the time: by powers of 4 it does not.
+    asked = [path, chunk_size, wide, own_rows, replays, len(sizes), sizes[-1] == cohort]
+    ways = KnownWays(task, method, start, job, asked, on=remember)
+    known = ways.get()
+    if known and known.chunk_size <= sizes[-1] and _still_good(known, task, method, start, job, path, wide, yardstick):
+        return Choice(known.path, known.chunk_size, known.measured, trouble, note, kept=known.day)
+    begin = time.monotonic()
+    rates = Rates(partial(rate, task, method, start, job, replays=replays), path, trouble)
+    _time_all(rates, task, method, start, job, path, [(wide, size) for size in sizes], yardstick)
+    found = Choice(*rates.best, rates.named(), rates.trouble, note, time.monotonic() - begin)
+    # A way that failed is tried again by the next run.
+    kept = rates.trouble == trouble and ways.put(found.path, found.chunk_size, found.measured)
+    return found._replace(kept="now") if kept else found
+
+
+def _time_all(
+    rates: Rates,
+    task: Task,
+    method: Method,
+    start: ClientState,
+    job: Job,
+    path: str,
+    stacked: list[Way],
+    yardstick: Yardstick | None,
+) -> None:
+    """Time the ways to stack that were found right; for "auto" the loop and the rivals too."""
+    rates.try_all([*([(LOOP, 1)] if path == AUTO else []), *stacked])
     if not rates.found:
-        raise InputError(f"engine.path = {path!r}: the memory of {task.device} is too small for {sizes[0]} clients")
+        few = stacked[0][1]
+        raise InputError(f"engine.path = {path!r}: the memory of {task.device} is too small for {few} clients")
     if path == AUTO and rates.best[0] == STACK and (rivals := _rivals(task, method, start, job, rates, yardstick)):
         rates.try_rivals(rivals)
-    measured = {f"{name} × {size}": speed for (name, size), speed in rates.found.items()}
-    return Choice(*rates.best, measured, rates.trouble, note)
+
+
+def _still_good(
+    known: Remembered,
+    task: Task,
+    method: Method,
+    start: ClientState,
+    job: Job,
+    path: str,
+    wide: str,
+    yardstick: Yardstick | None,
+) -> bool:
+    """Whether a way that was the fastest before may be chosen now: it is right, and runs. `wide` was compared."""
+    if known.path != wide:
+        if path != AUTO:
+            return False
+        if is_plain(known.path):  # which was compared, and has run
+            return True
+        if wide != STACK or (yardstick and yardstick.differs(known.path)):  # else no rival of it
+            return False
+    try:
+        seconds(task, method, start, job, known.path, known.chunk_size, steps=2)
+    except Exception:  # memory does not suffice any more; what else it is shows where it is timed
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def _chunk_sizes(task: Task, start: ClientState, path: str, cohort: int) -> list[int]:
@@ -165,7 +235,12 @@ def _may_factor(task: Task, method: Method, start: ClientState, job: Job) -> boo
 
 
 def _cannot_fold(task: Task, method: Method, job: Job, path: str, yardstick: Yardstick | None) -> str:
-    """ "" or why the folded model cannot be used: it cannot be had, or it does not come to what plain torch does."""
+    """ "" or why the folded model cannot be used, in any form that it may take: here alone it is given up."""
+    return _folded_differs(task, method, job, path, yardstick)
+
+
+def _folded_differs(task: Task, method: Method, job: Job, path: str, yardstick: Yardstick | None) -> str:
+    """ "" or why it cannot be used as it is: it cannot be had, or it does not come to what plain torch does."""
     try:
         stack = Stack(task, method)
         assert yardstick is not None  # whatever can be folded has a model

@@ -5,6 +5,7 @@ a branch would be taken for all clients together, nor on how many they are: a ba
 examples has other pieces when it is K times as long. A forward pass says so without any values.
 """
 
+import hashlib
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -74,6 +75,28 @@ def _take_apart(value: Any, fixed: list[Any], counts: list[int]) -> None:
         fixed.append(type(value))
 
 
+def _calls(empty: nn.Module, x: Tensor, K: int) -> list[_Call]:
+    """Of a forward pass of a model without values with K minibatches like x in one."""
+    batch = torch.empty((K * len(x), *x.shape[1:]), dtype=x.dtype, device="meta")
+    with torch.device("meta"), torch.no_grad(), _Calls() as seen:
+        empty(batch)
+    return seen.seen
+
+
+def work_of(model: nn.Module, x: Tensor) -> str:
+    """What a forward pass of `model` with one client's minibatch x [B, ...] asks of torch, in a few digits.
+
+    Two models of equal layers that use them in other ways differ in it. "" where it cannot be seen without values.
+    """
+    try:
+        empty = copied(model).to("meta").train()
+        _calls(empty, x, 1)  # what is made at first use is made
+        seen = _calls(empty, x, 1)
+    except Exception:  # a user's model may raise anything
+        return ""
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+
+
 def mixes_by(model: nn.Module, x: Tensor, sizes: Collection[int]) -> str:
     """Why a forward pass of `model` cannot take the examples of several clients as one batch, or "".
 
@@ -84,10 +107,7 @@ def mixes_by(model: nn.Module, x: Tensor, sizes: Collection[int]) -> str:
     empty = copied(model).to("meta").train()
 
     def calls(K: int) -> list[_Call]:
-        batch = torch.empty((K * len(x), *x.shape[1:]), dtype=x.dtype, device="meta")
-        with torch.device("meta"), torch.no_grad(), _Calls() as seen:
-            empty(batch)
-        return seen.seen
+        return _calls(empty, x, K)
 
     try:
         calls(1), calls(2)  # what is made at first use is made

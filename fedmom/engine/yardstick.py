@@ -192,11 +192,8 @@ class Yardstick:
         if self.own_rows:
             return _Reached(ends, every, (0.0, 0.0))
         mean = WeightedMean(self.method.running_var)
-        for state, weight in zip(ends, self.job.weights.tolist(), strict=True):
-            mean.add(
-                ClientState(*({n: v[None] for n, v in tree.items()} for tree in state)),
-                self.job.weights.new_tensor([weight]),
-            )
+        for state, weight in zip(ends, self.job.weights.split(1), strict=True):
+            mean.add(ClientState(*({n: v[None] for n, v in tree.items()} for tree in state)), weight)
         averages = mean.mean()
         states = [averages]
         if MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedmom.backends.local import make_backend
 from fedmom.config.build import make_plan, make_task, resolve_device
 from fedmom.config.keys import Config
+from fedmom.config.load import replace
 from fedmom.config.resolve import with_choices
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
@@ -47,12 +48,20 @@ class Bench(NamedTuple):
     shares: dict[str, float]  # {kind of operator: part of a round's time}
 
 
-def bench(config: Config, *, seconds: float = 10.0, progress: Callable[[str], None] = lambda text: None) -> Bench:
+def bench(
+    config: Config,
+    *,
+    seconds: float = 10.0,
+    progress: Callable[[str], None] = lambda text: None,
+    remember: bool = False,
+) -> Bench:
     """Run a resolved configuration for about so long, without evaluation, and throw it away.
 
+    remember: whether engine.remember decides what `auto` may take from before; else it measures, and keeps nothing.
     Raises InputError and DivergedError as a run would.
     """
     config = resolve_device(config)
+    config = replace(config, "engine", remember=remember and config.engine.remember)
     device = torch.device(config.engine.device)
     progress("data and model")
     task, plan = make_task(config, config.engine.device), make_plan(config)

@@ -1,8 +1,19 @@
-"""How many cores this process may use: not those of the machine, but of its affinity and its cgroups' limits."""
+"""Which processor this is, and how many cores this process may use: by its affinity and its cgroups' limits."""
 
 import math
 import os
+import platform
 from pathlib import Path
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, as far as the system tells one."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
 
 
 def usable_cores(proc: Path = Path("/proc/self"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -26,10 +26,15 @@ def allow_tf32(allowed: bool) -> None:
         kind.fp32_precision = "tf32" if allowed else "ieee"
 
 
+def tf32_allowed() -> bool:
+    """Whether float32 products on a GPU may be TF32 now."""
+    return bool(_CUDNN.conv.fp32_precision == "tf32")
+
+
 @contextmanager
 def exactly() -> Iterator[None]:
     """Within it float32 products are float32, whatever the run allows."""
-    before = _CUDNN.conv.fp32_precision == "tf32"
+    before = tf32_allowed()
     allow_tf32(False)
     try:
         yield
@@ -39,4 +44,4 @@ def exactly() -> Iterator[None]:
 
 def convolves_in_tf32(x: Tensor) -> bool:
     """Whether torch's own convolutions of x would be TF32."""
-    return bool(x.is_cuda and x.dtype == torch.float32 and _CUDNN.conv.fp32_precision == "tf32")
+    return bool(x.is_cuda and x.dtype == torch.float32 and tf32_allowed())

@@ -39,7 +39,7 @@ PLACE = tuple(
     f"{section}.{name}"
     for section, names in {
         "run": ("out", "resume"),
-        "engine": ("workers",),
+        "engine": ("workers", "remember"),
         "server": ("on-failure", "min-clients", "retries", "timeout-seconds", "wait-seconds", "window"),
         "simulation": [name.partition(".")[2] for name in KEYS if name.startswith("simulation.")],
     }.items()

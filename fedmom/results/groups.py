@@ -41,7 +41,7 @@ _SAME = {
     "run.resume",
     "run.checkpoint-every",
     "data.data-dir",
-    *(f"engine.{name}" for name in ("path", "chunk-size", "threads")),
+    *(f"engine.{name}" for name in ("path", "chunk-size", "threads", "remember")),
     *(name for name, key in KEYS.items() if key.section in ("simulation", "server") and name != "server.strategy"),
 }
 

@@ -19,6 +19,7 @@ from fedmom.cli import main
 from fedmom.config.keys import KEYS
 from fedmom.config.load import load
 from fedmom.data.datasets import DATASETS
+from fedmom.errors import InputError
 from fedmom.experiments.simulation import app_folder
 from fedmom.records.files import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_tensors
 from fedmom.records.history import read_rounds
@@ -202,6 +203,19 @@ def test_a_full_memory_is_one_line(refused, monkeypatch):
     refused(
         ["memory is full", "data.batch-size", "can't allocate memory size 1"], "run", "quadratic.toml", "--out", "x"
     )
+
+
+def test_bench_measures_unless_it_is_asked_to_remember(fed, monkeypatch):
+    asked = []
+
+    def measure(config, *, remember, **_):
+        asked.append(remember and config.engine.remember)
+        raise InputError("enough")
+
+    monkeypatch.setattr("fedmom.cli.show.measure", measure)
+    for sets in ([], ["--set", "engine.remember=true"], ["--set", "engine.remember=false"]):
+        fed("bench", "quadratic.toml", *sets)
+    assert asked == [False, True, False]
 
 
 def test_errors_of_ours_are_not_hidden(fed, monkeypatch):

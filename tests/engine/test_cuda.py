@@ -4,6 +4,8 @@ The pretended card (pretend_cuda.py) takes the same kernels as the CPU, so all n
 for the order of sums.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from fedmom.backends.workers import make_workers
 from fedmom.config.build import pool_options, resolve_device
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
+from fedmom.engine import rates
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
@@ -18,7 +21,7 @@ from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.errors import InputError
 from fedmom.method.topology import make_topology
 from fedmom.rounds.loop import beginning, round_job, run_rounds
-from pretend_cuda import CUDA, clock, pretend
+from pretend_cuda import CPU, CUDA, clock, pretend
 from runs import image_task, simple_plan
 from test_cuda_graphs import assert_same, on_cpu
 
@@ -76,6 +79,17 @@ def test_what_is_compiled_once_does_not_decide(monkeypatch):
     assert rates[True]["stack × 4"] > 1.2 * rates[False]["stack × 4"]  # and is replayed, if the run will replay it
 
 
+def test_what_the_host_does_beside_it_does_not_decide(monkeypatch):
+    """A short round is timed several times on a card, the fastest counts; a long one once, as on a CPU."""
+    task, job = SimpleNamespace(device=CUDA), SimpleNamespace(lrs=[0.1] * 2)
+    monkeypatch.setattr(rates, "_engine", lambda *_: SimpleNamespace(replays=None))
+    for device, warm, times, best in ((CUDA, 1, [9, 3, 4, 1], 3), (CUDA, 1, [600, 3], 600), (CPU, 1, [9, 3], 9)):
+        clocked = iter([*[1000] * warm, *times])
+        task.device = device
+        monkeypatch.setattr(rates, "_seconds_of", lambda *_, clocked=clocked: next(clocked) / 1000)
+        assert rates.rate(task, None, None, job, "stack", 3) == pytest.approx(3 * 2 / (best / 1000))
+
+
 @pytest.mark.parametrize(
     ("cards", "actors", "named", "share"),
     [(1, 1, 0, 1), (1, 2, 0, 0.5), (1, 3, 0, 0.3333), (2, 3, 0, 0.5), (4, 2, 0, 1), (1, 0, 0, 1), (1, 2, 0.25, 0.25)],
@@ -108,7 +122,7 @@ def test_workers_run_where_the_configuration_says(monkeypatch):
             pass
 
         def take(self):
-            return "choose", ("stack", 4)
+            return "choose", ("stack", 4, "")
 
     monkeypatch.setattr("fedmom.backends.workers.Pool", OfOne)
     with pretend():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedmom.config.load import load
+from fedmom.config.load import load, replace
 from fedmom.config.resolve import resolve
 from fedmom.experiments.bench import _flops, as_rows, bench, peaks
 from runs import image_task
@@ -54,6 +54,14 @@ def test_weights_in_factors_are_no_traffic():
 )
 def test_other_runs_are_measured_too(changes):
     assert run({"model.name": "logistic", **changes}).rate > 0
+
+
+def test_nothing_is_remembered_unless_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDMOM_CACHE", str(tmp_path))
+    config = resolve(load({"data.dataset": "quadratic", "run.num-rounds": 1})).config
+    for on, remember, kept in ((True, False, 0), (False, True, 0), (True, True, 1)):
+        bench(replace(config, "engine", remember=on), seconds=0.01, remember=remember)
+        assert len(list(tmp_path.iterdir())) == kept
 
 
 def test_peaks_are_of_the_device():

@@ -1,49 +1,59 @@
 """What was measured on this device, kept on disk so that the next start need not measure again."""
 
+import functools
+import hashlib
+import importlib.metadata
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from fedmom.engine.calls import work_of
+from fedmom.engine.paths import PATHS
+from fedmom.machine.cache import Kept, folder
+from fedmom.machine.cores import processor, usable_cores
+from fedmom.machine.precision import tf32_allowed
+from fedmom.method.algorithms import Method
+from fedmom.method.state import ClientState
+from fedmom.rounds.round import Job
+from fedmom.tasks.classification import Classification
+from fedmom.tasks.quadratic import Quadratic
+from fedmom.tasks.task import Task
 
-def folder() -> Path:
-    """$XDG_CACHE_HOME/fedmom, or ~/.cache/fedmom."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmom"
+_MOST = 5000  # shapes of one card
+_FORMAT, _MOST_WAYS = 1, 1000  # of what is remembered of whole runs
+# What decides how fast a way is lies in these rooms.
+_ROOMS = ("data", "engine", "machine", "method", "rounds", "tasks")
 
 
 class Timings:
     """{what: {way: seconds}} of one device and one torch; a file that cannot be read or written is done without."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.known: dict[str, dict[str, float]] = self._read()
+        self.kept = Kept(path, _seconds, _MOST)
+        self.known: dict[str, dict[str, float]] = self.kept.read()
 
     @classmethod
     def of_device(cls, device: torch.device) -> "Timings":
         """Those of a card by its name, under the torch that runs."""
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         name = "".join(c if c.isalnum() or c in ".+-" else "-" for c in f"{card}-torch-{torch.__version__}")
-        return cls(folder() / f"convolutions-{name}.json")
+        place = folder()
+        return cls(place and place / f"convolutions-{name}.json")
 
     def get(self, what: str) -> dict[str, float] | None:
         return self.known.get(what)
 
     def put(self, what: str, seconds: dict[str, float]) -> None:
-        """Keep, and write the file anew beside what other processes have written meanwhile."""
-        self.known = {**self._read(), **self.known, what: seconds}
-        if self.path is None:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            beside.write_text(json.dumps(self.known, indent=1))
-            beside.replace(self.path)
-        except OSError:
-            return
+        """Keep, beside what other processes have written meanwhile."""
+        self.known[what] = seconds
+        self.kept.put(what, seconds)
 
     def measure(self, once: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
         """Seconds of one call, the median after two that are not timed."""
@@ -55,13 +65,128 @@ class Timings:
                 found.append(now(device) - begin)
         return statistics.median(found)
 
-    def _read(self) -> dict[str, dict[str, float]]:
-        try:
-            text = self.path.read_text() if self.path else "{}"
-            found = {what: {k: float(v) for k, v in ways.items()} for what, ways in json.loads(text).items() if ways}
-        except (OSError, ValueError, AttributeError, TypeError):
-            return {}
-        return found
+
+def _seconds(raw: Any) -> dict[str, float]:
+    """Of one shape. Raises ValueError where there are none."""
+    if not raw:
+        raise ValueError("no way was timed")
+    return {way: float(value) for way, value in raw.items()}
+
+
+class Remembered(NamedTuple):
+    """What was chosen for a run by timing: the way, and how fast each way was that it was chosen from."""
+
+    path: str
+    chunk_size: int
+    measured: dict[str, float]  # {"way × chunk size": client-steps per second}
+    day: str = ""  # 2026-01-31, when it was measured
+
+
+class KnownWays:
+    """What was chosen before in one situation: device, versions, task, model, job and what was asked for.
+
+    It is a timing and no more: whoever takes a way from here has compared it with plain torch first.
+    """
+
+    def __init__(
+        self, task: Task, method: Method, start: ClientState, job: Job, asked: Sequence[Any], *, on: bool
+    ) -> None:
+        """asked: what else decides which ways there are and how fast they are, in plain values.
+
+        on: whether anything is remembered.
+        """
+        place = folder() if on else None
+        # A correction is the user's code, and how fast that is nobody can tell by its name.
+        self.name = _situation(task, method, start, job, asked) if place and method.correction is None else ""
+        self.kept = Kept(place / "ways.json" if place and self.name else None, _remembered, _MOST_WAYS)
+
+    def get(self) -> Remembered | None:
+        return self.kept.read().get(self.name) if self.name else None
+
+    def put(self, path: str, chunk_size: int, measured: dict[str, float]) -> bool:
+        """Whether it could be written."""
+        return self.kept.put(self.name, Remembered(path, chunk_size, measured, date.today().isoformat()))
+
+
+def _remembered(raw: Any) -> Remembered:
+    """Raises KeyError, TypeError or ValueError where it is none."""
+    path, chunk_size, measured, day = raw
+    right = path in PATHS and type(chunk_size) is int and chunk_size >= 1 and isinstance(day, str)
+    rates = {str(way): float(rate) for way, rate in measured.items()}
+    if not right or rates.get(f"{path} × {chunk_size}", 0) != max(rates.values()):
+        raise ValueError("no way that was the fastest of some")
+    return Remembered(path, chunk_size, rates, day)
+
+
+def _situation(task: Task, method: Method, start: ClientState, job: Job, asked: Sequence[Any]) -> str:
+    """All that the speed of the ways depends on, in some digits; "" where that cannot be told."""
+    device = task.device
+    parts: dict[str, Any] = {
+        "format": _FORMAT,
+        "versions": [*_versions(), torch.__version__],
+        "device": _device(device),
+        "torch": [
+            torch.get_num_threads(),
+            tf32_allowed(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+            torch.backends.cudnn.deterministic,
+        ],
+        "start": [[name, *_form(t)] for tree in start for name, t in tree.items()],
+        "clients": [len(task.sizes), int(task.sizes.sum())],
+        "job": [len(job.clients), len(job.lrs), int(job.num_steps.sum())],
+        "method": [method.beta == 0, method.nesterov, method.weight_decay == 0, method.momentum_policy],
+        "running_var": method.running_var,
+        "task": [type(task).__qualname__, task.small],
+        "asked": list(asked),
+    }
+    if isinstance(task, Quadratic):
+        parts["noise"] = task.noise_sigma > 0
+    if isinstance(task, Classification):
+        batch = next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))
+        work, layers = work_of(task.model, batch.x[0]), _layers(task.model)
+        if not (work and layers):
+            return ""
+        examples, sampler = task.dataset.x_train, task.sampler
+        parts["examples"] = [*_form(examples), str(task.dtype), sampler.batch_size, sampler.sampling, task.augment]
+        parts["model"] = [work, layers]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _device(device: torch.device) -> list[str | int]:
+    if device.type == "cuda":
+        return [torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]]
+    return [device.type, processor(), usable_cores()]
+
+
+def _form(t: torch.Tensor) -> list[Any]:
+    return [list(t.shape), str(t.dtype)]
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """Every module's kind and options, and what it holds, frozen tensors too; empty where a module does not say."""
+    try:
+        return [
+            [name, type(m).__module__, type(m).__qualname__, m.extra_repr()]
+            + [[n, *_form(p), p.requires_grad] for n, p in m.named_parameters(recurse=False, remove_duplicate=False)]
+            + [[n, *_form(b)] for n, b in m.named_buffers(recurse=False, remove_duplicate=False)]
+            for name, m in model.named_modules(remove_duplicate=False)
+        ]
+    except Exception:  # a user's model may raise anything
+        return []
+
+
+@functools.cache
+def _versions() -> list[str]:
+    """Of fedmom: its number, and a fingerprint of the code, which in a checkout changes without it."""
+    root, code = Path(__file__).parents[2], hashlib.sha256()
+    for path in sorted(path for room in _ROOMS for path in (root / room).rglob("*.py")):
+        code.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    try:
+        number = importlib.metadata.version("fedmom")
+    except importlib.metadata.PackageNotFoundError:  # as Flower bundles it
+        number = ""
+    return [number, code.hexdigest()[:16]]
 
 
 def now(device: torch.device) -> float:
