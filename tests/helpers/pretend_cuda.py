@@ -31,6 +31,7 @@ COPIES = {"_to_copy", "copy_"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # What of an operator's operands is not read, or not as a whole.
 WRITTEN_ALONE = {"copy_", "zero_", "fill_", "_foreach_zero_", "_foreach_copy_"}  # their first operand
+READ_ALONE = {"_fused_sgd_": "grads"}  # though the schema says that it is written: it is where gradients are scaled
 GATHERED = {"index_select", "index", "gather", "embedding"}  # as much of the first operand as there are results
 # How torch's kernels over lists of tensors take them: so many tensors of 1, 2, … lists, and so many blocks of numbers.
 LIST_DEPTHS, LIST_BLOCKS, LIST_BLOCK, CAT_TENSORS = (110, 64, 48, 36, 30), 320, 65_536, 128
@@ -338,6 +339,7 @@ def num_moved(func: Any, name: str, args: Any, kwargs: Any, made: list[Tensor]) 
     total, seen = sum(t.nbytes for t in made), set[Any]()
     for place, argument in enumerate(func._schema.arguments):
         writes = argument.alias_info is not None and argument.alias_info.is_write
+        writes = writes and READ_ALONE.get(name) != argument.name
         reads = not (name in WRITTEN_ALONE and place == 0)
         for t in _tensors(given.get(argument.name)):
             own = (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), tuple(t.stride()))
