@@ -63,16 +63,16 @@ def test_a_card_gives_the_cpus_numbers_and_nothing_is_mixed(way):
 def test_what_is_compiled_once_does_not_decide(monkeypatch):
     """The first use of every shape costs a second; what counts is how often the host launches, and replays do not."""
     plan, rates = simple_plan(4, num_local_steps=2), {}
-    for steady in (True, False):
+    for replayed in (True, False):  # rounds from rows of their own are not
         with pretend() as card:
             task = image_task("mlp", 4, device="cuda")
             done = beginning(task, plan)
             monkeypatch.setattr("fedmom.engine.stacked.timings.time", clock(card))
             card.first_seconds = 1.0
             job = round_job(task, plan, done)
-            chosen = choose(task, plan.method, done.state, job, path="auto", chunk_size=0, steady=steady)
+            chosen = choose(task, plan.method, done.state, job, path="auto", chunk_size=0, own_rows=not replayed)
         assert (chosen.path in ("stack", "factors"), chosen.chunk_size) == (True, 4)
-        rates[steady] = chosen.measured
+        rates[replayed] = chosen.measured
         # Four clients cost no more launches than one.
         assert chosen.measured["stack × 4"] == pytest.approx(4 * chosen.measured["stack × 1"], rel=0.3)
         assert min(chosen.measured.values()) > 100  # a first use counted would leave less than 20
