@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedmom.engine.stacked.factors import Factors, OnDevice, numbers, on_device, pays
+from fedmom.engine.stacked.fusing import fuse
 from fedmom.engine.stacked.layers import FoldedLinear, FoldError, fold
 from fedmom.engine.stacked.means import RowsEnded
 from fedmom.method.algorithms import Method
@@ -43,6 +44,7 @@ class Stack:
         self.method, self.factors = method, factors
         self.model, self.clients = fold(task.model)
         self.model.train()
+        self.model = fuse(self.model) if task.device.type == "cuda" else self.model
         self.clients.convolution = convolution
         self.numbers: tuple[tuple[float, ...], OnDevice] | None = None
         self.sizes: dict[str, tuple[int, int, int]] | None = None  # {dense weight: (in, out, M)} where seen once
