@@ -5,6 +5,7 @@ another step stays as it is: one that asks what a value is, changes an attribute
 or computes within a context (no_grad, autocast, a checkpoint, an autograd.Function of its own).
 """
 
+import copy
 import operator
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn, overrides
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmom.engine.stacked import fused
 from fedmom.engine.stacked.layers import FOLDED, FoldedBatchNorm, FoldedConv, FoldedPool
@@ -157,17 +159,39 @@ class _Root(nn.Module):
         return found
 
 
-def _held(model: nn.Module) -> list[Any]:
-    """All attributes of all modules, and what is in plain containers among them; to be compared by identity."""
-    found: list[Any] = []
-    for module in model.modules():
-        for name, value in vars(module).items():
-            found += [name, value]
-            if isinstance(value, dict):
-                found += [one for pair in value.items() for one in pair]
-            elif isinstance(value, list | tuple | set):
-                found += value
-    return found
+class _NothingReal(TorchDispatchMode):
+    """A trace computes nothing: what would come of it, or be written to, would stay as it was then."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _UnsafeError(f"{func} of tensors that do not come from the input")
+
+
+class _Held:
+    """All attributes of all modules, and what is in plain containers among them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.held: list[tuple[Any, Any]] = []  # (a container, a copy of it)
+        for module in model.modules():
+            inside = [v for v in vars(module).values() if isinstance(v, dict | list | set)]
+            self.held += [(one, copy.copy(one)) for one in (vars(module), *inside)]
+
+    def put_back(self) -> bool:
+        """Whether there was something that had changed."""
+        changed = False
+        for here, kept in self.held:
+            if [*_parts(here)] != [*_parts(kept)]:
+                changed = True
+                here.clear()
+                here.extend(kept) if isinstance(here, list) else here.update(kept)
+        return changed
+
+
+def _parts(container: Any) -> Iterator[int]:
+    """Who is in it; not what they say of being equal."""
+    for one in container:
+        yield id(one)
+        if isinstance(container, dict):
+            yield id(container[one])
 
 
 def _traced(root: _Root) -> fx.Graph:
@@ -177,20 +201,14 @@ def _traced(root: _Root) -> fx.Graph:
             raise _UnsafeError("hooks")
         if not module.training:
             raise _UnsafeError("a module in evaluation mode")
-    before = [(module, dict(vars(module))) for module in root.modules()]
-    held = _held(root)
-    tracer = _Tracer()
+    held = _Held(root)
     try:
-        with _without_modes():
-            tracer.surroundings = _surroundings()
-            graph = tracer.trace(root)
-        now = _held(root)
-        if len(now) != len(held) or any(a is not b for a, b in zip(now, held, strict=True)):
-            raise _UnsafeError("an attribute changes")
+        with _without_modes(), _NothingReal():
+            graph = _Tracer().trace(root)
     finally:
-        for module, attributes in before:
-            vars(module).clear()
-            vars(module).update(attributes)
+        changed = held.put_back()
+    if changed:
+        raise _UnsafeError("an attribute changes")
     return graph
 
 
@@ -299,8 +317,6 @@ def fuse(model: nn.Module) -> nn.Module:
         graph = _traced(root)
     except Exception:  # a model may do anything
         return model
-    if any("_tensor_constant" in str(node.target) for node in graph.nodes if node.op == "get_attr"):
-        return model  # made anew in every step, perhaps to be written into
     patterns, taken = _Patterns(root, graph), set[fx.Node]()
     for number, (chain, module) in enumerate(list(patterns.found())):
         if taken & set(chain):

@@ -184,10 +184,10 @@ def _norm_back(
     w = _of_channel(weight, client, w_client, c, C, WEIGHT, 1.0, SUM)
     b = _of_channel(bias, client, b_client, c, C, BIAS, 0.0, SUM)
     part = tl.arange(0, SP)
-    at = (client * S + part)[:, None] * C + c[None, :]
+    found = (client * S + part)[:, None] * C + c[None, :]
     known = (part < S)[:, None] & (c < C)[None, :]
-    one = tl.sum(tl.load(firsts + at, mask=known, other=0.0), 0)
-    two = tl.sum(tl.load(seconds + at, mask=known, other=0.0), 0)
+    one = tl.sum(tl.load(firsts + found, mask=known, other=0.0), 0)
+    two = tl.sum(tl.load(seconds + found, mask=known, other=0.0), 0)
     if s == 0:
         tl.store(b_found + client * C + c, one, mask=c < C)
         tl.store(w_found + client * C + c, two, mask=c < C)
