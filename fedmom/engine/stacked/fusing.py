@@ -147,18 +147,6 @@ def _without_modes() -> Iterator[None]:
             overrides._push_mode(mode)
 
 
-class _Root(nn.Module):
-    """Calls the model, whose own arguments then have their defaults."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.model(x)
-        return found
-
-
 class _NothingReal(TorchDispatchMode):
     """A trace computes nothing: what would come of it, or be written to, would stay as it was then."""
 
@@ -179,22 +167,20 @@ class _Held:
         """Whether there was something that had changed."""
         changed = False
         for here, kept in self.held:
-            if [*_parts(here)] != [*_parts(kept)]:
+            if _parts(here) != _parts(kept):
                 changed = True
                 here.clear()
                 here.extend(kept) if isinstance(here, list) else here.update(kept)
         return changed
 
 
-def _parts(container: Any) -> Iterator[int]:
+def _parts(container: Any) -> list[int]:
     """Who is in it; not what they say of being equal."""
-    for one in container:
-        yield id(one)
-        if isinstance(container, dict):
-            yield id(container[one])
+    values = container.values() if isinstance(container, dict) else ()
+    return [id(one) for one in (*container, *values)]
 
 
-def _traced(root: _Root) -> fx.Graph:
+def _traced(root: nn.Module) -> fx.Graph:
     """Raises _UnsafeError, or whatever the model raises on a value that is none."""
     for module in root.modules():
         if any("hooks" in name and value for name, value in vars(module).items()):
@@ -312,7 +298,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
     They share their layers. On a device where the operators are not used the new modules do what the old ones did.
     """
-    root = _Root(model)
+    root = nn.Sequential(model)  # which calls it on one value: its other arguments have their defaults
     try:
         graph = _traced(root)
     except Exception:  # a model may do anything
