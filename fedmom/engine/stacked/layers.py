@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm, embedding, group_norm, layer_norm
 
+from fedmom.engine.stacked import fused
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS, Ways
 from fedmom.engine.stacked.factors import Factors, factored
 from fedmom.method.state import Tree
@@ -107,13 +108,18 @@ class FoldedConv(nn.Module):
         nothing = [0] * len(layer.stride)
         self.options = (layer.stride, layer.padding, layer.dilation, False, nothing, layer.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def bias(self) -> Tensor | None:
+        """[K, out]."""
+        return self.clients.params[self.names["bias"]] if "bias" in self.names else None
+
+    def forward(self, x: Tensor, *, bias: bool = True) -> Tensor:
+        """bias=False leaves it to the caller to add it."""
         c, weight = self.clients, self.clients.params[self.names["weight"]]
-        bias = c.params[self.names["bias"]] if "bias" in self.names else None
+        added = self.bias() if bias else None
         if c.num == 1:  # plain autograd: a Function in Python costs more than some small convolutions
-            return torch.convolution(x, weight.squeeze(0), None if bias is None else bias.squeeze(0), *self.options)
-        way = c.convolution or c.ways.way(x, weight, bias, c.shared, self.options)
-        return CONVOLUTIONS[way](x, weight, bias, c.shared, self.options)
+            return torch.convolution(x, weight.squeeze(0), None if added is None else added.squeeze(0), *self.options)
+        way = c.convolution or c.ways.way(x, weight, added, c.shared, self.options)
+        return CONVOLUTIONS[way](x, weight, added, c.shared, self.options)
 
 
 _LARGE = 1 << 14  # numbers of one client's activations (measured: docs/log.md)
@@ -131,13 +137,20 @@ class FoldedBatchNorm(nn.Module):
             raise FoldError(f"{type(layer).__name__} with momentum None")
         self.clients, self.names, self.eps, self.momentum = clients, names, layer.eps, layer.momentum or 0.0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """More than the normalised x, relu(it + residual), is for where fused operators are used."""
         c, K, C = self.clients, self.clients.num, x.shape[1]
         found = {part: c.buffers[name] for part, name in self.names.items() if name in c.buffers}
         affine = {part: c.params[name] for part, name in self.names.items() if name in c.params}
         B = len(x) // K
         if "num_batches_tracked" in found:
             found["num_batches_tracked"].add_(1)
+        if fused.on(x, K):
+            running = found.get("running_mean"), found.get("running_var")
+            own = affine.get("weight"), affine.get("bias"), residual, running
+            return fused.Normalised.apply(x, *own, K, self.momentum, self.eps, relu)
+        assert residual is None
+        assert not relu
         if K > 1 and not x.is_cuda and x[0].numel() * B >= _LARGE:
             return self._one_by_one(x, found, affine)
         # Channels of all clients side by side are the channels of one ordinary BatchNorm.
@@ -202,26 +215,14 @@ class FoldedDropout(nn.Module):
         if self.p == 0:
             return x
         keys, one = self.clients.dropout_keys, (len(x) // self.clients.num, *x.shape[1:])
+        if fused.on(x, self.clients.num):
+            return fused.Dropped.apply(x, keys, self.layer, self.p, self.channels)
         mask = kept(keys, self.layer, self.p, one, channels=self.channels, dtype=x.dtype)  # [K, B, ...]
         return x * mask.flatten(0, 1)
 
 
-class _SameLayout(torch.autograd.Function):
-    """The gradient comes back in the layout of the value: torch's pooling is ten times slower where they differ."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.format = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0].contiguous(memory_format=ctx.format) if ctx.format else grads[0]
-
-
 class FoldedPool(nn.Module):
-    """nn.MaxPool2d, with gradients in the layout of the activations."""
+    """nn.MaxPool2d, with gradients in the layout of the activations: torch's is ten times slower where they differ."""
 
     def __init__(self, clients: Clients, layer: nn.MaxPool2d, names: dict[str, str]) -> None:
         super().__init__()
@@ -230,7 +231,9 @@ class FoldedPool(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _SameLayout.apply(self.layer(x))
+        y: Tensor = self.layer(x)
+        if y.requires_grad and y.is_contiguous(memory_format=torch.channels_last):
+            y.register_hook(lambda d: d.contiguous(memory_format=torch.channels_last))
         return y
 
 

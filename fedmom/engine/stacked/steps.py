@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fedmom.engine.stacked.factors import Factors, Numbers, coefficients, numbers, pays
+from fedmom.engine.stacked.fusing import fuse
 from fedmom.engine.stacked.layers import FoldedLinear, FoldError, fold
 from fedmom.engine.stacked.means import RowsEnded
 from fedmom.engine.stacked.updates import Number, first_update, update
@@ -69,6 +70,7 @@ class Stack:
         self.method, self.factors = method, factors
         self.model, self.clients = fold(task.model)
         self.model.train()
+        self.model = fuse(self.model) if task.device.type == "cuda" else self.model
         self.clients.convolution = convolution
         self.numbers: tuple[tuple[float, ...], Numbers] | None = None  # of the γ that came last
         self.sizes: dict[str, tuple[int, int, int]] | None = None  # {dense weight: (in, out, M)} where seen once
