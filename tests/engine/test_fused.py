@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fedmom.engine.stacked import fused
 from fedmom.engine.stacked.fusing import ConvReluPool, NormRelu, fuse
-from fedmom.engine.stacked.kernels import batch_norm, dropout, pool
+from fedmom.engine.stacked.kernels import batch_norm, dropout, fused, pool
 from fedmom.engine.stacked.layers import fold
 from fedmom.engine.stacked.steps import Stack
 from fedmom.rounds.loop import beginning, round_job

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn, overrides
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedmom.engine.stacked import fused
+from fedmom.engine.stacked.kernels import fused
 from fedmom.engine.stacked.layers import FOLDED, FoldedBatchNorm, FoldedConv, FoldedPool
 
 _LAYERS: Any = tuple(set(FOLDED.values()))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm, embedding, group_norm, layer_norm
 
-from fedmom.engine.stacked import fused
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS, Ways
 from fedmom.engine.stacked.factors import Factors, factored
+from fedmom.engine.stacked.kernels import fused
 from fedmom.method.state import Tree
 from fedmom.tasks.dropout import KEY, AddressedDropout, kept
 from fedmom.tasks.places import bounded, copied, hooks_of

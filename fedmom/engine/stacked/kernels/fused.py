@@ -208,7 +208,7 @@ def on_card(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if name not in failed:
             try:
-                kernels = importlib.import_module(f"{__package__}.kernels.{file}")
+                kernels = importlib.import_module(f"{__package__}.{file}")
                 with torch.cuda.device_of(args[0]):
                     return getattr(kernels, name)(*args)
             except torch.OutOfMemoryError:
@@ -221,7 +221,7 @@ def on_card(name: str) -> Callable[..., Any]:
     return run
 
 
-_LIBRARY = torch.library.Library("fedmom", "DEF")
+_LIBRARY = torch.library.Library("fedmom", "FRAGMENT")
 for _name, (_schema, _, _plain) in _OPERATORS.items():
     _LIBRARY.define(_name + _schema)
     _LIBRARY.impl(_name, _plain, "CPU")
