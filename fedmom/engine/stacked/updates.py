@@ -7,6 +7,7 @@ weights are: a CUDA graph that reads it there can be replayed with another γ.
 import torch
 from torch import Tensor
 
+from fedmom.engine.stacked.kernels.registry import Fused, register
 from fedmom.method.algorithms import Method
 
 Number = float | Tensor  # [] float64 where the weights are, if it may change between replays of a CUDA graph
@@ -19,15 +20,11 @@ def times(t: Tensor, by: Number) -> Tensor:
     return by * t
 
 
-def moved(x: Tensor, v: Tensor, lr: Number) -> Tensor:
-    """x − γ v of rows v [K, ...], in one pass."""
-    if not isinstance(lr, Tensor):
-        return torch.sub(x, v, alpha=lr)
-    return x - times(v, lr) if v.dtype.itemsize < 4 else torch.addcmul(x, v, lr.to(v.dtype), value=-1)
-
-
 def first_update(method: Method, x: Tensor, u: Tensor, g: Tensor, lr: Number) -> tuple[Tensor, Tensor]:
     """From the common x [...], and u [...] or [K, ...], to the clients' own rows (x, u); g [K, ...] is used up."""
+    if isinstance(lr, Tensor):
+        rows: Tensor = torch.ops.fedmom.first_step(g, x, u, lr, method.beta, method.weight_decay, method.nesterov)
+        return rows, g
     if method.weight_decay:
         g.add_(x, alpha=method.weight_decay)
     if method.nesterov:
@@ -35,7 +32,26 @@ def first_update(method: Method, x: Tensor, u: Tensor, g: Tensor, lr: Number) ->
         v = g.add_(u, alpha=method.beta)
     else:
         u = v = g.add_(u, alpha=method.beta)
-    return moved(x, v, lr), u
+    return torch.sub(x, v, alpha=lr), u
+
+
+def _first_step(g: Tensor, x: Tensor, u: Tensor, lr: Tensor, beta: float, decay: float, nesterov: bool) -> Tensor:
+    """The same with γ where the weights are: x of all clients [K, ...]; u is written over g [K, ...], which is dense."""
+    v = g + decay * x if decay else g.clone()
+    g.copy_(v).add_(u, alpha=beta)
+    v = v.add_(g, alpha=beta) if nesterov else g
+    return x - times(v, lr)
+
+
+register(
+    {
+        "first_step": Fused(
+            "(Tensor(a!) g, Tensor x, Tensor u, Tensor lr, float beta, float decay, bool nesterov) -> Tensor",
+            "first_step",
+            _first_step,
+        )
+    }
+)
 
 
 def update(method: Method, xs: list[Tensor], us: list[Tensor], grads: list[Tensor], lr: Number) -> None:

@@ -5,10 +5,7 @@ torch elsewhere, which says what the kernel computes. Activations are [K·B, C, 
 memory, and what belongs together lies alike. float64 is computed in float64, all else in float32.
 """
 
-import importlib
 import math
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import max_pool2d, pad
 
+from fedmom.engine.stacked.kernels.registry import Fused, register
 from fedmom.tasks.dropout import kept
-from fedmom.user_code import one_line
 
 enabled: bool | None = None  # None: on a CUDA device; True: everywhere; False: nowhere
-failed: dict[str, str] = {}  # {operator: why its kernel is not used any more}
 
 _NOTHING = 255  # in the place of an index: nothing in the window is positive
 _PROGRAMS, _MOST_PARTS = 1024, 64  # of a reduction, and of its parts of a client
@@ -171,28 +167,28 @@ def _norm_back(
 # --- operators ------------------------------------------------------------------------------------------------
 
 _AFFINE = "Tensor? weight, Tensor? bias"
-_OPERATORS: dict[str, tuple[str, str, Callable[..., Any]]] = {  # {name: (arguments and results, kernels' file, plain)}
-    "dropout": ("(Tensor x, Tensor keys, int layer, float p, bool channels) -> Tensor", "dropout", _dropout),
-    "relu_pool": ("(Tensor x, Tensor? bias, int K, int[] pool) -> (Tensor, Tensor)", "pool", _relu_pool),
-    "relu_pool_back": (
+OPERATORS = {
+    "dropout": Fused("(Tensor x, Tensor keys, int layer, float p, bool channels) -> Tensor", "dropout", _dropout),
+    "relu_pool": Fused("(Tensor x, Tensor? bias, int K, int[] pool) -> (Tensor, Tensor)", "pool", _relu_pool),
+    "relu_pool_back": Fused(
         "(Tensor d, Tensor index, int K, int[] size, int[] pool, int rows) -> (Tensor, Tensor)",
         "pool",
         _relu_pool_back,
     ),
-    "norm_sums": ("(Tensor x, int K, int rows) -> (Tensor, Tensor)", "batch_norm", _norm_sums),
-    "norm_apply": (
+    "norm_sums": Fused("(Tensor x, int K, int rows) -> (Tensor, Tensor)", "batch_norm", _norm_sums),
+    "norm_apply": Fused(
         f"(Tensor x, Tensor means, Tensor squares, {_AFFINE}, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
         "Tensor? residual, int K, int rows, float momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
         "batch_norm",
         _norm_apply,
     ),
-    "norm_back_sums": (
+    "norm_back_sums": Fused(
         f"(Tensor d, Tensor x, Tensor? y, Tensor mean, Tensor scale, {_AFFINE}, int K, int rows, bool relu) "
         "-> (Tensor, Tensor, Tensor)",
         "batch_norm",
         _norm_back_sums,
     ),
-    "norm_back": (
+    "norm_back": Fused(
         f"(Tensor d, Tensor x, Tensor mean, Tensor scale, {_AFFINE}, Tensor one, Tensor two, int K, int rows, "
         "bool relu) -> (Tensor, Tensor, Tensor)",
         "batch_norm",
@@ -201,32 +197,7 @@ _OPERATORS: dict[str, tuple[str, str, Callable[..., Any]]] = {  # {name: (argume
 }
 
 
-def on_card(name: str) -> Callable[..., Any]:
-    """The operator by its kernel; by plain torch from the first time on that the kernel cannot run."""
-    _, file, plain = _OPERATORS[name]
-
-    def run(*args: Any) -> Any:
-        if name not in failed:
-            try:
-                kernels = importlib.import_module(f"{__package__}.{file}")
-                with torch.cuda.device_of(args[0]):
-                    return getattr(kernels, name)(*args)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # no Triton, no compiler, a card that it does not know
-                failed[name] = one_line(error)
-                warnings.warn(f"fedmom::{name} runs without its kernel: {failed[name]}", stacklevel=2)
-        return plain(*args)
-
-    return run
-
-
-_LIBRARY = torch.library.Library("fedmom", "FRAGMENT")
-for _name, (_schema, _, _plain) in _OPERATORS.items():
-    _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, _plain, "CPU")
-    _LIBRARY.impl(_name, _plain, "Meta")
-    _LIBRARY.impl(_name, on_card(_name), "CUDA")
+register(OPERATORS)
 
 
 # --- with gradients -------------------------------------------------------------------------------------------
