@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fedmom.engine.stacked.fusing import ConvReluPool, NormRelu, fuse
-from fedmom.engine.stacked.kernels import batch_norm, dropout, fused, pool
+from fedmom.engine.stacked.fusing.modules import ConvReluPool, DroppedFlat, NormRelu
+from fedmom.engine.stacked.fusing.patterns import fuse
+from fedmom.engine.stacked.kernels import batch_norm, dropout, first_step, fused, pool, registry
 from fedmom.engine.stacked.layers import fold
 from fedmom.engine.stacked.steps import Stack
 from fedmom.rounds.loop import beginning, round_job
@@ -27,7 +28,7 @@ LAST, PLAIN = torch.channels_last, torch.contiguous_format
 
 def drawn(*shape, dtype=F64, layout=PLAIN, seed=0):
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=F64).to(dtype).contiguous(memory_format=layout)
+    return torch.randn(shape, generator=generator, dtype=F64).to(dtype).contiguous(memory_format=layout)
 
 
 def places(t):
@@ -72,9 +73,9 @@ def test_the_dropout_kernel_gives_the_same_bits(K, shape, layout, p, channels, d
     keys = torch.tensor([5, -7, 1 << 62])[:K]
     x = drawn(K * shape[0], *shape[1:], dtype=dtype, layout=layout)
     x[(0,) * x.ndim] = float("inf")  # infinity · 0 is NaN in both
-    for layer in (0, 1, 40):
-        want = fused._dropout(x, keys, layer, p, channels)
-        found = dropout.dropout(*on_device(x, keys), layer, p, channels).cpu()
+    for layer, turned in ((0, False), (1, x.ndim == 4), (40, False)):
+        want = fused._dropout(x, keys, layer, p, channels, turned)
+        found = dropout.dropout(*on_device(x, keys), layer, p, channels, turned).cpu()
         assert torch.equal(found.nan_to_num(nan=77.0), want.nan_to_num(nan=77.0))
         assert places(found) == places(want)
 
@@ -203,16 +204,37 @@ def test_pooling_is_torchs_with_equal_and_missing_numbers(K, B, C, side, window,
     close(gradients(fused.ReluPooled.apply(x, bias, K, window), leaves), want)
 
 
-@pytest.mark.parametrize("channels", [False, True])
-def test_dropout_is_each_clients_own(channels):
+@pytest.mark.parametrize(("channels", "turned"), [(False, False), (True, False), (False, True)])
+def test_dropout_is_each_clients_own(channels, turned):
     layer, keys = AddressedDropout(0.3, 7, channels=channels), torch.tensor([3, -9, 1 << 50])
     x = drawn(6, 4, 5, 3, layout=LAST).requires_grad_()
     want = torch.cat(
         [torch.func.functional_call(layer, {"dropout_key": k}, h) for k, h in zip(keys, x.chunk(3), strict=True)]
     )
-    close(gradients(fused.Dropped.apply(x, keys, 7, 0.3, channels), [x]), gradients(want, [x]))
+    close(gradients(fused.Dropped.apply(x, keys, 7, 0.3, channels, turned), [x]), gradients(want, [x]))
     mask = kept(keys, 7, 0.3, (2, 4, 5, 3), channels=channels, dtype=F64)
     assert 0.1 < float((mask == 0).double().mean()) < 0.6
+
+
+@table(
+    "K, shape, own, decay, nesterov, dtype",
+    [
+        (1, (1,), False, 0.0, False, F64),
+        (3, (7, 5), True, 0.01, True, F64),
+        (2, (33, 65), False, 0.1, True, F32),
+        (4, (), True, 0.0, False, F32),
+        (2, (40,), False, 0.1, True, torch.bfloat16),
+    ],
+)
+def test_the_first_steps_kernel_is_the_first_step(K, shape, own, decay, nesterov, dtype):
+    """Nor does it write into what all clients share."""
+    x, u = drawn(*shape, dtype=dtype), drawn(*([K] if own else []), *shape, dtype=dtype, seed=1)
+    g, lr = drawn(K, *shape, dtype=dtype, seed=2), torch.tensor(0.3, dtype=F64)
+    wanted, got = [t.clone() for t in (g, x, u, lr)], on_device(g, x, u, lr)
+    want = torch.ops.fedmom.first_step(*wanted, 0.9, decay, nesterov)
+    found = first_step.first_step(*got, 0.9, decay, nesterov)
+    factor = 1000 if dtype == torch.bfloat16 else 1
+    same([found, *got], [want, *wanted], dtype, factor)
 
 
 @table("K, rows, C", [(1, 1, 1), (1, 4, 64), (50, 9000, 32), (8, 65536, 16), (3, 100, 2000)])
@@ -230,11 +252,11 @@ def test_a_kernel_that_cannot_run_is_done_without_and_named_once(monkeypatch):
     x, keys = drawn(4, 3), torch.tensor([1, 2])
     run = registry.on_card("dropout", fused.OPERATORS["dropout"])
     with pytest.warns(UserWarning, match="fedmom::dropout runs without its kernel: ZeroDivisionError"):
-        found = run(x, keys, 1, 0.5, False)
-    assert torch.equal(found, fused._dropout(x, keys, 1, 0.5, False))
+        found = run(x, keys, 1, 0.5, False, False)
+    assert torch.equal(found, fused._dropout(x, keys, 1, 0.5, False, False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(run(x, keys, 1, 0.5, False), found)
+        assert torch.equal(run(x, keys, 1, 0.5, False, False), found)
 
 
 # --- any model ----------------------------------------------------------------------------------------------
@@ -251,7 +273,7 @@ class Body(nn.Module):
         super().__init__()
         self.conv, self.other = conv(), conv(bias=False)
         self.norm, self.again = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-        self.calls, self.does = 0, forward
+        self.calls, self.does, self.drop = 0, forward, AddressedDropout(0.4, 1)
         self.scale = torch.tensor(2.0, dtype=F64)
 
     def forward(self, x, extra=None):
@@ -354,6 +376,8 @@ MODELS |= {
     "pool, then relu": (lambda: nn.Sequential(conv(), nn.MaxPool2d(2), nn.ReLU(inplace=True)), (1, 0)),
     "nested": (lambda: nn.Sequential(nn.Sequential(conv(), nn.BatchNorm2d(3)), nn.Sequential(nn.ReLU())), (0, 1)),
     "dropout": (lambda: address_dropout(nn.Sequential(conv(), nn.ReLU(), nn.Dropout(0.4), nn.Dropout2d(0.4))), (1, 0)),
+    "flat": (lambda: address_dropout(nn.Sequential(conv(), nn.Dropout(0.4), nn.Flatten())), (0, 0)),
+    "flat by function": (lambda: Body(lambda m, x: torch.flatten(m.drop(m.conv(x)), 1)), (0, 0)),
     "1d": (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 3, 3), nn.ReLU(), nn.BatchNorm1d(3), nn.ReLU()), (1, 1)),
     "no affine": (lambda: nn.Sequential(nn.BatchNorm2d(3, affine=False, track_running_stats=False), nn.ReLU()), (0, 1)),
 }
@@ -397,6 +421,7 @@ def test_a_fused_model_is_the_plain_one(name, switch):
     close(found, want)
     kinds = [type(m) for m in model.modules()]
     assert (kinds.count(ConvReluPool), kinds.count(NormRelu)) == (number or (0, 0))
+    assert kinds.count(DroppedFlat) == name.startswith("flat")
     if name.startswith("pool ") and "pool" not in name[5:]:
         fuses = next(m for m in model.modules() if isinstance(m, ConvReluPool)).pool is not None
         assert fuses == POOLS[name[5:]][1]

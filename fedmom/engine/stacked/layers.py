@@ -211,12 +211,13 @@ class FoldedDropout(nn.Module):
         super().__init__()
         self.clients, self.p, self.layer, self.channels = clients, layer.p, layer.layer, layer.channels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turned: bool = False) -> Tensor:
+        """turned: from channels-last memory to plain, by the operator."""
         if self.p == 0:
             return x
         keys, one = self.clients.dropout_keys, (len(x) // self.clients.num, *x.shape[1:])
         if fused.on(x, self.clients.num):
-            return fused.Dropped.apply(x, keys, self.layer, self.p, self.channels)
+            return fused.Dropped.apply(x, keys, self.layer, self.p, self.channels, turned)
         mask = kept(keys, self.layer, self.p, one, channels=self.channels, dtype=x.dtype)  # [K, B, ...]
         return x * mask.flatten(0, 1)
 

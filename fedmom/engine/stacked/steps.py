@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fedmom.engine.stacked.factors import Factors, Numbers, coefficients, numbers, pays
-from fedmom.engine.stacked.fusing import fuse
+from fedmom.engine.stacked.fusing.patterns import fuse
 from fedmom.engine.stacked.layers import FoldedLinear, FoldError, fold
 from fedmom.engine.stacked.means import RowsEnded
 from fedmom.engine.stacked.updates import Number, first_update, update

@@ -36,7 +36,7 @@ def first_update(method: Method, x: Tensor, u: Tensor, g: Tensor, lr: Number) ->
 
 
 def _first_step(g: Tensor, x: Tensor, u: Tensor, lr: Tensor, beta: float, decay: float, nesterov: bool) -> Tensor:
-    """The same with γ where the weights are: x of all clients [K, ...]; u is written over g [K, ...], which is dense."""
+    """The same with γ where the weights are: x of all clients [K, ...]; u is written over g [K, ...]."""
     v = g + decay * x if decay else g.clone()
     g.copy_(v).add_(u, alpha=beta)
     v = v.add_(g, alpha=beta) if nesterov else g

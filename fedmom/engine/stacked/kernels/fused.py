@@ -45,6 +45,10 @@ def layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
+def _other(known: torch.memory_format) -> torch.memory_format:
+    return torch.contiguous_format if known == torch.channels_last else torch.channels_last
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -61,11 +65,11 @@ def _like(rows: Tensor, x: Tensor) -> Tensor:
     return y.to(x.dtype).contiguous(memory_format=layout(x))
 
 
-def _dropout(x: Tensor, keys: Tensor, layer: int, p: float, channels: bool) -> Tensor:
-    """x · mask, of addressed dropout."""
+def _dropout(x: Tensor, keys: Tensor, layer: int, p: float, channels: bool, turned: bool) -> Tensor:
+    """x · mask, of addressed dropout; turned: in channels-last memory where x is in plain, and the other way round."""
     one = (len(x) // len(keys), *x.shape[1:])
     mask = kept(keys, layer, p, one, channels=channels, dtype=x.dtype).flatten(0, 1)
-    return (x * mask).contiguous(memory_format=layout(x))
+    return (x * mask).contiguous(memory_format=_other(layout(x)) if turned else layout(x))
 
 
 def _relu_pool(x: Tensor, bias: Tensor | None, K: int, pool: list[int]) -> tuple[Tensor, Tensor]:
@@ -168,7 +172,9 @@ def _norm_back(
 
 _AFFINE = "Tensor? weight, Tensor? bias"
 OPERATORS = {
-    "dropout": Fused("(Tensor x, Tensor keys, int layer, float p, bool channels) -> Tensor", "dropout", _dropout),
+    "dropout": Fused(
+        "(Tensor x, Tensor keys, int layer, float p, bool channels, bool turned) -> Tensor", "dropout", _dropout
+    ),
     "relu_pool": Fused("(Tensor x, Tensor? bias, int K, int[] pool) -> (Tensor, Tensor)", "pool", _relu_pool),
     "relu_pool_back": Fused(
         "(Tensor d, Tensor index, int K, int[] size, int[] pool, int rows) -> (Tensor, Tensor)",
@@ -216,16 +222,18 @@ class Dropped(torch.autograd.Function):
     """x [K·B, ...] · mask of addressed dropout, keys [K]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, p: float, channels: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, keys: Tensor, layer: int, p: float, channels: bool, turned: bool) -> Tensor:
         ctx.save_for_backward(keys)
-        ctx.options = layer, p, channels
-        y: Tensor = ops.dropout(_dense(x), keys, *ctx.options)
+        x = _dense(x)
+        ctx.options, ctx.layout = (layer, p, channels, turned), _other(layout(x)) if turned else layout(x)
+        y: Tensor = ops.dropout(x, keys, *ctx.options)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ops.dropout(_dense(grads[0]), *ctx.saved_tensors, *ctx.options), None, None, None, None
+        d = grads[0].contiguous(memory_format=ctx.layout)
+        return ops.dropout(d, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 class ReluPooled(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """Operators of torch that are one kernel on a CUDA device and plain torch elsewhere, which says what they compute.
 
-Whatever watches operators, counts them or records them sees the kernels too. Triton is imported when the first kernel is
-launched.
+Whatever watches operators, counts them or records them sees the kernels too. Triton is imported with the first kernel.
 """
 
 import importlib
