@@ -12,8 +12,8 @@ joint epochs (passes of all clients together over the data), lr constant or divi
 is divided by 10 at 1/2 and 3/4 of them; tables and pictures say E. Clients hold iid parts of equal size.
 
 * lr: the theory takes γ = √(N/T). At equal joint epochs T N is the same for all N, so γ grows as N. So one γ is chosen
-  of at most three, for the fewest clients, I = 1, by training loss, by a seed of its own and half a run; all others take
-  it times N over the fewest. `--scale none` gives all the same lr. Weight decay 1e-4 and ResNet's lr are ours.
+  of at most three, for the fewest clients and I = 1, by the training loss after half a run of a seed of its own; all
+  others take it times N over the fewest. `--scale none` gives all the same lr. Weight decay 1e-4 and lr are ours.
 * A run with the decayed lr begins as the one with the constant lr does, so both are run once up to the first milestone.
 * DIR/rows.jsonl has a line per finished run as soon as it is finished, and the protocol first. Killed at any moment,
   the same command goes on with what is missing. What the budget did not reach is missing, the least important first.
@@ -22,231 +22,42 @@ Needs torch, numpy and this checkout, Pillow where the images are atlases, and m
 """
 
 import argparse
-import fcntl
-import json
-import math
-import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
-from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from paper_data import first_images, read_images  # noqa: E402
-from paper_pictures import draw_all, rows_of  # noqa: E402
+from paper_data import append, first_images, read_images, rows_of  # noqa: E402
+from paper_pictures import draw_all  # noqa: E402
+from paper_runs import (  # noqa: E402
+    SCHEDULES,
+    BudgetError,
+    Cell,
+    Protocol,
+    Watch,
+    advance,
+    begun,
+    cells_of,
+    measured_way,
+    run_cell,
+)
 
 from fedmom.data.datasets import Dataset  # noqa: E402
-from fedmom.data.partition import make_partition  # noqa: E402
-from fedmom.engine.auto import choose  # noqa: E402
-from fedmom.engine.engine import Engine  # noqa: E402
 from fedmom.errors import DivergedError, InputError  # noqa: E402
 from fedmom.machine.precision import allow_tf32  # noqa: E402
-from fedmom.method.algorithms import Method  # noqa: E402
-from fedmom.method.schedules import LearningRate  # noqa: E402
-from fedmom.rounds.loop import Plan, RunState, beginning, round_job, run_rounds  # noqa: E402
-from fedmom.tasks.classification import Classification  # noqa: E402
-from fedmom.tasks.models import build_model  # noqa: E402
 
-SCHEDULES = {"constant": "constant", "decayed": "step"}  # ours: fedmom's
-ORDER = (1, 8, 16, 4)  # of I, the most telling first
 TRIAL_SEED = 9999  # of the lr's trials alone
 QUICK = {"images": 2048, "test_images": 500, "batch": 8, "clients": [2, 4], "intervals": [1, 4], "epochs": 1.0}
 
 
-class OutOfTime(Exception):
-    """The budget is spent, or whoever started this process is gone."""
-
-
-class Cell(NamedTuple):
-    """A run with either schedule."""
-
-    seed: int
-    interval: int  # I
-    clients: int  # N
-
-
-class Protocol(NamedTuple):
-    """What all runs of a folder share: the first line of its rows."""
-
-    model: str
-    data: str  # what the images are
-    images: int  # n, of all clients together
-    test_images: int
-    batch: int  # B of a client
-    clients: list[int]
-    intervals: list[int]
-    lrs: list[float]  # tried for the fewest clients; one: not tried
-    scale: str  # "linear" in N, or "none"
-    augment: str
-    matmul: str
-    path: str  # asked for
-    units: int  # E in units of `unit` examples
-    points: int  # evaluations of a run
-    ways: dict[str, list[Any]]  # {N: path, chunk size, seconds per round, per step and per evaluation}
-
-    @property
-    def unit(self) -> int:
-        """Examples of the shortest run in which every milestone, 1/2 and 3/4, ends a round for every N and I."""
-        return 4 * math.lcm(*self.intervals) * max(self.clients) * self.batch
-
-    @property
-    def epochs(self) -> float:
-        """E, joint epochs of a run."""
-        return self.units * self.unit / self.images
-
-    def rounds(self, cell: Cell) -> int:
-        return self.units * self.unit // (cell.clients * self.batch * cell.interval)
-
-    def cost(self, cell: Cell, runs: float) -> float:
-        """Seconds that so many runs of a cell take, by the rate measured at first."""
-        _, _, per_round, per_step, evaluation = self.ways[str(cell.clients)]
-        return runs * (self.rounds(cell) * (per_round + cell.interval * per_step) + self.points * evaluation)
-
-
-def small_cnn(shape: tuple[int, ...]) -> nn.Module:
-    """Two convolutions with stride 2 and a dense layer; 25,578 parameters on CIFAR-10."""
-    channels, height, width = shape
-    features = 32 * -(-height // 4) * -(-width // 4)
-    with torch.device("cpu"):
-        return nn.Sequential(
-            *(nn.Conv2d(channels, 16, 3, stride=2, padding=1), nn.ReLU()),
-            *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(features, 10)),
-        )
-
-
-def task_of(protocol: Protocol, data: Dataset, clients: int, seed: int, device: str) -> Classification:
-    if protocol.model == "small-cnn":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = small_cnn(data.input_shape)
-    else:
-        model = build_model(protocol.model, data.input_shape, data.num_classes, seed=seed)
-    partition = make_partition("iid", data.y_train.numpy(), clients, seed=seed)
-    options: dict[str, Any] = {"batch_size": protocol.batch, "augment": protocol.augment}
-    return Classification(data, model, partition, **options, seed=seed, device=device)
-
-
-def plan_of(protocol: Protocol, cell: Cell, schedule: str, lr: float) -> Plan:
-    rate = LearningRate(lr, SCHEDULES[schedule], (0.5, 0.75), unit="fraction")
-    rounds = protocol.rounds(cell)
-    return Plan(
-        *(Method(0.9, weight_decay=1e-4), rate, rounds, cell.clients, protocol.batch, cell.seed),
-        num_local_steps=cell.interval,
-        eval_every=rounds // protocol.points,
-    )
-
-
-# --- one cell -------------------------------------------------------------------------------------------------
-
-
-class Watch:
-    """The time that is left."""
-
-    def __init__(self, seconds: float) -> None:
-        self.begin, self.seconds, self.parent = time.monotonic(), seconds, os.getppid()
-
-    def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.begin)
-
-    def check(self) -> None:
-        if self.left() <= 0 or os.getppid() != self.parent:
-            raise OutOfTime
-
-
-class Course(NamedTuple):
-    """A run so far."""
-
-    done: RunState
-    curve: list[list[float]]  # [points, 6]: steps, joint epochs, seconds, train loss, test loss, test accuracy
-    seconds: float  # of training alone
-
-
-def advance(task: Classification, plan: Plan, engine: Engine, course: Course, until: int, watch: Watch) -> Course:
-    """Rounds up to the one numbered `until`."""
-    done, curve, seconds = course.done, list(course.curve), course.seconds
-    losses: list[float] = []
-    if done.round == until:
-        return course
-    for done, record in run_rounds(task, plan, engine, done):
-        watch.check()
-        seconds += plan.cohort_size * plan.num_local_steps / record["client_steps_per_second"]
-        losses.append(record["train_loss"])
-        if "test_loss" in record:
-            loss, losses = statistics.fmean(losses), []
-            measured = [record["test_loss"], record["test_accuracy"]]
-            curve.append([record["steps"], record["joint_epochs"], seconds, loss, *measured])
-        if done.round == until:
-            break
-    return Course(done, curve, seconds)
-
-
-def run_cell(protocol: Protocol, data: Dataset, cell: Cell, schedules: list[str], lr: float, options: Any) -> Any:
-    """A row of each of the schedules; the rounds that they share are run once."""
-    watch: Watch = options.watch
-    task = task_of(protocol, data, cell.clients, cell.seed, options.device)
-    path, chunk = protocol.ways[str(cell.clients)][:2]
-    plans = {name: plan_of(protocol, cell, name, lr) for name in schedules}
-    engine = Engine(task, plans[schedules[0]].method, path=path, chunk_size=chunk)
-    shared = None
-    for name, plan in plans.items():
-        row: dict[str, Any] = {"kind": "run", **cell._asdict(), "schedule": name, "lr": lr, "status": "done"}
-        begin = time.monotonic()
-        try:
-            if shared is None:
-                start = Course(beginning(task, plan), [], 0.0)
-                shared = advance(task, plan, engine, start, plan.num_rounds // 2, watch)
-            course = advance(task, plan, engine, shared, plan.num_rounds, watch)
-            row["curve"] = [[round(value, 6) for value in point] for point in course.curve]
-        except DivergedError as error:
-            row |= {"status": "diverged", "why": str(error)}
-        if engine.replays is not None:
-            row |= {"replayed": engine.replays.num_replayed, "trouble": engine.replays.trouble}
-        yield {**row, "took": time.monotonic() - begin, **options.where}
-
-
-# --- before the cells: the rate, E and the lr ------------------------------------------------------------------
-
-
-def measured_way(protocol: Protocol, data: Dataset, clients: int, options: Any) -> list[Any]:
-    """[path, chunk size, seconds per round, per step and per evaluation] for N clients."""
-    task = task_of(protocol, data, clients, 0, options.device)
-    sizes = sorted({1, max(protocol.intervals)})
-    done, times = beginning(task, plan_of(protocol, Cell(0, 1, clients), "constant", 1e-3)), []
-    path, chunk = protocol.path, clients
-    for size in reversed(sizes):
-        plan = plan_of(protocol, Cell(0, size, clients), "constant", 1e-3)
-        job = round_job(task, plan, done)
-        if path == "auto":
-            path, chunk, *_ = choose(task, plan.method, done.state, job, path="auto", chunk_size=0)
-        engine = Engine(task, plan.method, path=path, chunk_size=chunk)
-        for _ in range(4):  # what is recorded on a GPU is recorded in these
-            engine.run_round(done.state, job)
-        times.append(median_time(lambda engine=engine, job=job: engine.run_round(done.state, job), options))
-    task.evaluate(done.state)
-    evaluation = median_time(lambda: task.evaluate(done.state), options)
-    per_step = max(0.0, times[0] - times[-1]) / max(1, sizes[-1] - 1) or times[0] / sizes[-1]
-    return [path, chunk, max(0.0, times[-1] - per_step), per_step, evaluation]
-
-
-def median_time(call: Any, options: Any) -> float:
-    found: list[float] = []
-    while len(found) < 3 or (sum(found) < 0.5 and len(found) < 20):
-        begin = time.perf_counter()
-        call()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+# --- before the cells: E and the lr ---------------------------------------------------------------------------
 
 
 def name_of(data: Dataset) -> str:
@@ -260,19 +71,17 @@ def settled(data: Dataset, options: Any) -> Protocol:
         *(options.model, name_of(data), len(data.x_train), len(data.x_test), options.batch, options.clients),
         *(options.intervals, options.lrs, options.scale, options.augment, options.matmul, options.path, 1, 1, {}),
     )
-    protocol = protocol._replace(
-        ways={str(n): measured_way(protocol, data, n, options) for n in protocol.clients},
-        points=1,
-    )
+    protocol = protocol._replace(ways={str(n): measured_way(protocol, data, n, options) for n in protocol.clients})
     if options.epochs:
         units = round(options.epochs * protocol.images / protocol.unit)
     else:
         cells = cells_of(protocol, options.seeds)
-        whole = sum(protocol.cost(cell, 1.5) for cell in cells) / options.workers
+        free = protocol._replace(points=0)  # evaluations are as many whatever E is
+        whole = sum(free.cost(cell, 1.5) for cell in cells) / options.workers
         trials = len(protocol.lrs) * (len(protocol.lrs) > 1)
-        whole += protocol.cost(Cell(0, 1, min(protocol.clients)), 0.5 * trials)
-        extra = 1.5 * options.points * sum(protocol.ways[str(c.clients)][4] for c in cells) / options.workers
-        units = int((0.85 * options.watch.left() - extra) / whole)
+        whole += free.cost(Cell(0, 1, min(protocol.clients)), 0.5 * trials)
+        looks = 1.5 * options.points * sum(protocol.ways[str(c.clients)][4] for c in cells) / options.workers
+        units = int((0.85 * options.watch.left() - looks) / whole)
     units = max(1, units)
     fewest = protocol._replace(units=units).rounds(Cell(0, max(protocol.intervals), max(protocol.clients)))
     points = max(p for p in range(1, options.points + 1) if fewest % p == 0 and (p == 1 or p % 2 == 0))
@@ -288,10 +97,7 @@ def chosen_lr(protocol: Protocol, data: Dataset, options: Any) -> float:
     for lr in protocol.lrs:
         if lr in found:
             continue
-        task, plan = task_of(protocol, data, cell.clients, cell.seed, options.device), None
-        plan = plan_of(protocol, cell, "constant", lr)
-        path, chunk = protocol.ways[str(cell.clients)][:2]
-        engine, start = Engine(task, plan.method, path=path, chunk_size=chunk), Course(beginning(task, plan), [], 0.0)
+        task, plan, engine, start = begun(protocol, data, cell, "constant", lr, options.device)
         try:
             course = advance(task, plan, engine, start, plan.num_rounds // 2, options.watch)
             found[lr] = course.curve[-1][3]
@@ -304,29 +110,12 @@ def chosen_lr(protocol: Protocol, data: Dataset, options: Any) -> float:
 # --- all of them ----------------------------------------------------------------------------------------------
 
 
-def cells_of(protocol: Protocol, seeds: int) -> list[Cell]:
-    """In order of importance: all of a seed, then I as in ORDER, then the ends of N."""
-    intervals = sorted(protocol.intervals, key=lambda i: ORDER.index(i) if i in ORDER else len(ORDER))
-    clients = sorted(protocol.clients, key=lambda n: (n not in (max(protocol.clients), min(protocol.clients)), -n))
-    return [Cell(*each) for each in product(range(seeds), intervals, clients)]
-
-
-def append(out: Path, row: dict[str, Any]) -> None:
-    """A whole line or none, whoever else writes; what a kill cut off before is taken away."""
-    with (out / "rows.jsonl").open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def run_all(protocol: Protocol, data: Dataset, lr: float, options: Any) -> None:
     """Every cell of this worker that is missing and that fits into what is left of the budget."""
     slow = 1.0  # than measured at first
-    for cell in cells_of(protocol, options.seeds)[options.part :: options.workers]:
+    for place, cell in enumerate(cells_of(protocol, options.seeds)):
+        if (place + place // options.workers) % options.workers != options.part:  # so that all get all N
+            continue
         have = {tuple(r[name] for name in (*Cell._fields, "schedule")) for r in rows_of(options.out, "run")}
         schedules = [name for name in SCHEDULES if (*cell, name) not in have]
         runs = 0.5 + 0.5 * len(schedules)
@@ -354,7 +143,7 @@ def run(options: Any) -> None:
     asked |= {"images": len(data.x_train), "test_images": len(data.x_test), "points": protocol.points}
     asked |= {"data": name_of(data)}
     if other := [f"{n} = {getattr(protocol, n)}" for n, v in asked.items() if getattr(protocol, n) != v]:
-        raise InputError(f"--out {options.out}: was begun with {', '.join(other)}; say the same, or take another folder")
+        raise InputError(f"--out {options.out}: was begun with {', '.join(other)}; say so, or take another folder")
     lr = chosen_lr(protocol, data, options)
     workers = []
     if options.part is None:
@@ -398,8 +187,8 @@ def options_of(arguments: list[str] | None) -> Any:
     defaults: dict[str, Any] = {"images": 0, "test_images": 0, "batch": 64, "clients": [2, 4, 8], "budget": 3600.0}
     defaults |= {"intervals": [1, 4, 8, 16], "model": "resnet56", "augment": "crop-flip", "lrs": [0.05]}
     if small:
-        defaults |= {"model": "small-cnn", "augment": "none", "lrs": [0.005, 0.01, 0.02], "budget": 2100.0}
-        defaults["images"] = 32768  # E is then a whole number
+        defaults |= {"model": "small-cnn", "augment": "none", "lrs": [0.01, 0.02, 0.04], "budget": 2100.0}
+        defaults |= {"images": 32768, "test_images": 5000}  # of so many training images E is a whole number
     if options.quick:
         defaults |= {**QUICK, "budget": 100.0}
     for name, value in defaults.items():
@@ -426,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.draw:
         try:
             run(options)
-        except OutOfTime:
+        except BudgetError:
             print("the budget is spent", file=sys.stderr)
         except InputError as error:
             print(error, file=sys.stderr)

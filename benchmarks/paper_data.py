@@ -1,7 +1,11 @@
-"""Images for benchmarks/paper.py, from whatever of them a folder or a file holds."""
+"""What benchmarks/paper.py reads and writes: images, from whatever holds them, and the rows of a folder."""
 
+import fcntl
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,3 +63,24 @@ def first_images(data: Dataset, train: int, test: int) -> Dataset:
     parts: Sequence[torch.Tensor] = data[:4]
     kept = [part[: count or None] for part, count in zip(parts, (train, train, test, test), strict=True)]
     return data._replace(x_train=kept[0], y_train=kept[1], x_test=kept[2], y_test=kept[3])
+
+
+def rows_of(out: Path, kind: str = "") -> list[dict[str, Any]]:
+    """All rows, or those of a kind; of a run that was run twice the last. A line that was cut off is none."""
+    path = out / "rows.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    names = ("kind", "seed", "interval", "clients", "schedule", "lr")
+    last = {tuple(str(row.get(name)) for name in names): row for row in map(json.loads, lines)}
+    return [row for row in last.values() if not kind or row["kind"] == kind]
+
+
+def append(out: Path, row: dict[str, Any]) -> None:
+    """A whole line or none, whoever else writes; what a kill cut off before is taken away."""
+    with (out / "rows.jsonl").open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,27 +1,20 @@
 """The table and the two pictures of benchmarks/paper.py, of the rows of a folder and nothing else."""
 
-import json
 import sys
 from collections.abc import Sequence
 from math import floor
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import wrap
 from typing import Any, NamedTuple
+
+from paper_data import rows_of
 
 from fedmom.results.pictures.style import COLOURS, DARK, DASHES, LIGHT, MARKERS, add_legend, new_figure, plain_axes
 
 Row = dict[str, Any]
 SCHEDULES = ("constant", "decayed")
 STEPS, EPOCHS, SECONDS, TRAIN_LOSS, _, ACCURACY = range(6)  # of a point of a curve
-
-
-def rows_of(out: Path, kind: str = "") -> list[Row]:
-    """All rows, or those of a kind; of a run that was run twice the last. A line that was cut off is none."""
-    path = out / "rows.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    names = ("kind", "seed", "interval", "clients", "schedule", "lr")
-    last = {tuple(str(row.get(name)) for name in names): row for row in map(json.loads, lines)}
-    return [row for row in last.values() if not kind or row["kind"] == kind]
 
 
 class Group(NamedTuple):
@@ -119,7 +112,7 @@ def table(out: Path) -> str:
     groups, rows = groups_of(out), rows_of(out, "run")
     protocol = rows_of(out, "protocol")[0]
     base = min(protocol["clients"])
-    scaled = "γ times N / {}".format(base) if protocol["scale"] == "linear" else "the same γ for all N"
+    scaled = f"γ times N / {base}" if protocol["scale"] == "linear" else "the same γ for all N"
     lines = [title_of(out), ""]
     if tried := rows_of(out, "lr"):
         losses = ", ".join(f"{r['lr']:g}: {r['train_loss']:.4f}" for r in tried)
@@ -138,12 +131,14 @@ def rows_for(groups: Sequence[Group], schedule: str, base: int) -> list[str]:
         return [f"lr {schedule}: no run is finished.", ""]
     target = target_of(groups)
     faster = speedups(groups, target)
-    lines = [f"lr {schedule}: at the end, and to {100 * target:.1f} % test accuracy (on the line between evaluations).", ""]
+    to = f"to {100 * target:.1f} % test accuracy (on the line between evaluations)"
+    lines = [f"lr {schedule}: at the end, and {to}.", ""]
     heads = ("N", "I", "seeds", "test accuracy (%)", "train loss", "local steps", "joint epochs", "seconds")
     lines += ["| " + " | ".join((*heads, f"speedup over N = {base}")) + " |", "|---" * (len(heads) + 1) + "|"]
     for group in groups:
         ends = [curve[-1] for curve in group.curves]
-        cells = [str(group.clients), str(group.interval), group.seeds + f" ({group.diverged} diverged)" * bool(group.diverged)]
+        said = f"{group.seeds} ({group.diverged} diverged)" if group.diverged else group.seeds
+        cells = [str(group.clients), str(group.interval), said]
         cells += [shown([100 * end[ACCURACY] for end in ends]), shown([end[TRAIN_LOSS] for end in ends], 4)]
         for column, digits in ((STEPS, 0), (EPOCHS, 2), (SECONDS, 1)):
             cells.append(shown(costs(group, target, column), digits))
@@ -181,6 +176,7 @@ def draw_curves(out: Path) -> None:
     lines = [panels[0, 0].plot([], [], **look(k))[0] for k in range(len(intervals))]
     seeds = max(len(group.curves) for group in groups)
     note = title_of(out) + (f"; mean ± standard deviation over {seeds} seeds" if seeds > 1 else "; one seed")
+    note = "\n".join(wrap(note, int(figure.get_figwidth() / 0.075)))
     add_legend(figure, lines, [f"I = {i}" for i in intervals], len(intervals), note, handlelength=3.4)
     save(figure, out / "curves.png")
 
@@ -207,7 +203,9 @@ def draw_speedup(out: Path) -> None:
         target = target_of(mine)
         faster = speedups(mine, target) if any(g.curves for g in mine) else {}
         row[0].plot(sizes, [n / sizes[0] for n in sizes], color=DARK, linestyle=(0, (1, 1.5)), linewidth=1.2)
-        row[0].annotate("linear", (sizes[-1], sizes[-1] / sizes[0]), (-6, -2), textcoords="offset points", ha="right")
+        row[0].annotate(
+            "linear", (sizes[-1], sizes[-1] / sizes[0]), (-6, -2), textcoords="offset points", ha="right", fontsize=8
+        )
         for index, i in enumerate(intervals):
             of_n = {g.clients: g for g in mine if g.interval == i}
             panels_of = [{n: faster.get((n, i), []) for n in sizes}]
