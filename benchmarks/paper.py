@@ -22,6 +22,7 @@ Needs torch, numpy and this checkout, Pillow where the images are atlases, and m
 """
 
 import argparse
+import math
 import platform
 import subprocess
 import sys
@@ -102,9 +103,9 @@ def chosen_lr(protocol: Protocol, data: Dataset, options: Any) -> float:
             course = advance(task, plan, engine, start, plan.num_rounds // 2, options.watch)
             found[lr] = course.curve[-1][3]
         except DivergedError:
-            found[lr] = 1e9
+            found[lr] = None
         append(options.out, {"kind": "lr", "lr": lr, "train_loss": found[lr], "clients": cell.clients, "interval": 1})
-    return min(protocol.lrs, key=lambda lr: found[lr])
+    return min(protocol.lrs, key=lambda lr: math.inf if found[lr] is None else found[lr])
 
 
 # --- all of them ----------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def options_of(arguments: list[str] | None) -> Any:
     defaults: dict[str, Any] = {"images": 0, "test_images": 0, "batch": 64, "clients": [2, 4, 8], "budget": 3600.0}
     defaults |= {"intervals": [1, 4, 8, 16], "model": "resnet56", "augment": "crop-flip", "lrs": [0.05]}
     if small:
-        defaults |= {"model": "small-cnn", "augment": "none", "lrs": [0.01, 0.02, 0.04], "budget": 2100.0}
+        defaults |= {"model": "small-cnn", "augment": "none", "lrs": [0.0025, 0.005, 0.01], "budget": 2100.0}
         defaults |= {"images": 32768, "test_images": 5000}  # of so many training images E is a whole number
     if options.quick:
         defaults |= {**QUICK, "budget": 100.0}

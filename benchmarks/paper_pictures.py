@@ -1,8 +1,8 @@
 """The table and the two pictures of benchmarks/paper.py, of the rows of a folder and nothing else."""
 
+import math
 import sys
 from collections.abc import Sequence
-from math import floor
 from pathlib import Path
 from statistics import fmean, stdev
 from textwrap import wrap
@@ -61,9 +61,7 @@ def title_of(out: Path) -> str:
 
 
 def unit_of(protocol: Row) -> int:
-    from math import lcm
-
-    return 4 * lcm(*protocol["intervals"]) * max(protocol["clients"]) * protocol["batch"]
+    return 4 * math.lcm(*protocol["intervals"]) * max(protocol["clients"]) * protocol["batch"]
 
 
 # --- to a target ----------------------------------------------------------------------------------------------
@@ -76,7 +74,7 @@ def target_of(groups: Sequence[Group]) -> float:
     """
     best = [max(point[ACCURACY] for point in curve) for group in groups for curve in group.curves]
     kept = [value for value in best if value >= 0.5 * max(best)]
-    return floor(1000 * min(kept) + 1e-9) / 1000 if kept else 0.0
+    return math.floor(1000 * min(kept) + 1e-9) / 1000 if kept else 0.0
 
 
 def reached(curve: Sequence[Sequence[float]], target: float, column: int) -> float | None:
@@ -115,7 +113,7 @@ def table(out: Path) -> str:
     scaled = f"γ times N / {base}" if protocol["scale"] == "linear" else "the same γ for all N"
     lines = [title_of(out), ""]
     if tried := rows_of(out, "lr"):
-        losses = ", ".join(f"{r['lr']:g}: {r['train_loss']:.4f}" for r in tried)
+        losses = ", ".join(f"{r['lr']:g}: {r['train_loss'] or math.inf:.4f}" for r in tried)
         lines += [f"γ by training loss after half a run of N = {base}, I = 1 ({losses}); {scaled}.", ""]
     else:
         lines += [f"γ = {protocol['lrs'][0]:g} for N = {base}; {scaled}.", ""]
