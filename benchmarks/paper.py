@@ -83,10 +83,18 @@ def settled(data: Dataset, options: Any) -> Protocol:
         whole += free.cost(Cell(0, 1, min(protocol.clients)), 0.5 * trials)
         looks = 1.5 * options.points * sum(protocol.ways[str(c.clients)][4] for c in cells) / options.workers
         units = int((0.85 * options.watch.left() - looks) / whole)
+        # Few evaluations fit evenly into some lengths: rather a little shorter.
+        units = next(
+            (u for u in range(units, 1, -1) if points_of(protocol, u, options.points) > 0.5 * options.points), 1
+        )
     units = max(1, units)
-    fewest = protocol._replace(units=units).rounds(Cell(0, max(protocol.intervals), max(protocol.clients)))
-    points = max(p for p in range(1, options.points + 1) if fewest % p == 0 and (p == 1 or p % 2 == 0))
-    return protocol._replace(units=units, points=points)
+    return protocol._replace(units=units, points=points_of(protocol, units, options.points))
+
+
+def points_of(protocol: Protocol, units: int, most: int) -> int:
+    """How many evaluations fit evenly into every run: the one with the fewest rounds decides. Half way there is one."""
+    rounds = protocol._replace(units=units).rounds(Cell(0, max(protocol.intervals), max(protocol.clients)))
+    return max(p for p in range(2, most + 1, 2) if rounds % p == 0)
 
 
 def chosen_lr(protocol: Protocol, data: Dataset, options: Any) -> float:
@@ -137,7 +145,8 @@ def run(options: Any) -> None:
         torch.set_num_threads(1)  # `--workers` use the other cores: threads wait for each other where cores are shared
     data = first_images(read_images(options.data), options.images, options.test_images)
     if (rows := rows_of(options.out, "protocol")) == []:
-        append(options.out, {"kind": "protocol", **settled(data, options)._asdict(), **options.where})
+        row = {"kind": "protocol", "seeds": options.seeds, **settled(data, options)._asdict(), **options.where}
+        append(options.out, row)
         rows = rows_of(options.out, "protocol")
     protocol = Protocol(**{name: rows[0][name] for name in Protocol._fields})
     asked = {name: value for name in Protocol._fields if (value := getattr(options, name, None)) is not None}
@@ -197,6 +206,8 @@ def options_of(arguments: list[str] | None) -> Any:
             setattr(options, name, value)
     if small:
         options.device = "cpu" if options.rehearsal else options.device
+    if options.points < 2:
+        parser.error("--points: at least two")
     if len(options.lrs) > 3:
         parser.error("--lrs: at most three")
     if any(max(options.clients) % n for n in options.clients):

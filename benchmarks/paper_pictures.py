@@ -31,7 +31,7 @@ class Group(NamedTuple):
 def groups_of(out: Path) -> list[Group]:
     """Every N, I and schedule that the folder's protocol asks for, those without a run too."""
     protocol, rows = rows_of(out, "protocol")[0], rows_of(out, "run")
-    wanted = len({row["seed"] for row in rows})
+    wanted = max(protocol.get("seeds", 0), len({row["seed"] for row in rows}))
     groups = []
     for schedule in SCHEDULES:
         for n in sorted(protocol["clients"]):
