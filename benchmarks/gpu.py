@@ -261,7 +261,7 @@ def run_all(options: argparse.Namespace) -> None:
     end = time.monotonic() + options.budget
     for name in options.section:
         begin = time.monotonic()
-        seconds = min(SECTIONS[name].seconds, 20.0 if options.quick else 1e9, end - begin)
+        seconds = min(SECTIONS[name].seconds, 30.0 if options.quick else 1e9, end - begin)
         if seconds <= 0:
             print(f"{name}: left out, the budget is spent", file=sys.stderr, flush=True)
             continue
@@ -287,7 +287,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         parser.error("--out DIR is missing")
     options.arguments = arguments
     if options.quick:
-        options.seconds = min(options.seconds, 0.05)
+        options.seconds, options.budget = min(options.seconds, 0.05), min(options.budget, 150.0)
     return options
 
 

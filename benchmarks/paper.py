@@ -70,7 +70,16 @@ def settled(data: Dataset, options: Any) -> Protocol:
     """The protocol of a new folder: E is what the budget allows for all seeds."""
     protocol = Protocol(
         *(options.model, name_of(data), len(data.x_train), len(data.x_test), options.batch, options.clients),
-        *(options.intervals, options.lrs, options.scale, options.augment, options.matmul, options.path, 1, 1, {}),
+        *(
+            options.intervals,
+            options.lrs,
+            options.scale,
+            options.augment,
+            options.matmul,
+            options.path,
+            options.convolution,
+        ),
+        *(1, 1, {}),
     )
     protocol = protocol._replace(ways={str(n): measured_way(protocol, data, n, options) for n in protocol.clients})
     if options.epochs:
@@ -189,6 +198,7 @@ def options_of(arguments: list[str] | None) -> Any:
     parser.add_argument("--batch", type=int, help="of a client (64)")
     parser.add_argument("--points", type=int, default=16, help="evaluations of a run, at most")
     parser.add_argument("--path", default="auto", help="of the engine; auto: by timing")
+    parser.add_argument("--convolution", default="", help="how the folded paths convolve; left out: by layer")
     parser.add_argument("--matmul", default="float32", choices=["float32", "tf32"])
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)

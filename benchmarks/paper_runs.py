@@ -53,6 +53,7 @@ class Protocol(NamedTuple):
     augment: str
     matmul: str
     path: str  # asked for
+    convolution: str  # "": by layer
     units: int  # E in units of `unit` examples
     points: int  # evaluations of a run
     ways: dict[str, list[Any]]  # {N: path, chunk size, seconds per round, per step and per evaluation}
@@ -159,7 +160,7 @@ def begun(
     task = task_of(protocol, data, cell.clients, cell.seed, device)
     plan = plan_of(protocol, cell, schedule, lr)
     path, chunk = protocol.ways[str(cell.clients)][:2]
-    engine = Engine(task, plan.method, path=path, chunk_size=chunk)
+    engine = Engine(task, plan.method, path=path, chunk_size=chunk, convolution=protocol.convolution)
     return task, plan, engine, Course(beginning(task, plan), [], 0.0)
 
 
@@ -206,7 +207,7 @@ def measured_way(protocol: Protocol, data: Dataset, clients: int, options: Any) 
         job = round_job(task, plan, done)
         if path == "auto":
             path, chunk, *_ = choose(task, plan.method, done.state, job, path="auto", chunk_size=0)
-        engine = Engine(task, plan.method, path=path, chunk_size=chunk)
+        engine = Engine(task, plan.method, path=path, chunk_size=chunk, convolution=protocol.convolution)
         for _ in range(4):  # what is recorded on a GPU is recorded in these
             engine.run_round(done.state, job)
         times.append(median_time(lambda engine=engine, job=job: engine.run_round(done.state, job), options))

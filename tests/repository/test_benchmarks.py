@@ -222,3 +222,63 @@ def test_the_paper_survives_kills_at_any_moment(photos, tmp_path):
     assert subprocess.run([*command, "--workers", "2"], **quiet).returncode == 0
     assert curves(out) == curves(whole)
     assert len(list(out.iterdir())) <= 8
+
+
+# --- the engine on a GPU --------------------------------------------------------------------------------------
+
+
+def test_the_gpu_table_compares_like_with_like_and_counts_what_is_wrong(tmp_path):
+    from gpu_table import best_of, table
+
+    card = {"device": "card", "torch": "2", "commit": "abc", "model": "cnn"}
+    speed = card | {"section": "speed"}
+    rates = [("resident model, plain PyTorch", "float32", 100.0), ("resident model, plain PyTorch", "tf32", 200.0)]
+    rows = [{**speed, "way": way, "form": form, "rate": rate} for way, form, rate in rates]
+    rates = [("stack loop", "float32", 50, 300.0), ("stack loop", "float32", 10, 350.0), ("stack", "tf32", 50, 500.0)]
+    rates += [("factors", "float32", 50, 320.0), ("factors, no graph", "float32", 50, 900.0)]
+    rows += [{**speed, "way": way, "form": form, "chunk": k, "rate": rate} for way, form, k, rate in rates]
+    rows.append({**speed, "way": "vmap", "form": "float32", "chunk": 50, "failed": "no memory"})
+    measures = ("params", "momentum", "buffers", "train_loss", "consensus_distance", "momentum_spread")
+    check = card | {"section": "check", "way": "stack", "form": "float64"} | dict.fromkeys(measures, 0.5)
+    rows += [check | {"wrong": True}, check | {"way": "loop", "wrong": False}, check | {"way": "vmap", "failed": "so"}]
+    assert [(way.name, way.chunk) for way in best_of(rows, "float32")] == [("stack loop", 10), ("factors", 50)]
+    assert [way.name for way in best_of(rows)] == ["stack", "stack loop", "factors"]
+    text = table(rows)
+    assert "| cnn | stack loop | float32 | 10 | 350 | 3.50 |" in text
+    assert "| cnn | stack | tf32 | 50 | 500 | 2.50 |" in text
+    assert "| cnn | vmap | float32 | 50 | no memory | – |" in text
+    assert "Checks: 3, of which 1 WRONG and 1 could not run." in text
+
+
+@pytest.mark.slow
+def test_the_gpu_check_finds_a_way_that_is_wrong(monkeypatch):
+    import gpu_ways
+
+    from fedmom.engine.stacked.convolutions import CONVOLUTIONS
+
+    right = CONVOLUTIONS["loop"]
+    monkeypatch.setitem(CONVOLUTIONS, "grouped", lambda *given: 1.00001 * right(*given))
+    load = gpu_ways.Load("cnn", 3, 10, 3, 4, 2, side=8)
+    data = gpu_ways.images(30, 8)
+    wanted = gpu_ways.exact(load, data)
+    ways = [gpu_ways.Way("stack", name, "float64", 2) for name in ("loop", "grouped", "unfold")]
+    rows = [gpu_ways.check(load, data, way, wanted, "cpu") for way in ways]
+    assert [row.get("wrong") for row in rows] == [False, True, False], rows
+
+
+@pytest.mark.slow
+def test_the_gpu_script_ends_in_its_budget_with_what_it_had(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path), "--device", "cpu", "--quick"]
+    done = subprocess.run([*command, "--section", "check"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    whole = lines(tmp_path)
+    assert all(json.loads(line)["section"] == "check" for line in whole)
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*command, "--section", "speed", "resnet", "--seconds", "9", "--budget", "0.5"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 60
+    assert "speed: " in done.stderr
+    assert lines(tmp_path)[: len(whole)] == whole
+    assert len(list(tmp_path.iterdir())) <= 8
