@@ -1,5 +1,6 @@
 """What benchmarks/gpu.py measures: one way to run a round, whether it is right, how fast it is and what it launches."""
 
+import gc
 import statistics
 import time
 from pathlib import Path
@@ -188,6 +189,7 @@ def measured(load: Load, data: Dataset, way: Way, device: str, seconds: float, *
         row["failed"] = why(failure)
     finally:
         allow_tf32(False)
+    gc.collect()  # recordings hold a GPU's memory for as long as somebody knows of them
     return row
 
 

@@ -22,6 +22,7 @@ Needs torch, numpy and this checkout, Pillow where the images are atlases, and m
 """
 
 import argparse
+import gc
 import math
 import platform
 import subprocess
@@ -146,6 +147,7 @@ def run_all(protocol: Protocol, data: Dataset, lr: float, options: Any) -> None:
             said = f"{100 * row['curve'][-1][5]:.2f} %" if "curve" in row else row["status"]
             print(*cell, row["schedule"], said, f"{row['took']:.1f} s", file=sys.stderr, flush=True)
         slow = (time.monotonic() - begin) / protocol.cost(cell, runs)
+        gc.collect()  # recordings hold a GPU's memory for as long as somebody knows of them
 
 
 def run(options: Any) -> None:

@@ -23,7 +23,7 @@ class Group(NamedTuple):
     clients: int  # N
     interval: int  # I
     schedule: str
-    curves: list[Any]  # [finished seeds, points, 6]
+    curves: dict[int, Any]  # {seed: [points, 6]} of the finished ones
     seeds: str  # "3", or "2 of 3" where some are missing or diverged
     diverged: int
 
@@ -37,7 +37,7 @@ def groups_of(out: Path) -> list[Group]:
         for n in sorted(protocol["clients"]):
             for i in sorted(protocol["intervals"]):
                 mine = [r for r in rows if (r["schedule"], r["clients"], r["interval"]) == (schedule, n, i)]
-                curves = [r["curve"] for r in mine if r["status"] == "done"]
+                curves = {r["seed"]: r["curve"] for r in mine if r["status"] == "done"}
                 seeds = f"{len(curves)}" if len(curves) == wanted else f"{len(curves)} of {wanted}"
                 groups.append(Group(n, i, schedule, curves, seeds, len(mine) - len(curves)))
     return groups
@@ -72,7 +72,7 @@ def target_of(groups: Sequence[Group]) -> float:
 
     Runs half as good as the best do not hold the others back.
     """
-    best = [max(point[ACCURACY] for point in curve) for group in groups for curve in group.curves]
+    best = [max(point[ACCURACY] for point in curve) for group in groups for curve in group.curves.values()]
     kept = [value for value in best if value >= 0.5 * max(best)]
     return math.floor(1000 * min(kept) + 1e-9) / 1000 if kept else 0.0
 
@@ -88,18 +88,19 @@ def reached(curve: Sequence[Sequence[float]], target: float, column: int) -> flo
     return None
 
 
-def costs(group: Group, target: float, column: int) -> list[float]:
-    return [cost for curve in group.curves if (cost := reached(curve, target, column)) is not None]
+def costs(group: Group, target: float, column: int) -> dict[int, float]:
+    """{seed: what it took} of the seeds that got there."""
+    found = {seed: reached(curve, target, column) for seed, curve in group.curves.items()}
+    return {seed: cost for seed, cost in found.items() if cost is not None}
 
 
 def speedups(groups: Sequence[Group], target: float) -> dict[tuple[int, int], list[float]]:
-    """{(N, I): [seeds] how many times fewer local steps of one client than the fewest clients need at the same I}."""
+    """{(N, I): of each seed, how many times fewer local steps of one client than with the fewest clients}."""
     found = {}
-    fewest = min(group.clients for group in groups)
+    fewest = {group.interval: group for group in groups if group.clients == min(g.clients for g in groups)}
     for group in groups:
-        first = next(g for g in groups if (g.clients, g.interval) == (fewest, group.interval))
-        if base := costs(first, target, STEPS):
-            found[group.clients, group.interval] = [fmean(base) / c for c in costs(group, target, STEPS) if c]
+        own, base = (costs(g, target, STEPS) for g in (group, fewest[group.interval]))
+        found[group.clients, group.interval] = [base[seed] / own[seed] for seed in own if seed in base and own[seed]]
     return found
 
 
@@ -114,7 +115,9 @@ def table(out: Path) -> str:
     lines = [title_of(out), ""]
     if tried := rows_of(out, "lr"):
         losses = ", ".join(f"{r['lr']:g}: {r['train_loss'] or math.inf:.4f}" for r in tried)
-        lines += [f"γ by training loss after half a run of N = {base}, I = 1 ({losses}); {scaled}.", ""]
+        best = min(tried, key=lambda r: r["train_loss"] or math.inf)["lr"]
+        edge = ", at the edge of those tried" if best in (min(protocol["lrs"]), max(protocol["lrs"])) else ""
+        lines += [f"γ by training loss after half a run of N = {base}, I = 1 ({losses}): {best:g}{edge}; {scaled}.", ""]
     else:
         lines += [f"γ = {protocol['lrs'][0]:g} for N = {base}; {scaled}.", ""]
     where = sorted({f"{r['device']}, torch {r['torch']}, commit {r['commit']}" for r in rows})
@@ -134,12 +137,12 @@ def rows_for(groups: Sequence[Group], schedule: str, base: int) -> list[str]:
     heads = ("N", "I", "seeds", "test accuracy (%)", "train loss", "local steps", "joint epochs", "seconds")
     lines += ["| " + " | ".join((*heads, f"speedup over N = {base}")) + " |", "|---" * (len(heads) + 1) + "|"]
     for group in groups:
-        ends = [curve[-1] for curve in group.curves]
+        ends = [curve[-1] for curve in group.curves.values()]
         said = f"{group.seeds} ({group.diverged} diverged)" if group.diverged else group.seeds
         cells = [str(group.clients), str(group.interval), said]
         cells += [shown([100 * end[ACCURACY] for end in ends]), shown([end[TRAIN_LOSS] for end in ends], 4)]
         for column, digits in ((STEPS, 0), (EPOCHS, 2), (SECONDS, 1)):
-            cells.append(shown(costs(group, target, column), digits))
+            cells.append(shown([*costs(group, target, column).values()], digits))
         cells.append(shown(faster.get((group.clients, group.interval), [])))
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
@@ -172,15 +175,16 @@ def draw_curves(out: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("Joint epochs", fontsize=9)
     lines = [panels[0, 0].plot([], [], **look(k))[0] for k in range(len(intervals))]
-    seeds = max(len(group.curves) for group in groups)
-    note = title_of(out) + (f"; mean ± standard deviation over {seeds} seeds" if seeds > 1 else "; one seed")
+    most, least = (of(len(group.curves) for group in groups if group.curves) for of in (max, min))
+    seeds = f"{most}" if most == least else f"{least} to {most}"
+    note = title_of(out) + (f"; mean ± standard deviation over {seeds} seeds" if most > 1 else "; one seed")
     note = "\n".join(wrap(note, int(figure.get_figwidth() / 0.075)))
     add_legend(figure, lines, [f"I = {i}" for i in intervals], len(intervals), note, handlelength=3.4)
-    save(figure, out / "curves.png")
+    save(figure, out / "curves.png", 100)
 
 
 def draw_line(panel: Any, group: Group, column: int, factor: float, index: int) -> None:
-    points = list(zip(*group.curves, strict=True))  # [points, seeds, 6]
+    points = list(zip(*group.curves.values(), strict=True))  # [points, seeds, 6]
     x = [at[0][EPOCHS] for at in points]
     y = [factor * fmean(p[column] for p in at) for at in points]
     panel.plot(x, y, **look(index))
@@ -207,7 +211,9 @@ def draw_speedup(out: Path) -> None:
         for index, i in enumerate(intervals):
             of_n = {g.clients: g for g in mine if g.interval == i}
             panels_of = [{n: faster.get((n, i), []) for n in sizes}]
-            panels_of += [{n: costs(of_n[n], target, column) for n in sizes} for column in (EPOCHS, SECONDS)]
+            panels_of += [
+                {n: [*costs(of_n[n], target, column).values()] for n in sizes} for column in (EPOCHS, SECONDS)
+            ]
             for panel, values in zip(row, panels_of, strict=True):
                 kept = {n: found for n, found in values.items() if found}
                 error = [stdev(found) if len(found) > 1 else 0.0 for found in kept.values()]
@@ -223,7 +229,7 @@ def draw_speedup(out: Path) -> None:
             panel.set_ylim(bottom=0)
     lines = [panels[0, 0].plot([], [], **look(k))[0] for k in range(len(intervals))]
     add_legend(figure, lines, [f"I = {i}" for i in intervals], len(intervals), title_of(out), handlelength=3.4)
-    save(figure, out / "speedup.png")
+    save(figure, out / "speedup.png", 120)
 
 
 def finish(panel: Any, title: str, sizes: Sequence[int]) -> None:
@@ -236,9 +242,9 @@ def finish(panel: Any, title: str, sizes: Sequence[int]) -> None:
     panel.grid(color=LIGHT, linewidth=0.6)
 
 
-def save(figure: Any, path: Path) -> None:
-    """A PNG of 120 dots an inch, below 200 kB."""
-    figure.savefig(path, dpi=120, facecolor="white", metadata={"Software": None})
+def save(figure: Any, path: Path, dpi: int) -> None:
+    """A PNG below 200 kB."""
+    figure.savefig(path, dpi=dpi, facecolor="white", metadata={"Software": None})
 
 
 def draw_all(out: Path) -> None:
