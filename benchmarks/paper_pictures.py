@@ -254,9 +254,9 @@ def draw_all(out: Path) -> None:
         return
     text = table(out)
     (out / "paper.md").write_text(text, encoding="utf-8")
-    print(text)
     try:
         draw_curves(out)
         draw_speedup(out)
     except ImportError as error:
         print(f"no pictures: {error}; elsewhere: paper.py --out {out} --draw", file=sys.stderr)
+    print(text)
