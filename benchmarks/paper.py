@@ -86,19 +86,21 @@ def settled(data: Dataset, options: Any) -> Protocol:
     if options.epochs:
         units = round(options.epochs * protocol.images / protocol.unit)
     else:
-        cells = cells_of(protocol, options.seeds)
-        free = protocol._replace(points=0)  # evaluations are as many whatever E is
-        whole = sum(free.cost(cell, 1.5) for cell in cells) / options.workers
-        trials = len(protocol.lrs) * (len(protocol.lrs) > 1)
-        whole += free.cost(Cell(0, 1, min(protocol.clients)), 0.5 * trials)
-        looks = 1.5 * options.points * sum(protocol.ways[str(c.clients)][4] for c in cells) / options.workers
-        units = int((0.85 * options.watch.left() - looks) / whole)
+        fixed, none = (total_cost(protocol, 0, points, options) for points in (options.points, 0))
+        units = int((0.85 * options.watch.left() - fixed) / (total_cost(protocol, 1, 0, options) - none))
         # Few evaluations fit evenly into some lengths: rather a little shorter.
         units = next(
             (u for u in range(units, 1, -1) if points_of(protocol, u, options.points) > 0.5 * options.points), 1
         )
     units = max(1, units)
     return protocol._replace(units=units, points=points_of(protocol, units, options.points))
+
+
+def total_cost(protocol: Protocol, units: int, points: int, options: Any) -> float:
+    """Seconds that all cells and the trials of lr take, in so many processes."""
+    protocol = protocol._replace(units=units, points=points)
+    trials = len(protocol.lrs) * (len(protocol.lrs) > 1) * protocol.cost(Cell(0, 1, min(protocol.clients)), 0.5)
+    return trials + sum(protocol.cost(cell, 1.5) for cell in cells_of(protocol, options.seeds)) / options.workers
 
 
 def points_of(protocol: Protocol, units: int, most: int) -> int:
@@ -231,7 +233,7 @@ def options_of(arguments: list[str] | None) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     options = options_of(arguments)
-    options.watch = Watch(options.budget)
+    options.watch = Watch(options.budget, is_worker=options.part is not None)
     options.out.mkdir(parents=True, exist_ok=True)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     card = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()

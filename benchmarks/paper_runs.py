@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import build_model
 
 SCHEDULES = {"constant": "constant", "decayed": "step"}  # ours: fedmom's
+COMINGS = 4  # of a round until it is replayed: it is taken, recorded, compared
 ORDER = (1, 8, 16, 4)  # of I, the most telling first
 
 
@@ -56,7 +58,7 @@ class Protocol(NamedTuple):
     convolution: str  # "": by layer
     units: int  # E in units of `unit` examples
     points: int  # evaluations of a run
-    ways: dict[str, list[Any]]  # {N: path, chunk size, seconds per round, per step and per evaluation}
+    ways: dict[str, list[Any]]  # {N: what `measured_way` gives}
 
     @property
     def unit(self) -> int:
@@ -72,9 +74,13 @@ class Protocol(NamedTuple):
         return self.units * self.unit // (cell.clients * self.batch * cell.interval)
 
     def cost(self, cell: Cell, runs: float) -> float:
-        """Seconds that so many runs of a cell take, by the rate measured at first."""
-        _, _, per_round, per_step, evaluation = self.ways[str(cell.clients)]
-        return runs * (self.rounds(cell) * (per_round + cell.interval * per_step) + self.points * evaluation)
+        """Seconds that so many runs of a cell take, by the rate measured at first: 1.5 for both schedules together."""
+        _, _, per_round, per_step, evaluation, short, long = self.ways[str(cell.clients)]
+        part = (cell.interval - 1) / max(1, max(self.intervals) - 1)
+        begin = short + part * (long - short)
+        lrs = 3 if runs >= 1 else 1  # of which each needs a recording of its own, on a GPU
+        steady = self.rounds(cell) * (per_round + cell.interval * per_step) + self.points * evaluation
+        return runs * steady + lrs * begin
 
 
 def small_cnn(shape: tuple[int, ...]) -> nn.Module:
@@ -115,16 +121,17 @@ def plan_of(protocol: Protocol, cell: Cell, schedule: str, lr: float) -> Plan:
 
 
 class Watch:
-    """The time that is left."""
+    """The time that is left; a worker's is over when whoever began it is gone."""
 
-    def __init__(self, seconds: float) -> None:
-        self.begin, self.seconds, self.parent = time.monotonic(), seconds, os.getppid()
+    def __init__(self, seconds: float, *, is_worker: bool) -> None:
+        self.begin, self.seconds = time.monotonic(), seconds
+        self.parent = os.getppid() if is_worker else None  # of others a shell may go away, which means nothing
 
     def left(self) -> float:
         return self.seconds - (time.monotonic() - self.begin)
 
     def check(self) -> None:
-        if self.left() <= 0 or os.getppid() != self.parent:
+        if self.left() <= 0 or self.parent not in (None, os.getppid()):
             raise BudgetError
 
 
@@ -197,32 +204,42 @@ def cells_of(protocol: Protocol, seeds: int) -> list[Cell]:
 
 
 def measured_way(protocol: Protocol, data: Dataset, clients: int, options: Any) -> list[Any]:
-    """[path, chunk size, seconds per round, per step and per evaluation] for N clients."""
+    """[path, chunk size, seconds per round, per step, per evaluation, more at the begin for I = 1, for the largest I].
+
+    On a GPU the first rounds of every lr are not replayed yet, and are recorded and compared.
+    """
     task = task_of(protocol, data, clients, 0, options.device)
     sizes = sorted({1, max(protocol.intervals)})
-    done, times = beginning(task, plan_of(protocol, Cell(0, 1, clients), "constant", 1e-3)), []
+    done, times, begins = beginning(task, plan_of(protocol, Cell(0, 1, clients), "constant", 1e-3)), [], []
     path, chunk = protocol.path, clients
     for size in reversed(sizes):
         plan = plan_of(protocol, Cell(0, size, clients), "constant", 1e-3)
         job = round_job(task, plan, done)
         if path == "auto":
             path, chunk, *_ = choose(task, plan.method, done.state, job, path="auto", chunk_size=0)
-        engine = Engine(task, plan.method, path=path, chunk_size=chunk, convolution=protocol.convolution)
-        for _ in range(4):  # what is recorded on a GPU is recorded in these
-            engine.run_round(done.state, job)
-        times.append(median_time(lambda engine=engine, job=job: engine.run_round(done.state, job), options))
+        new = partial(Engine, task, plan.method, path=path, chunk_size=chunk, convolution=protocol.convolution)
+        new().run_round(done.state, job)  # kernels are loaded and chosen in it
+        engine = new()
+        once = partial(engine.run_round, done.state, job)
+        first = seconds_of(lambda once=once: [once() for _ in range(COMINGS)], options)
+        times.append(median_time(once, options))
+        begins.append(max(0.0, first - COMINGS * times[-1]))
     task.evaluate(done.state)
     evaluation = median_time(lambda: task.evaluate(done.state), options)
     per_step = max(0.0, times[0] - times[-1]) / max(1, sizes[-1] - 1) or times[0] / sizes[-1]
-    return [path, chunk, max(0.0, times[-1] - per_step), per_step, evaluation]
+    return [path, chunk, max(0.0, times[-1] - per_step), per_step, evaluation, begins[-1], begins[0]]
+
+
+def seconds_of(call: Callable[[], object], options: Any) -> float:
+    begin = time.perf_counter()
+    call()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def median_time(call: Callable[[], object], options: Any) -> float:
     found: list[float] = []
     while len(found) < 3 or (sum(found) < 0.5 and len(found) < 20):
-        begin = time.perf_counter()
-        call()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - begin)
+        found.append(seconds_of(call, options))
     return statistics.median(found)
