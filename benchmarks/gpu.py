@@ -8,7 +8,7 @@ when its seconds (`--list` names both) or the budget are over: what fails or han
 exit status is 0. Every row is in DIR/rows.jsonl as soon as it is there, and DIR/gpu.md is the table of all rows so far.
 benchmarks/README.md is the plan for fifteen minutes of a rented card, and says what a wrong row means.
 
-* `compile`: runs every model and shape once with Triton's kernels, in up to 16 processes, so that they are compiled.
+* `compile`: runs every convolution, model and size once with Triton's kernels, in up to 16 processes, to compile them.
 * `check`: every path, and every way to convolve, against the plain loop on the CPU in float64: x, u, buffers, the
   losses and the spreads of all rounds, in float64 (without Triton, whose float64 compiles for long), float32 and with
   TF32 products. Twice six rounds with two lr lists, so that recordings of both are replayed.
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from gpu_table import best_of, table  # noqa: E402
-from gpu_ways import FORMS, Load, Row, Way, check, exact, images, measured, profiled, resident, why  # noqa: E402
+from gpu_ways import FORMS, Load, Row, Way, check, exact, images, layers, measured, profiled, resident, why  # noqa: E402
 from paper_data import append  # noqa: E402
 
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS  # noqa: E402
@@ -86,20 +86,25 @@ def is_time(options: argparse.Namespace) -> bool:
 
 
 def compiled(options: argparse.Namespace) -> Iterator[Row]:
-    """One round of two steps, its first from a common start, of every model and size of the other sections."""
+    """Every convolution by itself, then every model and size: a round of two steps, the first from a common start."""
     cnn, resnet = loads(options).values()
-    jobs = [(Load(model, 3, 20, 3, 5, 3, side=16), k) for model in CHECKED for k in (2, 1)]
-    jobs += [(resnet, k) for k in sorted({resnet.cohort, 4, 2}, reverse=True) if k <= resnet.cohort]
-    jobs += [(cnn, k) for k in chunks(cnn)]
-    each = [(load, k, form) for load, k in jobs for form in ("float32", "tf32")]
-    for load, k, form in each[options.part :: options.parts]:
+    small = [Load(model, 3, 20, 3, 5, 3, side=16) for model in CHECKED]
+    jobs: list[tuple[Load, int, str, Any]] = []
+    for load in (resnet, cnn, *small):
+        jobs += [(load, 2, f", {name}", model) for name, model in layers(load).items()]
+    whole = [(load, load.cohort) for load in (resnet, cnn)] + [(load, 2) for load in small]
+    whole += [(resnet, k) for k in (4, 2) if k < resnet.cohort] + [(load, 1) for load in small]
+    jobs += [(load, k, "", None) for load, k in [*whole, *((cnn, k) for k in chunks(cnn)[1:])]]
+    each = [(*job, form) for job in jobs for form in ("float32", "tf32")]
+    for load, k, name, model, form in each[options.part :: options.parts]:
         if not is_time(options):
             return
         own = load._replace(clients=k, cohort=k, steps=2, each=max(load.batch, 10))
-        begin = time.monotonic()
-        way = Way("stack", TRITON, form, k)
-        row = measured(own, images(k * own.each, own.side), way, options.device, 0.0, replays=False)
-        yield {**{k: v for k, v in row.items() if k != "rate"}, "seconds": time.monotonic() - begin}
+        begin, way = time.monotonic(), Way("stack", TRITON, form, k)
+        data = images(k * own.each, own.side)
+        row = measured(own, data, way, options.device, 0.0, replays=False, model=model)
+        row |= {"model": f"{load.model}{name}", "seconds": time.monotonic() - begin}
+        yield {key: value for key, value in row.items() if key != "rate"}
 
 
 def checked(options: argparse.Namespace) -> Iterator[Row]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from paper_data import read_images
+from torch import nn
 
 from fedmom.data.datasets import Dataset
 from fedmom.data.partition import make_partition
@@ -18,7 +19,7 @@ from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState, to_device
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.tasks.classification import Classification
-from fedmom.tasks.models import build_model
+from fedmom.tasks.models import GlobalAveragePool, build_model
 
 MODELS: dict[str, dict[str, Any]] = {"mlp": {"hidden": 64}}  # options of those that are not built as they are
 FORMS = {  # storage, and whether float32 products may be TF32
@@ -71,11 +72,44 @@ def images(num: int, side: int, path: Path | None = None) -> Dataset:
     return Dataset(x, y, x[:200], y[:200], 10, (0.5,) * 3, (0.25,) * 3, "none")
 
 
-def task_of(load: Load, data: Dataset, device: str, form: str = "float32") -> Classification:
-    shape = tuple(data.x_train.shape[1:])
-    net = build_model(load.model, shape, 10, seed=0, **MODELS.get(load.model, {}))
+def model_of(load: Load) -> nn.Module:
+    return build_model(load.model, (3, load.side, load.side), 10, seed=0, **MODELS.get(load.model, {}))
+
+
+def task_of(
+    load: Load, data: Dataset, device: str, form: str = "float32", model: nn.Module | None = None
+) -> Classification:
+    """`model`: instead of the load's."""
+    net = model_of(load) if model is None else model
     partition = make_partition("iid", data.y_train.numpy(), load.clients, seed=0)
     return Classification(data, net, partition, batch_size=load.batch, dtype=FORMS[form][0], device=device)
+
+
+def layers(load: Load) -> dict[str, nn.Module]:
+    """{geometry: a model of that convolution alone, behind one that makes its channels}, each geometry once.
+
+    What takes long to compile in one model is then compiled by many processes.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def see(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        name = f"{layer.in_channels} to {layer.out_channels}, stride {layer.stride[0]}, side {inputs[0].shape[-1]}"
+        own = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+        if layer.bias is None:
+            own.register_parameter("bias", None)
+        before = nn.Conv2d(3, layer.in_channels, 1, stride=load.side // inputs[0].shape[-1])
+        if before.stride[0] * inputs[0].shape[-1] != load.side:  # a side that a stride does not make: by its padding
+            before = nn.Conv2d(3, layer.in_channels, 1 + load.side - inputs[0].shape[-1])
+        found[name] = nn.Sequential(before, own, GlobalAveragePool(), nn.Linear(layer.out_channels, 10))
+
+    model = model_of(load)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_pre_hook(see)
+    with torch.no_grad():
+        model(torch.zeros(2, 3, load.side, load.side))
+    return found
 
 
 def engine_of(task: Classification, load: Load, way: Way, *, replays: bool = True) -> Engine:
@@ -162,13 +196,22 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measured(load: Load, data: Dataset, way: Way, device: str, seconds: float, *, replays: bool = True) -> Row:
+def measured(
+    load: Load,
+    data: Dataset,
+    way: Way,
+    device: str,
+    seconds: float,
+    *,
+    replays: bool = True,
+    model: nn.Module | None = None,
+) -> Row:
     """Client-steps/s: the median of rounds after those that are recorded and compared; or why it fails."""
     row: Row = {"model": load.model, "way": way.name, "form": way.form, "chunk": way.chunk}
     row |= {} if replays else {"way": f"{way.name}, no graph"}
     allow_tf32(FORMS[way.form][1])
     try:
-        task = task_of(load, data, device, way.form)
+        task = task_of(load, data, device, way.form, model)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         engine = engine_of(task, load, way, replays=replays)
@@ -216,7 +259,7 @@ def resident(load: Load, data: Dataset, form: str, device: str, seconds: float) 
     return row
 
 
-def one_round(model: torch.nn.Module, params: list[torch.nn.Parameter], batches: list[Any]) -> int:
+def one_round(model: nn.Module, params: list[nn.Parameter], batches: list[Any]) -> int:
     """One client's local steps -> how many."""
     optimizer = torch.optim.SGD(params, lr=0.02, momentum=0.9, fused=True)
     for batch in batches:

@@ -175,9 +175,11 @@ def run(options: Any) -> None:
             command = [sys.executable, __file__, *sys.argv[1:], "--part", str(part)]
             command += ["--budget", str(options.watch.left())]
             workers.append(subprocess.Popen(command))
-    run_all(protocol, data, lr, options)
-    for worker in workers:
-        worker.wait()
+    try:
+        run_all(protocol, data, lr, options)
+    finally:
+        for worker in workers:
+            worker.wait()
 
 
 def options_of(arguments: list[str] | None) -> Any:
