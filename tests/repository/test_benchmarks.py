@@ -1,8 +1,16 @@
-"""The programs that measure: one system's failure costs its row alone."""
+"""The programs that measure: one system's failure costs its row alone, and what was finished is not lost."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -49,3 +57,228 @@ def test_a_seed_that_diverged_is_no_zero_in_a_mean():
     accuracies = [decentralized.accuracy(record, "a") for record in ({"a": 0.5}, {}, {"a": 0.7})]
     assert decentralized.shown(accuracies) == "60.0 ± 14.1 [2 of 3]"
     assert momentum_policies.cell({0.1: [{5: 50.0}, {}, {5: 70.0}]}, 5) == "60.0 ± 14.1 [2 of 3] (0.1*)"
+
+
+# --- the paper's experiment -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """48 + 20 images of CIFAR-10's shape, whose brightness says their class."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for name, count in (("train", 48), ("test", 20)):
+        y = np.arange(count) % 10
+        x = 20 * y[:, None, None, None] + rng.integers(20, size=(count, 3, 32, 32))
+        arrays |= {f"x_{name}": x.astype(np.uint8), f"y_{name}": y}
+    path = tmp_path_factory.mktemp("photos") / "cifar10.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+SMALLEST = (
+    *("--device", "cpu", "--quick", "--images", "48", "--test-images", "20", "--batch", "2", "--clients", "2", "4"),
+    *("--intervals", "1", "2", "--seeds", "1", "--epochs", "1", "--lrs", "0.005", "0.01", "--path", "stack"),
+    *("--points", "4"),
+)
+
+
+def run_paper(out, photos, *more):
+    import paper
+
+    threads = torch.get_num_threads()
+    try:
+        return paper.main(["--out", str(out), "--data", str(photos), *SMALLEST, *more])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def lines(out):
+    return (out / "rows.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def curves(out):
+    """{run: its curve without the seconds}; of a run that stands there twice the later."""
+    rows = [row for row in map(json.loads, lines(out)) if row["kind"] == "run"]
+    found = {(r["seed"], r["interval"], r["clients"], r["schedule"]): r["curve"] for r in rows}
+    return {key: [[*point[:2], *point[3:]] for point in curve] for key, curve in found.items()}
+
+
+def test_the_papers_runs_go_on_where_they_were_cut(photos, tmp_path):
+    out = tmp_path / "out"
+    assert run_paper(out, photos, "--budget", "0") == 0
+    assert len(lines(out)) == 1  # the protocol: no run was begun
+    assert run_paper(out, photos) == 0
+    whole, done = lines(out), curves(out)
+    assert {*done} == {(0, i, n, s) for i in (1, 2) for n in (2, 4) for s in ("constant", "decayed")}
+    assert {path.name for path in out.iterdir()} == {"rows.jsonl", "paper.md", "curves.png", "speedup.png"}
+    for (_, i, n, schedule), curve in done.items():
+        steps, epochs = [point[0] for point in curve], [point[1] for point in curve]
+        assert steps[-1] == 64 // (n * 2)  # E n / (N B), n rounded up to whole rounds for every N and I
+        assert epochs == pytest.approx([step * n * 2 / 48 for step in steps])
+        assert all(step % i == 0 for step in steps)
+        half = len(curve) // 2
+        assert curve[:half] == done[0, i, n, "constant"][:half]
+        assert curve[half - 1][0] == steps[-1] // 2
+        assert schedule == "constant" or curve[-1] != done[0, i, n, "constant"][-1]
+    # Killed between the two schedules of a run, and while the last line was written; of the middle nothing is there.
+    kept = [*whole[:4], *whole[6:-1]]
+    (out / "rows.jsonl").write_text("".join(kept) + whole[-1][:60], encoding="utf-8")
+    assert run_paper(out, photos) == 0
+    assert curves(out) == done
+    assert lines(out)[: len(kept)] == kept  # what was finished was not run again
+    assert len(lines(out)) == len(whole)
+
+
+def test_a_folder_of_runs_keeps_to_what_it_was_begun_with(photos, tmp_path, capsys):
+    run_paper(tmp_path, photos, "--budget", "0")
+    assert run_paper(tmp_path, photos, "--budget", "0", "--batch", "4") == 2
+    assert "was begun with batch = 2" in capsys.readouterr().err
+
+
+def paper_rows(protocol, runs):
+    """Runs of (seed, I, N): accuracies at the evaluations, and how many joint epochs one lies after another."""
+    rows = [{"kind": "protocol", **protocol}]
+    for (seed, i, n), accuracies in runs.items():
+        run = {"kind": "run", "seed": seed, "interval": i, "clients": n, "schedule": "constant", "lr": 0.1}
+        run |= {"device": "cpu", "torch": "2", "commit": "abc", "status": "done"}
+        points = [[16 * (k + 1) // n, k + 1, 1.0, 2.0, 2.0, a] for k, a in enumerate(accuracies or [])]
+        rows.append(run | ({"curve": points} if accuracies else {"status": "diverged"}))
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_the_papers_table_says_which_seeds_are_missing_and_how_linear_the_speedup_is(tmp_path):
+    import paper_pictures
+
+    protocol = {"model": "resnet56", "data": "CIFAR-10", "images": 128, "batch": 2, "clients": [2, 4, 8], "seeds": 3}
+    protocol |= {"intervals": [1, 4], "lrs": [0.1], "scale": "linear", "units": 4}
+    runs = {(seed, 1, n): [0.2, 0.4, 0.6] for seed in range(3) for n in (2, 4, 8)}
+    runs |= {(2, 1, 4): None, (0, 4, 2): [0.2, 0.4, 0.6]}
+    (tmp_path / "rows.jsonl").write_text(paper_rows(protocol, runs))
+    text = paper_pictures.table(tmp_path)
+    assert "E = 8 joint epochs, lr ÷ 10 at 4 and 6" in text
+    assert "to 60.0 % test accuracy" in text
+    assert "| 2 | 1 | 3 | 60.00 ± 0.00 |" in text
+    assert "| 4 | 1 | 2 of 3 (1 diverged) |" in text
+    assert "| 2 | 4 | 1 of 3 |" in text
+    assert "| 8 | 4 | 0 of 3 | – |" in text
+    assert "lr decayed: no run is finished." in text
+    groups = [group for group in paper_pictures.groups_of(tmp_path) if group.schedule == "constant"]
+    # As many joint epochs for every N are a speedup that is linear in N.
+    for target in (0.1, 0.2, 0.3, 0.6):
+        found = paper_pictures.speedups(groups, target)
+        assert {key: values for key, values in found.items() if values and key[1] == 1} == {
+            (2, 1): [1.0] * 3,
+            (4, 1): [2.0] * 2,
+            (8, 1): [4.0] * 3,
+        }
+    assert paper_pictures.reached(groups[0].curves[0], 0.3, paper_pictures.EPOCHS) == pytest.approx(1.5)
+    assert paper_pictures.reached(groups[0].curves[0], 0.61, paper_pictures.EPOCHS) is None
+    paper_pictures.draw_speedup(tmp_path)
+    assert (tmp_path / "speedup.png").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("counts", [(1, 0), (3, 1), (65, 64)])
+def test_images_come_out_of_atlases_in_their_labels_order(counts, tmp_path):
+    from paper_data import read_images
+    from PIL import Image
+
+    rng = np.random.default_rng(1)
+    labels, images = {}, {}
+    for name in ("train", "test"):
+        y = labels[name] = rng.permutation(np.repeat([0, 1], counts))
+        x = images[name] = rng.integers(256, size=(len(y), 3, 32, 32), dtype=np.uint8)
+        for label in np.unique(y):
+            own = x[y == label]
+            pixels = np.zeros((-(-len(own) // 64) * 32, 64 * 32, 3), np.uint8)
+            for place, image in enumerate(own):
+                row, column = 32 * (place // 64), 32 * (place % 64)
+                pixels[row : row + 32, column : column + 32] = image.transpose(1, 2, 0)
+            Image.fromarray(pixels).save(tmp_path / f"{name}_{label}.webp", lossless=True, exact=True)
+    np.savez(tmp_path / "labels.npz", **labels)
+    data = read_images(tmp_path)
+    for found, wanted in zip(data[:4], (images["train"], labels["train"], images["test"], labels["test"]), strict=True):
+        np.testing.assert_array_equal(found.numpy(), wanted)
+
+
+@pytest.mark.slow
+def test_the_paper_survives_kills_at_any_moment(photos, tmp_path):
+    whole = tmp_path / "whole"
+    run_paper(whole, photos)
+    out = tmp_path / "killed"
+    command = [sys.executable, str(BENCHMARKS / "paper.py"), "--out", str(out), "--data", str(photos), *SMALLEST]
+    quiet = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    killed = 0
+    for rows in range(1, len(lines(whole))):
+        process = subprocess.Popen(command, **quiet)
+        while process.poll() is None and (not (out / "rows.jsonl").exists() or len(lines(out)) < rows):
+            time.sleep(0.001)
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for line in (line for line in lines(out) if line.endswith("\n")):
+            json.loads(line)
+    assert killed >= 5
+    assert subprocess.run([*command, "--workers", "2"], **quiet).returncode == 0
+    assert curves(out) == curves(whole)
+    assert len(list(out.iterdir())) <= 8
+
+
+# --- the engine on a GPU --------------------------------------------------------------------------------------
+
+
+def test_the_gpu_table_compares_like_with_like_and_counts_what_is_wrong(tmp_path):
+    from gpu_table import best_of, table
+
+    card = {"device": "card", "torch": "2", "commit": "abc", "model": "cnn"}
+    speed = card | {"section": "speed"}
+    rates = [("resident model, plain PyTorch", "float32", 100.0), ("resident model, plain PyTorch", "tf32", 200.0)]
+    rows = [{**speed, "way": way, "form": form, "rate": rate} for way, form, rate in rates]
+    rates = [("stack loop", "float32", 50, 300.0), ("stack loop", "float32", 10, 350.0), ("stack", "tf32", 50, 500.0)]
+    rates += [("factors", "float32", 50, 320.0), ("factors, no graph", "float32", 50, 900.0)]
+    rows += [{**speed, "way": way, "form": form, "chunk": k, "rate": rate} for way, form, k, rate in rates]
+    rows.append({**speed, "way": "vmap", "form": "float32", "chunk": 50, "failed": "no memory"})
+    measures = ("params", "momentum", "buffers", "train_loss", "consensus_distance", "momentum_spread")
+    check = card | {"section": "check", "way": "stack", "form": "float64"} | dict.fromkeys(measures, 0.5)
+    rows += [check | {"wrong": True}, check | {"way": "loop", "wrong": False}, check | {"way": "vmap", "failed": "so"}]
+    assert [(way.name, way.chunk) for way in best_of(rows, "float32")] == [("stack loop", 10), ("factors", 50)]
+    assert [way.name for way in best_of(rows)] == ["stack", "stack loop", "factors"]
+    text = table(rows)
+    assert "| cnn | stack loop | float32 | 10 | 350 | 3.50 |" in text
+    assert "| cnn | stack | tf32 | 50 | 500 | 2.50 |" in text
+    assert "| cnn | vmap | float32 | 50 | no memory | – |" in text
+    assert "Checks: 3, of which 1 WRONG and 1 could not run." in text
+
+
+@pytest.mark.slow
+def test_the_gpu_check_finds_a_way_that_is_wrong(monkeypatch):
+    import gpu_ways
+
+    from fedmom.engine.stacked.convolutions import CONVOLUTIONS
+
+    right = CONVOLUTIONS["loop"]
+    monkeypatch.setitem(CONVOLUTIONS, "grouped", lambda *given: 1.00001 * right(*given))
+    load = gpu_ways.Load("cnn", 3, 10, 3, 4, 2, side=8)
+    data = gpu_ways.images(30, 8)
+    wanted = gpu_ways.exact(load, data)
+    ways = [gpu_ways.Way("stack", name, "float64", 2) for name in ("loop", "grouped", "unfold")]
+    rows = [gpu_ways.check(load, data, way, wanted, "cpu") for way in ways]
+    assert [row.get("wrong") for row in rows] == [False, True, False], rows
+
+
+@pytest.mark.slow
+def test_the_gpu_script_ends_in_its_budget_with_what_it_had(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(tmp_path), "--device", "cpu", "--quick"]
+    done = subprocess.run([*command, "--section", "check"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    whole = lines(tmp_path)
+    assert all(json.loads(line)["section"] == "check" for line in whole)
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*command, "--section", "speed", "resnet", "--seconds", "9", "--budget", "0.5"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 60
+    assert "speed: " in done.stderr
+    assert lines(tmp_path)[: len(whole)] == whole
+    assert len(list(tmp_path.iterdir())) <= 8

@@ -25,20 +25,20 @@ def test_the_site_builds_strictly(tmp_path):
     for words in ("Run Algorithm 1 or 2 as", "wants to hear of a run", "on_round", "make_topology"):
         assert words in api
     pages = list((tmp_path / "site").rglob("index.html"))
-    assert len(pages) == len(list((ROOT / "docs").glob("*.md")))
+    assert len(pages) == len(list((ROOT / "docs").rglob("*.md")))
     fetched = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', api)
     assert not fetched, fetched
 
 
 def test_every_page_of_docs_is_in_the_navigation():
     listed = set(re.findall(r"^  - .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
-    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs", "examples/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs", "examples/README.md", "benchmarks"])
 def test_links_to_files_of_the_checkout_lead_somewhere(page):
     start = ROOT / page
-    for path in sorted(start.glob("*.md")) if start.is_dir() else [start]:
+    for path in sorted(start.rglob("*.md")) if start.is_dir() else [start]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 

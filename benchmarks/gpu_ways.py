@@ -1,0 +1,302 @@
+"""What benchmarks/gpu.py measures: one way to run a round, whether it is right, how fast it is and what it launches."""
+
+import gc
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from paper_data import read_images
+from torch import nn
+
+from fedmom.data.datasets import Dataset
+from fedmom.data.partition import make_partition
+from fedmom.engine.engine import Engine
+from fedmom.machine.precision import allow_tf32
+from fedmom.method.algorithms import Method
+from fedmom.method.schedules import LearningRate
+from fedmom.method.state import ClientState, to_device
+from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
+from fedmom.tasks.classification import Classification
+from fedmom.tasks.models import GlobalAveragePool, build_model
+
+MODELS: dict[str, dict[str, Any]] = {"mlp": {"hidden": 64}}  # options of those that are not built as they are
+FORMS = {  # storage, and whether float32 products may be TF32
+    "float64": (torch.float64, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}
+MEASURES = ("train_loss", "consensus_distance", "momentum_spread")
+ROUNDING = 1e-6  # in float64, relative: what is wrong is off by more
+Row = dict[str, Any]
+
+
+class Load(NamedTuple):
+    """A workload: so many clients of so many images, of which a cohort takes part."""
+
+    model: str
+    clients: int  # N
+    each: int  # n_i
+    cohort: int  # C, also the largest K
+    batch: int  # B
+    steps: int  # I
+    side: int = 32  # of an image, in pixels
+
+    @property
+    def plan(self) -> Plan:
+        options: Row = {"num_local_steps": self.steps, "eval_every": 10**9}
+        return Plan(Method(0.9), LearningRate(0.02), 2, self.cohort, self.batch, **options)
+
+
+class Way(NamedTuple):
+    """How the engine runs it."""
+
+    path: str
+    convolution: str  # "": by layer
+    form: str
+    chunk: int  # K
+
+    @property
+    def name(self) -> str:
+        return f"{self.path} {self.convolution}".strip()
+
+
+def images(num: int, side: int, path: Path | None = None) -> Dataset:
+    """CIFAR-10 if it is given, else random images of its shape: speed does not depend on what they show."""
+    if path is not None:
+        data = read_images(path)
+        return data._replace(x_train=data.x_train[:num], y_train=data.y_train[:num], augment="none")
+    x = torch.randint(256, (num, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    y = torch.arange(num) % 10
+    return Dataset(x, y, x[:200], y[:200], 10, (0.5,) * 3, (0.25,) * 3, "none")
+
+
+def model_of(load: Load) -> nn.Module:
+    return build_model(load.model, (3, load.side, load.side), 10, seed=0, **MODELS.get(load.model, {}))
+
+
+def task_of(
+    load: Load, data: Dataset, device: str, form: str = "float32", model: nn.Module | None = None
+) -> Classification:
+    """`model`: instead of the load's."""
+    net = model_of(load) if model is None else model
+    partition = make_partition("iid", data.y_train.numpy(), load.clients, seed=0)
+    return Classification(data, net, partition, batch_size=load.batch, dtype=FORMS[form][0], device=device)
+
+
+def layers(load: Load) -> dict[str, nn.Module]:
+    """{geometry: a model of that convolution alone, behind one that makes its channels}, each geometry once.
+
+    What takes long to compile in one model is then compiled by many processes.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def see(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        name = f"{layer.in_channels} to {layer.out_channels}, stride {layer.stride[0]}, side {inputs[0].shape[-1]}"
+        own = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+        if layer.bias is None:
+            own.register_parameter("bias", None)
+        before = nn.Conv2d(3, layer.in_channels, 1, stride=load.side // inputs[0].shape[-1])
+        if before.stride[0] * inputs[0].shape[-1] != load.side:  # a side that a stride does not make: by its padding
+            before = nn.Conv2d(3, layer.in_channels, 1 + load.side - inputs[0].shape[-1])
+        found[name] = nn.Sequential(before, own, GlobalAveragePool(), nn.Linear(layer.out_channels, 10))
+
+    model = model_of(load)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_pre_hook(see)
+    with torch.no_grad():
+        model(torch.zeros(2, 3, load.side, load.side))
+    return found
+
+
+def engine_of(task: Classification, load: Load, way: Way, *, replays: bool = True) -> Engine:
+    engine = Engine(task, load.plan.method, path=way.path, chunk_size=way.chunk, convolution=way.convolution)
+    if not replays:
+        engine.replays = None
+    return engine
+
+
+def replayed(engine: Engine) -> Row:
+    """What the engine says of its recordings."""
+    found = engine.replays
+    return {} if found is None else {"replayed": found.num_replayed, "trouble": found.trouble}
+
+
+def why(failure: BaseException) -> str:
+    """In one line: no kernel for this dtype or shape, no memory."""
+    return (str(failure).splitlines() or [type(failure).__name__])[0][:120]
+
+
+# --- right? ---------------------------------------------------------------------------------------------------
+
+Trained = tuple[ClientState, list[Row]]
+
+
+def trained(task: Classification, plan: Plan, engine: Engine) -> Trained:
+    """The plan twice, one after the other, by one engine -> (the last state, the records of both)."""
+    records: list[Row] = []
+    for _ in range(2):
+        steps = list(run_rounds(task, plan, engine, beginning(task, plan)))
+        records += [record for _, record in steps]
+    return to_device(steps[-1][0].state, "cpu"), records
+
+
+def checked_plan(load: Load) -> Plan:
+    """Six rounds with two lr lists: run twice, recordings of both are made, compared, and replayed."""
+    rate = LearningRate(0.02, "step", (0.5,), unit="fraction")
+    return load.plan._replace(rate=rate, num_rounds=6)
+
+
+def exact(load: Load, data: Dataset) -> tuple[Trained, ClientState]:
+    """What the plain loop on the CPU in float64 comes to, and the start."""
+    task = task_of(load, data, "cpu", "float64")
+    way = Way("loop", "", "float64", 1)
+    return trained(task, checked_plan(load), engine_of(task, load, way)), task.start()
+
+
+def errors(found: Trained, wanted: Trained, start: ClientState) -> dict[str, float]:
+    """Of x, u and buffers ‖found − wanted‖ over how far the wanted ones went; of each measure the worst round's."""
+    (state, records), (want, right) = found, wanted
+    row = {}
+    for part in ("params", "momentum", "buffers"):
+        trees = [getattr(s, part) for s in (state, want, start)]
+        names = [n for n, v in trees[1].items() if v.is_floating_point()]
+        got, end, before = (torch.cat([t[n].double().flatten() for n in names] or [torch.zeros(1)]) for t in trees)
+        row[part] = float((got - end).norm() / ((end - before).norm() or 1))
+    for name in MEASURES:
+        row[name] = max(abs(a[name] - b[name]) / (abs(b[name]) or 1) for a, b in zip(records, right, strict=True))
+    return row
+
+
+def check(load: Load, data: Dataset, way: Way, wanted: tuple[Trained, ClientState], device: str) -> Row:
+    """One way against the plain loop; "wrong" where float64 is off by more than rounding, or recordings failed."""
+    row: Row = {"model": load.model, "way": way.name, "form": way.form}
+    allow_tf32(FORMS[way.form][1])
+    try:
+        task = task_of(load, data, device, way.form)
+        engine = engine_of(task, load, way)
+        row |= errors(trained(task, checked_plan(load), engine), *wanted) | replayed(engine)
+    except Exception as failure:
+        return {**row, "failed": why(failure)}
+    finally:
+        allow_tf32(False)
+    off = [value for value in row.values() if isinstance(value, float) and not value <= ROUNDING]
+    return {**row, "wrong": bool(row.get("trouble") or (way.form == "float64" and off))}
+
+
+# --- fast? ----------------------------------------------------------------------------------------------------
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measured(
+    load: Load,
+    data: Dataset,
+    way: Way,
+    device: str,
+    seconds: float,
+    *,
+    replays: bool = True,
+    model: nn.Module | None = None,
+) -> Row:
+    """Client-steps/s: the median of rounds after those that are recorded and compared; or why it fails."""
+    row: Row = {"model": load.model, "way": way.name, "form": way.form, "chunk": way.chunk}
+    row |= {} if replays else {"way": f"{way.name}, no graph"}
+    allow_tf32(FORMS[way.form][1])
+    try:
+        task = task_of(load, data, device, way.form, model)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        engine = engine_of(task, load, way, replays=replays)
+        done = beginning(task, load.plan)
+        job = round_job(task, load.plan, done)
+        times: list[float] = []
+        while len(times) < 6 or (sum(times) < seconds and len(times) < 200):
+            begin = now(task.device)
+            engine.run_round(done.state, job)
+            times.append(now(task.device) - begin)
+            if sum(times) > 6 * seconds:
+                break
+        row["rate"] = float(job.num_steps.sum()) / statistics.median(times[4:] or times[-1:])
+        row |= replayed(engine)
+        if device == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    except Exception as failure:
+        row["failed"] = why(failure)
+    finally:
+        allow_tf32(False)
+    gc.collect()  # recordings hold a GPU's memory for as long as somebody knows of them
+    return row
+
+
+def resident(load: Load, data: Dataset, form: str, device: str, seconds: float) -> Row:
+    """Client-steps/s of one resident model in plain PyTorch on the same minibatches: what the others do."""
+    row: Row = {"model": load.model, "way": "resident model, plain PyTorch", "form": form}
+    allow_tf32(FORMS[form][1])
+    try:
+        task = task_of(load, data, device, form)
+        job = round_job(task, load.plan, beginning(task, load.plan))
+        model = task.model
+        model.train()
+        params = list(model.parameters())
+        batches = list(task.round_batches(job.clients[:1], job.first_steps[:1], len(job.lrs)))
+        one_round(model, params, batches)  # not timed: kernels are loaded and chosen in it
+        count, begin = 0, now(task.device)
+        while now(task.device) - begin < seconds:
+            count += one_round(model, params, batches)
+        row["rate"] = count / (now(task.device) - begin)
+    except Exception as failure:
+        row["failed"] = why(failure)
+    finally:
+        allow_tf32(False)
+    return row
+
+
+def one_round(model: nn.Module, params: list[nn.Parameter], batches: list[Any]) -> int:
+    """One client's local steps -> how many."""
+    optimizer = torch.optim.SGD(params, lr=0.02, momentum=0.9, fused=True)
+    for batch in batches:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(batch.x[0]), batch.y[0]).backward()
+        optimizer.step()
+    return len(batches)
+
+
+def profiled(load: Load, data: Dataset, way: Way, device: str) -> Row:
+    """The kernels (on a CPU the operators) of one round by time, after as many rounds as recordings take."""
+    row: Row = {"model": load.model, "way": way.name, "form": way.form, "chunk": way.chunk}
+    allow_tf32(FORMS[way.form][1])
+    cuda = device == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
+    try:
+        task = task_of(load, data, device, way.form)
+        engine = engine_of(task, load, way)
+        done = beginning(task, load.plan)
+        job = round_job(task, load.plan, done)
+        for _ in range(5):
+            engine.run_round(done.state, job)
+        begin = now(task.device)
+        engine.run_round(done.state, job)
+        row["milliseconds"] = 1e3 * (now(task.device) - begin)
+        with torch.profiler.profile(activities=kinds) as profile:
+            engine.run_round(done.state, job)
+            now(task.device)
+        found = profile.key_averages()
+        times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in found}
+        counts = {e.key: e.count for e in found}
+        longest = sorted(times, key=lambda name: -times[name])[:20]
+        row["busy"] = sum(times.values()) / 1e3
+        row["kernels"] = [[name[:100], times[name] / 1e3, counts[name]] for name in longest if times[name] > 0]
+        row |= replayed(engine)
+    except Exception as failure:
+        row["failed"] = why(failure)
+    finally:
+        allow_tf32(False)
+    return row
