@@ -235,12 +235,7 @@ def _may_factor(task: Task, method: Method, start: ClientState, job: Job) -> boo
 
 
 def _cannot_fold(task: Task, method: Method, job: Job, path: str, yardstick: Yardstick | None) -> str:
-    """ "" or why the folded model cannot be used, in any form that it may take: here alone it is given up."""
-    return _folded_differs(task, method, job, path, yardstick)
-
-
-def _folded_differs(task: Task, method: Method, job: Job, path: str, yardstick: Yardstick | None) -> str:
-    """ "" or why it cannot be used as it is: it cannot be had, or it does not come to what plain torch does."""
+    """ "" or why the folded model cannot be used: it cannot be had, or it does not come to what plain torch does."""
     try:
         stack = Stack(task, method)
         assert yardstick is not None  # whatever can be folded has a model
