@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # a minute, on a machine that is not busy
 
 # In a process of its own, where Triton compiles: in that of the tests it interprets.
 COMPILE = """
@@ -15,14 +15,14 @@ import os, re, subprocess, tempfile
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fedmom.engine.stacked.kernels import batch_norm, dropout, pool
+from fedmom.engine.stacked.kernels import batch_norm, dropout, first_step, pool
 from fedmom.engine.stacked.kernels.batch_norm import tile
 import torch
 
 POINTERS = ("x", "y", "d", "keys", "bias", "index", "before", "totals", "residual", "means", "squares", "weight",
             "old_mean", "old_var", "mean_found", "scale_found", "through", "scales", "firsts", "seconds", "w_found",
-            "b_found")
-TYPES = {"keys": "i64", "index": "u8"}
+            "b_found", "g", "u", "lr", "rows")
+TYPES = {"keys": "i64", "index": "u8", "lr": "fp64"}
 tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 
 def compiled(name, kernel, dtype, constants, ones=False):
@@ -52,9 +52,9 @@ def compiled(name, kernel, dtype, constants, ones=False):
     print(name, dtype, registers, stack, spills, made.metadata.shared, wide)
 
 for dtype, torch_dtype, SUM in (("fp32", torch.float32, tl.float32), ("fp64", torch.float64, tl.float64)):
-    for channels in (1, 16, 64) if dtype == "fp32" else (16,):
+    for channels, layouts in {1: [True], 16: [True, False], 64: [True]}.items() if dtype == "fp32" else [(16, [True])]:
         ones = channels == 1
-        for last in (True, False):
+        for last in layouts:
             BM, BC = tile(channels, last, torch_dtype, 2048)
             norm = dict(LAST=last, SUM=SUM, BM=BM, BC=BC)
             affine = dict(WEIGHT=True, BIAS=True)
@@ -85,6 +85,16 @@ for dtype, torch_dtype, SUM in (("fp32", torch.float32, tl.float32), ("fp64", to
                 dict(C=channels, HW=196, THRESHOLD=1 << 30, SCALE=4 / 3, CHANNELS=False, LAST=last, SUM=SUM,
                      BLOCK=1024), ones,
             )
+            compiled(
+                f"dropout-turned-{said}", dropout._drop_and_turn, dtype,
+                dict(C=channels, HW=196, THRESHOLD=1 << 30, SCALE=4 / 3, CHANNELS=False, LAST=last, SUM=SUM,
+                     ROWS=32, COLUMNS=32), ones,
+            )
+    for nesterov in (False, True):
+        compiled(
+            f"first_step-{nesterov}", first_step._first_step, dtype,
+            dict(BETA=0.9, DECAY=1e-4, NESTEROV=nesterov, SUM=SUM, BLOCK=1024),
+        )
 """
 
 
@@ -94,7 +104,7 @@ def kernels(tmp_path_factory):
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r"\S+ fp\d\d ", line)]
     print(done.stdout)
@@ -102,7 +112,7 @@ def kernels(tmp_path_factory):
 
 
 def test_every_kernel_compiles_for_a_card_and_none_spills_in_float32(kernels):
-    assert len(kernels) == (3 + 1) * 2 * (7 + 4 + 1)
+    assert len(kernels) == (4 + 1) * (7 + 4 + 2) + 2 * 2
     spilling = {kernel: found for kernel, found in kernels.items() if found[1] or found[2]}
     assert not {kernel: found for kernel, found in spilling.items() if kernel[1] == "fp32"}
 

@@ -108,6 +108,32 @@ def test_a_replayed_round_launches_little_and_waits_once(name):
     assert all(count <= most for count, most in zip(counted, MOST[name], strict=True)), (counted, card.launches)
 
 
+MEGABYTES = {  # of a client's step: clients, batch, and so many at most
+    "cnn": (50, 10, 75),
+    "resnet56": (2, 16, 740),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_a_step_moves_few_bytes(name):
+    """Operands and results of all operators, in float32; the exchange is not in it, the minibatches are."""
+    clients, batch, most = MEGABYTES[name]
+    steps = {"cnn": 5, "resnet56": 2}[name]
+    plan = simple_plan(clients, num_local_steps=steps, batch_size=batch)
+    data = tiny_images(4 * clients * batch, channels=3, side=32, num_classes=10)
+    with pretend() as card:
+        task = image_task(name, clients, data=data, device="cuda", dtype=torch.float32, batch_size=batch)
+        done = beginning(task, plan)
+        job, stack = round_job(task, plan, done), Stack(task, plan.method, convolution="implicit")
+        orders = stack.orders(job)
+        orders = orders.read(orders.words().to("cuda"))
+        stack.run_straight(done.state, job, orders)
+        card.forget()
+        stack.run_straight(done.state, job, orders)
+    assert 0.8 * most < card.bytes.total() / (clients * steps) / 1e6 <= most, card.bytes.most_common(9)
+
+
 @pytest.mark.parametrize("options", [{"momentum_policy": "local"}, {"local_epochs": 1}], ids=str)
 def test_what_cannot_be_recorded_goes_step_by_step(options):
     plan = simple_plan(4, num_rounds=4, batch_size=1, **options)
