@@ -257,6 +257,9 @@ def test_a_kernel_that_cannot_run_is_done_without_and_named_once(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(run(x, keys, 1, 0.5, False, False), found)
+        monkeypatch.setattr(registry, "failed", {})
+        monkeypatch.setattr(registry, "wanted", False)  # FEDMOM_FUSED=0
+        assert torch.equal(run(x, keys, 1, 0.5, False, False), found)
 
 
 # --- any model ----------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import max_pool2d, pad
 
-from fedmom.engine.stacked.kernels.registry import Fused, register
+from fedmom.engine.stacked.kernels.registry import Fused, register, wanted
 from fedmom.tasks.dropout import kept
 
-enabled: bool | None = None  # None: on a CUDA device; True: everywhere; False: nowhere
+enabled: bool | None = None if wanted else False  # None: on a CUDA device; True: everywhere; False: nowhere
 
 _NOTHING = 255  # in the place of an index: nothing in the window is positive
 _PROGRAMS, _MOST_PARTS = 1024, 64  # of a reduction, and of its parts of a client
@@ -25,9 +25,9 @@ ops = torch.ops.fedmom
 
 def on(x: Tensor, K: int) -> bool:
     """Whether activations of K clients go through these operators."""
-    wanted = x.is_cuda if enabled is None else enabled
+    asked = x.is_cuda if enabled is None else enabled
     floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    return bool(wanted and x.ndim > 1 and x.dtype in floats and 0 < x.numel() < K << 31 and len(x) % K == 0)
+    return bool(asked and x.ndim > 1 and x.dtype in floats and 0 < x.numel() < K << 31 and len(x) % K == 0)
 
 
 def part_rows(K: int, rows: int, C: int) -> int:

@@ -4,6 +4,7 @@ Whatever watches operators, counts them or records them sees the kernels too. Tr
 """
 
 import importlib
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from fedmom.user_code import one_line
 
 failed: dict[str, str] = {}  # {operator: why its kernel is not used any more}
+wanted = os.environ.get("FEDMOM_FUSED") != "0"  # whether these kernels are used at all
 
 
 class Fused(NamedTuple):
@@ -36,7 +38,7 @@ def on_card(name: str, operator: Fused) -> Callable[..., Any]:
     """The operator by its kernel; by plain torch from the first time on that the kernel cannot run."""
 
     def run(*args: Any) -> Any:
-        if name not in failed:
+        if wanted and name not in failed:
             try:
                 kernels = importlib.import_module(f"{__package__}.{operator.file}")
                 with torch.cuda.device_of(args[0]):
