@@ -108,6 +108,42 @@ def test_a_replayed_round_launches_little_and_waits_once(name):
     assert all(count <= most for count, most in zip(counted, MOST[name], strict=True)), (counted, card.launches)
 
 
+def test_minibatches_are_drawn_ahead_for_the_round_that_follows_and_no_other():
+    """As after an answer that is asked for again, or another run by the same engine."""
+    plan = simple_plan(4, num_rounds=9, num_local_steps=2)
+    with pretend():
+        task = image_task("mlp", 4, device="cuda")
+        begun, engines = beginning(task, plan), [Engine(task, plan.method, path="stack", chunk_size=4) for _ in "ab"]
+        jobs = [round_job(task, plan, begun._replace(round=number)) for number in (0, 1, 7)]
+        for job in jobs[:2]:
+            engines[0].run_round(begun.state, job)
+        found, want = (engine.run_round(begun.state, jobs[2]) for engine in engines)
+    assert engines[0].replays.num_ahead == 1
+    assert torch.equal(found.losses, want.losses)
+
+
+def test_a_card_says_which_part_is_not_finite():
+    """By the sums: losses and spreads may be finite all the same."""
+    plan = simple_plan(2, num_local_steps=1)
+    with pretend():
+        task = image_task("resnet20", 2, device="cuda")
+        begun = beginning(task, plan)
+        runner = Engine(task, plan.method, path="stack", chunk_size=2).runner
+        (chunk,) = runner.from_start(begun.state, round_job(task, plan, begun), [torch.arange(2)], None)
+        moved = chunk.ended
+        half = sum(count for (part, _), count in moved.layout.items() if part == "params")
+        kind = next(kind for kind, b in moved.buffers.items() if b.is_floating_point())
+        for part, place in (("", None), ("params", 0), ("momentum", half), ("buffers", None)):
+            total, own = moved.total.clone(), {kind: b.clone() for kind, b in moved.buffers.items()}
+            if part == "buffers":
+                own[kind][0, 0] = torch.inf
+            elif part:
+                total[place] = torch.nan
+            sums = runner.sums(begun.state)
+            sums.add(moved._replace(total=total, buffers=own), chunk.weights)
+            assert sums.finish(chunk.losses).broken == part
+
+
 MEGABYTES = {  # of a client's step: clients, batch, and so many at most
     "cnn": (50, 10, 75),
     "resnet56": (2, 16, 740),

@@ -30,6 +30,7 @@ PARTS = {
     ),
     "averaging": ("tests/method/test_averaging.py", "tests/engine/test_engine.py", "tests/laws"),
     "stack": ("tests/engine/test_stacked.py",),
+    "replays": ("tests/engine/test_cuda_graphs.py",),
     "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_classification.py"),
     "partitions": ("tests/data/test_partition.py",),
     "schedules": ("tests/method/test_schedules.py", "tests/engine/test_engine.py", "tests/laws"),
@@ -59,7 +60,7 @@ ALGORITHMS, AVERAGING, MIXING = "fedmom.method.algorithms", "fedmom.method.avera
 TOPOLOGY, GRAPHS, SCHEDULES = "fedmom.method.topology", "fedmom.method.graphs", "fedmom.method.schedules"
 LOOP, ENGINE, GOSSIP = "fedmom.rounds.loop", "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.RoundSums"
-UPDATES = "fedmom.engine.stacked.updates"
+UPDATES, GRAPHS = "fedmom.engine.stacked.updates", "fedmom.engine.stacked.cuda_graphs"
 PLAIN = "fedmom.engine.engine.PlainRunner"
 BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.classification.Classification"
 FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
@@ -585,6 +586,31 @@ MUTANTS = [
         "how far clients went from x̂, and not from their mean",
         code(f"{WENT}.finish", " - (away / self.weight) * (away / self.weight)", ""),
         "tests/engine/test_stacked.py::test_every_model_is_the_loops[logistic-rows-False]",
+    ),
+    Mutant(
+        "replays",
+        "a replay of the round that was recorded",
+        "minibatches, γ and weights are not sent again",
+        code(
+            f"{GRAPHS}.Replays._run",
+            "            words_there.copy_(_sendable(words, words_there.device), non_blocking=True)\n",
+            "",
+        ),
+        "tests/engine/test_cuda_graphs.py::test_replayed_rounds_are_the_stacks[mlp-factors-average]",
+    ),
+    Mutant(
+        "replays",
+        "minibatches of the round that was expected",
+        "what was drawn ahead is taken for whatever round comes",
+        code(f"{GRAPHS}.Replays._orders", "if _alike(known, job):", "if True:"),
+        "tests/engine/test_cuda_graphs.py::test_minibatches_are_drawn_ahead_for_the_round_that_follows_and_no_other",
+    ),
+    Mutant(
+        "replays",
+        "a card looks at x alone",
+        "u and the buffers may be NaN",
+        code(f"{WENT}._looks", '"momentum": means[half:]', '"momentum": means[:half]'),
+        "tests/engine/test_cuda_graphs.py::test_a_card_says_which_part_is_not_finite",
     ),
     Mutant(
         "stack",
