@@ -60,7 +60,7 @@ ALGORITHMS, AVERAGING, MIXING = "fedmom.method.algorithms", "fedmom.method.avera
 TOPOLOGY, GRAPHS, SCHEDULES = "fedmom.method.topology", "fedmom.method.graphs", "fedmom.method.schedules"
 LOOP, ENGINE, GOSSIP = "fedmom.rounds.loop", "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.RoundSums"
-UPDATES, GRAPHS = "fedmom.engine.stacked.updates", "fedmom.engine.stacked.cuda_graphs"
+UPDATES, REPLAYS = "fedmom.engine.stacked.updates", "fedmom.engine.stacked.cuda_graphs.Replays"
 PLAIN = "fedmom.engine.engine.PlainRunner"
 BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.classification.Classification"
 FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
@@ -592,7 +592,7 @@ MUTANTS = [
         "a replay of the round that was recorded",
         "minibatches, γ and weights are not sent again",
         code(
-            f"{GRAPHS}.Replays._run",
+            f"{REPLAYS}._run",
             "            words_there.copy_(_sendable(words, words_there.device), non_blocking=True)\n",
             "",
         ),
@@ -602,7 +602,7 @@ MUTANTS = [
         "replays",
         "minibatches of the round that was expected",
         "what was drawn ahead is taken for whatever round comes",
-        code(f"{GRAPHS}.Replays._orders", "if _alike(known, job):", "if True:"),
+        code(f"{REPLAYS}._orders", "if _alike(known, job):", "if True:"),
         "tests/engine/test_cuda_graphs.py::test_minibatches_are_drawn_ahead_for_the_round_that_follows_and_no_other",
     ),
     Mutant(
