@@ -53,7 +53,8 @@ def assert_same(one, other, tolerance=1e-13):
 
 @pytest.mark.parametrize(
     ("name", "path", "policy"),
-    [("mlp", "factors", "average"), ("cnn", "stack", "reset"),
+    [("mlp", "factors", "average"),
+     pytest.param("cnn", "stack", "reset", marks=pytest.mark.slow),
      pytest.param("resnet20", "stack", "average", marks=pytest.mark.slow),
      pytest.param("resnet20", "factors", "average", marks=pytest.mark.slow)],
 )  # fmt: skip
