@@ -242,7 +242,7 @@ def run_apart(name: str, options: argparse.Namespace, seconds: float) -> str:
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as aside:
         if name == "compile":  # what many processes time at once must not be remembered; what Triton compiles must
-            environment |= {"XDG_CACHE_HOME": aside}
+            environment |= {"FEDMOM_CACHE": aside}
             environment.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
         left = ["--left", str(seconds), "--commit", options.commit]
         run: dict[str, Any] = {"env": environment, "start_new_session": True}
