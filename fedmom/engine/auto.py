@@ -15,6 +15,7 @@ from fedmom.engine.calls import mixes_by
 from fedmom.engine.look import look, look_at_correction
 from fedmom.engine.paths import AUTO, FACTORS, LOOP, PATHS, STACK, VMAP, is_plain, is_settled
 from fedmom.engine.rates import Rates, Way, rate, replayable, seconds
+from fedmom.engine.stacked.kernels import registry
 from fedmom.engine.stacked.layers import FoldError
 from fedmom.engine.stacked.steps import Stack
 from fedmom.engine.stacked.timings import KnownWays, Remembered
@@ -30,7 +31,7 @@ from fedmom.user_code import one_line
 
 
 def bytes_per_client(task: Task, start: ClientState) -> int:
-    """KnownWays that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
+    """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
     # Twice the activations: backward adds a gradient to most of them.
     return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * task.activation_bytes(start)
 
@@ -96,7 +97,7 @@ def choose(
     replays = replayable(method, job, own_rows)
     sizes = [min(chunk_size, cohort)] if chunk_size else _chunk_sizes(task, start, wide, cohort)
     # How far memory goes changes a little all the time: by powers of 4 it does not.
-    asked = [path, chunk_size, wide, own_rows, replays, len(sizes), sizes[-1] == cohort]
+    asked = [path, chunk_size, wide, own_rows, replays, len(sizes), sizes[-1] == cohort, registry.wanted]
     ways = KnownWays(task, method, start, job, asked, on=remember)
     known = ways.get()
     if known and known.chunk_size <= sizes[-1] and _still_good(known, task, method, start, job, path, wide, yardstick):
