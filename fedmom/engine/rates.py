@@ -142,6 +142,7 @@ def _seconds_of(engine: Engine, start: ClientState, job: Job, num_rows: int, ste
     """Time of a round of `steps` local steps of the first `num_rows` clients of `job`."""
     part = part_of(job._replace(momentum=None), torch.arange(num_rows))
     short = part._replace(num_steps=torch.full_like(part.num_steps, steps), lrs=job.lrs[:steps])
+    short = short._replace(following=lambda: short)  # as in a run, each round's minibatches are drawn during another
     begin = now(engine.task.device)
     engine.run_round(start, short)
     return now(engine.task.device) - begin

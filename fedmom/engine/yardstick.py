@@ -155,6 +155,7 @@ class Yardstick:
             lrs=list(self.lrs),
             momentum=None,
             rows=None,
+            following=None,
         )
 
     def _begin(self, count: int, by: float) -> tuple[ClientState, ClientState]:

@@ -464,6 +464,8 @@ def pretend(free: int = 80 << 30, count: int = 1) -> Iterator[Card]:
         "mem_get_info": lambda *_: (free, free),
         "max_memory_allocated": lambda *_: 0,
         "empty_cache": lambda: None,
+        "current_device": lambda: 0,
+        "graph_pool_handle": lambda: (0, 1),
         "synchronize": lambda *_: card.wait("synchronize"),
         "current_stream": lambda *_: card.current,
         "set_stream": card.set_stream,

@@ -13,7 +13,7 @@ import torch
 
 from fedmom.user_code import one_line
 
-failed: dict[str, str] = {}  # {operator: why its kernel is not used any more}
+failed: dict[tuple[str, torch.dtype], str] = {}  # {(operator, of what): why its kernel is not used any more}
 wanted = os.environ.get("FEDMOM_FUSED") != "0"  # whether these kernels are used at all
 
 
@@ -38,7 +38,8 @@ def on_card(name: str, operator: Fused) -> Callable[..., Any]:
     """The operator by its kernel; by plain torch from the first time on that the kernel cannot run."""
 
     def run(*args: Any) -> Any:
-        if wanted and name not in failed:
+        kind = name, args[0].dtype
+        if wanted and kind not in failed:
             try:
                 kernels = importlib.import_module(f"{__package__}.{operator.file}")
                 with torch.cuda.device_of(args[0]):
@@ -46,8 +47,10 @@ def on_card(name: str, operator: Fused) -> Callable[..., Any]:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # no Triton, no compiler, a card that it does not know
-                failed[name] = one_line(error)
-                warnings.warn(f"fedmom::{name} runs without its kernel: {failed[name]}", stacklevel=2)
+                if "out of memory" in str(error).lower():  # Triton's own word for it, where a kernel is loaded
+                    raise torch.OutOfMemoryError(one_line(error)) from error
+                failed[kind] = one_line(error)
+                warnings.warn(f"fedmom::{name} runs without its kernel: {failed[kind]}", stacklevel=2)
         return operator.plain(*args)
 
     return run
