@@ -1,5 +1,6 @@
 """A zoo of models: each trains on every path as plain torch does, or is refused before anything is trained."""
 
+import sys
 from functools import lru_cache
 
 import pytest
@@ -122,6 +123,13 @@ def assert_refused(name: str, path: str, words: str, **changes: object) -> None:
     message = str(caught.value)
     assert "\n" not in message
     assert words in message or OLDER.get(words, words) in message
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet():
+    """Dynamo compiles a function eight times and then no more, whichever test asked."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
 
 
 @pytest.mark.parametrize("name", EVERY)
