@@ -16,6 +16,7 @@ from fedmom.data.datasets import Dataset
 from fedmom.data.partition import make_partition
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
+from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.errors import DivergedError
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
@@ -24,7 +25,6 @@ from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import build_model
 
 SCHEDULES = {"constant": "constant", "decayed": "step"}  # ours: fedmom's
-COMINGS = 4  # of a round until it is replayed: it is taken, recorded, compared
 ORDER = (1, 8, 16, 4)  # of I, the most telling first
 
 

@@ -51,7 +51,9 @@ def compiled(name, kernel, dtype, constants, ones=False):
     wide = len(re.findall(r"LDG\\.E(?:\\.\\w+)*\\.128", code))
     print(name, dtype, registers, stack, spills, made.metadata.shared, wide)
 
-for dtype, torch_dtype, SUM in (("fp32", torch.float32, tl.float32), ("fp64", torch.float64, tl.float64)):
+for dtype, torch_dtype, SUM in (
+    ("fp32", torch.float32, tl.float32), ("bf16", torch.bfloat16, tl.float32), ("fp64", torch.float64, tl.float64)
+):
     for channels, layouts in {1: [True], 16: [False], 64: [True]}.items() if dtype == "fp32" else [(16, [True])]:
         ones = channels == 1
         for last in layouts:
@@ -106,14 +108,14 @@ def kernels(tmp_path_factory):
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [line.split() for line in done.stdout.splitlines() if re.match(r"\S+ fp\d\d ", line)]
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r"\S+ (?:fp|bf)\d\d ", line)]
     print(done.stdout)
     return {(name, dtype): tuple(map(int, numbers)) for name, dtype, *numbers in rows}
 
 
 def test_every_kernel_compiles_for_a_card_and_none_spills_in_float32(kernels):
     """And channels-last memory is read sixteen bytes at a time."""
-    assert len(kernels) == (3 + 1) * (7 + 4 + 2) + 2 * 2
+    assert len(kernels) == (3 + 1 + 1) * (7 + 4 + 2) + 3 * 2
     in_float32 = {name: found for (name, dtype), found in kernels.items() if dtype == "fp32"}
     assert not {name: found for name, found in in_float32.items() if found[1] or found[2]}
     last = {name: found for name, found in in_float32.items() if name.startswith("norm") and name.endswith("64-last")}

@@ -135,12 +135,11 @@ def _norm_apply(
 
 
 @triton.jit
-def _norm_back_sums(
-    d, x, y, through, means, scales, weight, bias, firsts, seconds, w_client, b_client, M, C, HW, R, S,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, LAST: tl.constexpr,
-    SUM: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+def _known(
+    means, scales, weight, bias, w_client, b_client, C, S,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, SUM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Σ g and Σ g·x̂ over R rows, g being what of d comes through the ReLU; with a residual g is its gradient."""
+    """Which client, part and channels a program of the gradients has, and what is known of those channels."""
     program = tl.program_id(0)
     client, s = (program // S).to(tl.int64), program % S
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -148,6 +147,19 @@ def _norm_back_sums(
     scale = _of_channel(scales, client, C, c, C, True, 0.0, SUM)
     w = _of_channel(weight, client, w_client, c, C, WEIGHT, 1.0, SUM)
     b = _of_channel(bias, client, b_client, c, C, BIAS, 0.0, SUM)
+    return client, s, c, mean, scale, w, b
+
+
+@triton.jit
+def _norm_back_sums(
+    d, x, y, through, means, scales, weight, bias, firsts, seconds, w_client, b_client, M, C, HW, R, S,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr, LAST: tl.constexpr,
+    SUM: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Σ g and Σ g·x̂ over R rows, g being what of d comes through the ReLU; with a residual g is its gradient."""
+    client, s, c, mean, scale, w, b = _known(
+        means, scales, weight, bias, w_client, b_client, C, S, WEIGHT, BIAS, SUM, BC
+    )
     one = tl.zeros((BM, BC), SUM)
     two = tl.zeros((BM, BC), SUM)
     end = tl.minimum(s * R + R, M)
@@ -176,13 +188,9 @@ def _norm_back(
     SUM: tl.constexpr, SP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """weight/√(var + ε) · (g − Σg/M − x̂ Σ(g·x̂)/M); the first program of a client gives the sums to its affine part."""
-    program = tl.program_id(0)
-    client, s = (program // S).to(tl.int64), program % S
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    mean = _of_channel(means, client, C, c, C, True, 0.0, SUM)
-    scale = _of_channel(scales, client, C, c, C, True, 0.0, SUM)
-    w = _of_channel(weight, client, w_client, c, C, WEIGHT, 1.0, SUM)
-    b = _of_channel(bias, client, b_client, c, C, BIAS, 0.0, SUM)
+    client, s, c, mean, scale, w, b = _known(
+        means, scales, weight, bias, w_client, b_client, C, S, WEIGHT, BIAS, SUM, BC
+    )
     part = tl.arange(0, SP)
     found = (client * S + part)[:, None] * C + c[None, :]
     known = (part < S)[:, None] & (c < C)[None, :]

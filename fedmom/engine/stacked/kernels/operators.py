@@ -5,7 +5,6 @@ another in plain torch, which is the reference. So whatever watches operators, c
 kernels too. Triton is imported when the first kernel is launched.
 """
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, pad, unfold
 from torch.nn.grad import conv2d_input
 
+from fedmom.engine.stacked.kernels.registry import Fused, register
 from fedmom.engine.stacked.kernels.tiles import Geometry, weight_launch
 
 convolution_backward = torch.ops.aten.convolution_backward
@@ -105,21 +105,14 @@ def _joined(parts: list[Tensor]) -> Tensor:
 # --- the operators --------------------------------------------------------------------------------------------
 
 
-def _launched(name: str) -> Callable[..., Tensor]:
-    def launch(*operands: Any) -> Tensor:
-        y: Tensor = getattr(_triton(), name)(*operands)
-        return y
-
-    return launch
-
-
-_LIBRARY = torch.library.Library("fedmom", "FRAGMENT")
-_OPERATORS = {
-    "convolve": ("(Tensor x, Tensor taps, Tensor? bias, int[] geometry) -> Tensor", _convolve),
-    "convolve_back": ("(Tensor d, Tensor taps, int[] sides, int[] geometry) -> Tensor", _convolve_back),
-    "convolve_weights": ("(Tensor x, Tensor d, int K, int[] kernel, int[] geometry) -> Tensor", _convolve_weights),
-}
-for _name, (_schema, _plain) in _OPERATORS.items():
-    _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, _plain, "CPU")
-    _LIBRARY.impl(_name, _launched(_name), "CUDA")
+register(
+    {
+        "convolve": Fused("(Tensor x, Tensor taps, Tensor? bias, int[] geometry) -> Tensor", "convolution", _convolve),
+        "convolve_back": Fused(
+            "(Tensor d, Tensor taps, int[] sides, int[] geometry) -> Tensor", "convolution", _convolve_back
+        ),
+        "convolve_weights": Fused(
+            "(Tensor x, Tensor d, int K, int[] kernel, int[] geometry) -> Tensor", "convolution", _convolve_weights
+        ),
+    }
+)
