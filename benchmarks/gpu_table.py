@@ -1,11 +1,21 @@
 """The tables of benchmarks/gpu.py, of its rows and nothing else."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gpu_ways import MEASURES, Row, Way
 
-RESIDENT = "resident"
+RESIDENT = "resident model, plain PyTorch"  # not its other forms
+
+
+def known(out: Path) -> list[Row]:
+    """All rows so far; of a way that was run twice the last. A line that was cut off is none."""
+    path = out / "rows.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    names = ("section", "model", "way", "form", "chunk")
+    return list({tuple(row.get(name) for name in names): row for row in map(json.loads, lines)}.values())
 
 
 def best_of(rows: Sequence[Row], form: str = "") -> list[Way]:
@@ -28,8 +38,9 @@ def table(rows: Sequence[Row]) -> str:
         lines += ["{}, torch {}, commit {}".format(*card), ""]
         lines += of_checks([r for r in mine if r["section"] == "check"])
         for r in (r for r in mine if "bandwidth" in r):
-            lines += [f"Measured: {r['bandwidth'] / 1e9:,.0f} GB/s copying, {r['flops'] / 1e12:,.1f} TFLOP/s", ""]
-        lines += of_speeds([r for r in mine if r["section"] in ("speed", "resnet", "pfl")])
+            said = f"{r['bandwidth'] / 1e9:,.0f} GB/s copying, {r['flops'] / 1e12:,.1f} TFLOP/s"
+            lines += [f"Measured, {r['form']}: {said}.", ""]
+        lines += of_speeds([r for r in mine if r["section"] in ("speed", "resnet", "small", "fewer", "pfl")])
         for r in (r for r in mine if r["section"] == "profile" and "way" in r):
             lines += of_profile(r)
         lines += of_compile([r for r in mine if r["section"] == "compile"])
@@ -56,7 +67,7 @@ def of_speeds(rows: Sequence[Row]) -> list[str]:
     """Beside every rate how many times it is the resident model's in the same form."""
     if not rows:
         return []
-    base = {(r["model"], r["form"]): r["rate"] for r in rows if r["way"].startswith(RESIDENT) and "rate" in r}
+    base = {(r["model"], r["form"]): r["rate"] for r in rows if r["way"] == RESIDENT and "rate" in r}
     lines = ["| model | way | form | K | client-steps/s | × resident | memory, GB | chunks replayed |"]
     lines += ["|" + "---|" * 8]
     for r in sorted(rows, key=lambda r: (r["model"], r["form"], -r.get("rate", 0.0))):
@@ -77,6 +88,9 @@ def of_profile(row: dict[str, Any]) -> list[str]:
     lines = [f"One round of {name}, chunks replayed so far {row.get('replayed', '–')}: {took}.", ""]
     lines += ["| kernel | ms | times |", "|---|---|---|"]
     lines += [f"| `{kernel}` | {time:.2f} | {count} |" for kernel, time, count in row["kernels"]]
+    if row.get("host"):
+        said = ", ".join(f"{name} {count} ({time:.2f} ms)" for name, time, count in row["host"])
+        lines += ["", f"The host's calls, the last wait not the engine's: {said}."]
     return [*lines, ""]
 
 

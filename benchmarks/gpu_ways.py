@@ -3,6 +3,7 @@
 import gc
 import statistics
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import GlobalAveragePool, build_model
 
-MODELS: dict[str, dict[str, Any]] = {"mlp": {"hidden": 64}}  # options of those that are not built as they are
 FORMS = {  # storage, and whether float32 products may be TF32
     "float64": (torch.float64, False),
     "float32": (torch.float32, False),
@@ -41,12 +41,18 @@ class Load(NamedTuple):
     cohort: int  # C, also the largest K
     batch: int  # B
     steps: int  # I
-    side: int = 32  # of an image, in pixels
+    shape: tuple[int, ...] = (3, 32, 32)  # of an image
+    momentum: float = 0.9
+    hidden: int = 0  # width of an mlp
+
+    @property
+    def name(self) -> str:
+        return self.model + ("" if self.momentum else ", momentum 0")
 
     @property
     def plan(self) -> Plan:
         options: Row = {"num_local_steps": self.steps, "eval_every": 10**9}
-        return Plan(Method(0.9), LearningRate(0.02), 2, self.cohort, self.batch, **options)
+        return Plan(Method(self.momentum), LearningRate(0.02), 2, self.cohort, self.batch, **options)
 
 
 class Way(NamedTuple):
@@ -62,18 +68,19 @@ class Way(NamedTuple):
         return f"{self.path} {self.convolution}".strip()
 
 
-def images(num: int, side: int, path: Path | None = None) -> Dataset:
-    """CIFAR-10 if it is given, else random images of its shape: speed does not depend on what they show."""
+def images(num: int, shape: tuple[int, ...], path: Path | None = None) -> Dataset:
+    """CIFAR-10 if it is given, else random images: speed does not depend on what they show."""
     if path is not None:
         data = read_images(path)
         return data._replace(x_train=data.x_train[:num], y_train=data.y_train[:num], augment="none")
-    x = torch.randint(256, (num, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x = torch.randint(256, (num, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     y = torch.arange(num) % 10
-    return Dataset(x, y, x[:200], y[:200], 10, (0.5,) * 3, (0.25,) * 3, "none")
+    return Dataset(x, y, x[:200], y[:200], 10, (0.5,) * shape[0], (0.25,) * shape[0], "none")
 
 
 def model_of(load: Load) -> nn.Module:
-    return build_model(load.model, (3, load.side, load.side), 10, seed=0, **MODELS.get(load.model, {}))
+    options = {"hidden": load.hidden} if load.hidden and load.model == "mlp" else {}
+    return build_model(load.model, load.shape, 10, seed=0, **options)
 
 
 def task_of(
@@ -91,6 +98,7 @@ def layers(load: Load) -> dict[str, nn.Module]:
     What takes long to compile in one model is then compiled by many processes.
     """
     found: dict[str, nn.Module] = {}
+    side = load.shape[-1]
 
     def see(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(layer, nn.Conv2d)
@@ -98,9 +106,9 @@ def layers(load: Load) -> dict[str, nn.Module]:
         own = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
         if layer.bias is None:
             own.register_parameter("bias", None)
-        before = nn.Conv2d(3, layer.in_channels, 1, stride=load.side // inputs[0].shape[-1])
-        if before.stride[0] * inputs[0].shape[-1] != load.side:  # a side that a stride does not make: by its padding
-            before = nn.Conv2d(3, layer.in_channels, 1 + load.side - inputs[0].shape[-1])
+        before = nn.Conv2d(3, layer.in_channels, 1, stride=side // inputs[0].shape[-1])
+        if before.stride[0] * inputs[0].shape[-1] != side:  # a side that a stride does not make: by its padding
+            before = nn.Conv2d(3, layer.in_channels, 1 + side - inputs[0].shape[-1])
         found[name] = nn.Sequential(before, own, GlobalAveragePool(), nn.Linear(layer.out_channels, 10))
 
     model = model_of(load)
@@ -108,7 +116,7 @@ def layers(load: Load) -> dict[str, nn.Module]:
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_pre_hook(see)
     with torch.no_grad():
-        model(torch.zeros(2, 3, load.side, load.side))
+        model(torch.zeros(2, *load.shape))
     return found
 
 
@@ -126,7 +134,8 @@ def replayed(engine: Engine) -> Row:
 
 
 def why(failure: BaseException) -> str:
-    """In one line: no kernel for this dtype or shape, no memory."""
+    """In one line: no kernel for this dtype or shape, no memory. All of it goes to standard error."""
+    traceback.print_exception(failure)
     return (str(failure).splitlines() or [type(failure).__name__])[0][:120]
 
 
@@ -173,7 +182,7 @@ def errors(found: Trained, wanted: Trained, start: ClientState) -> dict[str, flo
 
 def check(load: Load, data: Dataset, way: Way, wanted: tuple[Trained, ClientState], device: str) -> Row:
     """One way against the plain loop; "wrong" where float64 is off by more than rounding, or recordings failed."""
-    row: Row = {"model": load.model, "way": way.name, "form": way.form}
+    row: Row = {"model": load.name, "way": way.name, "form": way.form}
     allow_tf32(FORMS[way.form][1])
     try:
         task = task_of(load, data, device, way.form)
@@ -207,7 +216,7 @@ def measured(
     model: nn.Module | None = None,
 ) -> Row:
     """Client-steps/s: the median of rounds after those that are recorded and compared; or why it fails."""
-    row: Row = {"model": load.model, "way": way.name, "form": way.form, "chunk": way.chunk}
+    row: Row = {"model": load.name, "way": way.name, "form": way.form, "chunk": way.chunk}
     row |= {} if replays else {"way": f"{way.name}, no graph"}
     allow_tf32(FORMS[way.form][1])
     try:
@@ -236,45 +245,12 @@ def measured(
     return row
 
 
-def resident(load: Load, data: Dataset, form: str, device: str, seconds: float) -> Row:
-    """Client-steps/s of one resident model in plain PyTorch on the same minibatches: what the others do."""
-    row: Row = {"model": load.model, "way": "resident model, plain PyTorch", "form": form}
-    allow_tf32(FORMS[form][1])
-    try:
-        task = task_of(load, data, device, form)
-        job = round_job(task, load.plan, beginning(task, load.plan))
-        model = task.model
-        model.train()
-        params = list(model.parameters())
-        batches = list(task.round_batches(job.clients[:1], job.first_steps[:1], len(job.lrs)))
-        one_round(model, params, batches)  # not timed: kernels are loaded and chosen in it
-        count, begin = 0, now(task.device)
-        while now(task.device) - begin < seconds:
-            count += one_round(model, params, batches)
-        row["rate"] = count / (now(task.device) - begin)
-    except Exception as failure:
-        row["failed"] = why(failure)
-    finally:
-        allow_tf32(False)
-    return row
-
-
-def one_round(model: nn.Module, params: list[nn.Parameter], batches: list[Any]) -> int:
-    """One client's local steps -> how many."""
-    optimizer = torch.optim.SGD(params, lr=0.02, momentum=0.9, fused=True)
-    for batch in batches:
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(batch.x[0]), batch.y[0]).backward()
-        optimizer.step()
-    return len(batches)
-
-
 def profiled(load: Load, data: Dataset, way: Way, device: str) -> Row:
-    """The kernels (on a CPU the operators) of one round by time, after as many rounds as recordings take."""
-    row: Row = {"model": load.model, "way": way.name, "form": way.form, "chunk": way.chunk}
+    """Of one replayed round its kernels (on a CPU operators) by time, and the host's calls."""
+    row: Row = {"model": load.name, "way": way.name, "form": way.form, "chunk": way.chunk}
     allow_tf32(FORMS[way.form][1])
     cuda = device == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
+    kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
     try:
         task = task_of(load, data, device, way.form)
         engine = engine_of(task, load, way)
@@ -288,12 +264,16 @@ def profiled(load: Load, data: Dataset, way: Way, device: str) -> Row:
         with torch.profiler.profile(activities=kinds) as profile:
             engine.run_round(done.state, job)
             now(task.device)
-        found = profile.key_averages()
+        everything = profile.key_averages()
+        kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+        found = [e for e in everything if e.device_type == kind]
         times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in found}
         counts = {e.key: e.count for e in found}
         longest = sorted(times, key=lambda name: -times[name])[:20]
         row["busy"] = sum(times.values()) / 1e3
         row["kernels"] = [[name[:100], times[name] / 1e3, counts[name]] for name in longest if times[name] > 0]
+        calls = [e for e in everything if e.key.startswith("cu")]  # of CUDA's runtime and driver
+        row["host"] = [[e.key, e.self_cpu_time_total / 1e3, e.count] for e in calls]
         row |= replayed(engine)
     except Exception as failure:
         row["failed"] = why(failure)

@@ -259,8 +259,8 @@ def test_the_gpu_check_finds_a_way_that_is_wrong(monkeypatch):
 
     right = CONVOLUTIONS["loop"]
     monkeypatch.setitem(CONVOLUTIONS, "grouped", lambda *given: 1.00001 * right(*given))
-    load = gpu_ways.Load("cnn", 3, 10, 3, 4, 2, side=8)
-    data = gpu_ways.images(30, 8)
+    load = gpu_ways.Load("cnn", 3, 10, 3, 4, 2, shape=(3, 8, 8))
+    data = gpu_ways.images(30, (3, 8, 8))
     wanted = gpu_ways.exact(load, data)
     ways = [gpu_ways.Way("stack", name, "float64", 2) for name in ("loop", "grouped", "unfold")]
     rows = [gpu_ways.check(load, data, way, wanted, "cpu") for way in ways]
