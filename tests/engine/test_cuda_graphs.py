@@ -10,8 +10,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fedmom.engine.engine import Engine
-from fedmom.engine.stacked.cuda_graphs import Replays, cuda_graph
+from fedmom.engine.stacked.cuda_graphs import Replays
 from fedmom.engine.stacked.steps import Stack
+from fedmom.machine.graphs import cuda_graph
 from fedmom.rounds.loop import beginning, round_job, run_rounds
 from pretend_cuda import pretend
 from runs import F64, image_task, run_plan, simple_plan, tiny_images

@@ -7,7 +7,6 @@ without it, also in another round. While a chunk is replayed, the host draws the
 next round's first chunk too.
 """
 
-import contextlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedmom.engine.stacked.means import Distances, distances
 from fedmom.engine.stacked.steps import Orders, Stack
+from fedmom.machine.graphs import cuda_graph
 from fedmom.method.state import ClientState
 from fedmom.rounds.round import Job, Progress, part_of
 from fedmom.user_code import one_line
@@ -31,40 +31,6 @@ GraphKey = tuple[Any, ...]
 
 COMINGS = 4  # of a chunk: it is taken, recorded, compared, and from then on replayed
 _MOST = 4  # recordings that are kept, each with the memory of its steps
-
-
-def cuda_graph(run: Callable[[], Distances]) -> tuple[Distances, Callable[[], None]]:
-    """`run` as a CUDA graph. Raises RuntimeError where it cannot be one."""
-    main, side, pool = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    captures = False
-    try:
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            run()  # whatever is made at first use must not be recorded
-        main.wait_stream(side)
-        torch.cuda.synchronize()
-        # cuBLAS keeps one workspace for all captures, in the memory of whichever made it: each must make its own, or
-        # a recording that goes takes away what another one's replays write to (pytorch issue 193402).
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        captures = True
-        with torch.cuda.graph(graph, pool=pool):
-            found = run()
-        captures = False
-    finally:
-        torch.cuda.set_stream(main)  # a capture that fails leaves its own stream behind
-        if captures:
-            _forget(pool)
-    return found, graph.replay
-
-
-def _forget(pool: Any) -> None:
-    """After a capture that failed: torch 2.11 leaves the allocator as if it went on, and frees nothing any more."""
-    with contextlib.suppress(RuntimeError):  # of the versions that have ended it themselves
-        device = torch.cuda.current_device()
-        torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
 
 
 class _Reads(TorchDispatchMode):

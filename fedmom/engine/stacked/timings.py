@@ -1,5 +1,6 @@
 """What was measured on this device, kept on disk so that the next start need not measure again."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -18,6 +19,7 @@ from fedmom.engine.calls import work_of
 from fedmom.engine.paths import PATHS
 from fedmom.machine.cache import Kept, folder
 from fedmom.machine.cores import processor, usable_cores
+from fedmom.machine.graphs import cuda_graph
 from fedmom.machine.precision import tf32_allowed
 from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState
@@ -56,7 +58,14 @@ class Timings:
         self.kept.put(what, seconds)
 
     def measure(self, once: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-        """Seconds of one call, the median after two that are not timed."""
+        """Seconds of one call, the median after two that are not timed; on a GPU of its replays, as rounds will run.
+
+        Launched one by one, small kernels take as long as their launches, which says nothing about a replay.
+        """
+        if device.type == "cuda":
+            once()  # an error of its own is the caller's
+            with contextlib.suppress(RuntimeError):
+                _, once = cuda_graph(once)
         found = []
         for number in range(repeats + 2):
             begin = now(device)

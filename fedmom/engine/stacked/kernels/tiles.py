@@ -14,7 +14,7 @@ from torch import Tensor
 
 Geometry = tuple[int, int, int]  # stride, padding, dilation, each the same in both directions
 
-GENERATION = 2  # of kernels and tiles, counted up when they change: what was timed before is of others
+GENERATION = 3  # of kernels, tiles and how they are timed, counted up when they change
 PROGRAMS = 2 * 132  # two for each multiprocessor of an H100
 _SHORTEST = 4  # steps of a part of a sum: fewer would not fill the pipeline of loads
 
