@@ -1,13 +1,16 @@
 """pfl-research's FederatedAveraging on a workload of benchmarks/peers.py; runs in pfl's own environment.
 
-    python benchmarks/peers_pfl.py WORKLOAD.json ROUNDS OUT.json
-    torchrun --standalone --nproc-per-node P benchmarks/peers_pfl.py WORKLOAD.json ROUNDS OUT.json
+    python benchmarks/peers_pfl.py LOAD.json ROUNDS OUT.json
+    torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node P benchmarks/peers_pfl.py LOAD.json ROUNDS OUT.json
 
 One client at a time on one resident model in each process, as pfl does. Its local optimiser is made anew for every
-client, so that its momentum starts from 0 in every round.
+client, so that its momentum starts from 0 in every round. More processes than there are cards share them, and sum by
+gloo, through the host's memory. (--local-addr: otherwise they meet at the machine's own name, which not every machine
+can look up.)
 """
 
 import json
+import os
 import sys
 import time
 from itertools import pairwise
@@ -15,6 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+# pfl gives the process of local rank r the card r and asks for NCCL, which refuses two processes on one card. It does
+# so while it is imported: this comes first.
+if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+    cards = torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % cards)
+    if int(os.environ["LOCAL_WORLD_SIZE"]) > cards:
+        begin = torch.distributed.init_process_group
+        torch.distributed.init_process_group = lambda backend=None, **rest: begin("gloo", **rest)
+
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
