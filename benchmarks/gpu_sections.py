@@ -213,7 +213,8 @@ def pfl(options: argparse.Namespace) -> Iterator[Row]:
             if not is_time(options):
                 return
             row["way"] = f"pfl, {processes} process{'es' if processes > 1 else ''}"
-            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+            start += ["--nproc-per-node", str(processes)]
             script = [str(ROOT / "benchmarks" / "peers_pfl.py"), str(folder / "work.json"), str(rounds)]
             command = [*(start if processes > 1 else start[:1]), *script, str(folder / "out.json")]
             done = subprocess.run(command, capture_output=True, text=True)

@@ -57,6 +57,8 @@ class Timer(TrainingProcessCallback):
         return super().on_train_begin(model=model)
 
     def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a round ends when the card has done it, not when it was asked to
         self.times.append(time.perf_counter())
         self.steps.append(len(self.losses))
         return super().after_central_iteration(aggregate_metrics, model, central_iteration=central_iteration)

@@ -149,7 +149,15 @@ def script(load: dict[str, Any], folder: Path, rounds: int, command: list[str], 
 
 def pfl(load: dict[str, Any], folder: Path, rounds: int, python: Path, processes: int) -> Result:
     """Several processes by torch.distributed (gloo on a CPU): pfl needs no MPI for it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        str(processes),
+    ]
     return script(load, folder, rounds, [str(python), *(launcher if processes > 1 else [])], "peers_pfl")
 
 
