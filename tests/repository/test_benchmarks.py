@@ -235,6 +235,35 @@ def test_the_papers_table_says_which_seeds_are_missing_and_how_linear_the_speedu
     assert (tmp_path / "speedup.png").stat().st_size < 200_000
 
 
+def test_a_speedups_table_and_pictures_have_nothing_that_was_not_asked_for(tmp_path):
+    import paper_pictures
+
+    protocol = {"model": "resnet56", "data": "CIFAR-10", "images": 128, "batch": 2, "clients": [2, 4, 8], "seeds": 1}
+    protocol |= {"intervals": [1, 4], "lrs": [0.1], "scale": "linear", "units": 4, "speedup": [4]}
+    runs = {(0, 1, 8, "decayed"): [0.2, 0.6], **{(0, 4, n): [0.2, 0.6] for n in (2, 8)}}
+    (tmp_path / "rows.jsonl").write_text(paper_rows(protocol, runs))
+    constant, decayed = paper_pictures.table(tmp_path).split("lr decayed: ")
+    rows = [
+        [line.split(" | ")[:3] for line in part.splitlines() if line[:3].strip("| ").isdigit()]
+        for part in (constant, decayed)
+    ]
+    assert rows == [
+        [["| 2", "4", "1"], ["| 4", "4", "0 of 1"], ["| 8", "4", "1"]],
+        [["| 8", "1", "1"], ["| 8", "4", "0 of 1"]],
+    ]
+    assert "speedup" in constant
+    assert "speedup" not in decayed
+    columns = paper_pictures.columns_of(paper_pictures.groups_of(tmp_path), speedup=True)
+    assert {title: [*lines] for title, lines in columns.items()} == {
+        "I = 4, lr constant": ["N = 2", "N = 4", "N = 8"],
+        "N = 8, lr decayed": ["I = 1", "I = 4"],
+    }
+    for kept in (runs, dict.fromkeys(runs)):  # as they are, and all diverged
+        (tmp_path / "rows.jsonl").write_text(paper_rows(protocol, kept))
+        paper_pictures.draw_all(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "paper.md", "curves.png", "speedup.png"}
+
+
 @pytest.mark.parametrize("counts", [(1, 0), (3, 1), (65, 64)])
 def test_images_come_out_of_atlases_in_their_labels_order(counts, tmp_path):
     from paper_data import read_images
