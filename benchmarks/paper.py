@@ -219,6 +219,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--matmul", default="float32", choices=["float32", "tf32"])
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--commit", help=argparse.SUPPRESS)  # where the checkout has no history
     return parser
 
 
@@ -261,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.watch = Watch(options.budget, is_worker=options.part is not None)
     options.out.mkdir(parents=True, exist_ok=True)
     card = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-    options.where = {"device": card, "torch": torch.__version__, "commit": commit()}
+    options.where = {"device": card, "torch": torch.__version__, "commit": options.commit or commit()}
     if not options.draw:
         try:
             run(options)

@@ -136,12 +136,13 @@ def test_the_papers_runs_go_on_where_they_were_cut(photos, tmp_path):
 def test_a_speedups_runs_are_those_of_the_whole_experiment_and_go_on_where_they_were_cut(photos, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run_paper(whole, photos) == 0
-    assert run_paper(out, photos, "--speedup", "2") == 0
+    assert run_paper(out, photos, "--speedup", "2", "--commit", "abc") == 0
     done = curves(out)
     wanted = [(1, 4, "decayed"), (2, 4, "decayed"), (2, 4, "constant"), (2, 2, "constant")]  # first things first
     assert [*done] == [(0, *run) for run in wanted]
     assert done == {key: curves(whole)[key] for key in done}
     assert {path.name for path in out.iterdir()} == {"rows.jsonl", "paper.md", "curves.png", "speedup.png"}
+    assert all(row["commit"] == "abc" for row in map(json.loads, lines(out)) if row["kind"] != "lr")
     kept = lines(out)[:-2]  # killed between the two schedules of the largest N
     (out / "rows.jsonl").write_text("".join(kept), encoding="utf-8")
     assert run_paper(out, photos, "--speedup", "2") == 0
