@@ -2,6 +2,7 @@
 """The paper's experiment: N = 2, 4, 8 clients, I = 1, 4, 8, 16 local steps, a constant and a decayed lr.
 
     python benchmarks/paper.py --out DIR --data DATA --budget SECONDS     # ResNet-56 on CIFAR-10, on a GPU
+    python benchmarks/paper.py --out DIR --data DATA --budget 330 --speedup 4 # the most telling of it, in minutes
     python benchmarks/paper.py --out DIR --data DATA --rehearsal          # a small CNN, on a CPU, in some 40 minutes
     python benchmarks/paper.py --out DIR --data DATA --device cpu --quick # the script itself, in a minute
     python benchmarks/paper.py --out DIR --draw                           # table and pictures of what is there
@@ -15,6 +16,8 @@ is divided by 10 at 1/2 and 3/4 of them; tables and pictures say E. Clients hold
   of at most three, for the fewest clients and I = 1, by the training loss after half a run of a seed of its own; all
   others take it times N over the fewest. `--scale none` gives all the same lr. Weight decay 1e-4 and lr are ours.
 * A run with the decayed lr begins as the one with the constant lr does, so both are run once up to the first milestone.
+* `--speedup I …` runs the decayed lr for the largest N alone, to show what I costs, and then the constant lr at these
+  I alone, for all N, to show the speedup. E is what the budget allows for these runs.
 * DIR/rows.jsonl has a line per finished run as soon as it is finished, and the protocol first. Killed at any moment,
   the same command goes on with what is missing. What the budget did not reach is missing, the least important first.
 
@@ -39,7 +42,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from paper_data import append, first_images, read_images, rows_of  # noqa: E402
 from paper_pictures import draw_all  # noqa: E402
 from paper_runs import (  # noqa: E402
-    SCHEDULES,
     BudgetError,
     Cell,
     Protocol,
@@ -80,7 +82,7 @@ def settled(data: Dataset, options: Any) -> Protocol:
             options.path,
             options.convolution,
         ),
-        *(1, 1, {}),
+        *(1, 1, {}, options.speedup),
     )
     protocol = protocol._replace(ways={str(n): measured_way(protocol, data, n, options) for n in protocol.clients})
     if options.epochs:
@@ -99,8 +101,9 @@ def settled(data: Dataset, options: Any) -> Protocol:
 def total_cost(protocol: Protocol, units: int, points: int, options: Any) -> float:
     """Seconds that all cells and the trials of lr take, in so many processes."""
     protocol = protocol._replace(units=units, points=points)
-    trials = len(protocol.lrs) * (len(protocol.lrs) > 1) * protocol.cost(Cell(0, 1, min(protocol.clients)), 0.5)
-    return trials + sum(protocol.cost(cell, 1.5) for cell in cells_of(protocol, options.seeds)) / options.workers
+    trials = len(protocol.lrs) * (len(protocol.lrs) > 1) * protocol.cost(Cell(0, 1, min(protocol.clients)), ())
+    cells = cells_of(protocol, options.seeds)
+    return trials + sum(protocol.cost(cell, protocol.schedules(cell)) for cell in cells) / options.workers
 
 
 def points_of(protocol: Protocol, units: int, most: int) -> int:
@@ -138,9 +141,8 @@ def run_all(protocol: Protocol, data: Dataset, lr: float, options: Any) -> None:
         if (place + place // options.workers) % options.workers != options.part:  # so that all get all N
             continue
         have = {tuple(r[name] for name in (*Cell._fields, "schedule")) for r in rows_of(options.out, "run")}
-        schedules = [name for name in SCHEDULES if (*cell, name) not in have]
-        runs = 0.5 + 0.5 * len(schedules)
-        if not schedules or (slow * protocol.cost(cell, runs) > options.watch.left()):
+        schedules = [name for name in protocol.schedules(cell) if (*cell, name) not in have]
+        if not schedules or (slow * protocol.cost(cell, schedules) > options.watch.left()):
             continue
         begin = time.monotonic()
         own = lr * (cell.clients / min(protocol.clients) if protocol.scale == "linear" else 1.0)
@@ -148,7 +150,7 @@ def run_all(protocol: Protocol, data: Dataset, lr: float, options: Any) -> None:
             append(options.out, row)
             said = f"{100 * row['curve'][-1][5]:.2f} %" if "curve" in row else row["status"]
             print(*cell, row["schedule"], said, f"{row['took']:.1f} s", file=sys.stderr, flush=True)
-        slow = (time.monotonic() - begin) / protocol.cost(cell, runs)
+        slow = (time.monotonic() - begin) / protocol.cost(cell, schedules)
         gc.collect()  # recordings hold a GPU's memory for as long as somebody knows of them
 
 
@@ -161,7 +163,8 @@ def run(options: Any) -> None:
         row = {"kind": "protocol", "seeds": options.seeds, **settled(data, options)._asdict(), **options.where}
         append(options.out, row)
         rows = rows_of(options.out, "protocol")
-    protocol = Protocol(**{name: rows[0][name] for name in Protocol._fields})
+    row = {"speedup": [], **rows[0]}  # of older folders there is none
+    protocol = Protocol(**{name: row[name] for name in Protocol._fields})
     asked = {name: value for name in Protocol._fields if (value := getattr(options, name, None)) is not None}
     asked |= {"images": len(data.x_train), "test_images": len(data.x_test), "points": protocol.points}
     asked |= {"data": name_of(data)}
@@ -182,7 +185,7 @@ def run(options: Any) -> None:
             worker.wait()
 
 
-def options_of(arguments: list[str] | None) -> Any:
+def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz, a folder of atlases, or of Fashion-MNIST's files")
@@ -194,6 +197,14 @@ def options_of(arguments: list[str] | None) -> Any:
     parser.add_argument("--model", help="resnet56, or another of fedmom's, or small-cnn")
     parser.add_argument("--clients", type=int, nargs="+", help="N (2 4 8), each dividing the largest")
     parser.add_argument("--intervals", type=int, nargs="+", help="I (1 4 8 16)")
+    parser.add_argument(
+        "--speedup",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="I",
+        help="lr constant for these I alone, for all N; lr decayed for the largest N alone (left out: both for all)",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, help="E, instead of what the budget allows")
     parser.add_argument("--lrs", type=float, nargs="+", help="for the fewest clients: at most three to choose from")
@@ -208,6 +219,12 @@ def options_of(arguments: list[str] | None) -> Any:
     parser.add_argument("--matmul", default="float32", choices=["float32", "tf32"])
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--commit", help=argparse.SUPPRESS)  # where the checkout has no history
+    return parser
+
+
+def options_of(arguments: list[str] | None) -> Any:
+    parser = parser_of()
     options = parser.parse_args(arguments)
     small = options.rehearsal or options.quick
     defaults: dict[str, Any] = {"images": 0, "test_images": 0, "batch": 64, "clients": [2, 4, 8], "budget": 3600.0}
@@ -228,18 +245,24 @@ def options_of(arguments: list[str] | None) -> Any:
         parser.error("--lrs: at most three")
     if any(max(options.clients) % n for n in options.clients):
         parser.error(f"--clients: each must divide {max(options.clients)}")
+    if not {*options.speedup} <= {*options.intervals}:
+        parser.error(f"--speedup: of the I in {options.intervals}")
     if not options.draw and options.data is None:
         parser.error("--data is missing")
     return options
+
+
+def commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = options_of(arguments)
     options.watch = Watch(options.budget, is_worker=options.part is not None)
     options.out.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     card = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-    options.where = {"device": card, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown"}
+    options.where = {"device": card, "torch": torch.__version__, "commit": options.commit or commit()}
     if not options.draw:
         try:
             run(options)

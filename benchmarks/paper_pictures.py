@@ -3,17 +3,18 @@
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from textwrap import wrap
 from typing import Any, NamedTuple
 
 from paper_data import rows_of
+from paper_runs import SCHEDULES, schedules_of
 
 from fedmom.results.pictures.style import COLOURS, DARK, DASHES, LIGHT, MARKERS, add_legend, new_figure, plain_axes
 
 Row = dict[str, Any]
-SCHEDULES = ("constant", "decayed")
 STEPS, EPOCHS, SECONDS, TRAIN_LOSS, _, ACCURACY = range(6)  # of a point of a curve
 
 
@@ -32,10 +33,11 @@ def groups_of(out: Path) -> list[Group]:
     """Every N, I and schedule that the folder's protocol asks for, those without a run too."""
     protocol, rows = rows_of(out, "protocol")[0], rows_of(out, "run")
     wanted = max(protocol.get("seeds", 0), len({row["seed"] for row in rows}))
+    asked = partial(schedules_of, most=max(protocol["clients"]), speedup=protocol.get("speedup", []))
     groups = []
     for schedule in SCHEDULES:
         for n in sorted(protocol["clients"]):
-            for i in sorted(protocol["intervals"]):
+            for i in (i for i in sorted(protocol["intervals"]) if schedule in asked(n, i)):
                 mine = [r for r in rows if (r["schedule"], r["clients"], r["interval"]) == (schedule, n, i)]
                 curves = {r["seed"]: r["curve"] for r in mine if r["status"] == "done"}
                 seeds = f"{len(curves)}" if len(curves) == wanted else f"{len(curves)} of {wanted}"
@@ -94,6 +96,11 @@ def costs(group: Group, target: float, column: int) -> dict[int, float]:
     return {seed: cost for seed, cost in found.items() if cost is not None}
 
 
+def several(groups: Sequence[Group]) -> bool:
+    """Whether there is a speedup at all: not for one N."""
+    return len({group.clients for group in groups}) > 1
+
+
 def speedups(groups: Sequence[Group], target: float) -> dict[tuple[int, int], list[float]]:
     """{(N, I): of each seed, how many times fewer local steps of one client than with the fewest clients}."""
     found = {}
@@ -134,8 +141,10 @@ def rows_for(groups: Sequence[Group], schedule: str, base: int) -> list[str]:
     faster = speedups(groups, target)
     to = f"to {100 * target:.1f} % test accuracy (on the line between evaluations)"
     lines = [f"lr {schedule}: at the end, and {to}.", ""]
-    heads = ("N", "I", "seeds", "test accuracy (%)", "train loss", "local steps", "joint epochs", "seconds")
-    lines += ["| " + " | ".join((*heads, f"speedup over N = {base}")) + " |", "|---" * (len(heads) + 1) + "|"]
+    heads = ["N", "I", "seeds", "test accuracy (%)", "train loss", "local steps", "joint epochs", "seconds"]
+    if compared := several(groups):
+        heads.append(f"speedup over N = {base}")
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for group in groups:
         ends = [curve[-1] for curve in group.curves.values()]
         said = f"{group.seeds} ({group.diverged} diverged)" if group.diverged else group.seeds
@@ -143,7 +152,8 @@ def rows_for(groups: Sequence[Group], schedule: str, base: int) -> list[str]:
         cells += [shown([100 * end[ACCURACY] for end in ends]), shown([end[TRAIN_LOSS] for end in ends], 4)]
         for column, digits in ((STEPS, 0), (EPOCHS, 2), (SECONDS, 1)):
             cells.append(shown([*costs(group, target, column).values()], digits))
-        cells.append(shown(faster.get((group.clients, group.interval), [])))
+        if compared:
+            cells.append(shown(faster.get((group.clients, group.interval), [])))
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -152,35 +162,57 @@ def rows_for(groups: Sequence[Group], schedule: str, base: int) -> list[str]:
 
 
 def look(index: int) -> dict[str, Any]:
-    marks = {"color": COLOURS[index], "linestyle": DASHES[index % len(DASHES)], "marker": MARKERS[index]}
+    marks = {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
     return {**marks, "linewidth": 1.2, "markersize": 3.2}
 
 
 def draw_curves(out: Path) -> None:
-    """Training loss and test accuracy over joint epochs: a column per N, a line per I, a pair of rows per schedule."""
-    groups = groups_of(out)
-    sizes, intervals = sorted({g.clients for g in groups}), sorted({g.interval for g in groups})
-    figure = new_figure(0.8 + 2.8 * len(sizes), 8.2)
-    panels = figure.subplots(4, len(sizes), sharex=True, sharey="row", squeeze=False)
+    """Training loss and test accuracy over joint epochs, of a pair of rows per schedule; for a speedup of one pair."""
+    groups, pairs = groups_of(out), len(SCHEDULES)
+    if speedup := rows_of(out, "protocol")[0].get("speedup", []):
+        groups, pairs = [group for group in groups if group.curves], 1
+    if not any(group.curves for group in groups):
+        return  # all of them diverged
+    columns = columns_of(groups, bool(speedup))
+    names = [*dict.fromkeys(name for lines in columns.values() for name in lines)]
+    width = len(columns) // pairs
+    figure = new_figure(0.8 + (3.6 if speedup else 2.8) * width, 1 + 3.6 * pairs)
+    panels = figure.subplots(2 * pairs, width, sharex=True, sharey="row", squeeze=False)
     measures = ((TRAIN_LOSS, 1, "Train loss"), (ACCURACY, 100, "Test accuracy (%)"))
-    for pair, schedule in enumerate(SCHEDULES):
-        for row, (column, factor, label) in enumerate(measures):
-            for panel, n in zip(panels[2 * pair + row], sizes, strict=True):
-                for group in groups:
-                    if (group.clients, group.schedule) == (n, schedule) and group.curves:
-                        draw_line(panel, group, column, factor, intervals.index(group.interval))
-                plain_axes(panel)
-                panel.set_title(f"N = {n}, lr {schedule}", fontsize=9, loc="left")
-            panels[2 * pair + row, 0].set_ylabel(label, fontsize=9)
+    for place, (title, lines) in enumerate(columns.items()):
+        pair, column = divmod(place, width)
+        for panel, (measure, factor, label) in zip(panels[2 * pair : 2 * pair + 2, column], measures, strict=True):
+            for name, group in lines.items():
+                if group.curves:
+                    draw_line(panel, group, measure, factor, names.index(name))
+            plain_axes(panel)
+            panel.set_title(title, fontsize=9, loc="left")
+            if column == 0:
+                panel.set_ylabel(label, fontsize=9)
     for panel in panels[-1]:
         panel.set_xlabel("Joint epochs", fontsize=9)
-    lines = [panels[0, 0].plot([], [], **look(k))[0] for k in range(len(intervals))]
+    handles = [panels[0, 0].plot([], [], **look(k))[0] for k in range(len(names))]
     most, least = (of(len(group.curves) for group in groups if group.curves) for of in (max, min))
     seeds = f"{most}" if most == least else f"{least} to {most}"
     note = title_of(out) + (f"; mean ± standard deviation over {seeds} seeds" if most > 1 else "; one seed")
     note = "\n".join(wrap(note, int(figure.get_figwidth() / 0.075)))
-    add_legend(figure, lines, [f"I = {i}" for i in intervals], len(intervals), note, handlelength=3.4)
+    add_legend(figure, handles, names, len(names), note, handlelength=3.4)
     save(figure, out / "curves.png", 100)
+
+
+def columns_of(groups: Sequence[Group], speedup: bool) -> dict[str, dict[str, Group]]:
+    """{title: {name of a line: its runs}}: an N and its I; the constant lr of a speedup an I and its N."""
+    columns: dict[str, dict[str, Group]] = {}
+    for group in groups:
+        head, name = f"N = {group.clients}", f"I = {group.interval}"
+        if speedup and group.schedule == "constant":
+            head, name = name, head
+        columns.setdefault(f"{head}, lr {group.schedule}", {})[name] = group
+    return columns
 
 
 def draw_line(panel: Any, group: Group, column: int, factor: float, index: int) -> None:
@@ -197,11 +229,15 @@ def draw_line(panel: Any, group: Group, column: int, factor: float, index: int) 
 def draw_speedup(out: Path) -> None:
     """To a target over N: the speedup in local steps of one client beside the linear one, joint epochs, seconds."""
     groups = groups_of(out)
+    parts = {schedule: [g for g in groups if g.schedule == schedule] for schedule in SCHEDULES}
+    parts = {schedule: mine for schedule, mine in parts.items() if several(mine)}
+    if not parts:
+        return
+    groups = [group for mine in parts.values() for group in mine]
     sizes, intervals = sorted({g.clients for g in groups}), sorted({g.interval for g in groups})
-    figure = new_figure(9.2, 6.2)
-    panels = figure.subplots(2, 3, squeeze=False)
-    for row, schedule in zip(panels, SCHEDULES, strict=True):
-        mine = [g for g in groups if g.schedule == schedule]
+    figure = new_figure(9.2, 0.9 + 2.65 * len(parts))
+    panels = figure.subplots(len(parts), 3, squeeze=False)
+    for row, (schedule, mine) in zip(panels, parts.items(), strict=True):
         target = target_of(mine)
         faster = speedups(mine, target) if any(g.curves for g in mine) else {}
         row[0].plot(sizes, [n / sizes[0] for n in sizes], color=DARK, linestyle=(0, (1, 1.5)), linewidth=1.2)

@@ -59,6 +59,7 @@ class Protocol(NamedTuple):
     units: int  # E in units of `unit` examples
     points: int  # evaluations of a run
     ways: dict[str, list[Any]]  # {N: what `measured_way` gives}
+    speedup: list[int]  # I; see `schedules_of`
 
     @property
     def unit(self) -> int:
@@ -73,14 +74,37 @@ class Protocol(NamedTuple):
     def rounds(self, cell: Cell) -> int:
         return self.units * self.unit // (cell.clients * self.batch * cell.interval)
 
-    def cost(self, cell: Cell, runs: float) -> float:
-        """Seconds that so many runs of a cell take, by the rate measured at first: 1.5 for both schedules together."""
+    def schedules(self, cell: Cell) -> list[str]:
+        return schedules_of(cell.clients, cell.interval, max(self.clients), self.speedup)
+
+    def ends(self, clients: int) -> tuple[int, int]:
+        """The smallest and the largest I that so many clients run, in the trials of lr too."""
+        sizes = [i for i in self.intervals if self.schedules(Cell(0, i, clients))]
+        if len(self.lrs) > 1 and clients == min(self.clients):
+            sizes.append(1)
+        return min(sizes), max(sizes)
+
+    def cost(self, cell: Cell, schedules: Sequence[str]) -> float:
+        """Seconds that these runs of a cell take, by the rate measured at first; of none: those of a trial of lr.
+
+        The first half is run once for all of them, and is all of a trial.
+        """
         _, _, per_round, per_step, evaluation, short, long = self.ways[str(cell.clients)]
-        part = (cell.interval - 1) / max(1, max(self.intervals) - 1)
-        begin = short + part * (long - short)
-        lrs = 3 if runs >= 1 else 1  # of which each needs a recording of its own, on a GPU
+        least, most = self.ends(cell.clients)
+        begin = short + (cell.interval - least) / max(1, most - least) * (long - short)
+        lrs = 3 if "decayed" in schedules else 1  # of which each needs a recording of its own, on a GPU
         steady = self.rounds(cell) * (per_round + cell.interval * per_step) + self.points * evaluation
-        return runs * steady + lrs * begin
+        return (0.5 + 0.5 * len(schedules)) * steady + lrs * begin
+
+
+def schedules_of(clients: int, interval: int, most: int, speedup: Sequence[int]) -> list[str]:
+    """What is run of an N and an I, first things first: both schedules, unless `speedup` says less.
+
+    The lr then is decayed for the largest N alone, and constant for the I in `speedup` alone.
+    """
+    if not speedup:
+        return ["constant", "decayed"]
+    return ["decayed"] * (clients == most) + ["constant"] * (interval in speedup)
 
 
 def small_cnn(shape: tuple[int, ...]) -> nn.Module:
@@ -194,22 +218,30 @@ def run_cell(
 
 
 def cells_of(protocol: Protocol, seeds: int) -> list[Cell]:
-    """In order of importance: all of a seed, then I as in ORDER, then the ends of N."""
+    """In order of importance: all of a seed, then I as in ORDER, then the ends of N.
+
+    For a speedup the largest N comes first, with every I. Where it takes both schedules they follow one another, as
+    they share a half: with I = 4, the last in ORDER, all decayed runs are still before the constant ones.
+    """
     intervals = sorted(protocol.intervals, key=lambda i: ORDER.index(i) if i in ORDER else len(ORDER))
     clients = sorted(protocol.clients, key=lambda n: (n not in (max(protocol.clients), min(protocol.clients)), -n))
-    return [Cell(*each) for each in product(range(seeds), intervals, clients)]
+    cells = [Cell(*each) for each in product(range(seeds), intervals, clients)]
+    if protocol.speedup:
+        cells.sort(key=lambda cell: (cell.seed, cell.clients != max(protocol.clients)))
+    return [cell for cell in cells if protocol.schedules(cell)]
 
 
 # --- the rate of this machine ----------------------------------------------------------------------------------
 
 
 def measured_way(protocol: Protocol, data: Dataset, clients: int, options: Any) -> list[Any]:
-    """[path, chunk size, seconds per round, per step, per evaluation, more at the begin for I = 1, for the largest I].
+    """[path, chunk size, seconds per round, per step, per evaluation, more at the begin for the smallest I, largest I].
 
-    On a GPU the first rounds of every lr are not replayed yet, and are recorded and compared.
+    These I are of those that are run with so many clients. On a GPU the first rounds of every lr are not replayed yet,
+    and are recorded and compared.
     """
     task = task_of(protocol, data, clients, 0, options.device)
-    sizes = sorted({1, max(protocol.intervals)})
+    sizes = sorted({*protocol.ends(clients)})
     done, times, begins = beginning(task, plan_of(protocol, Cell(0, 1, clients), "constant", 1e-3)), [], []
     path, chunk = protocol.path, clients
     for size in reversed(sizes):
@@ -226,8 +258,9 @@ def measured_way(protocol: Protocol, data: Dataset, clients: int, options: Any) 
         begins.append(max(0.0, first - COMINGS * times[-1]))
     task.evaluate(done.state)
     evaluation = median_time(lambda: task.evaluate(done.state), options)
-    per_step = max(0.0, times[0] - times[-1]) / max(1, sizes[-1] - 1) or times[0] / sizes[-1]
-    return [path, chunk, max(0.0, times[-1] - per_step), per_step, evaluation, begins[-1], begins[0]]
+    per_step = max(0.0, times[0] - times[-1]) / max(1, sizes[-1] - sizes[0]) or times[0] / sizes[-1]
+    per_round = max(0.0, times[-1] - sizes[0] * per_step)
+    return [path, chunk, per_round, per_step, evaluation, begins[-1], begins[0]]
 
 
 def seconds_of(call: Callable[[], object], options: Any) -> float:

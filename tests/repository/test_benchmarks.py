@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,61 @@ def test_the_papers_runs_go_on_where_they_were_cut(photos, tmp_path):
     assert len(lines(out)) == len(whole)
 
 
+@pytest.mark.slow
+def test_a_speedups_runs_are_those_of_the_whole_experiment_and_go_on_where_they_were_cut(photos, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run_paper(whole, photos) == 0
+    assert run_paper(out, photos, "--speedup", "2", "--commit", "abc") == 0
+    done = curves(out)
+    wanted = [(1, 4, "decayed"), (2, 4, "decayed"), (2, 4, "constant"), (2, 2, "constant")]  # first things first
+    assert [*done] == [(0, *run) for run in wanted]
+    assert done == {key: curves(whole)[key] for key in done}
+    assert {path.name for path in out.iterdir()} == {"rows.jsonl", "paper.md", "curves.png", "speedup.png"}
+    assert all(row["commit"] == "abc" for row in map(json.loads, lines(out)) if row["kind"] != "lr")
+    kept = lines(out)[:-2]  # killed between the two schedules of the largest N
+    (out / "rows.jsonl").write_text("".join(kept), encoding="utf-8")
+    assert run_paper(out, photos, "--speedup", "2") == 0
+    assert lines(out)[: len(kept)] == kept
+    assert curves(out) == done
+    assert run_paper(out, photos) == 2  # which asks for all of them
+
+
+def a_protocol(speedup, lrs=(0.1,)):
+    """ResNet-56's of a second a local step and nothing else."""
+    from paper_runs import Protocol
+
+    ways = {str(n): ["stack", n, 0.0, 1.0, 0.0, 0.0, 0.0] for n in (2, 4, 8)}
+    names = {"scale": "linear", "augment": "none", "matmul": "float32", "path": "stack", "convolution": ""}
+    sizes = {"images": 4096, "test_images": 1, "batch": 1, "clients": [2, 4, 8], "intervals": [1, 4, 8, 16]}
+    rest = {"units": 8, "points": 8, "ways": ways, "speedup": speedup}
+    return Protocol(model="resnet56", data="CIFAR-10", lrs=[*lrs], **names, **sizes, **rest)
+
+
+def test_a_speedups_runs_come_by_importance_and_cost_what_they_are():
+    import paper
+    from paper_runs import cells_of
+
+    def runs(protocol, seeds=1):
+        return [(*cell, name) for cell in cells_of(protocol, seeds) for name in protocol.schedules(cell)]
+
+    decayed = [(0, i, 8, "decayed") for i in (1, 8, 16, 4)]
+    constant = [(0, 4, n, "constant") for n in (8, 2, 4)]
+    some, both = a_protocol([4]), a_protocol([])
+    assert runs(some) == decayed + constant
+    assert runs(some, 2) == [(seed, *run) for seed in (0, 1) for _, *run in decayed + constant]
+    assert {*runs(a_protocol([4, 1]))} == {*decayed, *constant} | {(0, 1, n, "constant") for n in (2, 4, 8)}
+    grid = [(i, n) for i in (1, 8, 16, 4) for n in (8, 2, 4)]
+    assert runs(both) == [(0, *each, name) for each in grid for name in ("constant", "decayed")]
+    # Local steps of a client are 4,096 / N; of the largest N the half that both schedules share counts once.
+    options = SimpleNamespace(seeds=1, workers=1)
+    assert paper.total_cost(some, 8, 8, options) == 4.5 * 512 + 2048 + 1024
+    assert paper.total_cost(both, 8, 8, options) == 1.5 * 4 * (512 + 2048 + 1024)
+    # Measured are the ends of what is run, and what the trials of lr need.
+    assert [some.ends(n) for n in (2, 4, 8)] == [(4, 4), (4, 4), (1, 16)]
+    assert [a_protocol([4], (0.1, 0.2)).ends(n) for n in (2, 4)] == [(1, 4), (4, 4)]
+    assert [both.ends(n) for n in (2, 4, 8)] == [(1, 16)] * 3
+
+
 def test_a_folder_of_runs_keeps_to_what_it_was_begun_with(photos, tmp_path, capsys):
     run_paper(tmp_path, photos, "--budget", "0")
     assert run_paper(tmp_path, photos, "--budget", "0", "--batch", "4") == 2
@@ -138,10 +194,11 @@ def test_a_folder_of_runs_keeps_to_what_it_was_begun_with(photos, tmp_path, caps
 
 
 def paper_rows(protocol, runs):
-    """Runs of (seed, I, N): accuracies at the evaluations, and how many joint epochs one lies after another."""
+    """Runs of (seed, I, N), constant lr, or (seed, I, N, schedule): accuracies at evaluations a joint epoch apart."""
     rows = [{"kind": "protocol", **protocol}]
-    for (seed, i, n), accuracies in runs.items():
-        run = {"kind": "run", "seed": seed, "interval": i, "clients": n, "schedule": "constant", "lr": 0.1}
+    for (seed, i, n, *schedule), accuracies in runs.items():
+        run = {"kind": "run", "seed": seed, "interval": i, "clients": n, "lr": 0.1}
+        run["schedule"] = "".join(schedule) or "constant"
         run |= {"device": "cpu", "torch": "2", "commit": "abc", "status": "done"}
         points = [[16 * (k + 1) // n, k + 1, 1.0, 2.0, 2.0, a] for k, a in enumerate(accuracies or [])]
         rows.append(run | ({"curve": points} if accuracies else {"status": "diverged"}))
@@ -177,6 +234,35 @@ def test_the_papers_table_says_which_seeds_are_missing_and_how_linear_the_speedu
     assert paper_pictures.reached(groups[0].curves[0], 0.61, paper_pictures.EPOCHS) is None
     paper_pictures.draw_speedup(tmp_path)
     assert (tmp_path / "speedup.png").stat().st_size < 200_000
+
+
+def test_a_speedups_table_and_pictures_have_nothing_that_was_not_asked_for(tmp_path):
+    import paper_pictures
+
+    protocol = {"model": "resnet56", "data": "CIFAR-10", "images": 128, "batch": 2, "clients": [2, 4, 8], "seeds": 1}
+    protocol |= {"intervals": [1, 4], "lrs": [0.1], "scale": "linear", "units": 4, "speedup": [4]}
+    runs = {(0, 1, 8, "decayed"): [0.2, 0.6], **{(0, 4, n): [0.2, 0.6] for n in (2, 8)}}
+    (tmp_path / "rows.jsonl").write_text(paper_rows(protocol, runs))
+    constant, decayed = paper_pictures.table(tmp_path).split("lr decayed: ")
+    rows = [
+        [line.split(" | ")[:3] for line in part.splitlines() if line[:3].strip("| ").isdigit()]
+        for part in (constant, decayed)
+    ]
+    assert rows == [
+        [["| 2", "4", "1"], ["| 4", "4", "0 of 1"], ["| 8", "4", "1"]],
+        [["| 8", "1", "1"], ["| 8", "4", "0 of 1"]],
+    ]
+    assert "speedup" in constant
+    assert "speedup" not in decayed
+    columns = paper_pictures.columns_of(paper_pictures.groups_of(tmp_path), speedup=True)
+    assert {title: [*lines] for title, lines in columns.items()} == {
+        "I = 4, lr constant": ["N = 2", "N = 4", "N = 8"],
+        "N = 8, lr decayed": ["I = 1", "I = 4"],
+    }
+    for kept in (runs, dict.fromkeys(runs)):  # as they are, and all diverged
+        (tmp_path / "rows.jsonl").write_text(paper_rows(protocol, kept))
+        paper_pictures.draw_all(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "paper.md", "curves.png", "speedup.png"}
 
 
 @pytest.mark.parametrize("counts", [(1, 0), (3, 1), (65, 64)])
