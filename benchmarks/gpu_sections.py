@@ -93,7 +93,7 @@ def compiled(options: argparse.Namespace) -> Iterator[Row]:
         data = images(k * own.each, own.shape)
         row = measured(own, data, way, options.device, 0.0, replays=False, model=model)
         row |= {"model": f"{load.name}{name}", "seconds": time.monotonic() - begin}
-        yield {key: value for key, value in row.items() if key != "rate"}
+        yield row
 
 
 def checked(options: argparse.Namespace) -> Iterator[Row]:

@@ -74,9 +74,9 @@ def rows_of(out: Path, kind: str = "") -> list[dict[str, Any]]:
     return [row for row in last.values() if not kind or row["kind"] == kind]
 
 
-def append(out: Path, row: dict[str, Any]) -> None:
+def append(out: Path, row: dict[str, Any], name: str = "rows.jsonl") -> None:
     """A whole line or none, whoever else writes; what a kill cut off before is taken away."""
-    with (out / "rows.jsonl").open("a+b") as file:
+    with (out / name).open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         text = file.read()
