@@ -16,7 +16,7 @@ from torch.nn.functional import conv2d
 from fedmom.engine.engine import Engine
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.engine.stacked.kernels.operators import kernels_for
-from fedmom.engine.stacked.kernels.tiles import PROGRAMS, activation_launch, sides_after, weight_launch
+from fedmom.engine.stacked.kernels.tiles import MULTIPROCESSORS, PROGRAMS, activation_launch, sides_after, weight_launch
 from fedmom.rounds.loop import beginning, run_rounds
 from laws import table
 from pretend_cuda import pretend
@@ -195,11 +195,11 @@ def test_compiled_for_an_h100_nothing_spills_and_activations_come_16_bytes_at_a_
     for kernel in kernels:
         spilt = {name: kernel[name] for name in ("STL", "LDL")}
         assert spilt == {"STL": 0, "LDL": 0}, kernel
-        assert kernel["registers"] <= 128, kernel  # four programs of 128 threads on a multiprocessor
+        # Four programs of 128 threads on a multiprocessor; of three products for one, two, which were the fastest.
+        assert kernel["registers"] <= (255 if "x3" in kernel["kind"] else 128), kernel
         assert kernel["shared"] <= 227 << 10, kernel
-        assert kernel["programs"] >= PROGRAMS, kernel
-        units = {"ieee": "DMMA" if "64" in kernel["kind"] else "FFMA"}.get(kernel["kind"].split()[1], "")
-        assert kernel[units] if units else kernel["HMMA"] + kernel["HGMMA"], kernel
+        assert kernel["programs"] >= (PROGRAMS if kernel["pass"] == "weights" else MULTIPROCESSORS), kernel
+        assert kernel["DMMA"] if "64" in kernel["kind"].split()[0] else kernel["HMMA"] + kernel["HGMMA"], kernel
         if kernel["shape"] != "first":
             narrow = {name: number for name, number in kernel["loads"].items() if not name.endswith(".128")}
             # Of the 16 × 16 weights of a step a thread has but two.

@@ -91,7 +91,7 @@ def compiled(kernel: Any, launch: tiles.Launch, dtype: torch.dtype) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
-    parser.add_argument("--kinds", nargs="*", default=["float32 ieee", "float32 tf32", "float64 ieee"])
+    parser.add_argument("--kinds", nargs="*", default=["float32 tf32x3", "float32 tf32", "float64 ieee"])
     given = parser.parse_args()
     found = []
     for kind in given.kinds:

@@ -1,8 +1,7 @@
 """How a convolution of K clients is cut into programs: tiles, warps, stages and parts of sums, by shape alone.
 
 A card's own timing has no say, so the same shape is summed in the same order in every run and on every card. It was
-chosen by counting for an H100, whose 132 multiprocessors want two programs each, and by what the compiler reports of
-registers, spills and the width of loads (docs/log.md); no card has timed it.
+chosen by counting for an H100, and then by timing some 440 choices on an H200 (benchmarks/gpu_tiles.py, docs/log.md).
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,8 @@ from torch import Tensor
 Geometry = tuple[int, int, int]  # stride, padding, dilation, each the same in both directions
 
 GENERATION = 3  # of kernels, tiles and how they are timed, counted up when they change
-PROGRAMS = 2 * 132  # two for each multiprocessor of an H100
+MULTIPROCESSORS = 132  # of an H100 or an H200
+PROGRAMS = 4 * MULTIPROCESSORS  # that a sum over positions is cut into
 _SHORTEST = 4  # steps of a part of a sum: fewer would not fill the pipeline of loads
 
 
@@ -58,7 +58,7 @@ def activation_launch(
     flat = channels < 16 or channels % 4 != 0
     BK = 16 if precision == "ieee" else 32 if flat else _tile(channels, 32)  # ieee with 32: registers spill
     BM = 64
-    if not double and _up(M, 128) * _up(results, BN) * K >= 2 * PROGRAMS:
+    if not double and _up(M, 128) * _up(results, BN) * K >= MULTIPROCESSORS:
         BM = 128  # weights are loaded half as often
     constants = _shape(source, (rows, columns), (channels, results, KH, KW), geometry)
     constants |= {"BACK": back, "BIAS": bias, "FLAT": flat, "PRECISION": precision, "BM": BM, "BN": BN, "BK": BK}
@@ -75,16 +75,19 @@ def weight_launch(
     """
     channels, results, sides = source.shape[1], gradient.shape[1], gradient.shape[2:]
     M, double = len(source) // K * prod(sides), source.dtype == torch.float64
-    # TF32 with 64 rows would be Hopper's own product of four warps, which wants what it sums over innermost: loads of
-    # activations would be of 4 bytes.
-    BM, BN, BK = _tile(results, 32 if double or precision == "tf32" else 64), 64, 16 if double else 32
-    tiles = _up(results, BM) * _up(channels * prod(kernel), BN)
+    pairs = channels * prod(kernel)
+    BN, BK = 32 if pairs <= 32 else 64, 16 if double else 32
+    # TF32 with 64 rows by four warps would be Hopper's own product, which wants what it sums over innermost: loads of
+    # activations would be of 4 bytes. Two warps take the older one.
+    wide = precision == "tf32" and results >= 64 and _up(results, 64) * _up(pairs, BN) * K >= MULTIPROCESSORS
+    BM, warps = (64, 2) if wide else (_tile(results, 32), 4)
+    tiles = _up(results, BM) * _up(pairs, BN)
     parts = max(1, min(_up(PROGRAMS, tiles * K), M // (_SHORTEST * BK)))
     part = max(1, M // parts // BK) * BK  # whole steps: no fewer parts than that
     parts = _up(M, part)
     constants = _shape(source, sides, (channels, results, *kernel), geometry)
     constants |= {"PARTS": parts, "PART": part, "PRECISION": precision, "BM": BM, "BN": BN, "BK": BK}
-    return Launch((_up(results, BM), _up(channels * prod(kernel), BN), K * parts), constants, warps=4, stages=3)
+    return Launch((_up(results, BM), _up(pairs, BN), K * parts), constants, warps, stages=3)
 
 
 def _shape(source: Tensor, sides: Iterable[int], sizes: Iterable[int], geometry: Geometry) -> dict[str, Any]:
