@@ -17,8 +17,6 @@ from torch.nn.grad import conv2d_input
 from fedmom.engine.stacked.kernels.registry import Fused, register
 from fedmom.engine.stacked.kernels.tiles import Geometry, weight_launch
 
-convolution_backward = torch.ops.aten.convolution_backward
-
 
 class Implicit(torch.autograd.Function):
     """x [K·B, in, H, W], weight [K, out, in, kh, kw], bias [K, out] or None -> [K·B, out, H', W'].
@@ -31,12 +29,12 @@ class Implicit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, options: Any) -> Tensor:
         ctx.kernels, ctx.geometry = kernels_for(x), tuple(value[0] for value in options[:3])
-        ctx.shared, ctx.options, ctx.has_bias = shared, options, bias is not None
+        ctx.shared, ctx.has_bias = shared, bias is not None
         x = x.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, weight)
-        if shared:
-            return torch.convolution(x, weight[0], None if bias is None else bias[0], *options)
-        y: Tensor = ctx.kernels.convolve(x, weight.permute(0, 3, 4, 1, 2).contiguous(), bias, ctx.geometry)
+        one = slice(0, 1 if shared else None)  # of shared weights all examples are one client's
+        taps, bias = weight[one].permute(0, 3, 4, 1, 2).contiguous(), None if bias is None else bias[one]
+        y: Tensor = ctx.kernels.convolve(x, taps, bias, ctx.geometry)
         return y
 
     @staticmethod
@@ -45,10 +43,8 @@ class Implicit(torch.autograd.Function):
         (d,), (x, weight), K = grads, ctx.saved_tensors, len(ctx.saved_tensors[1])
         d = d.contiguous(memory_format=torch.channels_last)
         before = None
-        if ctx.needs_input_grad[0] and ctx.shared:
-            before = convolution_backward(d, x, weight[0], None, *ctx.options, [True, False, False])[0]
-        elif ctx.needs_input_grad[0]:
-            taps = weight.permute(0, 3, 4, 2, 1).contiguous()
+        if ctx.needs_input_grad[0]:
+            taps = weight[: 1 if ctx.shared else None].permute(0, 3, 4, 2, 1).contiguous()
             before = ctx.kernels.convolve_back(d, taps, x.shape[2:], ctx.geometry)
         parts = ctx.kernels.convolve_weights(x, d, K, weight.shape[3:], ctx.geometry)
         own = parts[0] if len(parts) == 1 else parts.sum(0)  # in one order: no atomics, the same bits in every run
