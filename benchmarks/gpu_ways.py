@@ -276,7 +276,7 @@ def profiled(load: Load, data: Dataset, way: Way, device: str) -> Row:
         found = [e for e in everything if e.device_type == kind]
         times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in found}
         counts = {e.key: e.count for e in found}
-        longest = sorted(times, key=lambda name: -times[name])[:20]
+        longest = sorted(times, key=lambda name: -times[name])[:40]
         row["busy"] = sum(times.values()) / 1e3
         row["kernels"] = [[name[:100], times[name] / 1e3, counts[name]] for name in longest if times[name] > 0]
         calls = [e for e in everything if e.key.startswith("cu")]  # of CUDA's runtime and driver
