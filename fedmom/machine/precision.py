@@ -45,3 +45,8 @@ def exactly() -> Iterator[None]:
 def convolves_in_tf32(x: Tensor) -> bool:
     """Whether torch's own convolutions of x would be TF32."""
     return bool(x.is_cuda and x.dtype == torch.float32 and tf32_allowed())
+
+
+def multiplies_in_tf32(x: Tensor) -> bool:
+    """Whether torch's own matrix products of x would be TF32."""
+    return bool(x.is_cuda and x.dtype == torch.float32 and _CUBLAS.fp32_precision == "tf32")

@@ -15,17 +15,19 @@ import os, re, subprocess, tempfile
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fedmom.engine.stacked.kernels import batch_norm, dropout, first_step, pool
+from fedmom.engine.stacked.kernels import batch_norm, dropout, pool, weights
 from fedmom.engine.stacked.kernels.batch_norm import tile
+from fedmom.engine.stacked.kernels.tiles import gram_launch
 import torch
 
 POINTERS = ("x", "y", "d", "keys", "bias", "index", "before", "totals", "residual", "means", "squares", "weight",
             "old_mean", "old_var", "mean_found", "scale_found", "through", "scales", "firsts", "seconds", "w_found",
-            "b_found", "g", "u", "lr", "rows")
+            "b_found", "g", "u", "lr", "rows", "a", "b", "parts")
 TYPES = {"keys": "i64", "index": "u8", "lr": "fp64"}
+SIXTEENS = ("C", "HW", "M", "N", "a_client", "a_row", "b_client", "b_row")  # divisible by it
 tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 
-def compiled(name, kernel, dtype, constants, ones=False):
+def compiled(name, kernel, dtype, constants, ones=False, **options):
     signature, given, attributes = {}, {}, {}
     for at, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -37,9 +39,10 @@ def compiled(name, kernel, dtype, constants, ones=False):
             signature[argument], given[(at,)] = "constexpr", 1  # as Triton takes an integer that is one
         else:
             signature[argument] = "i32"
-            if argument in ("C", "HW", "M", "N"):
+            if argument in SIXTEENS and argument not in kernel.do_not_specialize:
                 attributes[(at,)] = [["tt.divisibility", 16]]
-    made = triton.compile(ASTSource(kernel, signature, given, attributes), target=GPUTarget("cuda", 90, 32))
+    source = ASTSource(kernel, signature, given, attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -48,7 +51,7 @@ def compiled(name, kernel, dtype, constants, ones=False):
         used, code = ask("--dump-resource-usage"), ask("--dump-sass")
     registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", used).groups()
     spills = len(re.findall(r"\\b(?:STL|LDL)\\b", code))
-    wide = len(re.findall(r"LDG\\.E(?:\\.\\w+)*\\.128", code))
+    wide = len(re.findall(r"LDG(?:STS)?\\.E(?:\\.\\w+)*\\.128", code))
     print(name, dtype, registers, stack, spills, made.metadata.shared, wide)
 
 for dtype, torch_dtype, SUM in (
@@ -94,9 +97,19 @@ for dtype, torch_dtype, SUM in (
             )
     for nesterov in (False, True):
         compiled(
-            f"first_step-{nesterov}", first_step._first_step, dtype,
+            f"first_step-{nesterov}", weights._first_step, dtype,
             dict(BETA=0.9, DECAY=1e-4, NESTEROV=nesterov, SUM=SUM, BLOCK=1024),
         )
+    for rows in (10, 20, 50):
+        for precision in {"fp32": ("tf32", "tf32x3"), "bf16": ("tf32",), "fp64": ("ieee",)}[dtype]:
+            a, b = (torch.empty(50, each, 9216, dtype=torch_dtype, device="meta") for each in (10, rows))
+            told = gram_launch(a, b, precision).options
+            TYPES["parts"] = "fp64" if dtype == "fp64" else "fp32"
+            compiled(
+                f"gram-{precision}-{rows}", weights._gram, dtype,
+                {n: v for n, v in told.items() if n.isupper() and n != "STEPS"},
+                num_warps=told["num_warps"], num_stages=told["num_stages"],
+            )
 """
 
 
@@ -114,10 +127,12 @@ def kernels(tmp_path_factory):
 
 
 def test_every_kernel_compiles_for_a_card_and_none_spills_in_float32(kernels):
-    """And channels-last memory is read sixteen bytes at a time."""
-    assert len(kernels) == (3 + 1 + 1) * (7 + 4 + 2) + 3 * 2
+    """And channels-last memory, and long rows, are read sixteen bytes at a time."""
+    assert len(kernels) == (3 + 1 + 1) * (7 + 4 + 2) + 3 * 2 + 3 * (2 + 1 + 1)
     in_float32 = {name: found for (name, dtype), found in kernels.items() if dtype == "fp32"}
     assert not {name: found for name, found in in_float32.items() if found[1] or found[2]}
     last = {name: found for name, found in in_float32.items() if name.startswith("norm") and name.endswith("64-last")}
     assert len(last) == 7
-    assert not {name: found for name, found in last.items() if not found[4]}
+    grams = {of: found for of, found in kernels.items() if of[0].startswith("gram")}
+    assert not {of: found for of, found in grams.items() if found[1] or found[2]}
+    assert not {name: found for name, found in {**last, **grams}.items() if not found[4]}

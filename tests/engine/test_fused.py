@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedmom.engine.stacked.fusing.modules import ConvReluPool, DroppedFlat, NormRelu
 from fedmom.engine.stacked.fusing.patterns import fuse
-from fedmom.engine.stacked.kernels import batch_norm, dropout, first_step, fused, pool, registry
+from fedmom.engine.stacked.kernels import batch_norm, dropout, fused, pool, registry, weights
 from fedmom.engine.stacked.layers import fold
 from fedmom.engine.stacked.steps import Stack
 from fedmom.rounds.loop import beginning, round_job
@@ -232,7 +232,7 @@ def test_the_first_steps_kernel_is_the_first_step(K, shape, own, decay, nesterov
     g, lr = drawn(K, *shape, dtype=dtype, seed=2), torch.tensor(0.3, dtype=F64)
     wanted, got = [t.clone() for t in (g, x, u, lr)], on_device(g, x, u, lr)
     want = torch.ops.fedmom.first_step(*wanted, 0.9, decay, nesterov)
-    found = first_step.first_step(*got, 0.9, decay, nesterov)
+    found = weights.first_step(*got, 0.9, decay, nesterov)
     factor = 1000 if dtype == torch.bfloat16 else 1
     same([found, *got], [want, *wanted], dtype, factor)
 

@@ -11,7 +11,7 @@ from fedmom.config.resolve import resolve
 from fedmom.engine.stacked.convolutions import _described
 from fedmom.engine.stacked.updates import first_update, update
 from fedmom.errors import InputError
-from fedmom.machine.precision import allow_tf32, convolves_in_tf32
+from fedmom.machine.precision import allow_tf32, convolves_in_tf32, multiplies_in_tf32
 from fedmom.method.algorithms import Method, momentum_step
 from fedmom.method.state import ClientState
 from pretend_cuda import pretend
@@ -113,12 +113,14 @@ def test_tf32_is_a_key_whatever_the_user_set(torch_as_it_was, user):
         x = torch.zeros(1, device="cuda")
         for matmul, allowed in (("float32", False), ("tf32", True), ("float32", False)):
             exec(USERS[user], {"torch": torch, "b": b})
-            convolves_in_tf32(x)  # may be asked before the first engine is made
+            convolves_in_tf32(x), multiplies_in_tf32(x)  # may be asked before the first engine is made
             set_up_torch(load({"engine.matmul": matmul}).config.engine)
             assert (b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32, convolves_in_tf32(x)) == (allowed,) * 3
             new = {part.fp32_precision for part in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn)}
             assert new == {"tf32" if allowed else "ieee"}
+            assert multiplies_in_tf32(x) == allowed
             assert not convolves_in_tf32(x.double())
+            assert not multiplies_in_tf32(x.double())
             torch.get_float32_matmul_precision()  # raises where both ways disagree
 
 

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedmom.engine.stacked.kernels.registry import Fused, register
 from fedmom.engine.stacked.updates import Number, times
 from fedmom.method.algorithms import momentum_step
 from fedmom.method.state import ClientState
+
+_FEW, _LONG = 16, 1024  # rows of so many, of such a length: cuBLAS takes one program or two for a client
 
 
 class Numbers(NamedTuple):
@@ -62,6 +65,19 @@ def coefficients(of: Numbers, like: Tensor, *, fixed: bool) -> Coefficients:
     steps, last = params[:, 2:].to(like.device, like.dtype), (params[-1, 2:], momentum[-1, 2:])
     in_x, in_u = ([read(row) for row in part] for part in of)
     return Coefficients(in_x, in_u, steps, (last[0].to(like.device), last[1].to(like.device)))
+
+
+def gram(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a bᵀ for every client, a [K, M, C], b [K, J, C] with rows that are dense, into out [K, M, J]."""
+    few_and_long = a.shape[1] <= _FEW and a.shape[2] >= _LONG
+    (torch.ops.fedmom.gram if a.is_cuda and few_and_long else _gram)(a, b, out)
+
+
+def _gram(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.bmm(a, b.transpose(1, 2), out=out)
+
+
+register({"gram": Fused("(Tensor a, Tensor b, Tensor(a!) out) -> ()", "weights", _gram)})
 
 
 class Factors:
@@ -106,7 +122,8 @@ class Factors:
         self.now = h
         past, end = self.past, self.past + self.rows
         self.h[:, past:end] = h
-        self.hh[:, past:end, :end] = hh = torch.bmm(h, self.h[:, :end].transpose(1, 2))
+        hh = self.hh[:, past:end, :end]
+        gram(self.h[:, past:end], self.h[:, :end], hh)
         y = h @ self.weight.T
         if past:
             y = torch.baddbmm(y, hh[..., :past] * self.scale, self.d[:, :past])
@@ -119,7 +136,8 @@ class Factors:
         self.backs += 1
         past, end = self.past, self.past + self.rows
         self.d[:, past:end] = d
-        self.dd[:, past:end, :end] = dd = torch.bmm(d, self.d[:, :end].transpose(1, 2))
+        dd = self.dd[:, past:end, :end]
+        gram(self.d[:, past:end], self.d[:, :end], dd)
         weighted = (d * self.weights.to(d.dtype)[:, None, None]).reshape(-1, d.shape[2])
         gradients = weighted.T @ self.now.reshape(-1, self.now.shape[2])  # Σ_i w_i δ_iᵀ h_i, of all clients at once
         for total, numbers in ((self.total_x, self.numbers.params), (self.total_u, self.numbers.momentum)):

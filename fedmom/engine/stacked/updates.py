@@ -47,7 +47,7 @@ register(
     {
         "first_step": Fused(
             "(Tensor(a!) g, Tensor x, Tensor u, Tensor lr, float beta, float decay, bool nesterov) -> Tensor",
-            "first_step",
+            "weights",
             _first_step,
         )
     }

@@ -1,4 +1,4 @@
-"""How a convolution of K clients is cut into programs: tiles, warps, stages and parts of sums, by shape alone.
+"""How kernels with products are cut into programs: tiles, warps, stages and parts of sums, by shape alone.
 
 A card's own timing has no say, so the same shape is summed in the same order in every run and on every card. It was
 chosen by counting for an H100, and then by timing some 440 choices on an H200 (benchmarks/gpu_tiles.py, docs/log.md).
@@ -88,6 +88,22 @@ def weight_launch(
     constants = _shape(source, sides, (channels, results, *kernel), geometry)
     constants |= {"PARTS": parts, "PART": part, "PRECISION": precision, "BM": BM, "BN": BN, "BK": BK}
     return Launch((_up(results, BM), _up(pairs, BN), K * parts), constants, warps, stages=3)
+
+
+def gram_launch(a: Tensor, b: Tensor, precision: str) -> Launch:
+    """Of a bᵀ for every client, a [K, M, C] with a few rows and b [K, J, C]: a grid of clients, parts and tiles.
+
+    It takes as long as b is read, so there are up to twice as many programs as elsewhere, for more loads under way, if
+    no part of the sum is shorter than a few steps of BK: longer steps than these, and registers spill.
+    """
+    (K, M, C), J, double = a.shape, b.shape[1], a.dtype == torch.float64
+    BM, BJ = 16, 32 if double else _tile(J, 64)
+    BK = {"tf32": 64, "tf32x3": 32}.get(precision, 16)
+    tiles, steps = _up(M, BM) * _up(J, BJ), _up(C, BK)
+    parts = max(1, min(2 * PROGRAMS // (tiles * K), steps // _SHORTEST))
+    each = _up(steps, parts)
+    constants = {"STEPS": each, "PRECISION": precision, "BM": BM, "BJ": BJ, "BK": BK}
+    return Launch((K, _up(steps, each), tiles), constants, warps=4, stages=3 if BK == 64 else 4)
 
 
 def _shape(source: Tensor, sides: Iterable[int], sizes: Iterable[int], geometry: Geometry) -> dict[str, Any]:
