@@ -13,6 +13,8 @@ from fedmom.backends.workers import make_workers
 from fedmom.config.build import pool_options, resolve_device
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
+from fedmom.data import batches
+from fedmom.data.batches import normalised
 from fedmom.engine import rates
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
@@ -22,7 +24,7 @@ from fedmom.errors import InputError
 from fedmom.method.topology import make_topology
 from fedmom.rounds.loop import beginning, round_job, run_rounds
 from pretend_cuda import CPU, CUDA, clock, pretend
-from runs import image_task, simple_plan
+from runs import image_task, simple_plan, tiny_images
 from test_cuda_graphs import assert_same, on_cpu
 
 
@@ -57,6 +59,19 @@ def test_a_card_gives_the_cpus_numbers_and_nothing_is_mixed(way):
     assert card.troubles() == {}
     assert card.launches.total() > 200
     assert_same((done, records), rounds(plan, "cpu", path), 1e-12)
+
+
+def test_nothing_of_a_pretended_card_is_kept_for_a_real_one():
+    """Nor of a real one for a pretended one, which would say the same name of its device."""
+    images = tiny_images().x_train
+    for device in ("cpu", "cuda"):
+        normalised(images, (0.4,), (0.3,), torch.float32)
+        with pretend():
+            there = images.to(device)
+            assert batches._constants.cache_info().currsize == 0
+            normalised(there, (0.4,), (0.3,), torch.float32)
+            assert batches._constants.cache_info().currsize == 1
+        assert batches._constants.cache_info().currsize == 0
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fedmom.data import batches
+
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 COPIES = {"_to_copy", "copy_"}
@@ -480,6 +482,9 @@ def pretend(free: int = 80 << 30, count: int = 1) -> Iterator[Card]:
             memory.known_to.add(stream)
 
     with contextlib.ExitStack() as stack:
+        # By device: a real card's are of no use here, and those of here on no real card.
+        batches._constants.cache_clear()
+        stack.callback(batches._constants.cache_clear)
         for name, value in names.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", record_stream))

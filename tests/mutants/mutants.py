@@ -30,7 +30,7 @@ PARTS = {
     ),
     "averaging": ("tests/method/test_averaging.py", "tests/engine/test_engine.py", "tests/laws"),
     "stack": ("tests/engine/test_stacked.py",),
-    "replays": ("tests/engine/test_cuda_graphs.py",),
+    "replays": ("tests/engine/test_cuda_graphs.py", "tests/engine/test_noise.py"),
     "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_classification.py"),
     "partitions": ("tests/data/test_partition.py",),
     "schedules": ("tests/method/test_schedules.py", "tests/engine/test_engine.py", "tests/laws"),
@@ -61,6 +61,7 @@ TOPOLOGY, GRAPHS, SCHEDULES = "fedmom.method.topology", "fedmom.method.graphs", 
 LOOP, ENGINE, GOSSIP = "fedmom.rounds.loop", "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.RoundSums"
 UPDATES, REPLAYS = "fedmom.engine.stacked.updates", "fedmom.engine.stacked.cuda_graphs.Replays"
+RECORDING, AGREEMENT = "fedmom.engine.stacked.cuda_graphs._Recording", "fedmom.engine.stacked.agreement"
 PLAIN = "fedmom.engine.engine.PlainRunner"
 BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.classification.Classification"
 FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
@@ -592,11 +593,25 @@ MUTANTS = [
         "a replay of the round that was recorded",
         "minibatches, γ and weights are not sent again",
         code(
-            f"{REPLAYS}._run",
-            "            words_there.copy_(_sendable(words, words_there.device), non_blocking=True)\n",
+            f"{RECORDING}.replay_by",
+            "        there.copy_(_sendable(words, there.device), non_blocking=True)\n",
             "",
         ),
         "tests/engine/test_cuda_graphs.py::test_replayed_rounds_are_the_stacks[mlp-factors-average]",
+    ),
+    Mutant(
+        "replays",
+        "steps that are as long once more",
+        "of networks whose steps are chaotic nothing is replayed",
+        code(f"{AGREEMENT}.short", "lr * _SHORT / len(lrs)", "lr"),
+        "tests/engine/test_noise.py::test_steps_that_differ_from_themselves_are_replayed[chaos]",
+    ),
+    Mutant(
+        "replays",
+        "noise as large as it may be",
+        "a replay of steps that are noise alone is taken for right",
+        constant(f"{AGREEMENT}._FAR", lambda far: 1e9),
+        "tests/engine/test_noise.py::test_of_steps_that_are_noise_alone_nothing_is_replayed",
     ),
     Mutant(
         "replays",

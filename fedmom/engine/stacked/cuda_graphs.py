@@ -3,8 +3,8 @@
 A recording belongs to a number of clients and of steps; the start, and all else that may change from round to round
 (minibatches, γ, weights), is copied into the memory that it reads, and it owns all memory that it reads and did not
 make. It is made the second time that such a chunk comes by, and trusted after it has given what the same steps give
-without it, also in another round. While a chunk is replayed, the host draws the next one's minibatches, those of the
-next round's first chunk too.
+without it (agreement.py), also in another round. While a chunk is replayed, the host draws the next one's minibatches,
+those of the next round's first chunk too.
 """
 
 import warnings
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fedmom.engine.stacked.agreement import agrees, short, trouble_between
 from fedmom.engine.stacked.means import Distances, distances
 from fedmom.engine.stacked.steps import Orders, Stack
 from fedmom.machine.graphs import cuda_graph
@@ -29,6 +30,7 @@ from fedmom.user_code import one_line
 Recorder = Callable[[Callable[[], Distances]], tuple[Distances, Callable[[], None]]]
 GraphKey = tuple[Any, ...]
 
+NO_ROOM = "the memory does not suffice for recordings beside the steps themselves"
 COMINGS = 4  # of a chunk: it is taken, recorded, compared, and from then on replayed
 _MOST = 4  # recordings that are kept, each with the memory of its steps
 
@@ -62,6 +64,12 @@ class _Recording:
     found: Distances
     replay: Callable[[], None]
     compared: list[int]  # the rounds in which it gave what the steps give
+
+    def replay_by(self, words: Tensor) -> None:
+        """By other orders, which are in main memory."""
+        there = self.inputs[-1]
+        there.copy_(_sendable(words, there.device), non_blocking=True)
+        self.replay()
 
     def is_trusted(self, round_index: int) -> bool:
         """Whether it need not be compared now: it was twice, and once in a later round than its own if there was one.
@@ -115,18 +123,16 @@ class Replays:
         recording = self._kept.get(key)
         if recording is not None:
             self._kept.move_to_end(key)
-            *memory, words_there = recording.inputs
-            _copied(memory, inputs)
-            words_there.copy_(_sendable(words, words_there.device), non_blocking=True)
-            recording.replay()
+            _copied(recording.inputs[:-1], inputs)
+            recording.replay_by(words)
             if recording.is_trusted(job.round_index):
                 self.num_replayed += 1
                 return recording.found
-        there = _sendable(words, self.stack.task.device).to(self.stack.task.device, non_blocking=True)
+        there = _sent(words, self.stack.task.device)
         found = self._straight(start, job, orders.read(there))
         if recording is not None:
             recording.compared.append(job.round_index)
-            self._check(recording.found, found)
+            self._check(recording, found, start, job)
         elif key in self._last and not self.trouble:
             self._record(key, start, job, orders, there, found)
         self._last[key] = None
@@ -140,7 +146,7 @@ class Replays:
         except torch.OutOfMemoryError:
             if not self._kept:
                 raise
-        self._give_up("the memory does not suffice for recordings beside the steps themselves")
+        self._give_up(NO_ROOM)
         torch.cuda.empty_cache()
         return distances(start, self.stack.run_straight(start, job, orders))
 
@@ -166,12 +172,26 @@ class Replays:
             return
         # Kernels that torch's dispatcher never sees read what these hold.
         owns = (own_orders, reads.outside)
-        self._kept[key] = _Recording([*_tensors(own_start), own_words], owns, found, replay, [job.round_index])
-        self._check(found, want)
+        recording = _Recording([*_tensors(own_start), own_words], owns, found, replay, [job.round_index])
+        self._kept[key] = recording
+        self._check(recording, want, start, job)
 
-    def _check(self, found: Distances, want: Distances) -> None:
-        if not _agree(found, want):
-            self._give_up("a replay gave another result")
+    def _check(self, recording: _Recording, want: Distances, start: ClientState, job: Job) -> None:
+        """Keep it only if it gives `want`, or else what the steps give where they are short."""
+        if agrees(recording.found, want):
+            return
+        orders = self.stack.orders(job._replace(lrs=short(job.lrs)))
+        words = orders.words()
+        recording.replay_by(words)
+        there = orders.read(_sent(words, self.stack.task.device))
+        try:
+            trouble = trouble_between(
+                recording.found, lambda: distances(start, self.stack.run_straight(start, job, there))
+            )
+        except torch.OutOfMemoryError:
+            trouble = NO_ROOM
+        if trouble:
+            self._give_up(trouble)
 
     def _give_up(self, trouble: str) -> None:
         self.trouble = trouble
@@ -196,20 +216,11 @@ def _sendable(words: Tensor, device: torch.device) -> Tensor:
     return words.pin_memory() if device.type == "cuda" else words
 
 
+def _sent(words: Tensor, device: torch.device) -> Tensor:
+    return _sendable(words, device).to(device, non_blocking=True)
+
+
 def _alike(one: Job, other: Job) -> bool:
     """Whether the same clients take the same steps."""
     fields = ((one.clients, other.clients), (one.first_steps, other.first_steps), (one.weights, other.weights))
     return list(one.lrs) == list(other.lrs) and all(torch.equal(a, b) for a, b in fields)
-
-
-def _agree(one: Distances, other: Distances) -> bool:
-    """Up to generous rounding: a replay of the wrong memory is off by as much as the steps themselves."""
-    pairs = [(one.losses, other.losses), *zip(one.groups(), other.groups(), strict=True)]
-    pairs += [*zip(one.squares, other.squares, strict=True)]
-    pairs += [(one.buffers[kind], other.buffers[kind]) for kind in other.buffers]
-    pairs += [(one.bases[at], other.bases[at]) for at in other.bases]
-    for got, want in pairs:
-        away, size = (torch.linalg.vector_norm(t.double()) for t in (got - want, want))
-        if not away <= 0.02 * size + 1e-9 and torch.isfinite(size):  # a run that diverges says so itself
-            return False
-    return True
