@@ -29,6 +29,7 @@ AUGMENTATIONS = {
 _KEY = (
     1 << 40
 ) - 1  # bits of a shuffle key: two of n examples tie with probability n² / 2⁴¹, and then keep their order
+_SEGMENTS = 1 << 23  # whose numbers fit beside a key
 
 
 class Sampler:
@@ -79,9 +80,13 @@ class Sampler:
         starts = sizes[rows].cumsum(0) - sizes[rows]  # [S] each segment's first entry
         entry = torch.arange(len(segment)) - starts[segment]  # [E] 0 … n−1 within it
         bits = random_bits(SHUFFLE, self.seed, clients[rows][segment], which_pass[segment], entry)
-        by_key = torch.sort(bits & _KEY, stable=True).indices
-        # Stable, so within each segment the random order stays.
-        order = entry[by_key[torch.sort(segment[by_key], stable=True).indices]]
+        keys = bits & _KEY
+        if len(rows) <= _SEGMENTS:  # by segment and then by key, in one number
+            order = entry[torch.sort(segment << 40 | keys, stable=True).indices]
+        else:
+            by_key = torch.sort(keys, stable=True).indices
+            # Stable, so within each segment the random order stays.
+            order = entry[by_key[torch.sort(segment[by_key], stable=True).indices]]
         where = segment_of_row[:, None] + positions // sizes[:, None] - first_pass[:, None]  # [K, P] segment
         return order[starts[where] + positions % sizes[:, None]]
 

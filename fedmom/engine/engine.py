@@ -4,19 +4,18 @@
 stacked/. All see the same addressed minibatches, and tests hold them equal. auto.py says which is taken.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.cuda_graphs import Replays
 from fedmom.engine.stacked.means import RoundEnd, RoundSums, distances
 from fedmom.engine.stacked.steps import Stack
-from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, local_step, takes_key
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, loop_step, takes_key, vmap_step
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.randomness import random_bits
 from fedmom.method.state import (
@@ -32,44 +31,23 @@ from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
 from fedmom.tasks.task import Task
 
 
-def vmap_step(
-    state: ClientState, batch: Any, start: Tree, key: Tensor | None, **method: Any
-) -> tuple[ClientState, Tensor]:
-    """One local step of K stacked clients at once."""
-    if method.get("correction") is None:
-        return torch.vmap(partial(local_step, **method))(state, batch)
-
-    def step(state: ClientState, batch: Any, start: Tree, *key: Tensor) -> tuple[ClientState, Tensor]:
-        return local_step(state, batch, start=start, key=key[0] if key else None, **method)
-
-    return torch.vmap(step)(state, batch, start, *([] if key is None else [key]))
-
-
-def loop_step(
-    state: ClientState, batch: Any, start: Tree, key: Tensor | None, **method: Any
-) -> tuple[ClientState, Tensor]:
-    """One local step of a stack of one client, in the plain way."""
-    state, batch, start = tree_map(lambda t: t[0], (state, batch, start))
-    own = None if key is None else key[0]
-    return tree_map(lambda t: t[None], local_step(state, batch, start=start, key=own, **method))
-
-
 class Sums(Protocol):
     """What the chunks of a round are added to."""
 
     def add(self, ended: Any, weights: Tensor, /) -> None:
         """Add K clients, their weights [K] in main memory; `ended` may be written over afterwards."""
 
-    def finish(self, losses: Tensor, /) -> RoundEnd:
-        """What the round came to; losses [C] float64 of all clients."""
+    def finish(self, losses: Tensor, /) -> tuple[ClientState, Callable[[], RoundEnd]]:
+        """The means, and a function that waits for what else the round came to; losses [C] float64 of all clients."""
         ...
 
 
 class PlainSums(WeightedMean):
     """Of rows of clients."""
 
-    def finish(self, losses: Tensor) -> RoundEnd:
-        return RoundEnd(self.mean(), losses.cpu(), self.spread("params"), self.spread("momentum"), None)
+    def finish(self, losses: Tensor) -> tuple[ClientState, Callable[[], RoundEnd]]:
+        end = RoundEnd(losses.cpu(), self.spread("params"), self.spread("momentum"), None)
+        return self.mean(), lambda: end
 
 
 class ChunkOutcome(NamedTuple):
@@ -264,20 +242,31 @@ class Engine(Backend):
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
-        runner = self.runner
+        return self.begin_round(start, job, progress).settled()
+
+    def begin_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
+        """The same; a round whose chunks are all replayed is still to settle."""
+        runner, chunks, replayed = self.runner, self._chunks(job), self._num_replayed()
         sums = runner.sums(start)
-        losses, path, own = self._add_up(runner.from_start(start, job, self._chunks(job), progress), job, sums.add)
-        end, total = sums.finish(losses), float(job.weights.sum())
-        return Outcome(
-            mean=end.mean,
-            train_loss=float(job.weights @ end.losses) / total,
-            consensus_distance=end.consensus_distance,
-            momentum_spread=end.momentum_spread,
-            trajectory=[point / total for point in path],
-            momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
-            losses=end.losses,
-            broken=end.broken,
-        )
+        losses, path, own = self._add_up(runner.from_start(start, job, chunks, progress), job, sums.add)
+        (mean, end), total = sums.finish(losses), float(job.weights.sum())
+
+        def settle() -> Outcome:
+            found = end()
+            return Outcome(
+                mean=mean,
+                train_loss=float(job.weights @ found.losses) / total,
+                consensus_distance=found.consensus_distance,
+                momentum_spread=found.momentum_spread,
+                trajectory=[point / total for point in path],
+                momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
+                losses=found.losses,
+                broken=found.broken,
+            )
+
+        if self._num_replayed() < replayed + len(chunks):
+            return settle()
+        return Outcome(mean, math.nan, math.nan, math.nan, [], None, losses, settle=settle)
 
     def run_rows(
         self, rows: ClientState, job: Job, progress: Progress | None = None
@@ -291,6 +280,9 @@ class Engine(Backend):
         chunks = self.runner.from_rows(job, self._chunks(job), progress)
         losses, path, _ = self._add_up(chunks, job, lambda ended, weights: parts.append(ended))
         return like(concatenated(parts), rows), losses.cpu(), path
+
+    def _num_replayed(self) -> int:
+        return 0 if self.replays is None else self.replays.num_replayed
 
     def _chunks(self, job: Job) -> Sequence[Tensor]:
         """The places of each chunk's clients in the cohort."""

@@ -1,10 +1,11 @@
-"""CUDA graphs: what a function launches, recorded once and launched again as a whole."""
+"""CUDA graphs: what a function launches, recorded once and launched again as a whole; and what comes of it."""
 
 import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -45,3 +46,18 @@ def _forget(pool: Any) -> None:
         device = torch.cuda.current_device()
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
+
+
+def coming(there: Tensor) -> Callable[[], Tensor]:
+    """A function that waits until `there` is in main memory: not for what the device is given to do after this."""
+    if not there.is_cuda:
+        return lambda: there
+    here = torch.empty(there.shape, dtype=there.dtype).pin_memory()  # into other memory the copy itself would wait
+    here.copy_(there, non_blocking=True)
+    arrival = torch.cuda.current_stream().record_event()
+
+    def arrived() -> Tensor:
+        arrival.synchronize()
+        return here
+
+    return arrived

@@ -1,4 +1,4 @@
-"""The method, written once and for one client; the caller adds the client axis (torch.vmap) or a loop.
+"""The method, written once and for one client; `vmap_step` and `loop_step` add the client axis.
 
 Source: Yu, Jin, Yang, "On the Linear Speedup Analysis of Communication Efficient Momentum SGD for Distributed
 Non-Convex Optimization", ICML 2019 (arXiv 1905.03817), Algorithms 1 and 2. docs/method.md maps the symbols to names.
@@ -7,9 +7,12 @@ Non-Convex Optimization", ICML 2019 (arXiv 1905.03817), Algorithms 1 and 2. docs
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fedmom.method.state import ClientState, Tree, zeros_like
 
@@ -66,6 +69,28 @@ def local_step(
         more = {} if key is None else {"key": key}
         grads = correction(grads, state.params, start, **more)
     return momentum_step(state._replace(buffers=buffers), grads, lr=lr, beta=beta, nesterov=nesterov), loss
+
+
+def vmap_step(
+    state: ClientState, batch: Any, start: Tree, key: Tensor | None, **method: Any
+) -> tuple[ClientState, Tensor]:
+    """One local step of K stacked clients at once."""
+    if method.get("correction") is None:
+        return torch.vmap(partial(local_step, **method))(state, batch)
+
+    def step(state: ClientState, batch: Any, start: Tree, *key: Tensor) -> tuple[ClientState, Tensor]:
+        return local_step(state, batch, start=start, key=key[0] if key else None, **method)
+
+    return torch.vmap(step)(state, batch, start, *([] if key is None else [key]))
+
+
+def loop_step(
+    state: ClientState, batch: Any, start: Tree, key: Tensor | None, **method: Any
+) -> tuple[ClientState, Tensor]:
+    """One local step of a stack of one client, in the plain way."""
+    state, batch, start = tree_map(lambda t: t[0], (state, batch, start))
+    own = None if key is None else key[0]
+    return tree_map(lambda t: t[None], local_step(state, batch, start=start, key=own, **method))
 
 
 def slow_step(before: Tree, mean: Tree, slow: Tree, *, lr: float, alpha: float, eta: float) -> tuple[Tree, Tree]:

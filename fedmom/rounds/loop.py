@@ -6,7 +6,7 @@ Plain arguments in, a record and a new state out; nothing here knows of files, t
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +18,11 @@ from fedmom.method.randomness import COHORT, random_bits
 from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, row_of, stacked, to_device, zeros_like
 from fedmom.method.topology import Topology
-from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
+from fedmom.rounds.round import Backend, Job, Outcome, Progress, in_its_turn, part_of
 from fedmom.tasks.task import Task
 
 Record = dict[str, Any]
+Known = Callable[[], Job] | None  # what the job before said that follows it
 
 
 class Plan(NamedTuple):
@@ -119,14 +120,14 @@ def bytes_per_exchange(state: ClientState, method: Method) -> int:
     return num_bytes(state.params) + num_bytes(state.buffers) + (num_bytes(state.momentum) if sends else 0)
 
 
-def round_job(task: Task, plan: Plan, done: RunState) -> Job:
+def round_job(task: Task, plan: Plan, done: RunState, known: Known = None) -> Job:
     """What the whole cohort must do in the round after `done`."""
     num_clients = len(task.sizes)
-    job = cohort_job(task, plan, done.round)
+    job = cohort_job(task, plan, done.round) if known is None else known()
     rows = done.client_momentum
     if rows is not None and len(job.clients) < num_clients:
         rows = {name: u[job.clients] for name, u in rows.items()}
-    following = partial(cohort_job, task, plan, done.round + 1) if done.round + 1 < plan.num_rounds else None
+    following = cache(partial(cohort_job, task, plan, done.round + 1)) if done.round + 1 < plan.num_rounds else None
     return job._replace(momentum=rows, rows=done.rows, evaluates=plan.evaluates(done.round + 1), following=following)
 
 
@@ -183,30 +184,52 @@ def after_round(task: Task, plan: Plan, done: RunState, job: Job, outcome: Outco
     )
 
 
+class _Begun(NamedTuple):
+    """A round that the next one can start from."""
+
+    asked: int  # clients
+    job: Job  # of those that answered
+    outcome: Outcome  # perhaps still to settle
+    new: RunState  # without its seconds
+
+
+def _begun(task: Task, plan: Plan, engine: Backend, done: RunState, known: Known, progress: Progress | None) -> _Begun:
+    job = round_job(task, plan, done, known)
+    outcome = engine.begin_round(done.state, job, progress)
+    asked = len(job.clients)
+    if outcome.answered is not None:
+        job = part_of(job._replace(momentum=None), outcome.answered.nonzero()[:, 0])
+    return _Begun(asked, job, outcome, after_round(task, plan, done, job, outcome, 0.0))
+
+
 def run_rounds(
     task: Task, plan: Plan, engine: Backend, done: RunState, progress: Progress | None = None
 ) -> Iterator[tuple[RunState, Record]]:
     """Rounds done.round + 1 … R, each as the state after it and its record (see docs/method.md).
 
     Raises InputError before the first one where the model cannot be evaluated, and
-    DivergedError, with the round and the lr, when the loss, x or u is NaN or infinite.
+    DivergedError, with the round and the lr, when the loss, x or u is NaN or infinite. Where a device works for itself,
+    the next round begins before this one's numbers are there: it never waits for what the host does between the two.
     """
     clock = time.perf_counter
     if done.round < plan.num_rounds:
         task.check_evaluation(done.state)
+    ahead: Callable[[], _Begun] | None = None  # the next round, where it is under way
+    known: Known = None
+    end = 0.0
     while done.round < plan.num_rounds:
-        begin = clock()
-        job = round_job(task, plan, done)
-        outcome = engine.run_round(done.state, job, progress)
-        asked = len(job.clients)
-        if outcome.answered is not None:
-            job = part_of(job._replace(momentum=None), outcome.answered.nonzero()[:, 0])
-        new = after_round(task, plan, done, job, outcome, 0.0)
+        begin = end if ahead else clock()
+        asked, job, outcome, new = ahead() if ahead else _begun(task, plan, engine, done, known, progress)
+        known, ahead = job.following, None
+        if outcome.settle is not None and not job.evaluates:
+            ahead = in_its_turn(partial(_begun, task, plan, engine, new, known), progress)
+        outcome = outcome.settled()
         steps = int(job.num_steps.sum())
         train_seconds = clock() - begin
         measured = _measured(task, plan, job, outcome, new)
         _check_finite(new.round, job, outcome, measured)
-        new = new._replace(wall_seconds=done.wall_seconds + clock() - begin)
+        end = clock()
+        new = new._replace(wall_seconds=done.wall_seconds + end - begin)
         record = {
             "round": new.round,
             "steps": new.steps,

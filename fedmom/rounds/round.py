@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from fedmom.method.state import ClientState, Tree, rows_of, to_device
 
+T = TypeVar("T")
 Progress = Callable[[int], None]  # client-steps done since the last call
 
 
@@ -43,6 +44,11 @@ class Outcome(NamedTuple):
     measured: dict[str, Any] | None = None  # the evaluation, where whoever ran the round made it
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings mean and rows, where others hold them
     broken: str | None = None  # the part of the mean that is NaN or infinite, or ""; None: nobody has looked
+    settle: Callable[[], "Outcome"] | None = None  # waits for the numbers, where only what the next round needs is here
+
+    def settled(self) -> "Outcome":
+        """The same with its numbers."""
+        return self if self.settle is None else self.settle()
 
 
 class Backend(Protocol):
@@ -58,6 +64,10 @@ class Backend(Protocol):
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
         ...
+
+    def begin_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
+        """The same, but the outcome may be still to settle: then the device works, and the host need not wait."""
+        return self.run_round(start, job, progress)
 
     def close(self) -> None:
         """End what it holds: actors, and Ray if it was started for them."""
@@ -82,3 +92,22 @@ def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
         momentum=momentum,
         rows=own,
     )
+
+
+def in_its_turn(begin: Callable[[Progress], T], progress: Progress | None) -> Callable[[], T]:
+    """Begin a round before its turn: what it tells, and what it raises, comes when it is taken."""
+    told = list[int]()
+    try:
+        begun: T | Exception = begin(told.append)
+    except Exception as error:
+        begun = error
+
+    def take() -> T:
+        if progress is not None:
+            for steps in told:
+                progress(steps)
+        if isinstance(begun, Exception):
+            raise begun
+        return begun
+
+    return take

@@ -96,6 +96,14 @@ def test_many_clients_in_one_draw():
     assert torch.equal(drawn.flatten().sort().values, torch.arange(200_000))
 
 
+def test_one_sort_and_two_give_the_same(monkeypatch):
+    s = sampler(SIZES)
+    numbers = list(range(len(SIZES))), [0, 5, 1, 9, 2, 3], 70
+    once = draw(s, *numbers)
+    monkeypatch.setattr("fedmom.data.batches._SEGMENTS", 0)
+    assert torch.equal(draw(s, *numbers), once)
+
+
 @pytest.mark.slow
 def test_more_permutations_than_fit_beside_a_key():
     """Many clients of unequal sizes in one draw, 9 million permutations: each stays with its own examples."""

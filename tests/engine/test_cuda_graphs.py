@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fedmom.engine.engine import Engine
 from fedmom.engine.stacked.cuda_graphs import Replays
 from fedmom.engine.stacked.steps import Stack
+from fedmom.errors import DivergedError
 from fedmom.machine.graphs import cuda_graph
 from fedmom.rounds.loop import beginning, round_job, run_rounds
 from pretend_cuda import pretend
@@ -65,7 +66,7 @@ def test_replayed_rounds_are_the_stacks(name, path, policy):
     Bit for bit those of the same steps one by one, and those of the CPU to rounding.
     """
     options = {"cohort_size": 3, "client_weights": "samples", "momentum_policy": policy, "weight_decay": 0.01}
-    plan = varied(simple_plan(4, num_rounds=6, num_local_steps=2, nesterov=True, **options))
+    plan = varied(simple_plan(4, num_rounds=6, num_local_steps=2, nesterov=True, eval_every=9, **options))
     runs = []
     for trouble in ("", "not wanted"):
         with pretend() as card:
@@ -85,7 +86,7 @@ def test_replayed_rounds_are_the_stacks(name, path, policy):
 
 
 MOST = {  # of a round that is replayed: launches beside the replay, waits, copies to the card; so many were counted
-    "cnn": (25, 1, 1),
+    "cnn": (15, 1, 1),
     "resnet56": (72, 1, 2),
 }
 
@@ -108,6 +109,29 @@ def test_a_replayed_round_launches_little_and_waits_once(name):
     assert (engine.replays.num_replayed, card.replays, card.troubles()) == (1, 1, {})
     counted = (card.launches.total(), card.waits.total(), card.sent.total())
     assert all(count <= most for count, most in zip(counted, MOST[name], strict=True)), (counted, card.launches)
+
+
+def test_the_card_has_the_next_round_before_the_host_waits_for_this_one():
+    """But for a round that is evaluated; and what is not finite is said of the round in which it is."""
+    plan = simple_plan(2, num_rounds=9, num_local_steps=2, eval_every=6)
+    rate = plan.rate._replace(schedule="step", milestones=(7 / 9,), decay=1e300, unit="fraction")
+    found = {}
+    for trouble in ("", "not wanted"):
+        with pretend() as card:
+            task = image_task("mlp", 2, device="cuda")
+            engine = Engine(task, plan.method, path="stack", chunk_size=2)
+            engine.replays.trouble = trouble
+            rounds = run_rounds(task, plan._replace(rate=rate), engine, beginning(task, plan))
+            seen = ((engine.replays.num_replayed, card.waits.total()) for _ in rounds)
+            replays, waits = zip(*(next(seen) for _ in range(7)), strict=True)
+            with pytest.raises(DivergedError) as error:
+                next(seen)
+            assert card.troubles() == {}
+        found[trouble] = str(error.value)
+        if not trouble:
+            assert replays == (0, 0, 0, 2, 3, 3, 5)  # after rounds 1, 2, …: all replayed from the fourth on
+            assert waits[4] - waits[3] == 1
+    assert found[""] == found["not wanted"]
 
 
 def test_minibatches_are_drawn_ahead_for_the_round_that_follows_and_no_other():
@@ -143,7 +167,8 @@ def test_a_card_says_which_part_is_not_finite():
                 total[place] = torch.nan
             sums = runner.sums(begun.state)
             sums.add(moved._replace(total=total, buffers=own), chunk.weights)
-            assert sums.finish(chunk.losses).broken == part
+            _, end = sums.finish(chunk.losses)
+            assert end().broken == part
 
 
 MEGABYTES = {  # of a client's step: clients, batch, and so many at most

@@ -1,6 +1,8 @@
 """The engine: both paths and every chunk size give one result; policies, weights, cohorts, unequal steps."""
 
+import itertools
 import math
+import time
 import weakref
 
 import numpy as np
@@ -12,7 +14,7 @@ from fedmom.engine.engine import Engine, PlainRunner
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.means import RowsEnded
 from fedmom.engine.stacked.steps import Stack
-from fedmom.errors import DivergedError
+from fedmom.errors import DivergedError, InputError
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState
@@ -148,8 +150,8 @@ def test_a_round_goes_on_where_the_one_before_ended():
 @pytest.mark.parametrize("part", ["params", "momentum", "buffers", "spread"])
 def test_a_number_that_is_not_finite_ends_the_run_wherever_it_is(part):
     class Broken(Engine):
-        def run_round(self, start, job, progress=None):
-            outcome = super().run_round(start, job, progress)
+        def begin_round(self, start, job, progress=None):
+            outcome = super().begin_round(start, job, progress)
             if part == "spread":
                 return outcome._replace(momentum_spread=math.inf)
             tree = {"w": torch.tensor([1.0, math.nan])}
@@ -159,6 +161,42 @@ def test_a_number_that_is_not_finite_ends_the_run_wherever_it_is(part):
     rounds = run_rounds(task, plan, Broken(task, plan.method, path="loop", chunk_size=1), beginning(task, plan))
     with pytest.raises(DivergedError, match=rf"{part}.* became .*round 1 at lr = 0.05"):
         next(rounds)
+
+
+def test_a_round_that_is_begun_before_its_turn_is_seen_in_its_turn():
+    """What the next round tells and raises comes after this one's record, and no second is counted twice."""
+    log = []
+
+    class Ahead(Engine):
+        def begin_round(self, start, job, progress=None):
+            number = job.round_index + 1
+            log.append(f"begin {number}")
+            if number == 5:
+                raise InputError("the fifth")
+            outcome = super().begin_round(start, job, progress)
+            settle = lambda: (log.append(f"settle {number}"), outcome)[1]  # noqa: E731
+            return outcome._replace(train_loss=math.nan, losses=None, settle=settle)
+
+    task, plan = image_task(), simple_plan(4, num_rounds=6, eval_every=2)
+    engine = Ahead(task, plan.method, path="loop", chunk_size=1)
+    begin, records = time.perf_counter(), []
+    rounds = run_rounds(task, plan, engine, beginning(task, plan), lambda _: log.append("told"))
+    for _, record in itertools.islice(rounds, 4):
+        log.append(f"record {record['round']}")
+        records.append(record)
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="fifth"):
+        next(rounds)
+    assert records[-1]["wall_seconds"] < time.perf_counter() - begin
+    told = ["told"] * 12
+    assert log == [
+        *("begin 1", *told, "begin 2", "settle 1", "record 1"),
+        *(*told, "settle 2", "record 2"),
+        *("begin 3", *told, "begin 4", "settle 3", "record 3"),
+        *(*told, "settle 4", "record 4", "begin 5"),
+    ]
+    _, wanted = run_plan(image_task(), plan, path="loop")
+    assert [r["train_loss"] for r in records] == [r["train_loss"] for r in wanted[:4]]
 
 
 def test_records_say_what_they_should():

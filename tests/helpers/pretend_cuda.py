@@ -55,8 +55,8 @@ class Stream:
 
     device = CUDA
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.now, self.seen = 0, dict[Stream, int]()
+    def __init__(self, *_: Any, card: "Card", **__: Any) -> None:
+        self.card, self.now, self.seen = card, 0, dict[Stream, int]()
 
     def done(self) -> dict["Stream", int]:
         return {**self.seen, self: self.now}
@@ -71,11 +71,21 @@ class Stream:
     def wait_stream(self, other: "Stream") -> None:
         self.learn(other.done())
 
-    def record_event(self, *_: Any) -> dict["Stream", int]:
-        return self.done()
+    def record_event(self, *_: Any) -> "Event":
+        return Event(self.card, self.done())
 
-    def wait_event(self, event: dict["Stream", int]) -> None:
-        self.learn(event)
+    def wait_event(self, event: "Event") -> None:
+        self.learn(event.done)
+
+
+class Event(NamedTuple):
+    """torch.cuda.Event."""
+
+    card: "Card"
+    done: dict[Stream, int]
+
+    def synchronize(self) -> None:
+        self.card.wait("synchronize", self.done)
 
 
 class Place(NamedTuple):
@@ -150,7 +160,7 @@ class Capture:
     """torch.cuda.graph, which leaves its stream current where the capture failed."""
 
     def __init__(self, graph: Graph, **_: Any) -> None:
-        self.graph, self.context = graph, torch.cuda.stream(Stream())
+        self.graph, self.context = graph, torch.cuda.stream(torch.cuda.Stream())
 
     def __enter__(self) -> None:
         self.graph.card.wait("synchronize")
@@ -187,7 +197,8 @@ class Card:
         self.mixed, self.races, self.dead = Counter[str](), Counter[str](), Counter[str]()
         self.replays = 0
         self.seconds, self.launch_seconds, self.first_seconds = 0.0, 1e-5, 0.0  # a clock that only launches move
-        self.current, self.graph = Stream(), None
+        self.current, self.graph = Stream(card=self), None
+        self.coming: list[tuple[Tensor, Tensor, Stream, int]] = []  # to main memory while the host goes on
         self.makes: bool | None = None  # whether what a call in Python makes is on the card; None outside of any
         self.streams = weakref.WeakSet([self.current])
         self._shapes = set[Any]()
@@ -211,13 +222,30 @@ class Card:
             self.graph.broken = True
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what} at {site()})")
 
-    def wait(self, what: str) -> None:
-        """The host waits: whatever is launched afterwards comes after all that was."""
+    def wait(self, what: str, until: dict[Stream, int] | None = None) -> None:
+        """The host waits for all that was launched, or for what streams had done by then: the rest comes after it."""
         self.forbid(what)
         self.waits[f"{what} {site()}"] += 1
         for stream in list(self.streams):
             for other in list(self.streams):
-                stream.learn(other.done())
+                stream.learn(other.done() if until is None else until)
+        still = []
+        for copy in self.coming:
+            into, value, stream, number = copy
+            if until is None or until.get(stream, 0) >= number:
+                with _disable_current_modes():
+                    into.copy_(value)
+            else:
+                still.append(copy)
+        self.coming = still
+
+    def bring(self, into: Tensor, value: Tensor) -> None:
+        """A copy to main memory that nobody waits for: NaN is there until somebody does."""
+        self.forbid("a copy to the host")
+        self.current.now += 1
+        with _disable_current_modes():
+            self.coming.append((into, value.clone(), self.current, self.current.now))
+            into.fill_(torch.nan if into.dtype.is_floating_point else 77)
 
     def send(self, what: str) -> None:
         self.forbid(what)
@@ -265,6 +293,9 @@ class Card:
             self._judge(func, name, args, kwargs, ins, here, wanted)
         graph = self.graph
         recorded = tree_map(graph.place, (args, kwargs)) if graph and here else (args, kwargs)
+        if _is_brought(name, args):
+            self.bring(*args[:2])
+            return args[0]
         found = func(*args, **kwargs)
         outs, known = _tensors(found), {t.untyped_storage()._cdata for t in ins}
         new = [t.untyped_storage()._cdata not in known for t in outs]
@@ -289,6 +320,8 @@ class Card:
         """Waits, copies and mixed devices."""
         away = [t for t in ins if t.dim() and not memory_of(t)]
         if name in COPIES:
+            if _is_brought(name, args):
+                return
             source, into = ins[-1], memory_of(ins[0]) if name == "copy_" else wanted
             if into is not None and bool(memory_of(source)) != bool(into):
                 (self.send if into else self.wait)(f"{name} to the {'card' if into else 'host'}")
@@ -322,6 +355,11 @@ class Card:
             for t in _tensors(given.get(argument.name)):
                 if memory := memory_of(t):
                     self.use(memory, partial(_described, t), writes=writes)
+
+
+def _is_brought(name: str, args: Any) -> bool:
+    """Whether the copy goes to main memory, and the host goes on meanwhile."""
+    return name == "copy_" and args[2:] == (True,) and bool(memory_of(args[1])) and not memory_of(args[0])
 
 
 def num_kernels(name: str, args: Any) -> int:
@@ -472,7 +510,7 @@ def pretend(free: int = 80 << 30, count: int = 1) -> Iterator[Card]:
         "current_stream": lambda *_: card.current,
         "set_stream": card.set_stream,
         "stream": type("OnStream", (OnStream,), {"card": card}),
-        "Stream": Stream,
+        "Stream": partial(Stream, card=card),
         "CUDAGraph": type("CUDAGraph", (Graph,), {"card": card}),
         "graph": Capture,
     }

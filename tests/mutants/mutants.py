@@ -549,7 +549,7 @@ MUTANTS = [
         "averaging",
         "train loss is unweighted",
         "train_loss is the plain mean of clients under client-weights = samples",
-        code(f"{ENGINE}.run_round", "float(job.weights @ end.losses) / total", "float(end.losses.mean())"),
+        code(f"{ENGINE}.begin_round", "float(job.weights @ found.losses) / total", "float(found.losses.mean())"),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
     # --- the folded model ----------------------------------------------------------------------------------
@@ -585,7 +585,7 @@ MUTANTS = [
         "stack",
         "spread about the start",
         "how far clients went from x̂, and not from their mean",
-        code(f"{WENT}.finish", " - (away / self.weight) * (away / self.weight)", ""),
+        code("fedmom.engine.stacked.means._round_end", " - (away / weight) * (away / weight)", ""),
         "tests/engine/test_stacked.py::test_every_model_is_the_loops[logistic-rows-False]",
     ),
     Mutant(
@@ -619,6 +619,13 @@ MUTANTS = [
         "what was drawn ahead is taken for whatever round comes",
         code(f"{REPLAYS}._orders", "if _alike(known, job):", "if True:"),
         "tests/engine/test_cuda_graphs.py::test_minibatches_are_drawn_ahead_for_the_round_that_follows_and_no_other",
+    ),
+    Mutant(
+        "replays",
+        "the round that is begun ahead starts where this one did",
+        "one round is trained over and over",
+        code(f"{LOOP}.run_rounds", "engine, new, known)", "engine, done, known)"),
+        "tests/engine/test_cuda_graphs.py::test_replayed_rounds_are_the_stacks[mlp-factors-average]",
     ),
     Mutant(
         "replays",

@@ -4,13 +4,16 @@
 can be of any size. `base` is the round's start, or what dense layers in factors would have come to without gradients.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedmom.engine.stacked.factors import Factors
+from fedmom.machine.graphs import coming
 from fedmom.method.averaging import MEAN, VAR, WeightedMean
 from fedmom.method.state import ClientState, Tree
 
@@ -123,9 +126,8 @@ def _side_by_side(tree: Tree, names: tuple[str, ...], axes: int) -> Tensor:
 
 
 class RoundEnd(NamedTuple):
-    """What a round came to."""
+    """What the host wants to know of a round."""
 
-    mean: ClientState  # x̂, û and the buffers, in their dtypes
     losses: Tensor  # [C] float64 in main memory
     consensus_distance: float  # Σ p_i ‖x_i − x̂‖², to rounding of how far the clients went
     momentum_spread: float  # Σ p_i ‖u_i − û‖²
@@ -168,7 +170,7 @@ class RoundSums:
             self.buffers.add(ClientState({}, {}, rows), torch.cat(weights))
             self.held.clear()
 
-    def finish(self, losses: Tensor) -> RoundEnd:
+    def finish(self, losses: Tensor) -> tuple[ClientState, Callable[[], RoundEnd]]:
         """The means, and all that the host wants to know, in one wait for the device. losses: [C] float64."""
         parts: dict[str, Tree] = {"params": {}, "momentum": {}}
         means, sizes = self._means(), list(self.layout.values())
@@ -183,16 +185,10 @@ class RoundSums:
         mean = ClientState(**parts, buffers={name: own[name] for name in order})
         looks = self._looks(means, found) if means.is_cuda else {}
         norms = torch._foreach_norm(list(self.total.split(sizes))) if sizes else []
-        facts = [losses, *(norm.reshape(1) for norm in norms), self.squares, *looks.values()]
-        every, norm, square, fine = torch.cat(facts).cpu().split([len(losses), len(sizes), len(sizes), len(looks)])
-        spreads = {"params": 0.0, "momentum": 0.0}
-        for (part, _), away, squared in zip(self.layout, norm.tolist(), square.tolist(), strict=True):
-            spreads[part] += squared / self.weight - (away / self.weight) * (away / self.weight)
-        if self.count == 1:
-            spreads = dict.fromkeys(spreads, 0.0)
-        bad = next((name for name, is_fine in zip(looks, fine.tolist(), strict=True) if not is_fine), "")
-        broken = bad.partition(" ")[0] if looks else None
-        return RoundEnd(mean, every, max(0.0, spreads["params"]), max(0.0, spreads["momentum"]), broken)
+        facts = coming(torch.cat([losses, *(norm.reshape(1) for norm in norms), self.squares, *looks.values()]))
+        counts = [len(losses), len(sizes), len(sizes), len(looks)]
+        known = [part for part, _ in self.layout], self.weight, self.count, list(looks)  # and no sums, which are large
+        return mean, lambda: _round_end(*known, *facts().split(counts))
 
     def _means(self) -> Tensor:
         """[D] x̂ and û, one tensor after the other; on a GPU in their dtype, so that the parts are views of one."""
@@ -208,11 +204,33 @@ class RoundSums:
         return means.to(dtypes.pop()) if means.is_cuda and len(dtypes) == 1 else means
 
     def _looks(self, means: Tensor, buffers: Tree) -> dict[str, Tensor]:
-        """{part: [1] float64}: whether x̂, û and the buffers' means are finite."""
+        """{part: [1] float64}: of x̂, û and the buffers' means the largest number, which is finite if all are."""
         half = sum(count for (part, _), count in self.layout.items() if part == "params")
         flat = {"params": means[:half], "momentum": means[half:]}
         flat |= {f"buffers {kind}": value for kind, value in buffers.items() if value.is_floating_point()}
-        return {name: torch.isfinite(value).all().to(F64).reshape(1) for name, value in flat.items()}
+        norm = partial(torch.linalg.vector_norm, ord=torch.inf, dtype=F64)  # in one launch; isfinite takes five
+        return {name: norm(value).reshape(1) for name, value in flat.items() if value.numel()}
+
+
+def _round_end(
+    parts: list[str],
+    weight: float,
+    count: int,
+    looks: list[str],
+    losses: Tensor,
+    norms: Tensor,
+    squares: Tensor,
+    largest: Tensor,
+) -> RoundEnd:
+    """Of `count` clients' sums: ‖Σ w (· − base)‖ and Σ w ‖· − base‖² of each group, and its part."""
+    spreads = {"params": 0.0, "momentum": 0.0}
+    for part, away, square in zip(parts, norms.tolist(), squares.tolist(), strict=True):
+        spreads[part] += square / weight - (away / weight) * (away / weight)
+    if count == 1:
+        spreads = dict.fromkeys(spreads, 0.0)
+    bad = next((name for name, size in zip(looks, largest.tolist(), strict=True) if not math.isfinite(size)), "")
+    broken = bad.partition(" ")[0] if looks else None
+    return RoundEnd(losses, max(0.0, spreads["params"]), max(0.0, spreads["momentum"]), broken)
 
 
 def _apart(flat: Tensor, names: Sequence[str], like: Tree) -> Tree:

@@ -135,7 +135,7 @@ def _weights_by_taps(
     gradient += client * M * RESULTS
     sums = ()
     for _ in tl.static_range(KH * KW):
-        sums += (tl.zeros((BM, BN), dtype=result.dtype.element_ty),)
+        sums += (tl.zeros((BM, BN), dtype=result.dtype.element_ty),)  # type: ignore[assignment]  # Triton's tuple, which grows
     for first in range(part * PART, min(M, part * PART + PART), BK):
         m = first + tl.arange(0, BK)
         d = tl.load(
@@ -151,7 +151,7 @@ def _weights_by_taps(
             there = (y + r >= 0) & (y + r < HEIGHT) & (x + q >= 0) & (x + q < WIDTH) & (m < M)
             there = there[None, :] & (channel < CHANNELS)[:, None]
             s = tl.load(places + (r * WIDTH + q) * CHANNELS, mask=there, other=0.0)
-            after += (tl.dot(s, d, sums[tap], input_precision=PRECISION, out_dtype=result.dtype.element_ty),)
+            after += (tl.dot(s, d, sums[tap], input_precision=PRECISION, out_dtype=result.dtype.element_ty),)  # type: ignore[assignment]
         sums = after
     at = ((part * K + client) * RESULTS + n[None, :]) * (CHANNELS * KH * KW) + (channel * (KH * KW))[:, None]
     for tap in tl.static_range(KH * KW):
