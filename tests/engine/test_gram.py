@@ -9,7 +9,7 @@ from test_stacked import TASKS, assert_close, run
 
 from fedmom.engine.stacked import factors
 from fedmom.engine.stacked.kernels import weights
-from fedmom.engine.stacked.kernels.tiles import PROGRAMS, gram_launch
+from fedmom.engine.stacked.kernels.tiles import MULTIPROCESSORS, gram_launch
 from laws import table
 from pretend_cuda import pretend
 from runs import F64, run_plan, simple_plan
@@ -58,7 +58,7 @@ def test_every_card_is_kept_busy_and_nothing_is_summed_twice(dtype, K, M, J, C):
     assert clients == K
     assert (parts - 1) * part < C <= parts * part
     assert tiles == -(-M // told["BM"]) * -(-J // told["BJ"])
-    assert prod(launch.grid) >= PROGRAMS or told["STEPS"] <= 8  # or the parts are about as short as may be
+    assert prod(launch.grid) >= 2 * MULTIPROCESSORS or told["STEPS"] <= 8  # or the parts are about as short as may be
 
 
 @table("rows, length, taken", [(10, 9216, True), (16, 1024, True), (17, 9216, False), (10, 512, False)])

@@ -106,7 +106,7 @@ def by_taps(channels: int, kernel: Iterable[int], precision: str) -> bool:
 def gram_launch(a: Tensor, b: Tensor, precision: str) -> Launch:
     """Of a bᵀ for every client, a [K, M, C] with a few rows and b [K, J, C]: a grid of clients, parts and tiles.
 
-    It takes as long as b is read, so there are up to twice as many programs as elsewhere, for more loads under way, if
+    It takes as long as b is read, so there are some four programs for each multiprocessor, for more loads under way, if
     no part of the sum is shorter than a few steps of BK: longer steps than these, and registers spill.
     """
     (K, M, C), J, double = a.shape, b.shape[1], a.dtype == torch.float64
