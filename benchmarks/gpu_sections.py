@@ -36,7 +36,7 @@ LOADS = {
 }
 SMALL = ("plain", "logistic", "mlp", "resnet20")
 CHECKED = ("resnet20", "cnn", "mlp")  # the slowest first
-PROCESSES = (1, 2, 3, 4, 5)  # of pfl, as its authors share a card
+PROCESSES = (5, 1, 3, 4, 2)  # of pfl, as its authors share a card; the most telling first
 
 
 class Section(NamedTuple):
@@ -142,8 +142,8 @@ def speed(*names: str, every: bool, options: argparse.Namespace) -> Iterator[Row
             if is_time(options):
                 rows.append(measured(load, data, way, options.device, options.seconds))
                 yield rows[-1]
-        for way in [best for form in FAST for best in best_of(rows, form)[:2]] if every else []:
-            for chunk in chunks(load)[1:]:
+        for way in [best for form in FAST for best in best_of(rows, form)[:1]] if every else []:
+            for chunk in chunks(load)[1:3]:
                 if is_time(options):
                     yield measured(load, data, way._replace(chunk=chunk), options.device, options.seconds)
         for way in best_of(rows)[:1]:
@@ -152,11 +152,14 @@ def speed(*names: str, every: bool, options: argparse.Namespace) -> Iterator[Row
 
 
 def ways_to_time(load: Load, every: bool) -> list[Way]:
-    names = [("stack", ""), ("factors", "")]
-    if every:
-        names += [*(("stack", way) for way in CONVOLUTIONS), ("factors", TRITON)]
+    """Each path in both forms, then by every way to convolve."""
+    names = [("factors", ""), ("stack", "")]
     found = [Way(path, way, form, load.cohort) for path, way in names for form in FAST]
-    return [*found, *(Way(path, "", "float32", load.cohort) for path in ("vmap", "loop"))]
+    if every:
+        found += [Way(path, "", "float32", load.cohort) for path in ("vmap", "loop")]
+        convolved = [("stack", way) for way in ("implicit", "grouped", "loop", "unfold")]
+        found += [Way(path, way, form, load.cohort) for path, way in convolved for form in FAST]
+    return found
 
 
 def smaller(options: argparse.Namespace) -> Iterator[Row]:
@@ -194,7 +197,7 @@ def with_profile(options: argparse.Namespace) -> Iterator[Row]:
 def pfl(options: argparse.Namespace) -> Iterator[Row]:
     """pfl-research, by benchmarks/peers_pfl.py in this Python, with torch's own setting of TF32."""
     load = loads(options)["speed"]
-    rounds = 4 if options.quick else 12
+    rounds = 4 if options.quick else 8
     row: Row = {"model": load.name, "form": "torch's default"}
     if importlib.util.find_spec("pfl") is None:
         yield {**row, "way": "pfl", "failed": "not installed"}
