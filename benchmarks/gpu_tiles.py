@@ -85,12 +85,10 @@ def runner(case: Case) -> Any:
         plan = replaced(tiles.weight_launch(x, d, (3, 3), K, geometry, precision), other)
         tiles.PROGRAMS = programs
         tile = plan.constants
-        taps = tiles.by_taps(size_in, (3, 3), precision)
-        rows, columns = (size_in, size_out) if taps else (size_out, size_in * 9)
-        up = [-(-rows // tile["BM"]), -(-columns // tile["BN"])]
+        up = [-(-size_out // tile["BM"]), -(-size_in * 9 // tile["BN"])]
         plan = plan._replace(grid=(*up, plan.grid[2]))
         result = torch.empty(tile["PARTS"], K, size_out, size_in, 3, 3, device=DEVICE)
-        launch = convolution.weights_kernel(size_in, (3, 3), precision)[plan.grid]
+        launch = convolution._weights[plan.grid]
         return lambda: (launch(x, d, result, B, **plan.options), result.sum(0))[1]
     source, sides, last = (d, (side, side), (size_in, size_out)) if which == "back" else (x, after, (size_out, size_in))
     taps = torch.randn(K, 3, 3, *last, device=DEVICE, generator=generator)

@@ -46,8 +46,7 @@ def planned(shape: str, which: str, dtype: torch.dtype, precision: str) -> tuple
     after = tiles.sides_after(x, (kernel, kernel), geometry)
     d = torch.empty(K * B, out, *after, dtype=dtype, device="meta")
     if which == "weights":
-        launch = tiles.weight_launch(x, d, (kernel, kernel), K, geometry, precision)
-        return convolution.weights_kernel(size_in, (kernel, kernel), precision), launch
+        return convolution._weights, tiles.weight_launch(x, d, (kernel, kernel), K, geometry, precision)
     source, sides, last = (d, (side, side), (size_in, out)) if which == "back" else (x, after, (out, size_in))
     taps = torch.empty(K, kernel, kernel, *last, device="meta")
     options = {"back": which == "back", "bias": False}

@@ -6,14 +6,13 @@ interpreter for tests (TRITON_INTERPRET=1). Sums are float32, or float64 for flo
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedmom.engine.stacked.kernels.tiles import Geometry, Launch, activation_launch, by_taps, sides_after, weight_launch
+from fedmom.engine.stacked.kernels.tiles import Geometry, Launch, activation_launch, sides_after, weight_launch
 from fedmom.machine.precision import convolves_in_tf32
 
 
@@ -116,48 +115,6 @@ def _weights(
     tl.store(result + at, total, mask=(n < RESULTS)[:, None] & (p < CHANNELS * KH * KW)[None, :])
 
 
-@triton.jit(do_not_specialize=["B"])
-def _weights_by_taps(
-    source, gradient, result, B, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, RESULTS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """As `_weights`, for few taps and many channels: each tap has a sum of its own, BM channels by BN results.
-
-    What a step loads of the gradient serves all taps, and their places in the source are found once, a constant apart.
-    """
-    part, client, K = tl.program_id(2) % PARTS, (tl.program_id(2) // PARTS).to(tl.int64), tl.num_programs(2) // PARTS
-    M = B * (ROWS * COLUMNS)
-    channel = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    source += client * B * (HEIGHT * WIDTH * CHANNELS)
-    gradient += client * M * RESULTS
-    sums = ()
-    for _ in tl.static_range(KH * KW):
-        sums += (tl.zeros((BM, BN), dtype=result.dtype.element_ty),)  # type: ignore[assignment]  # Triton's tuple, which grows
-    for first in range(part * PART, min(M, part * PART + PART), BK):
-        m = first + tl.arange(0, BK)
-        d = tl.load(
-            gradient + (m.to(tl.int64) * RESULTS)[:, None] + n[None, :],
-            mask=(m < M)[:, None] & (n < RESULTS)[None, :], other=0.0,
-        )  # fmt: skip
-        y, x = m // COLUMNS % ROWS * STRIDE - PAD, m % COLUMNS * STRIDE - PAD
-        image = source + (m // (ROWS * COLUMNS)).to(tl.int64) * (HEIGHT * WIDTH * CHANNELS)
-        places = (image + (y * WIDTH + x) * CHANNELS)[None, :] + channel[:, None]
-        after = ()
-        for tap in tl.static_range(KH * KW):
-            r, q = tap // KW * DILATION, tap % KW * DILATION
-            there = (y + r >= 0) & (y + r < HEIGHT) & (x + q >= 0) & (x + q < WIDTH) & (m < M)
-            there = there[None, :] & (channel < CHANNELS)[:, None]
-            s = tl.load(places + (r * WIDTH + q) * CHANNELS, mask=there, other=0.0)
-            after += (tl.dot(s, d, sums[tap], input_precision=PRECISION, out_dtype=result.dtype.element_ty),)  # type: ignore[assignment]
-        sums = after
-    at = ((part * K + client) * RESULTS + n[None, :]) * (CHANNELS * KH * KW) + (channel * (KH * KW))[:, None]
-    for tap in tl.static_range(KH * KW):
-        tl.store(result + at + tap, sums[tap], mask=(channel < CHANNELS)[:, None] & (n < RESULTS)[None, :])
-
-
 # What the operators of operators.py launch on a card, by their names.
 
 
@@ -179,14 +136,8 @@ def convolve_weights(x: Tensor, d: Tensor, K: int, kernel: list[int], geometry: 
     plan = weight_launch(x, d, kernel, K, geometry, _precision(x))
     size = (plan.constants["PARTS"], K, d.shape[1], x.shape[1], *kernel)
     result = torch.empty(size, dtype=x.dtype, device=x.device)
-    weights_kernel(x.shape[1], kernel, plan.constants["PRECISION"])[plan.grid](
-        _dense(x), _dense(d), result, len(x) // K, **plan.options
-    )
+    _weights[plan.grid](_dense(x), _dense(d), result, len(x) // K, **plan.options)
     return result
-
-
-def weights_kernel(channels: int, kernel: Sequence[int], precision: str) -> Any:
-    return _weights_by_taps if by_taps(channels, kernel, precision) else _weights
 
 
 def _activations(plan: Launch, source: Tensor, taps: Tensor, bias: Tensor | None, sides: Sequence[int]) -> Tensor:

@@ -16,7 +16,6 @@ Geometry = tuple[int, int, int]  # stride, padding, dilation, each the same in b
 GENERATION = 3  # of kernels, tiles and how they are timed, counted up when they change
 MULTIPROCESSORS = 132  # of an H100 or an H200
 PROGRAMS = 4 * MULTIPROCESSORS  # that a sum over positions is cut into
-_TAPS = 9  # that have sums of their own
 _SHORTEST = 4  # steps of a part of a sum: fewer would not fill the pipeline of loads
 
 
@@ -71,36 +70,24 @@ def weight_launch(
 ) -> Launch:
     """Of the gradient of the weights, from source [K·B, C, H, W] and gradient [K·B, N, H', W'].
 
-    A sum over B·H'·W' positions in PARTS of PART: as many parts as make PROGRAMS programs, if none is shorter than a
-    few steps of BK. Where `by_taps` says so BM channels by BN results of every tap, else BM results by BN pairs of
-    (tap, channel).
+    BM channels of the result by BN pairs of (tap, channel), and a sum over B·H'·W' positions in PARTS of PART: as many
+    parts as make PROGRAMS programs, if none is shorter than a few steps of BK.
     """
     channels, results, sides = source.shape[1], gradient.shape[1], gradient.shape[2:]
     M, double = len(source) // K * prod(sides), source.dtype == torch.float64
     pairs = channels * prod(kernel)
-    if by_taps(channels, kernel, precision):
-        # Nine sums lie in registers: larger tiles spill. Fewer than 64 rows, or four warps would take Hopper's own
-        # product, which wants what it sums over innermost: loads of activations would be of 4 bytes.
-        BM, BN, BK = (16, 16, 16) if double else (_tile(channels, 32), _tile(results, 64), 32)
-        warps = 4 if BM * BN >= 1024 else 2
-        grid = (_up(channels, BM), _up(results, BN))
-    else:
-        BM, BN, BK, warps = _tile(results, 32), 32 if pairs <= 32 else 64, 16 if double else 32, 4
-        grid = (_up(results, BM), _up(pairs, BN))
-    parts = max(1, min(_up(4 // warps * PROGRAMS, prod(grid) * K), M // (_SHORTEST * BK)))
+    BN, BK = 32 if pairs <= 32 else 64, 16 if double else 32
+    # TF32 with 64 rows by four warps would be Hopper's own product, which wants what it sums over innermost: loads of
+    # activations would be of 4 bytes. Two warps take the older one.
+    wide = precision == "tf32" and results >= 64 and _up(results, 64) * _up(pairs, BN) * K >= MULTIPROCESSORS
+    BM, warps = (64, 2) if wide else (_tile(results, 32), 4)
+    tiles = _up(results, BM) * _up(pairs, BN)
+    parts = max(1, min(_up(PROGRAMS, tiles * K), M // (_SHORTEST * BK)))
     part = max(1, M // parts // BK) * BK  # whole steps: no fewer parts than that
     parts = _up(M, part)
     constants = _shape(source, sides, (channels, results, *kernel), geometry)
     constants |= {"PARTS": parts, "PART": part, "PRECISION": precision, "BM": BM, "BN": BN, "BK": BK}
-    return Launch((*grid, K * parts), constants, warps, stages=3)
-
-
-def by_taps(channels: int, kernel: Iterable[int], precision: str) -> bool:
-    """Whether the gradient of the weights has a sum for every tap: few taps, and channels that fill a tile.
-
-    Operands in halves leave no registers for nine sums.
-    """
-    return channels >= 16 and prod(kernel) <= _TAPS and precision != "tf32x3"
+    return Launch((_up(results, BM), _up(pairs, BN), K * parts), constants, warps, stages=3)
 
 
 def gram_launch(a: Tensor, b: Tensor, precision: str) -> Launch:
@@ -113,7 +100,7 @@ def gram_launch(a: Tensor, b: Tensor, precision: str) -> Launch:
     BM, BJ = 16, 32 if double else _tile(J, 64)
     BK = {"tf32": 64, "tf32x3": 32}.get(precision, 16)
     tiles, steps = _up(M, BM) * _up(J, BJ), _up(C, BK)
-    parts = max(1, min(PROGRAMS // (tiles * K), steps // _SHORTEST))
+    parts = max(1, min(2 * PROGRAMS // (tiles * K), steps // _SHORTEST))
     each = _up(steps, parts)
     constants = {"STEPS": each, "PRECISION": precision, "BM": BM, "BJ": BJ, "BK": BK}
     return Launch((K, _up(steps, each), tiles), constants, warps=4, stages=3 if BK == 64 else 4)
