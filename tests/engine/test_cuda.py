@@ -125,8 +125,9 @@ def test_what_the_host_does_beside_it_does_not_decide(monkeypatch):
     ("cards", "actors", "named", "share"),
     [(1, 1, 0, 1), (1, 2, 0, 0.5), (1, 3, 0, 0.3333), (2, 3, 0, 0.5), (4, 2, 0, 1), (1, 0, 0, 1), (1, 2, 0.25, 0.25)],
 )
-def test_ray_actors_get_a_share_of_the_gpus(cards, actors, named, share):
+def test_ray_actors_get_a_share_of_the_gpus(monkeypatch, cards, actors, named, share):
     """Ray hides all GPUs from an actor that asks for none; a run that says cuda must not train on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # beside the pretended cards, where there is one too
     for key in ("engine.workers", "simulation.num-actors"):
         given = {key: actors, "simulation.num-gpus": named}
         with pretend(count=cards):

@@ -82,7 +82,7 @@ def weight_launch(
     wide = precision == "tf32" and results >= 64 and _up(results, 64) * _up(pairs, BN) * K >= MULTIPROCESSORS
     BM, warps = (64, 2) if wide else (_tile(results, 32), 4)
     tiles = _up(results, BM) * _up(pairs, BN)
-    parts = max(1, min(_up(PROGRAMS, tiles * K), M // (_SHORTEST * BK)))
+    parts = max(1, min(_up(PROGRAMS // (2 if wide else 1), tiles * K), M // (_SHORTEST * BK)))
     part = max(1, M // parts // BK) * BK  # whole steps: no fewer parts than that
     parts = _up(M, part)
     constants = _shape(source, sides, (channels, results, *kernel), geometry)
