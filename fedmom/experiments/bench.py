@@ -34,6 +34,9 @@ KINDS = {  # of torch's operators, by a part of the name; the first that fits
 }
 
 
+_ENOUGH = 50  # rounds of a cycle
+
+
 class Bench(NamedTuple):
     """What was measured; rates in client-steps, bytes and operations per second."""
 
@@ -99,7 +102,9 @@ def bench(
 
 def _endless(task: Task, plan: Plan, rounds: Backend) -> Iterator[float]:
     """Runs a round after the other, again from the beginning after the last, and gives each one's client-steps."""
-    # A run evaluates its last round: here one more would follow, so none is the last.
+    # A run evaluates its last round: here one more would follow, so none is the last. That one may have been begun when
+    # it is left, so there are enough of them for it not to count.
+    plan = plan._replace(num_rounds=max(plan.num_rounds, _ENOUGH))
     longer = plan._replace(num_rounds=plan.num_rounds + 1, eval_every=plan.num_rounds + 2)
     while True:
         before = 0.0

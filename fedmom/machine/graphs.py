@@ -48,6 +48,16 @@ def _forget(pool: Any) -> None:
         torch._C._cuda_releasePool(device, pool)
 
 
+def sendable(here: Tensor, device: torch.device) -> Tensor:
+    """In memory from which the device reads while the host goes on: of other memory it would wait for the copy."""
+    return here.pin_memory() if device.type == "cuda" and not here.is_cuda else here
+
+
+def sent(here: Tensor, device: torch.device) -> Tensor:
+    """`here` on the device, for which the host does not wait."""
+    return sendable(here, device).to(device, non_blocking=True)
+
+
 def coming(there: Tensor) -> Callable[[], Tensor]:
     """A function that waits until `there` is in main memory: not for what the device is given to do after this."""
     if not there.is_cuda:

@@ -8,6 +8,7 @@ chunk size gives the same mean to rounding. Means and squared deviations are mer
 import torch
 from torch import Tensor
 
+from fedmom.machine.graphs import sent
 from fedmom.method.state import ClientState, Tree
 
 F64 = torch.float64
@@ -87,7 +88,7 @@ class WeightedMean:
         """Add K clients: tensors [K, ...] and weights [K] (float64, positive, best in main memory)."""
         chunk = float(weights.sum())
         self.weight += chunk
-        weights = weights.to(next((value.device for tree in rows for value in tree.values()), weights.device))
+        weights = sent(weights, next((value.device for tree in rows for value in tree.values()), weights.device))
         for part, tree in rows._asdict().items():
             for name, value in tree.items():
                 if not value.is_floating_point():

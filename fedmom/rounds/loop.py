@@ -18,7 +18,7 @@ from fedmom.method.randomness import COHORT, random_bits
 from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, row_of, stacked, to_device, zeros_like
 from fedmom.method.topology import Topology
-from fedmom.rounds.round import Backend, Job, Outcome, Progress, in_its_turn, part_of
+from fedmom.rounds.round import Backend, Early, Job, Outcome, Progress, part_of
 from fedmom.tasks.task import Task
 
 Record = dict[str, Any]
@@ -202,6 +202,12 @@ def _begun(task: Task, plan: Plan, engine: Backend, done: RunState, known: Known
     return _Begun(asked, job, outcome, after_round(task, plan, done, job, outcome, 0.0))
 
 
+def _whole(ahead: Early[_Begun] | None) -> float:
+    """Seconds of a round that ran whole where it was to be begun: they are its own, and not those of the one before."""
+    begun = ahead.begun if ahead else None
+    return ahead.seconds if ahead and begun and begun.outcome.settle is None else 0.0
+
+
 def run_rounds(
     task: Task, plan: Plan, engine: Backend, done: RunState, progress: Progress | None = None
 ) -> Iterator[tuple[RunState, Record]]:
@@ -214,22 +220,22 @@ def run_rounds(
     clock = time.perf_counter
     if done.round < plan.num_rounds:
         task.check_evaluation(done.state)
-    ahead: Callable[[], _Begun] | None = None  # the next round, where it is under way
+    ahead: Early[_Begun] | None = None  # the next round, where it is under way
     known: Known = None
     end = 0.0
     while done.round < plan.num_rounds:
-        begin = end if ahead else clock()
-        asked, job, outcome, new = ahead() if ahead else _begun(task, plan, engine, done, known, progress)
+        begin = end - _whole(ahead) if ahead else clock()
+        asked, job, outcome, new = ahead.take() if ahead else _begun(task, plan, engine, done, known, progress)
         known, ahead = job.following, None
         if outcome.settle is not None and not job.evaluates:
-            ahead = in_its_turn(partial(_begun, task, plan, engine, new, known), progress)
+            ahead = Early(partial(_begun, task, plan, engine, new, known), progress)
         outcome = outcome.settled()
         steps = int(job.num_steps.sum())
-        train_seconds = clock() - begin
+        train_seconds = clock() - begin - _whole(ahead)
         measured = _measured(task, plan, job, outcome, new)
         _check_finite(new.round, job, outcome, measured)
         end = clock()
-        new = new._replace(wall_seconds=done.wall_seconds + end - begin)
+        new = new._replace(wall_seconds=done.wall_seconds + end - begin - _whole(ahead))
         record = {
             "round": new.round,
             "steps": new.steps,

@@ -1,8 +1,9 @@
 """What a round asks and what comes of it: the words between the round loop and whoever runs a round."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Outcome(NamedTuple):
     momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
     trajectory: list[Tensor]  # x̄ after every local step, for small tasks; else empty
     momentum: Tree | None  # [C, ...] the clients' own u at the end, in main memory, for policy "local"
-    losses: Tensor  # [C] float64 in main memory, mean over each client's own steps
+    losses: Tensor  # [C] float64, mean over each client's own steps; in main memory when settled
     answered: Tensor | None = None  # [C] bool: whose update is in the means; None: everybody's
     rows: ClientState | None = None  # [N, ...] the clients' next start, of Algorithm 2
     more: Mapping[str, Any] | None = None  # what else goes into the round's record
@@ -94,20 +95,26 @@ def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
     )
 
 
-def in_its_turn(begin: Callable[[Progress], T], progress: Progress | None) -> Callable[[], T]:
-    """Begin a round before its turn: what it tells, and what it raises, comes when it is taken."""
-    told = list[int]()
-    try:
-        begun: T | Exception = begin(told.append)
-    except Exception as error:
-        begun = error
+class Early(Generic[T]):
+    """A round that was begun before its turn: what it tells, and what it raises, comes when it is taken."""
 
-    def take() -> T:
-        if progress is not None:
-            for steps in told:
-                progress(steps)
-        if isinstance(begun, Exception):
-            raise begun
-        return begun
+    def __init__(self, begin: Callable[[Progress], T], progress: Progress | None) -> None:
+        self.progress, self.told = progress, list[int]()
+        self.begun: T | None = None
+        self.raised: Exception | None = None
+        started = time.perf_counter()
+        try:
+            self.begun = begin(self.told.append)
+        except Exception as error:
+            self.raised = error
+        self.seconds = time.perf_counter() - started
 
-    return take
+    def take(self) -> T:
+        if self.progress is not None:
+            for steps in self.told:
+                self.progress(steps)
+        if self.raised is not None:
+            error, self.raised = self.raised, None  # it refers to this frame: neither may keep the other
+            raise error
+        assert self.begun is not None
+        return self.begun

@@ -59,6 +59,7 @@ def test_every_card_is_kept_busy_and_nothing_is_summed_twice(dtype, K, M, J, C):
     assert (parts - 1) * part < C <= parts * part
     assert tiles == -(-M // told["BM"]) * -(-J // told["BJ"])
     assert prod(launch.grid) >= 2 * MULTIPROCESSORS or told["STEPS"] <= 8  # or the parts are about as short as may be
+    assert parts == 1 or prod(launch.grid) <= 4 * MULTIPROCESSORS + K * tiles  # which is what was timed
 
 
 @table("rows, length, taken", [(10, 9216, True), (16, 1024, True), (17, 9216, False), (10, 512, False)])

@@ -428,6 +428,7 @@ class _Functions(TorchFunctionMode):
         sends = wanted and name in ("tensor", "as_tensor")
         if sends:
             card.send(f"torch.{name}")
+            card.wait(f"torch.{name}")
         outer, card.makes = card.makes, not sends and (wanted or any(map(memory_of, _tensors((args, kwargs)))))
         try:
             found = func(*args, **({**kwargs, "device": CPU} if wanted else kwargs))
@@ -451,7 +452,10 @@ class _Functions(TorchFunctionMode):
             return torch.Tensor.to(t, device, dtype)
         if device is None or there == wanted:
             return torch.Tensor.to(t, dtype, copy=kwargs.get("copy", False))
-        (self.card.send if wanted else self.card.wait)(f"to the {'card' if wanted else 'host'}")
+        if wanted:
+            self.card.send("to the card")
+        if not (wanted and kwargs.get("non_blocking")):  # of memory that is not pinned the host waits for the copy
+            self.card.wait(f"to the {'card' if wanted else 'host'}")
         with _disable_current_modes():
             moved = torch.Tensor.to(t, dtype, copy=True)
         return self.card.make(moved) if wanted else moved

@@ -594,7 +594,7 @@ MUTANTS = [
         "minibatches, γ and weights are not sent again",
         code(
             f"{RECORDING}.replay_by",
-            "        there.copy_(_sendable(words, there.device), non_blocking=True)\n",
+            "        there.copy_(sendable(words, there.device), non_blocking=True)\n",
             "",
         ),
         "tests/engine/test_cuda_graphs.py::test_replayed_rounds_are_the_stacks[mlp-factors-average]",

@@ -140,6 +140,8 @@ def _implicit(x: Tensor, weight: Tensor, bias: Tensor | None, shared: bool, opti
         raise RuntimeError("Triton's kernels need a CUDA device")
     if x.dtype not in (torch.float32, torch.float64):
         raise RuntimeError(f"Triton's kernels were not tried with {x.dtype}")
+    if len(x) * math.prod(_sizes(x, weight, options)) >= 1 << 31:
+        raise RuntimeError("Triton's kernels count positions in 32 bits")
     y: Tensor = Implicit.apply(x, weight, bias, shared, options)
     return y
 

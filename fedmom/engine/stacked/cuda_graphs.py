@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fedmom.engine.stacked.agreement import agrees, short, trouble_between
 from fedmom.engine.stacked.means import Distances, distances
 from fedmom.engine.stacked.steps import Orders, Stack
-from fedmom.machine.graphs import cuda_graph
+from fedmom.machine.graphs import cuda_graph, sendable, sent
 from fedmom.method.state import ClientState
 from fedmom.rounds.round import Job, Progress, part_of
 from fedmom.user_code import one_line
@@ -68,7 +68,7 @@ class _Recording:
     def replay_by(self, words: Tensor) -> None:
         """By other orders, which are in main memory."""
         there = self.inputs[-1]
-        there.copy_(_sendable(words, there.device), non_blocking=True)
+        there.copy_(sendable(words, there.device), non_blocking=True)
         self.replay()
 
     def is_trusted(self, round_index: int) -> bool:
@@ -128,7 +128,7 @@ class Replays:
             if recording.is_trusted(job.round_index):
                 self.num_replayed += 1
                 return recording.found
-        there = _sent(words, self.stack.task.device)
+        there = sent(words, self.stack.task.device)
         found = self._straight(start, job, orders.read(there))
         if recording is not None:
             recording.compared.append(job.round_index)
@@ -183,7 +183,7 @@ class Replays:
         orders = self.stack.orders(job._replace(lrs=short(job.lrs)))
         words = orders.words()
         recording.replay_by(words)
-        there = orders.read(_sent(words, self.stack.task.device))
+        there = orders.read(sent(words, self.stack.task.device))
         try:
             trouble = trouble_between(
                 recording.found, lambda: distances(start, self.stack.run_straight(start, job, there))
@@ -209,15 +209,6 @@ def _copied(memory: list[Tensor], tensors: list[Tensor]) -> None:
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         pairs = [(m, t) for m, t in zip(memory, tensors, strict=True) if t.dtype == dtype]
         torch._foreach_copy_([m for m, _ in pairs], [t for _, t in pairs])
-
-
-def _sendable(words: Tensor, device: torch.device) -> Tensor:
-    """In memory from which the card reads while the host goes on."""
-    return words.pin_memory() if device.type == "cuda" else words
-
-
-def _sent(words: Tensor, device: torch.device) -> Tensor:
-    return _sendable(words, device).to(device, non_blocking=True)
 
 
 def _alike(one: Job, other: Job) -> bool:

@@ -1,7 +1,7 @@
 """How kernels with products are cut into programs: tiles, warps, stages and parts of sums, by shape alone.
 
 A card's own timing has no say, so the same shape is summed in the same order in every run and on every card. It was
-chosen by counting for an H100, and then by timing some 440 choices on an H200 (benchmarks/gpu_tiles.py, docs/log.md).
+chosen by counting for an H100, and then by timing some 900 choices on an H200 (benchmarks/gpu_tiles.py, docs/log.md).
 """
 
 from collections.abc import Iterable, Sequence
@@ -71,7 +71,7 @@ def weight_launch(
     """Of the gradient of the weights, from source [K·B, C, H, W] and gradient [K·B, N, H', W'].
 
     BM channels of the result by BN pairs of (tap, channel), and a sum over B·H'·W' positions in PARTS of PART: as many
-    parts as make PROGRAMS programs, if none is shorter than a few steps of BK.
+    parts as make PROGRAMS programs (half of them where tiles are wide), if none is shorter than a few steps of BK.
     """
     channels, results, sides = source.shape[1], gradient.shape[1], gradient.shape[2:]
     M, double = len(source) // K * prod(sides), source.dtype == torch.float64
@@ -100,7 +100,7 @@ def gram_launch(a: Tensor, b: Tensor, precision: str) -> Launch:
     BM, BJ = 16, 32 if double else _tile(J, 64)
     BK = {"tf32": 64, "tf32x3": 32}.get(precision, 16)
     tiles, steps = _up(M, BM) * _up(J, BJ), _up(C, BK)
-    parts = max(1, min(2 * PROGRAMS // (tiles * K), steps // _SHORTEST))
+    parts = max(1, min(PROGRAMS // (tiles * K), steps // _SHORTEST))
     each = _up(steps, parts)
     constants = {"STEPS": each, "PRECISION": precision, "BM": BM, "BJ": BJ, "BK": BK}
     return Launch((K, _up(steps, each), tiles), constants, warps=4, stages=3 if BK == 64 else 4)
