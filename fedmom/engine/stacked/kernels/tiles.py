@@ -71,7 +71,8 @@ def weight_launch(
     """Of the gradient of the weights, from source [K·B, C, H, W] and gradient [K·B, N, H', W'].
 
     BM channels of the result by BN pairs of (tap, channel), and a sum over B·H'·W' positions in PARTS of PART: as many
-    parts as make PROGRAMS programs (half of them where tiles are wide), if none is shorter than a few steps of BK.
+    parts as make PROGRAMS programs, or half of them where that would write much, if none is shorter than a few steps
+    of BK. The widest tiles have one part, which was the fastest.
     """
     channels, results, sides = source.shape[1], gradient.shape[1], gradient.shape[2:]
     M, double = len(source) // K * prod(sides), source.dtype == torch.float64
@@ -82,7 +83,10 @@ def weight_launch(
     wide = precision == "tf32" and results >= 64 and _up(results, 64) * _up(pairs, BN) * K >= MULTIPROCESSORS
     BM, warps = (64, 2) if wide else (_tile(results, 32), 4)
     tiles = _up(results, BM) * _up(pairs, BN)
-    parts = max(1, min(_up(PROGRAMS // (2 if wide else 1), tiles * K), M // (_SHORTEST * BK)))
+    # The sums of parts are written and read again: beside what they are made of that should be little.
+    dear = 4 * _up(PROGRAMS, tiles * K) * K * results * pairs > source.numel() + gradient.numel()
+    parts = max(1, min(_up(PROGRAMS // (2 if dear else 1), tiles * K), M // (_SHORTEST * BK)))
+    parts = 1 if wide else parts
     part = max(1, M // parts // BK) * BK  # whole steps: no fewer parts than that
     parts = _up(M, part)
     constants = _shape(source, sides, (channels, results, *kernel), geometry)
