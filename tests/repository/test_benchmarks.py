@@ -369,3 +369,24 @@ def test_the_gpu_script_ends_in_its_budget_with_what_it_had(tmp_path):
     assert "speed: " in done.stderr
     assert lines(tmp_path)[: len(whole)] == whole
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a card, the kernels are not interpreted")
+def test_every_choice_of_tiles_gives_the_same_sums(monkeypatch):
+    pytest.importorskip("triton")
+    import gpu_tiles
+
+    monkeypatch.setattr(gpu_tiles, "DEVICE", "cpu")
+    shapes = {
+        "cnn, first": (2, 2, 3, 32, 1, 0, 8),
+        "16 to 16": (2, 2, 16, 16, 1, 1, 6),
+        "wide": (1, 1, 64, 64, 2, 1, 6),
+    }
+    monkeypatch.setattr(gpu_tiles, "SHAPES", shapes)
+    wanted = {}
+    for case in gpu_tiles.cases():
+        found = gpu_tiles.runner(case)().double()
+        right = wanted.setdefault(case[:2], found)
+        assert float((found - right).norm()) <= 1e-5 * float(right.norm()), case
+    assert len(wanted) == 3 * 3 - 1  # no gradient of the images
