@@ -166,6 +166,7 @@ def test_workers_run_where_the_configuration_says(monkeypatch):
     assert "on cuda" in workers.notes[0]
 
 
+@pytest.mark.slow
 def test_a_way_to_convolve_that_cannot_run_here_does_not_rule_out_the_others(monkeypatch):
     """Such as Triton's kernels where there is no compiler for them."""
 

@@ -70,7 +70,7 @@ def misreading(part):
     return record
 
 
-@pytest.mark.parametrize("noise", ["none", "few per cent", "chaos"])
+@pytest.mark.parametrize("noise", ["none", pytest.param("few per cent", marks=pytest.mark.slow), "chaos"])
 @pytest.mark.parametrize("part", ["draws", "lrs", "params", "momentum"])
 def test_a_recording_that_reads_other_memory_is_refused(monkeypatch, part, noise):
     """However noisy the steps are."""

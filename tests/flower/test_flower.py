@@ -198,7 +198,7 @@ def test_stop_names_the_round_the_client_and_the_reason(fault, tmp_path):
     assert_same(again, by_engine({**keys, "server.timeout-seconds": 3600.0}))
 
 
-@pytest.mark.parametrize("fault", ["raises", "is silent", "NaN"])
+@pytest.mark.parametrize("fault", ["raises", pytest.param("is silent", marks=pytest.mark.slow), "NaN"])
 def test_retry_gives_the_whole_result(fault):
     what, _ = FAULTS[fault]
     keys = {**FAST, "server.on-failure": "retry", "server.retries": 2}

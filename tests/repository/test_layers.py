@@ -194,6 +194,7 @@ assert not [name for name in sys.modules if name.partition(".")[0] in {absent!r}
 """
 
 
+@pytest.mark.slow
 def test_the_engine_runs_where_the_extras_are_missing(tmp_path):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 4)).astype(np.float32), np.arange(20) % 2
