@@ -99,9 +99,8 @@ def test_a_reader_that_goes_away_ends_no_training(workplace, monkeypatch):
 # --- signals ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "numbers", [["SIGTERM", "SIGINT", "SIGINT"], pytest.param(["SIGHUP"], marks=pytest.mark.slow)], ids="+".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [["SIGTERM", "SIGINT", "SIGINT"], ["SIGHUP"]], ids="+".join)
 def test_signals_leave_a_checkpoint_and_no_traceback(workplace, numbers):
     sets = ["--set", "run.num-rounds=1000000", "--set", "run.checkpoint-every=1000000"]
     words = [sys.executable, "-m", "fedmom", "run", "q.toml", "--out", "x", *sets]
