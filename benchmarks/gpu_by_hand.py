@@ -19,12 +19,10 @@ def by_hand(load: Load, data: Dataset, form: str, device: str, seconds: float) -
 
     Each client would begin from the round's x and u: the copies that this takes, and the average, are left out.
     """
-    recorded = [(f"{PLAIN}, a step as a CUDA graph", True, True)] if device == "cuda" else []
-    for name, last, graph in [(PLAIN, False, False), (f"{PLAIN}, channels-last", True, False), *recorded]:
-        if last and len(load.shape) == 3 and load.model in ("logistic", "mlp"):
-            if not graph:
-                continue
-            last = False
+    convolves = load.model not in ("logistic", "mlp")
+    forms = [(PLAIN, False, False), (f"{PLAIN}, channels-last", True, False)][: 2 if convolves else 1]
+    forms += [(f"{PLAIN}, a step as a CUDA graph", convolves, True)] * (device == "cuda")
+    for name, last, graph in forms:
         row: Row = {"model": load.name, "way": name, "form": form}
         allow_tf32(FORMS[form][1])
         try:

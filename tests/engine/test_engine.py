@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +198,38 @@ def test_a_round_that_is_begun_before_its_turn_is_seen_in_its_turn():
     ]
     _, wanted = run_plan(image_task(), plan, path="loop")
     assert [r["train_loss"] for r in records] == [r["train_loss"] for r in wanted[:4]]
+
+
+def test_a_round_that_runs_whole_where_it_was_to_be_begun_keeps_its_seconds(monkeypatch):
+    """Those of the round before it end where it began."""
+    now = 0.0
+    clock = SimpleNamespace(perf_counter=lambda: now)
+    for room in ("loop", "round"):
+        monkeypatch.setattr(f"fedmom.rounds.{room}.time", clock)
+
+    class Slow(Engine):
+        """Odd rounds are begun in 1 s and settled in another, even ones take 5 s at once."""
+
+        def begin_round(self, start, job, progress=None):
+            nonlocal now
+            even = job.round_index % 2 == 1
+            outcome = super().begin_round(start, job, progress)
+            now += 5.0 if even else 1.0
+
+            def settle():
+                nonlocal now
+                now += 1.0
+                return outcome
+
+            return outcome if even else outcome._replace(settle=settle)
+
+    task, plan = image_task(), simple_plan(4, num_rounds=4, eval_every=9)
+    records = [
+        r for _, r in run_rounds(task, plan, Slow(task, plan.method, path="loop", chunk_size=1), beginning(task, plan))
+    ]
+    assert [r["wall_seconds"] for r in records] == [2.0, 7.0, 9.0, 14.0]
+    steps = 4 * plan.num_local_steps
+    assert [steps / r["client_steps_per_second"] for r in records] == [2.0, 5.0, 2.0, 5.0]
 
 
 def test_records_say_what_they_should():

@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedmom.engine.stacked.kernels.tiles import Geometry, Launch, activation_launch, sides_after, weight_launch
+from fedmom.engine.stacked.kernels.tiles import (
+    Geometry,
+    Launch,
+    activation_launch,
+    product_precision,
+    sides_after,
+    weight_launch,
+)
 from fedmom.machine.precision import convolves_in_tf32
 
 
@@ -153,11 +160,4 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _precision(operand: Tensor) -> str:
-    """How exact a product is: as torch's own convolutions are asked to be.
-
-    float32 on a card is three TF32 products of the operands' upper and lower halves, which lose no more than a float32
-    product does, and take the tensor cores: three to five times as fast (docs/log.md).
-    """
-    if convolves_in_tf32(operand):
-        return "tf32"
-    return "tf32x3" if operand.is_cuda and operand.dtype == torch.float32 else "ieee"
+    return product_precision(operand, tf32=convolves_in_tf32(operand))

@@ -29,6 +29,17 @@ def sides_after(source: Tensor, kernel: Iterable[int], geometry: Geometry) -> tu
     return height, width
 
 
+def product_precision(operand: Tensor, *, tf32: bool) -> str:
+    """How Triton multiplies: by TF32 where that is allowed, and three times for a float32 product that must be exact.
+
+    The three are of the operands' upper and lower halves, and lose about as little as a float32 product; on the tensor
+    cores they are three to five times as fast (docs/log.md). Numbers of 16 bits lose nothing in TF32.
+    """
+    if operand.dtype == torch.float64:
+        return "ieee"
+    return "tf32x3" if operand.dtype == torch.float32 and not tf32 else "tf32"
+
+
 class Launch(NamedTuple):
     """All that a kernel is told beside its tensors."""
 

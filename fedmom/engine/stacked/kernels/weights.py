@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedmom.engine.stacked.kernels.tiles import gram_launch
+from fedmom.engine.stacked.kernels.tiles import gram_launch, product_precision
 from fedmom.machine.precision import multiplies_in_tf32
 
 _BLOCK = 1024
@@ -73,7 +73,7 @@ def first_step(g: Tensor, x: Tensor, u: Tensor, lr: Tensor, beta: float, decay: 
 
 def gram(a: Tensor, b: Tensor, out: Tensor) -> None:
     """factors.gram as one launch for parts of the sums and one that adds them: the same bits in every run."""
-    plan = gram_launch(a, b, _precision(a))
+    plan = gram_launch(a, b, product_precision(a, tf32=multiplies_in_tf32(a)))
     wide = a.dtype if a.dtype == torch.float64 else torch.float32
     parts = torch.empty((plan.grid[1], *out.shape), dtype=wide, device=a.device)
     a, b = (t if t.stride(2) == 1 else t.contiguous() for t in (a, b))
@@ -82,11 +82,3 @@ def gram(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.sum(parts, 0, out=out)
     else:
         out.copy_(parts.sum(0))
-
-
-def _precision(operand: Tensor) -> str:
-    """How exact a product is: three of TF32 are one of float32 to its last digits; 16 bits lose nothing in TF32."""
-    if operand.dtype == torch.float64:
-        return "ieee"
-    exact = operand.dtype == torch.float32 and not multiplies_in_tf32(operand)
-    return "tf32x3" if exact else "tf32"
