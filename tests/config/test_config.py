@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedmom.config.keys import KEYS, LARGEST, SECTIONS, Config
-from fedmom.config.load import Loaded, flat, load, parse_set, to_toml, toml_scalar
+from fedmom.config.load import Loaded, flat, load, parse_set, shipped, to_toml, toml_scalar
 from fedmom.config.resolve import Resolved, resolve
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, theory_interval
@@ -135,6 +135,21 @@ def test_files_that_are_no_configuration(tmp_path, content, words):
 def test_files_that_are_not_there(tmp_path):
     refused("no.toml", "no such file", source=tmp_path / "no.toml")
     refused(str(tmp_path), "cannot be read", source=tmp_path)
+
+
+def test_a_name_that_is_no_file_is_that_of_a_shipped_configuration(in_tmp):
+    for name, path in shipped().items():
+        assert load(name) == load(path) == load(ROOT / "configs" / f"{name}.toml")
+    assert {"quickstart", "decentralized/ring"} <= {*shipped()}
+    refused("quickstrat: no such file", "did you mean quickstart?", source="quickstrat")
+    refused("ring: no such file", "did you mean decentralized/ring?", source="ring")
+    refused("configs/quickstart.toml: no such file", "did you mean quickstart?", source="configs/quickstart.toml")
+    refused("xyzzy: no such file", "fedmom's own are", "decentralized/…, deploy", source="xyzzy")
+    Path("quickstart").mkdir()  # a folder of that name is no configuration
+    assert load("quickstart") == load(shipped()["quickstart"])
+    Path("quickstart").rmdir()
+    Path("quickstart").write_text("[run]\nseed = 3\n")
+    assert load("quickstart") == load({"run.seed": 3})
 
 
 # --- one key at a time -----------------------------------------------------------------------------------
