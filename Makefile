@@ -8,13 +8,14 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 
 # Slow tests have an hour each: it ends what hangs, and no slow machine misses it.
 SLOWLY := --timeout 3600 --durations 40
 
-.PHONY: help setup quickstart comparison site extras test test-slow mutants test-container test-rest test-all test-oldest check format clean
+.PHONY: help setup quickstart comparison site dist extras test test-slow mutants test-container test-rest test-all test-oldest check format clean
 
 help:
 	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
 	@echo "make comparison   set up, sweep over I and momentum policy on real digits: tables, figures, report.html"
 	@echo "make test         set up, run the fast tests"
 	@echo "make site         the documentation as a site, in build/site"
+	@echo "make dist         the sdist, and the wheel that it gives, in dist"
 	@echo "make check        ruff, mypy and the fast tests"
 	@echo "make test-oldest  the fast tests with the oldest torch that goes, in .venv-oldest"
 	@echo "make mutants      which fast tests notice which mistake (tests/mutants)"
@@ -47,6 +48,11 @@ comparison: setup
 site: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+# The wheel is made of the sdist, so that what is missing there is missed here.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 test: setup
 	$(PYTEST)

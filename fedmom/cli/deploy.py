@@ -39,7 +39,7 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Option("--dir", metavar="DIR", help="What `init` made.")]
 Checkout = Annotated[
     Path | None,
-    typer.Option("--app", metavar="DIR", help="Dockerfile and Flower app, a checkout (default: fedmom's own)."),
+    typer.Option("--app", metavar="DIR", help="Dockerfile and Flower app: a checkout (default: here, else fedmom's)."),
 ]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Print the docker and flwr commands instead of running them.")]
 BuildArguments = Annotated[
