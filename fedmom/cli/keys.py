@@ -42,6 +42,9 @@ def keys(
         list[str] | None,
         typer.Argument(metavar="[WORD]...", help="Only keys with such a word; or one key's full name."),
     ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema instead, by which an editor completes TOML files.")
+    ] = False,
 ) -> int:
     """Explain the keys of a config: default, meaning, and the values a key can take.
 
@@ -50,9 +53,16 @@ def keys(
     fedmom keys algorithm.lr
 
     The ten keys to know first are marked with a *.
-    """
-    from fedmom.config.schema import read_keys
 
+    fedmom keys --schema > fedmom.schema.json
+
+    With the line `#:schema fedmom.schema.json` on top of a config, editors that know TOML schemas complete its keys.
+    """
+    from fedmom.config.schema import FILE, read_keys
+
+    if schema:
+        print(FILE.read_text(encoding="utf-8"), end="")
+        return DONE
     known = read_keys()
     if words and len(words) == 1 and words[0] in known:
         print("\n".join(explained(known[words[0]])))

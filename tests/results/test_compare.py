@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedmom.cli import main, results
+from fedmom.cli import main
 from fedmom.errors import InputError
 from fedmom.results.compare import default_out, draw_figures, write_tables
 from fedmom.results.comparison import (
