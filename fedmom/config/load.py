@@ -115,18 +115,23 @@ def config_file(source: str | Path) -> Path:
     names = shipped()
     if not path.suffix and path.as_posix() in names:
         return names[path.as_posix()]
-    if path.exists():
-        return path  # a folder, or a pipe: reading it says what is wrong, if anything is
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such file{_near(path, names)}") from None
+    except OSError:
+        pass  # as below
+    return path  # a folder, or a pipe: reading it says what is wrong, if anything is
+
+
+def _near(path: Path, names: Iterable[str]) -> str:
+    """What may have been meant: names that end alike or are near, else all at the top and the folders of the others."""
     asked = path.with_suffix("").as_posix().removeprefix("configs/")
     ends = [name for name in names if asked in (name, name.rpartition("/")[2])]
-    near = ends or get_close_matches(asked, names, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"fedmom's own are {', '.join(_heads(names))}"
-    raise InputError(f"{source}: no such file{f'; {hint}' if names else ''}")
-
-
-def _heads(names: Iterable[str]) -> list[str]:
-    """The names at the top, and of each folder its own: all of them are too many for a line."""
-    return sorted({head + (f"{slash}…" if slash else "") for head, slash, _ in (n.partition("/") for n in names)})
+    if near := ends or get_close_matches(asked, names, n=3):
+        return f"; did you mean {' or '.join(near)}?"
+    heads = sorted({head + (f"{slash}…" if slash else "") for head, slash, _ in (n.partition("/") for n in names)})
+    return f"; fedmom's own are {', '.join(heads)}" if heads else ""
 
 
 def _read_config(path: Path) -> dict[str, Any]:
