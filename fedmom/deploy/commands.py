@@ -49,7 +49,7 @@ class Commands:
 
     @staticmethod
     def flwr(*words: str) -> list[str]:
-        """`flwr …`, of the environment that fedmom runs in where there is one; InputError where there is none at all."""
+        """`flwr …`, of fedmom's own environment where it is there, else of the PATH; InputError for neither."""
         beside = Path(sys.executable).with_name("flwr")
         if not beside.exists() and shutil.which("flwr") is None:
             raise _missing("flwr")
