@@ -21,7 +21,7 @@ CALLS = """
 import contextlib, io, json, sys
 for name in {absent!r}:
     sys.modules[name] = None  # from now on `import name` raises ModuleNotFoundError
-import fedmom
+import fedmom, fedmom.actors.pool, fedmom.flower.grid  # rooms about extras can be imported without them
 from fedmom.cli.main import call
 for words in {commands!r}:
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
