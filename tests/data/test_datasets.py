@@ -488,6 +488,10 @@ def test_without_the_library_that_a_data_set_needs_it_says_so(tmp_path, monkeypa
     assert refused("cifar10", data_dir=str(tmp_path), load=download) == needs
     assert load_dataset(str(path)).num_classes == 3
     assert load_dataset("digits").num_classes == 10
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision")
+    refused("cifar10", "installed, but cannot be imported", "torchvision::nms", data_dir=str(tmp_path))
 
 
 def test_input_shape_is_that_of_one_example():
