@@ -105,5 +105,6 @@ def test_the_wheel_alone_runs_as_a_checkout_does(in_tmp):
     assert f"docker build --network=host --tag fedmom {site}/fedmom/_app\n" in told
     (staged,) = (project / "deployment" / "started").glob("*-app")
     assert f"flwr run {staged} deployment" in told
-    for name in ("clients/mine.py", "fedmom/_app/clients/client_app.py", "fedmom/_app/strategies/server_app.py"):
+    apps = ("fedmom/_app/clients/client_app.py", "fedmom/_app/strategies/server_app.py")
+    for name in (*apps, "clients/mine.py", "fedmom/data/digits.json"):
         assert (staged / name).is_file()
