@@ -102,7 +102,7 @@ class DataConfig:
     augment: str = key("auto", "augmentation of training images", AUGMENTATIONS)
     curvatures: str = key("1;3", "dataset quadratic: h_ik, clients by semicolons, coordinates by commas", holds=";")
     centers: str = key("4;-2", "dataset quadratic: c_ik, written as data.curvatures", holds=";")
-    start: str = key("0", "dataset quadratic: initial x; commas separate coordinates", holds=",")
+    start: str = key("0", "dataset quadratic: initial x, coordinates by commas", holds=",")
     noise_sigma: float = key(0.0, "dataset quadratic: standard deviation of the gradient noise", at_least(0))
 
 
