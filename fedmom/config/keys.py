@@ -9,13 +9,13 @@ import difflib
 import math
 import os
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmom.config.numbers import as_list
+from fedmom.config.numbers import Range, above, as_list, at_least, summary_of, within
 from fedmom.config.strategies import STRATEGIES
 from fedmom.data.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.data.datasets import DATASETS
@@ -31,7 +31,6 @@ from fedmom.tasks.task import TASKS
 from fedmom.user_code import is_spec
 
 Scalar = str | bool | int | float
-Check = Callable[[Any], str | None]  # value -> what would be right, or None where it is
 BACKENDS = {
     "engine": "fedmom's own engine, on one device",
     "simulation": "Flower's messages, on Ray actors of this machine",
@@ -47,6 +46,12 @@ MATMULS = {
     "float32": "exact to rounding",
     "tf32": "on a GPU, factors rounded to 10 bits, several times as fast; a CPU ignores it",
 }
+DEVICES = {"auto": "a GPU where there is one", "cpu": "the processor", "cuda": "an NVIDIA GPU"}
+CLIENT_WEIGHTS = {"uniform": "1/N each: the paper", "samples": "in proportion to the clients' examples"}
+RUNNING_VARS = {
+    "pooled": "the variance of all clients' activations together",
+    "mean": "the mean of the clients' variances",
+}
 ON_FAILURE = {
     "stop": "the run stops, and the error names the client",
     "retry": "the client is asked again (server.retries times), then the run stops",
@@ -59,26 +64,20 @@ ON_LINK_FAILURE = {
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
 
 
-def above(low: float) -> Check:
-    return lambda value: None if low < value < math.inf else f"must be a number > {low:g}"
-
-
-def at_least(low: float) -> Check:
-    return lambda value: None if low <= value < math.inf else f"must be >= {low:g}"
-
-
-def within(low: float, high: float) -> Check:
-    return lambda value: None if low <= value < high else f"must be in [{low:g}, {high:g})"
-
-
 def key(
-    default: Scalar, doc: str, right: Check | Iterable[str] | None = None, also: str = "", *, holds: str = ""
+    default: Scalar,
+    doc: str,
+    right: Range | Mapping[str, Any] | Iterable[str] | None = None,
+    also: str = "",
+    *,
+    holds: str = "",
 ) -> Any:
     """One key: its default, one line on it, and either a check or the names it may take (`also`: other forms).
 
     holds: "," where its string is a list, ";" where it is a list of lists.
     """
-    check, choices = (right, ()) if callable(right) else (None, tuple(right or ()))
+    check, names = (right, {}) if isinstance(right, Range) else (None, right or {})
+    choices = {name: summary_of(names[name]) if isinstance(names, Mapping) else "" for name in names}
     about = {"doc": doc, "check": check, "choices": choices, "also": also, "holds": holds}
     return field(default=default, metadata=about)
 
@@ -86,7 +85,7 @@ def key(
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str = key(
-        "digits", "data set; `fedmom datasets` lists them", [*DATASETS, *TASKS], "FILE.npz or module:function"
+        "digits", "data set; `fedmom datasets` lists them", DATASETS | TASKS, "FILE.npz or module:function"
     )
     data_dir: str = key("data", "folder or .npz file that holds the data set")
     classes: str = key("", "dataset local: image folders in the order of their labels, by commas", holds=",")
@@ -100,7 +99,7 @@ class DataConfig:
     batch_size: int = key(32, "B, examples per client and local step", at_least(1))
     sampling: str = key("shuffle", "order in which a client draws its examples", SAMPLINGS)
     augment: str = key("auto", "augmentation of training images", AUGMENTATIONS)
-    curvatures: str = key("1;3", "dataset quadratic: h_ik, clients by semicolons, coordinates by commas", holds=";")
+    curvatures: str = key("1;3", "quadratic: h_ik, clients by semicolons, coordinates by commas", holds=";")
     centers: str = key("4;-2", "dataset quadratic: c_ik, written as data.curvatures", holds=";")
     start: str = key("0", "dataset quadratic: initial x, coordinates by commas", holds=",")
     noise_sigma: float = key(0.0, "dataset quadratic: standard deviation of the gradient noise", at_least(0))
@@ -118,9 +117,7 @@ class AlgorithmConfig:
     name: str = key("pr-sgd-m", "training algorithm", ALGORITHMS)
     nesterov: bool = key(False, "use option II (Nesterov momentum) instead of option I (Polyak momentum)")
     num_local_steps: int = key(0, "I, local steps between two exchanges; 0: the algorithm's own", at_least(0))
-    local_epochs: int = key(
-        0, "passes over a client's data per round, ⌈n/B⌉ steps each, instead of I; 0: off", at_least(0)
-    )
+    local_epochs: int = key(0, "passes over the client's data per round, instead of I steps; 0: off", at_least(0))
     interval: str = key("fixed", "how I is determined", INTERVALS)
     beta: float = key(0.9, "β, momentum coefficient", within(0, 1))
     lr: float = key(0.05, "γ, learning rate; with lr-schedule theory: c", above(0))
@@ -132,9 +129,14 @@ class AlgorithmConfig:
     lr_min: float = key(0.0, "lr-schedule cosine: γ at the end", at_least(0))
     weight_decay: float = key(0.0, "λ, weight decay, added to the gradient as λx", at_least(0))
     momentum_policy: str = key("average", "what happens to the momentum u between two rounds", MOMENTUM_POLICIES)
-    correction: str = key("none", "function of yours that changes a client's gradient", ["none"], "module:function")
-    client_weights: str = key("uniform", "weights of the clients in the averages of x and u", ["uniform", "samples"])
-    running_var: str = key("pooled", "how the running variances of BatchNorm are averaged", ["pooled", "mean"])
+    correction: str = key(
+        "none",
+        "your own change of the gradient",
+        {"none": "the gradient as it is"},
+        "module:function",
+    )
+    client_weights: str = key("uniform", "weights of the clients in the averages of x and u", CLIENT_WEIGHTS)
+    running_var: str = key("pooled", "how the running variances of BatchNorm are averaged", RUNNING_VARS)
     cohort_size: int = key(0, "clients that are sampled in each round; 0: all", at_least(0))
     slow_momentum: float = key(0.0, "SlowMo: server momentum α; 0 with slow-lr 1: off", within(0, 1))
     slow_lr: float = key(1.0, "SlowMo: learning rate η of the server", above(0))
@@ -142,12 +144,8 @@ class AlgorithmConfig:
         "complete", "d-sgd-m: communication graph of the clients", TOPOLOGIES, " or ".join(f"FILE{e}" for e in FILES)
     )
     mixing_weights: str = key("metropolis", "d-sgd-m: mixing matrix W of an undirected graph", WEIGHTS)
-    topology_degree: int = key(4, "topology random-regular: neighbours of each client", at_least(1))
-    topology_p: float = key(
-        0.0,
-        "topology erdos-renyi: probability of each link; 0: 2 ln N / N",
-        lambda p: None if 0 <= p <= 1 else "must be in [0, 1]",
-    )
+    topology_degree: int = key(4, "random-regular: neighbours of each client", at_least(1))
+    topology_p: float = key(0.0, "erdos-renyi: probability of each link; 0: 2 ln N / N", Range(0, 1, with_high=True))
 
 
 @dataclass(frozen=True)
@@ -166,8 +164,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    device: str = key("auto", "device of the tensors", ["auto", "cpu", "cuda"])
-    path: str = key("auto", "how several clients are computed at once; auto: the fastest, by timing", [AUTO, *PATHS])
+    device: str = key("auto", "device of the tensors", DEVICES)
+    path: str = key(
+        "auto",
+        "how clients are computed side by side",
+        {AUTO: "the fastest that is right, by timing"} | PATHS,
+    )
     chunk_size: int = key(0, "K, clients that are stacked at once; 0: chosen by memory", at_least(0))
     remember: bool = key(True, "keep what auto chose by timing in the cache folder, and reuse it")
     matmul: str = key("float32", "precision of float32 products on a GPU", MATMULS)
@@ -197,16 +199,12 @@ class SimulationConfig:
     clients_per_node: int = key(1, "clients of one simulated Flower node", at_least(1))
     num_actors: int = key(0, "number of Ray actors; 0: as many as fit", at_least(0))
     num_cpus: float = key(1.0, "CPU cores per actor", at_least(0))
-    num_gpus: float = key(
-        0.0, "GPUs per actor, fractions allowed; 0: an equal share where engine.device is cuda", at_least(0)
-    )
+    num_gpus: float = key(0.0, "GPUs per actor, or a fraction; 0: a share where engine.device is cuda", at_least(0))
     ray_address: str = key("", "Ray cluster to join; empty: start Ray on this machine")
     retries: int = key(2, "how often a message is sent again after its actor died", at_least(0))
-    on_link_failure: str = key(
-        "stop", "d-sgd-m with engine.workers: what to do when rows do not arrive", ON_LINK_FAILURE
-    )
+    on_link_failure: str = key("stop", "d-sgd-m, engine.workers: when rows do not arrive", ON_LINK_FAILURE)
     straggler_seconds: float = key(
-        0.0, "replace an actor that takes longer for one message (for its first at least 60 s); 0: never", at_least(0)
+        0.0, "replace an actor that takes longer (first message: 60 s); 0: never", at_least(0)
     )
     show_output: bool = key(False, "backend simulation: print what the clients print and log")
 
@@ -230,8 +228,8 @@ class Key(NamedTuple):
     type: type[Any]
     default: Scalar
     doc: str
-    check: Check | None
-    choices: tuple[str, ...]  # the names it may take, if it takes names
+    check: Range | None
+    choices: dict[str, str]  # {a name that it may take: what it means}, if it takes names
     also: str  # other forms of a name
     holds: str  # what separates the parts of a list in it: "", "," or ";"
 
