@@ -1,4 +1,4 @@
-"""For mkdocstrings: the comment behind a field of a class is its description, so that docs/api.md shows it."""
+"""For mkdocstrings: the fields of a tuple or dataclass become a table, described by the comments behind them."""
 
 from typing import Any
 
@@ -6,10 +6,16 @@ import griffe
 
 
 class Fields(griffe.Extension):
-    """`x: Tensor  # [n, *shape]` in a class is documented as if "[n, *shape]" were the field's docstring."""
+    """`x: Tensor  # [n, *shape]` in a class is a row of its description: name, type, "[n, *shape]"."""
 
-    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        if attr.docstring is None and attr.parent is not None and attr.parent.is_class:
-            comment = attr.source.partition("  # ")[2].strip()
-            if comment:
-                attr.docstring = griffe.Docstring(comment[0].upper() + comment[1:], parent=attr)
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Add the section "Attributes" to the class's docstring, in Google's style."""
+        tuples = any(str(base).endswith("NamedTuple") for base in cls.bases)
+        if cls.docstring is None or not (tuples or "dataclass" in cls.labels):
+            return
+        rows = [
+            f"    {name}: {member.source.partition('  # ')[2].strip() or ' '}"
+            for name, member in cls.members.items()
+            if member.is_attribute and not name.startswith("_") and "property" not in member.labels
+        ]
+        cls.docstring.value += "\n\nAttributes:\n" + "\n".join(rows)

@@ -101,11 +101,11 @@ def _about_command(path: str, command: click.Command) -> Iterator[str]:
         for text in ["\n".join(["```sh", *texts, "```"])] if is_example else texts:
             yield from ("", text)
     if arguments or options:
-        yield from ("", "| | | default |", "|---|---|---|")
+        yield from ("", "| argument or option | meaning |", "|---|---|")
         for name, argument in zip(names, arguments, strict=True):
-            yield f"| {_cell(name)} | {getattr(argument, 'help', None) or ''} | |"
+            yield f"| {_cell(name)} | {_escaped(getattr(argument, 'help', None) or '')} |"
         for option in options:
-            yield f"| {_cell(_option(option))} | {_escaped(option.help or '')} | {_default(option)} |"
+            yield f"| {_cell(_option(option))} | {_escaped(option.help or '')}{_default(option)} |"
 
 
 def _option(option: click.Option) -> str:
@@ -117,7 +117,7 @@ def _option(option: click.Option) -> str:
 
 def _default(option: click.Option) -> str:
     unset = option.default in (None, "", (), []) or option.is_flag or option.multiple
-    return "" if unset else _cell(str(option.default))
+    return "" if unset else f" Default: {_cell(str(option.default))}."
 
 
 def _cell(text: str) -> str:
