@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedmom.engine.gossip import exchange, mean_of, outcome_of
 from fedmom.errors import InputError
+from fedmom.flower.private import log
 from fedmom.method.algorithms import Method
 from fedmom.method.mixing import Blocks
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten

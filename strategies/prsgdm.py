@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedmom.errors import InputError
+from fedmom.flower.private import log
 from fedmom.method.algorithms import MOMENTUM_POLICIES, slow_step
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, unflatten, zeros_like
