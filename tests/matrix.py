@@ -216,7 +216,10 @@ def oldest_torch(arguments: Sequence[str]) -> Row:
 
 def on_flower(name: str, wanted: str, arguments: Sequence[str]) -> Row:
     """The fast tests of Flower with another flwr, in an environment that has the rest from .venv."""
-    folder = ROOT / f".venv-flwr-{name}"
+    folder, pinned = ROOT / f".venv-flwr-{name}", pins()["flwr"]
+    same = Row(f"{name} flwr", pinned, "nothing", "it is the one of constraints.txt: see the Pythons")
+    if f"=={pinned.rpartition('.')[0]}.*" in wanted:
+        return same
     base = answer([BASE / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
     inside = folder / "bin" / "python"
     if not inside.exists() and run([BASE / "bin" / "python", "-m", "venv", folder])[0]:
@@ -228,8 +231,8 @@ def on_flower(name: str, wanted: str, arguments: Sequence[str]) -> Row:
     full = answer([inside, "-c", "import importlib.metadata as m; print(m.version('flwr'))"])
     if status:
         return Row(f"{name} flwr", wanted, f"pip install into {folder.name}", "does not install", True)
-    if full == pins()["flwr"]:
-        return Row(f"{name} flwr", full, "nothing", "it is the one of constraints.txt: see the Pythons")
+    if full == pinned:
+        return same
     return tested(f"{name} flwr", full, inside, OF_FLOWER, arguments)
 
 
