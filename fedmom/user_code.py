@@ -33,7 +33,9 @@ def load_object(key: str, spec: str) -> Any:
             module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            looked = f"looked in {os.getcwd()} and on sys.path"
+            looked = (
+                f"looked in {os.getcwd()} and on sys.path; start fedmom where {module_name.partition('.')[0]}.py is"
+            )
             raise InputError(f"{start}: no module named {error.name!r} ({looked})") from error
         raise InputError(f"{start}: importing {module_name!r} raised {one_line(error)}") from error
     if not hasattr(module, function_name):

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from fedmom.actors.cluster import PoolOptions
-from fedmom.cli import results, show, supervise, sweep
+from fedmom.cli import first, results, show, supervise, sweep
 from fedmom.cli.deploy import app as deploy_app
 from fedmom.cli.options import (
     BAD_INPUT,
@@ -185,6 +185,10 @@ def simulate_flower_app(
 
 
 app.command()(show.partition)
+
+
+for command in (first.new, first.check, first.ls):
+    app.command()(command)
 
 
 app.command()(sweep.sweep)

@@ -108,7 +108,7 @@ class _Run:
     ) -> None:
         self.config, self.task, self.plan, self.backend = config, task, plan, backend
         self.folder, self.callbacks = folder, callbacks
-        self.warnings = [*overruled, *_warnings(config, task, plan)]
+        self.warnings = [*overruled, *run_warnings(config, task, plan)]
         self.notes = [*self.warnings, *backend.notes]
         self.identity = identity_of(config, task)
         self.stamp = self.identity.stamp
@@ -270,7 +270,7 @@ class _Run:
         return Result(status, self.rounds.settled(), model, state.momentum, self.config, path, message)
 
 
-def _warnings(config: Config, task: Task, plan: Plan) -> list[str]:
+def run_warnings(config: Config, task: Task, plan: Plan) -> list[str]:
     """What a user should know before a run: memory that grows with N, a mean that is not the paper's."""
     notes = list(plan.topology.warnings) if plan.topology else []
     policy = config.algorithm.momentum_policy
