@@ -69,6 +69,7 @@ class Checked(NamedTuple):
     notes: list[str]  # as the run would give them
     data: Data | None  # None where clients hold formulas
     layers: list[Layer]
+    kinds: dict[str, str]  # {name: class} of all modules
     clients: int  # that took the step
     step: Record  # the line of a round of one step, evaluated
     step_seconds: float
@@ -96,7 +97,7 @@ class Checked(NamedTuple):
         return self.config.run.num_rounds * (len(json.dumps(self.step)) + 1)
 
 
-def check(
+def check_config(
     source: str | Path, sets: Iterable[str] = (), *, progress: Callable[[str], None] = lambda text: None
 ) -> Checked:
     """Make data and model of a configuration, take one step of two clients, time a few more, and keep nothing.
@@ -118,7 +119,7 @@ def check(
         setup = time.monotonic() - begin
         progress("one step of two clients")
         found = _measured(config, task, plan, backend, progress)
-    layers = _layers(task, found["start"]) if isinstance(task, Classification) else []
+    layers, kinds = _layers(task, found["start"]) if isinstance(task, Classification) else ([], {})
     memory = most_bytes(device) + 2 * found["rows_bytes"]  # rows before, after the steps, and mixed
     del found["start"]
     return Checked(
@@ -126,6 +127,7 @@ def check(
         notes=[*resolved.notes, *run_warnings(config, task, plan), *backend.notes],
         data=_data(task) if isinstance(task, Classification) else None,
         layers=layers,
+        kinds=kinds,
         setup_seconds=setup,
         memory=memory,
         free=free,
@@ -217,8 +219,11 @@ def _data(task: Classification) -> Data:
     return Data(len(x), len(dataset.x_test), dataset.num_classes, example, sizes.numpy(), classes.numpy())
 
 
-def _layers(task: Classification, start: ClientState) -> list[Layer]:
-    """The model's layers in its own order, each parameter counted once; outputs as an evaluation makes them."""
+def _layers(task: Classification, start: ClientState) -> tuple[list[Layer], dict[str, str]]:
+    """(the model's layers in its own order, {name: class} of all its modules).
+
+    Each parameter is counted once; outputs are as an evaluation makes them.
+    """
     twin = task.in_dtype(task.dtype)  # whose hooks nobody else sees
     outputs: dict[str, str] = {}
     modules = dict(twin.model.named_modules())
@@ -234,15 +239,16 @@ def _layers(task: Classification, start: ClientState) -> list[Layer]:
         twin.judged(start, batch.x[0][:_FEW])
     except Exception:  # the run itself says so, with the examples
         outputs.clear()
+    # As the user wrote them: dropout was swapped for the addressed one.
+    kinds = {name: type(module).__name__.removeprefix("Addressed") for name, module in modules.items()}
     layers, seen = list[Layer](), set[int]()
     for name, module in modules.items():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen |= {id(p) for p in own}
         if own or not [*module.children()]:
             frozen = sum(p.numel() for p in own if not p.requires_grad)
-            kind = type(module).__name__.removeprefix("Addressed")  # as the user wrote it
-            layers.append(Layer(name, kind, outputs.get(name, ""), sum(p.numel() for p in own), frozen))
-    return layers
+            layers.append(Layer(name, kinds[name], outputs.get(name, ""), sum(p.numel() for p in own), frozen))
+    return layers, kinds
 
 
 def _shape(made: Any) -> str:

@@ -1,18 +1,18 @@
-"""Writes the project: over nothing that is there."""
+"""The project that `fedmom new` writes: the files of template/, over nothing that is there."""
 
 from pathlib import Path
 
+from fedmom.config import schema
 from fedmom.errors import InputError
 
-_HERE = Path(__file__).parent
-_SCHEMA = Path(__file__).parents[2] / "config" / "schema.json"
-_COPY = ".fedmom-schema.json"
+_TEMPLATE = Path(__file__).parent / "template"
+_SCHEMA = ".fedmom.schema.json"  # a copy beside the config: an editor need not find the package
 _ABOUT = {
     "config.toml": "what runs: ten keys, each explained",
     "mine.py": "a data set and a model; put yours there",
     "README.md": "what comes next",
     ".gitignore": "keeps runs/ out of git",
-    _COPY: "by which an editor completes config.toml",
+    _SCHEMA: "by which an editor completes config.toml",
 }
 
 
@@ -21,11 +21,10 @@ def write_project(folder: Path) -> dict[str, str]:
 
     Raises InputError where one of them exists already (then none is written), or where nothing can be written.
     """
-    texts = {name: (_HERE / name).read_text(encoding="utf-8") for name in ("config.toml", "mine.py", "README.md")}
+    texts = {name: (_TEMPLATE / name).read_text(encoding="utf-8") for name in ("config.toml", "mine.py", "README.md")}
     texts[".gitignore"] = "runs/\n__pycache__/\n"
-    if _SCHEMA.is_file():
-        texts[_COPY] = _SCHEMA.read_text(encoding="utf-8")
-        texts["config.toml"] = f"#:schema ./{_COPY}\n{texts['config.toml']}"
+    texts[_SCHEMA] = schema.FILE.read_text(encoding="utf-8")
+    texts["config.toml"] = f"#:schema ./{_SCHEMA}\n{texts['config.toml']}"
     try:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file; name a folder")

@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from fedmom.cli.first.text import age_of, duration, filled, fitted, line_width, size_of, spread_of
 from fedmom.cli.options import DIVERGED, DONE, Sets
+from fedmom.config.numbers import counted
 from fedmom.errors import DivergedError, InputError
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from fedmom.records.listing import Row
     from fedmom.results.tables import Measure
 
-_LABEL = 10  # characters of the column that says what a line is about
-_NARROWEST, _MOST_LAYERS = 40, 30
+_MOST_LAYERS = 30
 _GO_ON = ("interrupted", "killed", "failed")  # the runs that --resume takes up
 
 
@@ -34,7 +34,7 @@ def new(
 
     Nothing is written over: where one of the files exists already, none is written.
     """
-    from fedmom.cli.project.write import write_project
+    from fedmom.cli.first.project import write_project
 
     about = write_project(folder)
     print(f"{folder} is a project that runs:")
@@ -42,11 +42,8 @@ def new(
         print(f"  {name.ljust(max(map(len, about)))}  {what}")
     print("next:")
     here = folder.resolve() == Path.cwd()
-    for line in ([] if here else [f"cd {shlex.quote(str(folder))}"]) + [
-        "fedmom check config.toml",
-        "fedmom run config.toml",
-    ]:
-        print(f"  {line}")
+    go_there = [] if here else [f"cd {shlex.quote(str(folder))}"]
+    print("\n".join(f"  {line}" for line in (*go_there, "fedmom check config.toml", "fedmom run config.toml")))
     return DONE
 
 
@@ -58,24 +55,24 @@ def check(
 
     fedmom check config.toml --set algorithm.num-local-steps=16
     """
-    from fedmom.experiments.check import check as measure
+    from fedmom.experiments.check import check_config
 
     console = Console(stderr=True)
     try:
         with console.status("…") as status:
-            found = measure(config, sets or (), progress=lambda text: status.update(f"{text} …"))
+            found = check_config(config, sets or (), progress=lambda text: status.update(f"{text} …"))
     except DivergedError as error:
         print(f"fedmom: {error}", file=sys.stderr)
         return DIVERGED
-    width = _width()
+    width = line_width()
     for label, text in _about_run(found, config):
-        print(_filled(label, text, width))
+        print(filled(label, text, width))
     if found.layers:
-        print("\n" + _table(_layer_rows(found), width) + "\n")
+        print("\n" + fitted(_layer_rows(found), width) + "\n")
     for label, text in _about_steps(found):
-        print(_filled(label, text, width))
+        print(filled(label, text, width))
     again = " ".join(f"--set {shlex.quote(one)}" for one in sets or ())
-    print(_filled("next", " ".join(filter(None, ("fedmom run", shlex.quote(str(config)), again))), width))
+    print(filled("next", " ".join(filter(None, ("fedmom run", shlex.quote(str(config)), again))), width))
     return DONE
 
 
@@ -111,7 +108,7 @@ def _about_run(found: "Checked", path: Path) -> list[tuple[str, str]]:
                 f"{data.dataset}: {held.num_train:,} examples to train on, {held.num_test:,} to test; "
                 f"{held.example}, {held.num_classes:,} classes",
             ),
-            ("", f"{split}; examples per client {_spread(held.sizes)}; classes per client {_spread(held.classes)}"),
+            ("", f"{split}; examples per client {spread_of(held.sizes)}; classes per client {spread_of(held.classes)}"),
         ]
     else:
         lines.append(("data", f"{data.dataset}: no examples, every client holds a formula"))
@@ -120,7 +117,7 @@ def _about_run(found: "Checked", path: Path) -> list[tuple[str, str]]:
     frozen = sum(layer.frozen for layer in found.layers)
     held_still = f" and {frozen:,} frozen ones" if frozen else ""
     name = f"{keys.model.name}: " if found.data else ""
-    lines.append(("model", f"{name}{_counted(found.num_parameters, 'parameter')}{held_still} in {run.dtype}"))
+    lines.append(("model", f"{name}{counted(found.num_parameters, 'parameter')}{held_still} in {run.dtype}"))
     return lines
 
 
@@ -132,24 +129,29 @@ def _about_steps(found: "Checked") -> list[tuple[str, str]]:
     shown = [_result(m, step[m.key]) for m in MEASURES if isinstance(step.get(m.key), float)]
     size = int(engine.chunk_size)
     rate = f"{engine.path} × {size} on {engine.device}: {found.rate:,.0f} client-steps/s"
-    took = f"{found.clients} clients, {_time(found.step_seconds)}" if found.clients > 1 else _time(found.step_seconds)
+    took = (
+        f"{found.clients} clients, {duration(found.step_seconds)}"
+        if found.clients > 1
+        else duration(found.step_seconds)
+    )
     lines = [("one step", f"{took}: train loss {step['train_loss']:.4f}; then {', '.join(shown)}"), ("speed", rate)]
     rounds, evals = keys.run.num_rounds * found.round_seconds, found.num_evals * found.eval_seconds
-    parts = f"{_time(rounds)} of rounds, {_time(evals)} of {_counted(found.num_evals, 'evaluation')}, "
-    lines.append(("time", f"about {_time(found.seconds)}: {parts}{_time(found.setup_seconds)} to begin"))
+    parts = f"{duration(rounds)} of rounds, {duration(evals)} of {counted(found.num_evals, 'evaluation')}, "
+    lines.append(("time", f"about {duration(found.seconds)}: {parts}{duration(found.setup_seconds)} to begin"))
     if keys.run.backend == "simulation" or engine.workers:
         who = f"engine.workers = {engine.workers}" if engine.workers else f"run.backend = {keys.run.backend!r}"
         lines.append(("", f"measured in this process alone: what {who} adds or shares out is not in it"))
-    stacked = f", {size} at once {_size(size * found.client_bytes)}" if size > 1 else ""
-    memory = f"about {_size(found.memory)} at most; a client takes {_size(found.client_bytes)}{stacked}"
-    lines.append(("memory", f"{memory}; {_size(found.free)} are free"))
-    every = f"{_size(found.checkpoint_bytes)} every {_counted(keys.run.checkpoint_every, 'round')} and at the end"
-    rows = f", clients.safetensors {_size(found.rows_bytes)}" if found.rows_bytes else ""
+    stacked = f", {size} at once {size_of(size * found.client_bytes)}" if size > 1 else ""
+    memory = f"about {size_of(found.memory)} at most; a client takes {size_of(found.client_bytes)}{stacked}"
+    lines.append(("memory", f"{memory}; {size_of(found.free)} are free"))
+    number = keys.run.checkpoint_every
+    every = f"{size_of(found.checkpoint_bytes)} every {f'{number:,} rounds' if number > 1 else 'round'} and at the end"
+    rows = f", clients.safetensors {size_of(found.rows_bytes)}" if found.rows_bytes else ""
     where = keys.run.out or "runs/NAME-TIME"
     lines.append(
         (
             "writes",
-            f"{where}: checkpoint {every}{rows}, rounds.jsonl about {_size(found.rounds_bytes)}, "
+            f"{where}: checkpoint {every}{rows}, rounds.jsonl about {size_of(found.rounds_bytes)}, "
             "config, environment, status and curves.png",
         )
     )
@@ -165,7 +167,7 @@ def _layer_rows(found: "Checked") -> list[list[str]]:
         depth -= 1
     rows = [["layer", "kind", "output", "parameters"]]
     for name, inside in groups.items():
-        kind = inside[0].kind if len(inside) == 1 else _counted(len(inside), "module")
+        kind = inside[0].kind if len(inside) == 1 else found.kinds[name]
         rows.append([name or "(model)", kind, inside[-1].output, f"{sum(layer.parameters for layer in inside):,}"])
     return rows
 
@@ -208,7 +210,7 @@ def ls(
     names = {id(run): f"  {run.name}" for row in rows for run in row.runs}
     table = [["run", "status", "rounds", "result", "when"]]
     table += [[names.get(id(row)) or row.name or str(row.folder), *_cells(row)] for row in shown]
-    print(_table(table, _width()))
+    print(fitted(table, line_width()))
     if trouble := next((row for row in shown if row.status in _GO_ON and row.folder.is_dir()), None):
         print(f"\na run goes on with: fedmom run --resume {shlex.quote(str(trouble.folder))}")
     return DONE
@@ -222,85 +224,15 @@ def _cells(row: "Row") -> list[str]:
     measure = next((m for m in (*MEASURES, TRAIN) if m.key == row.measure), None)
     result = _result(measure, row.value).removeprefix("test accuracy ") if measure else ""
     result = f"best {result}" if row.runs and result else result
-    return [row.status, "" if row.status == "broken" else of, result, _age(time.time() - row.seen) if row.seen else ""]
+    return [
+        row.status,
+        "" if row.status == "broken" else of,
+        result,
+        age_of(time.time() - row.seen) if row.seen else "",
+    ]
 
 
 def _result(measure: "Measure", value: float) -> str:
     """ "test loss 0.1142", "test accuracy 96.90 %"."""
     title, percent, _ = measure.title.partition(" (%)")
     return f"{title} {measure.factor * value:{measure.digits}}{percent and ' %'}"
-
-
-def _age(seconds: float) -> str:
-    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit} ago"
-    return "just now"
-
-
-# --- text that fits ------------------------------------------------------------------------------------------
-
-
-def _width() -> int | None:
-    """Of the terminal, in characters, or as COLUMNS says; None where neither is there: then nothing is cut."""
-    console = Console()
-    return max(_NARROWEST, console.width) if console.is_terminal or "COLUMNS" in os.environ else None
-
-
-def _filled(label: str, text: str, width: int | None) -> str:
-    """A label, and a text beside it in as many lines as it takes."""
-    start = label.ljust(_LABEL)
-    if width is None:
-        return start + text
-    lines = textwrap.wrap(text, width - _LABEL, break_on_hyphens=False)
-    return "\n".join(f"{start if not number else ' ' * _LABEL}{line}" for number, line in enumerate(lines))
-
-
-def _table(rows: Sequence[Sequence[str]], width: int | None) -> str:
-    """Columns to the left, the last one to the right; the widest words of the first two give way, in their middle."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
-        place = max(range(2), key=lambda place: widths[place])
-        if widths[place] <= 8:
-            break
-        widths[place] -= 1
-    lines = []
-    for row in rows:
-        cells = [_shortened(cell, room) for cell, room in zip(row, widths, strict=True)]
-        padded = [cell.ljust(room) for cell, room in zip(cells, widths, strict=True)]
-        lines.append("  ".join([*padded[:-1], cells[-1].rjust(widths[-1])]).rstrip())
-    return "\n".join(lines)
-
-
-def _shortened(text: str, room: int) -> str:
-    return text if len(text) <= room else f"{text[: (room - 1) // 2]}…{text[len(text) - room // 2 :]}"
-
-
-def _spread(values: "Sequence[int]") -> str:
-    """ "12 to 340, median 80"; one number where all are equal."""
-    import numpy as np
-
-    low, middle, high = np.min(values), np.median(values), np.max(values)
-    return f"{low:,} to {high:,}, median {middle:,.0f}" if low < high else f"{low:,}"
-
-
-def _counted(number: int, one: str) -> str:
-    from fedmom.config.numbers import counted
-
-    return counted(number, one)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 0.0995:
-        return f"{1000 * seconds:.2g} ms" if seconds >= 0.001 else "under 1 ms"
-    for length, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
-
-
-def _size(number: float) -> str:
-    from fedmom.results.tables import byte_unit
-
-    by, unit = byte_unit(number)
-    return f"{number / by:.3g} {unit}"

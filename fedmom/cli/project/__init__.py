@@ -1,1 +1,0 @@
-"""A project that `fedmom new` writes: the files as they are, and who writes them."""
