@@ -188,7 +188,7 @@ def ls(
     fedmom ls
 
     A sweep is one row, with its best run's result; --all shows its runs. Piped, the columns are separated by tabs, the
-    first is the folder's path, and there is no header.
+    first is the folder's path, the last why a run is not done, and there is no header.
     """
     from fedmom.records.listing import list_runs
 
@@ -205,12 +205,15 @@ def ls(
     shown = [one for row in rows for one in [row, *(row.runs if every else ())]]
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         for row in shown:
-            print("\t".join([str(row.folder), *_cells(row)]))
+            print("\t".join([str(row.folder), *_cells(row), "" if row.status == "done" else row.reason]))
         return DONE
     names = {id(run): f"  {run.name}" for row in rows for run in row.runs}
     table = [["run", "status", "rounds", "result", "when"]]
     table += [[names.get(id(row)) or row.name or str(row.folder), *_cells(row)] for row in shown]
     print(fitted(table, line_width()))
+    for row in shown:
+        if row.status == "broken":
+            print(f"{row.folder}: broken: {row.reason}")
     if trouble := next((row for row in shown if row.status in _GO_ON and row.folder.is_dir()), None):
         print(f"\na run goes on with: fedmom run --resume {shlex.quote(str(trouble.folder))}")
     return DONE

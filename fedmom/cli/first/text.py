@@ -8,6 +8,7 @@ from rich.console import Console
 
 _LABEL = 10  # characters of the column that says what a line is about
 _NARROWEST = 40
+_FEWEST = 4  # characters of a table's first column
 
 
 def line_width() -> int | None:
@@ -26,18 +27,18 @@ def filled(label: str, text: str, width: int | None) -> str:
 
 
 def fitted(rows: Sequence[Sequence[str]], width: int | None) -> str:
-    """Columns to the left, the last one to the right; the widest words of the first two give way, in their middle."""
+    """Columns to the left, the last one to the right; a first word without room beside the others stands above them."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
-        place = max(range(2), key=lambda place: widths[place])
-        if widths[place] <= 8:
-            break
-        widths[place] -= 1
+    if width is not None:
+        rest = sum(widths[1:]) + 2 * (len(widths) - 1)
+        widths[0] = max(min(widths[0], width - rest), min(widths[0], _FEWEST))
     lines = []
-    for row in rows:
-        cells = [_shortened(cell, room) for cell, room in zip(row, widths, strict=True)]
-        padded = [cell.ljust(room) for cell, room in zip(cells, widths, strict=True)]
-        lines.append("  ".join([*padded[:-1], cells[-1].rjust(widths[-1])]).rstrip())
+    for first, *others, last in rows:
+        if len(first) > widths[0]:
+            lines.append(_shortened(first, width or len(first)))
+            first = ""
+        padded = [cell.ljust(room) for cell, room in zip((first, *others), widths, strict=False)]
+        lines.append("  ".join([*padded, last.rjust(widths[-1])]).rstrip())
     return "\n".join(lines)
 
 
