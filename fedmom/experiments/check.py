@@ -31,7 +31,7 @@ from fedmom.method.state import ClientState, num_bytes
 from fedmom.records.folder import RunFolder
 from fedmom.rounds.loop import Plan, Record, beginning, chosen_clients, round_job, run_rounds
 from fedmom.rounds.round import Backend
-from fedmom.runs.execute import run_warnings
+from fedmom.runs.cautions import cautions
 from fedmom.tasks.classification import Classification
 from fedmom.tasks.task import Task
 from fedmom.user_code import blamed
@@ -124,7 +124,7 @@ def check_config(
     del found["start"]
     return Checked(
         config=with_choices(config, {**backend.settled, "engine.workers": config.engine.workers}),
-        notes=[*resolved.notes, *run_warnings(config, task, plan), *backend.notes],
+        notes=[*resolved.notes, *cautions(config, task, plan), *backend.notes],
         data=_data(task) if isinstance(task, Classification) else None,
         layers=layers,
         kinds=kinds,

@@ -119,15 +119,15 @@ def _sweep(folder: Path, runs: Sequence[Row]) -> Row:
 
 
 def _row(folder: Path, name: str) -> Row:
+    status = read_status(folder)
     try:
         text = (folder / CONFIG).read_text(encoding="utf-8")
     except FileNotFoundError:
         text = ""  # a run that is just beginning, or was cut off before
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "no text"
-        return _broken(folder, name, f"{CONFIG} cannot be read: {why}")
+        return _broken(folder, name, f"{CONFIG} cannot be read: {why}", status)
     wanted = _NUM_ROUNDS.search(text)
-    status = read_status(folder)
     measure, value, last = _reached(from_the_end(folder))
     if not wanted and status.status != "running":
         return _broken(folder, name, f"{CONFIG} {'says no run.num-rounds' if text else 'is missing'}", status)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fedmom.cli.first.text import age_of, duration, filled, fitted, line_width, size_of, spread_of
+from fedmom.cli.first.text import age_of, duration, filled, line_width, listed_out, size_of, spread_of
 from fedmom.cli.options import DIVERGED, DONE, Sets
 from fedmom.config.numbers import counted
 from fedmom.errors import DivergedError, InputError
@@ -68,7 +68,7 @@ def check(
     for label, text in _about_run(found, config):
         print(filled(label, text, width))
     if found.layers:
-        print("\n" + fitted(_layer_rows(found), width) + "\n")
+        print("\n" + listed_out(_layer_rows(found), width) + "\n")
     for label, text in _about_steps(found):
         print(filled(label, text, width))
     again = " ".join(f"--set {shlex.quote(one)}" for one in sets or ())
@@ -210,7 +210,7 @@ def ls(
     names = {id(run): f"  {run.name}" for row in rows for run in row.runs}
     table = [["run", "status", "rounds", "result", "when"]]
     table += [[names.get(id(row)) or row.name or str(row.folder), *_cells(row)] for row in shown]
-    print(fitted(table, line_width()))
+    print(listed_out(table, line_width()))
     for row in shown:
         if row.status == "broken":
             print(f"{row.folder}: broken: {row.reason}")
@@ -237,5 +237,5 @@ def _cells(row: "Row") -> list[str]:
 
 def _result(measure: "Measure", value: float) -> str:
     """ "test loss 0.1142", "test accuracy 96.90 %"."""
-    title, percent, _ = measure.title.partition(" (%)")
-    return f"{title} {measure.factor * value:{measure.digits}}{percent and ' %'}"
+    title, unit = measure.title.removesuffix(" (%)"), " %" if measure.factor == 100 else ""
+    return f"{title} {measure.factor * value:{measure.digits}}{unit}"

@@ -26,7 +26,7 @@ def filled(label: str, text: str, width: int | None) -> str:
     return "\n".join(f"{start if not number else ' ' * _LABEL}{line}" for number, line in enumerate(lines))
 
 
-def fitted(rows: Sequence[Sequence[str]], width: int | None) -> str:
+def listed_out(rows: Sequence[Sequence[str]], width: int | None) -> str:
     """Columns to the left, the last one to the right; a first word without room beside the others stands above them."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if width is not None:
