@@ -47,6 +47,9 @@ COMMANDS = [
     "datasets",
     "models",
     "keys",
+    "new",
+    "check",
+    "ls",
 ]
 ENGINE = '[engine]\ndevice = "cpu"\npath = "vmap"\nchunk-size = 2\nthreads = 1\n'
 QUADRATIC = '[data]\ndataset = "quadratic"\n[algorithm]\nlr = 0.05\nnum-local-steps = 2\n[run]\nnum-rounds = 4\n'
