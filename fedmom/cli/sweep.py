@@ -1,5 +1,6 @@
 """The command that runs many: `fedmom sweep`."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +17,9 @@ from fedmom.experiments import sweep as sweeps
 from fedmom.experiments.crew import Cell, CellEnded
 from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
 from fedmom.machine.files import at_home
+from fedmom.machine.output import terminal_width
 from fedmom.results import tables
-from fedmom.results.ranking import best_table, metric_of
+from fedmom.results.ranking import metric_of, one_data_set, rankings
 from fedmom.runs.trackers import make_trackers
 
 Grid = Annotated[
@@ -89,8 +91,11 @@ def sweep(
         how = f"the same command goes on from {folder}"
         return exit_status("interrupted", f"interrupted, {done} of {len(cells)} runs are done; {how}")
     if metric:
-        print(tables.as_text(*best_table(ended, folder, metric)))
+        for setting, header, rows in rankings(ended, folder, metric):
+            print("\n".join([*filter(None, [setting]), tables.fitted(header, rows, terminal_width()), ""]))
     print(folder)
+    if metric:
+        print(f"next: fedmom {'compare' if one_data_set(cells) else 'report'} {shlex.quote(str(folder))}")
     worst = [EXIT_STATUS[one.status] for one in ended if one.status != "done"]
     return max(worst, default=DONE)
 

@@ -134,3 +134,11 @@ def parse_table(key: str, text: str) -> tuple[tuple[float, ...], ...]:
 def counted(number: int, one: str, several: str = "") -> str:
     """A number of things in words: `several` ("replies") where it is not `one` ("reply"), whose plural takes an s."""
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
+PERCENT = ".1f"  # how every accuracy is written, in tables, pictures, pages, bars and views: 100 times the share
+
+
+def percent(share: float) -> str:
+    """0.973 as "97.3 %"."""
+    return f"{100 * share:{PERCENT}} %"

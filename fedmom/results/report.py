@@ -12,8 +12,8 @@ from fedmom.results.comparison import end_sheet, run_sheets
 from fedmom.results.groups import alone
 from fedmom.results.pictures import curves as pictures
 from fedmom.results.reading import Run
-from fedmom.results.sheets import sheet_markdown, written_out
-from fedmom.results.tables import MISSING, as_text
+from fedmom.results.sheets import Sheet, sheet_markdown, sheet_text, written_out
+from fedmom.results.tables import MISSING, fitted
 from fedmom.rounds.loop import Record
 from fedmom.user_code import one_line
 
@@ -40,18 +40,33 @@ def finished(folder: Path, rounds: Sequence[Record], width: int | None = None) -
 
     width: of the terminal, in characters; a table that is wider stands upright.
     """
-    lines, curves = [], folder / "curves.png"
+    lines, curves = list[str](), folder / "curves.png"
     if rounds:
         run = Run(folder.name, folder, thinned(rounds))
         draw_or_say_why(lambda: pictures.draw_curves([run], curves))
         header, (row,) = written_out(end_sheet(alone([run]), of_runs=True))
-        text = as_text(header, [row])
-        if width is not None and len(text.partition("\n")[0]) > width:
-            text = as_text(header[:1] + row[:1], [list(pair) for pair in zip(header[1:], row[1:], strict=True)])
-        lines.append(text)
+        lines.append(fitted(header, [row], width))
         if curves.exists():
             lines.append(f"curves: {curves}")
     return [*lines, str(folder)]
+
+
+def in_short(sheet: Sheet, width: int | None) -> str:
+    """What a command prints of a table that a file holds whole: who, how many seeds, what was reached, and in how long.
+
+    Lines have at most `width` characters; None: as many as they need.
+    """
+    kept = [
+        at for at, one in enumerate(sheet.columns) if one.digits or one.title in ("run", "seeds", "rounds", "seconds")
+    ]
+    rows = [[row[at] for at in kept] for row in sheet.rows]
+    return sheet_text(sheet._replace(columns=[sheet.columns[at] for at in kept], rows=rows, note="", title=""), width)
+
+
+def next_command(text: str, width: int | None) -> list[str]:
+    """["next: fedmom compare runs/x"], for a terminal, where it fits into a line."""
+    line = f"next: {text}"
+    return [line] if width is not None and len(line) <= width else []
 
 
 def draw_or_say_why(draw: Callable[[], object], what: str = "picture") -> bool:

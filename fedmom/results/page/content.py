@@ -134,7 +134,7 @@ def _table(sheet: Sheet) -> dict[str, Any]:
     for row in sheet.rows:
         cells = []
         for cell, column in zip(row, sheet.columns, strict=True):
-            cells.append({"text": written(cell, column.digits), "value": _sorted_by(cell)})
+            cells.append({"text": written(cell, column.digits, column.unit), "value": _sorted_by(cell)})
         rows.append(cells)
     return {
         "name": sheet.name,
