@@ -3,24 +3,18 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from fedmom.cli.options import BAD_INPUT, DONE
-from fedmom.cli.watch import watch as watch_folder
 from fedmom.errors import InputError, unknown
 from fedmom.machine.output import terminal_width
-from fedmom.results.compare import default_out, draw_figures, where_the_rest_is, write_tables
-from fedmom.results.comparison import all_sheets, end_sheet, parse_target, usual_targets
-from fedmom.results.groups import check_counted, check_fit, counted_of, group_runs, of_groups, rivals
-from fedmom.results.page import write_page
-from fedmom.results.ranking import results as results_of
-from fedmom.results.reading import collect
-from fedmom.results.report import draw_or_say_why, draw_report, in_short
-from fedmom.results.sheets import FORMATS, sheet_text
-from fedmom.results.tables import wrapped
+
+if TYPE_CHECKING:
+    from fedmom.results.groups import Group
+    from fedmom.results.reading import Run
 
 Unfinished = Annotated[
     bool, typer.Option("--unfinished", help="Count runs that are not finished too, as far as they got.")
@@ -39,7 +33,7 @@ def compare(
         ),
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", metavar="|".join(FORMATS), help="How the tables are printed.")
+        str, typer.Option("--format", metavar="text|markdown|csv|latex", help="How the tables are printed.")
     ] = "text",
     out: Annotated[
         Path | None,
@@ -60,17 +54,35 @@ def compare(
 
     Runs that are not finished (interrupted, diverged, at work) are left out: "2 of 3" seeds, and a line says which.
     """
+    from fedmom.results.compare import default_out
+    from fedmom.results.sheets import FORMATS
+
     if form not in FORMATS:
         raise unknown("--format", form, FORMATS)
     target = out or default_out(folders)
     if target.exists() and not target.is_dir():
         raise InputError(f"--out {target}: is a file; name a folder")
+    _compare(folders, targets or (), form, target, unfinished)
+    return DONE
+
+
+def _compare(folders: Sequence[Path], targets: Sequence[str], form: str, out: Path, unfinished: bool) -> None:
+    """Print the tables, and write them and the figures into `out`."""
+    from fedmom.results.compare import draw_figures, where_the_rest_is, write_tables
+    from fedmom.results.comparison import all_sheets, parse_target, usual_targets
+    from fedmom.results.groups import check_counted, check_fit, counted_of, group_runs, of_groups, rivals
+    from fedmom.results.ranking import results as results_of
+    from fedmom.results.reading import collect
+    from fedmom.results.report import draw_or_say_why
+    from fedmom.results.sheets import FORMATS, sheet_text
+    from fedmom.results.tables import wrapped
+
     runs, notes = collect(folders)
     groups = group_runs(runs, unfinished=unfinished)
     check_counted(groups)
     check_fit(groups)
     counted = counted_of(groups)
-    wanted = [parse_target(text, counted) for text in targets or ()] or usual_targets(counted_of(rivals(groups)))
+    wanted = [parse_target(text, counted) for text in targets] or usual_targets(counted_of(rivals(groups)))
     sheets = all_sheets(groups, wanted)
     _tell([*notes, *of_groups(groups)])
     width = terminal_width()
@@ -81,11 +93,10 @@ def compare(
     else:
         print("\n\n".join(map(FORMATS[form], sheets)), flush=True)
     pictures: list[Path] = []
-    draw_or_say_why(lambda: pictures.extend(draw_figures(groups, wanted, target)))
-    write_tables(sheets, pictures, target)
+    draw_or_say_why(lambda: pictures.extend(draw_figures(groups, wanted, out)))
+    write_tables(sheets, pictures, out)
     if form == "text":
-        print("\n" + "\n".join(where_the_rest_is(sheets[len(first) :], pictures, target, width)))
-    return 0
+        print("\n" + "\n".join(where_the_rest_is(sheets[len(first) :], pictures, out, width)))
 
 
 def _tell(notes: Sequence[str]) -> None:
@@ -114,6 +125,9 @@ def report(
 
     Runs that are not finished (interrupted, diverged, at work) are left out, and a line says which.
     """
+    from fedmom.results.groups import check_counted, group_runs
+    from fedmom.results.reading import collect
+
     one = folders[0] if len(folders) == 1 else None
     page_alone = out is not None and out.suffix.lower() in (".html", ".htm")
     target = out or one or Path("report")
@@ -123,11 +137,22 @@ def report(
     runs, notes = collect(folders)
     groups = group_runs(runs, unfinished=unfinished)
     check_counted(groups)
-    counted = counted_of(groups)
-    told = of_groups(groups)
-    shown = [run for run in runs if run in counted]  # in the order in which they were named
     _tell(notes)
-    width = terminal_width()
+    return DONE if _report(runs, groups, notes, target, page_alone) else BAD_INPUT  # the page is what was asked for
+
+
+def _report(
+    runs: Sequence["Run"], groups: Sequence["Group"], notes: Sequence[str], target: Path, page_alone: bool
+) -> bool:
+    """Print what came out and write the files, saying where they are; whether there is a page."""
+    from fedmom.results.comparison import end_sheet, usual_targets
+    from fedmom.results.groups import counted_of, of_groups, rivals
+    from fedmom.results.page import write_page
+    from fedmom.results.ranking import results as results_of
+    from fedmom.results.report import draw_or_say_why, draw_report, in_short
+    from fedmom.results.tables import wrapped
+
+    counted, told, width = counted_of(groups), of_groups(groups), terminal_width()
     print("\n".join(wrapped(line, width) for line in results_of(groups)))
     print(in_short(end_sheet(groups), width))
     for line in told:
@@ -135,17 +160,15 @@ def report(
     print(flush=True)
     if not page_alone:
         paths = dict[str, Path]()
+        shown = [run for run in runs if run in counted]  # in the order in which they were named
         draw_or_say_why(lambda: paths.update(draw_report(shown, target, told)))
         for what, name in (("picture", "curves"), ("tables", "report")):
             if name in paths:
                 print(f"{what}: {paths[name]}")
-    page = target if page_alone else target / "report.html"
-    notes = [*notes, *told]
-    drawn = draw_or_say_why(
-        lambda: print("page:", write_page(groups, usual_targets(counted_of(rivals(groups))), page, notes=notes)),
-        what="page",
+    page, targets = target if page_alone else target / "report.html", usual_targets(counted_of(rivals(groups)))
+    return draw_or_say_why(
+        lambda: print("page:", write_page(groups, targets, page, notes=[*notes, *told])), what="page"
     )
-    return DONE if drawn else BAD_INPUT  # the page is what was asked for
 
 
 def watch(
@@ -162,5 +185,7 @@ def watch(
     Reads the folder's files alone: the run may be another process's, a container's, or another machine's on a shared
     disk. With --track a run that knows nothing of a tracker is told to it, from its first round on.
     """
+    from fedmom.cli.watch import watch as watch_folder
+
     watch_folder(folder, Console(highlight=False), once=once, trackers=track or ())
     return 0
