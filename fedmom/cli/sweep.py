@@ -1,6 +1,5 @@
 """The command that runs many: `fedmom sweep`."""
 
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -68,8 +67,7 @@ def sweep(
     from fedmom.config.load import load
     from fedmom.experiments import sweep as sweeps
     from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
-    from fedmom.results import tables
-    from fedmom.results.ranking import one_data_set, rankings
+    from fedmom.results.ranking import told
     from fedmom.runs.trackers import make_trackers
 
     if bool(grid) == bool(file):
@@ -92,12 +90,7 @@ def sweep(
         done = sum(one.status == "done" for one in ended)
         how = f"the same command goes on from {folder}"
         return exit_status("interrupted", f"interrupted, {done} of {len(cells)} runs are done; {how}")
-    if metric:
-        for setting, header, rows in rankings(ended, folder, metric):
-            print("\n".join([*filter(None, [setting]), tables.fitted(header, rows, terminal_width()), ""]))
-    print(folder)
-    if metric:
-        print(f"next: fedmom {'compare' if one_data_set(cells) else 'report'} {shlex.quote(str(folder))}")
+    print("\n".join(told(ended, folder, metric, terminal_width())) if metric else folder)
     worst = [EXIT_STATUS[one.status] for one in ended if one.status != "done"]
     return max(worst, default=DONE)
 

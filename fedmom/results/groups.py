@@ -131,7 +131,8 @@ def _is_pooled(runs: Sequence[Run]) -> list[bool]:
     """Which runs are of a pooled (centralised) model: N = 1, the data set and the model of the runs of many clients.
 
     Where N itself varies, over two values above 1 or more, N = 1 is the smallest of them, as in the paper's speedup. A
-    quadratic's one client has another objective, and one of `local` the files of one node.
+    quadratic's one client has another objective, and where clients bring their own data one has
+    a part of them.
     """
 
     def task(run: Run) -> list[Scalar]:
@@ -144,8 +145,8 @@ def _is_pooled(runs: Sequence[Run]) -> list[bool]:
     return [
         run.settings["data.num-clients"] == 1
         and task(run) in tasks
-        and run.settings["data.dataset"] != "local"
-        and task_kind(run.settings["data.dataset"]).has_examples
+        and (kind := task_kind(run.settings["data.dataset"])).has_examples
+        and not kind.own_data
         for run in runs
     ]
 

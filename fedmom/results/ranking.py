@@ -1,5 +1,6 @@
 """Which of several groups is the best, and whether the seeds can tell: a sweep's ranks, and a sentence of result."""
 
+import shlex
 from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import NamedTuple
 
 from fedmom.config.keys import Scalar
 from fedmom.config.numbers import counted
-from fedmom.experiments.crew import Cell, CellEnded
+from fedmom.experiments.crew import CellEnded
 from fedmom.records.history import read_rounds
 from fedmom.results.groups import Group, data_setting, rivals, said
 from fedmom.results.sheets import stat, written
-from fedmom.results.tables import MEASURES, MISSING, Measure, finite, number
+from fedmom.results.tables import MEASURES, MISSING, Measure, finite, fitted, number
 
 # Student's t, two-sided 95 %, for 1, 2, … degrees of freedom; 2 from 10 on is near enough.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -59,9 +60,13 @@ def rankings(ended: Sequence[CellEnded], out: Path, metric: str) -> list[Ranking
     ]
 
 
-def one_data_set(cells: Sequence[Cell]) -> bool:
-    """Whether `fedmom compare` would take all of them."""
-    return len({cell.sets.get("data.dataset") for cell in cells}) == 1
+def told(ended: Sequence[CellEnded], out: Path, metric: str, width: int | None) -> list[str]:
+    """What a sweep ends with: its rankings in lines of at most `width` characters, its folder, and what comes next."""
+    lines = list[str]()
+    for setting, header, rows in rankings(ended, out, metric):
+        lines += [*filter(None, [setting]), fitted(header, rows, width), ""]
+    one_data_set = len({one.cell.sets.get("data.dataset") for one in ended}) == 1  # else `fedmom compare` refuses them
+    return [*lines, str(out), f"next: fedmom {'compare' if one_data_set else 'report'} {shlex.quote(str(out))}"]
 
 
 def _words(settings: dict[str, Scalar]) -> str:

@@ -70,7 +70,7 @@ def _method(same: Mapping[str, Scalar], policies: Sequence[str]) -> list[str]:
     name = same.get("algorithm.name")
     if not name:
         return []
-    if len(policies) == 1 and policies[0] == "average":
+    if len(policies) == 1 and MOMENTUM_POLICIES[policies[0]].sends_momentum:
         return [f"{name}: {ALGORITHMS[str(name)].summary}"]
     between = "; ".join(f"{policy}: {MOMENTUM_POLICIES[policy].summary}" for policy in policies)
     differs = "what becomes of the momentum between rounds differs" if len(policies) > 1 else "momentum"
