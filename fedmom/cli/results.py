@@ -160,8 +160,9 @@ def _report(
     print(flush=True)
     if not page_alone:
         paths = dict[str, Path]()
+        of_seeds = groups if any(len(group.runs) > 1 for group in groups) else ()
         shown = [run for run in runs if run in counted]  # in the order in which they were named
-        draw_or_say_why(lambda: paths.update(draw_report(shown, target, told)))
+        draw_or_say_why(lambda: paths.update(draw_report(shown, target, told, of_seeds)))
         for what, name in (("picture", "curves"), ("tables", "report")):
             if name in paths:
                 print(f"{what}: {paths[name]}")

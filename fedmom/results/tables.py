@@ -139,7 +139,7 @@ def wrapped(text: str, width: int | None) -> str:
     """A sentence in lines of at most `width` characters (None: in one), broken between words alone."""
     if width is None:
         return text
-    for together in (" %", " ± ", " = ", " ≥ ", " ≤ "):
+    for together in (" %", " ± ", " = ", " seed", " ≥ ", " ≤ "):
         text = text.replace(together, together.replace(" ", "\xa0"))
     return textwrap.fill(text, max(width, 20), break_long_words=False, break_on_hyphens=False).replace("\xa0", " ")
 

@@ -384,7 +384,7 @@ LEFT = ("interrupted, 4", "diverged, 3", "older (2", "refused, 0", "empty (0")
 
 def test_numbers_are_of_finished_runs_alone_and_every_format_says_so(mixed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fedmom.results.compare.draw_figures", lambda *_: [])
-    monkeypatch.setattr(curves, "draw_curves", lambda runs, path, notes: path.parent.mkdir())
+    monkeypatch.setattr(curves, "draw_groups", lambda groups, path, notes: path.parent.mkdir())
     monkeypatch.setattr(content, "partitions", lambda groups: [])
     groups = groups_of(mixed)
     assert [group.seeds for group in groups] == ["2", "2 of 7"]

@@ -150,7 +150,7 @@ def test_the_page_says_how_to_run_it_again(page, sweep):
 def test_the_command_writes_a_page_alone_or_a_folder(sweep, capsys, monkeypatch):
     from fedmom.results.pictures import curves
 
-    monkeypatch.setattr(curves, "draw_curves", lambda runs, path: path.write_text(""))
+    monkeypatch.setattr(curves, "draw_groups", lambda groups, path, notes: path.write_text(""))
     assert main.call(["report", str(sweep), "--out", str(sweep / "new" / "x.html")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"page: {sweep / 'new' / 'x.html'}"
     assert [path.name for path in (sweep / "new").iterdir()] == ["x.html"]

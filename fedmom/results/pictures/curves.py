@@ -113,6 +113,15 @@ def draw_curves(runs: Sequence[Run], path: Path, notes: Sequence[str] = ()) -> N
     save_picture(draw_grid(groups, measures or MEASURES[:1], COSTS, labels, "\n".join(notes), train=True), path)
 
 
+def draw_groups(groups: Sequence[Group], path: Path, notes: Sequence[str] = ()) -> None:
+    """PNG of groups: `draw_curves` of means over seeds, with bands of their deviations."""
+    runs = counted_of(rivals(groups))
+    measures = [m for m in (*MEASURES, CONSENSUS) if any(finite(run.rounds, m.key) for run in runs)]
+    labels = _legend_names([group.title for group in groups if group.runs])
+    note = "\n".join(["mean ± standard deviation over seeds", *notes])
+    save_picture(draw_grid(groups, measures or MEASURES[:1], COSTS, labels, note), path)
+
+
 def draw_grid(
     groups: Sequence[Group],
     measures: Sequence[Measure],
