@@ -40,11 +40,14 @@ quickstart: setup
 
 SWEEP := runs/comparison
 
+# And what one client with all data reaches, by steps of 20 times as many examples, so in as many joint epochs.
 comparison: setup
 	$(BIN)/fedmom sweep configs/comparison.toml --grid algorithm.num-local-steps=1,4,16 \
 		--grid algorithm.momentum-policy=average,local,reset --seeds 3 --workers 2 --out $(SWEEP)
-	$(BIN)/fedmom compare $(SWEEP)
-	$(BIN)/fedmom report $(SWEEP)
+	$(BIN)/fedmom sweep configs/comparison.toml --grid data.num-clients=1 --set data.batch-size=640 --seeds 3 \
+		--out $(SWEEP)-pooled
+	$(BIN)/fedmom compare $(SWEEP) $(SWEEP)-pooled --out $(SWEEP)/comparison
+	$(BIN)/fedmom report $(SWEEP) $(SWEEP)-pooled --out $(SWEEP)
 
 site: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
