@@ -1,5 +1,6 @@
 """The user's own code by name: "package.module:function" in a config becomes the function; whose an error is."""
 
+import difflib
 import importlib
 import inspect
 import os
@@ -33,11 +34,17 @@ def load_object(key: str, spec: str) -> Any:
             module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            looked = f"looked in {os.getcwd()} and on sys.path"
+            looked = (
+                f"looked in {os.getcwd()} and on sys.path; start fedmom where {module_name.partition('.')[0]}.py is"
+            )
             raise InputError(f"{start}: no module named {error.name!r} ({looked})") from error
         raise InputError(f"{start}: importing {module_name!r} raised {one_line(error)}") from error
     if not hasattr(module, function_name):
-        raise InputError(f"{start}: module {module_name!r} has no attribute {function_name!r}")
+        near = difflib.get_close_matches(
+            function_name, [name for name in vars(module) if not name.startswith("_")], n=1
+        )
+        hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
+        raise InputError(f"{start}: module {module_name!r} has no attribute {function_name!r}{hint}")
     function = getattr(module, function_name)
     if not callable(function):
         raise InputError(f"{start}: is not a function but of type {type(function).__name__}")

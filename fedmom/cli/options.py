@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -93,10 +94,12 @@ def heed_signals() -> None:
 
 def show_run(folder: Path, rounds: Sequence["Record"], console: Console, *, quiet: bool) -> None:
     """Draw the curves, print the table, and say where everything is; `quiet`: only that."""
-    from fedmom.results.report import finished
+    from fedmom.results.report import finished, next_command
 
-    lines = finished(folder, rounds, console.width if console.is_terminal else None)
-    for line in lines[-1:] if quiet else lines:
+    width = console.width if console.is_terminal else None
+    lines = finished(folder, rounds, width)
+    follows = next_command(f"fedmom report {shlex.quote(str(folder))}", width)
+    for line in lines[-1:] if quiet else [*lines, *follows]:
         console.print(line, soft_wrap=True, markup=False)
 
 
