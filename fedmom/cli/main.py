@@ -188,7 +188,7 @@ def simulate_flower_app(
 
     fedmom simulate-app path/to/app --num-clients 1000 --num-actors 4 --set num-server-rounds=10
 
-    Apps of Flower's message API (1.41, 1.42) run as under `flwr run`, but a message costs about a millisecond, an actor that
+    Apps of Flower's message API run as under `flwr run`, but a message costs about a millisecond, an actor that
     dies is replaced and its message tried again, and a client that fails is an error reply that the app sees.
     """
     from fedmom.actors.cluster import PoolOptions

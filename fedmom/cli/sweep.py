@@ -52,7 +52,7 @@ def sweep(
     sets: Sets = None,
     out: Folders = None,
     workers: Annotated[
-        int, typer.Option("--workers", help="Number of runs at a time, each in its own process.", min=1)
+        int, typer.Option("--workers", help="Runs at a time, each in its process.", min=1)
     ] = 1,
     ray: OnRay = "",
     some: Some = 0,
