@@ -1,7 +1,6 @@
 """`fedmom bench`: how fast a configuration runs here, how near to what the device can do, and where the time goes."""
 
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from fedmom.config.resolve import with_choices
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.timings import now
+from fedmom.machine.memory import most_bytes
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
@@ -96,7 +96,7 @@ def bench(
         _flops(task, start.state),
         _bytes(task, backend, start.state, round_job(task, plan, start)),
         *peaks(device, getattr(torch, config.run.dtype)),
-        _memory(device),
+        float(most_bytes(device)),
         shares,
     )
 
@@ -161,12 +161,6 @@ def _bytes(task: Task, rounds: Backend, start: ClientState, job: Any) -> float:
     # What is kept for backward includes the weights themselves.
     kept = max(0, task.activation_bytes(start) - num_bytes(start.params))
     return 8 * num_bytes(weights) + 5 * kept + extra
-
-
-def _memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _shares(run: Callable[[], Any], device: torch.device) -> dict[str, float]:

@@ -14,8 +14,6 @@ from fedmom.config.load import flat, load, replace, to_toml
 from fedmom.config.resolve import Resolved, resolve, with_choices
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
 from fedmom.machine.files import write_text
-from fedmom.method.algorithms import MOMENTUM_POLICIES
-from fedmom.method.state import num_bytes
 from fedmom.records.environment import environment
 from fedmom.records.files import CONFIG, ENVIRONMENT
 from fedmom.records.folder import RunFolder
@@ -26,6 +24,7 @@ from fedmom.records.status import Heart, read_status
 from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Record, RunState, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback, Interrupts, Result, Start, interrupts_held
+from fedmom.runs.cautions import cautions
 from fedmom.tasks.task import Task
 from fedmom.user_code import blamed, one_line
 
@@ -108,7 +107,7 @@ class _Run:
     ) -> None:
         self.config, self.task, self.plan, self.backend = config, task, plan, backend
         self.folder, self.callbacks = folder, callbacks
-        self.warnings = [*overruled, *_warnings(config, task, plan)]
+        self.warnings = [*overruled, *cautions(config, task, plan)]
         self.notes = [*self.warnings, *backend.notes]
         self.identity = identity_of(config, task)
         self.stamp = self.identity.stamp
@@ -268,24 +267,3 @@ class _Run:
         path = self.folder.path if self.folder else None
         model = self.task.state_dict(state)
         return Result(status, self.rounds.settled(), model, state.momentum, self.config, path, message)
-
-
-def _warnings(config: Config, task: Task, plan: Plan) -> list[str]:
-    """What a user should know before a run: memory that grows with N, a mean that is not the paper's."""
-    notes = list(plan.topology.warnings) if plan.topology else []
-    policy = config.algorithm.momentum_policy
-    if plan.topology is not None:
-        size = len(task.sizes) * sum(map(num_bytes, task.start())) / 1e6
-        if size > 1000:
-            notes.append(
-                f"d-sgd-m keeps x and u of all {len(task.sizes)} clients: {size:,.0f} MB, three times in a round"
-            )
-    elif MOMENTUM_POLICIES[policy].keeps_rows:
-        size = len(task.sizes) * num_bytes(task.start().momentum) / 1e6
-        notes.append(
-            f"momentum-policy {policy!r} keeps u of all {len(task.sizes)} clients: {size:,.1f} MB, "
-            "and several times that while a round is under way"
-        )
-    if plan.local_epochs and len(set(plan.steps_of(task.sizes).tolist())) > 1:
-        notes.append("local-epochs gives clients unequal steps: the mean is not the paper's (num-local-steps is)")
-    return notes

@@ -47,6 +47,9 @@ COMMANDS = [
     "datasets",
     "models",
     "keys",
+    "new",
+    "check",
+    "ls",
 ]
 ENGINE = '[engine]\ndevice = "cpu"\npath = "vmap"\nchunk-size = 2\nthreads = 1\n'
 QUADRATIC = '[data]\ndataset = "quadratic"\n[algorithm]\nlr = 0.05\nnum-local-steps = 2\n[run]\nnum-rounds = 4\n'
@@ -150,7 +153,7 @@ def test_images_are_not_augmented_where_there_are_none(refused):
 def test_every_command_names_what_is_wrong_with_its_configuration(refused, command):
     more = ["--grid", "run.num-rounds=1,2"] if command == "sweep" else []
     refused(["algorithm.lr = 0.0", "> 0"], command, "digits.toml", "--set", "algorithm.lr=0", *more)
-    refused(["no.toml", "no such file", "configs/"], command, "no.toml", *more)
+    refused(["no.toml", "no such file", "quickstart"], command, "no.toml", *more)
     Path("bad.toml").write_bytes(b"[algorithm]\nlr = 1979-05-27\n")
     refused(["bad.toml: algorithm.lr", "must be a number"], command, "bad.toml", *more)
     Path("bad.toml").write_bytes(b'[algorithm]\n"a\\nb" = 1\n')  # a key with a line break in it
