@@ -186,7 +186,7 @@ def test_runs_are_listed_the_newest_first_whatever_became_of_them(fed, in_tmp):
     assert cells["many"][:3] == ["2 done, 1 not begun", "80/80", "best 90.0 %"]
     assert cells["nan"][:3] == ["diverged", "0/40", ""]
     assert cells["cut"][:3] == ["interrupted", "12/40", "loss 3"]
-    assert cells["old"][:3] == ["done", "40/40", "50.00 %"]
+    assert cells["old"][:3] == ["done", "40/40", "50.0 %"]
     for name, reason in {
         "no-config": "config.toml is missing",
         "no-rounds": "has no line",
