@@ -196,7 +196,7 @@ def test_runs_are_listed_the_newest_first_whatever_became_of_them(fed, in_tmp):
         assert reason in cells[name][-1]
     assert len(fed("ls", "--all")[1].splitlines()) == 10
     assert [line.split("\t")[1] for line in fed("ls", runs / "many")[1].splitlines()] == ["done", "done", "not begun"]
-    assert fed("ls", runs / "old")[1].startswith(f"{runs / 'old'}\tdone\t40/40\t50.00 %")
+    assert fed("ls", runs / "old")[1].startswith(f"{runs / 'old'}\tdone\t40/40\t50.0 %")
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
