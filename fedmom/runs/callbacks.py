@@ -27,6 +27,8 @@ class Start(NamedTuple):
     first_round: int  # 1, or the first after a checkpoint
     client_steps: int  # per round, of all clients together
     notes: tuple[str, ...]  # what was overruled, chosen or should be known
+    details: tuple[str, ...] = ()  # of what was chosen, for whoever asks
+    rounds: Sequence[Record] = ()  # those of a resumed run that are done
 
 
 class Callback:
@@ -35,14 +37,20 @@ class Callback:
     # Whether `on_round` looks at the state. Where clients hold the rows (Algorithm 2 on Ray), it must be brought here.
     wants_state = True
 
-    def on_start(self, start: Start) -> None:
-        """Once, before the first round."""
+    def on_prepare(self, what: str) -> None:
+        """Before on_start, at the beginning of something that may take seconds: "reading the data"."""
+
+    def on_start(self, start: Start) -> str | None:
+        """Once, before the first round. A text ends the run there and is its reason, as of on_round."""
 
     def on_steps(self, client_steps: int) -> None:
         """Within a round: so many more client-steps are done."""
 
-    def on_round(self, record: Record, state: ClientState) -> None:
-        """After every round: its line of rounds.jsonl, and x̂, û and the buffers."""
+    def on_round(self, record: Record, state: ClientState) -> str | None:
+        """After every round: its line of rounds.jsonl, and x̂, û and the buffers.
+
+        A text ends the run after this round, as done, and is its reason ("the loss stays"); None goes on.
+        """
 
     def on_output(self, node: int, text: str) -> None:
         """In another thread: what the client of a simulated node printed or logged (simulation.show-output)."""

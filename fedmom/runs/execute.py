@@ -73,12 +73,14 @@ def execute(
     are the Result's status, and leave a checkpoint in the folder.
     """
     config, folder, resumed, callbacks = run.resolved.config, run.folder, run.folder is not None, list(callbacks)
-    here = resolve_device(config)
-    with blamed(flat(config)):
-        task = make_task(here) if make_task else build_task(here, here.engine.device)
-        plan = make_plan(config)._replace(compared=resumed)
-        backend = make_backend(config, task, plan)
+    here, backend = resolve_device(config), None
     try:
+        with blamed(flat(config), but=_prepare.__code__):
+            _prepare(callbacks, "reading the data")
+            task = make_task(here) if make_task else build_task(here, here.engine.device)
+            plan = make_plan(config)._replace(compared=resumed)
+            _prepare(callbacks, "choosing how to run")
+            backend = make_backend(config, task, plan)
         if run.out is not None:
             folder = RunFolder.create(run.out)
         config = with_choices(config, backend.settled)
@@ -88,9 +90,15 @@ def execute(
             callback.on_error()
         raise
     finally:
-        backend.close()
+        if backend is not None:
+            backend.close()
         if run.out is not None and folder is not None:
             folder.close()
+
+
+def _prepare(callbacks: Iterable[Callback], what: str) -> None:
+    for callback in callbacks:
+        callback.on_prepare(what)
 
 
 class _Run:
@@ -237,7 +245,8 @@ class _Run:
     def _tell_start(self, done: RunState) -> None:
         per_round = int(round_job(self.task, self.plan, done).num_steps.sum())
         path = self.folder.path if self.folder else None
-        start = Start(self.config, path, done.round + 1, per_round, tuple(self.notes))
+        notes, details = tuple(self.notes), tuple(self.backend.details)
+        start = Start(self.config, path, done.round + 1, per_round, notes, details, self.rounds.settled())
         for callback in self.callbacks:
             callback.on_start(start)
         if not self.callbacks:
