@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fedmom.runs.callbacks import Callback as Callback
     from fedmom.runs.callbacks import Result as Result
     from fedmom.runs.callbacks import Start as Start
+    from fedmom.runs.stopping import EarlyStopping as EarlyStopping
     from fedmom.runs.trackers import Tracked as Tracked
     from fedmom.runs.trackers import Tracker as Tracker
     from fedmom.runs.trackers import Tracking as Tracking
@@ -46,6 +47,7 @@ _HOME = {
     "Config": "fedmom.config.keys",
     "Dataset": "fedmom.data.datasets",
     "DivergedError": "fedmom.errors",
+    "EarlyStopping": "fedmom.runs.stopping",
     "InputError": "fedmom.errors",
     "RayGrid": "fedmom.flower.grid",
     "Result": "fedmom.runs.callbacks",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedmom.config.goals import check_goal
 from fedmom.config.numbers import as_list
 from fedmom.config.strategies import STRATEGIES
 from fedmom.data.batches import AUGMENTATIONS, SAMPLINGS
@@ -153,6 +154,11 @@ class RunConfig:
     seed: int = key(0, "of data split, model, batches, cohorts", at_least(0))
     eval_every: int = key(1, "rounds between two evaluations (the last round always is)", at_least(1))
     eval_clients: int = key(64, "d-sgd-m: clients whose own models are evaluated, evenly spaced; 0: all", at_least(0))
+    stop_at: str = key("", "end the run where this is reached, such as accuracy=0.9 or test_loss=0.5", check_goal)
+    patience: int = key(0, "end the run after so many evaluations without progress; 0: off", at_least(0))
+    min_delta: float = key(0.0, "what an evaluation must be better by, to be progress", at_least(0))
+    monitor: str = key("auto", "what patience and keep-best look at; auto: test accuracy, else the loss")
+    keep_best: bool = key(False, "write best.safetensors, the model of the best evaluation so far")
     checkpoint_every: int = key(10, "rounds between two checkpoints", at_least(1))
     backend: str = key("engine", "who runs the clients", BACKENDS)
     out: str = key("", "the run folder (the command: --out); empty: runs/NAME-TIME")

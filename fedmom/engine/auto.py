@@ -29,7 +29,6 @@ from fedmom.tasks.classification import Classification
 from fedmom.tasks.task import Task
 from fedmom.user_code import one_line
 
-
 # Free memory changes a little from one run to the next, and half of it is left: what fitted once may be taken again.
 _SLACK = 1.25
 
@@ -110,8 +109,8 @@ def choose(
     # How far memory goes changes a little all the time: by powers of 4 it does not.
     asked = [path, chunk_size, wide, own_rows, replays, len(sizes), sizes[-1] == cohort, registry.wanted]
     ways = KnownWays(task, method, start, job, asked, on=remember)
-    known = ways.get()
-    if known and known.chunk_size <= _SLACK * sizes[-1] and _still_good(known, task, method, start, job, path, wide, yardstick):
+    known, most = ways.get(), _SLACK * sizes[-1]
+    if known and known.chunk_size <= most and _still_good(known, task, method, start, job, path, wide, yardstick):
         return Choice(known.path, known.chunk_size, known.measured, trouble, note, kept=known.day)
     begin = time.monotonic()
     rates = Rates(partial(rate, task, method, start, job, replays=replays), path, trouble)

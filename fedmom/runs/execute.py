@@ -3,7 +3,7 @@
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,6 @@ from fedmom.config.load import flat, load, replace, to_toml
 from fedmom.config.resolve import Resolved, resolve, with_choices
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
 from fedmom.machine.files import write_text
-from fedmom.method.algorithms import MOMENTUM_POLICIES
-from fedmom.method.state import num_bytes
 from fedmom.records.environment import environment
 from fedmom.records.files import CONFIG, ENVIRONMENT
 from fedmom.records.folder import RunFolder
@@ -26,6 +24,8 @@ from fedmom.records.status import Heart, read_status
 from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Record, RunState, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback, Interrupts, Result, Start, interrupts_held
+from fedmom.runs.cautions import cautions
+from fedmom.runs.stopping import Watchers, reason_of
 from fedmom.tasks.task import Task
 from fedmom.user_code import blamed, one_line
 
@@ -116,11 +116,12 @@ class _Run:
     ) -> None:
         self.config, self.task, self.plan, self.backend = config, task, plan, backend
         self.folder, self.callbacks = folder, callbacks
-        self.warnings = [*overruled, *_warnings(config, task, plan)]
+        self.warnings = [*overruled, *cautions(config, task, plan)]
         self.notes = [*self.warnings, *backend.notes]
         self.identity = identity_of(config, task)
         self.stamp = self.identity.stamp
         self.rounds = History(folder.path if folder else None)
+        self.watchers = Watchers(config)
         self.heart: Heart | None = None
 
     def go(self, resumed: bool) -> Result:
@@ -140,8 +141,9 @@ class _Run:
         """(how it ended, why, the last state), with the last checkpoint and final.safetensors written."""
         status, message = "done", ""
         try:
-            self._tell_start(done)
-            for new, record in self._steps(done):
+            message = self._tell_start(done)
+            steps = iter(()) if message else self._steps(done)
+            for new, record in steps:
                 with interrupts_held():
                     if self.folder:
                         self.folder.append(record)
@@ -149,6 +151,7 @@ class _Run:
                     done = new
                 if self.heart:
                     self.heart.round = done.round
+                done = self._keep_best(done, record)
                 if self.folder and done.round % self.config.run.checkpoint_every == 0:
                     done = done.gathered()  # others may take long to bring it: Ctrl-C must get through
                     with interrupts_held():
@@ -156,8 +159,8 @@ class _Run:
                         saved = done.round
                 if any(callback.wants_state for callback in self.callbacks):
                     done = done.gathered()
-                for callback in self.callbacks:
-                    callback.on_round(record, done.state)
+                if message := self._tell_round(record, done):
+                    break  # a round that was begun meanwhile is let go
         except DivergedError as error:
             status, message = "diverged", str(error)
         except ClientsFailedError as error:
@@ -184,6 +187,18 @@ class _Run:
         if self.folder and status == "done":
             self.folder.save_final(done, self.stamp)
         return status, message, done
+
+    def _keep_best(self, done: RunState, record: Record) -> RunState:
+        """Before the checkpoint of this round: what a kill leaves between the two is written again."""
+        if self.watchers.add(record) and self.folder and self.config.run.keep_best:
+            done = done.gathered()
+            self._save_best(done)
+        return done
+
+    def _save_best(self, done: RunState) -> None:
+        if self.folder and self.watchers.best:
+            with interrupts_held():
+                self.folder.save_best(done, self.stamp, self.watchers.monitor, self.watchers.best.value)
 
     @staticmethod
     def _gathered(done: RunState, interrupts: Interrupts) -> RunState:
@@ -229,6 +244,9 @@ class _Run:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
             if self.rounds.last:
                 done = done._replace(wall_seconds=float(self.rounds.last["wall_seconds"]))
+            there = self.folder.best_round() if self.config.run.keep_best else 0
+            if self.watchers.again(self.rounds, there) and self.config.run.keep_best:
+                self._save_best(done)
         # Nothing of the folder is changed before all that may be refused has been looked at.
         self.heart = Heart(self.folder.path, done.round)
         try:
@@ -242,16 +260,26 @@ class _Run:
             raise
         return done
 
-    def _tell_start(self, done: RunState) -> None:
+    def _tell_start(self, done: RunState) -> str:
+        """Why the run may end before a round, or ""."""
         per_round = int(round_job(self.task, self.plan, done).num_steps.sum())
         path = self.folder.path if self.folder else None
         notes, details = tuple(self.notes), tuple(self.backend.details)
         start = Start(self.config, path, done.round + 1, per_round, notes, details, self.rounds.settled())
-        for callback in self.callbacks:
-            callback.on_start(start)
+        asked = [callback.on_start(start) for callback in self.callbacks]
         if not self.callbacks:
             for note in self.warnings:
                 warnings.warn(note, stacklevel=4)
+        return self._stopped(done, asked) if done.round else ""
+
+    def _tell_round(self, record: Record, done: RunState) -> str:
+        """Why the run ends after this round, or ""."""
+        return self._stopped(done, [callback.on_round(record, done.state) for callback in self.callbacks])
+
+    def _stopped(self, done: RunState, asked: Sequence[str | None]) -> str:
+        reason = self.watchers.reason or reason_of(asked)
+        over = done.round >= self.plan.num_rounds
+        return f"stopped after round {done.round}: {reason}" if reason and not over else ""
 
     def _steps(self, done: RunState) -> Iterator[tuple[RunState, Record]]:
         """The rounds; what the user's own code raises in one, and any bad input that only shows there, names it."""
@@ -277,24 +305,3 @@ class _Run:
         path = self.folder.path if self.folder else None
         model = self.task.state_dict(state)
         return Result(status, self.rounds.settled(), model, state.momentum, self.config, path, message)
-
-
-def _warnings(config: Config, task: Task, plan: Plan) -> list[str]:
-    """What a user should know before a run: memory that grows with N, a mean that is not the paper's."""
-    notes = list(plan.topology.warnings) if plan.topology else []
-    policy = config.algorithm.momentum_policy
-    if plan.topology is not None:
-        size = len(task.sizes) * sum(map(num_bytes, task.start())) / 1e6
-        if size > 1000:
-            notes.append(
-                f"d-sgd-m keeps x and u of all {len(task.sizes)} clients: {size:,.0f} MB, three times in a round"
-            )
-    elif MOMENTUM_POLICIES[policy].keeps_rows:
-        size = len(task.sizes) * num_bytes(task.start().momentum) / 1e6
-        notes.append(
-            f"momentum-policy {policy!r} keeps u of all {len(task.sizes)} clients: {size:,.1f} MB, "
-            "and several times that while a round is under way"
-        )
-    if plan.local_epochs and len(set(plan.steps_of(task.sizes).tolist())) > 1:
-        notes.append("local-epochs gives clients unequal steps: the mean is not the paper's (num-local-steps is)")
-    return notes
