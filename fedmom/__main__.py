@@ -11,7 +11,7 @@ from fedmom.machine.allocator import keep_freed_memory
 def main() -> None:
     keep_freed_memory()
     try:
-        from fedmom.cli.main import call  # seconds, most of them torch: Ctrl-C may come within
+        from fedmom.cli.main import call  # Ctrl-C may come within
 
         status = supervise.main(call)
     except KeyboardInterrupt:  # within the imports, or once more while the first was answered

@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# What people call a choice that has another name here.
+CALLED = {"gpu": "cuda", "fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "dirichlet": "dirichlet-client"}
+
 
 class InputError(ValueError):
     """Bad input. The message is one line: the key or file, the value, and what would be right."""
@@ -15,7 +18,8 @@ class DivergedError(ArithmeticError):
 def unknown(key: str, value: str, choices: Iterable[str]) -> InputError:
     """The error for a name that is not among `choices`: the nearest ones first, then all of them."""
     names = list(choices)
-    near = get_close_matches(value, names, n=3, cutoff=0.5)
+    near = [name for name in names if name == CALLED.get(value.lower())]
+    near = near or get_close_matches(value, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return InputError(f"{key} = {value!r} is not known: {hint}choose one of {', '.join(names)}")
 

@@ -18,13 +18,10 @@ from fedmom.cli.options import (
     heed_signals,
     show_run,
 )
-from fedmom.deploy.commands import Commands
 from fedmom.errors import InputError
-from fedmom.experiments.simulation import app_folder
-from fedmom.runs.callbacks import Callback
-from fedmom.runs.progress import Bar, Lines
 
 if TYPE_CHECKING:
+    from fedmom.deploy.commands import Commands
     from fedmom.deploy.following import Following
 
 app = typer.Typer(
@@ -166,6 +163,8 @@ def _follow(following: "Following", deployment: Path, quiet: bool) -> int:
     """Show a run that was started or taken up until it ends; the exit status."""
     from fedmom.records.files import CONFIG
     from fedmom.records.history import read_rounds
+    from fedmom.runs.callbacks import Callback
+    from fedmom.runs.progress import Bar, Lines
 
     target, console = following.target, Console(highlight=False)
     where = ["--dir", str(deployment)] if deployment != HERE else []
@@ -199,13 +198,14 @@ def down(
     return 0
 
 
-def _commands(folder: Path, dry: bool) -> Commands:
+def _commands(folder: Path, dry: bool) -> "Commands":
+    from fedmom.deploy.commands import Commands
     from fedmom.deploy.deployment import open_deployment
 
     return Commands(open_deployment(folder), dry=dry)
 
 
-def _ours(folder: Path, dry: bool) -> Commands:
+def _ours(folder: Path, dry: bool) -> "Commands":
     """The same where the engine has nothing of another deployment under its name."""
     from fedmom.deploy.federation import check_ours
 
@@ -216,6 +216,8 @@ def _ours(folder: Path, dry: bool) -> Commands:
 
 
 def _checkout(given: Path | None) -> Path:
+    from fedmom.experiments.simulation import app_folder
+
     found = app_folder(given)
     if not (found / "Dockerfile").is_file() or not (found / "deploy" / "image").is_dir():
         raise InputError(f"--app {found}: is no checkout of fedmom (it has no Dockerfile, or no deploy/image)")

@@ -7,15 +7,14 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from fedmom.actors.cluster import PoolOptions
-from fedmom.cli import results, show, supervise, sweep
+from fedmom.cli import keys, results, show, supervise, sweep
 from fedmom.cli.deploy import app as deploy_app
 from fedmom.cli.options import (
     BAD_INPUT,
@@ -37,19 +36,13 @@ from fedmom.cli.options import (
     heed_signals,
     show_run,
 )
-from fedmom.config.load import load, parse_sets
-from fedmom.config.numbers import counted
-from fedmom.config.strategies import OURS
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.experiments.run import run as run_config
-from fedmom.experiments.run import run_folders
-from fedmom.flower.app import simulate_app
 from fedmom.machine.files import at_home
 from fedmom.machine.output import steady_output
-from fedmom.records.files import CONFIG
-from fedmom.runs.progress import Replies, callbacks, show_output
-from fedmom.runs.trackers import Tracking
 from fedmom.user_code import memory_is_full, one_line
+
+if TYPE_CHECKING:
+    from fedmom.runs.callbacks import Callback
 
 
 class Commands(TyperGroup):
@@ -62,15 +55,33 @@ class Commands(TyperGroup):
             raise click.Abort from None
 
 
+def print_version(wanted: bool) -> None:
+    """`fedmom --version`: fedmom's own; of the libraries a run's environment.json says."""
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"fedmom {version('fedmom')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="fedmom",
     cls=Commands,
-    help="Federated momentum SGD: N clients take I local momentum steps, then the model AND the momentum are averaged.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def fedmom(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Federated momentum SGD: N clients take I local momentum steps, then the model AND the momentum are averaged."""
+
 
 app.add_typer(deploy_app)
 
@@ -107,6 +118,11 @@ def run(
     final.safetensors, curves.png, and status.json (how it is or ended). Ctrl-C, SIGTERM and a closed terminal leave a
     checkpoint; so does a kill, at most run.checkpoint-every rounds old.
     """
+    from fedmom.experiments.run import run_folders
+    from fedmom.records.files import CONFIG
+    from fedmom.runs import progress
+    from fedmom.runs.trackers import Tracking
+
     console = Console(highlight=False)
     changes = [*(sets or ()), *([f"run.backend={backend}"] if backend else [])]
     if config is not None and run_folders(config, changes, out, resume) == (None, None):
@@ -117,10 +133,18 @@ def run(
         supervise.stand_by(where / CONFIG, f"go on with: {_go_on(where)}")
     heed_signals()
     trackers = [*(track or ()), *(["tensorboard"] if tensorboard else [])]
-    followers = [*callbacks(console, quiet=quiet), *([Tracking(trackers)] if trackers else [])]
-    result = run_config(
-        config, sets=changes, out=out, resume=resume, device=device, callbacks=followers, app=flower_app
+    followers = [*progress.callbacks(console, quiet=quiet), *([Tracking(trackers)] if trackers else [])]
+    return _train(
+        followers, console, quiet, config, sets=changes, out=out, resume=resume, device=device, app=flower_app
     )
+
+
+def _train(followers: Sequence["Callback"], console: Console, quiet: bool, *what: Any, **how: Any) -> int:
+    """Run what is asked for, and say what came of it; the exit status."""
+    from fedmom.config.strategies import OURS
+    from fedmom.experiments.run import run as run_config
+
+    result = run_config(*what, callbacks=followers, **how)
     assert result.folder is not None
     with contextlib.suppress(KeyboardInterrupt):  # once more: the picture is an extra, the last words are not
         show_run(result.folder, result.rounds, console, quiet=quiet)
@@ -134,6 +158,9 @@ def _go_on(folder: Path) -> str:
 
 def _uses_ray(config: Path | None, sets: Sequence[str], resume: Path | None) -> bool:
     """Whether a run is about to start Ray; bad input is for the run to refuse."""
+    from fedmom.config.load import load
+    from fedmom.records.files import CONFIG
+
     try:
         keys = load(config or ({} if resume is None else resume / CONFIG), sets).config
     except (InputError, OSError):
@@ -163,6 +190,12 @@ def simulate_flower_app(
     Apps of Flower's message API (1.41) run as under `flwr run`, but a message costs about a millisecond, an actor that
     dies is replaced and its message tried again, and a client that fails is an error reply that the app sees.
     """
+    from fedmom.actors.cluster import PoolOptions
+    from fedmom.config.load import parse_sets
+    from fedmom.config.numbers import counted
+    from fedmom.flower.app import simulate_app
+    from fedmom.runs.progress import Replies, show_output
+
     console = Console(highlight=False, stderr=True)
     options = PoolOptions(num_actors, num_cpus, num_gpus, ray_address, retries, straggler_seconds)
     supervise.stand_by(None, "")
@@ -198,7 +231,7 @@ for command in (
     results.watch,
     show.datasets,
     show.models,
-    show.keys,
+    keys.keys,
 ):
     app.command()(command)
 
@@ -224,6 +257,8 @@ def _call(words: Sequence[str]) -> int:
         return _complain(str(error), BAD_INPUT)
     except ClientsFailedError as error:  # in an app that keeps no run folder
         return _complain(str(error), FAILED)
+    except click.NoSuchOption as error:
+        return _complain(keys.no_such_option(error, words), BAD_INPUT)
     except click.ClickException as error:
         return _complain(error.format_message(), BAD_INPUT)
     except (KeyboardInterrupt, click.Abort):

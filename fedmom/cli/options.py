@@ -7,17 +7,16 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
 from rich.console import Console
 
 from fedmom.errors import InputError
-from fedmom.results.report import finished
-from fedmom.rounds.loop import Record
-from fedmom.runs.callbacks import STOPPING
-from fedmom.runs.trackers import TRACKERS
+
+if TYPE_CHECKING:
+    from fedmom.rounds.loop import Record
 
 DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 # By how a run ended; "refused": its configuration was wrong, as whoever ran it found.
@@ -36,7 +35,7 @@ Resume = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")]
 Tracks = Annotated[
     list[str] | None,
-    typer.Option("--track", metavar="|".join(TRACKERS), help="Who else hears of every round; may be repeated."),
+    typer.Option("--track", metavar="tensorboard|mlflow|wandb", help="Who else hears of every round; may be repeated."),
 ]
 Device = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda|auto", help="Overrules engine.device.")]
 BackendName = Annotated[
@@ -81,13 +80,17 @@ def fresh_folder(config: Path) -> Path:
 
 def heed_signals() -> None:
     """SIGTERM and SIGHUP (the terminal was closed) end a command as Ctrl-C does; ignored ones (nohup) stay ignored."""
+    from fedmom.runs.callbacks import STOPPING
+
     for number in STOPPING:
         if number != signal.SIGINT and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
 
 
-def show_run(folder: Path, rounds: Sequence[Record], console: Console, *, quiet: bool) -> None:
+def show_run(folder: Path, rounds: Sequence["Record"], console: Console, *, quiet: bool) -> None:
     """Draw the curves, print the table, and say where everything is; `quiet`: only that."""
+    from fedmom.results.report import finished
+
     lines = finished(folder, rounds, console.width if console.is_terminal else None)
     for line in lines[-1:] if quiet else lines:
         console.print(line, soft_wrap=True, markup=False)

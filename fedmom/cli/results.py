@@ -9,16 +9,7 @@ import typer
 from rich.console import Console
 
 from fedmom.cli.options import BAD_INPUT, DONE
-from fedmom.cli.watch import watch as watch_folder
 from fedmom.errors import InputError, unknown
-from fedmom.results.compare import default_out, draw_figures, write_tables
-from fedmom.results.comparison import all_sheets, parse_target, run_sheets, usual_targets
-from fedmom.results.groups import check_counted, check_fit, counted_of, group_runs, of_groups
-from fedmom.results.page import write_page
-from fedmom.results.reading import collect
-from fedmom.results.report import draw_or_say_why, draw_report
-from fedmom.results.sheets import FORMATS, written_out
-from fedmom.results.tables import as_text
 
 Unfinished = Annotated[
     bool, typer.Option("--unfinished", help="Count runs that are not finished too, as far as they got.")
@@ -37,7 +28,7 @@ def compare(
         ),
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", metavar="|".join(FORMATS), help="How the tables are printed.")
+        str, typer.Option("--format", metavar="text|markdown|csv|latex", help="How the tables are printed.")
     ] = "text",
     out: Annotated[
         Path | None,
@@ -55,27 +46,42 @@ def compare(
 
     Runs that are not finished (interrupted, diverged, at work) are left out: "2 of 3" seeds, and a line says which.
     """
+    from fedmom.results.compare import default_out
+    from fedmom.results.sheets import FORMATS
+
     if form not in FORMATS:
         raise unknown("--format", form, FORMATS)
     target = out or default_out(folders)
     if target.exists() and not target.is_dir():
         raise InputError(f"--out {target}: is a file; name a folder")
+    _compare(folders, targets or (), form, target, unfinished)
+    return DONE
+
+
+def _compare(folders: Sequence[Path], targets: Sequence[str], form: str, out: Path, unfinished: bool) -> None:
+    """Print the tables, and write them and the figures into `out`."""
+    from fedmom.results.compare import draw_figures, write_tables
+    from fedmom.results.comparison import all_sheets, parse_target, usual_targets
+    from fedmom.results.groups import check_counted, check_fit, counted_of, group_runs, of_groups
+    from fedmom.results.reading import collect
+    from fedmom.results.report import draw_or_say_why
+    from fedmom.results.sheets import FORMATS
+
     runs, notes = collect(folders)
     groups = group_runs(runs, unfinished=unfinished)
     check_counted(groups)
     check_fit(groups)
     counted = counted_of(groups)
-    wanted = [parse_target(text, counted) for text in targets or ()] or usual_targets(counted)
+    wanted = [parse_target(text, counted) for text in targets] or usual_targets(counted)
     sheets = all_sheets(groups, wanted)
     _tell([*notes, *of_groups(groups)])
     print("\n\n".join(map(FORMATS[form], sheets)))
     pictures: list[Path] = []
-    draw_or_say_why(lambda: pictures.extend(draw_figures(groups, wanted, target)))
-    written = write_tables(sheets, pictures, target)
+    draw_or_say_why(lambda: pictures.extend(draw_figures(groups, wanted, out)))
+    written = write_tables(sheets, pictures, out)
     if form == "text":
         print()
         print("\n".join(str(path) for path in [*pictures, *written]))
-    return 0
 
 
 def _tell(notes: Sequence[str]) -> None:
@@ -104,6 +110,14 @@ def report(
 
     Runs that are not finished (interrupted, diverged, at work) are left out, and a line says which.
     """
+    from fedmom.results.comparison import run_sheets, usual_targets
+    from fedmom.results.groups import check_counted, counted_of, group_runs, of_groups
+    from fedmom.results.page import write_page
+    from fedmom.results.reading import collect
+    from fedmom.results.report import draw_or_say_why, draw_report
+    from fedmom.results.sheets import written_out
+    from fedmom.results.tables import as_text
+
     one = folders[0] if len(folders) == 1 else None
     page_alone = out is not None and out.suffix.lower() in (".html", ".htm")
     target = out or one or Path("report")
@@ -145,5 +159,7 @@ def watch(
     Reads the folder's files alone: the run may be another process's, a container's, or another machine's on a shared
     disk. With --track a run that knows nothing of a tracker is told to it, from its first round on.
     """
+    from fedmom.cli.watch import watch as watch_folder
+
     watch_folder(folder, Console(highlight=False), once=once, trackers=track or ())
     return 0

@@ -5,28 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 
 from fedmom.cli.options import DONE, Sets
-from fedmom.config.build import load_task_data, topology_of
-from fedmom.config.keys import KEYS
-from fedmom.config.load import flat, load, replace, toml_scalar
-from fedmom.config.resolve import resolve
-from fedmom.data.datasets import DATASETS, download
 from fedmom.errors import InputError
-from fedmom.experiments.bench import as_rows
-from fedmom.experiments.bench import bench as measure
-from fedmom.method.topology import LARGEST_SPECTRUM
-from fedmom.results import tables
-from fedmom.results.pictures.partition import draw_partition
-from fedmom.results.pictures.style import check_picture
-from fedmom.results.pictures.topology import draw_topology
-from fedmom.results.report import draw_or_say_why
-from fedmom.tasks.models import MODELS
-from fedmom.tasks.task import task_kind
-from fedmom.user_code import blamed
 
 
 def partition(
@@ -38,6 +21,17 @@ def partition(
 
     fedmom partition configs/quickstart.toml --set data.alpha=0.05 --out skewed.png
     """
+    import numpy as np
+
+    from fedmom.config.build import load_task_data
+    from fedmom.config.load import load
+    from fedmom.config.resolve import resolve
+    from fedmom.results import tables
+    from fedmom.results.pictures.partition import draw_partition
+    from fedmom.results.pictures.style import check_picture
+    from fedmom.results.report import draw_or_say_why
+    from fedmom.tasks.task import task_kind
+
     check_picture(out)
     settled = resolve(load(config, sets or ())).config
     data = settled.data
@@ -70,6 +64,13 @@ def bench(
 
     fedmom bench configs/fashion-mnist.toml --set algorithm.num-local-steps=16
     """
+    from fedmom.config.load import flat, load
+    from fedmom.config.resolve import resolve
+    from fedmom.experiments.bench import as_rows
+    from fedmom.experiments.bench import bench as measure
+    from fedmom.results import tables
+    from fedmom.user_code import blamed
+
     loaded = load(config, sets or ())
     console = Console(stderr=True)
     with console.status("…") as status:
@@ -96,6 +97,17 @@ def topology(
 
     fedmom topology configs/decentralized/ring.toml --set algorithm.topology=exponential --out exponential.png
     """
+    import numpy as np
+
+    from fedmom.config.build import topology_of
+    from fedmom.config.load import load, replace
+    from fedmom.config.resolve import resolve
+    from fedmom.method.topology import LARGEST_SPECTRUM
+    from fedmom.results import tables
+    from fedmom.results.pictures.style import check_picture
+    from fedmom.results.pictures.topology import draw_topology
+    from fedmom.results.report import draw_or_say_why
+
     check_picture(out)
     loaded = load(config, sets or ())
     settled = resolve(loaded._replace(config=replace(loaded.config, "algorithm", name="d-sgd-m"))).config
@@ -133,6 +145,8 @@ def datasets(
 
     fedmom datasets --download cifar10 --data-dir data
     """
+    from fedmom.data.datasets import DATASETS, download
+
     if fetch is not None:
         download(fetch, data_dir)
         print(f"{fetch} is in {data_dir}")
@@ -150,27 +164,10 @@ def models() -> int:
 
     fedmom run configs/quickstart.toml --set model.name=resnet20
     """
+    from fedmom.tasks.models import MODELS
+
     rows = [[name, entry.summary] for name, entry in MODELS.items()]
     rows.append(["module:function", "your own: function(input_shape, num_classes) returns a torch.nn.Module"])
-    _print_list(rows)
-    return DONE
-
-
-def keys(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[WORD]...", help="Only keys with such a word.")] = None,
-) -> int:
-    """Explain the keys of a config: default, meaning, and the values a key can take.
-
-    fedmom keys momentum
-    """
-    rows = []
-    for name, key in KEYS.items():
-        names = ", ".join([*key.choices, key.also] if key.also else key.choices)
-        row = [name, toml_scalar(key.default), f"{key.doc}: {names}" if names else key.doc]
-        if not words or any(word.lower() in " ".join(row).lower() for word in words):
-            rows.append(row)
-    if not rows:
-        raise InputError(f"{' '.join(words or [])}: is in no key, default or meaning; `fedmom keys` lists them all")
     _print_list(rows)
     return DONE
 

@@ -2,23 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from fedmom.cli import supervise
 from fedmom.cli.options import DONE, EXIT_STATUS, Sets, Tracks, exit_status, heed_signals
-from fedmom.config.load import load
 from fedmom.errors import InputError
-from fedmom.experiments import sweep as sweeps
-from fedmom.experiments.crew import Cell, CellEnded
-from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
 from fedmom.machine.files import at_home
-from fedmom.results import tables
-from fedmom.results.ranking import best_table, metric_of
-from fedmom.runs.trackers import make_trackers
+
+if TYPE_CHECKING:
+    from fedmom.experiments.crew import Cell, CellEnded
 
 Grid = Annotated[
     list[str] | None,
@@ -68,6 +63,13 @@ def sweep(
     Every run is an ordinary run folder in DIR. The same command again goes on where the last one stopped: what is done
     is not run again.
     """
+    from fedmom.config.load import load
+    from fedmom.experiments import sweep as sweeps
+    from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
+    from fedmom.results import tables
+    from fedmom.results.ranking import best_table
+    from fedmom.runs.trackers import make_trackers
+
     if bool(grid) == bool(file):
         raise InputError("give --grid SECTION.KEY=V,V,… (once or more) or --list FILE.toml")
     if some and file:
@@ -96,10 +98,14 @@ def sweep(
 
 
 def _followed(
-    under_way: Iterable[CellEnded], cells: Sequence[Cell], folder: Path, metric: str
-) -> tuple[list[CellEnded], str]:
+    under_way: Iterable["CellEnded"], cells: Sequence["Cell"], folder: Path, metric: str
+) -> tuple[list["CellEnded"], str]:
     """(those that ended, up to an interruption; the metric to rank by, "" where none is done), with a bar over all."""
-    console, ended = Console(stderr=True, highlight=False), list[CellEnded]()
+    from rich.progress import Progress
+
+    from fedmom.results.ranking import metric_of
+
+    console, ended = Console(stderr=True, highlight=False), list["CellEnded"]()
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("runs", total=len(cells))
         try:

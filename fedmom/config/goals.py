@@ -33,13 +33,6 @@ def parse_goal(text: str) -> tuple[str, float] | None:
     return None if "accuracy" in name and not 0 < value <= 1 else (name, value)
 
 
-def check_goal(text: str) -> str | None:
-    """What would be right, where `text` is no goal; None where it is, or empty."""
-    if not text or parse_goal(text):
-        return None
-    return "must be METRIC=VALUE such as test_accuracy=0.9, accuracy=90% or test_loss=0.5 (an accuracy is in (0, 1])"
-
-
 def monitored(dataset: str, named: str = "auto") -> str:
     """The measure by which a run is judged: the one named, else the test accuracy, else the loss."""
     if named != "auto":

@@ -9,14 +9,13 @@ import difflib
 import math
 import os
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmom.config.goals import check_goal
-from fedmom.config.numbers import as_list
+from fedmom.config.numbers import Range, above, as_list, at_least, summary_of, within
 from fedmom.config.strategies import STRATEGIES
 from fedmom.data.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.data.datasets import DATASETS
@@ -32,7 +31,6 @@ from fedmom.tasks.task import TASKS
 from fedmom.user_code import is_spec
 
 Scalar = str | bool | int | float
-Check = Callable[[Any], str | None]  # value -> what would be right, or None where it is
 BACKENDS = {
     "engine": "fedmom's own, on one device",
     "simulation": "Flower's messages, on Ray actors here",
@@ -48,6 +46,12 @@ MATMULS = {
     "float32": "exact to rounding",
     "tf32": "on a GPU, factors rounded to 10 bits and several times as fast; nothing changes on a CPU",
 }
+DEVICES = {"auto": "a GPU where there is one", "cpu": "the processor", "cuda": "an NVIDIA GPU"}
+CLIENT_WEIGHTS = {"uniform": "1/N each: the paper", "samples": "in proportion to the clients' examples"}
+RUNNING_VARS = {
+    "pooled": "the variance of all clients' activations together",
+    "mean": "the mean of the clients' variances",
+}
 ON_FAILURE = {
     "stop": "the run stops and names the client",
     "retry": "the client is asked again (server.retries times), then the run stops",
@@ -60,33 +64,27 @@ ON_LINK_FAILURE = {
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
 
 
-def above(low: float) -> Check:
-    return lambda value: None if low < value < math.inf else f"must be a number > {low:g}"
-
-
-def at_least(low: float) -> Check:
-    return lambda value: None if low <= value < math.inf else f"must be >= {low:g}"
-
-
-def within(low: float, high: float) -> Check:
-    return lambda value: None if low <= value < high else f"must be in [{low:g}, {high:g})"
-
-
 def key(
-    default: Scalar, doc: str, right: Check | Iterable[str] | None = None, also: str = "", *, holds: str = ""
+    default: Scalar,
+    doc: str,
+    right: Range | Mapping[str, Any] | Iterable[str] | None = None,
+    also: str = "",
+    *,
+    holds: str = "",
 ) -> Any:
     """One key: its default, one line on it, and either a check or the names it may take (`also`: other forms).
 
     holds: "," where its string is a list, ";" where it is a list of lists.
     """
-    check, choices = (right, ()) if callable(right) else (None, tuple(right or ()))
+    check, names = (right, {}) if isinstance(right, Range) else (None, right or {})
+    choices = {name: summary_of(names[name]) if isinstance(names, Mapping) else "" for name in names}
     about = {"doc": doc, "check": check, "choices": choices, "also": also, "holds": holds}
     return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = key("digits", "see `fedmom datasets`", [*DATASETS, *TASKS], "FILE.npz or module:function")
+    dataset: str = key("digits", "see `fedmom datasets`", DATASETS | TASKS, "FILE.npz or module:function")
     data_dir: str = key("data", "folder (or .npz file) that holds the data set")
     classes: str = key("", "local: names of image folders in the order of their labels, by ,", holds=",")
     num_clients: int = key(20, "N", at_least(1))
@@ -129,9 +127,11 @@ class AlgorithmConfig:
     lr_min: float = key(0.0, "where schedule cosine ends", at_least(0))
     weight_decay: float = key(0.0, "λ, L2 penalty inside the gradient", at_least(0))
     momentum_policy: str = key("average", "what happens to u between rounds", MOMENTUM_POLICIES)
-    correction: str = key("none", "your own change of a client's gradient", ["none"], "module:function")
-    client_weights: str = key("uniform", "weights of the averages of x and u", ["uniform", "samples"])
-    running_var: str = key("pooled", "how BatchNorm variances are averaged", ["pooled", "mean"])
+    correction: str = key(
+        "none", "your own change of a client's gradient", {"none": "the gradient as it is"}, "module:function"
+    )
+    client_weights: str = key("uniform", "weights of the averages of x and u", CLIENT_WEIGHTS)
+    running_var: str = key("pooled", "how BatchNorm variances are averaged", RUNNING_VARS)
     cohort_size: int = key(0, "clients drawn per round; 0: all", at_least(0))
     slow_momentum: float = key(0.0, "α, server momentum on top (SlowMo); 0 with slow-lr 1: off", within(0, 1))
     slow_lr: float = key(1.0, "η, learning rate of the server's step (SlowMo)", above(0))
@@ -143,7 +143,7 @@ class AlgorithmConfig:
     topology_p: float = key(
         0.0,
         "erdos-renyi: probability of each link; 0: 2 ln N / N",
-        lambda p: None if 0 <= p <= 1 else "must be in [0, 1]",
+        Range(0, 1, with_high=True),
     )
 
 
@@ -154,7 +154,7 @@ class RunConfig:
     seed: int = key(0, "of data split, model, batches, cohorts", at_least(0))
     eval_every: int = key(1, "rounds between two evaluations (the last round always is)", at_least(1))
     eval_clients: int = key(64, "d-sgd-m: clients whose own models are evaluated, evenly spaced; 0: all", at_least(0))
-    stop_at: str = key("", "end the run where this is reached, such as accuracy=0.9 or test_loss=0.5", check_goal)
+    stop_at: str = key("", "end the run where this is reached, such as accuracy=0.9 or test_loss=0.5")
     patience: int = key(0, "end the run after so many evaluations without progress; 0: off", at_least(0))
     min_delta: float = key(0.0, "what an evaluation must be better by, to be progress", at_least(0))
     monitor: str = key("auto", "what patience and keep-best look at; auto: test accuracy, else the loss")
@@ -168,8 +168,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    device: str = key("auto", "where tensors live", ["auto", "cpu", "cuda"])
-    path: str = key("auto", "how clients run side by side; auto: the fastest, by timing", [AUTO, *PATHS])
+    device: str = key("auto", "where tensors live", DEVICES)
+    path: str = key(
+        "auto",
+        "how clients run side by side; auto: the fastest, by timing",
+        {AUTO: "the fastest that is right, by timing"} | PATHS,
+    )
     chunk_size: int = key(0, "K, clients stacked at once; 0: by memory", at_least(0))
     remember: bool = key(True, "what auto found by timing is kept in the cache folder for such runs, and taken from it")
     matmul: str = key("float32", "how exactly a GPU multiplies float32", MATMULS)
@@ -230,8 +234,8 @@ class Key(NamedTuple):
     type: type[Any]
     default: Scalar
     doc: str
-    check: Check | None
-    choices: tuple[str, ...]  # the names it may take, if it takes names
+    check: Range | None
+    choices: dict[str, str]  # {a name that it may take: what it means}, if it takes names
     also: str  # other forms of a name
     holds: str  # what separates the parts of a list in it: "", "," or ";"
 

@@ -3,10 +3,11 @@
 A list is written as "80,120", one list per client as "1;3"; on the command line also as [80,120] and [[1],[3]].
 """
 
+import inspect
 import math
 import re
 import tomllib
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedmom.errors import InputError
 
@@ -134,3 +135,44 @@ def parse_table(key: str, text: str) -> tuple[tuple[float, ...], ...]:
 def counted(number: int, one: str, several: str = "") -> str:
     """A number of things in words: `several` ("replies") where it is not `one` ("reply"), whose plural takes an s."""
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
+class Range(NamedTuple):
+    """The numbers that a key may take; called with one it says what would be right, or None where it is."""
+
+    low: float
+    high: float = math.inf
+    with_low: bool = True
+    with_high: bool = False
+
+    def __call__(self, value: float) -> str | None:
+        above = self.low <= value if self.with_low else self.low < value
+        below = value <= self.high if self.with_high else value < self.high
+        return None if above and below else f"must be {self}"
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f">= {self.low:g}" if self.with_low else f"a number > {self.low:g}"
+        left, right = "[" if self.with_low else "(", "]" if self.with_high else ")"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
+
+
+def above(low: float) -> Range:
+    return Range(low, with_low=False)
+
+
+def at_least(low: float) -> Range:
+    return Range(low)
+
+
+def within(low: float, high: float) -> Range:
+    return Range(low, high)
+
+
+def summary_of(entry: object) -> str:
+    """What a table of choices says of one: its sentence, its entry's, or of a function its docstring's first line."""
+    if isinstance(entry, str):
+        return entry
+    if callable(entry) and not hasattr(entry, "summary"):
+        return (inspect.getdoc(entry) or "").partition("\n")[0].rstrip(".")
+    return str(getattr(entry, "summary", ""))

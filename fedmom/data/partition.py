@@ -200,11 +200,18 @@ def quantity(request: Request) -> np.ndarray:
     return deal_shuffled(sizes, request.rng)
 
 
+def _log_normal(request: Request) -> np.ndarray:
+    """sizes ∝ exp(σ z), z standard normal, σ = data.sigma"""
+    return request.sigma * request.rng.standard_normal(request.num_clients)
+
+
+def _dirichlet_sizes(request: Request) -> np.ndarray:
+    """sizes ∝ Dir(α), α = data.alpha"""
+    return log_gamma(request.alpha, (request.num_clients,), request.rng)
+
+
 # Request -> [N] log weights of the sizes.
-QUANTITY_LAWS: dict[str, Callable[[Request], np.ndarray]] = {
-    "log-normal": lambda request: request.sigma * request.rng.standard_normal(request.num_clients),
-    "dirichlet": lambda request: log_gamma(request.alpha, (request.num_clients,), request.rng),
-}
+QUANTITY_LAWS: dict[str, Callable[[Request], np.ndarray]] = {"log-normal": _log_normal, "dirichlet": _dirichlet_sizes}
 
 PARTITIONS: dict[str, PartitionRule] = {
     "iid": PartitionRule(iid, "a random permutation, equal sizes (McMahan et al. 2017)"),

@@ -66,6 +66,7 @@ class ModelOptions(NamedTuple):
 
 
 def batch_norm(channels: int) -> nn.Module:
+    """BatchNorm: running statistics are averaged with the model (algorithm.running-var)."""
     return nn.BatchNorm2d(channels)
 
 

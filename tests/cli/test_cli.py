@@ -16,8 +16,10 @@ from typer.main import get_command
 
 import fedmom
 from fedmom.cli import main
-from fedmom.config.keys import KEYS
+from fedmom.cli.keys import listed, meaning
+from fedmom.config.keys import KEYS, SECTIONS
 from fedmom.config.load import load
+from fedmom.config.schema import FIRST, read_keys
 from fedmom.data.datasets import DATASETS
 from fedmom.errors import InputError
 from fedmom.experiments.simulation import app_folder
@@ -212,7 +214,7 @@ def test_bench_measures_unless_it_is_asked_to_remember(fed, monkeypatch):
         asked.append(remember and config.engine.remember)
         raise InputError("enough")
 
-    monkeypatch.setattr("fedmom.cli.show.measure", measure)
+    monkeypatch.setattr("fedmom.experiments.bench.bench", measure)
     for sets in ([], ["--set", "engine.remember=true"], ["--set", "engine.remember=false"]):
         fed("bench", "quadratic.toml", *sets)
     assert asked == [False, True, False]
@@ -452,13 +454,13 @@ def test_an_interrupted_run_has_status_130_and_goes_on_from_its_checkpoint(fed, 
             if record["round"] == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "callbacks", lambda console, quiet: [Interrupt()])
+    monkeypatch.setattr(progress, "callbacks", lambda console, quiet: [Interrupt()])
     status, out, err = fed("run", "tiny.toml", "--out", "x", "--set", "run.num-rounds=5")
     assert status == 130
     assert err == ["fedmom: interrupted after round 3", "fedmom: go on with: fedmom run --resume x"]
     assert out[-1] == "x"
     assert read_about(Path("x", CHECKPOINT))["round"] == 3
-    monkeypatch.setattr(main, "callbacks", progress.callbacks)
+    monkeypatch.setattr(progress, "callbacks", progress.callbacks)
     assert fed("run", "--resume", "x", "--quiet") == (0, ["x"], [])
     assert Path("x", FINAL).read_bytes() == Path("whole", FINAL).read_bytes()
 
@@ -556,13 +558,68 @@ def test_datasets_and_models_are_listed_with_a_line_each(fed):
 def test_keys_are_explained_all_or_by_word(fed):
     status, out, err = fed("keys")
     assert (status, err) == (0, [])
-    assert [line.split()[0] for line in out] == list(KEYS)
-    for line, key in zip(out, KEYS.values(), strict=True):
+    assert [line for line in out if line.startswith("[")] == [f"[{section}]" for section in SECTIONS]
+    of_keys = [line for line in out if line and not line.startswith("[")]
+    assert [line.split()[0] for line in of_keys] == list(KEYS)
+    for line, (name, key) in zip(of_keys, KEYS.items(), strict=True):
         assert key.doc in line
         assert all(choice in line for choice in key.choices)
-    chosen = [line.split() for line in fed("keys", "warm-up", "cohort")[1]]
-    assert chosen == [line.split() for line in out if "warm-up" in line or "cohort" in line]
-    assert 1 < len(chosen) < len(out)
+        assert (line.split()[1] == "*") == (name in FIRST)
+    chosen = [line.split() for line in fed("keys", "warm-up", "cohort")[1] if line[:1] not in ("", "[")]
+    assert chosen == [line.split() for line in of_keys if "warm-up" in line or "cohort" in line]
+    assert 1 < len(chosen) < len(of_keys)
+
+
+def test_a_key_by_its_full_name_has_a_paragraph_with_range_and_example(fed):
+    status, out, err = fed("keys", "algorithm.beta")
+    assert (status, err) == (0, [])
+    text = "\n".join(out)
+    for part in ("algorithm.beta = 0.9", KEYS["algorithm.beta"].doc, "in [0, 1)", "--set algorithm.beta=0.95"):
+        assert part in text
+    text = "\n".join(fed("keys", "algorithm.topology")[1])
+    assert all(f"{name} " in text and meaning in text for name, meaning in KEYS["algorithm.topology"].choices.items())
+    assert KEYS["algorithm.topology"].also in text
+
+
+def test_a_list_of_keys_fits_into_any_terminal():
+    for width in (60, 80, 120):
+        lines = [*listed(read_keys().values(), width)]
+        assert max(map(len, lines)) <= width
+        assert [line.split()[0] for line in lines if line[:1] not in ("", " ", "[")] == list(KEYS)
+        words = " ".join(line.strip() for line in lines)
+        assert all(meaning(key).split()[-1] in words for key in read_keys().values())
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        (["run", "x.toml", "--lr", "0.1"], "--set algorithm.lr=0.1"),
+        (["run", "x.toml", "--learning_rate=0.1"], "--set algorithm.lr=0.1"),
+        (["run", "x.toml", "--rounds"], "--set run.num-rounds=200"),
+        (["run", "x.toml", "--gpu"], "--set engine.device=cuda"),
+        (["sweep", "x.toml", "--lr=0.1,1"], "--grid algorithm.lr=0.1,1"),
+        (["run", "x.toml", "--outt", "y"], "did you mean --out"),
+        (["run", "quadratic.toml", "--device", "gpu"], "did you mean cuda?"),
+        (["run", "quadratic.toml", "--set", "lr=0.1"], "did you mean algorithm.lr"),
+        (["keys", "algoritm.lr"], "did you mean algorithm.lr"),
+        (["keys", "learning_rate"], "did you mean algorithm.lr"),
+    ],
+)
+def test_what_people_type_is_answered_by_the_right_words(fed, words, right):
+    status, out, err = fed(*words)
+    assert (status, out, len(err)) == (2, [], 1)
+    assert right in err[0]
+
+
+def test_help_keys_and_version_need_no_torch(fed):
+    heavy = ("torch", "matplotlib", "flwr", "ray", "networkx", "plotly", "torchvision")
+    code = "import sys; from fedmom.cli.main import call; call(sys.argv[1:])"
+    code += f"; print([name for name in {heavy} if name in sys.modules])"
+    for words in (["--help"], ["run", "--help"], ["keys"], ["keys", "algorithm.lr"], ["run", "x.toml", "--lr", "1"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300)
+        assert done.stdout.splitlines()[-1] == "[]", (words, done.stderr)
+    status, out, _ = fed("--version")
+    assert (status, out) == (0, [f"fedmom {fedmom.__version__}"])
 
 
 @pytest.mark.parametrize(

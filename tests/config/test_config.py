@@ -62,7 +62,7 @@ def test_every_named_choice_may_be_given_and_no_other():
         for choice in key.choices:
             assert flat(load({name: choice}).config)[name] == choice
         if key.choices:
-            refused(name, "'nonsense'", key.choices[0], source={name: "nonsense"})
+            refused(name, "'nonsense'", next(iter(key.choices)), source={name: "nonsense"})
 
 
 def test_flower_has_the_same_defaults():

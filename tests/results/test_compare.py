@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedmom.cli import main, results
+from fedmom.cli import main
 from fedmom.errors import InputError
 from fedmom.results.compare import default_out, draw_figures, write_tables
 from fedmom.results.comparison import (
@@ -363,7 +363,7 @@ LEFT = ("interrupted, 4", "diverged, 3", "older (2", "refused, 0", "empty (0")
 
 
 def test_numbers_are_of_finished_runs_alone_and_every_format_says_so(mixed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(results, "draw_figures", lambda *_: [])
+    monkeypatch.setattr("fedmom.results.compare.draw_figures", lambda *_: [])
     monkeypatch.setattr(curves, "draw_curves", lambda runs, path, notes: path.parent.mkdir())
     monkeypatch.setattr(content, "partitions", lambda groups: [])
     groups = groups_of(mixed)
@@ -408,7 +408,7 @@ def test_unfinished_runs_count_where_that_is_asked_for(mixed, capsys, monkeypatc
     assert (one.seeds, eight.seeds) == ("2", "5 of 7, 3 unfinished")
     assert "counted though not finished: 8 interrupted" in eight.note
     assert equal_sheet([one, eight], "round").rows[-1][2].mean == 2
-    monkeypatch.setattr(results, "draw_figures", lambda *_: [])
+    monkeypatch.setattr("fedmom.results.compare.draw_figures", lambda *_: [])
     status, out, _ = call(capsys, mixed, "--unfinished")
     assert status == 0
     assert "5 of 7, 3 unfinished" in out
@@ -416,7 +416,7 @@ def test_unfinished_runs_count_where_that_is_asked_for(mixed, capsys, monkeypatc
 
 def test_where_nothing_is_finished_that_is_said_and_a_run_alone_is_shown(mixed, capsys, monkeypatch):
     monkeypatch.chdir(mixed.parent)  # where its tables go
-    monkeypatch.setattr(results, "draw_figures", lambda *_: [])
+    monkeypatch.setattr("fedmom.results.compare.draw_figures", lambda *_: [])
     status, out, err = call(capsys, mixed / "8 interrupted", mixed / "8 diverged")
     assert (status, out, len(err)) == (2, "", 1)
     assert "8 interrupted (interrupted, 4 of 9 rounds), 8 diverged (diverged, 3 of 9 rounds); --unfinished" in err[0]
@@ -436,7 +436,7 @@ def test_one_seed_is_one_seed_however_often_it_was_run(tmp_path):
 
 
 def test_a_run_that_diverged_in_its_first_round_is_left_out_by_name(mixed, capsys, monkeypatch):
-    monkeypatch.setattr(results, "draw_figures", lambda *_: [])
+    monkeypatch.setattr("fedmom.results.compare.draw_figures", lambda *_: [])
     folder = make_run(mixed / "at once", {"algorithm.num-local-steps": 8, "run.seed": 9, "run.num-rounds": 9}, [])
     ended(folder, "diverged", 0)
     status, _, err = call(capsys, mixed / "1 done", folder, "--out", mixed / "out")
@@ -444,7 +444,7 @@ def test_a_run_that_diverged_in_its_first_round_is_left_out_by_name(mixed, capsy
 
 
 def test_a_run_that_is_done_and_has_lost_rounds_is_left_out_as_damaged(mixed, capsys, monkeypatch):
-    monkeypatch.setattr(results, "draw_figures", lambda *_: [])
+    monkeypatch.setattr("fedmom.results.compare.draw_figures", lambda *_: [])
     for name, kept in (("1 done", 8), ("8 done", 0)):
         lines = (mixed / name / "rounds.jsonl").read_text().splitlines(keepends=True)
         (mixed / name / "rounds.jsonl").write_text("".join(lines[:kept]))
