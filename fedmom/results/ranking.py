@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from fedmom.experiments.crew import CellEnded
 from fedmom.records.history import read_rounds
+from fedmom.records.status import CellEnded
 from fedmom.results.tables import MISSING, finite, number
 
 

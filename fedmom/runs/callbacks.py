@@ -12,8 +12,9 @@ from types import FrameType
 from typing import NamedTuple
 
 from fedmom.config.keys import Config
-from fedmom.method.state import ClientState, Tree
+from fedmom.method.state import ClientState
 from fedmom.rounds.loop import Record
+from fedmom.runs.result import Result
 
 # Signals that ask a run to end.
 STOPPING = tuple(int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -36,6 +37,8 @@ class Callback:
 
     # Whether `on_round` looks at the state. Where clients hold the rows (Algorithm 2 on Ray), it must be brought here.
     wants_state = True
+    # Whether the notes of `on_start` are in its care; where they are in nobody's they become Python's warnings.
+    takes_notes = True
 
     def on_prepare(self, what: str) -> None:
         """Before on_start, at the beginning of something that may take seconds: "reading the data"."""
@@ -55,23 +58,11 @@ class Callback:
     def on_output(self, node: int, text: str) -> None:
         """In another thread: what the client of a simulated node printed or logged (simulation.show-output)."""
 
-    def on_end(self, result: "Result") -> None:
+    def on_end(self, result: Result) -> None:
         """Once, after the last round, an interruption, divergence or clients that failed."""
 
     def on_error(self) -> None:
         """Once, instead of on_end, when something else ended the run (a full disk): put the terminal in order."""
-
-
-class Result(NamedTuple):
-    """What a run came to."""
-
-    status: str  # "done", "interrupted", "diverged" or "failed" (clients did not answer)
-    rounds: Sequence[Record]  # the lines of rounds.jsonl; of a run of many thousands read from there
-    state_dict: Tree  # of the mean model, as model.load_state_dict takes it
-    momentum: Tree  # û
-    config: Config  # resolved
-    folder: Path | None
-    message: str = ""  # what went wrong, in one line
 
 
 @dataclass

@@ -23,8 +23,9 @@ from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
 from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Record, RunState, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
-from fedmom.runs.callbacks import Callback, Interrupts, Result, Start, interrupts_held
+from fedmom.runs.callbacks import Callback, Interrupts, Start, interrupts_held
 from fedmom.runs.cautions import cautions
+from fedmom.runs.result import Result
 from fedmom.runs.stopping import Watchers, reason_of
 from fedmom.tasks.task import Task
 from fedmom.user_code import blamed, one_line
@@ -267,7 +268,7 @@ class _Run:
         notes, details = tuple(self.notes), tuple(self.backend.details)
         start = Start(self.config, path, done.round + 1, per_round, notes, details, self.rounds.settled())
         asked = [callback.on_start(start) for callback in self.callbacks]
-        if not self.callbacks:
+        if not any(callback.takes_notes for callback in self.callbacks):
             for note in self.warnings:
                 warnings.warn(note, stacklevel=4)
         return self._stopped(done, asked) if done.round else ""

@@ -31,11 +31,11 @@ LAYERS = {
     "config": "errors user_code machine method actors data tasks rounds engine",
     "backends": "errors user_code machine method actors data tasks rounds engine config",
     "records": "errors user_code machine method tasks rounds config",
-    "runs": "errors user_code machine method tasks rounds config records",
+    "results": "errors user_code machine method data tasks rounds config records",
+    "runs": "errors user_code machine method tasks rounds config records results",
     "flower": "errors user_code method actors",
     "deploy": "errors user_code machine method config records runs",
     "experiments": "errors user_code machine method actors tasks rounds engine config backends records runs flower",
-    "results": "errors user_code machine method data tasks rounds config records experiments",
     "cli": "errors user_code machine method actors data tasks rounds config records runs flower deploy experiments "
     "results",
     "strategies": "errors machine method data tasks rounds engine config backends records runs flower results",
@@ -54,6 +54,8 @@ EXTRAS = {
     "typer": ("fedmom/cli/",),
     "rich": ("fedmom/cli/", "fedmom/runs/progress.py", "strategies/server_app.py"),
     "triton": ("fedmom/engine/stacked/kernels/",),
+    "optuna": ("fedmom/experiments/search/study.py",),
+    "IPython": ("fedmom/runs/progress.py",),
     "mlflow": ("fedmom/runs/trackers.py",),
     "wandb": ("fedmom/runs/trackers.py",),
 }
