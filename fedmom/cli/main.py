@@ -31,6 +31,7 @@ from fedmom.cli.options import (
     Sets,
     TensorBoardOption,
     Tracks,
+    Verbose,
     exit_status,
     fresh_folder,
     heed_signals,
@@ -98,6 +99,7 @@ def run(
     tensorboard: TensorBoardOption = False,
     track: Tracks = None,
     quiet: QuietOption = False,
+    verbose: Verbose = False,
 ) -> int:
     """Run a configuration: train, record every round, draw the curves.
 
@@ -133,10 +135,10 @@ def run(
         supervise.stand_by(where / CONFIG, f"go on with: {_go_on(where)}")
     heed_signals()
     trackers = [*(track or ()), *(["tensorboard"] if tensorboard else [])]
-    followers = [*progress.callbacks(console, quiet=quiet), *([Tracking(trackers)] if trackers else [])]
-    return _train(
-        followers, console, quiet, config, sets=changes, out=out, resume=resume, device=device, app=flower_app
-    )
+    followers = progress.callbacks(console, quiet=quiet, verbose=verbose)
+    followers += [Tracking(trackers)] if trackers else []
+    how: Any = {"sets": changes, "out": out, "resume": resume, "device": device, "app": flower_app}
+    return _train(followers, console, quiet, config, **how)
 
 
 def _train(followers: Sequence["Callback"], console: Console, quiet: bool, *what: Any, **how: Any) -> int:

@@ -3,7 +3,7 @@
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,7 @@ class Bench(NamedTuple):
     peak_bytes: float
     memory: float  # bytes, the most that was in use
     shares: dict[str, float]  # {kind of operator: part of a round's time}
+    details: Sequence[str] = ()  # how fast every way was that could have been taken
 
 
 def bench(
@@ -97,6 +98,7 @@ def bench(
         *peaks(device, getattr(torch, config.run.dtype)),
         _memory(device),
         shares,
+        backend.details,
     )
 
 

@@ -48,7 +48,10 @@ def parse_search(words: Sequence[str]) -> dict[str, Span | list[Scalar]]:
         name, _, text = (part.strip() for part in word.partition("="))
         if name in found:
             raise InputError(f"--grid {word!r}: {name} is given twice")
-        found[name] = _span(name, text) if ".." in text and name in KEYS else parse_grid([word])[name]
+        if ".." in text and name in KEYS:
+            found[name] = _span(name, text)
+        else:  # in the form in which a configuration holds them, and a folder is read back
+            found[name] = [checked(name, value) for value in parse_grid([word])[name]]
     return found
 
 
@@ -71,7 +74,7 @@ def search_of(grid: Mapping[str, Any]) -> dict[str, Span | list[Scalar]]:
         if isinstance(values, str):
             found |= parse_search([f"{name}={values}"])
         else:
-            found[name] = [typed_value(name, one) if isinstance(one, str) else checked(name, one) for one in values]
+            found[name] = [checked(name, typed_value(name, v) if isinstance(v, str) else v) for v in values]
     return found
 
 
@@ -105,9 +108,9 @@ def study(
     side = max(1, workers // len(runs))
     told: list[Any] = []
     # What can be known before the first run: the ends of every range, and the first value of every list.
-    ends = [{name: _end(values, at) for name, values in search.items()} for at in (0, -1)]
+    ends = [{name: _end(values, high) for name, values in search.items()} for high in (False, True)]
     for sample in ends[: 1 + any(isinstance(values, Span) for values in search.values())]:
-        check(config, [c._replace(name=f".{c.name}") for c in cells_of([sample], runs)], out, sets, metric=metric)
+        check(config, cells_of([sample], runs), out, sets, here=not ray, metric=metric)
     for first in range(0, number, side):
         trials = range(first, min(first + side, number))
         tried: list[dict[str, Scalar]] = []
@@ -125,10 +128,10 @@ def study(
             told.append(_trial(search, values, _value_of([e for e in ended if _is(e.cell, i)], out, metric)))
 
 
-def _end(values: Span | Sequence[Scalar], at: int) -> Scalar:
+def _end(values: Span | Sequence[Scalar], high: bool) -> Scalar:
     if not isinstance(values, Span):
         return values[0]
-    return int(values[at]) if values.whole else values[at]
+    return values.high if high else values.low
 
 
 def _named(number: int, cell: Cell) -> Cell:
