@@ -27,7 +27,7 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,tar
         /opt/venv/lib/python3*/site-packages/pip* && \
     find /opt/venv/lib/python3*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete && \
     find /opt/venv -type d -name tests -path '*/site-packages/*' -prune -exec rm -rf {} + && \
-    /opt/venv/bin/python -c "import flwr.supernode.cli.flwr_clientapp, networkx, safetensors.torch, sklearn.datasets, torch"
+    /opt/venv/bin/python -c "import flwr.supernode.cli.flwr_clientapp, networkx, safetensors.torch, torch"
 
 # hadolint ignore=DL3006
 FROM ${BASE}

@@ -31,7 +31,7 @@ setup: $(VENV)/.ready
 
 # Everything that some test can use.
 extras: setup
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[tests]"
 
 quickstart: setup
 	$(BIN)/fedmom run configs/quickstart.toml

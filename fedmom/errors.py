@@ -24,6 +24,20 @@ def unknown(key: str, value: str, choices: Iterable[str]) -> InputError:
     return InputError(f"{key} = {value!r} is not known: {hint}choose one of {', '.join(names)}")
 
 
+def missing_package(what: str, package: str, extra: str) -> InputError:
+    """The error where `what` (a key with its value, a command) needs a package that only fedmom[`extra`] installs."""
+    return InputError(f"{what} needs {package}, which is not installed: pip install 'fedmom[{extra}]'")
+
+
+def require(what: str, extra: str, *packages: str) -> None:
+    """InputError naming the first of `packages` that cannot be imported here; none of them is imported."""
+    from importlib.util import find_spec
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise missing_package(what, package, extra)
+
+
 class ClientsFailedError(RuntimeError):
     """Clients did not answer as they must. The message names the round, the clients and the reason, in one line."""
 

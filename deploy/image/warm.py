@@ -27,7 +27,7 @@ COMMANDS = {
 IMPORTS = (
     *("flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "torch", "torch.func", "numpy"),
     "torch._dynamo",  # the first gradient of torch.func imports it: most of a short message's time
-    *("safetensors.torch", "sklearn.datasets", "networkx", "rich.console", "rich.progress"),
+    *("safetensors.torch", "networkx", "rich.console", "rich.progress"),
 )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedmom.errors import InputError
+from fedmom.errors import InputError, missing_package
 from fedmom.machine.cores import usable_cores
 from fedmom.user_code import one_line
 
@@ -51,7 +51,7 @@ def start_ray(address: str) -> tuple[Any, bool]:
         import ray
         import ray.cloudpickle
     except ImportError as error:
-        raise InputError('the ray backend needs Ray: pip install "flwr[simulation]"') from error
+        raise missing_package("a pool of Ray actors", "ray", "flower") from error
     if ray.is_initialized():
         return ray, False
     _reachable(address)

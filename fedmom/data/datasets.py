@@ -1,6 +1,6 @@
 """Data sets by name, as uint8 images (or features) and int64 labels on the CPU, checked on the way in (arrays.py).
 
-torchvision and scikit-learn are imported here only, and only by the data sets that need them.
+torchvision is imported here only, and only by what needs it.
 """
 
 import inspect
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.data.array_files import ARRAYS, idx_files, read_idx, read_npz_arrays
+from fedmom.data.array_files import ARRAYS, idx_files, read_digits, read_idx, read_npz_arrays
 from fedmom.data.arrays import checked_whole, count_classes, kind_of
-from fedmom.errors import InputError, unknown
+from fedmom.errors import InputError, missing_package, unknown
 from fedmom.machine.files import at_home
 from fedmom.user_code import is_spec, load_object, one_line
 
@@ -50,7 +50,7 @@ class DatasetEntry(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str = "none"
-    own: Callable[[], RawArrays] | None = None  # its arrays, where it comes with a library
+    own: Callable[[], RawArrays] | None = None  # its arrays, where they come with fedmom
     torchvision: str = ""  # the class in torchvision.datasets that fetches it, if there is one
     folders: tuple[str, ...] = ()  # where its files may be, below data.data-dir or anywhere
     # (name, folder) -> the arrays of the files there; None: there are none.
@@ -59,19 +59,15 @@ class DatasetEntry(NamedTuple):
 
 
 def _digits() -> RawArrays:
-    """scikit-learn's digits: values 0 to 16 become round(255 v / 16), every fifth example of a class is test.
+    """The digits of digits.json: values 0 to 16 become round(255 v / 16), every fifth example of a class is test.
 
     The split uses no random generator, so that it is the same for ever: 1,437 + 360 examples.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError("data.dataset = 'digits': needs scikit-learn (pip install scikit-learn)") from error
-    digits = load_digits()
-    images = ((digits.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]
+    images, labels = read_digits()
+    images = ((images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]
     is_test = np.zeros(len(images), dtype=bool)
-    is_test[np.argsort(digits.target, kind="stable")[::5]] = True
-    return images[~is_test], digits.target[~is_test], images[is_test], digits.target[is_test]
+    is_test[np.argsort(labels, kind="stable")[::5]] = True
+    return images[~is_test], labels[~is_test], images[is_test], labels[is_test]
 
 
 def _read_idx_files(name: str, folder: Path) -> RawArrays | None:
@@ -95,7 +91,7 @@ def _read_cifar(name: str, folder: Path) -> RawArrays | None:
 
 DATASETS: dict[str, DatasetEntry] = {
     "digits": DatasetEntry(
-        "1,437 + 360 handwritten digits, 1x8x8, 10 classes: scikit-learn's, nothing to download",
+        "1,437 + 360 handwritten digits, 1x8x8, 10 classes: they come with fedmom, nothing to download",
         (1, 8, 8), 10, (0.3058,), (0.3761,), own=_digits,
     ),
     "fashion-mnist": DatasetEntry(
@@ -211,8 +207,11 @@ def _find(name: str, data_dir: Path) -> RawArrays:
 def _torchvision_class(name: str) -> Callable:
     try:
         import torchvision
-    except ImportError as error:
-        raise InputError(f"data.dataset = {name!r}: needs torchvision (pip install torchvision)") from error
+    except ModuleNotFoundError as error:
+        raise missing_package(f"data.dataset = {name!r}", str(error.name), "vision") from error
+    except (ImportError, RuntimeError) as error:  # one that was built for another torch
+        problem = f"torchvision is installed, but cannot be imported: {one_line(error)}"
+        raise InputError(f"data.dataset = {name!r}: {problem}") from error
     return getattr(torchvision.datasets, DATASETS[name].torchvision)
 
 

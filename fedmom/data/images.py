@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.errors import InputError
+from fedmom.errors import InputError, missing_package
 from fedmom.user_code import one_line
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -75,8 +75,10 @@ def _label(key: str, place: Path, names: Sequence[str]) -> int:
 
 def _pixels(key: str, path: Path) -> np.ndarray:
     """One file as uint8 [1, H, W] where it is grey, [3, H, W] else, turned as its EXIF says."""
-    from PIL import Image, ImageOps
-
+    try:
+        from PIL import Image, ImageOps
+    except ModuleNotFoundError as error:
+        raise missing_package(f"{key}: {path}", "pillow", "vision") from error
     try:
         with Image.open(path) as image:
             trouble = _trouble(image)

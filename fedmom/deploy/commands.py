@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmom.deploy.deployment import CONNECTION, Deployment
-from fedmom.errors import InputError
+from fedmom.errors import InputError, missing_package
 
 _FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -48,8 +49,10 @@ class Commands:
 
     @staticmethod
     def flwr(*words: str) -> list[str]:
-        """`flwr …`, of the environment that fedmom runs in where there is one."""
+        """`flwr …`, of fedmom's own environment where it is there, else of the PATH; InputError for neither."""
         beside = Path(sys.executable).with_name("flwr")
+        if not beside.exists() and shutil.which("flwr") is None:
+            raise _missing("flwr")
         return [str(beside) if beside.exists() else "flwr", *words]
 
     def do(self, command: Sequence[str], *, quiet: bool = True, changes: bool = True, seconds: float = 600) -> str:
@@ -135,7 +138,7 @@ def superlink(*words: str) -> list[str]:
 def _missing(program: str) -> InputError:
     if Path(program).name == "docker":
         return InputError("docker: is not installed here; see https://docs.docker.com/engine/install/")
-    return InputError(f"{program}: is not installed here (pip install flwr)")
+    return missing_package("fedmom deploy", Path(program).name, "flower")
 
 
 def _last_line(text: str) -> str:

@@ -46,6 +46,7 @@ def up(commands: Commands, app: Path, say: Say, *, build_arguments: Sequence[str
     Raises InputError naming the service or the number of nodes that did not come within `wait` seconds.
     """
     deployment, image = commands.deployment, image_of(commands.deployment)
+    commands.flwr()  # that it is missing is said before an image is built
     if not commands.dry:
         write_flower_config(deployment)
     if commands.dry or not _has_image(commands, image):

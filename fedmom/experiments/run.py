@@ -9,7 +9,7 @@ from fedmom.config.build import resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import load, parse_sets
 from fedmom.config.strategies import OURS
-from fedmom.errors import InputError
+from fedmom.errors import InputError, require
 from fedmom.experiments.simulation import simulate
 from fedmom.machine.files import at_home
 from fedmom.runs.callbacks import Callback
@@ -88,3 +88,7 @@ def _check_backend(config: Config) -> None:
         raise InputError(
             f"server.strategy = {strategy!r}: is Flower's; it needs run.backend = 'simulation' or `flwr run`"
         )
+    if backend == "simulation":
+        require("run.backend = 'simulation'", "flower", "flwr", "ray")
+    elif config.engine.workers > 0:
+        require(f"engine.workers = {config.engine.workers}", "flower", "ray")

@@ -8,7 +8,7 @@ from typing import Any
 from fedmom.config.goals import measured_by
 from fedmom.config.load import load, parse_sets
 from fedmom.config.resolve import resolve
-from fedmom.errors import InputError, unknown
+from fedmom.errors import InputError, require, unknown
 from fedmom.experiments.crew import Cell, CellEnded, SweepWork, on_ray, one_by_one
 from fedmom.experiments.processes import side_by_side
 from fedmom.experiments.run import check_place
@@ -76,6 +76,8 @@ def sweep(
     than it was goes on from its end. out/sweep.json says how each ended. Where a run is interrupted no other is begun;
     KeyboardInterrupt where the sweep was asked to end, by Ctrl-C or SIGTERM, and not a run of it alone.
     """
+    if ray:
+        require(f"--ray {ray}", "flower", "ray")
     out.mkdir(parents=True, exist_ok=True)
     mine = {cell.name for cell in cells}
     # What an earlier call planned and did not begin was given up, unless it is asked for again.

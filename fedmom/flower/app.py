@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmom.actors.cluster import PoolOptions
-from fedmom.errors import InputError, unknown
+from fedmom.errors import InputError, require, unknown
 from fedmom.flower.client import load_component
 from fedmom.flower.grid import RUN_ID, Context, Message, RayGrid
 
@@ -76,6 +76,7 @@ def simulate_app(
     ServerApp starts, `on_reply` every reply as it arrives, `on_output(partition, text)` what clients print. What the
     ServerApp raises comes out as it is, and a Ray that ended as RayEndedError; the workers end in any case.
     """
+    require(f"the Flower app in {app_dir}", "flower", "flwr", "ray")
     from flwr.app import Context, RecordDict
     from flwr.common.constant import SUPERLINK_NODE_ID
 

@@ -55,14 +55,14 @@ def finished(folder: Path, rounds: Sequence[Record], width: int | None = None) -
 
 
 def draw_or_say_why(draw: Callable[[], object], what: str = "picture") -> bool:
-    """Whether it was drawn. Pictures are an extra: where one cannot be had, a line says why, and all else goes on."""
+    """Whether it was drawn. Where a picture cannot be had, a line says why, and all else goes on."""
     try:
         with warnings.catch_warnings():  # matplotlib's, where a diverged run's losses span 300 decades
             warnings.simplefilter("ignore")
             draw()
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        print(f"fedmom: no {what} was drawn: {package} is not installed", file=sys.stderr)
+        print(f"fedmom: no {what} was drawn: {package} is not installed: pip install {package}", file=sys.stderr)
     except InputError as error:
         print(f"fedmom: no {what} was drawn: {error}", file=sys.stderr)
     except OSError:  # a folder that may not be written, a full disk: the command says so

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from fedmom.config.keys import Scalar
 from fedmom.config.load import flat, to_toml
-from fedmom.errors import InputError, unknown
+from fedmom.errors import InputError, require, unknown
 from fedmom.machine.files import write_text
 from fedmom.method.state import ClientState
 from fedmom.records.files import CONFIG
@@ -74,7 +74,7 @@ class TensorBoard:
     """Event files in the run folder: `tensorboard --logdir runs`."""
 
     def __init__(self) -> None:
-        _need("tensorboard", "tensorboard")
+        require("tracker 'tensorboard'", "tensorboard", "tensorboard")
 
     def start(self, run: Tracked) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -109,7 +109,7 @@ class MLflow:
     """An MLflow run, where MLFLOW_TRACKING_URI says (experiment: MLFLOW_EXPERIMENT_NAME, else fedmom)."""
 
     def __init__(self) -> None:
-        _need("mlflow", "mlflow")
+        require("tracker 'mlflow'", "mlflow", "mlflow")
 
     def start(self, run: Tracked) -> None:
         import os
@@ -165,7 +165,7 @@ class WandB:
     """A Weights & Biases run, as WANDB_MODE, WANDB_PROJECT (else fedmom) and its other variables say."""
 
     def __init__(self) -> None:
-        _need("wandb", "wandb")
+        require("tracker 'wandb'", "wandb", "wandb")
 
     def start(self, run: Tracked) -> None:
         import os
@@ -251,13 +251,6 @@ class Tracking(Callback):
             self.open.remove(tracker)
             name = type(tracker).__name__
             print(f"fedmom: {name} hears no more of this run: {one_line(error)}", file=sys.stderr)
-
-
-def _need(package: str, extra: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise InputError(f"tracker {extra!r}: needs {package}: pip install 'fedmom[{extra}]'")
 
 
 def _recall(run: Tracked, tracker: str) -> str:

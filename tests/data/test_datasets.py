@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import pickle
 import struct
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from fedmom.data import datasets
+from fedmom.data.array_files import DIGITS, read_digits
 from fedmom.data.datasets import ARRAYS, DATASETS, DEBIAN_FASHION_MNIST, Dataset, download, load_dataset
 from fedmom.errors import InputError
 from laws import table
@@ -85,13 +87,21 @@ def test_digits_are_stratified_and_use_all_256_values():
 
 
 def test_the_digits_split_has_no_example_twice():
-    from sklearn.datasets import load_digits
-
     data = load_dataset("digits")
     pixels = torch.cat([data.x_train, data.x_test]).flatten(1).numpy()
-    assert sorted(map(bytes, pixels)) == sorted(
-        bytes(((row * 255 + 8) // 16).astype(np.uint8)) for row in load_digits().data.astype(int)
-    )
+    given = ((read_digits()[0].reshape(-1, 64).astype(int) * 255 + 8) // 16).astype(np.uint8)
+    assert sorted(map(bytes, pixels)) == sorted(map(bytes, given))
+
+
+def test_the_digits_are_scikit_learns():
+    """Also in their order, on which the split depends; and the file says whose they are."""
+    theirs = pytest.importorskip("sklearn.datasets").load_digits()
+    pixels, labels = read_digits()
+    assert (pixels.dtype, labels.dtype, labels.tobytes()) == (np.uint8, np.int64, theirs.target.tobytes())
+    assert pixels.astype(float).tobytes() == theirs.images.tobytes()
+    about = json.loads(DIGITS.read_text(encoding="utf-8"))
+    assert "CC BY 4.0" in about["licence"]
+    assert "doi.org" in about["source"]
 
 
 # mean and std
@@ -468,16 +478,20 @@ def test_downloads_that_cannot_work(tmp_path, monkeypatch):
 
 
 def test_without_the_library_that_a_data_set_needs_it_says_so(tmp_path, monkeypatch):
-    """And .npz files need neither."""
+    """And .npz files and the digits need none."""
     path = save(tmp_path / "mine.npz", **arrays(2, 2))
     (tmp_path / "cifar-10-batches-py").mkdir()
-    for name, known, library in (
-        ("digits", "sklearn.datasets", "scikit-learn"),
-        ("cifar10", "torchvision", "torchvision"),
-    ):
-        monkeypatch.setitem(sys.modules, known, None)
-        refused(name, f"needs {library}", data_dir=str(tmp_path))
+    for library in ("torchvision", "sklearn"):
+        monkeypatch.setitem(sys.modules, library, None)
+    needs = "data.dataset = 'cifar10' needs torchvision, which is not installed: pip install 'fedmom[vision]'"
+    assert refused("cifar10", data_dir=str(tmp_path)) == needs
+    assert refused("cifar10", data_dir=str(tmp_path), load=download) == needs
     assert load_dataset(str(path)).num_classes == 3
+    assert load_dataset("digits").num_classes == 10
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision")
+    refused("cifar10", "installed, but cannot be imported", "torchvision::nms", data_dir=str(tmp_path))
 
 
 def test_input_shape_is_that_of_one_example():

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedmom.errors import require
 from fedmom.machine.files import write_text
 from fedmom.records.environment import version_of
 from fedmom.results.comparison import Target
@@ -22,10 +23,10 @@ HERE = Path(__file__).parent
 
 
 def write_page(groups: Sequence[Group], targets: Sequence[Target], path: Path, *, notes: Sequence[str] = ()) -> Path:
-    """Write the page of these groups; `notes` are shown at its top. InputError where it cannot be written.
-
-    Raises ModuleNotFoundError where plotly or jinja2 is missing.
+    """Write the page of these groups; `notes` are shown at its top. InputError where it cannot be written, or
+    where plotly or jinja2 is missing.
     """
+    require("the page", "report", "plotly", "jinja2")
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
