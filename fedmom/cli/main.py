@@ -130,13 +130,12 @@ def run(
     if config is not None and run_folders(config, changes, out, resume) == (None, None):
         out = fresh_folder(config)
     if _uses_ray(config, changes, resume):
-        folders = run_folders(config, changes, out, resume)
-        where = Path(folders[1] or folders[0] or ".")
+        where = Path(next(filter(None, reversed(run_folders(config, changes, out, resume))), "."))
         supervise.stand_by(where / CONFIG, f"go on with: {_go_on(where)}")
     heed_signals()
-    trackers = [*(track or ()), *(["tensorboard"] if tensorboard else [])]
     followers = progress.callbacks(console, quiet=quiet, verbose=verbose)
-    followers += [Tracking(trackers)] if trackers else []
+    if trackers := [*(track or ()), *(["tensorboard"] if tensorboard else [])]:
+        followers.append(Tracking(trackers))
     how: Any = {"sets": changes, "out": out, "resume": resume, "device": device, "app": flower_app}
     return _train(followers, console, quiet, config, **how)
 

@@ -15,7 +15,7 @@ from fedmom.config.goals import monitored
 from fedmom.config.keys import KEYS, Scalar, checked
 from fedmom.config.load import flat, load, typed_value
 from fedmom.config.numbers import as_number
-from fedmom.errors import InputError
+from fedmom.errors import InputError, missing_package
 from fedmom.experiments.grid import cells_of, parse_grid, seeds_of
 from fedmom.experiments.sweep import check, sweep
 from fedmom.records.files import CONFIG
@@ -214,6 +214,6 @@ def _optuna() -> Any:
     try:
         import optuna
     except ModuleNotFoundError:
-        raise InputError("--optuna needs optuna, which is not installed: pip install 'fedmom[optuna]'") from None
+        raise missing_package("--optuna", "optuna", "optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
