@@ -57,7 +57,7 @@ def sweep(
         if optuna:
             raise InputError("seeds: with optuna a number of them, such as 3")
     number = seeds if isinstance(seeds, int) else None
-    work = {"sets": changes, "workers": workers, "ray": ray, "track": track}
+    work: dict[str, Any] = {"sets": changes, "workers": workers, "ray": ray, "track": track}
     if optuna:
         under_way = study(source, search_of(values), optuna, folder, seeds=number, metric=metric, **work)
         ended = over_runs(under_way, optuna * (number or 1), progress)
