@@ -1,8 +1,8 @@
 """docs/tutorial.md -> examples/tutorial.ipynb: `python docs/notebook.py` writes it, and a test holds them equal.
 
 Fences: ```sh and ```python are run, ```LANGUAGE file=NAME is written to NAME, ```console is only shown. In the notebook
-a picture takes the place of <!-- show: NAME --> below a fence. Cells that did not change keep the outputs that are stored in the notebook;
-`python docs/notebook.py --run` runs them anew in an empty folder, and stores what they print and show.
+a picture takes the place of <!-- show: NAME --> below a fence. Cells that did not change keep the outputs that are
+stored; `python docs/notebook.py --run` runs them anew in an empty folder, and stores what they print and show.
 """
 
 import json
