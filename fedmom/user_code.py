@@ -1,5 +1,6 @@
 """The user's own code by name: "package.module:function" in a config becomes the function; whose an error is."""
 
+import difflib
 import importlib
 import inspect
 import os
@@ -33,11 +34,17 @@ def load_object(key: str, spec: str) -> Any:
             module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            looked = f"looked in {os.getcwd()} and on sys.path"
+            looked = (
+                f"looked in {os.getcwd()} and on sys.path; start fedmom where {module_name.partition('.')[0]}.py is"
+            )
             raise InputError(f"{start}: no module named {error.name!r} ({looked})") from error
         raise InputError(f"{start}: importing {module_name!r} raised {one_line(error)}") from error
     if not hasattr(module, function_name):
-        raise InputError(f"{start}: module {module_name!r} has no attribute {function_name!r}")
+        near = difflib.get_close_matches(
+            function_name, [name for name in vars(module) if not name.startswith("_")], n=1
+        )
+        hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
+        raise InputError(f"{start}: module {module_name!r} has no attribute {function_name!r}{hint}")
     function = getattr(module, function_name)
     if not callable(function):
         raise InputError(f"{start}: is not a function but of type {type(function).__name__}")
@@ -135,23 +142,36 @@ def _current_directory_on_path() -> Iterator[None]:
 _OWN = {"clients": "client_app.py", "strategies": "server_app.py"}
 
 
-def own_folder(package: str) -> str:
-    """The folder clients/ or strategies/ of the first checkout on sys.path.
+def app_root() -> Path:
+    """The folder of fedmom's own Flower app, Dockerfile and configs: the checkout, or fedmom/_app of the wheel.
 
-    Raises InputError where fedmom was installed without the two folders.
+    Raises InputError where fedmom came without them.
     """
-    marks = ["fedmom/__init__.py", *(f"{folder}/{file}" for folder, file in _OWN.items())]
-    roots = [*map(Path, sys.path), Path(__file__).parents[1]]
-    root = next((root for root in roots if all((root / mark).is_file() for mark in marks)), None)
+    package = Path(__file__).absolute().parent
+    root = next((root for root in (package / "_app", package.parent) if _has_app(root)), None)
     if root is None:
-        raise InputError(f"{package}/{_OWN[package]}: is not beside fedmom; Flower's part needs the whole checkout")
+        raise InputError(f"{package}: came without its Flower app; take fedmom's wheel, or a whole checkout")
+    return root
+
+
+def own_folder(package: str) -> str:
+    """The folder clients/ or strategies/ of the first checkout on sys.path, else fedmom's own.
+
+    Raises InputError where fedmom came without the two folders.
+    """
+    checkouts = (root for root in map(Path, sys.path) if (root / "fedmom" / "__init__.py").is_file())
+    root = next((root for root in checkouts if _has_app(root)), None) or app_root()
     return str(root.absolute() / package)
+
+
+def _has_app(root: Path) -> bool:
+    return all((root / folder / file).is_file() for folder, file in _OWN.items())
 
 
 def own_app(package: str) -> Any:
     """The Flower app in clients/client_app.py or strategies/server_app.py.
 
     It is imported below fedmom, as fedmom.flower.own_clients or own_strategies, so that `import clients` stays the
-    user's, and Ray's actors find it. Raises InputError where fedmom was installed without the two folders.
+    user's, and Ray's actors find it. Raises InputError where fedmom came without the two folders.
     """
     return importlib.import_module(f"fedmom.flower.own_{package}.{_OWN[package].removesuffix('.py')}").app

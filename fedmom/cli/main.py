@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from fedmom.cli import keys, results, show, supervise, sweep
 from fedmom.cli.deploy import app as deploy_app
+from fedmom.cli.first import commands as first
 from fedmom.cli.options import (
     BAD_INPUT,
     DONE,
@@ -219,6 +220,10 @@ def simulate_flower_app(
 
 
 app.command()(show.partition)
+
+
+for command in (first.new, first.check, first.ls):
+    app.command()(command)
 
 
 app.command()(sweep.sweep)

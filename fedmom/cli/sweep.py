@@ -11,6 +11,7 @@ from fedmom.cli import supervise
 from fedmom.cli.options import DONE, EXIT_STATUS, Sets, Tracks, exit_status, heed_signals
 from fedmom.errors import InputError
 from fedmom.machine.files import at_home
+from fedmom.machine.output import terminal_width
 
 if TYPE_CHECKING:
     from fedmom.experiments.crew import Cell, CellEnded
@@ -78,8 +79,6 @@ def sweep(
     from fedmom.config.load import load
     from fedmom.experiments import sweep as sweeps
     from fedmom.experiments.search.study import parse_search, study
-    from fedmom.results import tables
-    from fedmom.results.ranking import best_table
     from fedmom.runs.trackers import make_trackers
 
     if bool(grid) == bool(file):
@@ -103,14 +102,18 @@ def sweep(
         under_way = study(config, search, optuna, folder, seeds=seeds, metric=metric, **how)
     else:
         under_way = sweeps.sweep(config, cells, folder, **how)
-    ended, metric = _followed(under_way, total, folder, metric)
+    return _end(*_followed(under_way, total, folder, metric), total, folder)
+
+
+def _end(ended: Sequence["CellEnded"], metric: str, total: int, folder: Path) -> int:
+    """Say what came out; the exit status."""
+    from fedmom.results.ranking import told
+
     if len(ended) < total or any(one.status == "interrupted" for one in ended):
         done = sum(one.status == "done" for one in ended)
         on = f"the same command goes on from {folder}"
         return exit_status("interrupted", f"interrupted, {done} of {total} runs are done; {on}")
-    if metric:
-        print(tables.as_text(*best_table(ended, folder, metric)))
-    print(folder)
+    print("\n".join(told(ended, folder, metric, terminal_width())) if metric else folder)
     worst = [EXIT_STATUS[one.status] for one in ended if one.status != "done"]
     return max(worst, default=DONE)
 

@@ -1,6 +1,6 @@
 """`fedmom bench`: how fast a configuration runs here, how near to what the device can do, and where the time goes."""
 
-import resource
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +17,7 @@ from fedmom.config.resolve import with_choices
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.timings import now
+from fedmom.machine.memory import most_bytes
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
@@ -96,7 +97,7 @@ def bench(
         _flops(task, start.state),
         _bytes(task, backend, start.state, round_job(task, plan, start)),
         *peaks(device, getattr(torch, config.run.dtype)),
-        _memory(device),
+        float(most_bytes(device)),
         shares,
         backend.details,
     )
@@ -164,16 +165,11 @@ def _bytes(task: Task, rounds: Backend, start: ClientState, job: Any) -> float:
     return 8 * num_bytes(weights) + 5 * kept + extra
 
 
-def _memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
 def _shares(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """{kind of operator: part of the time of a round}; what is not torch's own is "Python and waiting"."""
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells standard error when it starts and stops
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
         total = 1e6 * _timed(device, run)

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 CACHE = "FEDMOM_CACHE"  # the environment's own word on where the folder is; empty: there is none
+_shut = False  # within `nothing_kept`
 _PATIENCE = 2.0  # seconds: another process has the folder for milliseconds, and one that was stopped must not stop us
 
 
@@ -27,6 +28,17 @@ def folder() -> Path | None:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmom"
     except RuntimeError:  # a user without a home
         return None
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Within it this process reads what was kept and puts nothing there: it only looks."""
+    global _shut
+    before, _shut = _shut, True
+    try:
+        yield
+    finally:
+        _shut = before
 
 
 class Kept(Generic[T]):
@@ -52,7 +64,7 @@ class Kept(Generic[T]):
 
         The file is always a whole one.
         """
-        if self.path is None:
+        if self.path is None or _shut:
             return False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """How much memory is free, and how much a forward pass makes."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,17 @@ def free_bytes(device: torch.device) -> int:
     except (OSError, ValueError):
         return free
     return free if limit == "max" else max(0, min(free, int(limit) - used))
+
+
+def most_bytes(device: torch.device) -> int:
+    """The most that this process has used so far: of the card's memory by tensors, or of main memory in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # pragma: no cover - not a POSIX system
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

@@ -45,23 +45,31 @@ def read_rounds(path: Path) -> list[Record]:
     return [record for _, record in iterate_rounds(path)]
 
 
-def last_round(path: Path) -> int:
-    """The number of a run folder's last whole line; 0 where there is none. It reads the file's end alone."""
+def from_the_end(path: Path) -> Iterator[Record]:
+    """The records of a run folder, the last whole line first; of a long file no more is read than is asked for."""
     try:
         with open(path / ROUNDS, "rb") as file:
-            size, length = file.seek(0, os.SEEK_END), 4096
+            size, length, seen = file.seek(0, os.SEEK_END), 4096, 0
             while True:
                 file.seek(max(0, size - length))
                 lines = file.read().split(b"\n")
                 # Without the first, which may lack its beginning, and the last, which may lack its end.
-                for line in reversed(lines[:-1] if length >= size else lines[1:-1]):
-                    with contextlib.suppress(ValueError, KeyError, TypeError):
-                        return int(json.loads(line)["round"])
+                whole = lines[:-1] if length >= size else lines[1:-1]
+                for line in reversed(whole[: len(whole) - seen]):
+                    with contextlib.suppress(ValueError):
+                        record = json.loads(line)
+                        if isinstance(record, dict) and isinstance(record.get("round"), int):
+                            yield record
                 if length >= size:
-                    return 0
-                length *= 8
+                    return
+                length, seen = 8 * length, len(whole)
     except OSError:
-        return 0
+        return
+
+
+def last_round(path: Path) -> int:
+    """The number of a run folder's last whole line; 0 where there is none. It reads the file's end alone."""
+    return next((int(record["round"]) for record in from_the_end(path)), 0)
 
 
 class History(Sequence[Record]):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmom.config.keys import Config
-from fedmom.config.load import flat, load, parse_sets, toml_scalar
+from fedmom.config.load import config_file, flat, load, parse_sets, toml_scalar
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError
 from fedmom.experiments.grid import cells_of, drawn, full, seeds_of
@@ -90,7 +90,7 @@ def _placed(config: Any, changes: Sequence[str], out: str | Path | None) -> tupl
     name = f"{Path(config).stem}-sweep" if given else "sweep"
     folder = at_home(out) if out else at_home(own) if own else Path("runs") / name
     if given:
-        return at_home(config), folder
+        return config_file(at_home(config)), folder
     if (folder / CONFIG).exists():
         raise InputError(f"out = {str(folder)!r}: is a run folder; a sweep needs one of its own")
     # What was given, and no more: what else the file named would count as given too.

@@ -1,0 +1,259 @@
+"""`fedmom check`: what a configuration would run, how long and in how much memory, and one step of it really taken."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fedmom.backends.local import make_local
+from fedmom.config.build import make_plan, make_task, resolve_device
+from fedmom.config.keys import Config
+from fedmom.config.load import flat, load, replace
+from fedmom.config.resolve import resolve, with_choices
+from fedmom.engine.auto import bytes_per_client
+from fedmom.engine.rates import rate, replayable
+from fedmom.errors import InputError
+from fedmom.experiments.run import check_place
+from fedmom.machine.cache import nothing_kept
+from fedmom.machine.files import at_home
+from fedmom.machine.memory import free_bytes, most_bytes
+from fedmom.method.state import ClientState, num_bytes
+from fedmom.records.folder import RunFolder
+from fedmom.rounds.loop import Plan, Record, beginning, chosen_clients, round_job, run_rounds
+from fedmom.rounds.round import Backend
+from fedmom.runs.cautions import cautions
+from fedmom.tasks.classification import Classification
+from fedmom.tasks.task import Task
+from fedmom.user_code import blamed
+
+_SHORT = 1.0  # seconds: rounds that take longer are estimated from a few of their steps
+_ROUNDS = 3  # of the short ones, which are run
+_FEW = 2  # examples, by which the layers' outputs are seen
+
+
+class Layer(NamedTuple):
+    """One module of the model that has parameters of its own, or has no modules inside."""
+
+    name: str  # as the model's state_dict begins; "" for the model itself
+    kind: str  # its class
+    output: str  # its shape, "[B, 64]"; "" where an evaluation does not call it
+    parameters: int
+    frozen: int  # of them, how many do not train
+
+
+class Data(NamedTuple):
+    """The examples, and who holds them."""
+
+    num_train: int
+    num_test: int
+    num_classes: int
+    example: str  # shape and dtype, "[16] float32"
+    sizes: np.ndarray  # [N] examples of each client
+    classes: np.ndarray  # [N] classes that each client has
+
+
+class Checked(NamedTuple):
+    """What a run of a configuration would be; sizes in bytes, times in seconds."""
+
+    config: Config  # resolved, with what `auto` chose here
+    notes: list[str]  # as the run would give them
+    data: Data | None  # None where clients hold formulas
+    layers: list[Layer]
+    kinds: dict[str, str]  # {name: class} of all modules
+    clients: int  # that took the step
+    step: Record  # the line of a round of one step, evaluated
+    step_seconds: float
+    num_parameters: int  # that train, of one client
+    rate: float  # client-steps per second
+    client_steps: int  # of the whole run
+    round_seconds: float  # without evaluation
+    eval_seconds: float  # of one evaluation
+    num_evals: int
+    setup_seconds: float
+    client_bytes: int  # that one of K clients takes during a step
+    memory: int  # the most that the run will use, about
+    free: int  # before anything was made
+    checkpoint_bytes: int  # of x, u and buffers
+    rows_bytes: int  # of what every client keeps of its own
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, about."""
+        return self.setup_seconds + self.config.run.num_rounds * self.round_seconds + self.num_evals * self.eval_seconds
+
+    @property
+    def rounds_bytes(self) -> int:
+        """Of rounds.jsonl, about."""
+        return self.config.run.num_rounds * (len(json.dumps(self.step)) + 1)
+
+
+def check_config(
+    source: str | Path, sets: Iterable[str] = (), *, progress: Callable[[str], None] = lambda text: None
+) -> Checked:
+    """Make data and model of a configuration, take one step of two clients, time a few more, and keep nothing.
+
+    Whatever the backend, the clients are those of this process's engine. Raises InputError as a run would, and
+    DivergedError where the loss is no number within the first steps.
+    """
+    begin = time.monotonic()
+    resolved = resolve(load(source, sets))
+    config = resolve_device(resolved.config)
+    _check_run(config)
+    with blamed(flat(config)), nothing_kept():
+        progress("data and model")
+        device = torch.device(config.engine.device)
+        free = free_bytes(device)
+        task, plan = make_task(config, config.engine.device), make_plan(config)
+        progress("comparing with plain torch, timing the ways to run it")
+        backend = make_local(replace(config, "engine", workers=0), task, plan)
+        setup = time.monotonic() - begin
+        progress("one step of two clients")
+        found = _measured(config, task, plan, backend, progress)
+    layers, kinds = _layers(task, found["start"]) if isinstance(task, Classification) else ([], {})
+    memory = most_bytes(device) + 2 * found["rows_bytes"]  # rows before, after the steps, and mixed
+    del found["start"]
+    return Checked(
+        config=with_choices(config, {**backend.settled, "engine.workers": config.engine.workers}),
+        notes=[*resolved.notes, *cautions(config, task, plan), *backend.notes],
+        data=_data(task) if isinstance(task, Classification) else None,
+        layers=layers,
+        kinds=kinds,
+        setup_seconds=setup,
+        memory=memory,
+        free=free,
+        **found,
+    )
+
+
+def _check_run(config: Config) -> None:
+    """What a run would refuse before it reads any data."""
+    check_place(config, here=True)
+    run = config.run
+    if run.resume:
+        raise InputError(f"run.resume = {run.resume!r}: a check looks at a new run; leave it out")
+    if run.out:
+        RunFolder.check_new(at_home(run.out))
+    for needs, package in ((run.backend == "simulation", "flwr"), (config.engine.workers > 0, "ray")):
+        if needs and find_spec(package) is None:
+            key = "run.backend = 'simulation'" if package == "flwr" else f"engine.workers = {config.engine.workers}"
+            raise InputError(f"{key}: needs {package}, which is not installed: pip install 'fedmom[flower]'")
+
+
+def _measured(
+    config: Config, task: Task, plan: Plan, backend: Backend, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """The fields of Checked that come of steps, and the state before them."""
+    begun = beginning(task, plan)
+    clients, step, seconds = _one_step(task, plan, backend)
+    progress("a few steps more")
+    job = round_job(task, plan, begun)._replace(rows=None)
+    path, size = str(backend.settled["engine.path"]), min(int(backend.settled["engine.chunk-size"]), len(job.clients))
+    replays = replayable(plan.method, job, plan.topology is not None)
+    speed = rate(task, plan.method, begun.state, job, path, size, replays=replays)
+    per_round = plan.cohort_size * float(plan.steps_of(task.sizes).mean())
+    rows = [] if begun.client_momentum is None else [begun.client_momentum]
+    rows += [] if begun.rows is None else list(begun.rows)
+    state = [*begun.state, *([] if begun.slow_momentum is None else [begun.slow_momentum])]
+    return {
+        "start": begun.state,
+        "clients": clients,
+        "step": step,
+        "step_seconds": seconds,
+        "num_parameters": sum(x.numel() for x in begun.state.params.values()),
+        "rate": speed,
+        "client_steps": round(plan.num_rounds * per_round),
+        "round_seconds": _round_seconds(task, plan, backend, per_round / speed),
+        "eval_seconds": _eval_seconds(task, plan, begun.state),
+        "num_evals": math.ceil(plan.num_rounds / plan.eval_every),
+        "client_bytes": bytes_per_client(task, begun.state),
+        "checkpoint_bytes": sum(map(num_bytes, state)),
+        "rows_bytes": sum(map(num_bytes, rows)),
+    }
+
+
+def _one_step(task: Task, plan: Plan, backend: Backend) -> tuple[int, Record, float]:
+    """(how many clients, the line, seconds) of a round in which two clients take one step, or all under Algorithm 2."""
+    few = plan.cohort_size if plan.topology is not None else min(2, plan.cohort_size)
+    short = plan._replace(cohort_size=few, num_local_steps=1, local_epochs=0, eval_every=1)
+    _, record = next(run_rounds(task, short, backend, beginning(task, short)))
+    return few, record, few / record["client_steps_per_second"]
+
+
+def _round_seconds(task: Task, plan: Plan, backend: Backend, expected: float) -> float:
+    """Of a round without its evaluation: that of a few whole ones where they are short."""
+    if expected > _SHORT:
+        return expected
+    blind = plan._replace(num_rounds=max(plan.num_rounds, _ROUNDS) + 1, eval_every=plan.num_rounds + _ROUNDS + 2)
+    ends = [0.0]
+    for new, _ in islice(run_rounds(task, blind, backend, beginning(task, blind)), _ROUNDS):
+        ends.append(new.wall_seconds)
+    return min(after - before for before, after in pairwise(ends))
+
+
+def _eval_seconds(task: Task, plan: Plan, start: ClientState) -> float:
+    """Of the mean model's evaluation, and of the clients' own models where they have some."""
+    begin = time.perf_counter()
+    task.evaluate(start)
+    models = 1 if plan.topology is None else 1 + len(chosen_clients(len(task.sizes), plan.eval_clients))
+    return models * (time.perf_counter() - begin)
+
+
+def _data(task: Classification) -> Data:
+    dataset, sampler = task.dataset, task.sampler
+    sizes = sampler.sizes.cpu()
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    held = torch.stack([owners, dataset.y_train.cpu()[sampler.indices.cpu()]])
+    classes = torch.bincount(torch.unique(held, dim=1)[0], minlength=len(sizes))
+    x = dataset.x_train
+    example = f"{list(x.shape[1:])} {str(x.dtype).removeprefix('torch.')}"
+    return Data(len(x), len(dataset.x_test), dataset.num_classes, example, sizes.numpy(), classes.numpy())
+
+
+def _layers(task: Classification, start: ClientState) -> tuple[list[Layer], dict[str, str]]:
+    """(the model's layers in its own order, {name: class} of all its modules).
+
+    Each parameter is counted once; outputs are as an evaluation makes them.
+    """
+    twin = task.in_dtype(task.dtype)  # whose hooks nobody else sees
+    outputs: dict[str, str] = {}
+    modules = dict(twin.model.named_modules())
+
+    def look(name: str, _module: nn.Module, _inputs: Any, made: Any) -> None:
+        outputs.setdefault(name, _shape(made))
+
+    for name, module in modules.items():
+        module.register_forward_hook(partial(look, name))
+    first = torch.zeros(1, dtype=torch.int64)
+    batch = next(iter(twin.round_batches(first, first, 1)))
+    try:
+        twin.judged(start, batch.x[0][:_FEW])
+    except Exception:  # the run itself says so, with the examples
+        outputs.clear()
+    # As the user wrote them: dropout was swapped for the addressed one.
+    kinds = {name: type(module).__name__.removeprefix("Addressed") for name, module in modules.items()}
+    layers, seen = list[Layer](), set[int]()
+    for name, module in modules.items():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        if own or not [*module.children()]:
+            frozen = sum(p.numel() for p in own if not p.requires_grad)
+            layers.append(Layer(name, kinds[name], outputs.get(name, ""), sum(p.numel() for p in own), frozen))
+    return layers, kinds
+
+
+def _shape(made: Any) -> str:
+    tensors = [t for t in tree_leaves(made) if isinstance(t, Tensor)]
+    if not tensors:
+        return ""
+    sizes = list(tensors[0].shape)
+    return "[" + ", ".join(["B" if not place and size == _FEW else str(size) for place, size in enumerate(sizes)]) + "]"
