@@ -12,9 +12,9 @@ from fedmom.config.strategies import OURS
 from fedmom.errors import InputError, require
 from fedmom.experiments.simulation import simulate
 from fedmom.machine.files import at_home
+from fedmom.runs.bars import python_bar
 from fedmom.runs.callbacks import Callback
 from fedmom.runs.execute import execute, opened
-from fedmom.runs.progress import python_bar
 from fedmom.runs.result import Result
 
 

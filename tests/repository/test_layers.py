@@ -52,10 +52,10 @@ EXTRAS = {
     "plotly": ("fedmom/results/page/write.py",),
     "jinja2": ("fedmom/results/page/write.py",),
     "typer": ("fedmom/cli/",),
-    "rich": ("fedmom/cli/", "fedmom/runs/progress.py", "strategies/server_app.py"),
+    "rich": ("fedmom/cli/", "fedmom/runs/progress.py", "fedmom/runs/bars.py", "strategies/server_app.py"),
     "triton": ("fedmom/engine/stacked/kernels/",),
     "optuna": ("fedmom/experiments/search/study.py",),
-    "IPython": ("fedmom/runs/progress.py",),
+    "IPython": ("fedmom/runs/bars.py",),
     "mlflow": ("fedmom/runs/trackers.py",),
     "wandb": ("fedmom/runs/trackers.py",),
 }

@@ -5,8 +5,9 @@ import sys
 import pytest
 
 import fedmom
-from fedmom.runs import progress
-from fedmom.runs.progress import Bar, Lines, NotebookBar, Quiet, python_bar
+from fedmom.runs import bars
+from fedmom.runs.bars import NotebookBar, python_bar
+from fedmom.runs.progress import Bar, Lines, Quiet
 
 QUADRATIC = {
     "data.dataset": "quadratic",
@@ -103,12 +104,12 @@ def test_a_bar_is_where_somebody_sees_it_and_never_twice(monkeypatch):
         def __init__(self, **_):
             self.is_terminal, self.is_jupyter = self.now
 
-    monkeypatch.setattr(progress, "Console", Console)
-    monkeypatch.setattr(progress, "Bar", type("Bar", (Bar,), {"__init__": lambda self, console: None}))
+    monkeypatch.setattr(bars, "Console", Console)
+    monkeypatch.setattr(bars, "Bar", type("Bar", (Bar,), {"__init__": lambda self, console: None}))
     display = type(sys)("IPython.display")
     display.display = lambda *content, **how: shown.append(content)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    for now, kind in (((True, False), progress.Bar), ((False, True), NotebookBar), ((False, False), type(None))):
+    for now, kind in (((True, False), bars.Bar), ((False, True), NotebookBar), ((False, False), type(None))):
         Console.now = now
         found = python_bar(None, [fedmom.Callback()])
         assert isinstance(found[0] if found else None, kind)

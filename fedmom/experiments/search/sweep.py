@@ -14,8 +14,8 @@ from fedmom.experiments.sweep import check
 from fedmom.experiments.sweep import sweep as run_cells
 from fedmom.machine.files import at_home, write_text
 from fedmom.records.files import CONFIG
-from fedmom.records.status import CellEnded
-from fedmom.runs.progress import over_runs
+from fedmom.records.status import Cell, CellEnded
+from fedmom.runs.bars import over_runs
 from fedmom.runs.result import Result
 from fedmom.runs.result import load as load_result
 
@@ -51,31 +51,31 @@ def sweep(
     """
     changes = [f"{key}={_text(value)}" for key, value in parse_sets([sets] if isinstance(sets, str) else sets).items()]
     source, folder = _placed(config, changes, out)
-    values = {key: value if isinstance(value, str) else list(value) for key, value in (grid or {}).items()}
-    if isinstance(seeds, Iterable):
-        values["run.seed"] = list(seeds)
-        if optuna:
-            raise InputError("seeds: with optuna a number of them, such as 3")
     number = seeds if isinstance(seeds, int) else None
-    work: dict[str, Any] = {"sets": changes, "workers": workers, "ray": ray, "track": track}
+    values = {key: value if isinstance(value, str) else list(value) for key, value in (grid or {}).items()}
+    values |= {} if seeds is None or isinstance(seeds, int) else {"run.seed": list(seeds)}
+    how: dict[str, Any] = {"sets": changes, "workers": workers, "ray": ray, "track": track}
     if optuna:
-        under_way = study(source, search_of(values), optuna, folder, seeds=number, metric=metric, **work)
-        ended = over_runs(under_way, optuna * (number or 1), progress)
+        under_way = study(source, search_of(values), optuna, folder, seeds=number, metric=metric, **how)
+        total, order = optuna * (number or 1), None
     else:
-        ranges = [key for key, value in values.items() if isinstance(value, str)]
-        if ranges:
-            raise InputError(
-                f"grid: {ranges[0]} = {values[ranges[0]]!r}: write a list of values; ranges go with optuna"
-            )
-        every = drawn(values, random, 0) if random else full(values)
-        cells = cells_of(every, seeds_of(number, source, changes, every))
+        cells = _cells(source, values, number, random, changes)
         check(source, cells, folder, changes, here=not ray, metric=metric)
-        ended = over_runs(run_cells(source, cells, folder, **work), len(cells), progress)
-    found = {one.cell.name: one for one in ended}
-    order = list(found) if optuna else [cell.name for cell in cells]
-    if any(one.status == "interrupted" for one in found.values()):
+        under_way, total, order = run_cells(source, cells, folder, **how), len(cells), [cell.name for cell in cells]
+    found = {one.cell.name: one for one in over_runs(under_way, total, progress)}
+    if len(found) < total or any(one.status == "interrupted" for one in found.values()):
         raise KeyboardInterrupt
-    return [_result(source, found[name], folder, changes) for name in order if name in found]
+    return [_result(source, found[name], folder, changes) for name in order or found]
+
+
+def _cells(
+    source: Path, values: Mapping[str, Any], seeds: int | None, random: int, changes: Sequence[str]
+) -> list[Cell]:
+    """The runs of a grid; InputError for a range, which only a study takes."""
+    if ranges := [key for key, value in values.items() if isinstance(value, str)]:
+        raise InputError(f"grid: {ranges[0]} = {values[ranges[0]]!r}: write a list of values; ranges go with optuna")
+    every = drawn(values, random, 0) if random else full(values)
+    return cells_of(every, seeds_of(seeds, source, changes, every))
 
 
 def _text(value: Any) -> str:
