@@ -183,7 +183,7 @@ def test_runs_are_listed_the_newest_first_whatever_became_of_them(fed, in_tmp):
     cells = {Path(line.split("\t")[0]).name: line.split("\t")[1:] for line in out.splitlines()}
     assert [*cells][:4] == ["many", "nan", "cut", "old"]
     assert set(cells) == {"many", "nan", "cut", "old", "no-config", "no-rounds", "no-text"}
-    assert cells["many"][:3] == ["2 done, 1 not begun", "80/80", "best 90.00 %"]
+    assert cells["many"][:3] == ["2 done, 1 not begun", "80/80", "best 90.0 %"]
     assert cells["nan"][:3] == ["diverged", "0/40", ""]
     assert cells["cut"][:3] == ["interrupted", "12/40", "loss 3"]
     assert cells["old"][:3] == ["done", "40/40", "50.00 %"]
