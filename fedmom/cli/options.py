@@ -35,6 +35,9 @@ Resume = Annotated[
     Path | None,
     typer.Option("--resume", metavar="DIR", help="Go on with this run folder; CONFIG may be left out."),
 ]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Say more: how fast every way was that could have been taken.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")]
 Tracks = Annotated[
     list[str] | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedmom.cli.options import DONE, Sets
+from fedmom.cli.options import DONE, Sets, Verbose
 from fedmom.errors import InputError
 from fedmom.machine.output import terminal_width
 
@@ -60,6 +60,7 @@ def bench(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
     sets: Sets = None,
     seconds: Annotated[float, typer.Option("--seconds", help="How long to run rounds.", min=0.1)] = 10.0,
+    verbose: Verbose = False,
 ) -> int:
     """Measure how fast a configuration runs on this machine, how near to its limits, and where the time goes.
 
@@ -83,7 +84,7 @@ def bench(
                 progress=lambda text: status.update(f"{text} …"),
                 remember="engine.remember" in loaded.given,
             )
-    for note in found.notes:
+    for note in (*found.notes, *(found.details if verbose else ())):
         print(note)
     print(tables.fitted([str(config), ""], as_rows(found), terminal_width()))
     return DONE
