@@ -3,8 +3,12 @@
 import os
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _LABEL = 10  # characters of the column that says what a line is about
 _NARROWEST = 40
@@ -46,7 +50,7 @@ def _shortened(text: str, room: int) -> str:
     return text if len(text) <= room else f"{text[: (room - 1) // 2]}…{text[len(text) - room // 2 :]}"
 
 
-def spread_of(values: Sequence[int]) -> str:
+def spread_of(values: "np.ndarray") -> str:
     """ "12 to 340, median 80"; one number where all are equal."""
     import numpy as np
 
