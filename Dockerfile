@@ -16,13 +16,16 @@ FROM ${BASE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # Another version than the one in constraints.txt, as a requirement (torch==…).
 ARG TORCH=torch
+# What a user's own code needs besides, as requirements with spaces between them.
+ARG PACKAGES=
 WORKDIR /build
 COPY constraints.txt deploy/requirements.txt ./
 RUN python3 -m venv /opt/venv
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,target=/wheels \
     if [ "${TORCH}" != torch ]; then sed -i '/^torch==/d' constraints.txt; fi && \
     /opt/venv/bin/pip install --disable-pip-version-check --find-links /wheels \
-        ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} --constraint constraints.txt "${TORCH}" --requirement requirements.txt && \
+        ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} --constraint constraints.txt "${TORCH}" ${PACKAGES} \
+        --requirement requirements.txt && \
     rm -rf /opt/venv/lib/python3*/site-packages/torch/include /opt/venv/lib/python3*/site-packages/torch/test \
         /opt/venv/lib/python3*/site-packages/pip* && \
     find /opt/venv/lib/python3*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete && \

@@ -8,14 +8,16 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 
 # Slow tests have an hour each: it ends what hangs, and no slow machine misses it.
 SLOWLY := --timeout 3600 --durations 40
 
-.PHONY: help setup quickstart comparison site extras test test-slow mutants test-container test-rest test-all test-oldest check format clean
+.PHONY: help setup quickstart comparison site dist extras test test-slow mutants test-container test-rest test-all test-matrix test-oldest check format clean
 
 help:
 	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
 	@echo "make comparison   set up, sweep over I and momentum policy on real digits: tables, figures, report.html"
 	@echo "make test         set up, run the fast tests"
 	@echo "make site         the documentation as a site, in build/site"
+	@echo "make dist         the sdist, and the wheel that it gives, in dist"
 	@echo "make check        ruff, mypy and the fast tests"
+	@echo "make test-matrix  the fast tests on every Python that is here, the oldest torch, the oldest and newest flwr"
 	@echo "make test-oldest  the fast tests with the oldest torch that goes, in .venv-oldest"
 	@echo "make mutants      which fast tests notice which mistake (tests/mutants)"
 	@echo "make test-slow    the slow tests;  make test-container: those that need a Docker engine"
@@ -38,15 +40,23 @@ quickstart: setup
 
 SWEEP := runs/comparison
 
+# And what one client with all data reaches, by steps of 20 times as many examples, so in as many joint epochs.
 comparison: setup
 	$(BIN)/fedmom sweep configs/comparison.toml --grid algorithm.num-local-steps=1,4,16 \
 		--grid algorithm.momentum-policy=average,local,reset --seeds 3 --workers 2 --out $(SWEEP)
-	$(BIN)/fedmom compare $(SWEEP)
-	$(BIN)/fedmom report $(SWEEP)
+	$(BIN)/fedmom sweep configs/comparison.toml --grid data.num-clients=1 --set data.batch-size=640 --seeds 3 \
+		--out $(SWEEP)-pooled
+	$(BIN)/fedmom compare $(SWEEP) $(SWEEP)-pooled --out $(SWEEP)/comparison
+	$(BIN)/fedmom report $(SWEEP) $(SWEEP)-pooled --out $(SWEEP)
 
 site: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+# The wheel is made of the sdist, so that what is missing there is missed here.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 test: setup
 	$(PYTEST)
@@ -73,17 +83,14 @@ test-all: extras
 	found=$$($(FINGERPRINT) --value) && unset FEDMOM_FAULTS && $(MAKE) test && \
 		FEDMOM_NEEDS_ENGINE=1 .ci/with-engine $(MAKE) test-rest && $(FINGERPRINT) --write $$found
 
-# The oldest torch that pyproject.toml allows, in an environment of its own; Triton's interpreter of those days takes no
-# newer NumPy.
-OLDEST := .venv-oldest
-oldest_of = $(1)==$(shell sed -n 's/.*"$(1)>=\([0-9.]*\)".*/\1/p' pyproject.toml).*
+# The fast tests on every Python, torch and flwr that pyproject.toml allows, as far as they are here: tests/matrix.py.
+# ROWS="3.12 flwr" takes some of them, TESTS="-k layers" goes to pytest.
+test-matrix: setup
+	VENV=$(VENV) $(BIN)/python tests/matrix.py $(ROWS) -- $(TESTS)
 
-test-oldest:
-	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(torch|torchvision|triton|numpy|cuda-.*|nvidia-.*)==' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt \
-		"$(call oldest_of,torch)" "$(call oldest_of,torchvision)" "numpy<2.4" --editable ".[dev]"
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup
+# The oldest torch alone.
+test-oldest: setup
+	VENV=$(VENV) $(BIN)/python tests/matrix.py torch -- $(TESTS)
 
 check: setup
 	$(BIN)/ruff check .
@@ -96,4 +103,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist .pytest_cache .mypy_cache .ruff_cache

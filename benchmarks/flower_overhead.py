@@ -208,7 +208,7 @@ def measure_floor(num_clients: int, num_params: int) -> dict[str, Any]:
     from overhead_app.client import app
     from overhead_app.server import model
 
-    from fedmom.flower.messages import identify
+    from fedmom.flower.private import identify
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     identify(1, 1, 0)

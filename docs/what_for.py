@@ -1,4 +1,7 @@
-"""The README's pictures, from the runs of `make comparison`: `python docs/what_for.py runs/comparison`."""
+"""The README's pictures, from the runs of `make comparison`.
+
+python docs/what_for.py runs/comparison runs/comparison-pooled
+"""
 
 import shutil
 import sys
@@ -6,10 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from fedmom.results.groups import Group, group_runs
-from fedmom.results.pictures.curves import curve
-from fedmom.results.pictures.style import COLOURS, DARK, DASHES, MARKERS, new_figure, plain_axes, save_picture
+from fedmom.results.groups import POOLED, Group, group_runs
+from fedmom.results.pictures.curves import POOLED_LINE, curve, end_of
+from fedmom.results.pictures.style import (
+    COLOURS,
+    DARK,
+    DASHES,
+    MARKERS,
+    POLICY_COLOURS,
+    new_figure,
+    plain_axes,
+    save_picture,
+)
 from fedmom.results.reading import collect
+from fedmom.results.tables import MEASURES
 
 PICTURES = Path(__file__).parent / "pictures"
 POLICIES = {
@@ -17,6 +30,7 @@ POLICIES = {
     "local": "kept by each client",
     "reset": "reset every round (customary)",
 }
+ACCURACY = next(measure for measure in MEASURES if measure.key == "test_accuracy")
 H, C = np.array([0.5, 1.0, 2.0]), np.array([3.0, -0.5, 1.2])  # f_i = h_i/2 (x − c_i)²
 LR, BETA, INTERVAL, ROUNDS, START = 0.035, 0.9, 12, 3, -2.0
 
@@ -42,7 +56,8 @@ def draw_paths(axes: object, policy: str) -> None:
     for r, steps in enumerate(paths(policy)):
         time = r * INTERVAL + np.arange(INTERVAL + 1)
         for client in range(3):
-            axes.plot(time, steps[:, client], color=COLOURS[client], linestyle=DASHES[client], linewidth=1.5)
+            look = {"color": COLOURS[POLICY_COLOURS[policy]], "linestyle": DASHES[client], "linewidth": 1.5}
+            axes.plot(time, steps[:, client], **look)
         axes.plot(time[0], steps[0, 0], "o", color=DARK, markersize=4, zorder=3)
         axes.axvline(time[-1], color="#BBBBBB", linewidth=0.8, zorder=0)
     axes.set_title(f"Three clients, momentum {POLICIES[policy]}", fontsize=9, loc="left")
@@ -53,9 +68,10 @@ def draw_paths(axes: object, policy: str) -> None:
 
 
 def draw_results(panels: object, groups: list[Group]) -> None:
-    for index, policy in enumerate(POLICIES):
+    for policy in POLICIES:
+        index = POLICY_COLOURS[policy]
         (group,) = [g for g in groups if list(g.differs.values()) == [4, policy]]
-        look = {"color": COLOURS[index], "linestyle": DASHES[index], "marker": MARKERS[index], "markersize": 3.5}
+        look = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 3.5}
         for axes, key, factor in zip(panels, ("test_accuracy", "consensus_distance"), (100, 1), strict=True):
             drawn = curve(group, "joint_epochs", key)
             axes.plot(drawn.x, factor * drawn.y, **look, linewidth=1.5, markevery=0.1, label=f"momentum {policy}")
@@ -63,6 +79,9 @@ def draw_results(panels: object, groups: list[Group]) -> None:
             axes.fill_between(
                 drawn.x, low, factor * (drawn.y + drawn.sd), color=COLOURS[index], alpha=0.16, linewidth=0
             )
+    for group in groups:
+        if group.pooled:
+            panels[0].axhline(100 * end_of(group, ACCURACY), **POOLED_LINE, zorder=1.8, label=POOLED)
     seeds = len(groups[0].runs)
     panels[0].set_title(f"Real digits, 20 clients, α = 0.1, I = 4, {seeds} seeds", fontsize=9, loc="left")
     panels[0].set_ylabel("Test accuracy at x̂ (%)")
@@ -74,8 +93,8 @@ def draw_results(panels: object, groups: list[Group]) -> None:
         plain_axes(axes)
 
 
-def main(folder: Path) -> None:
-    groups = group_runs(collect([folder])[0])
+def main(folders: list[Path]) -> None:
+    groups = group_runs(collect(folders)[0])
     figure = new_figure(9.6, 5.4)
     grid = figure.add_gridspec(6, 2, width_ratios=[1.0, 1.0])
     for place, policy in enumerate(POLICIES):
@@ -85,8 +104,8 @@ def main(folder: Path) -> None:
             axes.set_xlabel("I local steps between two exchanges (dotted: the common optimum)")
     draw_results([figure.add_subplot(grid[:3, 1]), figure.add_subplot(grid[3:, 1])], groups)
     save_picture(figure, PICTURES / "what-for.png")
-    shutil.copy(folder / "comparison" / "curves.png", PICTURES / "comparison.png")
+    shutil.copy(folders[0] / "comparison" / "curves.png", PICTURES / "comparison.png")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(word) for word in sys.argv[1:]])

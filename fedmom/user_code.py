@@ -142,23 +142,36 @@ def _current_directory_on_path() -> Iterator[None]:
 _OWN = {"clients": "client_app.py", "strategies": "server_app.py"}
 
 
-def own_folder(package: str) -> str:
-    """The folder clients/ or strategies/ of the first checkout on sys.path.
+def app_root() -> Path:
+    """The folder of fedmom's own Flower app, Dockerfile and configs: the checkout, or fedmom/_app of the wheel.
 
-    Raises InputError where fedmom was installed without the two folders.
+    Raises InputError where fedmom came without them.
     """
-    marks = ["fedmom/__init__.py", *(f"{folder}/{file}" for folder, file in _OWN.items())]
-    roots = [*map(Path, sys.path), Path(__file__).parents[1]]
-    root = next((root for root in roots if all((root / mark).is_file() for mark in marks)), None)
+    package = Path(__file__).absolute().parent
+    root = next((root for root in (package / "_app", package.parent) if _has_app(root)), None)
     if root is None:
-        raise InputError(f"{package}/{_OWN[package]}: is not beside fedmom; Flower's part needs the whole checkout")
+        raise InputError(f"{package}: came without its Flower app; take fedmom's wheel, or a whole checkout")
+    return root
+
+
+def own_folder(package: str) -> str:
+    """The folder clients/ or strategies/ of the first checkout on sys.path, else fedmom's own.
+
+    Raises InputError where fedmom came without the two folders.
+    """
+    checkouts = (root for root in map(Path, sys.path) if (root / "fedmom" / "__init__.py").is_file())
+    root = next((root for root in checkouts if _has_app(root)), None) or app_root()
     return str(root.absolute() / package)
+
+
+def _has_app(root: Path) -> bool:
+    return all((root / folder / file).is_file() for folder, file in _OWN.items())
 
 
 def own_app(package: str) -> Any:
     """The Flower app in clients/client_app.py or strategies/server_app.py.
 
     It is imported below fedmom, as fedmom.flower.own_clients or own_strategies, so that `import clients` stays the
-    user's, and Ray's actors find it. Raises InputError where fedmom was installed without the two folders.
+    user's, and Ray's actors find it. Raises InputError where fedmom came without the two folders.
     """
     return importlib.import_module(f"fedmom.flower.own_{package}.{_OWN[package].removesuffix('.py')}").app

@@ -10,9 +10,9 @@ from logging import WARNING
 from typing import Any
 
 from flwr.app import Message
-from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+from fedmom.flower.private import log, push_error
 
 OVERDUE = "no reply in time"  # a failure's reason
 _PUSHES = 3  # of the same messages, before it is an error
@@ -129,7 +129,7 @@ def _ids_of(grid: Grid, slots: list[Exchange]) -> list[str | None]:
     for left in reversed(range(_PUSHES)):
         try:
             return list(grid.push_messages([slot.message for slot in slots]))
-        except ObjectPushError as error:
+        except push_error() as error:
             if not left:
                 raise
             log(WARNING, "%s They are sent again.", error)

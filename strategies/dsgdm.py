@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedmom.engine.gossip import exchange, mean_of, outcome_of
 from fedmom.errors import InputError
+from fedmom.flower.private import log
 from fedmom.method.algorithms import Method
 from fedmom.method.mixing import Blocks
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
@@ -28,7 +28,7 @@ from fedmom.rounds.round import Backend, Job, Outcome, Progress
 from fedmom.tasks.task import Task
 
 from .fleet import Fleet
-from .replies import ARRAYS, CONFIG, WEIGHT, Update, accept, pack, shares_memory, unpack
+from .replies import ARRAYS, CONFIG, WEIGHT, ShouldStop, Update, accept, pack, shares_memory, unpack
 
 
 class Mixed(NamedTuple):
@@ -133,12 +133,14 @@ class DSGDM(Strategy):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        should_stop: ShouldStop | None = None,
         *,
         first_round: int = 1,
     ) -> Result:
         """Rounds first_round … num_rounds; to go on with a run, set `self.rows` to the clients' rows.
 
-        The result's arrays are the mean of all clients. Raises ClientsFailedError by `on_failure`.
+        The result's arrays are the mean of all clients. Where `should_stop(round, result so far)` is true after a
+        round, that round was the last. Raises ClientsFailedError by `on_failure`.
         """
         result = Result()
         result.arrays = initial_arrays
@@ -153,6 +155,8 @@ class DSGDM(Strategy):
             log(INFO, "[ROUND %s/%s] train loss %s", number, num_rounds, sum(losses) / len(losses))
             if evaluate_fn and (measured := evaluate_fn(number, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[number] = measured
+            if should_stop and should_stop(number, result):
+                break
         return result
 
     # One round

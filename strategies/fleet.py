@@ -10,13 +10,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
-from flwr.common.constant import ErrorCode
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedmom.config.keys import ON_FAILURE
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError, unknown
+from fedmom.flower.private import error_codes, log
 
 from .dispatch import OVERDUE, Exchange, anew, exchange
 from .replies import CONFIG
@@ -24,8 +23,9 @@ from .replies import CONFIG
 _QUERY_WINDOW = 256
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_ASK_AGAIN = 60.0  # longer than an app's cold start; a node may lose a message, or sit on its reply
+_CODES = error_codes()
 # The ClientApp cannot be loaded, raised, or a mod refused: waiting for other nodes would not help.
-_ITS_OWN_FAULT = (ErrorCode.LOAD_CLIENT_APP_EXCEPTION, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.INVALID_FAB)
+_ITS_OWN_FAULT = (_CODES.LOAD_CLIENT_APP_EXCEPTION, _CODES.CLIENT_APP_RAISED_EXCEPTION, _CODES.INVALID_FAB)
 _WINDOW_BYTES = 48 << 20  # per worker: its two batches of at most 16 MB, and replies that wait for their turn
 _LARGEST_WINDOW = 1024  # messages
 

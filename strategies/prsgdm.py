@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedmom.errors import InputError
+from fedmom.flower.private import log
 from fedmom.method.algorithms import MOMENTUM_POLICIES, slow_step
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, unflatten, zeros_like
@@ -28,6 +28,7 @@ from .replies import (
     CONFIG,
     ROWS,
     WEIGHT,
+    ShouldStop,
     Update,
     accept,
     accept_metrics,
@@ -182,6 +183,7 @@ class PRSGDM(Strategy):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Evaluate | None = None,
+        should_stop: ShouldStop | None = None,
         *,
         first_round: int = 1,
         slow: Tree | None = None,
@@ -190,7 +192,8 @@ class PRSGDM(Strategy):
         """Rounds first_round … num_rounds, the numbers that clients and cohorts see; a resumed run gives the later one.
 
         `slow`: SlowMo's u_s to go on with ({parameter: tensor}); `self.slow` is its last value.
-        `on_round(round, arrays, metrics)` is called after each round. Raises ClientsFailedError by `on_failure`.
+        `on_round(round, arrays, metrics)` is called after each round, then `should_stop(round, result so far)`: where
+        it is true, that round was the last. Raises ClientsFailedError by `on_failure`.
         """
         result, arrays = Result(), initial_arrays
         result.arrays = arrays
@@ -214,6 +217,8 @@ class PRSGDM(Strategy):
                 result.evaluate_metrics_serverapp[number] = measured
             if on_round:
                 on_round(number, arrays, metrics)
+            if should_stop and should_stop(number, result):
+                break
         return result
 
     # One round

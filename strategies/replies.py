@@ -1,17 +1,21 @@
 """What a client's reply must be: arrays of the right names and shapes, finite, and one MetricRecord with the weight."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
 
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 from fedmom.method.state import ClientState, Tree, unflatten
 
 ARRAYS, CONFIG, ROWS, ABOUT = "arrays", "config", "rows", "clients"  # names of the records in a message
 WEIGHT = "num-examples"  # the metric by which updates are weighed, here and in Flower's own strategies
+
+# (a round's number, the result so far) -> whether it was the last: as Flower 1.43 asks after every round.
+ShouldStop = Callable[[int, Result], bool]
 
 
 def pack(tensors: Tree, *, bundled: bool = False) -> ArrayRecord:

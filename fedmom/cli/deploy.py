@@ -19,6 +19,8 @@ from fedmom.cli.options import (
     show_run,
 )
 from fedmom.errors import InputError
+from fedmom.machine.files import at_home
+from fedmom.user_code import app_root
 
 if TYPE_CHECKING:
     from fedmom.deploy.commands import Commands
@@ -34,7 +36,8 @@ app = typer.Typer(
 
 Folder = Annotated[Path, typer.Option("--dir", metavar="DIR", help="What `init` made.")]
 Checkout = Annotated[
-    Path | None, typer.Option("--app", metavar="DIR", help="The checkout: Dockerfile and Flower app (default: here).")
+    Path | None,
+    typer.Option("--app", metavar="DIR", help="Dockerfile and Flower app: a checkout (default: here, else fedmom's)."),
 ]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Print the docker and flwr commands instead of running them.")]
 BuildArguments = Annotated[
@@ -123,7 +126,7 @@ def run(
 ) -> int:
     """Train on the deployment as CONFIG says, and bring the run folder here. Starts what is not up.
 
-    fedmom deploy run configs/deploy.toml
+    fedmom deploy run deploy
 
     fedmom deploy run --resume runs/deploy-20260101-120000 --set run.num-rounds=50
 
@@ -139,7 +142,7 @@ def run(
     if out is not None and resume is not None:
         raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")
     if config is None and resume is None:
-        raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
+        raise InputError("CONFIG is missing: name a TOML file, or one of fedmom's own (quickstart), or --resume DIR")
     say = (lambda text: None) if quiet else _say
     commands, source = _commands(folder, dry_run), _checkout(checkout)
     target = resume or out or fresh_folder(config or Path("run"))
@@ -216,12 +219,12 @@ def _ours(folder: Path, dry: bool) -> "Commands":
 
 
 def _checkout(given: Path | None) -> Path:
-    from fedmom.experiments.simulation import app_folder
-
-    found = app_folder(given)
-    if not (found / "Dockerfile").is_file() or not (found / "deploy" / "image").is_dir():
-        raise InputError(f"--app {found}: is no checkout of fedmom (it has no Dockerfile, or no deploy/image)")
-    return found
+    """The folder with Dockerfile and Flower app: as given, or here, or what came with fedmom."""
+    places = [at_home(given)] if given is not None else [Path.cwd(), app_root()]
+    found = [place for place in places if all((place / name).exists() for name in ("Dockerfile", "deploy/image"))]
+    if not found:
+        raise InputError(f"--app {places[0]}: is no checkout of fedmom (it has no Dockerfile, or no deploy/image)")
+    return found[0]
 
 
 def _say(text: str) -> None:

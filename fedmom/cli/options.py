@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 # By how a run ended; "refused": its configuration was wrong, as whoever ran it found.
 EXIT_STATUS = {"done": DONE, "refused": BAD_INPUT, "diverged": DIVERGED, "failed": FAILED, "interrupted": INTERRUPTED}
 
-ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A TOML file; configs/ holds complete ones.")]
+ConfigFile = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help="A TOML file, or one of fedmom's own by name: quickstart.")
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the config; may be repeated."),
@@ -89,10 +92,12 @@ def heed_signals() -> None:
 
 def show_run(folder: Path, rounds: Sequence["Record"], console: Console, *, quiet: bool) -> None:
     """Draw the curves, print the table, and say where everything is; `quiet`: only that."""
-    from fedmom.results.report import finished
+    from fedmom.results.report import finished, next_command
 
-    lines = finished(folder, rounds, console.width if console.is_terminal else None)
-    for line in lines[-1:] if quiet else lines:
+    width = console.width if console.is_terminal else None
+    lines = finished(folder, rounds, width)
+    follows = next_command(f"fedmom report {shlex.quote(str(folder))}", width)
+    for line in lines[-1:] if quiet else [*lines, *follows]:
         console.print(line, soft_wrap=True, markup=False)
 
 

@@ -3,13 +3,18 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from fedmom.cli.options import BAD_INPUT, DONE
 from fedmom.errors import InputError, unknown
+from fedmom.machine.output import terminal_width
+
+if TYPE_CHECKING:
+    from fedmom.results.groups import Group
+    from fedmom.results.reading import Run
 
 Unfinished = Annotated[
     bool, typer.Option("--unfinished", help="Count runs that are not finished too, as far as they got.")
@@ -40,9 +45,12 @@ def compare(
 
     fedmom compare runs/fashion-mnist-sweep --target accuracy=0.8
 
-    Runs that differ in nothing but the seed are one group, shown as mean ± standard deviation. Tables: at the end; at
-    equal rounds, joint epochs, bytes and seconds; what a target took; the speedup over N where N varies. They are
-    printed, and written as Markdown, CSV and LaTeX beside figures in PNG and PDF.
+    Runs that differ in nothing but the seed are one group, shown as mean ± standard deviation. Printed are where the
+    groups ended and what a target took. The folder holds these tables and those at equal rounds, joint epochs, bytes
+    and seconds, and of the speedup over N where N varies: as Markdown, CSV and LaTeX, beside figures in PNG and PDF.
+
+    A run with data.num-clients = 1 beside runs of many clients is a pooled model: one client has all data. It has a
+    row of its own and a dotted line.
 
     Runs that are not finished (interrupted, diverged, at work) are left out: "2 of 3" seeds, and a line says which.
     """
@@ -60,28 +68,35 @@ def compare(
 
 def _compare(folders: Sequence[Path], targets: Sequence[str], form: str, out: Path, unfinished: bool) -> None:
     """Print the tables, and write them and the figures into `out`."""
-    from fedmom.results.compare import draw_figures, write_tables
+    from fedmom.results.compare import draw_figures, where_the_rest_is, write_tables
     from fedmom.results.comparison import all_sheets, parse_target, usual_targets
-    from fedmom.results.groups import check_counted, check_fit, counted_of, group_runs, of_groups
+    from fedmom.results.groups import check_counted, check_fit, counted_of, group_runs, of_groups, rivals
+    from fedmom.results.ranking import results as results_of
     from fedmom.results.reading import collect
     from fedmom.results.report import draw_or_say_why
-    from fedmom.results.sheets import FORMATS
+    from fedmom.results.sheets import FORMATS, sheet_text
+    from fedmom.results.tables import wrapped
 
     runs, notes = collect(folders)
     groups = group_runs(runs, unfinished=unfinished)
     check_counted(groups)
     check_fit(groups)
     counted = counted_of(groups)
-    wanted = [parse_target(text, counted) for text in targets] or usual_targets(counted)
+    wanted = [parse_target(text, counted) for text in targets] or usual_targets(counted_of(rivals(groups)))
     sheets = all_sheets(groups, wanted)
     _tell([*notes, *of_groups(groups)])
-    print("\n\n".join(map(FORMATS[form], sheets)))
+    width = terminal_width()
+    if form == "text":
+        shown = [wrapped(line, width) for line in results_of(groups)]
+        first = sheets[: 1 + len(wanted)]
+        print("\n\n".join(["\n".join(shown), *(sheet_text(sheet, width) for sheet in first)]), flush=True)
+    else:
+        print("\n\n".join(map(FORMATS[form], sheets)), flush=True)
     pictures: list[Path] = []
     draw_or_say_why(lambda: pictures.extend(draw_figures(groups, wanted, out)))
-    written = write_tables(sheets, pictures, out)
+    write_tables(sheets, pictures, out)
     if form == "text":
-        print()
-        print("\n".join(str(path) for path in [*pictures, *written]))
+        print("\n" + "\n".join(where_the_rest_is(sheets[len(first) :], pictures, out, width)))
 
 
 def _tell(notes: Sequence[str]) -> None:
@@ -110,13 +125,8 @@ def report(
 
     Runs that are not finished (interrupted, diverged, at work) are left out, and a line says which.
     """
-    from fedmom.results.comparison import run_sheets, usual_targets
-    from fedmom.results.groups import check_counted, counted_of, group_runs, of_groups
-    from fedmom.results.page import write_page
+    from fedmom.results.groups import check_counted, group_runs
     from fedmom.results.reading import collect
-    from fedmom.results.report import draw_or_say_why, draw_report
-    from fedmom.results.sheets import written_out
-    from fedmom.results.tables import as_text
 
     one = folders[0] if len(folders) == 1 else None
     page_alone = out is not None and out.suffix.lower() in (".html", ".htm")
@@ -127,22 +137,39 @@ def report(
     runs, notes = collect(folders)
     groups = group_runs(runs, unfinished=unfinished)
     check_counted(groups)
-    counted = counted_of(groups)
-    told = of_groups(groups)
-    shown = [run for run in runs if run in counted]  # in the order in which they were named
     _tell(notes)
-    end, *equal = run_sheets(shown)
-    print(as_text(*written_out(end)))
-    for sheet in equal:
-        print(f"\n{sheet.title.lower()}\n{as_text(*written_out(sheet))}")
+    return DONE if _report(runs, groups, notes, target, page_alone) else BAD_INPUT  # the page is what was asked for
+
+
+def _report(
+    runs: Sequence["Run"], groups: Sequence["Group"], notes: Sequence[str], target: Path, page_alone: bool
+) -> bool:
+    """Print what came out and write the files, saying where they are; whether there is a page."""
+    from fedmom.results.comparison import end_sheet, usual_targets
+    from fedmom.results.groups import counted_of, of_groups, rivals
+    from fedmom.results.page import write_page
+    from fedmom.results.ranking import results as results_of
+    from fedmom.results.report import draw_or_say_why, draw_report, in_short
+    from fedmom.results.tables import wrapped
+
+    counted, told, width = counted_of(groups), of_groups(groups), terminal_width()
+    print("\n".join(wrapped(line, width) for line in results_of(groups)))
+    print(in_short(end_sheet(groups), width))
     for line in told:
-        print(line)
+        print(wrapped(line, width))
+    print(flush=True)
     if not page_alone:
-        draw_or_say_why(lambda: [print(path) for path in draw_report(shown, target, told).values()])
-    page = target if page_alone else target / "report.html"
-    notes = [*notes, *told]
-    drawn = draw_or_say_why(lambda: print(write_page(groups, usual_targets(counted), page, notes=notes)), what="page")
-    return DONE if drawn else BAD_INPUT  # the page is what was asked for
+        paths = dict[str, Path]()
+        of_seeds = groups if any(len(group.runs) > 1 for group in groups) else ()
+        shown = [run for run in runs if run in counted]  # in the order in which they were named
+        draw_or_say_why(lambda: paths.update(draw_report(shown, target, told, of_seeds)))
+        for what, name in (("picture", "curves"), ("tables", "report")):
+            if name in paths:
+                print(f"{what}: {paths[name]}")
+    page, targets = target if page_alone else target / "report.html", usual_targets(counted_of(rivals(groups)))
+    return draw_or_say_why(
+        lambda: print("page:", write_page(groups, targets, page, notes=[*notes, *told])), what="page"
+    )
 
 
 def watch(

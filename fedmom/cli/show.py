@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fedmom.cli.options import DONE, Sets
 from fedmom.errors import InputError
+from fedmom.machine.output import terminal_width
 
 
 def partition(
@@ -49,7 +50,7 @@ def partition(
         ["classes per client: min, median, max", f"{present.min()}, {np.median(present):.0f}, {present.max()}"],
         ["share of a client's largest class, mean", f"{(counts.max(1) / sizes).mean():.3f}"],
     ]
-    print(tables.as_text([title, ""], rows))
+    print(tables.fitted([title, ""], rows, terminal_width()))
     if draw_or_say_why(lambda: draw_partition(counts, out, title=title)):
         print(out)
     return DONE
@@ -84,7 +85,7 @@ def bench(
             )
     for note in found.notes:
         print(note)
-    print(tables.as_text([str(config), ""], as_rows(found)))
+    print(tables.fitted([str(config), ""], as_rows(found), terminal_width()))
     return DONE
 
 
@@ -129,7 +130,7 @@ def topology(
         ["spectral gap 1 − |λ₂|", f"{graph.spectral_gap:.6g}" if small else tables.MISSING],
         ["rounds until 1 % of disagreement", f"{far:,.0f}" if small and np.isfinite(far) else tables.MISSING],
     ]
-    print(tables.as_text([graph.name, ""], rows))
+    print(tables.fitted([graph.name, ""], rows, terminal_width()))
     for warning in graph.warnings:
         print(f"fedmom: {warning}", file=sys.stderr)
     if small and draw_or_say_why(lambda: draw_topology(graph, out)):

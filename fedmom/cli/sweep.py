@@ -11,6 +11,7 @@ from fedmom.cli import supervise
 from fedmom.cli.options import DONE, EXIT_STATUS, Sets, Tracks, exit_status, heed_signals
 from fedmom.errors import InputError
 from fedmom.machine.files import at_home
+from fedmom.machine.output import terminal_width
 
 if TYPE_CHECKING:
     from fedmom.experiments.crew import Cell, CellEnded
@@ -66,8 +67,7 @@ def sweep(
     from fedmom.config.load import load
     from fedmom.experiments import sweep as sweeps
     from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
-    from fedmom.results import tables
-    from fedmom.results.ranking import best_table
+    from fedmom.results.ranking import told
     from fedmom.runs.trackers import make_trackers
 
     if bool(grid) == bool(file):
@@ -90,9 +90,7 @@ def sweep(
         done = sum(one.status == "done" for one in ended)
         how = f"the same command goes on from {folder}"
         return exit_status("interrupted", f"interrupted, {done} of {len(cells)} runs are done; {how}")
-    if metric:
-        print(tables.as_text(*best_table(ended, folder, metric)))
-    print(folder)
+    print("\n".join(told(ended, folder, metric, terminal_width())) if metric else folder)
     worst = [EXIT_STATUS[one.status] for one in ended if one.status != "done"]
     return max(worst, default=DONE)
 

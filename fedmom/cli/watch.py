@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmom.config.load import flat, to_toml
+from fedmom.config.numbers import percent
 from fedmom.machine.output import nobody_reads
 from fedmom.records.follow import Follower
 from fedmom.records.status import STATUSES, read_status
@@ -129,7 +130,7 @@ def _last_known(rounds: Sequence[Record]) -> Record:
 
 def _best(rounds: Sequence[Record]) -> str:
     found = finite(rounds, "test_accuracy")
-    return f"best accuracy {100 * max(found):.2f} %" if found else ""
+    return f"best accuracy {percent(max(found))}" if found else ""
 
 
 def _curves(rounds: Sequence[Record], width: int) -> list[RenderableType]:
@@ -146,7 +147,8 @@ def _curves(rounds: Sequence[Record], width: int) -> list[RenderableType]:
             continue
         x, y = zip(*pairs, strict=True)
         lines = curve(x, [log10(v) for v in y] if measure.log else y, each, 7)
-        labels = [f"{max(y):.4g}", *[""] * (len(lines) - 2), f"{min(y):.4g}"]
+        high, low = (f"{end:{measure.digits}}{measure.unit}" for end in (max(y), min(y)))
+        labels = [high, *[""] * (len(lines) - 2), low]
         text = Text(f"{measure.title}{' (log)' if measure.log else ''}\n", style="bold")
         for label, line in zip(labels, lines, strict=True):
             text.append(f"{label:>9} ", style="dim not bold").append(line + "\n", style="cyan not bold")

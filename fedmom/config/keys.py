@@ -32,19 +32,19 @@ from fedmom.user_code import is_spec
 
 Scalar = str | bool | int | float
 BACKENDS = {
-    "engine": "fedmom's own, on one device",
-    "simulation": "Flower's messages, on Ray actors here",
-    "flower": "recorded of a run that `flwr run` started",
+    "engine": "fedmom's own engine, on one device",
+    "simulation": "Flower's messages, on Ray actors of this machine",
+    "flower": "recorded in a run that `flwr run` started; not to be set",
 }
 DTYPES = {
     "auto": "float64 for quadratic, else float32",
-    "float32": "the usual",
-    "float64": "for checking laws",
-    "bfloat16": "half the memory and its traffic; numbers to three digits, so small steps are lost",
+    "float32": "single precision",
+    "float64": "double precision, for checks of the mathematics",
+    "bfloat16": "half the memory and the memory traffic; three digits of precision, so small steps are lost",
 }
 MATMULS = {
     "float32": "exact to rounding",
-    "tf32": "on a GPU, factors rounded to 10 bits and several times as fast; nothing changes on a CPU",
+    "tf32": "on a GPU, factors rounded to 10 bits, several times as fast; a CPU ignores it",
 }
 DEVICES = {"auto": "a GPU where there is one", "cpu": "the processor", "cuda": "an NVIDIA GPU"}
 CLIENT_WEIGHTS = {"uniform": "1/N each: the paper", "samples": "in proportion to the clients' examples"}
@@ -53,13 +53,13 @@ RUNNING_VARS = {
     "mean": "the mean of the clients' variances",
 }
 ON_FAILURE = {
-    "stop": "the run stops and names the client",
+    "stop": "the run stops, and the error names the client",
     "retry": "the client is asked again (server.retries times), then the run stops",
-    "proceed": "the round's means are over the others, at least server.min-clients",
+    "proceed": "the round averages over the others, at least server.min-clients of them",
 }
 ON_LINK_FAILURE = {
-    "stop": "the run stops and names the link",
-    "skip": "both keep the weight of that link (symmetric W only)",
+    "stop": "the run stops, and the error names the link",
+    "skip": "both clients keep the weight of that link for themselves (symmetric W only)",
 }
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
 
@@ -84,130 +84,129 @@ def key(
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = key("digits", "see `fedmom datasets`", DATASETS | TASKS, "FILE.npz or module:function")
-    data_dir: str = key("data", "folder (or .npz file) that holds the data set")
-    classes: str = key("", "local: names of image folders in the order of their labels, by ,", holds=",")
-    num_clients: int = key(20, "N", at_least(1))
-    partition: str = key("dirichlet-client", "who gets which examples", PARTITIONS)
-    alpha: float = key(0.3, "Dirichlet concentration; small is skewed", above(0))
-    min_size: int = key(1, "fewest examples a client may get (dirichlet-class, quantity)", at_least(0))
-    shards_per_client: int = key(2, "for partition shards", at_least(1))
-    quantity_law: str = key("log-normal", "law of the sizes, for partition quantity", QUANTITY_LAWS)
-    sigma: float = key(1.0, "spread of log-normal sizes", at_least(0))
-    batch_size: int = key(32, "B, examples per client and step", at_least(1))
-    sampling: str = key("shuffle", "how a client's stream of examples is drawn", SAMPLINGS)
-    augment: str = key("auto", "random changes to training images (auto: the data set's)", AUGMENTATIONS)
-    curvatures: str = key("1;3", "quadratic: h_ik, clients by ; and coordinates by ,", holds=";")
-    centers: str = key("4;-2", "quadratic: c_ik, in the same form", holds=";")
-    start: str = key("0", "quadratic: x at the start, coordinates by ,", holds=",")
-    noise_sigma: float = key(0.0, "quadratic: standard deviation of the gradient noise", at_least(0))
+    dataset: str = key(
+        "digits", "data set; `fedmom datasets` lists them", DATASETS | TASKS, "FILE.npz or module:function"
+    )
+    data_dir: str = key("data", "folder or .npz file that holds the data set")
+    classes: str = key("", "dataset local: image folders in the order of their labels, by commas", holds=",")
+    num_clients: int = key(20, "N, number of clients", at_least(1))
+    partition: str = key("dirichlet-client", "rule that gives the training examples to the clients", PARTITIONS)
+    alpha: float = key(0.3, "α of the Dirichlet partitions; the smaller, the more skewed", above(0))
+    min_size: int = key(1, "dirichlet-class, quantity: fewest examples of a client", at_least(0))
+    shards_per_client: int = key(2, "partition shards: number of shards of each client", at_least(1))
+    quantity_law: str = key("log-normal", "partition quantity: law of the sizes", QUANTITY_LAWS)
+    sigma: float = key(1.0, "quantity-law log-normal: spread of the sizes", at_least(0))
+    batch_size: int = key(32, "B, examples per client and local step", at_least(1))
+    sampling: str = key("shuffle", "order in which a client draws its examples", SAMPLINGS)
+    augment: str = key("auto", "augmentation of training images", AUGMENTATIONS)
+    curvatures: str = key("1;3", "quadratic: h_ik, clients by semicolons, coordinates by commas", holds=";")
+    centers: str = key("4;-2", "dataset quadratic: c_ik, written as data.curvatures", holds=";")
+    start: str = key("0", "dataset quadratic: initial x, coordinates by commas", holds=",")
+    noise_sigma: float = key(0.0, "dataset quadratic: standard deviation of the gradient noise", at_least(0))
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = key("cnn", "see `fedmom models`", MODELS, "module:function")
-    norm: str = key("batch", "normalisation layers of the resnets", NORMS)
-    hidden: int = key(200, "width of the mlp's two hidden layers", at_least(1))
+    name: str = key("cnn", "model; `fedmom models` lists them", MODELS, "module:function")
+    norm: str = key("batch", "resnet20 and resnet56: normalisation layers", NORMS)
+    hidden: int = key(200, "mlp: width of its two hidden layers", at_least(1))
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    name: str = key("pr-sgd-m", "the method", ALGORITHMS)
-    nesterov: bool = key(False, "option II (Nesterov) instead of option I (Polyak)")
-    num_local_steps: int = key(0, "I, steps between two averagings; 0: the algorithm's own", at_least(0))
-    local_epochs: int = key(0, "passes of ⌈n/B⌉ steps over its own data per round, instead of I; 0: off", at_least(0))
-    interval: str = key("fixed", "where I comes from", INTERVALS)
+    name: str = key("pr-sgd-m", "training algorithm", ALGORITHMS)
+    nesterov: bool = key(False, "use option II (Nesterov momentum) instead of option I (Polyak momentum)")
+    num_local_steps: int = key(0, "I, local steps between two exchanges; 0: the algorithm's own", at_least(0))
+    local_epochs: int = key(0, "passes over the client's data per round, instead of I steps; 0: off", at_least(0))
+    interval: str = key("fixed", "how I is determined", INTERVALS)
     beta: float = key(0.9, "β, momentum coefficient", within(0, 1))
-    lr: float = key(0.05, "γ, learning rate (c for lr-schedule theory)", above(0))
-    lr_schedule: str = key("constant", "how γ changes over the run", SCHEDULES)
-    lr_milestones: str = key("0.5,0.75", "where schedule step decays, in lr-unit", holds=",")
-    lr_decay: float = key(0.1, "factor at each milestone", above(0))
+    lr: float = key(0.05, "γ, learning rate; with lr-schedule theory: c", above(0))
+    lr_schedule: str = key("constant", "learning-rate schedule", SCHEDULES)
+    lr_milestones: str = key("0.5,0.75", "lr-schedule step: where γ decays, in lr-unit, by commas", holds=",")
+    lr_decay: float = key(0.1, "lr-schedule step: factor of γ at each milestone", above(0))
     lr_unit: str = key("fraction", "unit of lr-milestones and lr-warmup", UNITS)
     lr_warmup: float = key(0.0, "length of the linear warm-up, in lr-unit", at_least(0))
-    lr_min: float = key(0.0, "where schedule cosine ends", at_least(0))
-    weight_decay: float = key(0.0, "λ, L2 penalty inside the gradient", at_least(0))
-    momentum_policy: str = key("average", "what happens to u between rounds", MOMENTUM_POLICIES)
+    lr_min: float = key(0.0, "lr-schedule cosine: γ at the end", at_least(0))
+    weight_decay: float = key(0.0, "λ, weight decay, added to the gradient as λx", at_least(0))
+    momentum_policy: str = key("average", "what happens to the momentum u between two rounds", MOMENTUM_POLICIES)
     correction: str = key(
-        "none", "your own change of a client's gradient", {"none": "the gradient as it is"}, "module:function"
+        "none",
+        "your own change of the gradient",
+        {"none": "the gradient as it is"},
+        "module:function",
     )
-    client_weights: str = key("uniform", "weights of the averages of x and u", CLIENT_WEIGHTS)
-    running_var: str = key("pooled", "how BatchNorm variances are averaged", RUNNING_VARS)
-    cohort_size: int = key(0, "clients drawn per round; 0: all", at_least(0))
-    slow_momentum: float = key(0.0, "α, server momentum on top (SlowMo); 0 with slow-lr 1: off", within(0, 1))
-    slow_lr: float = key(1.0, "η, learning rate of the server's step (SlowMo)", above(0))
+    client_weights: str = key("uniform", "weights of the clients in the averages of x and u", CLIENT_WEIGHTS)
+    running_var: str = key("pooled", "how the running variances of BatchNorm are averaged", RUNNING_VARS)
+    cohort_size: int = key(0, "clients that are sampled in each round; 0: all", at_least(0))
+    slow_momentum: float = key(0.0, "SlowMo: server momentum α; 0 with slow-lr 1: off", within(0, 1))
+    slow_lr: float = key(1.0, "SlowMo: learning rate η of the server", above(0))
     topology: str = key(
-        "complete", "d-sgd-m: who exchanges with whom", TOPOLOGIES, " or ".join(f"FILE{e}" for e in FILES)
+        "complete", "d-sgd-m: communication graph of the clients", TOPOLOGIES, " or ".join(f"FILE{e}" for e in FILES)
     )
-    mixing_weights: str = key("metropolis", "d-sgd-m: W of an undirected graph", WEIGHTS)
+    mixing_weights: str = key("metropolis", "d-sgd-m: mixing matrix W of an undirected graph", WEIGHTS)
     topology_degree: int = key(4, "random-regular: neighbours of each client", at_least(1))
-    topology_p: float = key(
-        0.0,
-        "erdos-renyi: probability of each link; 0: 2 ln N / N",
-        Range(0, 1, with_high=True),
-    )
+    topology_p: float = key(0.0, "erdos-renyi: probability of each link; 0: 2 ln N / N", Range(0, 1, with_high=True))
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    num_rounds: int = key(100, "R; run.num-steps overrules it", at_least(1))
-    num_steps: int = key(0, "T, local steps in all, rounded up to whole rounds; 0: num-rounds × I", at_least(0))
-    seed: int = key(0, "of data split, model, batches, cohorts", at_least(0))
-    eval_every: int = key(1, "rounds between two evaluations (the last round always is)", at_least(1))
-    eval_clients: int = key(64, "d-sgd-m: clients whose own models are evaluated, evenly spaced; 0: all", at_least(0))
+    num_rounds: int = key(100, "R, number of rounds; run.num-steps overrules it", at_least(1))
+    num_steps: int = key(0, "T, local steps of one client in all, rounded up to whole rounds; 0: R × I", at_least(0))
+    seed: int = key(0, "seed of the partition, initial model, minibatches and cohorts", at_least(0))
+    eval_every: int = key(1, "rounds between two evaluations; the last round is always evaluated", at_least(1))
+    eval_clients: int = key(64, "d-sgd-m: clients, evenly spaced, whose own models are evaluated; 0: all", at_least(0))
     checkpoint_every: int = key(10, "rounds between two checkpoints", at_least(1))
-    backend: str = key("engine", "who runs the clients", BACKENDS)
-    out: str = key("", "the run folder (the command: --out); empty: runs/NAME-TIME")
-    resume: str = key("", "a run folder to go on with (the command: --resume)")
-    dtype: str = key("auto", "of x and u (auto: float64 for quadratic)", DTYPES)
+    backend: str = key("engine", "what runs the clients", BACKENDS)
+    out: str = key("", "run folder, as --out; empty: runs/NAME-TIME")
+    resume: str = key("", "run folder of the run to resume, as --resume")
+    dtype: str = key("auto", "number format of x and u", DTYPES)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    device: str = key("auto", "where tensors live", DEVICES)
+    device: str = key("auto", "device of the tensors", DEVICES)
     path: str = key(
         "auto",
-        "how clients run side by side; auto: the fastest, by timing",
+        "how clients are computed side by side",
         {AUTO: "the fastest that is right, by timing"} | PATHS,
     )
-    chunk_size: int = key(0, "K, clients stacked at once; 0: by memory", at_least(0))
-    remember: bool = key(True, "what auto found by timing is kept in the cache folder for such runs, and taken from it")
-    matmul: str = key("float32", "how exactly a GPU multiplies float32", MATMULS)
-    threads: int = key(0, "CPU threads, fewer than 1025; 0: torch's choice", within(0, 1025))
-    workers: int = key(0, "Ray actors that share the clients, each as [simulation] says; 0: this process", at_least(0))
+    chunk_size: int = key(0, "K, clients that are stacked at once; 0: chosen by memory", at_least(0))
+    remember: bool = key(True, "keep what auto chose by timing in the cache folder, and reuse it")
+    matmul: str = key("float32", "precision of float32 products on a GPU", MATMULS)
+    threads: int = key(0, "CPU threads, fewer than 1025; 0: PyTorch's choice", within(0, 1025))
+    workers: int = key(0, "Ray actors that share the clients, see [simulation]; 0: none", at_least(0))
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    strategy: str = key("pr-sgd-m", "who averages under Flower: ours, or one of Flower's own", STRATEGIES)
-    on_failure: str = key("stop", "when a client fails", ON_FAILURE)
-    min_clients: int = key(1, "on-failure proceed: fewest clients whose updates make a round", at_least(1))
+    strategy: str = key("pr-sgd-m", "server strategy under Flower: fedmom's, or one of Flower's own", STRATEGIES)
+    on_failure: str = key("stop", "what to do when a client fails", ON_FAILURE)
+    min_clients: int = key(1, "on-failure proceed: fewest clients that must answer in a round", at_least(1))
     retries: int = key(2, "on-failure retry: how often a client is asked again", at_least(0))
-    timeout_seconds: float = key(3600.0, "how long a client's answer may take; 0: for ever", at_least(0))
-    wait_seconds: float = key(600.0, "how long to wait until every client has a node", at_least(0))
-    window: int = key(0, "messages under way between the oldest unanswered and the newest; 0: by size", at_least(0))
-    lr: float = key(0.0, "server learning rate; 0: the strategy's own (fedavgm 1, fedadam 0.1)", at_least(0))
-    momentum: float = key(0.9, "server momentum of fedavgm", within(0, 1))
-    trim: float = key(0.2, "fedtrimmedavg: share cut off at each end", within(0, 0.5))
-    num_malicious: int = key(0, "krum: clients that may lie", at_least(0))
-    noise_multiplier: float = key(1.0, "dp-fedavg: noise over clipping-norm (no ε is accounted)", at_least(0))
-    clipping_norm: float = key(1.0, "dp-fedavg: bound on the norm of a client's update", above(0))
+    timeout_seconds: float = key(3600.0, "longest time for a client's answer, in seconds; 0: no limit", at_least(0))
+    wait_seconds: float = key(600.0, "longest wait until every client has a node, in seconds", at_least(0))
+    window: int = key(0, "largest number of messages in flight; 0: chosen by their size", at_least(0))
+    lr: float = key(0.0, "fedavgm, fedadam: server learning rate; 0: the strategy's own (1, 0.1)", at_least(0))
+    momentum: float = key(0.9, "fedavgm: server momentum", within(0, 1))
+    trim: float = key(0.2, "fedtrimmedavg: fraction of the values that is cut off at each end", within(0, 0.5))
+    num_malicious: int = key(0, "krum: number of clients that may be malicious", at_least(0))
+    noise_multiplier: float = key(1.0, "dp-fedavg: noise over clipping-norm; no ε is accounted", at_least(0))
+    clipping_norm: float = key(1.0, "dp-fedavg: largest norm of a client's update", above(0))
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    clients_per_node: int = key(1, "clients that one simulated Flower node holds", at_least(1))
-    num_actors: int = key(0, "Ray actors; 0: as many as fit", at_least(0))
+    clients_per_node: int = key(1, "clients of one simulated Flower node", at_least(1))
+    num_actors: int = key(0, "number of Ray actors; 0: as many as fit", at_least(0))
     num_cpus: float = key(1.0, "CPU cores per actor", at_least(0))
-    num_gpus: float = key(
-        0.0, "GPUs per actor; a fraction lets several share one; 0: a share where engine.device is cuda", at_least(0)
-    )
-    ray_address: str = key("", "a Ray cluster to join; empty: start Ray here")
-    retries: int = key(2, "how often a message is tried again after its actor died", at_least(0))
-    on_link_failure: str = key("stop", "d-sgd-m with engine.workers: when rows do not arrive", ON_LINK_FAILURE)
+    num_gpus: float = key(0.0, "GPUs per actor, or a fraction; 0: a share where engine.device is cuda", at_least(0))
+    ray_address: str = key("", "Ray cluster to join; empty: start Ray on this machine")
+    retries: int = key(2, "how often a message is sent again after its actor died", at_least(0))
+    on_link_failure: str = key("stop", "d-sgd-m, engine.workers: when rows do not arrive", ON_LINK_FAILURE)
     straggler_seconds: float = key(
-        0.0, "an actor that works longer on a message (60 s on its first) is replaced; 0: never", at_least(0)
+        0.0, "replace an actor that takes longer (first message: 60 s); 0: never", at_least(0)
     )
-    show_output: bool = key(False, "backend simulation: print what the nodes' clients print and log")
+    show_output: bool = key(False, "backend simulation: print what the clients print and log")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmom.config.keys import KEYS, SECTIONS, Config, Scalar, checked, kebab, shown
 from fedmom.config.numbers import read_toml, typed, without_brackets
 from fedmom.errors import InputError, unknown
+from fedmom.user_code import app_root
 
 
 def flat(config: Config) -> dict[str, Scalar]:
@@ -79,12 +81,12 @@ def _flattened(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def read_tables(path: Path, remedy: str = "") -> dict[str, Any]:
+def read_tables(path: Path) -> dict[str, Any]:
     """The tables of a TOML file, with a byte order mark or without. InputError names the file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file{remedy}") from None
+        raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a text file ({error})") from None
     try:
@@ -93,9 +95,48 @@ def read_tables(path: Path, remedy: str = "") -> dict[str, Any]:
         raise InputError(f"{path}: is not TOML: {error}") from None
 
 
+def shipped() -> dict[str, Path]:
+    """{name: file} of the configurations that come with fedmom, such as "quickstart" and "decentralized/ring"."""
+    try:
+        folder = app_root() / "configs"
+    except InputError:  # a node of Flower's has the code alone
+        return {}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.toml"))}
+
+
+def config_file(source: str | Path) -> Path:
+    """The file that CONFIG means: itself if there is one, else fedmom's own of that name (without .toml).
+
+    Raises InputError, with the names that are near, where there is neither.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    names = shipped()
+    if not path.suffix and path.as_posix() in names:
+        return names[path.as_posix()]
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such file{_near(path, names)}") from None
+    except OSError:
+        pass  # as below
+    return path  # a folder, or a pipe: reading it says what is wrong, if anything is
+
+
+def _near(path: Path, names: Iterable[str]) -> str:
+    """What may have been meant: names that end alike or are near, else all at the top and the folders of the others."""
+    asked = path.with_suffix("").as_posix().removeprefix("configs/")
+    ends = [name for name in names if asked in (name, name.rpartition("/")[2])]
+    if near := ends or get_close_matches(asked, names, n=3):
+        return f"; did you mean {' or '.join(near)}?"
+    heads = sorted({head + (f"{slash}…" if slash else "") for head, slash, _ in (n.partition("/") for n in names)})
+    return f"; fedmom's own are {', '.join(heads)}" if heads else ""
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """{"section.key": value} of one file, unchecked."""
-    tables = read_tables(path, "; configs/ holds complete examples")
+    tables = read_tables(path)
     if not tables:
         raise InputError(f"{path}: is empty; a config has sections {', '.join(SECTIONS)}")
     values: dict[str, Any] = {}
@@ -118,6 +159,7 @@ class Loaded(NamedTuple):
 def load(source: str | Path | Mapping[str, Any] | Config, sets: Iterable[str] | Mapping[str, Any] = ()) -> Loaded:
     """Read a configuration from a TOML file, a (nested or flat) mapping or a Config, with changes on top.
 
+    A name that is no file here means fedmom's own configuration of that name: "quickstart", "decentralized/ring".
     Raises InputError with one line that names the file or key, the value and what would be right.
     """
     where = ""
@@ -127,7 +169,7 @@ def load(source: str | Path | Mapping[str, Any] | Config, sets: Iterable[str] | 
         values = _flattened(source)
     else:
         where = f"{source}: "
-        values = _read_config(Path(source))
+        values = _read_config(config_file(source))
     changes = parse_sets(sets)
     try:
         config = _build(values, Config())

@@ -137,6 +137,14 @@ def counted(number: int, one: str, several: str = "") -> str:
     return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
+PERCENT = ".1f"  # how every accuracy is written, in tables, pictures, pages, bars and views: 100 times the share
+
+
+def percent(share: float) -> str:
+    """0.973 as "97.3 %"."""
+    return f"{100 * share:{PERCENT}} %"
+
+
 class Range(NamedTuple):
     """The numbers that a key may take; called with one it says what would be right, or None where it is."""
 

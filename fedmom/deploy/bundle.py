@@ -1,10 +1,13 @@
 """What a run takes along to its nodes: its configuration and the app's own files, nothing that lies elsewhere here."""
 
+import ast
 import importlib.util
 import os
+import re
+import shutil
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,18 +16,30 @@ from fedmom.config.load import flat, load, parse_sets, replace
 from fedmom.config.resolve import resolve
 from fedmom.deploy.remote_runs import VOLUME
 from fedmom.errors import InputError
+from fedmom.machine.files import write_text
 from fedmom.records.files import CONFIG
 from fedmom.records.resume import resume_config
 from fedmom.user_code import is_spec
 
 DATA = "/data"  # where every container has its own
+_PACKAGE = Path(__file__).absolute().parents[1]
+# What Flower's bundles take of files, and the names that they leave out without a word (flwr.common.constant).
+_TAKEN = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
+_LEFT_OUT = ("build", "eggs", "lib", "lib64", "parts", "env", "venv", "ENV")
+
+
+class Travels(NamedTuple):
+    """The user's own code that a configuration names."""
+
+    needs: dict[str, str]  # {package: "key = value"} of what is installed here, and the image must have
+    own: dict[str, Path]  # {path in the bundle: file} of what lies where the command was started
 
 
 class Cargo(NamedTuple):
     """What goes to the nodes for a run, once it was checked here."""
 
     config: Config  # as the app gets it
-    needs: dict[str, str]  # {package: "key = value"} of code that the image must have
+    travels: Travels
 
 
 def pack(
@@ -51,7 +66,7 @@ def _config_to_send(
     if resume is not None and source is None:
         source = resume / CONFIG
     if source is None:
-        raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
+        raise InputError("CONFIG is missing: name a TOML file, or one of fedmom's own (quickstart), or --resume DIR")
     changes = {**parse_sets(sets), "data.data-dir": DATA}
     config = load(source, changes).config
     if resume is not None:
@@ -64,12 +79,12 @@ def _config_to_send(
     return replace(replace(config, "run", backend="engine"), "run", **where), settled
 
 
-def check_travels(config: Config, app: Path) -> dict[str, str]:
-    """{package: "key = value"} of code that is installed here, and which the image must have as well.
+def check_travels(config: Config, app: Path) -> Travels:
+    """The user's code that goes along with the app, and the packages that the image must have.
 
     Raises InputError for a file, or code, that a config names and that no container would find.
     """
-    installed = {}
+    found = Travels({}, {})
     for name, value in flat(config).items():
         if not KEYS[name].also:
             continue
@@ -78,45 +93,114 @@ def check_travels(config: Config, app: Path) -> dict[str, str]:
             continue
         start = f"{name} = {text!r}"
         if is_spec(text):
-            package = _check_module(start, text.partition(":")[0], app)
-            if package:
-                installed[package] = start
+            _check_module(start, text.partition(":")[0], app, found)
         elif not Path(text).is_absolute() or Path(DATA) not in Path(os.path.normpath(text)).parents:
             raise InputError(
                 f"{start}: lies on this machine, and nodes see {DATA} alone; put it into the data folders of the "
                 f"server and of every client (deployment/server/data, client-0/data, …) and write "
                 f"'{DATA}/{Path(text).name}'"
             )
-    return installed
+    return found
 
 
-def _check_module(start: str, module: str, app: Path) -> str:
-    """The package that the image must have; empty where the module travels with the app."""
-    include = bundled(app)
-    own = [app / Path(*module.split(".")).with_suffix(".py"), app / Path(*module.split(".")) / "__init__.py"]
-    if any(path.resolve() in include for path in own):
-        return ""
-    package = module.partition(".")[0]
-    if not any(path.exists() for path in own) and _is_installed(package):
-        return package
-    folders = ", ".join(
-        sorted({path.relative_to(app.resolve()).parts[0] + "/" for path in include if path.suffix == ".py"})
-    )
-    last = module.rpartition(".")[2]
-    raise InputError(
-        f"{start}: does not travel to the nodes; what does are the modules in {folders} of {app.resolve()}: put "
-        f"{last}.py into clients/ there and write 'clients.{last}:…'"
-    )
+def _check_module(start: str, module: str, app: Path, found: Travels) -> None:
+    """Add a module to `found`, unless it is the app's; InputError where it is nowhere, or Flower would leave it out."""
+    path = Path(*module.split("."))
+    files = {path.with_suffix(".py").as_posix(), (path / "__init__.py").as_posix()}
+    if files & {*bundled(app)}:
+        return
+    package, here = path.parts[0], Path.cwd()
+    if not any((here / file).is_file() for file in files):
+        if not _is_installed(package):
+            raise InputError(
+                f"{start}: does not travel to the nodes; what does are modules in {here}, where the command was "
+                f"started, and packages that the image has: put {path.parts[-1]}.py there"
+            )
+        found.needs[package] = start
+        return
+    own = modules_beside(package, here)
+    if package == "fedmom" or any(_is_left_out(file) for file in files if (here / file).is_file()):
+        raise InputError(f"{start}: does not travel to the nodes: Flower leaves out what has such a name; take another")
+    found.own.update(own)
 
 
-def bundled(app: Path) -> set[Path]:
-    """The files that `flwr run` bundles, by `fab-include` of the app's pyproject.toml."""
+def modules_beside(package: str, folder: Path) -> dict[str, Path]:
+    """{path in `folder`: file} of a module or package there, and of all there that its code imports."""
+    found: dict[str, Path] = {}
+    waiting, seen = [package], set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name == "fedmom":
+            continue
+        seen.add(name)
+        files = [path for path in sorted((folder / name).rglob("*")) if path.is_file() and path.suffix in _TAKEN]
+        if not any(path.suffix == ".py" for path in files):
+            files = [path for path in [folder / f"{name}.py"] if path.is_file()]
+        for path in files:
+            relative = path.relative_to(folder)
+            if not any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
+                found[relative.as_posix()] = path
+                waiting += _imported(path) if path.suffix == ".py" else []
+    return found
+
+
+def _imported(path: Path) -> set[str]:
+    """The first parts of all modules that a file imports by statement, wherever in it."""
+    try:
+        nodes = [*ast.walk(ast.parse(path.read_bytes()))]
+    except (SyntaxError, ValueError):
+        return set()  # importing it says what is wrong
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+def _is_left_out(name: str) -> bool:
+    path = Path(name)
+    return path.parts[0] in _LEFT_OUT or path.name.startswith("test_") or path.stem.endswith("_test")
+
+
+def bundled(app: Path) -> dict[str, Path]:
+    """{path in the bundle: file} of what `flwr run` takes of an app, by `fab-include` of its pyproject.toml.
+
+    Beside an installed fedmom's app there is no folder fedmom: it is the package itself.
+    """
+    found: dict[str, Path] = {}
+    for pattern in _patterns(app):
+        root = app if (app / pattern.partition("/")[0]).exists() else _PACKAGE.parent
+        paths = {path.relative_to(root).as_posix(): path for path in sorted(root.glob(pattern)) if path.is_file()}
+        found |= {name: path for name, path in paths.items() if not name.startswith("fedmom/_app/")}
+    return found
+
+
+def _patterns(app: Path) -> list[str]:
     try:
         table = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))
-        patterns = table["tool"]["flwr"]["app"]["fab-include"]
+        return list(table["tool"]["flwr"]["app"]["fab-include"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--app {app}: its pyproject.toml has no [tool.flwr.app] with fab-include ({error})") from None
-    return {path.resolve() for pattern in patterns for path in app.glob(pattern)}
+
+
+def stage(app: Path, own: Mapping[str, Path], folder: Path) -> Path:
+    """The app's folder for `flwr run`: `app` itself, or `folder`, made of fedmom's code and the user's `own`.
+
+    own: {path in the bundle: file}. Where the names clients and strategies may be the user's, fedmom's lie in
+    fedmom/_app, as in the wheel.
+    """
+    is_checkout = (app / "fedmom").is_dir()
+    if is_checkout and not own:
+        return app
+    shutil.rmtree(folder, ignore_errors=True)
+    apps = ("clients/", "strategies/")
+    start = "" if is_checkout and not any(name.startswith(apps) for name in own) else "fedmom/_app/"
+    files = {start + name if name.startswith(apps) else name: path for name, path in bundled(app).items()}
+    for name, path in {**own, **files}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+    text = (app / "pyproject.toml").read_text(encoding="utf-8")
+    # All that lies there travels.
+    write_text(folder / "pyproject.toml", re.sub(r"(?ms)^fab-include = \[.*?\]$", 'fab-include = ["**/*"]', text))
+    return folder
 
 
 def _is_installed(package: str) -> bool:

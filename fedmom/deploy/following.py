@@ -2,17 +2,18 @@
 
 import contextlib
 import re
+import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from fedmom.config.keys import Config
 from fedmom.config.load import load, to_toml
 from fedmom.deploy import federation
-from fedmom.deploy.bundle import DATA, Cargo, pack
+from fedmom.deploy.bundle import DATA, Cargo, pack, stage
 from fedmom.deploy.commands import CommandError, Commands, superlink
 from fedmom.deploy.deployment import CONNECTION
 from fedmom.deploy.remote_runs import RemoteRuns
@@ -96,20 +97,25 @@ class Following:
 
     def _send(self, cargo: Cargo) -> None:
         if not self.commands.dry:
-            self.remote.check_has(cargo.needs)
-        self.start(cargo.config)
+            self.remote.check_has(cargo.travels.needs)
+        self.start(cargo.config, cargo.travels.own)
 
-    def start(self, config: Config) -> None:
-        """Hand the app and the configuration to the SuperLink."""
+    def start(self, config: Config, own: Mapping[str, Path]) -> None:
+        """Hand app and configuration to the SuperLink; `own`: {path in the bundle: file} of the user's code."""
         # A file for each run: `flwr` reads it seconds later, when another command may have written the next one's.
         file = self._started(".toml")
         file.parent.mkdir(exist_ok=True)
         write_text(file, to_toml(config, "A run that was started, as the nodes got it."))
-        command = Commands.flwr("run", str(self.app.resolve()), CONNECTION, "--run-config", str(file))
-        if self.commands.dry:
+        staged = self._started("-app")
+        app = stage(self.app, own, staged)
+        command = Commands.flwr("run", str(app.resolve()), CONNECTION, "--run-config", str(file))
+        if self.commands.dry:  # whoever runs the printed command needs what it names
             self.commands.do(command)
             return
-        self.run_id = str(self.commands.json(command)["run-id"])
+        try:
+            self.run_id = str(self.commands.json(command)["run-id"])
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
         write_text(self._started(".id"), self.run_id)
 
     def take_up(self) -> bool:

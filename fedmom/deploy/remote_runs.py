@@ -67,8 +67,8 @@ class RemoteRuns:
         missing = self._execute("python3", "-c", script, *packages).split() if packages else []
         if missing:
             raise InputError(
-                f"{packages[missing[0]]}: the image has no package {missing[0]}; add it to deploy/requirements.txt and "
-                "build the image anew"
+                f"{packages[missing[0]]}: the image has no package {missing[0]}; remove the image, and build it anew "
+                f"by `fedmom deploy up --build-arg PACKAGES={missing[0]}`"
             )
 
     def busy(self, name: str) -> bool:

@@ -1,5 +1,6 @@
 """`fedmom bench`: how fast a configuration runs here, how near to what the device can do, and where the time goes."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -166,6 +167,7 @@ def _shares(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """{kind of operator: part of the time of a round}; what is not torch's own is "Python and waiting"."""
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells standard error when it starts and stops
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
         total = 1e6 * _timed(device, run)

@@ -42,7 +42,7 @@ def run(
     if resume is not None and out is not None:
         raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")
     if resume is None and config is None:
-        raise InputError("CONFIG is missing: name a TOML file (configs/ has examples), or --resume DIR")
+        raise InputError("CONFIG is missing: name a TOML file, or one of fedmom's own (quickstart), or --resume DIR")
     with opened(config, changes, out, resume) as begun:
         settled = begun.resolved.config
         _check_backend(settled)

@@ -11,6 +11,7 @@ from fedmom.config.load import flat, replace
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.machine.files import at_home
 from fedmom.runs.callbacks import Callback, Listener, Result
+from fedmom.user_code import app_root
 
 
 def simulate(
@@ -23,7 +24,7 @@ def simulate(
 ) -> Result:
     """Run a resolved configuration through the ServerApp and ClientApp of the folder `app`.
 
-    None: the working directory if it holds a Flower app, else the checkout that fedmom runs from.
+    None: the working directory if it holds a Flower app, else the app that came with fedmom.
     Raises InputError for bad input, also the app's own.
     """
     from fedmom.flower.app import simulate_app
@@ -56,12 +57,11 @@ def simulate(
 
 
 def app_folder(app: str | Path | None) -> Path:
-    """The folder of the Flower app: as given, or here, or fedmom's own checkout."""
+    """The folder of the Flower app: as given, or here, or fedmom's own. InputError where it has none."""
     if app is not None:
         return at_home(app)
-    own = Path(__file__).resolve().parents[2]
     here = Path.cwd()
-    return here if _is_app(here) or not (own / "strategies").is_dir() else own
+    return here if _is_app(here) else app_root()
 
 
 def _is_app(folder: Path) -> bool:

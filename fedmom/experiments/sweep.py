@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmom.config.keys import Config
-from fedmom.config.load import load, parse_sets
+from fedmom.config.load import config_file, load, parse_sets
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError, require, unknown
 from fedmom.experiments.crew import Cell, CellEnded, SweepWork, on_ray, one_by_one
@@ -108,7 +108,7 @@ def sweep(
     planned = {cell.name: {"status": WAITING, "message": "", "sets": cell.sets} for cell in waiting}
     known = {**planned, **known}
     _write(out, known)
-    work = SweepWork(str(config.resolve()), str(out.resolve()), tuple(sets), tuple(track))
+    work = SweepWork(str(config_file(config).resolve()), str(out.resolve()), tuple(sets), tuple(track))
     if ray and waiting:
         under_way = on_ray(work, waiting, workers, ray)
     elif workers > 1 and len(waiting) > 1:

@@ -13,6 +13,7 @@ from fedmom.actors.cluster import PoolOptions
 from fedmom.errors import InputError, require, unknown
 from fedmom.flower.client import load_component
 from fedmom.flower.grid import RUN_ID, Context, Message, RayGrid
+from fedmom.flower.private import server_node_id
 
 
 class Components(NamedTuple):
@@ -78,7 +79,6 @@ def simulate_app(
     """
     require(f"the Flower app in {app_dir}", "flower", "flwr", "ray")
     from flwr.app import Context, RecordDict
-    from flwr.common.constant import SUPERLINK_NODE_ID
 
     components = load_components(app_dir)
     for key, value in run_config.items():
@@ -100,7 +100,7 @@ def simulate_app(
         server_app = load_component("ServerApp", components.server_app, Path(app_dir).absolute())
         if grid_ready:
             grid_ready(grid)
-        context = Context(RUN_ID, SUPERLINK_NODE_ID, {}, RecordDict(), config)
+        context = Context(RUN_ID, server_node_id(), {}, RecordDict(), config)
         server_app(grid, context)
         grid.check()  # an app may take whatever a thread of its own raised for one client's failure
     return context

@@ -14,22 +14,20 @@ from fedmom.flower.messages import (
     Content,
     RecordDict,
     State,
-    identify,
     message_of,
     metadata_values,
     pack,
     unpack,
 )
+from fedmom.flower.private import identify, load_object
 from fedmom.user_code import one_line
 
 
 def load_component(kind: str, spec: str, app_dir: Path) -> Any:
     """The `ClientApp` or `ServerApp` that "module:attribute" names, looked for in `app_dir` first."""
-    from flwr.supercore.object_ref import load_app
-
     where = f"{kind.lower()} = {spec!r} in {app_dir}"
     try:
-        app = load_app(spec, LookupError, app_dir)
+        app = load_object(spec, LookupError, app_dir)
     except (Exception, SystemExit) as error:
         cause = (
             " ".join(str(error.args[0]).split("\n\n")[0].split())

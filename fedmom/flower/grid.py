@@ -20,6 +20,7 @@ from fedmom.actors.actor import Failure
 from fedmom.actors.cluster import PoolOptions
 from fedmom.actors.pool import Pool
 from fedmom.flower import messages as ray_messages
+from fedmom.flower import private
 from fedmom.flower.client import serve_client
 from fedmom.flower.messages import AppCall, AppReply, Pending, State
 
@@ -59,12 +60,10 @@ class RayGrid:
         on_reply: Callable[[Message], None] | None = None,
         on_output: Callable[[int, str], None] | None = None,
     ) -> None:
-        from flwr.common.constant import SUPERLINK_NODE_ID
         from flwr.serverapp import Grid
-        from flwr.supercore.run import Run
 
         Grid.register(RayGrid)  # rather than a subclass, which would need flwr to import this file
-        self.run = Run.create_empty(RUN_ID)
+        self.run = private.empty_run(RUN_ID)
         self._num_nodes = num_nodes
         self._on_reply, self._show = on_reply, on_output
         self._pending: dict[str, Pending] = {}  # by message id; what is forgotten is gone at once
@@ -74,12 +73,12 @@ class RayGrid:
         self._num_streams = 0
         self._changed = threading.Condition(threading.RLock())  # holds all of the above; told when a reply is filed
         self._collecting = False  # whether some thread takes replies from the pool
-        self._identity = ray_messages.identify(RUN_ID, SUPERLINK_NODE_ID, 0)
+        self._identity = private.identify(RUN_ID, private.server_node_id(), 0)
         make_worker = partial(serve_client, client_app, Path(app_dir).absolute(), num_nodes, dict(run_config))
         try:
             self._pool = Pool(make_worker, options, wait=False, on_output=self._on_output if on_output else None)
         except BaseException:
-            ray_messages.identify(*self._identity)
+            private.identify(*self._identity)
             raise
         self.num_workers = self._pool.num_workers
         self._data = ray_messages.SharedData(self._pool.share)
@@ -93,7 +92,7 @@ class RayGrid:
     def close(self) -> None:
         """End the workers; threads that still wait are told. May be called again."""
         self._pool.close()
-        ray_messages.identify(*self._identity)
+        private.identify(*self._identity)
 
     def set_run(self, run: Any) -> None:
         self.run = run
@@ -110,9 +109,7 @@ class RayGrid:
         return [FIRST_NODE_ID + partition for partition in range(self._num_nodes)]
 
     def get_nodes(self) -> list[Any]:
-        from flwr.proto.node_pb2 import NodeInfo
-
-        return [NodeInfo(node_id=node_id) for node_id in self.get_node_ids()]
+        return [private.node_info(node_id) for node_id in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         return [self._push(message, None) for message in messages]
@@ -198,7 +195,7 @@ class RayGrid:
         if metadata.reply_to_message_id != "" or not metadata.ttl > 0:
             raise ValueError(f"Invalid message: {message}")
         message_id = str(uuid4())
-        metadata.__dict__["_message_id"] = message_id  # as Flower's own Grids do it
+        private.set_message_id(message, message_id)
         node_id = metadata.dst_node_id
         with self._changed:
             values = ray_messages.metadata_values(message)

@@ -19,6 +19,7 @@ import numpy as np
 
 from fedmom.actors.work import Shared
 from fedmom.flower.npy import npy_header
+from fedmom.flower.private import build_message, error_codes, set_message_id
 
 # flwr.app's classes, which may be absent
 Array = Any
@@ -244,31 +245,19 @@ def message_of(
     metadata: tuple[Any, ...], content: RecordDict | None = None, error: tuple[int, str | None] | None = None
 ) -> Message:
     from flwr.app import Error, Metadata
-    from flwr.app.message import make_message
 
-    return make_message(Metadata(*metadata), content, None if error is None else Error(*error))
-
-
-def identify(run_id: int | None, node_id: int | None, task_id: int | None) -> tuple[int | None, ...]:
-    """Say to Flower who makes messages in this process, as its own processes do at start; gives who did before."""
-    from flwr.supercore.task_identity import TaskIdentity
-
-    identity: Any = TaskIdentity  # whose properties refuse None
-    before = (identity._run_id, identity._node_id, identity._task_id)
-    identity._run_id, identity._node_id, identity._task_id = run_id, node_id, task_id
-    return before
+    return cast(Message, build_message(Metadata(*metadata), content, None if error is None else Error(*error)))
 
 
 def _error_code(kind: str) -> int:
     """Flower's number for the kind of a Failure, or for an "unknown" node."""
-    from flwr.common.constant import ErrorCode
-
-    codes = {
-        "raised": ErrorCode.CLIENT_APP_RAISED_EXCEPTION,
-        "died": ErrorCode.CLIENT_APP_CRASHED,
-        "unknown": ErrorCode.NODE_UNAVAILABLE,
+    codes = error_codes()
+    known: dict[str, int] = {
+        "raised": codes.CLIENT_APP_RAISED_EXCEPTION,
+        "died": codes.CLIENT_APP_CRASHED,
+        "unknown": codes.NODE_UNAVAILABLE,
     }
-    return codes.get(kind, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+    return known.get(kind, codes.REPLY_MESSAGE_UNAVAILABLE)
 
 
 def error_reply(metadata: tuple[Any, ...], kind: str, reason: str) -> Message:
@@ -280,5 +269,5 @@ def error_reply(metadata: tuple[Any, ...], kind: str, reason: str) -> Message:
 
 def with_id(reply: Message) -> Message:
     """The reply, with an id of its own, as Flower's own engine gives it."""
-    reply.metadata.__dict__["_message_id"] = str(uuid4())
+    set_message_id(reply, str(uuid4()))
     return reply

@@ -5,6 +5,7 @@ Letters that a stream's encoding lacks are written in others; text that cannot b
 
 import codecs
 import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -68,6 +69,14 @@ def _handle(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error(_HANDLER, _handle)
+
+
+def terminal_width() -> int | None:
+    """How many characters a line on standard output may have; None where it is no terminal, and lines are not bound."""
+    try:
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    except (OSError, ValueError):  # it is closed
+        return None
 
 
 class Output:

@@ -9,6 +9,7 @@ from fedmom.results.groups import Group
 from fedmom.results.pictures import comparison
 from fedmom.results.reading import is_run
 from fedmom.results.sheets import Sheet, sheet_csv, sheet_latex, sheet_markdown
+from fedmom.results.tables import wrapped
 
 # Files that a comparison may have and another may lack.
 _OURS = ("equal-*.csv", "to-*.csv", "speedup*.csv", "speedup*.png", "speedup*.pdf")
@@ -34,6 +35,15 @@ def write_tables(sheets: Sequence[Sheet], pictures: Sequence[Path], out: Path) -
     for old in {path for pattern in _OURS for path in out.glob(pattern)} - {*paths, *pictures}:
         old.unlink()
     return paths
+
+
+def where_the_rest_is(sheets: Sequence[Sheet], pictures: Sequence[Path], out: Path, width: int | None) -> list[str]:
+    """What a comparison wrote and did not print, a line for each kind, the folder last."""
+    figures = sorted({path.stem for path in pictures})
+    lines = [f"more tables: {'; '.join(sheet.title.lower() for sheet in sheets)}"] * bool(sheets)
+    lines += [f"figures (PNG and PDF): {', '.join(figures)}"] * bool(figures)
+    lines.append("all tables: comparison.md, tables.tex, and a CSV file each, in")
+    return [*(wrapped(line, width) for line in lines), str(out)]
 
 
 def draw_figures(groups: Sequence[Group], targets: Sequence[Target], out: Path) -> Iterator[Path]:

@@ -6,7 +6,7 @@ from statistics import median
 from typing import NamedTuple
 
 from fedmom.errors import InputError, unknown
-from fedmom.results.groups import Group, alone, check_counted, counted_of, names_of, said
+from fedmom.results.groups import Group, alone, check_counted, counted_of, names_of, rivals, said
 from fedmom.results.reading import Run
 from fedmom.results.sheets import Column, Sheet, Stat, Value, stat, written
 from fedmom.results.tables import MEASURES, Measure, byte_unit, finite, last_evaluated, number
@@ -27,9 +27,8 @@ class Target(NamedTuple):
 
     @property
     def title(self) -> str:
-        name, digits = self.measure.title.replace(" (%)", ""), ".4g"
-        unit = " %" if self.measure.factor == 100 else ""
-        return f"{name} {'≥' if self.measure.rises else '≤'} {format(self.measure.factor * self.value, digits)}{unit}"
+        sign = "≥" if self.measure.rises else "≤"
+        return f"{self.measure.title} {sign} {self.measure.factor * self.value:.4g}{self.measure.unit}"
 
     def reached(self, rounds: Sequence[Record]) -> Record | None:
         """The first evaluation at which it was reached."""
@@ -85,13 +84,17 @@ def usual_targets(runs: Sequence[Run]) -> list[Target]:
 
 
 def all_sheets(groups: Sequence[Group], targets: Sequence[Target]) -> list[Sheet]:
-    """Every table, each with what it leaves out. InputError where no run counts."""
+    """Every table, each with what it leaves out: at the end and to the targets first, then the others.
+
+    A pooled model has a row in the first ones alone: its rounds, epochs and bytes are none that others could equal.
+    Raises InputError where no run counts.
+    """
     check_counted(groups)
-    sheets = [end_sheet(groups)]
-    if len(groups) > 1:
-        sheets += [sheet for axis in AXES if (sheet := equal_sheet(groups, axis)).rows]
-    sheets += [target_sheet(groups, target) for target in targets]
-    sheets += [speedup for target in targets if (speedup := speedup_sheet(groups, target)) is not None]
+    sheets = [end_sheet(groups), *(target_sheet(groups, target) for target in targets)]
+    ours = rivals(groups)
+    if len(ours) > 1:
+        sheets += [sheet for axis in AXES if (sheet := equal_sheet(ours, axis)).rows]
+    sheets += [speedup for target in targets if (speedup := speedup_sheet(ours, target)) is not None]
     left = {group.label: group.note for group in groups}
     return [sheet._replace(left=left) for sheet in sheets] if any(left.values()) else sheets
 
@@ -106,6 +109,10 @@ def measures_of(runs: Sequence[Run]) -> Sequence[Measure]:
     """The measures that at least one of the runs has; the classifier's where none was ever evaluated."""
     names = set[str]().union(*(names_of(run) for run in runs))
     return [measure for measure in MEASURES if measure.key in names] or MEASURES[:2]
+
+
+def _column(measure: Measure) -> Column:
+    return Column(measure.title, measure.digits, measure.unit)
 
 
 def _divided(value: float | None, divisor: float) -> float | None:
@@ -155,24 +162,25 @@ def end_sheet(groups: Sequence[Group], *, of_runs: bool = False) -> Sheet:
     """
     runs = counted_of(groups)
     divisor, unit = (1e6, "MB") if of_runs else _sent_unit(runs)
-    columns = [(Column("rounds"), _last("round"))]
-    columns += [(Column("steps"), _last("steps"))] * of_runs
-    columns.append((Column("joint epochs"), _last("joint_epochs")))
-    for measure in measures_of(runs):
-        columns.append((Column(measure.title, measure.digits), _evaluated(measure)))
+    columns = list[tuple[Column, Callable[[Run], float | None]]]()
+    # What was reached stands first, accuracies before losses, then what it cost.
+    for measure in sorted(measures_of(runs), key=lambda one: not one.rises):
+        columns.append((_column(measure), _evaluated(measure)))
         if measure.key == "test_accuracy":
-            columns.append((Column("best (%)", measure.digits), _best(measure)))
-    columns.append((Column(f"{unit} sent"), _last("bytes_sent", divisor)))
+            columns.append((_column(measure)._replace(title="best accuracy"), _best(measure)))
+    columns.append((Column("rounds"), _last("round")))
+    columns += [(Column("local steps"), _last("steps"))] * of_runs
+    columns += [(Column("joint epochs"), _last("joint_epochs")), (Column(f"{unit} sent"), _last("bytes_sent", divisor))]
     columns += [(Column("seconds"), _last("wall_seconds")), (Column("client-steps/s"), _speed)]
     rows = [
         [*_named(group, of_runs), *(stat([value(run) for run in group.runs]) for _, value in columns)]
         for group in groups
     ]
+    of_seeds = "" if of_runs else ", mean ± standard deviation over seeds"
     note = (
-        "Values of the last evaluation; client-steps/s is the median over the rounds."
-        if of_runs
-        else "Of the last evaluation, mean ± standard deviation over seeds; client-steps/s: median over the rounds."
+        f"At the last evaluation{of_seeds}. Joint epochs: examples that all clients used, over the number of examples. "
     )
+    note += "client-steps/s: the median over the rounds."
     return Sheet("at-the-end", "At the end", [*_naming(of_runs), *(column for column, _ in columns)], rows, note)
 
 
@@ -200,7 +208,7 @@ def equal_sheet(groups: Sequence[Group], axis: str, *, of_runs: bool = False) ->
 
     at = {"round": "round", "bytes_sent": "bytes sent"}.get(axis, unit) if of_runs else unit
     columns = [*_naming(of_runs), Column(f"at {at}"), Column("evaluated at")]
-    columns += [Column(measure.title, measure.digits) for measure in measures]
+    columns += map(_column, measures)
     rows = list[list[Value]]()
     for limit in (half, end):
         for group in groups if limit > 0 else ():
@@ -222,7 +230,13 @@ def target_sheet(groups: Sequence[Group], target: Target) -> Sheet:
     """What it took each group to get there."""
     divisor, unit = _sent_unit(counted_of(groups))
     columns = [Column("run"), Column("seeds"), Column("reached by")]
-    columns += [Column("rounds"), Column("steps"), Column("joint epochs"), Column(f"{unit} sent"), Column("seconds")]
+    columns += [
+        Column("rounds"),
+        Column("local steps"),
+        Column("joint epochs"),
+        Column(f"{unit} sent"),
+        Column("seconds"),
+    ]
     rows = list[list[Value]]()
     for group in groups:
         found = [record for run in group.runs if (record := target.reached(run.rounds)) is not None]
@@ -231,7 +245,7 @@ def target_sheet(groups: Sequence[Group], target: Target) -> Sheet:
             row.append(stat([_divided(number(r, key), divisor if key == "bytes_sent" else 1.0) for r in found]))
         rows.append(row)
     note = (
-        "The first evaluation at which it was reached, of the seeds that reached it; steps: local ones, of one client."
+        "What it took until the first evaluation that reached it, over the seeds that did; local steps: of one client."
     )
     return Sheet(f"to-{_slug(target)}", f"To {target.title}", columns, rows, note)
 

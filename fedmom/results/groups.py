@@ -1,6 +1,6 @@
 """Runs that differ in nothing but the seed are one group; groups are labelled by what differs between them."""
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +53,11 @@ _OF_EXAMPLES = {
 }
 
 
+# Of the keys of data: how a client uses its examples. The others say what the examples are, and who has them.
+_OF_TRAINING = ("data.batch-size", "data.sampling", "data.augment", "data.data-dir")
+POOLED = "pooled (one client with all data)"
+
+
 class LeftOut(NamedTuple):
     """A run that is not counted: it is not finished, or it is another one once more."""
 
@@ -71,6 +76,7 @@ class Group(NamedTuple):
     runs: list[Run]  # those that count, a seed each; [] where none does
     differs: dict[str, Scalar]  # the keys in which groups differ, and this group's values
     left: list[LeftOut] = []  # noqa: RUF012 - never changed
+    pooled: bool = False  # one client has all data: what the others are measured by, and none of them
 
     @property
     def settings(self) -> dict[str, Scalar]:
@@ -116,6 +122,40 @@ def counted_of(groups: Sequence[Group]) -> list[Run]:
     return [run for group in groups for run in group.runs]
 
 
+def rivals(groups: Sequence[Group]) -> list[Group]:
+    """The groups that are compared with one another: all but a pooled model's."""
+    return [group for group in groups if not group.pooled]
+
+
+def _is_pooled(runs: Sequence[Run]) -> list[bool]:
+    """Which runs are of a pooled (centralised) model: N = 1, the data set and the model of the runs of many clients.
+
+    Where N itself varies, over two values above 1 or more, N = 1 is the smallest of them, as in the paper's speedup. A
+    quadratic's one client has another objective, and where clients bring their own data one has
+    a part of them.
+    """
+
+    def task(run: Run) -> list[Scalar]:
+        return [run.settings[key] for key in KEYS if key == "data.dataset" or KEYS[key].section == "model"]
+
+    many = [run for run in runs if run.settings["data.num-clients"] != 1]
+    if len({run.settings["data.num-clients"] for run in many}) != 1:
+        return [False] * len(runs)
+    tasks = [task(run) for run in many]
+    return [
+        run.settings["data.num-clients"] == 1
+        and task(run) in tasks
+        and (kind := task_kind(run.settings["data.dataset"])).has_examples
+        and not kind.own_data
+        for run in runs
+    ]
+
+
+def data_setting(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The keys that say what the examples are and who has them: results under other ones answer another question."""
+    return {key: value for key, value in settings.items() if key.startswith("data.") and key not in _OF_TRAINING}
+
+
 def alone(runs: Sequence[Run]) -> list[Group]:
     """Each run as a group of one, called by its name. InputError where there is nothing to show."""
     if not runs:
@@ -135,7 +175,19 @@ def group_runs(runs: Sequence[Run], *, unfinished: bool = False) -> list[Group]:
     """Groups in the order of what differs between them (numbers by size, names as they come).
 
     unfinished: count runs that are not finished too, as far as they got. A run that is alone counts as it is.
+    Groups of a pooled model come last; the labels of the others say nothing of what it has otherwise.
     """
+    unfinished = unfinished or len(runs) == 1
+    pooled = _is_pooled(runs)
+    groups = _grouped([run for run, apart in zip(runs, pooled, strict=True) if not apart], unfinished)
+    baselines = _grouped([run for run, apart in zip(runs, pooled, strict=True) if apart], unfinished)
+    for group in baselines:
+        label = f"pooled, {group.label}" if len(baselines) > 1 else POOLED
+        groups.append(group._replace(label=label, differs={}, pooled=True))
+    return groups
+
+
+def _grouped(runs: Sequence[Run], unfinished: bool) -> list[Group]:
     keys = differing(runs)
     members: dict[tuple[Scalar, ...], list[Run]] = {}
     for run in runs:
@@ -152,7 +204,7 @@ def group_runs(runs: Sequence[Run], *, unfinished: bool = False) -> list[Group]:
         if not label:
             seeds = {run.settings["run.seed"] for run in own}
             label = own[0].name if len(seeds) == 1 else f"{own[0].settings['algorithm.name']}, {len(seeds)} seeds"
-        counted, left = _counted(own, unfinished or len(runs) == 1)
+        counted, left = _counted(own, unfinished)
         groups.append(Group(label, counted, differs, left))
     return groups
 

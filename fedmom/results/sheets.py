@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from types import MappingProxyType
 from typing import NamedTuple
 
-from fedmom.results.tables import MISSING, as_markdown, as_text
+from fedmom.results.tables import MISSING, as_markdown, fitted, wrapped
 
 MOST_FOOT = 8  # groups that are named below a table
 
@@ -29,6 +29,11 @@ Value = str | Stat | None
 class Column(NamedTuple):
     title: str
     digits: str = ""  # format of a measured mean; "" for counts, in four digits, which say no deviation of 0
+    unit: str = ""  # " %", behind every mean; beside the title where numbers stand alone
+
+    @property
+    def full_title(self) -> str:
+        return f"{self.title} ({self.unit.strip()})" if self.unit else self.title
 
 
 class Sheet(NamedTuple):
@@ -69,26 +74,31 @@ def _pair(cell: Stat, digits: str) -> tuple[str, str]:
     return text, f"{cell.sd:.2g}" if "e" in text else f"{cell.sd:,.{after}f}"
 
 
-def written(cell: Value, digits: str, plus_minus: str = " ± ") -> str:
-    """ "84.93 ± 0.51", and "(2 of 3)" where not every seed has the number."""
+def written(cell: Value, digits: str, unit: str = "", plus_minus: str = " ± ") -> str:
+    """ "84.9 % ± 0.5", and "(2 of 3)" where not every seed has the number."""
     if cell is None:
         return MISSING
     if isinstance(cell, str):
         return cell
-    text = plus_minus.join(part for part in _pair(cell, digits) if part)
+    mean_text, deviation = _pair(cell, digits)
+    text = mean_text + unit + (plus_minus + deviation if deviation else "")
     return text if cell.num == cell.of else f"{text} ({cell.num} of {cell.of})"
 
 
 def written_out(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
     """(header, rows)."""
     header = [column.title for column in sheet.columns]
-    digits = [column.digits for column in sheet.columns]
-    return header, [[written(*pair) for pair in zip(row, digits, strict=True)] for row in sheet.rows]
+    shown = [
+        [written(cell, column.digits, column.unit) for cell, column in zip(row, sheet.columns, strict=True)]
+        for row in sheet.rows
+    ]
+    return header, shown
 
 
-def sheet_text(sheet: Sheet) -> str:
-    parts = [sheet.title, as_text(*written_out(sheet)), sheet.note, sheet.foot]
-    return "\n".join(part for part in parts if part)
+def sheet_text(sheet: Sheet, width: int | None = None) -> str:
+    """The table with what stands around it, in lines of at most `width` characters (None: as long as they are)."""
+    around = [wrapped(text, width) if text else "" for text in (sheet.title, sheet.note, sheet.foot)]
+    return "\n".join(filter(None, [around[0], fitted(*written_out(sheet), width), *around[1:]]))
 
 
 def sheet_markdown(sheet: Sheet) -> str:
@@ -104,7 +114,7 @@ def sheet_csv(sheet: Sheet) -> str:
     numeric = [any(isinstance(row[i], Stat) for row in sheet.rows) for i in range(len(sheet.columns))]
     header: list[str] = []
     for column, is_number in zip(sheet.columns, numeric, strict=True):
-        header += [f"{column.title}{end}" for end in (("", " sd", " n") if is_number else ("",))]
+        header += [f"{column.full_title}{end}" for end in (("", " sd", " n") if is_number else ("",))]
     lines = [[*header, "left out"] if sheet.left else header]
     for row in sheet.rows:
         line: list[str] = []
@@ -157,7 +167,7 @@ def sheet_latex(sheet: Sheet) -> str:
     def cell(value: Value, digits: str) -> str:
         if not isinstance(value, Stat):
             return latex(value or MISSING)
-        text = written(value._replace(num=value.of), digits, r" \pm ").replace(",", "{,}")
+        text = written(value._replace(num=value.of), digits, plus_minus=r" \pm ").replace(",", "{,}")
         left = "" if value.num == value.of else f" ({value.num} of {value.of})"
         return f"${text}${left}"
 
@@ -167,7 +177,7 @@ def sheet_latex(sheet: Sheet) -> str:
         rf"\caption{{{latex(sheet.title)}}}",
         rf"\begin{{tabular}}{{l{'r' * (len(sheet.columns) - 1)}}}",
         r"\toprule",
-        " & ".join(latex(column.title) for column in sheet.columns) + r" \\",
+        " & ".join(latex(column.full_title) for column in sheet.columns) + r" \\",
         r"\midrule",
     ]
     for row in sheet.rows:

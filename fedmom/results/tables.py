@@ -1,11 +1,13 @@
 """What the rounds of a run say, and tables of text: what all tables, pictures and the page share."""
 
+import textwrap
 from collections.abc import Sequence
 from math import floor, isfinite, log10
 from typing import NamedTuple
 
 import numpy as np
 
+from fedmom.config.numbers import PERCENT
 from fedmom.rounds.loop import Record
 
 MISSING = "–"
@@ -21,6 +23,7 @@ class Measure(NamedTuple):
     digits: str  # format of factor * value
     factor: float = 1.0
     log: bool = False
+    unit: str = ""  # behind the number
 
     @property
     def rises(self) -> bool:
@@ -28,13 +31,16 @@ class Measure(NamedTuple):
         return "accuracy" in self.key
 
 
+def _share(key: str, title: str, label: str) -> Measure:
+    """A number in [0, 1] that is shown in percent."""
+    return Measure(key, title, label, PERCENT, factor=100.0, unit=" %")
+
+
 MEASURES = (
     Measure("test_loss", "test loss", "Test loss at x̂", "#.4g"),
-    Measure("test_accuracy", "test accuracy (%)", "Test accuracy at x̂ (%)", ".2f", factor=100.0),
-    Measure("mean_client_accuracy", "mean client (%)", "Clients' own models:\nmean accuracy (%)", ".2f", factor=100.0),
-    Measure(
-        "worst_client_accuracy", "worst client (%)", "Clients' own models:\nworst accuracy (%)", ".2f", factor=100.0
-    ),
+    _share("test_accuracy", "test accuracy", "Test accuracy at x̂ (%)"),
+    _share("mean_client_accuracy", "mean client accuracy", "Clients' own models:\nmean accuracy (%)"),
+    _share("worst_client_accuracy", "worst client accuracy", "Clients' own models:\nworst accuracy (%)"),
     Measure("loss", "loss", "Loss at x̄", ".4g", log=True),
     Measure("distance", "distance", "Distance to the optimum", ".4g", log=True),
 )
@@ -82,13 +88,83 @@ def last_evaluated(rounds: Sequence[Record]) -> Record:
 
 def as_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: the first one to the left, the others, which are numbers, to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    return _columns([[title] for title in header], rows)
+
+
+def _columns(heads: Sequence[Sequence[str]], rows: Sequence[Sequence[str]]) -> str:
+    """`as_text` with titles of several lines."""
+    height = max(map(len, heads))
+    lines = list(zip(*([""] * (height - len(head)) + list(head) for head in heads), strict=True))
+    widths = [max(map(len, column)) for column in zip(*lines, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
         return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
 
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+    return "\n".join([*map(line, lines), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def fitted(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> str:
+    """`as_text` in lines of at most `width` characters; None: as wide as it is.
+
+    What is wider gets titles of several lines; then its columns come in blocks below one another, each with the first
+    column; and where that one leaves no room, or where there is a single row, every row stands upright. No cell is cut.
+    """
+    text = as_text(header, rows)
+    if width is None or _widest(text) <= width:
+        return text
+    if len(header) == 2:
+        return "\n".join([*wrapped(" ".join(filter(None, header)), width).split("\n"), *_pairs(rows, width)])
+    if len(rows) == 1 and len(rows[0][0]) + max(map(len, header)) + 2 <= width:
+        return "\n".join(_pairs(list(zip(header, rows[0], strict=True)), width))
+    sizes, heads = list[int](), list[list[str]]()
+    for title, *cells in zip(header, *rows, strict=True):
+        sizes.append(max(map(len, [*title.split(), *cells])))
+        heads.append(textwrap.wrap(title, sizes[-1], break_long_words=False, break_on_hyphens=False) or [""])
+    if sizes[0] + 2 + max(sizes[1:]) > width:
+        return "\n\n".join("\n".join(_upright(header, row, width)) for row in rows)
+    blocks, room = list[list[int]](), 0
+    for column, size in enumerate(sizes[1:], 1):
+        if room < size + 2:
+            blocks.append([0])
+            room = width - sizes[0]
+        blocks[-1].append(column)
+        room -= size + 2
+    return "\n\n".join(
+        _columns([heads[at] for at in block], [[row[at] for at in block] for row in rows]) for block in blocks
+    )
+
+
+def wrapped(text: str, width: int | None) -> str:
+    """A sentence in lines of at most `width` characters (None: in one), broken between words alone."""
+    if width is None:
+        return text
+    for together in (" %", " ± ", " = ", " seed", " ≥ ", " ≤ "):
+        text = text.replace(together, together.replace(" ", "\xa0"))
+    return textwrap.fill(text, max(width, 20), break_long_words=False, break_on_hyphens=False).replace("\xa0", " ")
+
+
+def _widest(text: str) -> int:
+    return max(map(len, text.split("\n")))
+
+
+def _upright(header: Sequence[str], row: Sequence[str], width: int) -> list[str]:
+    """One row: its name, and below it a line for each of its other cells."""
+    name = textwrap.wrap(row[0], width, subsequent_indent="  ", break_on_hyphens=False)
+    return [*name, *(f"  {line}" for line in _pairs(list(zip(header[1:], row[1:], strict=True)), width - 2))]
+
+
+def _pairs(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Titles to the left, what stands behind each to the right of them, on several lines where it is long."""
+    least = max(len(title) for title, _ in rows) + 2
+    lines = list[str]()
+    for title, value in rows:
+        parts = textwrap.wrap(value, max(width - least, 12), break_on_hyphens=False) or [""]
+        lines += [
+            f"{start:{least}}{part}".rstrip()
+            for start, part in zip([title, *[""] * (len(parts) - 1)], parts, strict=True)
+        ]
+    return lines
 
 
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

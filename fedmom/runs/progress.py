@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from fedmom.config.numbers import counted
+from fedmom.config.numbers import counted, percent
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.state import ClientState
 from fedmom.rounds.loop import Record
@@ -24,7 +24,7 @@ def describe(record: Record, *, short: bool = False) -> str:
     names = ("distance",) if short else ("test_loss", "distance")
     parts += [f"{name.replace('_', ' ')} {record[name]:.4g}" for name in names if name in record]
     if "test_accuracy" in record:
-        parts.append(f"accuracy {100 * record['test_accuracy']:.2f} %")
+        parts.append(f"accuracy {percent(record['test_accuracy'])}")
     return " · ".join(parts)
 
 

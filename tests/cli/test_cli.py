@@ -153,7 +153,7 @@ def test_images_are_not_augmented_where_there_are_none(refused):
 def test_every_command_names_what_is_wrong_with_its_configuration(refused, command):
     more = ["--grid", "run.num-rounds=1,2"] if command == "sweep" else []
     refused(["algorithm.lr = 0.0", "> 0"], command, "digits.toml", "--set", "algorithm.lr=0", *more)
-    refused(["no.toml", "no such file", "configs/"], command, "no.toml", *more)
+    refused(["no.toml", "no such file", "quickstart"], command, "no.toml", *more)
     Path("bad.toml").write_bytes(b"[algorithm]\nlr = 1979-05-27\n")
     refused(["bad.toml: algorithm.lr", "must be a number"], command, "bad.toml", *more)
     Path("bad.toml").write_bytes(b'[algorithm]\n"a\\nb" = 1\n')  # a key with a line break in it
@@ -669,12 +669,12 @@ def test_a_run_draws_its_curves_and_a_report_compares_runs(fed, monkeypatch):
     assert Path("a/curves.png").read_bytes().startswith(b"\x89PNG")
     status, out, err = fed("report", "a", "b", "--out", "both")
     assert (status, err) == (0, [])
-    assert out[-3:] == ["both/curves.png", "both/report.md", "both/report.html"]
+    assert out[-3:] == ["picture: both/curves.png", "tables: both/report.md", "page: both/report.html"]
     assert Path("both/curves.png").read_bytes().startswith(b"\x89PNG")
     report = Path("both/report.md").read_text(encoding="utf-8")
     for title in ("equal rounds", "equal joint epochs", "equal bytes"):
         assert title in report.lower()
-    assert fed("report", "a")[1][-3:] == ["a/curves.png", "a/report.md", "a/report.html"]
+    assert [line.split()[1] for line in fed("report", "a")[1][-3:]] == ["a/curves.png", "a/report.md", "a/report.html"]
 
 
 def test_a_picture_that_overflows_says_nothing_on_standard_error(fed, monkeypatch):

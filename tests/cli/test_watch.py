@@ -123,7 +123,7 @@ def test_the_view_says_what_matters_at_any_width(tmp_path):
     beats.end("done")
     for width in (60, 100, 200):
         text = shown(run_view(watched, width), width)
-        for word in ("40/50", "run: running", "accuracy", "best accuracy 98.75 %", "momentum average"):
+        for word in ("40/50", "run: running", "accuracy", "best accuracy 98.8 %", "momentum average"):
             assert word in " ".join(text.replace("│", " ").split()), (width, text)
         assert any("\u2801" <= letter <= "\u28ff" for letter in text)
         assert max(map(len, text.splitlines())) <= width

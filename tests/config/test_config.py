@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedmom.config.keys import KEYS, LARGEST, SECTIONS, Config
-from fedmom.config.load import Loaded, flat, load, parse_set, to_toml, toml_scalar
+from fedmom.config.load import Loaded, flat, load, parse_set, shipped, to_toml, toml_scalar
 from fedmom.config.resolve import Resolved, resolve
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, theory_interval
@@ -137,6 +137,21 @@ def test_files_that_are_not_there(tmp_path):
     refused(str(tmp_path), "cannot be read", source=tmp_path)
 
 
+def test_a_name_that_is_no_file_is_that_of_a_shipped_configuration(in_tmp):
+    for name, path in shipped().items():
+        assert load(name) == load(path) == load(ROOT / "configs" / f"{name}.toml")
+    assert {"quickstart", "decentralized/ring"} <= {*shipped()}
+    refused("quickstrat: no such file", "did you mean quickstart?", source="quickstrat")
+    refused("ring: no such file", "did you mean decentralized/ring?", source="ring")
+    refused("configs/quickstart.toml: no such file", "did you mean quickstart?", source="configs/quickstart.toml")
+    refused("xyzzy: no such file", "fedmom's own are", "decentralized/…, deploy", source="xyzzy")
+    Path("quickstart").mkdir()  # a folder of that name is no configuration
+    assert load("quickstart") == load(shipped()["quickstart"])
+    Path("quickstart").rmdir()
+    Path("quickstart").write_text("[run]\nseed = 3\n")
+    assert load("quickstart") == load({"run.seed": 3})
+
+
 # --- one key at a time -----------------------------------------------------------------------------------
 
 
@@ -249,7 +264,7 @@ def test_a_number_is_read_as_it_is_typed(form):
 def test_keys_that_hold_lists_take_lists_and_no_others_do():
     """By their defaults and their doc; a list from TOML or Python is the string that the key holds."""
     for name, known in KEYS.items():
-        assert bool(known.holds) == (" by ," in known.doc or any(mark in str(known.default) for mark in ",;")), name
+        assert bool(known.holds) == (" by commas" in known.doc or any(mark in str(known.default) for mark in ",;")), name
     config = load({"algorithm.lr-milestones": [0.5, 0.75], "data.curvatures": [[1, 2], (3, 4)]}).config
     assert (config.algorithm.lr_milestones, config.data.curvatures) == ("0.5,0.75", "1,2;3,4")
     refused("must be a string", source={"data.curvatures": [1, 3]})

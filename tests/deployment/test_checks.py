@@ -1,18 +1,21 @@
 """What is checked before a deployment, or a run on it, touches anything: hosts, identities, what travels, proxies."""
 
+import io
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, RecordDict
+from flwr.cli.build import build_fab_from_disk
 
 from clients import client_app
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace
-from fedmom.deploy.bundle import check_travels
+from fedmom.deploy.bundle import check_travels, stage
 from fedmom.deploy.certificates import as_sent, make_node_key
 from fedmom.deploy.commands import Commands
 from fedmom.deploy.deployment import open_deployment
@@ -146,27 +149,65 @@ def checkout(tmp_path):
 
 TRAVELS = {"model.name": "clients.nets:net", "data.dataset": "/data/x.npz", "algorithm.topology": "/data/W.csv"}
 STAYS = {
-    "model.name": ["own:net", "mine.nets:net", "nowhere:net", "clients.other:net"],
-    "data.dataset": ["x.npz", "/home/me/x.npz", "/data/../x.npz", "own:data"],
+    "model.name": ["nowhere:net", "elsewhere:net", "test_nets:net", "lib.nets:net", "fedmom.nets:net"],
+    "data.dataset": ["x.npz", "/home/me/x.npz", "/data/../x.npz", "nowhere:data"],
     "algorithm.topology": ["W.csv", "graphs/W.npy"],
-    "algorithm.correction": ["own:prox"],
+    "algorithm.correction": ["nowhere:prox"],
 }
 
 
-def test_what_does_not_travel_is_refused_by_name(checkout, monkeypatch):
-    monkeypatch.chdir(checkout)
+def test_what_does_not_travel_is_refused_by_name(checkout, monkeypatch, in_tmp):
+    (checkout / "elsewhere.py").touch()  # beside the app, and not where the command was started
+    for file in ("test_nets.py", "lib/nets.py", "fedmom/nets.py"):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).touch()
     for name, value in TRAVELS.items():
-        assert check_travels(load({name: value}).config, checkout) == {}
+        assert check_travels(load({name: value}).config, checkout) == ({}, {})
     for name, values in STAYS.items():
         for value in values:
             with pytest.raises(InputError, match=re.escape(f"{name} = '{value}': ")) as error:
                 check_travels(load({name: value}).config, checkout)
-            assert ("clients/" if ":" in value else "/data/") in str(error.value)
+            assert ("does not travel" if ":" in value else "/data/") in str(error.value)
     # Installed code may be in the image: whether it is, the container says.
-    assert check_travels(replace(Config(), "model", name="sklearn.base:clone"), checkout) == {
+    assert check_travels(replace(Config(), "model", name="sklearn.base:clone"), checkout).needs == {
         "sklearn": "model.name = 'sklearn.base:clone'"
     }
-    assert check_travels(Config(), checkout) == {}
+    assert check_travels(Config(), checkout) == ({}, {})
+
+
+def test_ones_own_modules_travel_with_what_they_import_and_nothing_else(checkout, in_tmp):
+    """From a checkout and from an installed fedmom, whose app has no folder fedmom beside it."""
+    files = {
+        "mine.py": "import torch, helper\ndef net(*words): ...\n",
+        "helper.py": "def f():\n    from clients.nets import net\n",
+        "clients/__init__.py": "",
+        "clients/nets.py": "from . import other\nimport mine, json\n",
+        "clients/labels.json": "[]",
+        "clients/weights.bin": "",
+        "secret.py": "",
+        "notes/plan.md": "",
+    }
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    own = check_travels(load({"model.name": "mine:net", "data.dataset": "/data/x.npz"}).config, checkout).own
+    assert {*own} == {"mine.py", "helper.py", "clients/__init__.py", "clients/nets.py", "clients/labels.json"}
+    installed = in_tmp / "installed"
+    shutil.copytree(checkout, installed, ignore=lambda folder, names: {"fedmom"} & {*names})
+    for name in ("README.md", "LICENSE"):
+        (checkout / name).touch()
+        (installed / name).touch()
+    assert stage(checkout, {}, in_tmp / "staged") == checkout
+    for app, more in [(checkout, {"mine.py": own["mine.py"]}), (installed, own), (installed, {})]:
+        folder = stage(app, more, in_tmp / "staged")
+        code = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
+        place = "" if app == checkout else "fedmom/_app/"
+        assert {f"{place}strategies/__init__.py", f"{place}clients/nets.py", "fedmom/__init__.py"} <= code
+        assert ("clients/nets.py" in code) == (app == checkout or more == own)
+        assert ("fedmom/cli/main.py" in code) == (app == installed)
+        bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder)))
+        assert code <= {*bundle.namelist()}
+        assert {*more} <= {*bundle.namelist()}
 
 
 def test_an_error_of_a_clients_data_names_the_client_and_no_class(tmp_path, monkeypatch):

@@ -122,9 +122,9 @@ def test_two_runs_that_are_started_at_once_keep_their_settings_apart(following, 
     other = Following(following.commands, ROOT, "other", tmp_path / "other", print)
     files = []
     following.commands.json = lambda command: files.append(Path(command[-1])) or {"run-id": len(files)}
-    following.start(Config())
+    following.start(Config(), {})
     before = files[0].read_text()
-    other.start(Config(run=replace(Config(), "run", num_rounds=77).run))
+    other.start(Config(run=replace(Config(), "run", num_rounds=77).run), {})
     assert files[0].read_text() == before
     assert "num-rounds = 77" in files[1].read_text()
 
@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_is_followed_and_not_started_again(following, monkeyp
     monkeypatch.setattr(follow, "_SECONDS_TO_END", 0.0)
     with pytest.raises(InputError, match="the server runs it already; it was not started from here"):
         following.take_up()
-    following.start(Config())
+    following.start(Config(), {})
     following.run_id = ""
     assert following.take_up()
     assert following.run_id == "7"
@@ -148,7 +148,7 @@ def test_a_stopped_run_is_given_time_to_end(following, monkeypatch):
     answers = iter([True, True, False])
     monkeypatch.setattr(following.remote, "busy", lambda name: next(answers))
     monkeypatch.setattr(following, "_ask", lambda: ("finished:stopped", ""))
-    following.start(Config())
+    following.start(Config(), {})
     assert not following.take_up()
     assert next(answers, None) is None
 
@@ -168,7 +168,7 @@ def test_a_second_ctrl_c_says_that_the_run_goes_on_and_how_it_is_followed(tmp_pa
     monkeypatch.setattr("fedmom.deploy.federation.check_ours", lambda commands: None)
     monkeypatch.setattr(federation, "is_up", lambda commands: True)
     monkeypatch.setattr(remote_runs.RemoteRuns, "config", lambda self, name: None)
-    monkeypatch.setattr(Following, "start", lambda self, config: setattr(self, "run_id", "77"))
+    monkeypatch.setattr(Following, "start", lambda self, config, own: setattr(self, "run_id", "77"))
     monkeypatch.setattr(Following, "_log", lambda self: SimpleNamespace(poll=lambda: None, terminate=lambda: None))
 
     def interrupted(self, *words, **named):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from both_sides import QUADRATIC, RESNET, by_engine, by_flower, fails
 from clients.client_app import app as client_app
 from fedmom.backends.trainer import warm_node
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.flower.private import push_error
 from fedmom.method.algorithms import Method
 from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
@@ -246,7 +246,7 @@ def test_messages_that_a_restarted_superlink_forgot_are_sent_again():
             self.pushes += 1
             if self.pushes in (2, 3):  # the query comes first
                 super().push_messages(messages[:1])  # an answer that nobody waits for
-                raise ObjectPushError("object", 1, "session")
+                raise push_error()("object", 1, "session")
             ids = list(super().push_messages(messages))
             assert len(set(ids)) == len(ids)
             return ids
@@ -499,3 +499,20 @@ def test_a_given_path_is_compared_with_the_loop_under_flower(num_nodes):
 def test_a_given_path_is_compared_with_the_loop_on_actors(one_ray, changes):
     with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after two steps"):
         by_engine({**GIVEN, "data.num-clients": 16, "engine.workers": 1, **changes})
+
+
+@strategies
+def test_a_strategy_that_is_told_to_stop_has_the_result_of_so_many_rounds(name):
+    changes, make = STRATEGIES[name]
+    grid, start = of(changes)
+    seen = {}
+
+    def should_stop(number, result):
+        seen[number] = list(result.train_metrics_clientapp)
+        return number == 2
+
+    stopped = make().start(grid, start, num_rounds=4, should_stop=should_stop)
+    whole = make().start(of(changes)[0], start, num_rounds=2, should_stop=lambda number, result: False)
+    assert seen == {1: [1], 2: [1, 2]}
+    assert unpack(stopped.arrays)["params/x"].equal(unpack(whole.arrays)["params/x"])
+    assert list(stopped.train_metrics_clientapp) == list(whole.train_metrics_clientapp) == [1, 2]

@@ -18,20 +18,20 @@ from fedmom.errors import InputError
 from fedmom.flower import grid as ray_grid
 from fedmom.flower.app import load_components, simulate_app
 from fedmom.flower.grid import RayGrid
+from fedmom.flower.private import error_codes, identify
 from laws import table
 
 pytest.importorskip("ray")
 flwr_app = pytest.importorskip("flwr.app")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # noqa: E402
-from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.serverapp import Grid  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("Ray: messages")
 PLAIN = Path(__file__).parents[1] / "apps" / "plain_app"
 OLDER = PLAIN.parent / "older_app"
 OPTIONS = PoolOptions(num_workers=2, num_cpus=0.5, retries=1, straggler_seconds=2)
 NUM_NODES = 6
+ErrorCode = error_codes()
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,12 @@ def seen(grid):
 def train_messages(nodes, size=30_000, **config):
     record = RecordDict({"arrays": ArrayRecord([np.ones(size, np.float32)]), "config": ConfigRecord(config)})
     return [Message(record, node_id, "train") for node_id in nodes]
+
+
+def identity_here():
+    before = identify(None, None, None)
+    identify(*before)
+    return before
 
 
 def query(node_id, action="query", **records):
@@ -383,7 +389,7 @@ def test_a_whole_app_of_flowers_older_kind(grid, tmp_path):
 
 
 def test_a_whole_app_that_knows_nothing_of_fedmom(one_ray):
-    path, identity = list(sys.path), TaskIdentity._run_id
+    path, identity = list(sys.path), identity_here()
     grids = []
     overrides = {"model.size": 2000, "num-rounds": 3}
     options = PoolOptions(num_workers=1, num_cpus=0.1)
@@ -400,7 +406,7 @@ def test_a_whole_app_that_knows_nothing_of_fedmom(one_ray):
     assert state["evaluate"]["mean"] == pytest.approx(1 + 3 * 1.5)
     assert state["evaluate"]["calls"] == pytest.approx(1 + 2 * 3)  # one query, then train and evaluate
     assert sys.path == path
-    assert TaskIdentity._run_id == identity
+    assert identity_here() == identity
     (used,) = grids
     assert not used._pool.worker_pids()
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedmom.config.keys import KEYS
 from fedmom.config.load import flat, load
+from fedmom.flower.private import identify, set_message_id
 
 
 def run_config(changes: Mapping) -> dict:
@@ -42,7 +42,7 @@ class LocalGrid(Grid):
         self.replies: dict[str, Message] = {}
         self.pushed: list[Message] = []
         self.in_flight, self.most_in_flight = 0, 0
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
+        identify(1, 0, 1)
 
     @property
     def run(self):
@@ -61,7 +61,7 @@ class LocalGrid(Grid):
         ids = []
         for message in messages:
             message_id = f"m{len(self.pushed)}"
-            message.metadata.__dict__["_message_id"] = message_id
+            set_message_id(message, message_id)
             self.pushed.append(message)
             ids.append(message_id)
             self.in_flight += 1

@@ -147,6 +147,35 @@ def test_no_file_imports_itself_by_way_of_others():
     assert len([*TopologicalSorter(graph).static_order()]) == len(names)  # CycleError names the circle
 
 
+# Flower's documented modules, which hold classes alone; the rest of it may move with its next version. In the image of
+# deploy/ there is no fedmom: the names that it changes there are strings, which tests/flower/test_private.py reads.
+FLOWERS = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy")
+PRIVATE = {
+    "fedmom/flower/private.py": "the one place",
+    "tests/apps/older_app/": "an app of Flower's older, documented kind",
+    "tests/config/test_config.py": "how `flwr run` reads a run config",
+    "tests/deployment/": "what the image changes of Flower, and what its gate lets through",
+    "tests/flower/test_private.py": "",
+    "tests/repository/test_layers.py": "what Flower bundles",
+}
+
+
+def test_flowers_private_names_are_imported_in_one_place():
+    files = [path for path in ROOT.glob("[!.]*/**/*.py") if "build" not in path.parts]
+    found = {}
+    for path in files:
+        names = [name for name in imported(path) if name.partition(".")[0] == "flwr"]
+        private = [
+            name for name in names if name.rpartition(".")[0] not in FLOWERS or name.rpartition(".")[2].islower()
+        ]
+        if private:
+            found[path.relative_to(ROOT).as_posix()] = private
+    outside = {name: names for name, names in found.items() if not name.startswith(tuple(PRIVATE))}
+    assert not outside, f"of Flower's private names, only fedmom/flower/private.py imports any: {outside}"
+    unused = [place for place in PRIVATE if not any(name.startswith(place) for name in found)]
+    assert not unused
+
+
 def test_an_extra_is_imported_in_its_place_and_only_when_used():
     named = {name.partition(".")[0] for path in FILES for name in imported(path)}
     assert named - {"__future__", *sys.stdlib_module_names, *FOLDERS} <= BASE | {*EXTRAS, "markupsafe"}

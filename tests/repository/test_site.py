@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
-    for package in ("mkdocs", "material", "mkdocstrings"):
+    for package in ("mkdocs", "material", "mkdocstrings", "ziamath"):
         pytest.importorskip(package, reason="pip install -e '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
@@ -24,6 +25,12 @@ def test_the_site_builds_strictly(tmp_path):
     api = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
     for words in ("Run Algorithm 1 or 2 as", "wants to hear of a run", "on_round", "make_topology"):
         assert words in api
+    for field in ("state_dict", "first_round", "num_classes"):  # of Result, Start and Dataset
+        assert re.search(f'<td><code><span title="[^"]*">{field}</span>', api), field
+    method = (tmp_path / "site/method/index.html").read_text(encoding="utf-8")
+    assert "<mfrac>" in method
+    left = re.findall(r"arithmatex|<m[ion]>(?:&amp;|[^<]*\\)[^<]*</m[ion]>", method)  # what latex2mathml does not know
+    assert not left, left
     pages = list((tmp_path / "site").rglob("index.html"))
     assert len(pages) == len(list((ROOT / "docs").rglob("*.md")))
     fetched = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', api)
@@ -31,8 +38,15 @@ def test_the_site_builds_strictly(tmp_path):
 
 
 def test_every_page_of_docs_is_in_the_navigation():
-    listed = set(re.findall(r"^  - .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    listed = set(re.findall(r"^ +- .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+
+
+def test_the_generated_pages_are_what_the_code_says():
+    pages = runpy.run_path(str(ROOT / "docs/reference.py"))["PAGES"]
+    for name, page in pages.items():
+        written = (ROOT / "docs/reference" / name).read_text(encoding="utf-8")
+        assert written == page(), f"{name}: run python docs/reference.py"
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs", "examples/README.md", "benchmarks"])

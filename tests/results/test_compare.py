@@ -11,6 +11,7 @@ from PIL import Image
 
 from fedmom.cli import main
 from fedmom.errors import InputError
+from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.results.compare import default_out, draw_figures, write_tables
 from fedmom.results.comparison import (
     AXES,
@@ -23,10 +24,11 @@ from fedmom.results.comparison import (
     target_sheet,
     usual_targets,
 )
-from fedmom.results.groups import alone, check_fit, group_runs, of_groups
+from fedmom.results.groups import POOLED, alone, check_fit, group_runs, of_groups, rivals
 from fedmom.results.page import content
 from fedmom.results.pictures import comparison, curves, style
 from fedmom.results.pictures.curves import curve, styles
+from fedmom.results.ranking import results as results_of
 from fedmom.results.reading import collect
 from fedmom.results.sheets import (
     FORMATS,
@@ -96,6 +98,7 @@ def test_a_stat_is_the_mean_and_the_sample_deviation(values):
 
 def test_a_number_is_written_with_its_deviation_in_the_same_digits():
     assert written(Stat(84.927, 0.514, 3, 3), ".2f") == "84.93 ± 0.51"
+    assert written(Stat(84.927, 0.514, 3, 3), ".1f", " %") == "84.9 % ± 0.5"
     assert written(Stat(84.927, None, 1, 1), ".2f") == "84.93"
     assert written(Stat(84.927, 0.514, 2, 3), ".2f") == "84.93 ± 0.51 (2 of 3)"
     assert written(Stat(12345.6, 78.9, 3, 3), "") == "12,346 ± 79"
@@ -131,7 +134,7 @@ def test_a_run_is_a_group_of_one(tmp_path):
         for header, rows in map(written_out, (several, single)):
             tables.append([dict(zip(header, row, strict=True)) for row in rows])
         common = [title for title in tables[0][0] if title in tables[1][0] and title not in ("run", "evaluated at")]
-        assert {"test loss", "test accuracy (%)"} <= set(common)
+        assert {"test loss", "test accuracy"} <= set(common)
         assert [[row[title] for title in common] for row in tables[0]] == [
             [row[title] for title in common] for row in tables[1]
         ]
@@ -195,10 +198,10 @@ def test_csv_holds_the_numbers_in_full(sweep):
         for line, row in zip(rows, sheet.rows, strict=True):
             assert len(line) == len(header)
             for column, cell in zip(sheet.columns, row, strict=True):
-                at = header.index(column.title)
+                at = header.index(column.full_title)
                 if isinstance(cell, Stat):
                     assert float(line[at]) == pytest.approx(cell.mean)
-                    assert header[at + 1 : at + 3] == [f"{column.title} sd", f"{column.title} n"]
+                    assert header[at + 1 : at + 3] == [f"{column.full_title} sd", f"{column.full_title} n"]
                     assert line[at + 2] == str(cell.num)
 
 
@@ -241,7 +244,20 @@ def test_curves_can_be_told_apart_in_grey(tmp_path):
             make_run(tmp_path / f"{I}{policy}", sets, records(1))
     looks = styles(groups_of(tmp_path))
     assert len({(str(look["linestyle"]), look["marker"]) for look in looks}) == 9
-    assert len({(look["color"], look["marker"]) for look in looks}) == 3  # I
+    assert len({(look["color"], look["marker"]) for look in looks}) == 3  # policies
+
+
+def test_a_policy_has_one_colour_whatever_it_is_compared_with(tmp_path):
+    for policy in ("average", "reset", "local"):
+        for lr in (0.1, 0.2):
+            make_run(tmp_path / f"{policy}{lr}", {"algorithm.momentum-policy": policy, "algorithm.lr": lr}, records(1))
+    for names in (("average", "reset", "local"), ("local", "reset")):
+        folders = [tmp_path / f"{policy}{lr}" for policy in names for lr in (0.1, 0.2)]
+        for groups in (groups_of(*folders), alone(collect(folders)[0])):
+            for group, look in zip(groups, styles(groups), strict=True):
+                policy = group.settings["algorithm.momentum-policy"]
+                assert look["color"] == style.COLOURS[style.POLICY_COLOURS[policy]]
+    assert style.POLICY_COLOURS.keys() == MOMENTUM_POLICIES.keys()
 
 
 @pytest.mark.slow
@@ -291,8 +307,12 @@ def test_the_command_prints_and_writes(sweep, capsys, monkeypatch):
     monkeypatch.setattr(style, "DPI", 50)
     status, out, err = call(capsys, sweep, "--target", "accuracy=0.7")
     assert (status, err) == (0, [])
-    for title in ("At the end", *(f"At equal {name}" for name in AXES.values()), "To test accuracy ≥ 70 %"):
-        assert title in out
+    for title in ("At the end", "To test accuracy ≥ 70 %"):
+        assert f"\n{title}\n" in out
+    assert "I = 8 ends best, at test accuracy" in out
+    for title in (f"At equal {name}" for name in AXES.values()):
+        assert f"\n{title}\n" not in out
+        assert title.lower() in out  # where it is
     folder = default_out([sweep])
     assert folder == sweep / "comparison"
     assert {"curves.pdf", "spreads.png", "comparison.md", "tables.tex", "equal-bytes.csv"} <= {
@@ -364,7 +384,7 @@ LEFT = ("interrupted, 4", "diverged, 3", "older (2", "refused, 0", "empty (0")
 
 def test_numbers_are_of_finished_runs_alone_and_every_format_says_so(mixed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fedmom.results.compare.draw_figures", lambda *_: [])
-    monkeypatch.setattr(curves, "draw_curves", lambda runs, path, notes: path.parent.mkdir())
+    monkeypatch.setattr(curves, "draw_groups", lambda groups, path, notes: path.parent.mkdir())
     monkeypatch.setattr(content, "partitions", lambda groups: [])
     groups = groups_of(mixed)
     assert [group.seeds for group in groups] == ["2", "2 of 7"]
@@ -412,6 +432,49 @@ def test_unfinished_runs_count_where_that_is_asked_for(mixed, capsys, monkeypatc
     status, out, _ = call(capsys, mixed, "--unfinished")
     assert status == 0
     assert "5 of 7, 3 unfinished" in out
+
+
+def pooled_beside_many(folder, sizes=(20,)):
+    for n in (1, *sizes):
+        for policy in ("average", "reset") if n > 1 else ("average",):
+            for seed in (0, 1):
+                sets = {"data.num-clients": n, "algorithm.momentum-policy": policy, "run.seed": seed}
+                sets |= {"data.batch-size": 64} if n == 1 else {}
+                shift = 0.4 * (policy == "reset") - 0.1 * (n == 1) + 0.01 * seed
+                make_run(folder / f"{n}{policy}{seed}", sets, records(9 if n > 1 else 4, speed=2, shift=shift))
+
+
+def test_one_client_with_all_data_is_a_line_and_none_of_the_groups(tmp_path):
+    pooled_beside_many(tmp_path / "a")
+    groups = groups_of(tmp_path / "a")
+    assert [group.label for group in groups] == ["momentum average", "momentum reset", POOLED]
+    target = usual_targets([run for group in rivals(groups) for run in group.runs])
+    for sheet in all_sheets(groups, target):
+        names = [row[0] for row in sheet.rows]
+        assert (POOLED in names) == (sheet.name == "at-the-end" or sheet.name.startswith("to-")), sheet.name
+    assert equal_sheet(rivals(groups), "round").rows[-1][2].mean == 9  # four rounds of it hold nobody back
+    first, second = results_of(groups)
+    assert first.startswith("Momentum average ends best, at test accuracy 97.0 % ± 0.4 (2 seeds), 20.0 points above")
+    assert second == "Pooled (one client with all data) reaches 98.5 % ± 0.4 (2 seeds)."
+    figure = comparison.draw_grid(groups, MEASURES[1:2], ["round"], [group.title for group in groups], "")
+    assert 98.5 in [round(float(line.get_ydata()[0]), 4) for line in figure.axes[0].lines if len(line.get_ydata())]
+
+    pooled_beside_many(tmp_path / "b", (4, 20))  # where N is studied, 1 is one of its values
+    assert not any(group.pooled for group in groups_of(tmp_path / "b"))
+    make_run(tmp_path / "a" / "other", {"data.num-clients": 1, "model.name": "mlp"}, records(4))
+    assert [group.pooled for group in groups_of(tmp_path / "a")].count(True) == 1
+
+
+def test_a_sentence_claims_no_more_than_the_seeds_can_tell(tmp_path):
+    for name, shifts in (("near", (0.0, 0.05, 0.1)), ("nearer", (0.02, 0.06, 0.11)), ("far", (0.6, 0.65, 0.7))):
+        for seed, shift in enumerate(shifts):
+            sets = {"run.seed": seed, "model.name": f"mine:{name}"}
+            make_run(tmp_path / f"{name}{seed}", sets, records(9, shift=shift))
+    (line,) = results_of(groups_of(tmp_path))
+    assert "mine:near ends best, at test accuracy 91.9 % ± 2.5 (3 seeds); within the noise of it: mine:nearer. " in line
+    assert line.endswith("mine:far, ends 30.0 points below.")
+    (line,) = results_of(groups_of(*(tmp_path / f"{name}0" for name in ("near", "far"))))
+    assert line.endswith("one seed does not say how much of that is noise.")
 
 
 def test_where_nothing_is_finished_that_is_said_and_a_run_alone_is_shown(mixed, capsys, monkeypatch):

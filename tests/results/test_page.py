@@ -1,6 +1,8 @@
 """The HTML page: what it holds, and what a real browser does with it."""
 
+import csv
 import gzip
+import io
 import json
 import re
 from base64 import b64decode
@@ -14,6 +16,7 @@ from browser import opened, problems, skip_without_browser
 from fedmom.cli import main
 from fedmom.results.groups import group_runs
 from fedmom.results.page import content, write_page
+from fedmom.results.ranking import results
 from fedmom.results.reading import collect
 from histories import make_run, records
 
@@ -147,9 +150,9 @@ def test_the_page_says_how_to_run_it_again(page, sweep):
 def test_the_command_writes_a_page_alone_or_a_folder(sweep, capsys, monkeypatch):
     from fedmom.results.pictures import curves
 
-    monkeypatch.setattr(curves, "draw_curves", lambda runs, path: path.write_text(""))
+    monkeypatch.setattr(curves, "draw_groups", lambda groups, path, notes: path.write_text(""))
     assert main.call(["report", str(sweep), "--out", str(sweep / "new" / "x.html")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(sweep / "new" / "x.html")
+    assert capsys.readouterr().out.splitlines()[-1] == f"page: {sweep / 'new' / 'x.html'}"
     assert [path.name for path in (sweep / "new").iterdir()] == ["x.html"]
     assert main.call(["report", str(sweep)]) == 0
     assert {"curves.png", "report.md", "report.html"} <= {path.name for path in sweep.iterdir()}
@@ -176,7 +179,7 @@ def test_a_browser_shows_the_page(page, look):
     with opened(page, **look) as driver:
         assert problems(driver) == []
         plots = driver.find_elements("css selector", ".plot")
-        assert len(plots) == 5
+        assert len(plots) == 6  # one is the end against a key
         lines = "document.querySelectorAll('#plot-test_loss .scatterlayer .trace path.js-line').length"
         before = driver.execute_script(f"return {lines}")
         assert before == 4  # three means and a band
@@ -210,16 +213,88 @@ def test_a_browser_shows_the_page(page, look):
             assert head.find_element("xpath", "..").get_attribute("aria-sort") == said
 
         assert driver.execute_script("return document.querySelectorAll('.partition .heatmaplayer image').length") == 2
-        wide = driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
-        assert wide[0] <= wide[1]
+        fits(driver)
+        try_controls(
+            driver, f"return {lines}", json.loads(driver.find_element("id", "page-data").get_attribute("textContent"))
+        )
         background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
         dark = sum(map(int, re.findall(r"\d+", background)[:3])) < 200
         assert dark == bool(look.get("dark"))
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        driver.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", A4 | {"deviceScaleFactor": 1, "mobile": False})
+        fits(driver)
+        cut = "[...document.querySelectorAll('.wide, .plot')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+        assert driver.execute_script(f"return {cut}") == 0
+        paper = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert paper == "rgb(255, 255, 255)"
         assert problems(driver) == []
+
+
+A4 = {"width": 688, "height": 1010}  # pixels between margins of 14 mm
+
+
+def fits(driver):
+    wide = driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert wide[0] <= wide[1]
+
+
+def try_controls(driver, lines, data):
+    """Filter, smoothing, log axis, curves as CSV, and the end against a key."""
+
+    def change(name, value, event="change"):
+        script = (
+            "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('{}'))"
+        )
+        driver.execute_script(script.format(event), name, value)
+
+    before = driver.execute_script(lines)
+    change("filter", "average 0.3", "input")
+    assert driver.execute_script(lines) < before
+    assert (
+        len([row for row in driver.find_elements("css selector", "#at-the-end + .wide tbody tr") if row.is_displayed()])
+        == 1
+    )
+    change("filter", "", "input")
+    assert driver.execute_script(lines) == before
+    drawn = "return document.querySelector('#plot-test_loss .js-line').getAttribute('d')"
+    for name, value in (("smooth", "7"), ("log-x", "")):
+        old = driver.execute_script(drawn)
+        driver.execute_script(
+            "const e = document.getElementById('log-x'); if (arguments[0] === 'log-x') e.click()", name
+        )
+        if value:
+            change(name, value)
+        assert driver.execute_script(drawn) != old, name
+    kept = data["curves"]
+    text = driver.execute_script("return curvesAsCsv(...arguments)", kept["groups"], kept["axes"], kept["measures"])
+    header, *rows = csv.reader(io.StringIO(text))
+    assert len(rows) == sum(len(group["x"]["round"]) for group in kept["groups"])
+    at = header.index("test_loss")
+    assert [float(row[at]) for row in rows[:12]] == pytest.approx(kept["groups"][0]["mean"]["test_loss"])
+    assert len(driver.find_elements("css selector", "#swept-plot .scatterlayer .trace")) == 2  # two policies against α
+
+
+def test_the_page_says_what_came_out_and_nothing_that_is_untrue_of_some_runs(page):
+    runs, _ = collect([page.parent])
+    groups = group_runs(runs)
+    text = " ".join(content.summary(groups))
+    assert "model and momentum are averaged" not in text
+    assert "(average: the paper: u is averaged" in text
+    assert "reset: u = 0" in text
+    averaged = group_runs([run for run in runs if run.settings["algorithm.momentum-policy"] == "average"])
+    assert "model and momentum are averaged" in " ".join(content.summary(averaged))
+    html = page.read_text(encoding="utf-8")
+    for line in results(groups):
+        assert f'<p class="result">{line}</p>' in html
+    swept = content.curves(groups)
+    assert list(swept["swept"]) == ["data.alpha"]
+    assert [group["family"]["data.alpha"] for group in swept["groups"]] == ["momentum average", *["momentum reset"] * 2]
+    assert [group["at"]["data.alpha"] for group in swept["groups"]] == [0.3, 0.1, 0.3]
 
 
 def test_the_page_needs_no_file_but_its_own():
     folder = Path(content.__file__).parent
     assert {path.name for path in folder.iterdir() if path.suffix != ".pyc"} - {"__pycache__"} == {
-        *("__init__.py", "content.py", "write.py", "report.html", "report.css", "report.js")
+        *("__init__.py", "content.py", "write.py", "report.html", "report.css", "report.js", "pure.js")
     }

@@ -7,10 +7,10 @@ from zoo import GROUPS, ZOO, Model
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 START = """# Models that train
 
-Any `nn.Module` goes, by `model.name = "module:function"`.
-A run trains it as plain torch would, one client after another with `torch.optim.SGD` (in float64 to 1e-9 of how far \
-all tensors went), or refuses it in one line before anything is trained.
-The path decides the speed alone, and `engine.path = "auto"` looks for a fast one that is right:
+`model.name = "module:function"` takes any `nn.Module` that maps examples to logits.
+A run either trains it as plain torch would, one client after another with `torch.optim.SGD` (in float64 to 1e-9 of \
+how far all tensors moved), or refuses it in one line before the training starts.
+The path changes the speed alone; `engine.path = "auto"` looks for the fastest one that is right:
 
 | path | what it takes |
 |---|---|
@@ -18,25 +18,25 @@ The path decides the speed alone, and `engine.path = "auto"` looks for a fast on
 | `vmap` | what `torch.func` and `torch.vmap` take |
 | `stack`, `factors` | models made of layers that know of clients, with the examples of a batch apart |
 
-What has no meaning here is refused on every path: random numbers that nobody addressed, state outside of buffers, a \
-backward pass that cannot be reached.
-(`nn.Dropout` is swapped for masks by address.)
-State is looked for in the modules, in objects that they hold, on the user's own classes and functions, and in the \
-global variables of their files.
-A count that only logs is taken for state too: log by Python's `logging` or by a callback.
+Three things are refused on every path: random numbers that no address determines, state outside of buffers, and \
+logits that no gradient reaches.
+(`nn.Dropout` is allowed: its masks are replaced by addressed ones.)
+fedmom looks for state in the modules, in objects that they hold, on your classes and functions, and in the global \
+variables of their files.
+A counter that only serves logging counts as state too: use Python's `logging` or a callback instead.
 
-A parameter that a step does not reach has the gradient 0 in that step, on every path: u ← βu, and x goes on by u; \
+A parameter that a step does not reach has the gradient 0 in that step, on every path: u ← βu, and x moves by u; \
 weight decay acts.
 That is the method, and what `torch.optim.SGD` does with a `grad` of zeros.
-Where `grad` is None, `torch.optim.SGD` passes the parameter over; fedmom does not.
+Where `grad` is None, `torch.optim.SGD` skips the parameter; fedmom does not.
 
-A model that works on its batch in pieces (ghost batch normalisation), or branches on how many examples it has, is \
-never folded: `auto` takes `vmap` or `loop` for it.
+A model that splits its batch (ghost batch normalisation), or branches on the number of examples, is never stacked by \
+`stack` or `factors`: `auto` takes `vmap` or `loop`.
 
-The tables are a test: each of these {count} small models goes through every path, for three rounds of three local \
-steps with three unequal clients.
-{loop} train on the loop, {stacked} of them on a stacked path too.
-"yes" means that the path is right; elsewhere the reason stands.
+A test makes these tables: each of {count} small models runs on every path, for three rounds of three local steps \
+with three unequal clients.
+{loop} train on the loop, and {stacked} of them on a stacked path too.
+"yes" means that the path gives plain torch's result; elsewhere the cell has the reason.
 """
 # What torch's own words, or ours in a few, mean.
 MEANINGS = {

@@ -1,26 +1,26 @@
 """Groups of runs -> what the page shows, as plain values."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from fedmom.config.build import load_task_data
-from fedmom.config.keys import KEYS
+from fedmom.config.keys import KEYS, Scalar
 from fedmom.config.load import load, toml_scalar
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
-from fedmom.method.algorithms import ALGORITHMS
+from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES
 from fedmom.records.files import CONFIG
 from fedmom.results.comparison import AXES, Target, all_sheets
-from fedmom.results.groups import Group, counted_of, differing, said, shared
-from fedmom.results.pictures.curves import styles
+from fedmom.results.groups import SYMBOLS, Group, counted_of, differing, rivals, said, shared
+from fedmom.results.pictures.curves import POLICY, styles
 from fedmom.results.pictures.partition import class_shares
 from fedmom.results.pictures.style import COLOURS, DASHES, MARKERS
 from fedmom.results.reading import environment_of, is_run
-from fedmom.results.sheets import Sheet, Stat, Value, written
+from fedmom.results.sheets import Sheet, Stat, Value, stat, written
 from fedmom.results.tables import MEASURES, SPREADS, TRAIN, finite, number
 from fedmom.tasks.task import task_kind
 
@@ -32,7 +32,8 @@ _CHOSEN = ("engine.path", "engine.chunk-size", "engine.threads")  # by `auto`; t
 
 
 def summary(groups: Sequence[Group]) -> list[str]:
-    """What was run, in a few sentences."""
+    """What was run, in a few sentences; of what is compared, not of a pooled model."""
+    everyone, groups = groups, rivals(groups)
     runs = counted_of(groups)
     same = shared(runs)
     varied = [key for key in differing(runs) if key in KEYS]
@@ -44,14 +45,15 @@ def summary(groups: Sequence[Group]) -> list[str]:
         if len(runs) > 1
         else "One run"
     )
+    pooled = sum(len(group.runs) for group in everyone if group.pooled)
+    count += f", beside {pooled} of a pooled model (one client with all data)" if pooled else ""
     left = sum(len(group.left) for group in groups)
     count += f" ({left} more are left out)" if left else ""
     text = f"{count}; seeds {', '.join(map(str, seeds))}." if len(seeds) > 1 else f"{count}, seed {seeds[0]}."
     if varied:
         text += f" Between the groups differs: {', '.join(varied)}."
     lines = [text]
-    name = same.get("algorithm.name")
-    about = [f"{name}: {ALGORITHMS[str(name)].summary}"] if name else []
+    about = _method(same, sorted({str(run.settings[POLICY]) for run in runs}))
     images = ("model.name", "data.partition", "data.alpha", "data.batch-size")  # a quadratic has none of them
     keys = ["data.dataset", "data.num-clients", "algorithm.num-local-steps", "algorithm.momentum-policy"]
     keys += ["algorithm.lr", "algorithm.beta", *(images if task_kind(same.get("data.dataset")).has_examples else ())]
@@ -63,6 +65,18 @@ def summary(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
+def _method(same: Mapping[str, Scalar], policies: Sequence[str]) -> list[str]:
+    """What all runs do, in words that are true of every one: what becomes of the momentum may differ between them."""
+    name = same.get("algorithm.name")
+    if not name:
+        return []
+    if len(policies) == 1 and MOMENTUM_POLICIES[policies[0]].sends_momentum:
+        return [f"{name}: {ALGORITHMS[str(name)].summary}"]
+    between = "; ".join(f"{policy}: {MOMENTUM_POLICIES[policy].summary}" for policy in policies)
+    differs = "what becomes of the momentum between rounds differs" if len(policies) > 1 else "momentum"
+    return [f"{name}, {differs} ({between})"]
+
+
 def _short(value: float | None) -> float | None:
     """Six digits are more than a screen shows."""
     return None if value is None or not isfinite(value) else float(f"{value:.6g}")
@@ -70,6 +84,8 @@ def _short(value: float | None) -> float | None:
 
 def curves(groups: Sequence[Group]) -> dict[str, Any]:
     """Everything the charts draw: means and deviations over seeds at rounds that all seeds have, and each seed."""
+    baselines = [group for group in groups if group.pooled and group.runs]
+    groups = rivals(groups)
     runs = counted_of(groups)
     measures = [m for m in (*MEASURES, TRAIN, *SPREADS) if any(finite(run.rounds, m.key) for run in runs)]
     axes = [axis for axis in AXES if any(value > 0 for run in runs for value in finite(run.rounds, axis))]
@@ -78,21 +94,55 @@ def curves(groups: Sequence[Group]) -> dict[str, Any]:
     return {
         "axes": [{"key": axis, "title": AXES[axis].capitalize()} for axis in axes],
         "measures": [
-            {"key": m.key, "title": m.title[0].upper() + m.title[1:], "factor": m.factor, "log": m.log}
+            {
+                "key": m.key,
+                "title": m.title[0].upper() + m.title[1:],
+                "factor": m.factor,
+                "log": m.log,
+                "unit": m.unit,
+                "judges": m in MEASURES,
+            }
             for m in measures
         ],
+        "swept": _swept(groups),
+        "pooled": [{"label": group.title, "end": _ends(group)} for group in baselines],
         "groups": [
             {
                 "label": group.title,
                 "colour": COLOURS.index(look["color"]),
                 "dash": DASHES.index(look["linestyle"]),
                 "marker": MARKERS.index(look["marker"]),
+                "end": _ends(group),
+                "at": {key: group.differs[key] for key in _swept(groups)},
+                "family": {key: _family(group, key) for key in _swept(groups)},
                 **_lines(group, [m.key for m in measures], axes, most),
             }
             for group, look in zip(groups, looks, strict=True)
             if group.runs
         ],
     }
+
+
+def _swept(groups: Sequence[Group]) -> dict[str, str]:
+    """{key whose values are numbers and differ between groups: what it is called on an axis}."""
+    keys = groups[0].differs if len(groups) > 1 else {}
+    numeric = [key for key in keys if all(type(group.differs[key]) in (int, float) for group in groups)]
+    return {key: f"{SYMBOLS[key]} ({key})" if key in SYMBOLS else key for key in numeric}
+
+
+def _family(group: Group, key: str) -> str:
+    """What a group shares with those that differ from it in one key alone; "all runs" where there is no other."""
+    return ", ".join(said(*item) for item in group.differs.items() if item[0] != key) or "all runs"
+
+
+def _ends(group: Group) -> dict[str, list[float | None]]:
+    """{measure: [mean, deviation or None]} of the last values."""
+    found = {}
+    for measure in MEASURES:
+        cell = stat([ends[-1] for run in group.runs if (ends := finite(run.rounds, measure.key))])
+        if cell is not None:
+            found[measure.key] = [_short(cell.mean), _short(cell.sd)]
+    return found
 
 
 def _lines(group: Group, measures: Sequence[str], axes: Sequence[str], most: int) -> dict[str, Any]:
@@ -134,7 +184,7 @@ def _table(sheet: Sheet) -> dict[str, Any]:
     for row in sheet.rows:
         cells = []
         for cell, column in zip(row, sheet.columns, strict=True):
-            cells.append({"text": written(cell, column.digits), "value": _sorted_by(cell)})
+            cells.append({"text": written(cell, column.digits, column.unit), "value": _sorted_by(cell)})
         rows.append(cells)
     return {
         "name": sheet.name,
@@ -148,6 +198,7 @@ def _table(sheet: Sheet) -> dict[str, Any]:
 
 def partitions(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Who holds which classes: once per way the data were split, of the first seed."""
+    groups = rivals(groups)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for group in groups:
         settings = group.settings
@@ -185,9 +236,9 @@ def _picture(split: Partition, labels: np.ndarray, num_classes: int) -> dict[str
 def settings(groups: Sequence[Group]) -> dict[str, Any]:
     """What differs between groups, and every key that all runs share."""
     runs = counted_of(groups)
-    keys = list(groups[0].differs)
+    keys = differing([run for group in groups for run in group.members])
     differ = [
-        {"label": group.label, "values": [str(toml_scalar(group.differs[key])) for key in keys]} for group in groups
+        {"label": group.label, "values": [str(toml_scalar(group.settings[key])) for key in keys]} for group in groups
     ]
     same = {key: value for key, value in shared(runs).items() if key not in _CHOSEN}
     sections: dict[str, list[list[str]]] = {}

@@ -1,7 +1,6 @@
-"use strict";
 (async () => {
   const data = JSON.parse(document.getElementById("page-data").textContent);
-  const { axes, measures, groups } = data.curves;
+  const { axes, measures, groups, pooled, swept } = data.curves;
   const DARK = window.matchMedia("(prefers-color-scheme: dark)");
   const COARSE = window.matchMedia("(pointer: coarse)");
   // Okabe and Ito's colours, in the order of the printed figures; lighter ones where the paper is dark.
@@ -15,20 +14,44 @@
     "M0,5L5,-4H-5z", "M-2,-5h4v3h3v4h-3v3h-4v-3h-3v-4h3z", "M-4,-4L4,4M4,-4L-4,4", "M-5,0L4,-5V5z", "M5,0L-4,-5V5z",
     "M0,-5L5,-1L3,4H-3L-5,-1z", "M-2.5,-4.5h5L5,0L2.5,4.5h-5L-5,0z", "M0,-5L2,-1H5L2,1L3,5L0,3L-3,5L-2,1L-5,-1H-2z"];
   const shown = groups.map(() => true);
+  let printing = false, logX = null; // logX: what was chosen; null: as the runs' lengths ask for
   const logs = Object.fromEntries(measures.map((m) => [m.key, m.log]));
   const get = (id) => document.getElementById(id);
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const colour = (group) => (DARK.matches ? DARK_COLOURS : LIGHT_COLOURS)[group.colour];
+  const dark = () => DARK.matches && !printing; // paper is white
+  const colour = (group) => (dark() ? DARK_COLOURS : LIGHT_COLOURS)[group.colour];
+  const visible = (index) => shown[index] && matches(groups[index].label, get("filter").value);
+
+  const value = (measure, name) => measure.unit ? `%{${name}:.1f}${measure.unit}` : `%{${name}:.5~g}`; // on hovering
 
   sortTables();
   const Plotly = await unpack();
   if (!Plotly) return;
   makeControls();
-  makeLegend();
   makeCharts();
-  draw();
+  makeSwept();
+  redraw();
   drawPartitions();
-  DARK.addEventListener("change", () => { makeLegend(); draw(); drawPartitions(); });
+  DARK.addEventListener("change", () => { redraw(); drawPartitions(); });
+  window.addEventListener("beforeprint", () => print(true));
+  window.addEventListener("afterprint", () => print(false));
+
+  function redraw() {
+    makeLegend();
+    draw();
+    drawSwept();
+  }
+
+  function print(begins) {
+    printing = begins;
+    document.documentElement.classList.toggle("printing", begins);
+    for (const part of document.querySelectorAll("details")) {
+      if (begins) part.dataset.open = part.open ? "yes" : "";
+      part.open = begins || part.dataset.open === "yes";
+    }
+    redraw();
+    drawPartitions();
+  }
 
   async function unpack() {
     if (typeof DecompressionStream === "undefined") {
@@ -48,11 +71,22 @@
     for (const axis of axes) get("axis").append(new Option(axis.title.toLowerCase(), axis.key));
     const several = groups.some((group) => group.seeds);
     for (const id of ["bands", "each"]) get(id).parentElement.hidden = !several;
-    for (const id of ["axis", "bands", "each"]) get(id).addEventListener("change", draw);
+    for (const id of ["bands", "each", "smooth"]) get(id).addEventListener("change", draw);
+    get("axis").addEventListener("change", () => { logX = null; draw(); });
+    get("log-x").addEventListener("change", () => { logX = get("log-x").checked; draw(); });
     for (const [id, value] of [["all", true], ["none", false]]) {
       get(id).hidden = groups.length < 2;
-      get(id).addEventListener("click", () => { shown.fill(value); makeLegend(); draw(); });
+      get(id).addEventListener("click", () => {
+        groups.forEach((group, at) => { if (matches(group.label, get("filter").value)) shown[at] = value; });
+        redraw();
+      });
     }
+    get("filter").parentElement.hidden = groups.length < 3;
+    get("filter").addEventListener("input", () => { filterTables(get("filter").value); redraw(); });
+    get("csv").addEventListener("click", () => {
+      const kept = groups.filter((_, index) => visible(index));
+      download("curves.csv", curvesAsCsv(kept, axes, measures));
+    });
   }
 
   function makeLegend() {
@@ -66,9 +100,17 @@
         <line x1="-18" x2="18" stroke="${ink}" stroke-width="2" stroke-dasharray="${STROKES[group.dash]}"></line>
         <path d="${SHAPES[group.marker]}" fill="${ink}" stroke="${ink}"></path></svg>`;
       button.append(Object.assign(document.createElement("span"), { textContent: group.label }));
-      button.addEventListener("click", () => { shown[index] = !shown[index]; makeLegend(); draw(); });
+      button.addEventListener("click", () => { shown[index] = !shown[index]; redraw(); });
+      button.hidden = !matches(group.label, get("filter").value);
       return button;
     }));
+    for (const one of pooled) {
+      const entry = document.createElement("span");
+      entry.innerHTML = `<svg width="38" height="14" viewBox="-19 -7 38 14" aria-hidden="true">
+        <line x1="-18" x2="18" stroke="${css("--ink")}" stroke-width="1.5" stroke-dasharray="2 3"></line></svg>`;
+      entry.append(one.label);
+      get("legend").append(entry);
+    }
     if (focused >= 0) get("legend").children[focused].focus();
   }
 
@@ -110,25 +152,15 @@
     };
   }
 
-  function rgba(hex, alpha) {
-    const [r, g, b] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
-    return `rgba(${r},${g},${b},${alpha})`;
-  }
-
-  function byteUnit(largest) {
-    const units = ["B", "kB", "MB", "GB", "TB", "PB"];
-    const power = largest < 1 ? 0 : Math.min(Math.floor(Math.log10(largest) / 3 + 1e-9), units.length - 1);
-    return [1000 ** power, units[power]];
-  }
-
   function traces(measure, axis, divisor) {
     const out = [];
     groups.forEach((group, index) => {
-      if (!shown[index]) return;
+      if (!visible(index)) return;
       const ink = colour(group), mean = group.mean[measure.key];
       const kept = mean.map((value, at) => at).filter((at) => mean[at] !== null && group.x[axis][at] !== null);
-      const pick = (values, factor) => kept.map((at) => values[at] === null ? null : values[at] * factor);
-      const x = pick(group.x[axis], 1 / divisor), y = pick(mean, measure.factor);
+      const scaled = (values, factor) => kept.map((at) => values[at] === null ? null : values[at] * factor);
+      const pick = (values, factor) => smoothed(scaled(values, factor), Number(get("smooth").value));
+      const x = scaled(group.x[axis], 1 / divisor), y = pick(mean, measure.factor);
       if (group.sd && get("bands").checked) {
         const sd = pick(group.sd[measure.key], measure.factor);
         const floor = (value, at) => logs[measure.key] ? Math.max(value, 0.5 * y[at]) : value;
@@ -146,10 +178,23 @@
         x, y, name: group.label, mode: kept.length > 1 ? "lines+markers" : "markers", meta: "mean",
         line: { color: ink, width: 1.8, dash: DASHES[group.dash] },
         marker: { color: ink, symbol: MARKERS[group.marker], size: 6.5, maxdisplayed: 14 },
-        hovertemplate: "%{y:.5~g} at %{x:.5~g}<extra>%{fullData.name}</extra>",
+        hovertemplate: `${value(measure, "y")} at %{x:.5~g}<extra>%{fullData.name}</extra>`,
       });
     });
-    return out;
+    const ends = out.flatMap((trace) => trace.meta === "mean" ? [trace.x[0], trace.x.at(-1)] : []);
+    return [...out, ...baselines(measure, ends)];
+  }
+
+  // Where a pooled model ended, from the first to the last of these places.
+  function baselines(measure, places) {
+    return pooled.filter((one) => one.end[measure.key] && places.length).map((one) => {
+      const level = one.end[measure.key][0] * measure.factor;
+      return {
+        x: [Math.min(...places), Math.max(...places)], y: [level, level], name: one.label, mode: "lines", meta: "pooled",
+        line: { color: css("--ink"), width: 1.4, dash: "dot" },
+        hovertemplate: `${value(measure, "y")}<extra>%{fullData.name}</extra>`,
+      };
+    });
   }
 
   function draw() {
@@ -158,17 +203,77 @@
     const [divisor, unit] = axis === "bytes_sent" ? byteUnit(Math.max(...ends, 0)) : [1, ""];
     const title = axes.find((one) => one.key === axis)?.title ?? "Rounds";
     // Where one run is ten times as long as another, the short one would be a vertical line.
-    const wide = ends.length > 1 && Math.max(...ends) > 10 * Math.min(...ends);
+    const wide = logX ?? (ends.length > 1 && Math.max(...ends) > 10 * Math.min(...ends));
+    get("log-x").checked = wide;
     for (const measure of measures) {
       const plot = get(`plot-${measure.key}`);
-      const visible = groups.filter((_, index) => shown[index]).map((group) => group.label);
-      plot.setAttribute("aria-label", `${measure.title} against ${title.toLowerCase()} of ${visible.join("; ") || "nothing"}`);
+      const names = groups.filter((_, index) => visible(index)).map((group) => group.label);
+      plot.setAttribute("aria-label", `${measure.title} against ${title.toLowerCase()} of ${names.join("; ") || "nothing"}`);
       const more = {
         xaxis: { title: { text: unit ? `Sent by all clients (${unit})` : title }, type: wide ? "log" : "linear" },
-        yaxis: logs[measure.key] ? { type: "log", exponentformat: "e", ...decades(measure) } : { type: "linear" },
+        yaxis: logs[measure.key] ? { type: "log", exponentformat: "e", ...decades(measure) }
+          : { type: "linear", ticksuffix: measure.unit },
       };
-      Plotly.react(plot, traces(measure, axis, divisor), layout(more), { responsive: true, displayModeBar: false });
+      show(plot, traces(measure, axis, divisor), more);
     }
+  }
+
+  function show(plot, lines, more) {
+    const first = !plot.classList.contains("js-plotly-plot");
+    Plotly.react(plot, lines, layout(more), { responsive: true, displayModeBar: false });
+    if (first) plot.on("plotly_afterplot", () => fitPaper(plot));
+    fitPaper(plot);
+  }
+
+  // A picture of known size: on paper it is scaled to the width that there is.
+  function fitPaper(plot) {
+    for (const picture of plot.querySelectorAll(".main-svg")) {
+      const [width, height] = ["width", "height"].map((name) => picture.getAttribute(name));
+      picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      plot.style.setProperty("--ratio", `${width} / ${height}`);
+    }
+  }
+
+  function makeSwept() {
+    const keys = Object.entries(swept), judged = measures.filter((m) => m.judges);
+    get("swept").hidden = !keys.length || !judged.length;
+    if (get("swept").hidden) return;
+    get("key").append(...keys.map(([key, title]) => new Option(title, key)));
+    judged.sort((a, b) => (b.unit !== "") - (a.unit !== ""));
+    get("measure").append(...judged.map((m) => new Option(m.title.toLowerCase(), m.key)));
+    for (const id of ["key", "measure"]) get(id).addEventListener("change", drawSwept);
+  }
+
+  // What was reached at the end, against a key that differs: a line for all that differ in nothing else.
+  function drawSwept() {
+    if (get("swept").hidden) return;
+    const key = get("key").value, measure = measures.find((m) => m.key === get("measure").value);
+    const families = new Map();
+    groups.forEach((group, index) => {
+      if (!visible(index) || !group.end[measure.key]) return;
+      families.set(group.family[key], [...(families.get(group.family[key]) ?? []), group]);
+    });
+    const out = [...families].map(([name, members]) => {
+      members.sort((a, b) => a.at[key] - b.at[key]);
+      const first = members[0], ends = members.map((group) => group.end[measure.key].map((v) => v === null ? null : v * measure.factor));
+      return {
+        x: members.map((group) => group.at[key]), y: ends.map((end) => end[0]), name, mode: "lines+markers",
+        error_y: { type: "data", array: ends.map((end) => end[1] ?? 0), visible: ends.some((end) => end[1]), thickness: 1.2, width: 4 },
+        line: { color: colour(first), width: 1.8, dash: DASHES[first.dash] },
+        marker: { color: colour(first), symbol: MARKERS[first.marker], size: 8 }, meta: "mean",
+        hovertemplate: `${value(measure, "y")} at %{x}<extra>%{fullData.name}</extra>`,
+      };
+    });
+    const places = groups.map((group) => group.at[key]);
+    const wide = Math.min(...places) > 0 && Math.max(...places) >= 8 * Math.min(...places);
+    const own = [...new Set(places)].sort((a, b) => a - b);
+    const more = {
+      showlegend: true, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: css("--ink") } },
+      xaxis: { title: { text: swept[key] }, type: wide ? "log" : "linear", ...(own.length <= 8 && { tickvals: own, ticktext: own.map(String) }) },
+      yaxis: logs[measure.key] ? { type: "log" } : { ticksuffix: measure.unit },
+    };
+    show(get("swept-plot"), [...out, ...baselines(measure, [Math.min(...places), Math.max(...places)])], more);
+    get("swept-plot").setAttribute("aria-label", `${measure.title} at the end against ${swept[key]}: ${[...families.keys()].join("; ")}`);
   }
 
   // Over several powers of ten their own ticks are enough.
@@ -181,7 +286,7 @@
   function drawPartitions() {
     for (const place of document.querySelectorAll(".partition")) {
       const part = data.partitions[Number(place.dataset.place)];
-      const scale = DARK.matches ? [[0, "#1d2127"], [1, "#7cc0f5"]] : [[0, "#f3f6fa"], [1, "#08519c"]];
+      const scale = dark() ? [[0, "#1d2127"], [1, "#7cc0f5"]] : [[0, "#f3f6fa"], [1, "#08519c"]];
       const many = part.unit === "share";
       const trace = {
         type: "heatmap", z: part.z, colorscale: scale, zmin: 0, xgap: part.z[0].length <= 60 ? 1 : 0, ygap: 1,
@@ -193,28 +298,7 @@
         xaxis: { title: { text: many ? "Clients, sorted" : "Client" }, showgrid: false, showticklabels: !many },
         yaxis: { title: { text: "Class" }, showgrid: false, dtick: part.z.length <= 20 ? 1 : undefined },
       };
-      Plotly.react(place, [trace], layout(more), { responsive: true, displayModeBar: false });
+      show(place, [trace], more);
     }
-  }
-
-  function sortTables() {
-    for (const table of document.querySelectorAll("table.sortable")) {
-      const heads = [...table.tHead.rows[0].cells];
-      heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
-        const up = head.getAttribute("aria-sort") !== "ascending";
-        heads.forEach((other) => other.removeAttribute("aria-sort"));
-        head.setAttribute("aria-sort", up ? "ascending" : "descending");
-        const body = table.tBodies[0], value = (row) => row.cells[column].dataset.value;
-        const rows = [...body.rows].sort((a, b) => compare(value(a), value(b), up));
-        body.append(...rows);
-      }));
-    }
-  }
-
-  function compare(a, b, up) {
-    if (a === "" || b === "") return (a === "") - (b === ""); // what is missing comes last
-    const numeric = !isNaN(a) && !isNaN(b);
-    const order = numeric ? Number(a) - Number(b) : a.localeCompare(b, "en", { numeric: true });
-    return up ? order : -order;
   }
 })();

@@ -18,6 +18,7 @@ from fedmom.records.environment import version_of
 from fedmom.results.comparison import Target
 from fedmom.results.groups import Group, counted_of
 from fedmom.results.page import content
+from fedmom.results.ranking import results
 
 HERE = Path(__file__).parent
 
@@ -37,6 +38,7 @@ def write_page(groups: Sequence[Group], targets: Sequence[Target], path: Path, *
     packed = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
     text = env.get_template("report.html").render(
         title=_title(groups),
+        results=results(groups),
         summary=content.summary(groups),
         notes=notes,
         groups=groups,
@@ -46,7 +48,7 @@ def write_page(groups: Sequence[Group], targets: Sequence[Target], path: Path, *
         settings=content.settings(groups),
         provenance=content.provenance(groups),
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
+        script=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in ("pure.js", "report.js"))),
         plotly=Markup(packed),
         version=version_of("fedmom") or "",
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fedmom.results.comparison import AXES, Speedup, Target
-from fedmom.results.groups import Group, counted_of
-from fedmom.results.pictures.curves import draw_grid, line_style
+from fedmom.results.groups import Group, counted_of, rivals
+from fedmom.results.pictures.curves import draw_grid, end_of, line_style
 from fedmom.results.pictures.style import DARK, LIGHT, add_legend, new_figure, plain_axes, save_picture
 from fedmom.results.tables import MEASURES, SPREADS, Measure, finite
 
@@ -25,22 +25,36 @@ def foot(groups: Sequence[Group]) -> str:
 
 def draw_comparison(groups: Sequence[Group], stem: Path) -> list[Path]:
     """A row per measure, against rounds, joint epochs, bytes and seconds, as PNG and PDF."""
-    runs = counted_of(groups)
+    runs = counted_of(rivals(groups))
     rows = [m for m in MEASURES if any(finite(run.rounds, m.key) for run in runs)]
     return _draw_grid(groups, rows, list(AXES), stem)
 
 
 def draw_spreads(groups: Sequence[Group], stem: Path) -> list[Path]:
     """How far clients are apart, in x and in u, just before the exchange (and after it, under Algorithm 2)."""
+    groups = rivals(groups)
     runs = counted_of(groups)
     rows = [m for m in SPREADS if any(value > 0 for run in runs for value in finite(run.rounds, m.key))]
     return _draw_grid(groups, rows, ["round", "joint_epochs"], stem)
+
+
+def _with_one_baseline(groups: Sequence[Group]) -> list[Group]:
+    """Of several pooled models the best: more lines would be taken for what is compared."""
+    pooled = [group for group in groups if group.pooled and group.runs]
+    key = next(
+        (m for m in sorted(MEASURES, key=lambda m: not m.rises) if pooled and end_of(pooled[0], m) is not None), None
+    )
+    if key is None or len(pooled) < 2:
+        return list(groups)
+    ends = [(end_of(group, key) or 0.0) * (-1 if key.rises else 1) for group in pooled]
+    return [*rivals(groups), pooled[ends.index(min(ends))]]
 
 
 def _draw_grid(groups: Sequence[Group], rows: Sequence[Measure], axes: Sequence[str], stem: Path) -> list[Path]:
     if not rows:
         return []
     seeds = any(len(group.runs) > 1 for group in groups)
+    groups = _with_one_baseline(groups)
     notes = [*["mean ± standard deviation over seeds"] * seeds, foot(groups)]
     labels = [group.title for group in groups if group.runs]
     return _save_all(draw_grid(groups, rows, axes, labels, "; ".join(filter(None, notes))), stem)

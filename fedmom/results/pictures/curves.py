@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedmom.results.comparison import AXES, COSTS
-from fedmom.results.groups import Group, alone, counted_of
+from fedmom.results.groups import Group, alone, counted_of, rivals
 from fedmom.results.pictures.style import (
     COLOURS,
+    DARK,
     DASHES,
     MARKERS,
     MAX_NAME,
+    POLICY_COLOURS,
     add_legend,
     new_figure,
     plain_axes,
@@ -31,6 +33,8 @@ from fedmom.results.pictures.style import (
 from fedmom.results.reading import Run
 from fedmom.results.tables import CONSENSUS, MEASURES, TRAIN, Measure, byte_unit, finite
 
+POLICY = "algorithm.momentum-policy"
+POOLED_LINE = {"color": DARK, "linestyle": (0, (1.2, 1.3)), "marker": "none", "linewidth": 1.3}
 PALE = {"linestyle": "-", "linewidth": 0.7, "alpha": 0.35, "marker": "none", "zorder": 1.5}
 
 
@@ -64,7 +68,29 @@ def line_style(colour: int, dash: int, marker: int) -> dict[str, Any]:
 
 
 def styles(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """A look for each group. Where two keys make the groups, one is the colour and marker, the other the dashes."""
+    """A look for each group; a pooled model's is a dotted line.
+
+    Where policies differ, a policy is a colour and marker, the same in every picture, and all else the dashes. Else,
+    where two keys make the groups, one is the colour and marker, the other the dashes.
+    """
+    looks = iter(_looks([group for group in groups if not group.pooled]))
+    return [dict(POOLED_LINE) if group.pooled else next(looks) for group in groups]
+
+
+def _looks(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    policies = [str(group.settings.get(POLICY, "")) for group in groups]
+    if len(set(policies)) > 1 and all(policy in POLICY_COLOURS for policy in policies):
+        rest = [str({key: value for key, value in group.differs.items() if key != POLICY}) for group in groups]
+        # Runs that nothing else is known of are told apart by their number.
+        if len(set(zip(policies, rest, strict=True))) < len(groups):
+            rest = [str(policies[:place].count(policy)) for place, policy in enumerate(policies)]
+        others = list(dict.fromkeys(rest))
+        colours = [POLICY_COLOURS[policy] for policy in policies]
+        if len(others) == 1:
+            return [line_style(colour, colour, colour) for colour in colours]
+        if len(others) <= len(DASHES):
+            return [line_style(c, others.index(own), c) for c, own in zip(colours, rest, strict=True)]
+        return [line_style(c, c, others.index(own)) for c, own in zip(colours, rest, strict=True)]
     keys = list(groups[0].differs)
     if len(keys) == 2:
         values = [list(dict.fromkeys(group.differs[key] for group in groups)) for key in keys]
@@ -87,6 +113,15 @@ def draw_curves(runs: Sequence[Run], path: Path, notes: Sequence[str] = ()) -> N
     save_picture(draw_grid(groups, measures or MEASURES[:1], COSTS, labels, "\n".join(notes), train=True), path)
 
 
+def draw_groups(groups: Sequence[Group], path: Path, notes: Sequence[str] = ()) -> None:
+    """PNG of groups: `draw_curves` of means over seeds, with bands of their deviations."""
+    runs = counted_of(rivals(groups))
+    measures = [m for m in (*MEASURES, CONSENSUS) if any(finite(run.rounds, m.key) for run in runs)]
+    labels = _legend_names([group.title for group in groups if group.runs])
+    note = "\n".join(["mean ± standard deviation over seeds", *notes])
+    save_picture(draw_grid(groups, measures or MEASURES[:1], COSTS, labels, note), path)
+
+
 def draw_grid(
     groups: Sequence[Group],
     measures: Sequence[Measure],
@@ -97,12 +132,13 @@ def draw_grid(
     train: bool = False,
 ) -> Any:
     """The figure; its lines are called by `labels`, with `note` below. train: with pale lines of the train loss."""
-    runs = counted_of(groups)
+    pooled = [group for group in groups if group.pooled and group.runs]
+    runs = counted_of(rivals(groups))
     ends = {axis: [end for run in runs if (end := max(finite(run.rounds, axis), default=0.0)) > 0] for axis in axes}
     columns = [axis for axis in axes if ends[axis]] or axes[:1]
     divisor, unit = byte_unit(max(ends.get("bytes_sent", []), default=0.0))
-    looks = [each for group, each in zip(groups, styles(groups), strict=True) if group.runs]
-    groups = [group for group in groups if group.runs]
+    groups = [group for group in rivals(groups) if group.runs] + pooled
+    looks = styles(groups)
     width = 0.5 + 2.7 * max(len(columns), 1.6)
     # 0.075 inches a letter at 8.5 points, 0.65 for the line before it.
     per_line = max(1, min(len(labels), int(width / (0.65 + 0.075 * max(map(len, labels))))))
@@ -112,12 +148,14 @@ def draw_grid(
     for row, measure in zip(panels, measures, strict=True):
         for panel, axis in zip(row, columns, strict=True):
             for group, each in zip(groups, looks, strict=True):
-                for key in _keys(group, measure, train):
+                for key in () if group.pooled else _keys(group, measure, train):
                     pale = PALE if key == TRAIN.key else {}
                     by = divisor if axis == "bytes_sent" else 1.0
                     _draw_curve(panel, curve(group, axis, key), each | pale, measure, by)
+            for value in [end for group in pooled if (end := end_of(group, measure)) is not None]:
+                panel.axhline(measure.factor * value, **POOLED_LINE, zorder=1.8)
             plain_axes(panel)
-        row[0].set_ylabel(_scale(row[0], groups, measure, train), fontsize=9)
+        row[0].set_ylabel(_scale(row[0], rivals(groups), measure, train), fontsize=9)
     for panel, axis in zip(panels[-1], columns, strict=True):
         title = f"Sent by all clients ({unit})" if axis == "bytes_sent" else AXES[axis].capitalize()
         panel.set_xlabel(title, fontsize=9)
@@ -130,6 +168,12 @@ def draw_grid(
     add_legend(figure, lines, labels, per_line, note, handlelength=3.4, columnspacing=1.6)
     figure.align_ylabels(panels[:, 0])
     return figure
+
+
+def end_of(group: Group, measure: Measure) -> float | None:
+    """Where a group ended: the mean over its seeds of a measure's last value; None where it has none."""
+    found = [ends[-1] for run in group.runs if (ends := finite(run.rounds, measure.key))]
+    return sum(found) / len(found) if found and measure in MEASURES else None
 
 
 def _draw_curve(panel: Any, drawn: Curve, line: dict[str, Any], measure: Measure, divisor: float) -> None:

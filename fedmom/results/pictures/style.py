@@ -18,6 +18,8 @@ DPI = 150
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.3)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+# One policy, one colour, in every picture and on the page, by its place in COLOURS.
+POLICY_COLOURS = {"average": 0, "local": 1, "reset": 2, "quasi-global": 4}
 LIGHT, DARK = "#D9D9D9", "#404040"
 MAX_NAME = 40  # characters of a run's or a class's name
 
