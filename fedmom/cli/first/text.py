@@ -1,11 +1,10 @@
 """Text that fits: lines beside a label, tables that give way, numbers as a person says them."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from fedmom.machine.output import terminal_width
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,9 +15,9 @@ _FEWEST = 4  # characters of a table's first column
 
 
 def line_width() -> int | None:
-    """Of the terminal, in characters, or as COLUMNS says; None where neither is there: then nothing is cut."""
-    console = Console()
-    return max(_NARROWEST, console.width) if console.is_terminal or "COLUMNS" in os.environ else None
+    """How many characters a line has; None where nobody looks: then the columns are tabbed, and nothing is cut."""
+    width = terminal_width()
+    return None if width is None else max(_NARROWEST, width)
 
 
 def filled(label: str, text: str, width: int | None) -> str:
