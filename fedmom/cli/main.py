@@ -86,6 +86,9 @@ def fedmom(
 
 
 app.add_typer(deploy_app)
+app.command()(first.new)
+app.command()(first.check)
+app.command()(first.ls)
 
 
 @app.command()
@@ -220,10 +223,6 @@ def simulate_flower_app(
 
 
 app.command()(show.partition)
-
-
-for command in (first.new, first.check, first.ls):
-    app.command()(command)
 
 
 app.command()(sweep.sweep)

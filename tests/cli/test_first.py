@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedmom.cli import main
+from fedmom.cli.first import commands
 from fedmom.cli.first.text import duration, filled, listed_out
 from fedmom.config.load import load
 from fedmom.config.schema import FILE, FIRST
@@ -23,7 +24,7 @@ RESOLVED = "[run]\nnum-rounds = 40\n"
 @pytest.fixture
 def fed(in_tmp, capsys, monkeypatch):
     """fed("ls", …) -> (exit status, what is printed, what is complained)."""
-    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(commands, "line_width", lambda: None)
 
     def command(*arguments):
         capsys.readouterr()
@@ -203,7 +204,7 @@ def test_runs_are_listed_the_newest_first_whatever_became_of_them(fed, in_tmp):
 def test_a_list_keeps_to_the_terminal_and_cuts_no_name(fed, in_tmp, monkeypatch, width):
     for name in ("config-20260101-120000", "a-run-with-" + "a-long-name-" * 3):
         put(in_tmp / "runs" / name, "interrupted", test_loss=0.1234)
-    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(commands, "line_width", lambda: width)
     _, out, _ = fed("ls")
     lines = out.splitlines()
     assert all(len(line) <= width for line in lines if "--resume" not in line), out
