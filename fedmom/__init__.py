@@ -13,12 +13,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from fedmom.config.keys import Config as Config
-    from fedmom.config.load import load as load
+    from fedmom.config.load import load_config as load_config
     from fedmom.data.datasets import Dataset as Dataset
     from fedmom.errors import ClientsFailedError as ClientsFailedError
     from fedmom.errors import DivergedError as DivergedError
     from fedmom.errors import InputError as InputError
     from fedmom.experiments.run import run as run
+    from fedmom.experiments.search.sweep import sweep as sweep
     from fedmom.flower.app import simulate_app as simulate_app
     from fedmom.flower.grid import RayGrid as RayGrid
     from fedmom.method.algorithms import local_step as local_step
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
     from fedmom.records.status import read_status as read_status
     from fedmom.results.comparison import all_sheets as all_sheets
     from fedmom.results.groups import group_runs as group_runs
+    from fedmom.results.notebook import Comparison as Comparison
+    from fedmom.results.notebook import compare as compare
     from fedmom.results.page.write import write_page as write_page
     from fedmom.results.reading import collect as collect
     from fedmom.runs.callbacks import Callback as Callback
-    from fedmom.runs.callbacks import Result as Result
     from fedmom.runs.callbacks import Start as Start
+    from fedmom.runs.result import Result as Result
+    from fedmom.runs.result import load as load
+    from fedmom.runs.stopping import EarlyStopping as EarlyStopping
     from fedmom.runs.trackers import Tracked as Tracked
     from fedmom.runs.trackers import Tracker as Tracker
     from fedmom.runs.trackers import Tracking as Tracking
@@ -43,12 +48,14 @@ __version__ = "0.1.0"
 _HOME = {
     "Callback": "fedmom.runs.callbacks",
     "ClientsFailedError": "fedmom.errors",
+    "Comparison": "fedmom.results.notebook",
     "Config": "fedmom.config.keys",
     "Dataset": "fedmom.data.datasets",
     "DivergedError": "fedmom.errors",
+    "EarlyStopping": "fedmom.runs.stopping",
     "InputError": "fedmom.errors",
     "RayGrid": "fedmom.flower.grid",
-    "Result": "fedmom.runs.callbacks",
+    "Result": "fedmom.runs.result",
     "Start": "fedmom.runs.callbacks",
     "Status": "fedmom.records.status",
     "Tracked": "fedmom.runs.trackers",
@@ -58,12 +65,15 @@ _HOME = {
     "build_model": "fedmom.tasks.models",
     "collect": "fedmom.results.reading",
     "group_runs": "fedmom.results.groups",
-    "load": "fedmom.config.load",
+    "compare": "fedmom.results.notebook",
+    "load": "fedmom.runs.result",
+    "load_config": "fedmom.config.load",
     "local_step": "fedmom.method.algorithms",
     "make_topology": "fedmom.method.topology",
     "normal_like": "fedmom.method.randomness",
     "read_status": "fedmom.records.status",
     "run": "fedmom.experiments.run",
+    "sweep": "fedmom.experiments.search.sweep",
     "simulate_app": "fedmom.flower.app",
     "write_page": "fedmom.results.page.write",
 }
@@ -82,4 +92,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    """What is public, and nothing else."""
+    return sorted([*_HOME, "__version__"])

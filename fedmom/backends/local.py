@@ -45,7 +45,7 @@ def make_local(config: Config, task: Task, plan: Plan) -> Backend:
     )
     engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
     notes = [f"engine: {choice.trouble}"] if choice.trouble else []
-    notes += [f"engine: {said}" for said in (choice.said, choice.note) if said]
+    notes += [f"engine: {said}" for said in (choice.said.short, choice.note) if said]
     backend: Engine | GossipRounds = engine
     if plan.topology is not None:
         home = rows_home(task, begin.state)
@@ -60,6 +60,7 @@ def make_local(config: Config, task: Task, plan: Plan) -> Backend:
         "engine.threads": torch.get_num_threads(),
     }
     backend.notes = notes
+    backend.details = [f"engine: {choice.said.details}"] if choice.said.details else []
     return backend
 
 

@@ -13,7 +13,7 @@ import torch
 from fedmom.config.build import make_plan, make_task, set_up_torch
 from fedmom.config.keys import Config
 from fedmom.config.load import flat
-from fedmom.engine.auto import choose
+from fedmom.engine.auto import Said, choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import mean_of
 from fedmom.machine.allocator import keep_freed_memory
@@ -57,7 +57,7 @@ class Peer:
             self.task: Task = make_task(self.config, self.config.engine.device)
             self.plan: Plan = make_plan(self.config)
 
-    def choose(self) -> tuple[str, int, str]:
+    def choose(self) -> tuple[str, int, Said]:
         """(path, chunk size, what was measured) as configured, or by timing.
 
         Raises InputError where the path is not right for the model.

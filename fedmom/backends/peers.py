@@ -20,6 +20,7 @@ from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import replace
 from fedmom.config.numbers import counted
+from fedmom.engine.auto import Said
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import ClientState, as_tensor, flatten, rows_of, to_arrays, to_device, unflatten
@@ -62,7 +63,7 @@ class Peers(Backend):
             self.close()
             raise
 
-    def _settle(self) -> tuple[str, int, str]:
+    def _settle(self) -> tuple[str, int, Said]:
         """(path, chunk size, what was measured) of all actors, by the first, once all are up.
 
         Starting is no round and has no limit.
@@ -238,5 +239,6 @@ def make_peers(config: Config, task: Task, plan: Plan) -> Peers:
     actors, biggest = counted(len(backend.peers), "Ray actor"), max(map(len, backend.blocks))
     what = f"{actors} on {actors_device(backend.options)}, of at most {counted(biggest, 'client')}"
     backend.notes = [f"{what} exchange rows directly; each {path} × {chunk_size}"]
-    backend.notes += [f"the first actor: {backend.said}"] if backend.said else []
+    backend.notes += [f"the first actor: {backend.said.short}"] if backend.said.short else []
+    backend.details = [f"the first actor: {backend.said.details}"] if backend.said.details else []
     return backend

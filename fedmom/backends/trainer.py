@@ -17,7 +17,7 @@ from fedmom.config.keys import Config, Scalar
 from fedmom.config.load import flat, load
 from fedmom.config.resolve import Resolved, resolve
 from fedmom.data.local import Common, one_of, read_source
-from fedmom.engine.auto import choose
+from fedmom.engine.auto import Said, choose
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES
@@ -92,7 +92,7 @@ class Node:
                 self.task = classification(self.config, device, *one_of(local.common, local.client, held))
             self.plan: Plan = make_plan(self.config)
         self._choices: dict[int, tuple[str, int]] = {}
-        self.said: dict[int, str] = {}  # {size of block: what was measured for it, or remembered}
+        self.said: dict[int, Said] = {}  # {size of block: what was measured for it, or remembered}
         self._engines: dict[tuple[str, int], Engine] = {}
 
     def choose(self, clients: np.ndarray) -> tuple[str, int]:

@@ -168,7 +168,8 @@ def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
         "simulation.num-gpus": options.num_gpus,
     }
     backend.notes = [f"{counted(pool.num_workers, 'Ray actor')} on {inside.engine.device}, each {path} × {chunk_size}"]
-    backend.notes += [f"the first actor: {said}"] if said else []
+    backend.notes += [f"the first actor: {said.short}"] if said.short else []
+    backend.details = [f"the first actor: {said.details}"] if said.details else []
     return backend
 
 

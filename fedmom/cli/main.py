@@ -32,6 +32,7 @@ from fedmom.cli.options import (
     Sets,
     TensorBoardOption,
     Tracks,
+    Verbose,
     exit_status,
     fresh_folder,
     heed_signals,
@@ -85,6 +86,9 @@ def fedmom(
 
 
 app.add_typer(deploy_app)
+app.command()(first.new)
+app.command()(first.check)
+app.command()(first.ls)
 
 
 @app.command()
@@ -99,6 +103,7 @@ def run(
     tensorboard: TensorBoardOption = False,
     track: Tracks = None,
     quiet: QuietOption = False,
+    verbose: Verbose = False,
 ) -> int:
     """Run a configuration: train, record every round, draw the curves.
 
@@ -129,15 +134,14 @@ def run(
     if config is not None and run_folders(config, changes, out, resume) == (None, None):
         out = fresh_folder(config)
     if _uses_ray(config, changes, resume):
-        folders = run_folders(config, changes, out, resume)
-        where = Path(folders[1] or folders[0] or ".")
+        where = Path(next(filter(None, reversed(run_folders(config, changes, out, resume))), "."))
         supervise.stand_by(where / CONFIG, f"go on with: {_go_on(where)}")
     heed_signals()
-    trackers = [*(track or ()), *(["tensorboard"] if tensorboard else [])]
-    followers = [*progress.callbacks(console, quiet=quiet), *([Tracking(trackers)] if trackers else [])]
-    return _train(
-        followers, console, quiet, config, sets=changes, out=out, resume=resume, device=device, app=flower_app
-    )
+    followers = progress.callbacks(console, quiet=quiet, verbose=verbose)
+    if trackers := [*(track or ()), *(["tensorboard"] if tensorboard else [])]:
+        followers.append(Tracking(trackers))
+    how: Any = {"sets": changes, "out": out, "resume": resume, "device": device, "app": flower_app}
+    return _train(followers, console, quiet, config, **how)
 
 
 def _train(followers: Sequence["Callback"], console: Console, quiet: bool, *what: Any, **how: Any) -> int:
@@ -219,10 +223,6 @@ def simulate_flower_app(
 
 
 app.command()(show.partition)
-
-
-for command in (first.new, first.check, first.ls):
-    app.command()(command)
 
 
 app.command()(sweep.sweep)

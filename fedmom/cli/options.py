@@ -35,6 +35,9 @@ Resume = Annotated[
     Path | None,
     typer.Option("--resume", metavar="DIR", help="Resume the run in this folder. CONFIG may be left out."),
 ]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print how fast every way of running was that could have been taken.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print the path of the run folder and nothing else.")]
 Tracks = Annotated[
     list[str] | None,

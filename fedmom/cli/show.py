@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedmom.cli.options import DONE, Sets
+from fedmom.cli.options import DONE, Sets, Verbose
 from fedmom.errors import InputError
 from fedmom.machine.output import terminal_width
 
@@ -62,6 +62,7 @@ def bench(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
     sets: Sets = None,
     seconds: Annotated[float, typer.Option("--seconds", help="How long to measure.", min=0.1)] = 10.0,
+    verbose: Verbose = False,
 ) -> int:
     """Measure the speed of a configuration on this machine, how near it is to the limits, and where the time goes.
 
@@ -85,7 +86,7 @@ def bench(
                 progress=lambda text: status.update(f"{text} …"),
                 remember="engine.remember" in loaded.given,
             )
-    for note in found.notes:
+    for note in (*found.notes, *(found.details if verbose else ())):
         print(note)
     print(tables.fitted([str(config), ""], as_rows(found), terminal_width()))
     return DONE

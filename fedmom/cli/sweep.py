@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -36,6 +36,15 @@ OnRay = Annotated[str, typer.Option("--ray", metavar="local|HOST:PORT", help="Ru
 Some = Annotated[
     int, typer.Option("--random", metavar="N", help="Draw N combinations at random instead of running all.", min=0)
 ]
+Chosen = Annotated[
+    int,
+    typer.Option(
+        "--optuna",
+        metavar="N",
+        help="So many combinations, chosen by an Optuna study; --grid then takes ranges, KEY=LOW..HIGH.",
+        min=0,
+    ),
+]
 Listed = Annotated[
     Path | None,
     typer.Option("--list", metavar="FILE.toml", help="Take the combinations from the tables [[run]] of this file."),
@@ -51,12 +60,11 @@ def sweep(
     seeds: Seeds = None,
     sets: Sets = None,
     out: Folders = None,
-    workers: Annotated[
-        int, typer.Option("--workers", help="Runs at a time, each in its process.", min=1)
-    ] = 1,
+    workers: Annotated[int, typer.Option("--workers", help="Runs at a time, each in its process.", min=1)] = 1,
     ray: OnRay = "",
     some: Some = 0,
     file: Listed = None,
+    optuna: Chosen = 0,
     metric: Metric = "",
     track: Tracks = None,
 ) -> int:
@@ -64,43 +72,65 @@ def sweep(
 
     fedmom sweep configs/quickstart.toml --grid algorithm.num-local-steps=1,4,16 --grid data.alpha=0.1,1 --seeds 3
 
+    fedmom sweep configs/quickstart.toml --optuna 20 --grid algorithm.lr=0.001..1 --grid algorithm.beta=0,0.5,0.9
+
     Every run is an ordinary run folder in DIR. The same command again goes on where the last one stopped: what is done
     is not run again.
     """
     from fedmom.config.load import load
     from fedmom.experiments import sweep as sweeps
-    from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
-    from fedmom.results.ranking import told
+    from fedmom.experiments.search.study import parse_search, study
     from fedmom.runs.trackers import make_trackers
 
     if bool(grid) == bool(file):
         raise InputError("give --grid SECTION.KEY=V,V,… (once or more) or --list FILE.toml")
-    if some and file:
-        raise InputError(f"--random {some}: goes with --grid; --list names every run")
-    values = parse_grid(grid or ())
-    every = listed(file) if file else drawn(values, some, 0) if some else full(values)
-    cells = cells_of(every, seeds_of(seeds, config, sets or (), every))
+    for name, number in (("--random", some), ("--optuna", optuna)):
+        if number and (file or (some and optuna)):
+            raise InputError(f"{name} {number}: goes with --grid alone")
+    cells = [] if optuna else _planned(config, grid or (), file, some, seeds, sets or ())
+    total = optuna * (seeds or 1) if optuna else len(cells)
     own = load(config, sets or ()).config.run.out
     folder = out or (at_home(own) if own else Path("runs") / f"{config.stem}-sweep")
     make_trackers(track or ())  # one that is not installed is said before anything runs
-    sweeps.check(config, cells, folder, sets or (), here=not ray, metric=metric)
+    if not optuna:  # which checks its own
+        sweeps.check(config, cells, folder, sets or (), here=not ray, metric=metric)
     if ray:
         supervise.stand_by(folder, f"the same command goes on from {folder}")
     heed_signals()
-    under_way = sweeps.sweep(config, cells, folder, sets=sets or (), workers=workers, ray=ray, track=track or ())
-    ended, metric = _followed(under_way, cells, folder, metric)
-    if len(ended) < len(cells) or any(one.status == "interrupted" for one in ended):
+    how: Any = {"sets": sets or (), "workers": workers, "ray": ray, "track": track or ()}
+    if optuna:
+        search = parse_search(grid or ())
+        under_way = study(config, search, optuna, folder, seeds=seeds, metric=metric, **how)
+    else:
+        under_way = sweeps.sweep(config, cells, folder, **how)
+    return _end(*_followed(under_way, total, folder, metric), total, folder)
+
+
+def _end(ended: Sequence["CellEnded"], metric: str, total: int, folder: Path) -> int:
+    """Say what came out; the exit status."""
+    from fedmom.results.ranking import told
+
+    if len(ended) < total or any(one.status == "interrupted" for one in ended):
         done = sum(one.status == "done" for one in ended)
-        how = f"the same command goes on from {folder}"
-        return exit_status("interrupted", f"interrupted, {done} of {len(cells)} runs are done; {how}")
+        on = f"the same command goes on from {folder}"
+        return exit_status("interrupted", f"interrupted, {done} of {total} runs are done; {on}")
     print("\n".join(told(ended, folder, metric, terminal_width())) if metric else folder)
     worst = [EXIT_STATUS[one.status] for one in ended if one.status != "done"]
     return max(worst, default=DONE)
 
 
-def _followed(
-    under_way: Iterable["CellEnded"], cells: Sequence["Cell"], folder: Path, metric: str
-) -> tuple[list["CellEnded"], str]:
+def _planned(
+    config: Path, grid: Sequence[str], file: Path | None, some: int, seeds: int | None, sets: Sequence[str]
+) -> list["Cell"]:
+    """The runs of a grid or a list."""
+    from fedmom.experiments.grid import cells_of, drawn, full, listed, parse_grid, seeds_of
+
+    values = parse_grid(grid)
+    every = listed(file) if file else drawn(values, some, 0) if some else full(values)
+    return cells_of(every, seeds_of(seeds, config, sets, every))
+
+
+def _followed(under_way: Iterable["CellEnded"], total: int, folder: Path, metric: str) -> tuple[list["CellEnded"], str]:
     """(those that ended, up to an interruption; the metric to rank by, "" where none is done), with a bar over all."""
     from rich.progress import Progress
 
@@ -108,14 +138,14 @@ def _followed(
 
     console, ended = Console(stderr=True, highlight=False), list["CellEnded"]()
     with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=len(cells))
+        task = bar.add_task("runs", total=total)
         try:
             for one in under_way:
                 ended.append(one)
                 bar.advance(task)
                 if one.seconds or one.status != "done":
                     why = f": {one.message}" if one.message else f" in {one.seconds:.0f} s"
-                    text = f"{len(ended)}/{len(cells)} {one.cell.name}: {one.status}{why}"
+                    text = f"{len(ended)}/{total} {one.cell.name}: {one.status}{why}"
                     bar.console.print(text, soft_wrap=True, markup=False)
                 if one.status == "done" and not metric:
                     metric = metric_of(folder / one.cell.name)

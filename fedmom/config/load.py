@@ -178,6 +178,9 @@ def load(source: str | Path | Mapping[str, Any] | Config, sets: Iterable[str] | 
     return Loaded(_build(changes, config), frozenset(values) | frozenset(changes))
 
 
+load_config = load  # as fedmom has it, where `load` is of a run folder
+
+
 def to_toml(config: Config, comment: str = "") -> str:
     """The configuration as TOML; `load` of it gives the same configuration back."""
     lines = [f"# {line}".rstrip() for line in comment.splitlines()]

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from fedmom.config.goals import measured_by, monitored, parse_goal
 from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Scalar
 from fedmom.config.load import Loaded, flat, replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
-from fedmom.errors import InputError
+from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.tasks.task import task_kind
 
@@ -35,6 +36,7 @@ def resolve(loaded: Loaded) -> Resolved:
     config = _settle_rounds(config, given, notes)
     _check_strategy(config, given, notes)
     _check_schedule(config.algorithm)
+    _check_goals(config)
     return Resolved(config, tuple(notes))
 
 
@@ -168,6 +170,19 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
         notes.append(f"server.strategy = {server.strategy!r} does not read {', '.join(idle)}: it changes nothing")
     if STRATEGIES[server.strategy].adds_noise and not server.noise_multiplier:
         notes.append(f"server.noise-multiplier = 0: {server.strategy} clips, and adds no noise: nothing is private")
+
+
+def _check_goals(config: Config) -> None:
+    """What a run is judged by must be among what it measures."""
+    measured = measured_by(config.data.dataset, config.algorithm.name)
+    goal = parse_goal(config.run.stop_at)
+    if config.run.stop_at and goal is None:
+        right = "must be METRIC=VALUE, such as accuracy=90% or test_loss=0.5 (an accuracy is in (0, 1])"
+        raise InputError(f"run.stop-at = {config.run.stop_at!r}: {right}")
+    named = {"run.monitor": monitored(config.data.dataset, config.run.monitor)}
+    for key, name in (named | ({"run.stop-at": goal[0]} if goal else {})).items():
+        if name not in measured:
+            raise unknown(key, name, sorted(measured))
 
 
 def _settle_interval(config: Config) -> Config:

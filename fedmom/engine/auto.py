@@ -29,11 +29,21 @@ from fedmom.tasks.classification import Classification
 from fedmom.tasks.task import Task
 from fedmom.user_code import one_line
 
+# Free memory changes a little from one run to the next, and half of it is left: what fitted once may be taken again.
+_SLACK = 1.25
+
 
 def bytes_per_client(task: Task, start: ClientState) -> int:
     """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
     # Twice the activations: backward adds a gradient to most of them.
     return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * task.activation_bytes(start)
+
+
+class Said(NamedTuple):
+    """What a person is told of a choice."""
+
+    short: str = ""  # in one line what was taken
+    details: str = ""  # in another how fast every way was
 
 
 class Choice(NamedTuple):
@@ -48,17 +58,17 @@ class Choice(NamedTuple):
     kept: str = ""  # "now" where it is remembered from now on, or the day from which it was
 
     @property
-    def said(self) -> str:
-        """In one line what was taken, beside what, and what that took; "" where nothing was chosen by timing."""
+    def said(self) -> Said:
+        """What was taken and what that took; empty where nothing was chosen by timing."""
         if not self.measured:
-            return ""
+            return Said()
         own = f"{self.path} × {self.chunk_size}"
-        others = ", ".join(f"{way} at {rate:,.0f}" for way, rate in self.measured.items() if way != own)
-        beside = f"beside {others}" if others else "beside nothing else"
-        how = f"in {self.seconds:.1f} s" + (", remembered from now on" if self.kept else "")
+        how = f"timed in {self.seconds:.1f} s" + (" and remembered" if self.kept else "")
         if self.kept not in ("", "now"):
-            how = f"on {self.kept} and remembered"
-        return f"{own} at {self.measured[own]:,.0f} client-steps/s measured {how}, {beside}"
+            how = f"remembered, timed on {self.kept}"
+        of = f"the fastest of {len(self.measured)} ways, " if len(self.measured) > 1 else ""
+        each = sorted(self.measured.items(), key=lambda pair: -pair[1])
+        return Said(f"{own} ({of}{how})", "client-steps/s: " + ", ".join(f"{way} {rate:,.0f}" for way, rate in each))
 
 
 def choose(
@@ -99,8 +109,8 @@ def choose(
     # How far memory goes changes a little all the time: by powers of 4 it does not.
     asked = [path, chunk_size, wide, own_rows, replays, len(sizes), sizes[-1] == cohort, registry.wanted]
     ways = KnownWays(task, method, start, job, asked, on=remember)
-    known = ways.get()
-    if known and known.chunk_size <= sizes[-1] and _still_good(known, task, method, start, job, path, wide, yardstick):
+    known, most = ways.get(), _SLACK * sizes[-1]
+    if known and known.chunk_size <= most and _still_good(known, task, method, start, job, path, wide, yardstick):
         return Choice(known.path, known.chunk_size, known.measured, trouble, note, kept=known.day)
     begin = time.monotonic()
     rates = Rates(partial(rate, task, method, start, job, replays=replays), path, trouble)

@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ class Bench(NamedTuple):
     peak_bytes: float
     memory: float  # bytes, the most that was in use
     shares: dict[str, float]  # {kind of operator: part of a round's time}
+    details: Sequence[str] = ()  # how fast every way was that could have been taken
 
 
 def bench(
@@ -98,6 +99,7 @@ def bench(
         *peaks(device, getattr(torch, config.run.dtype)),
         float(most_bytes(device)),
         shares,
+        backend.details,
     )
 
 

@@ -17,13 +17,13 @@ from types import FrameType
 from typing import NamedTuple
 
 from fedmom.config.build import share_of_gpus
-from fedmom.config.keys import Scalar
 from fedmom.config.load import load, parse_sets
 from fedmom.errors import InputError
 from fedmom.experiments.run import run
 from fedmom.machine.cores import usable_cores
 from fedmom.method.state import ClientState
 from fedmom.records.files import CONFIG
+from fedmom.records.status import Cell, CellEnded
 from fedmom.rounds.loop import Record
 from fedmom.runs.callbacks import STOPPING, Callback
 from fedmom.runs.progress import Quiet
@@ -36,23 +36,6 @@ RAY_HERE = "local"  # for an address: a Ray that is started for the sweep
 LOOK_SECONDS = 0.5  # between two looks at the file that tells actors to end, and at whether the parent lives
 ONE_REQUEST_SECONDS = 1.0  # a scheduler may send several signals for one
 ENDING = "ending: what runs leaves its checkpoint; once more ends it at once"
-
-
-class Cell(NamedTuple):
-    """One run of a sweep."""
-
-    name: str  # of its folder
-    sets: dict[str, Scalar]  # what it changes, run.seed included
-    group: str  # the name without the seed
-
-
-class CellEnded(NamedTuple):
-    """How a cell ended, now or in an earlier call."""
-
-    cell: Cell
-    status: str  # "done", "diverged", "failed" or "interrupted" as of a run; "refused": bad input
-    message: str
-    seconds: float  # 0 if nothing had to be run
 
 
 class SweepWork(NamedTuple):

@@ -14,7 +14,7 @@ from fedmom.config.keys import KEYS, Scalar
 from fedmom.config.load import as_held, load, parse_sets, read_tables, typed_value
 from fedmom.config.numbers import as_list, pieces
 from fedmom.errors import InputError
-from fedmom.experiments.crew import Cell
+from fedmom.records.status import Cell
 
 MOST_RUNS = 100_000
 LONGEST_NAME = 200  # bytes of a folder's name; file systems take 255, and some what they add to it

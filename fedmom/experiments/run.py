@@ -12,8 +12,10 @@ from fedmom.config.strategies import OURS
 from fedmom.errors import InputError, require
 from fedmom.experiments.simulation import simulate
 from fedmom.machine.files import at_home
-from fedmom.runs.callbacks import Callback, Result
+from fedmom.runs.bars import python_bar
+from fedmom.runs.callbacks import Callback
 from fedmom.runs.execute import execute, opened
+from fedmom.runs.result import Result
 
 
 def run(
@@ -25,11 +27,13 @@ def run(
     device: str | None = None,
     callbacks: Iterable[Callback] = (),
     app: str | Path | None = None,
+    progress: bool | None = None,
 ) -> Result:
     """Run Algorithm 1 or 2 as `config` says: a TOML file, a mapping ({"algorithm": {"lr": 0.1}}) or a Config.
 
     `sets` changes keys ({"algorithm.lr": 0.1} or ["algorithm.lr=0.1"]), `out` names a run folder to write (None:
     nothing is written), `resume` a run folder to go on with (`config` may then be left out).
+    `progress` shows a bar, or none; left out, on a terminal and in a notebook.
     With run.backend = "simulation" the Flower app in the folder `app` (default: here) runs on Ray actors.
     Raises InputError for bad input. Divergence, clients that failed and Ctrl-C are a Result's status, and leave a
     checkpoint in the folder.
@@ -43,6 +47,8 @@ def run(
         raise InputError(f"--out {out}: goes with a new run; --resume {resume} writes into its own folder")
     if resume is None and config is None:
         raise InputError("CONFIG is missing: name a TOML file, or one of fedmom's own (quickstart), or --resume DIR")
+    callbacks = list(callbacks)
+    callbacks += python_bar(progress, callbacks)
     with opened(config, changes, out, resume) as begun:
         settled = begun.resolved.config
         _check_backend(settled)

@@ -10,7 +10,8 @@ from fedmom.config.keys import Config
 from fedmom.config.load import flat, replace
 from fedmom.errors import InputError, RunStoppedError
 from fedmom.machine.files import at_home
-from fedmom.runs.callbacks import Callback, Listener, Result
+from fedmom.runs.callbacks import Callback, Listener
+from fedmom.runs.result import Result
 from fedmom.user_code import app_root
 
 

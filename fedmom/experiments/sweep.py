@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmom.config.keys import Config
+from fedmom.config.goals import measured_by
 from fedmom.config.load import config_file, load, parse_sets
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError, require, unknown
@@ -13,13 +13,11 @@ from fedmom.experiments.crew import Cell, CellEnded, SweepWork, on_ray, one_by_o
 from fedmom.experiments.processes import side_by_side
 from fedmom.experiments.run import check_place
 from fedmom.machine.files import write_text
-from fedmom.method.algorithms import ALGORITHMS
-from fedmom.records.files import CONFIG, MANIFEST
+from fedmom.records.files import CONFIG, FINAL, MANIFEST
 from fedmom.records.folder import RunFolder
 from fedmom.records.history import last_round
 from fedmom.records.resume import resume_config
-from fedmom.rounds.loop import CLIENT_MEASURES
-from fedmom.tasks.task import task_kind
+from fedmom.records.status import read_status
 
 WAITING = "not begun"  # of a cell that waits for its turn
 SETTLED = ("done", "diverged")  # runs that another try would not change
@@ -52,25 +50,11 @@ def check(
                 settled = resolve(load(config, changes)).config
                 RunFolder.check_new(out / cell.name)
             check_place(settled, here=here)
-            measured |= measured_by(settled)
+            measured |= measured_by(settled.data.dataset, settled.algorithm.name)
         except InputError as error:
             raise InputError(f"{cell.name}: {error}") from None
     if metric and metric not in measured:
         raise unknown("--metric", metric, sorted(measured))
-
-
-# The numbers that every record has, and those of Algorithm 2 (docs/method.md).
-_ALWAYS = (
-    *("round", "steps", "joint_epochs", "lr", "train_loss", "consensus_distance", "momentum_spread"),
-    *("bytes_sent", "wall_seconds", "client_steps_per_second", "num_clients", "num_failed"),
-)
-_MIXED = ("consensus_distance_after", "momentum_spread_after")
-
-
-def measured_by(config: Config) -> set[str]:
-    """The names of all numbers that such a run may record."""
-    kind, mixes = task_kind(config.data.dataset), ALGORITHMS[config.algorithm.name].decentralized
-    return {*_ALWAYS, *kind.measures, *((*_MIXED, *CLIENT_MEASURES) if mixes else ())} - {"optimum"}
 
 
 def sweep(
@@ -126,10 +110,13 @@ def _lacks_rounds(config: Path, cell: Cell, out: Path, sets: Sequence[str], stat
     folder = out / cell.name
     if not (folder / CONFIG).exists():
         return True
-    if status == "done" and last_round(folder) < load(folder / CONFIG).config.run.num_rounds:
-        return True
+    recorded = load(folder / CONFIG).config
     asked = resume_config(folder, config, {**parse_sets(sets), **cell.sets, "run.resume": ""}).config
-    return asked.run.num_rounds > load(folder / CONFIG).config.run.num_rounds
+    if status == "done" and last_round(folder) < recorded.run.num_rounds:
+        # One that stopped at its target lacks none, unless it is asked for another one now.
+        wants = [(c.run.stop_at, c.run.patience, c.run.min_delta, c.run.monitor) for c in (recorded, asked)]
+        return not (folder / FINAL).exists() or not read_status(folder).reason or wants[0] != wants[1]
+    return asked.run.num_rounds > recorded.run.num_rounds
 
 
 def _write(out: Path, known: Mapping[str, Mapping[str, Any]]) -> None:

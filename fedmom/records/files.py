@@ -17,6 +17,7 @@ from fedmom.method.state import Tree
 CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
 MANIFEST = "sweep.json"  # of a sweep's folder: what runs there are to be, and how each ended
 CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
+BEST = "best.safetensors"  # of the best evaluation so far, where run.keep-best asks for it
 STATUS = "status.json"  # how the run is or how it ended: `fedmom.records.status` writes and reads it
 ENDED = "ended.json"  # of a run under Flower's own command: how it ended, for whoever follows it from afar
 # What a checked file says of itself begins so; the others' begins with {, which is no flipped bit away from it.

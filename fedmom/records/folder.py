@@ -15,6 +15,7 @@ import torch
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.records.files import (
+    BEST,
     CHECKPOINT,
     CLIENTS,
     CONFIG,
@@ -36,7 +37,7 @@ _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
 
 def _leftovers(folder: Path) -> list[str]:
     """Files that `whole_file` began in `folder` and a kill left behind."""
-    names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, STATUS, "curves.png")
+    names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, BEST, STATUS, "curves.png")
     return [p.name for p in folder.iterdir() if p.name.startswith(tuple(f".{name}." for name in names))]
 
 
@@ -158,6 +159,16 @@ class RunFolder:
 
     def save_final(self, done: RunState, stamp: dict[str, Any]) -> None:
         write_tensors(self.path / FINAL, flatten(done.state), self._about(done, stamp))
+
+    def save_best(self, done: RunState, stamp: dict[str, Any], measure: str, value: float) -> None:
+        """The model and momentum of the best evaluation so far, and its value."""
+        write_tensors(self.path / BEST, flatten(done.state), {**self._about(done, stamp), measure: value})
+
+    def best_round(self) -> int:
+        """The round of best.safetensors; 0 where there is none that can be read."""
+        with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
+            return int(read_about(self.path / BEST)["round"])
+        return 0
 
     @staticmethod
     def _about(done: RunState, stamp: dict[str, Any]) -> dict[str, Any]:

@@ -33,12 +33,12 @@ from fedmom.tasks.task import Task, task_kind
 from fedmom.user_code import is_own_file, is_spec, load_object
 
 # Keys that may differ on resume without changing what is computed up to the rounds already done.
-LENGTH = ("run.num-rounds", "run.num-steps")
+LENGTH = ("run.num-rounds", "run.num-steps", "run.stop-at", "run.patience", "run.min-delta", "run.monitor")
 # Keys that say where a run happens and how its failures are met; a resumed run may have others.
 PLACE = tuple(
     f"{section}.{name}"
     for section, names in {
-        "run": ("out", "resume"),
+        "run": ("out", "resume", "keep-best"),
         "engine": ("workers", "remember"),
         "server": ("on-failure", "min-clients", "retries", "timeout-seconds", "wait-seconds", "window"),
         "simulation": [name.partition(".")[2] for name in KEYS if name.startswith("simulation.")],

@@ -52,7 +52,7 @@ def resume_config(folder: Path, source: Any, changes: Mapping[str, Any]) -> Reso
         if name not in LENGTH + PLACE and new[name] != old[name]:
             raise InputError(
                 f"{name} = {new[name]!r}: the run in {folder} has {old[name]!r}; a resume may change nothing but "
-                "the length; start a new run for the rest"
+                "the length and when it stops; start a new run for the rest"
             )
     if config.run.num_rounds < recorded.run.num_rounds:
         raise InputError(f"{length} = {new[length]}: the run in {folder} has {old[length]}; it can only become longer")

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedmom.config.keys import Scalar
 from fedmom.config.load import load
 from fedmom.errors import InputError
 from fedmom.machine.files import over_text, write_text
@@ -57,6 +58,23 @@ class Status(NamedTuple):
     def text(self) -> str:
         """In words: the status and, unless all is well, why."""
         return f"{self.status}: {self.reason}" if self.reason and not self.is_done else self.status
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    name: str  # of its folder
+    sets: dict[str, Scalar]  # what it changes, run.seed included
+    group: str  # the name without the seed
+
+
+class CellEnded(NamedTuple):
+    """How a cell ended, now or in an earlier call."""
+
+    cell: Cell
+    status: str  # "done", "diverged", "failed" or "interrupted" as of a run; "refused": bad input
+    message: str
+    seconds: float  # 0 if nothing had to be run
 
 
 class Heart:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from fedmom.config.keys import Scalar
 from fedmom.config.numbers import counted
-from fedmom.experiments.crew import CellEnded
 from fedmom.records.history import read_rounds
+from fedmom.records.status import CellEnded
 from fedmom.results.groups import Group, data_setting, rivals, said
 from fedmom.results.sheets import stat, written
 from fedmom.results.tables import MEASURES, MISSING, Measure, finite, fitted, number

@@ -36,7 +36,8 @@ class Run(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """Whether every round is there."""
-        return len(self.rounds) >= int(self.settings["run.num-rounds"])
+        stopped = self.status.is_done and self.status.reason  # at its target: it lacks none
+        return len(self.rounds) >= (self.status.round if stopped else int(self.settings["run.num-rounds"]))
 
     @property
     def standing(self) -> str:

@@ -61,6 +61,7 @@ class Backend(Protocol):
     # {"engine.path": …}: what it chose of the configuration, so that a resume takes the same.
     settled: Mapping[str, Any] = MappingProxyType({})
     notes: Sequence[str] = ()  # what of that should be known
+    details: Sequence[str] = ()  # what of that may be asked for
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""

@@ -12,8 +12,9 @@ from types import FrameType
 from typing import NamedTuple
 
 from fedmom.config.keys import Config
-from fedmom.method.state import ClientState, Tree
+from fedmom.method.state import ClientState
 from fedmom.rounds.loop import Record
+from fedmom.runs.result import Result
 
 # Signals that ask a run to end.
 STOPPING = tuple(int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -27,6 +28,8 @@ class Start(NamedTuple):
     first_round: int  # 1, or the first after a checkpoint
     client_steps: int  # per round, of all clients together
     notes: tuple[str, ...]  # what was overruled, chosen or should be known
+    details: tuple[str, ...] = ()  # of what was chosen, for whoever asks
+    rounds: Sequence[Record] = ()  # those of a resumed run that are done
 
 
 class Callback:
@@ -34,36 +37,32 @@ class Callback:
 
     # Whether `on_round` looks at the state. Where clients hold the rows (Algorithm 2 on Ray), it must be brought here.
     wants_state = True
+    # Whether the notes of `on_start` are in its care; where they are in nobody's they become Python's warnings.
+    takes_notes = True
 
-    def on_start(self, start: Start) -> None:
-        """Once, before the first round."""
+    def on_prepare(self, what: str) -> None:
+        """Before on_start, at the beginning of something that may take seconds: "reading the data"."""
+
+    def on_start(self, start: Start) -> str | None:
+        """Once, before the first round. A text ends the run there and is its reason, as of on_round."""
 
     def on_steps(self, client_steps: int) -> None:
         """Within a round: so many more client-steps are done."""
 
-    def on_round(self, record: Record, state: ClientState) -> None:
-        """After every round: its line of rounds.jsonl, and x̂, û and the buffers."""
+    def on_round(self, record: Record, state: ClientState) -> str | None:
+        """After every round: its line of rounds.jsonl, and x̂, û and the buffers.
+
+        A text ends the run after this round, as done, and is its reason ("the loss stays"); None goes on.
+        """
 
     def on_output(self, node: int, text: str) -> None:
         """In another thread: what the client of a simulated node printed or logged (simulation.show-output)."""
 
-    def on_end(self, result: "Result") -> None:
+    def on_end(self, result: Result) -> None:
         """Once, after the last round, an interruption, divergence or clients that failed."""
 
     def on_error(self) -> None:
         """Once, instead of on_end, when something else ended the run (a full disk): put the terminal in order."""
-
-
-class Result(NamedTuple):
-    """What a run came to."""
-
-    status: str  # "done", "interrupted", "diverged" or "failed" (clients did not answer)
-    rounds: Sequence[Record]  # the lines of rounds.jsonl; of a run of many thousands read from there
-    state_dict: Tree  # of the mean model, as model.load_state_dict takes it
-    momentum: Tree  # û
-    config: Config  # resolved
-    folder: Path | None
-    message: str = ""  # what went wrong, in one line
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,10 @@ from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
 from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Record, RunState, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
-from fedmom.runs.callbacks import Callback, Interrupts, Result, Start, interrupts_held
+from fedmom.runs.callbacks import Callback, Interrupts, Start, interrupts_held
 from fedmom.runs.cautions import cautions
+from fedmom.runs.result import Result
+from fedmom.runs.stopping import Watchers, reason_of
 from fedmom.tasks.task import Task
 from fedmom.user_code import blamed, one_line
 
@@ -72,12 +74,14 @@ def execute(
     are the Result's status, and leave a checkpoint in the folder.
     """
     config, folder, resumed, callbacks = run.resolved.config, run.folder, run.folder is not None, list(callbacks)
-    here = resolve_device(config)
-    with blamed(flat(config)):
-        task = make_task(here) if make_task else build_task(here, here.engine.device)
-        plan = make_plan(config)._replace(compared=resumed)
-        backend = make_backend(config, task, plan)
+    here, backend = resolve_device(config), None
     try:
+        with blamed(flat(config), but=_prepare.__code__):
+            _prepare(callbacks, "reading the data")
+            task = make_task(here) if make_task else build_task(here, here.engine.device)
+            plan = make_plan(config)._replace(compared=resumed)
+            _prepare(callbacks, "choosing how to run")
+            backend = make_backend(config, task, plan)
         if run.out is not None:
             folder = RunFolder.create(run.out)
         config = with_choices(config, backend.settled)
@@ -87,9 +91,15 @@ def execute(
             callback.on_error()
         raise
     finally:
-        backend.close()
+        if backend is not None:
+            backend.close()
         if run.out is not None and folder is not None:
             folder.close()
+
+
+def _prepare(callbacks: Iterable[Callback], what: str) -> None:
+    for callback in callbacks:
+        callback.on_prepare(what)
 
 
 class _Run:
@@ -112,6 +122,7 @@ class _Run:
         self.identity = identity_of(config, task)
         self.stamp = self.identity.stamp
         self.rounds = History(folder.path if folder else None)
+        self.watchers = Watchers(config)
         self.heart: Heart | None = None
 
     def go(self, resumed: bool) -> Result:
@@ -131,8 +142,9 @@ class _Run:
         """(how it ended, why, the last state), with the last checkpoint and final.safetensors written."""
         status, message = "done", ""
         try:
-            self._tell_start(done)
-            for new, record in self._steps(done):
+            message = self._tell_start(done)
+            steps = iter(()) if message else self._steps(done)
+            for new, record in steps:
                 with interrupts_held():
                     if self.folder:
                         self.folder.append(record)
@@ -140,6 +152,7 @@ class _Run:
                     done = new
                 if self.heart:
                     self.heart.round = done.round
+                done = self._keep_best(done, record)
                 if self.folder and done.round % self.config.run.checkpoint_every == 0:
                     done = done.gathered()  # others may take long to bring it: Ctrl-C must get through
                     with interrupts_held():
@@ -147,8 +160,8 @@ class _Run:
                         saved = done.round
                 if any(callback.wants_state for callback in self.callbacks):
                     done = done.gathered()
-                for callback in self.callbacks:
-                    callback.on_round(record, done.state)
+                if message := self._tell_round(record, done):
+                    break  # a round that was begun meanwhile is let go
         except DivergedError as error:
             status, message = "diverged", str(error)
         except ClientsFailedError as error:
@@ -175,6 +188,18 @@ class _Run:
         if self.folder and status == "done":
             self.folder.save_final(done, self.stamp)
         return status, message, done
+
+    def _keep_best(self, done: RunState, record: Record) -> RunState:
+        """Before the checkpoint of this round: what a kill leaves between the two is written again."""
+        if self.watchers.add(record) and self.folder and self.config.run.keep_best:
+            done = done.gathered()
+            self._save_best(done)
+        return done
+
+    def _save_best(self, done: RunState) -> None:
+        if self.folder and self.watchers.best:
+            with interrupts_held():
+                self.folder.save_best(done, self.stamp, self.watchers.monitor, self.watchers.best.value)
 
     @staticmethod
     def _gathered(done: RunState, interrupts: Interrupts) -> RunState:
@@ -220,6 +245,9 @@ class _Run:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
             if self.rounds.last:
                 done = done._replace(wall_seconds=float(self.rounds.last["wall_seconds"]))
+            there = self.folder.best_round() if self.config.run.keep_best else 0
+            if self.watchers.again(self.rounds, there) and self.config.run.keep_best:
+                self._save_best(done)
         # Nothing of the folder is changed before all that may be refused has been looked at.
         self.heart = Heart(self.folder.path, done.round)
         try:
@@ -233,15 +261,26 @@ class _Run:
             raise
         return done
 
-    def _tell_start(self, done: RunState) -> None:
+    def _tell_start(self, done: RunState) -> str:
+        """Why the run may end before a round, or ""."""
         per_round = int(round_job(self.task, self.plan, done).num_steps.sum())
         path = self.folder.path if self.folder else None
-        start = Start(self.config, path, done.round + 1, per_round, tuple(self.notes))
-        for callback in self.callbacks:
-            callback.on_start(start)
-        if not self.callbacks:
+        notes, details = tuple(self.notes), tuple(self.backend.details)
+        start = Start(self.config, path, done.round + 1, per_round, notes, details, self.rounds.settled())
+        asked = [callback.on_start(start) for callback in self.callbacks]
+        if not any(callback.takes_notes for callback in self.callbacks):
             for note in self.warnings:
                 warnings.warn(note, stacklevel=4)
+        return self._stopped(done, asked) if done.round else ""
+
+    def _tell_round(self, record: Record, done: RunState) -> str:
+        """Why the run ends after this round, or ""."""
+        return self._stopped(done, [callback.on_round(record, done.state) for callback in self.callbacks])
+
+    def _stopped(self, done: RunState, asked: Sequence[str | None]) -> str:
+        reason = self.watchers.reason or reason_of(asked)
+        over = done.round >= self.plan.num_rounds
+        return f"stopped after round {done.round}: {reason}" if reason and not over else ""
 
     def _steps(self, done: RunState) -> Iterator[tuple[RunState, Record]]:
         """The rounds; what the user's own code raises in one, and any bad input that only shows there, names it."""

@@ -6,13 +6,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Column
 
 from fedmom.config.numbers import counted, percent
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.state import ClientState
 from fedmom.rounds.loop import Record
-from fedmom.runs.callbacks import Callback, Result, Start
+from fedmom.runs.callbacks import Callback, Start
+from fedmom.runs.result import Result
 from fedmom.tasks.task import task_kind
 
 _SECONDS_BETWEEN_LINES = 2.0
@@ -53,15 +55,28 @@ def _fixed(width: int) -> Column:
 class Bar(Callback):
     """A bar with round, loss, accuracy, client-steps/s and time left."""
 
-    wants_state = False
+    wants_state = takes_notes = False
 
     def __init__(self, console: Console, *, follows: bool = False) -> None:
         """`follows`: a run that goes on elsewhere; its rounds come in bursts, so its records say how fast it is."""
         self.console, self.follows = console, follows
         self.seen: Record = {}
         self.bar = Progress(console=console)  # until a run begins, and says what there is to show
+        self.waiting: Status | None = None
+
+    def on_prepare(self, what: str) -> None:
+        if self.waiting is None:
+            self.waiting = self.console.status(what)
+            self.waiting.start()
+        self.waiting.update(what)
+
+    def _prepared(self) -> None:
+        if self.waiting is not None:
+            self.waiting.stop()
+            self.waiting = None
 
     def on_start(self, start: Start) -> None:
+        self._prepared()
         total = start.config.run.num_rounds
         self.per_round = max(1, start.client_steps)
         self.narrow = self.console.width < 110
@@ -110,6 +125,7 @@ class Bar(Callback):
         self.bar.stop()
 
     def on_error(self) -> None:
+        self._prepared()
         self.bar.stop()
 
 
@@ -148,8 +164,9 @@ class Notes(Callback):
 
     wants_state = False
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, *, verbose: bool = False) -> None:
+        """verbose: with the details of what was chosen."""
+        self.console, self.verbose = console, verbose
 
     def on_start(self, start: Start) -> None:
         data, algorithm, run = start.config.data, start.config.algorithm, start.config.run
@@ -164,8 +181,12 @@ class Notes(Callback):
             self._say(f"run folder: {start.folder}")
         if start.first_round > 1:
             self._say(f"resumed after round {start.first_round - 1}")
-        for note in start.notes:
+        for note in (*start.notes, *(start.details if self.verbose else ())):
             self._say(note)
+
+    def on_end(self, result: Result) -> None:
+        if result.status == "done" and result.message:
+            self._say(result.message)
 
     def on_output(self, node: int, text: str) -> None:
         show_output(self.console, node, text)
@@ -180,10 +201,11 @@ class Quiet(Callback):
     wants_state = False
 
 
-def callbacks(console: Console, *, quiet: bool) -> list[Callback]:
+def callbacks(console: Console, *, quiet: bool, verbose: bool = False) -> list[Callback]:
+    """Those of a command."""
     if quiet:
         return [Quiet()]
-    return [Notes(console), Bar(console) if console.is_terminal else Lines(console)]
+    return [Notes(console, verbose=verbose), Bar(console) if console.is_terminal else Lines(console)]
 
 
 class Replies:

@@ -16,7 +16,8 @@ from fedmom.machine.files import write_text
 from fedmom.method.state import ClientState
 from fedmom.records.files import CONFIG
 from fedmom.rounds.loop import Record
-from fedmom.runs.callbacks import Callback, Result, Start
+from fedmom.runs.callbacks import Callback, Start
+from fedmom.runs.result import Result
 from fedmom.user_code import one_line
 
 MEMORY = "tracking.json"  # in the run folder: under which ids trackers know the run, for a resume

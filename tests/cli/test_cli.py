@@ -457,7 +457,7 @@ def test_an_interrupted_run_has_status_130_and_goes_on_from_its_checkpoint(fed, 
             if record["round"] == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(progress, "callbacks", lambda console, quiet: [Interrupt()])
+    monkeypatch.setattr(progress, "callbacks", lambda console, **_: [Interrupt()])
     status, out, err = fed("run", "tiny.toml", "--out", "x", "--set", "run.num-rounds=5")
     assert status == 130
     assert err == ["fedmom: interrupted after round 3", "fedmom: go on with: fedmom run --resume x"]

@@ -74,11 +74,11 @@ def test_a_remembered_choice_is_the_measured_one(best, ways, timed):
     assert second[:5] == first[:5]
     assert second.seconds == 0
     assert second.kept[:2] == "20"
-    assert "remembered from now on" in first.said
-    assert f"measured on {second.kept} and remembered" in second.said
+    assert "and remembered" in first.said.short
+    assert f"remembered, timed on {second.kept}" in second.said.short
     for choice in (first, second):
-        assert choice.said.startswith(f"{best} × {first.chunk_size} at ")
-        assert all(way in choice.said for way in first.measured)
+        assert choice.said.short.startswith(f"{best} × {first.chunk_size} (the fastest of ")
+        assert all(way in choice.said.details for way in first.measured)
 
 
 def test_without_remember_nothing_is_read_or_written(ways, timed):
@@ -225,12 +225,39 @@ class Branches(nn.Module):
         return y if float(y.detach().sum()) < 1e9 else 2 * y
 
 
-def test_what_nobody_can_tell_apart_is_measured_every_time(ways, timed):
+def shrinking(grads, params, start):
+    return {name: 0.5 * g for name, g in grads.items()}
+
+
+def growing(grads, params, start):
+    return {name: 2.0 * g for name, g in grads.items()}
+
+
+def corrected(by):
+    plan = simple_plan(4)
+    return plan._replace(method=plan.method._replace(correction=by))
+
+
+def test_what_its_text_alone_tells_apart_is_remembered_by_it(ways, timed):
+    names = [
+        name_of(),
+        name_of(plan=corrected(shrinking)),
+        name_of(plan=corrected(growing)),
+        name_of(made(Branches)(4)),
+    ]
+    assert all(names)
+    assert len(set(names)) == len(names)
+    assert chosen(plan=corrected(shrinking)).kept == "now"
+    assert chosen(plan=corrected(shrinking)).kept != "now"
+    assert len(json.loads(ways.read_text())) == 1
+
+
+def test_what_has_no_text_is_measured_every_time(ways, timed):
     seen, _ = timed
-    corrected = simple_plan(4)
-    corrected = corrected._replace(method=corrected.method._replace(correction=lambda grads, params, start: grads))
-    assert name_of(plan=corrected) == name_of(made(Branches)(4)) == ""
-    assert chosen(plan=corrected).kept == ""
+    typed = {}
+    exec("def by(grads, params, start):\n    return grads", typed)  # as into a console
+    assert name_of(plan=corrected(typed["by"])) == ""
+    assert chosen(plan=corrected(typed["by"])).kept == ""
     assert seen
     assert not ways.exists()
 
@@ -333,7 +360,7 @@ def test_what_cannot_be_written_is_done_without(tmp_path, timed, monkeypatch):
     monkeypatch.setenv("FEDMOM_CACHE", str(tmp_path / "file"))
     choice = chosen()
     assert (choice.path, choice.kept) == ("stack", "")
-    assert "remembered" not in choice.said
+    assert "remembered" not in choice.said.short
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------
@@ -348,23 +375,33 @@ TINY = {
 }
 
 
-def notes_of(**changes):
+def notes_of(out, **changes):
     notes = []
 
     class Seen(fedmom.Callback):
         def on_start(self, run):
             notes.extend(run.notes)
 
-    result = fedmom.run({**TINY, **changes}, callbacks=[Seen()])
+    result = fedmom.run({**TINY, **changes}, out=out, callbacks=[Seen()])
     return result.config, " ".join(notes)
 
 
-def test_a_run_says_what_it_remembered(ways, in_tmp, timed):
-    first, said = notes_of()
-    assert "remembered from now on" in said
-    second, said = notes_of(**{"algorithm.lr": 0.01})
+def test_the_same_command_twice_gives_the_same_bytes(ways, in_tmp, timed):
+    """And takes no time to choose: which way is the fastest may look otherwise by then, and changes the last digits."""
+    seen, speeds = timed
+    run = {"model.name": "mlp", "model.hidden": 8, "run.num-rounds": 2, "algorithm.num-local-steps": 3}
+    first, said = notes_of("first", **run)
     assert "and remembered" in said
-    assert (first.engine.path, first.engine.chunk_size) == (second.engine.path, second.engine.chunk_size)
+    tried = len(seen)
+    speeds.update(loop=100.0, stack=1.0)
+    second, said = notes_of("second", **run)
+    assert "(the fastest of 4 ways, remembered, timed on 20" in said
+    assert len(seen) == tried
+    assert (
+        (first.engine.path, first.engine.chunk_size) == (second.engine.path, second.engine.chunk_size) == ("stack", 3)
+    )
+    for name in ("final.safetensors", "checkpoint.safetensors"):
+        assert (in_tmp / "first" / name).read_bytes() == (in_tmp / "second" / name).read_bytes()
 
 
 def test_what_is_remembered_is_no_part_of_a_runs_identity(in_tmp):

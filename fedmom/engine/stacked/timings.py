@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import statistics
 import time
@@ -105,8 +106,7 @@ class KnownWays:
         on: whether anything is remembered.
         """
         place = folder() if on else None
-        # A correction is the user's code, and how fast that is nobody can tell by its name.
-        self.name = _situation(task, method, start, job, asked) if place and method.correction is None else ""
+        self.name = _situation(task, method, start, job, asked) if place else ""
         self.kept = Kept(place / "ways.json" if place and self.name else None, _remembered, _MOST_WAYS)
 
     def get(self) -> Remembered | None:
@@ -151,9 +151,14 @@ def _situation(task: Task, method: Method, start: ClientState, job: Job, asked: 
     }
     if isinstance(task, Quadratic):
         parts["noise"] = task.noise_sigma > 0
+    if method.correction is not None:  # the user's code: how fast it is, its text must tell
+        parts["correction"] = _source(method.correction)
+        if not parts["correction"]:
+            return ""
     if isinstance(task, Classification):
         batch = next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))
-        work, layers = work_of(task.model, batch.x[0]), _layers(task.model)
+        layers = _layers(task.model)
+        work = work_of(task.model, batch.x[0]) or _source(*dict.fromkeys(map(type, task.model.modules())))
         if not (work and layers):
             return ""
         examples, sampler = task.dataset.x_train, task.sampler
@@ -182,6 +187,20 @@ def _layers(model: nn.Module) -> list[Any]:
             for name, m in model.named_modules(remove_duplicate=False)
         ]
     except Exception:  # a user's model may raise anything
+        return []
+
+
+def _source(*objects: Any) -> list[str]:
+    """Names and texts of functions and classes, in some digits; empty where one has none (typed into a console).
+
+    What they call is left out: a choice that is remembered wrongly costs time, and is right all the same.
+    """
+    try:
+        return [
+            f"{one.__module__}.{one.__qualname__} {hashlib.sha256(inspect.getsource(one).encode()).hexdigest()[:16]}"
+            for one in objects
+        ]
+    except (OSError, TypeError, AttributeError):
         return []
 
 

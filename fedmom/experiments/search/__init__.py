@@ -1,0 +1,1 @@
+"""Sweeps from Python, and searches that choose their runs as they go."""
