@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 OUTSIDE = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+)([^)]*)\)")
+FILE = re.compile(r"^```(\w+) file=(\S+)$", re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 # ASCII and Latin-1, accents, Greek, punctuation and superscripts, letterlike, arrows, operators, brackets, and the
 # mathematical alphabets that browsers take for an <mi>.
@@ -18,7 +19,7 @@ IN_FORMULAS = (
 
 
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
-    """Links to files of the checkout become their names, since a site holds docs/ alone."""
+    """Links out of docs/ become names, since a site holds docs/ alone; the file of a block is its title."""
     depth = page.file.src_uri.count("/")
 
     def named(link: re.Match[str]) -> str:
@@ -27,7 +28,7 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
             return link[0]
         return text if "`" in text else f"{text} (`{target.split('#')[0]}`)"
 
-    return OUTSIDE.sub(named, markdown)
+    return OUTSIDE.sub(named, FILE.sub(r'```\1 title="\2"', markdown))
 
 
 def on_page_content(content: str, **_: object) -> str:

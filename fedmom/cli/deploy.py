@@ -34,37 +34,50 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Folder = Annotated[Path, typer.Option("--dir", metavar="DIR", help="What `init` made.")]
+Folder = Annotated[Path, typer.Option("--dir", metavar="DIR", help="Folder that `init` made.")]
 Checkout = Annotated[
     Path | None,
     typer.Option("--app", metavar="DIR", help="Dockerfile and Flower app: a checkout (default: here, else fedmom's)."),
 ]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Print the docker and flwr commands instead of running them.")]
 BuildArguments = Annotated[
-    list[str] | None, typer.Option("--build-arg", metavar="NAME=VALUE", help="For `docker build`, if it is needed.")
+    list[str] | None,
+    typer.Option(
+        "--build-arg", metavar="NAME=VALUE", help="Argument of `docker build`, if it is needed. May be repeated."
+    ),
 ]
-Wait = Annotated[float, typer.Option("--wait", metavar="SECONDS", help="How long nodes may take to come.", min=0)]
+Wait = Annotated[
+    float, typer.Option("--wait", metavar="SECONDS", help="Longest wait for the nodes, in seconds.", min=0)
+]
 HERE = Path("deployment")
 
 
 @app.command()
 def init(
-    clients: Annotated[int | None, typer.Option("--clients", metavar="N", help="How many (3).", min=1)] = None,
+    clients: Annotated[
+        int | None, typer.Option("--clients", metavar="N", help="Number of clients. Default: 3.", min=1)
+    ] = None,
     address: Annotated[
-        str | None, typer.Option("--address", metavar="HOST", help="This machine's, for clients on other machines.")
+        str | None,
+        typer.Option("--address", metavar="HOST", help="Address of this machine, for clients on other machines."),
     ] = None,
     port: Annotated[
         int | None,
         typer.Option(
-            "--port", help="Where clients elsewhere reach the server; PORT + 1 for flwr here (8000).", min=1, max=65534
+            "--port",
+            help="Port of the server for clients; flwr here uses the next one. Default: 8000.",
+            min=1,
+            max=65534,
         ),
     ] = None,
     host: Annotated[
-        list[str] | None, typer.Option("--host", metavar="NAME", help="One more name for the server's certificate.")
+        list[str] | None,
+        typer.Option("--host", metavar="NAME", help="Another name for the server's certificate. May be repeated."),
     ] = None,
     gpu: Annotated[bool | None, typer.Option("--gpu/--no-gpu", help="The clients have NVIDIA GPUs.")] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="Of the Compose project (fedmom-, and some of its own).")
+        str | None,
+        typer.Option("--name", help="Name of the Compose project. Default: fedmom- and a part of its identity."),
     ] = None,
     folder: Folder = HERE,
 ) -> int:
@@ -103,7 +116,7 @@ def up(
 
 @app.command()
 def status(folder: Folder = HERE) -> int:
-    """Say how each container and node is, and when the certificates expire."""
+    """Show the state of each container and node, and when the certificates expire."""
     from fedmom.deploy import federation
 
     for line in federation.status(_ours(folder, False)):
@@ -189,7 +202,7 @@ def _follow(following: "Following", deployment: Path, quiet: bool) -> int:
 @app.command()
 def down(
     volumes: Annotated[
-        bool, typer.Option("--volumes", help="Also Flower's state and the run folders in the server's volume.")
+        bool, typer.Option("--volumes", help="Also remove Flower's state and the run folders in the server's volume.")
     ] = False,
     folder: Folder = HERE,
     dry_run: Dry = False,

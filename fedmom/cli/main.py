@@ -86,6 +86,9 @@ def fedmom(
 
 
 app.add_typer(deploy_app)
+app.command()(first.new)
+app.command()(first.check)
+app.command()(first.ls)
 
 
 @app.command()
@@ -172,18 +175,23 @@ def _uses_ray(config: Path | None, sets: Sequence[str], resume: Path | None) -> 
 
 @app.command(name="simulate-app")
 def simulate_flower_app(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of any Flower app (with pyproject.toml).")],
-    num_clients: Annotated[int, typer.Option("--num-clients", metavar="N", min=1, help="Nodes, one client each.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of any Flower app (with pyproject.toml).")],
+    num_clients: Annotated[
+        int, typer.Option("--num-clients", metavar="N", min=1, help="Number of nodes, with one client each.")
+    ],
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the app's run config.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the app's run config. May be repeated."),
     ] = None,
-    num_actors: Annotated[int, typer.Option(metavar="A", min=0, help="Ray actors; 0: as many as fit.")] = 0,
+    num_actors: Annotated[int, typer.Option(metavar="A", min=0, help="Number of Ray actors; 0: as many as fit.")] = 0,
     num_cpus: Annotated[float, typer.Option(metavar="C", min=0, help="CPU cores per actor.")] = 1.0,
-    num_gpus: Annotated[float, typer.Option(metavar="G", min=0, help="GPUs per actor; fractions share one.")] = 0.0,
-    ray_address: Annotated[str, typer.Option(metavar="HOST:PORT", help="A Ray cluster to join.")] = "",
-    retries: Annotated[int, typer.Option(min=0, help="New tries of a message whose actor died.")] = 2,
-    straggler_seconds: Annotated[float, typer.Option(min=0, help="Replace an actor that takes longer; 0: never.")] = 0,
-    output: Annotated[bool, typer.Option("--show-output", help="Print what clients print and log.")] = False,
+    num_gpus: Annotated[float, typer.Option(metavar="G", min=0, help="GPUs per actor, or a fraction.")] = 0.0,
+    ray_address: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of a Ray cluster to join.")] = "",
+    retries: Annotated[int, typer.Option(min=0, help="How often a message is sent again after its actor died.")] = 2,
+    straggler_seconds: Annotated[
+        float, typer.Option(min=0, help="Replace an actor that takes longer for a message; 0: never.")
+    ] = 0,
+    output: Annotated[bool, typer.Option("--show-output", help="Print what the clients print and log.")] = False,
 ) -> int:
     """Simulate any Flower app, unchanged, on resident Ray actors.
 
@@ -220,10 +228,6 @@ def simulate_flower_app(
 
 
 app.command()(show.partition)
-
-
-for command in (first.new, first.check, first.ls):
-    app.command()(command)
 
 
 app.command()(sweep.sweep)

@@ -28,32 +28,34 @@ ConfigFile = Annotated[
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the config; may be repeated."),
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the configuration. May be repeated."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder (default: runs/NAME-TIME).")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder. Default: runs/NAME-TIME.")]
 Resume = Annotated[
     Path | None,
-    typer.Option("--resume", metavar="DIR", help="Go on with this run folder; CONFIG may be left out."),
+    typer.Option("--resume", metavar="DIR", help="Resume the run in this folder. CONFIG may be left out."),
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Say more: how fast every way was that could have been taken.")
+    bool, typer.Option("--verbose", "-v", help="Print how fast every way of running was that could have been taken.")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path and nothing else.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print the path of the run folder and nothing else.")]
 Tracks = Annotated[
     list[str] | None,
-    typer.Option("--track", metavar="tensorboard|mlflow|wandb", help="Who else hears of every round; may be repeated."),
+    typer.Option(
+        "--track", metavar="tensorboard|mlflow|wandb", help="Report every round to this tracker. May be repeated."
+    ),
 ]
-Device = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda|auto", help="Overrules engine.device.")]
+Device = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda|auto", help="Override engine.device.")]
 BackendName = Annotated[
     str | None,
-    typer.Option("--backend", metavar="engine|simulation", help="Overrules run.backend: who runs the clients."),
+    typer.Option("--backend", metavar="engine|simulation", help="Override run.backend: what runs the clients."),
 ]
 FlowerApp = Annotated[
     Path | None,
-    typer.Option("--app", metavar="DIR", help="Backend simulation: the Flower app's folder (default: here)."),
+    typer.Option("--app", metavar="DIR", help="Backend simulation: folder of the Flower app. Default: this folder."),
 ]
 TensorBoardOption = Annotated[
-    bool, typer.Option("--tensorboard", help="Event files in the run folder; the same as --track tensorboard.")
+    bool, typer.Option("--tensorboard", help="Write event files into the run folder, as --track tensorboard.")
 ]
 
 

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from fedmom.results.groups import Group
     from fedmom.results.reading import Run
 
-Unfinished = Annotated[
-    bool, typer.Option("--unfinished", help="Count runs that are not finished too, as far as they got.")
-]
+Unfinished = Annotated[bool, typer.Option("--unfinished", help="Also count unfinished runs, as far as they got.")]
 Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders, or folders of sweeps.")]
 
 
@@ -29,15 +27,17 @@ def compare(
         typer.Option(
             "--target",
             metavar="METRIC=VALUE",
-            help="accuracy=0.8, loss=0.5, …: what it took to get there (default: what all runs reached).",
+            help="Show what it took to reach accuracy=0.8, loss=0.5, … Default: what all runs reached.",
         ),
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", metavar="text|markdown|csv|latex", help="How the tables are printed.")
+        str, typer.Option("--format", metavar="text|markdown|csv|latex", help="Format of the printed tables.")
     ] = "text",
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="For figures and tables (default: SWEEP/comparison, ./comparison)."),
+        typer.Option(
+            "--out", metavar="DIR", help="Folder of figures and tables. Default: SWEEP/comparison, else ./comparison."
+        ),
     ] = None,
     unfinished: Unfinished = False,
 ) -> int:
@@ -109,7 +109,9 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR|FILE.html", help="A folder, or the page alone (default: the one folder, or ./report)."
+            "--out",
+            metavar="DIR|FILE.html",
+            help="A folder, or the page alone. Default: the one folder, else ./report.",
         ),
     ] = None,
     unfinished: Unfinished = False,
@@ -173,10 +175,10 @@ def _report(
 
 
 def watch(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or a sweep's.")],
-    once: Annotated[bool, typer.Option("--once", help="Show what there is, and end.")] = False,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the folder of a sweep.")],
+    once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
     track: Annotated[
-        list[str] | None, typer.Option("--track", metavar="NAME", help="Tell tensorboard, mlflow or wandb too.")
+        list[str] | None, typer.Option("--track", metavar="NAME", help="Also report to tensorboard, mlflow or wandb.")
     ] = None,
 ) -> int:
     """Watch a run that is under way, or look at a finished one, in the terminal.

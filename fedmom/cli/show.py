@@ -16,9 +16,11 @@ from fedmom.machine.output import terminal_width
 def partition(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
     sets: Sets = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture.")] = Path("partition.png"),
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="File of the picture.")] = Path(
+        "partition.png"
+    ),
 ) -> int:
-    """Show who would hold which data: a summary, and the class-by-client picture.
+    """Show which client would hold which data: a summary, and a picture of classes by client.
 
     fedmom partition configs/quickstart.toml --set data.alpha=0.05 --out skewed.png
     """
@@ -59,10 +61,10 @@ def partition(
 def bench(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
     sets: Sets = None,
-    seconds: Annotated[float, typer.Option("--seconds", help="How long to run rounds.", min=0.1)] = 10.0,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long to measure.", min=0.1)] = 10.0,
     verbose: Verbose = False,
 ) -> int:
-    """Measure how fast a configuration runs on this machine, how near to its limits, and where the time goes.
+    """Measure the speed of a configuration on this machine, how near it is to the limits, and where the time goes.
 
     fedmom bench configs/fashion-mnist.toml --set algorithm.num-local-steps=16
     """
@@ -93,9 +95,9 @@ def bench(
 def topology(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
     sets: Sets = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="The picture.")] = Path("topology.png"),
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="File of the picture.")] = Path("topology.png"),
 ) -> int:
-    """Show who would exchange with whom: checks, spectral gap, mixing time, and a picture of graph and spectrum.
+    """Show the communication graph: checks, spectral gap, mixing time, and a picture of graph and spectrum.
 
     fedmom topology configs/decentralized/ring.toml --set algorithm.topology=exponential --out exponential.png
     """
@@ -140,8 +142,10 @@ def topology(
 
 
 def datasets(
-    fetch: Annotated[str | None, typer.Option("--download", metavar="NAME", help="Fetch it by torchvision.")] = None,
-    data_dir: Annotated[str, typer.Option("--data-dir", metavar="DIR", help="Where to put it.")] = "data",
+    fetch: Annotated[
+        str | None, typer.Option("--download", metavar="NAME", help="Download this data set, through torchvision.")
+    ] = None,
+    data_dir: Annotated[str, typer.Option("--data-dir", metavar="DIR", help="Folder for the download.")] = "data",
 ) -> int:
     """List the data sets that a config can name, or download one.
 

@@ -21,20 +21,20 @@ Grid = Annotated[
     typer.Option(
         "--grid",
         metavar="SECTION.KEY=V,V,…",
-        help="Values of a key (lists in brackets: [0.5,0.75],[0.3]); several make all combinations.",
+        help="Values of a key; lists in brackets: [0.5,0.75],[0.3]. Repeat it for all combinations.",
     ),
 ]
 Seeds = Annotated[
     int | None,
-    typer.Option("--seeds", help="Run every combination with run.seed 0 … n − 1 (default: CONFIG's seed).", min=1),
+    typer.Option("--seeds", help="Run every combination with seeds 0 … N − 1. Default: the seed in CONFIG.", min=1),
 ]
 Folders = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="Holds the run folders (default: run.out, runs/NAME-sweep)."),
+    typer.Option("--out", metavar="DIR", help="Folder of the run folders. Default: run.out, else runs/NAME-sweep."),
 ]
-OnRay = Annotated[str, typer.Option("--ray", metavar="local|HOST:PORT", help="Runs on Ray actors, --workers of them.")]
+OnRay = Annotated[str, typer.Option("--ray", metavar="local|HOST:PORT", help="Run on Ray actors, --workers of them.")]
 Some = Annotated[
-    int, typer.Option("--random", metavar="N", help="That many combinations at random instead of all.", min=0)
+    int, typer.Option("--random", metavar="N", help="Draw N combinations at random instead of running all.", min=0)
 ]
 Chosen = Annotated[
     int,
@@ -46,10 +46,11 @@ Chosen = Annotated[
     ),
 ]
 Listed = Annotated[
-    Path | None, typer.Option("--list", metavar="FILE.toml", help="Combinations from tables [[run]] instead.")
+    Path | None,
+    typer.Option("--list", metavar="FILE.toml", help="Take the combinations from the tables [[run]] of this file."),
 ]
 Metric = Annotated[
-    str, typer.Option("--metric", help="A key of rounds.jsonl to rank by (default: accuracy, else loss).")
+    str, typer.Option("--metric", help="Key of rounds.jsonl to rank by. Default: test accuracy, else loss.")
 ]
 
 
@@ -59,7 +60,9 @@ def sweep(
     seeds: Seeds = None,
     sets: Sets = None,
     out: Folders = None,
-    workers: Annotated[int, typer.Option("--workers", help="Runs at a time, each in its process.", min=1)] = 1,
+    workers: Annotated[
+        int, typer.Option("--workers", help="Number of runs at a time, each in its own process.", min=1)
+    ] = 1,
     ray: OnRay = "",
     some: Some = 0,
     file: Listed = None,

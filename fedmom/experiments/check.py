@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,10 +142,6 @@ def _check_run(config: Config) -> None:
         raise InputError(f"run.resume = {run.resume!r}: a check looks at a new run; leave it out")
     if run.out:
         RunFolder.check_new(at_home(run.out))
-    for needs, package in ((run.backend == "simulation", "flwr"), (config.engine.workers > 0, "ray")):
-        if needs and find_spec(package) is None:
-            key = "run.backend = 'simulation'" if package == "flwr" else f"engine.workers = {config.engine.workers}"
-            raise InputError(f"{key}: needs {package}, which is not installed: pip install 'fedmom[flower]'")
 
 
 def _measured(

@@ -153,13 +153,14 @@ def _touched(folder: Path) -> float:
 def _reached(records: Iterator[Record]) -> tuple[str, float, int]:
     """(the measure, its last value, the last round's number); ("", 0, 0) without a round."""
     last: Record = {}
-    for number, record in enumerate(records):
+    for place, record in enumerate(records):
         last = last or record
         for measure in ("test_accuracy", "test_loss", "loss"):
             if isinstance(value := record.get(measure), int | float):
                 return measure, float(value), int(last["round"])
-        if number >= _LOOKED_AT:
+        if place >= _LOOKED_AT:
             break
-    value = last.get("train_loss")
-    known = isinstance(value, int | float)
-    return "train_loss" if known else "", float(value) if known else 0.0, int(last.get("round", 0))
+    number = int(last.get("round", 0))
+    if isinstance(value := last.get("train_loss"), int | float):
+        return "train_loss", float(value), number
+    return "", 0.0, number

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedmom.cli import main
+from fedmom.cli.first import commands
 from fedmom.cli.first.text import duration, filled, listed_out
 from fedmom.config.load import load
 from fedmom.config.schema import FILE, FIRST
@@ -23,7 +24,7 @@ RESOLVED = "[run]\nnum-rounds = 40\n"
 @pytest.fixture
 def fed(in_tmp, capsys, monkeypatch):
     """fed("ls", …) -> (exit status, what is printed, what is complained)."""
-    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(commands, "line_width", lambda: None)
 
     def command(*arguments):
         capsys.readouterr()
@@ -186,7 +187,7 @@ def test_runs_are_listed_the_newest_first_whatever_became_of_them(fed, in_tmp):
     assert cells["many"][:3] == ["2 done, 1 not begun", "80/80", "best 90.0 %"]
     assert cells["nan"][:3] == ["diverged", "0/40", ""]
     assert cells["cut"][:3] == ["interrupted", "12/40", "loss 3"]
-    assert cells["old"][:3] == ["done", "40/40", "50.00 %"]
+    assert cells["old"][:3] == ["done", "40/40", "50.0 %"]
     for name, reason in {
         "no-config": "config.toml is missing",
         "no-rounds": "has no line",
@@ -196,14 +197,14 @@ def test_runs_are_listed_the_newest_first_whatever_became_of_them(fed, in_tmp):
         assert reason in cells[name][-1]
     assert len(fed("ls", "--all")[1].splitlines()) == 10
     assert [line.split("\t")[1] for line in fed("ls", runs / "many")[1].splitlines()] == ["done", "done", "not begun"]
-    assert fed("ls", runs / "old")[1].startswith(f"{runs / 'old'}\tdone\t40/40\t50.00 %")
+    assert fed("ls", runs / "old")[1].startswith(f"{runs / 'old'}\tdone\t40/40\t50.0 %")
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_list_keeps_to_the_terminal_and_cuts_no_name(fed, in_tmp, monkeypatch, width):
     for name in ("config-20260101-120000", "a-run-with-" + "a-long-name-" * 3):
         put(in_tmp / "runs" / name, "interrupted", test_loss=0.1234)
-    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(commands, "line_width", lambda: width)
     _, out, _ = fed("ls")
     lines = out.splitlines()
     assert all(len(line) <= width for line in lines if "--resume" not in line), out

@@ -264,9 +264,8 @@ def test_a_number_is_read_as_it_is_typed(form):
 def test_keys_that_hold_lists_take_lists_and_no_others_do():
     """By their defaults and their doc; a list from TOML or Python is the string that the key holds."""
     for name, known in KEYS.items():
-        assert bool(known.holds) == (" by commas" in known.doc or any(mark in str(known.default) for mark in ",;")), (
-            name
-        )
+        said = "by commas" in known.doc or any(mark in str(known.default) for mark in ",;")
+        assert bool(known.holds) == said, name
     config = load({"algorithm.lr-milestones": [0.5, 0.75], "data.curvatures": [[1, 2], (3, 4)]}).config
     assert (config.algorithm.lr_milestones, config.data.curvatures) == ("0.5,0.75", "1,2;3,4")
     refused("must be a string", source={"data.curvatures": [1, 3]})

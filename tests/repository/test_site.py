@@ -31,6 +31,9 @@ def test_the_site_builds_strictly(tmp_path):
     assert "<mfrac>" in method
     left = re.findall(r"arithmatex|<m[ion]>(?:&amp;|[^<]*\\)[^<]*</m[ion]>", method)  # what latex2mathml does not know
     assert not left, left
+    assert '<span class="filename">mine.py</span>' in (tmp_path / "site/tutorial/index.html").read_text(
+        encoding="utf-8"
+    )
     pages = list((tmp_path / "site").rglob("index.html"))
     assert len(pages) == len(list((ROOT / "docs").rglob("*.md")))
     fetched = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', api)

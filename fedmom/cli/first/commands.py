@@ -1,6 +1,5 @@
 """The commands of the first minutes: `fedmom new`, `fedmom check`, `fedmom ls`."""
 
-import os
 import shlex
 import sys
 import time
@@ -203,14 +202,15 @@ def ls(
         print(f"fedmom: {where}: no runs yet; `fedmom run CONFIG` makes one, `fedmom new` a project", file=sys.stderr)
         return DONE
     shown = [one for row in rows for one in [row, *(row.runs if every else ())]]
-    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+    width = line_width()
+    if width is None:
         for row in shown:
             print("\t".join([str(row.folder), *_cells(row), "" if row.status == "done" else row.reason]))
         return DONE
     names = {id(run): f"  {run.name}" for row in rows for run in row.runs}
     table = [["run", "status", "rounds", "result", "when"]]
     table += [[names.get(id(row)) or row.name or str(row.folder), *_cells(row)] for row in shown]
-    print(listed_out(table, line_width()))
+    print(listed_out(table, width))
     for row in shown:
         if row.status == "broken":
             print(f"{row.folder}: broken: {row.reason}")
@@ -237,5 +237,4 @@ def _cells(row: "Row") -> list[str]:
 
 def _result(measure: "Measure", value: float) -> str:
     """ "test loss 0.1142", "test accuracy 96.90 %"."""
-    title, unit = measure.title.removesuffix(" (%)"), " %" if measure.factor == 100 else ""
-    return f"{title} {measure.factor * value:{measure.digits}}{unit}"
+    return f"{measure.title} {measure.factor * value:{measure.digits}}{measure.unit}"

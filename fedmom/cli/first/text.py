@@ -1,10 +1,13 @@
 """Text that fits: lines beside a label, tables that give way, numbers as a person says them."""
 
-import os
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from fedmom.machine.output import terminal_width
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _LABEL = 10  # characters of the column that says what a line is about
 _NARROWEST = 40
@@ -12,9 +15,9 @@ _FEWEST = 4  # characters of a table's first column
 
 
 def line_width() -> int | None:
-    """Of the terminal, in characters, or as COLUMNS says; None where neither is there: then nothing is cut."""
-    console = Console()
-    return max(_NARROWEST, console.width) if console.is_terminal or "COLUMNS" in os.environ else None
+    """How many characters a line has; None where nobody looks: then the columns are tabbed, and nothing is cut."""
+    width = terminal_width()
+    return None if width is None else max(_NARROWEST, width)
 
 
 def filled(label: str, text: str, width: int | None) -> str:
@@ -46,7 +49,7 @@ def _shortened(text: str, room: int) -> str:
     return text if len(text) <= room else f"{text[: (room - 1) // 2]}…{text[len(text) - room // 2 :]}"
 
 
-def spread_of(values: Sequence[int]) -> str:
+def spread_of(values: "np.ndarray") -> str:
     """ "12 to 340, median 80"; one number where all are equal."""
     import numpy as np
 

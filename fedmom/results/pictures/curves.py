@@ -152,7 +152,7 @@ def draw_grid(
                     pale = PALE if key == TRAIN.key else {}
                     by = divisor if axis == "bytes_sent" else 1.0
                     _draw_curve(panel, curve(group, axis, key), each | pale, measure, by)
-            for value in [end for group in pooled if (end := end_of(group, measure)) is not None]:
+            for value in [level for group in pooled if (level := end_of(group, measure)) is not None]:
                 panel.axhline(measure.factor * value, **POOLED_LINE, zorder=1.8)
             plain_axes(panel)
         row[0].set_ylabel(_scale(row[0], rivals(groups), measure, train), fontsize=9)
