@@ -135,9 +135,10 @@ def _followed(under_way: Iterable["CellEnded"], total: int, folder: Path, metric
     from rich.progress import Progress
 
     from fedmom.results.ranking import metric_of
+    from fedmom.runs.progress import is_live
 
     console, ended = Console(stderr=True, highlight=False), list["CellEnded"]()
-    with Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal) as bar:
+    with Progress(*Progress.get_default_columns(), console=console, disable=not is_live(console)) as bar:
         task = bar.add_task("runs", total=total)
         try:
             for one in under_way:

@@ -12,7 +12,7 @@ from fedmom.method.state import ClientState
 from fedmom.records.status import CellEnded
 from fedmom.rounds.loop import Record
 from fedmom.runs.callbacks import Callback, Start
-from fedmom.runs.progress import Bar, Left, Lines, Quiet, describe
+from fedmom.runs.progress import Bar, Left, Lines, Quiet, describe, is_live
 from fedmom.runs.result import Result
 
 _SECONDS_BETWEEN_UPDATES = 0.25
@@ -69,7 +69,7 @@ def python_bar(wanted: bool | None, given: Sequence[Callback]) -> list[Callback]
         from IPython.display import display
 
         return [NotebookBar(display)]
-    if console.is_terminal:
+    if is_live(console):
         return [Bar(console)]
     return [Lines(console)] if wanted else []
 
@@ -77,7 +77,7 @@ def python_bar(wanted: bool | None, given: Sequence[Callback]) -> list[Callback]
 def over_runs(under_way: Iterable[CellEnded], total: int, wanted: bool | None) -> Iterator[CellEnded]:
     """The runs of a sweep as they end, with a bar over all of them where `python_bar` would have one."""
     console = Console(stderr=True, highlight=False, force_jupyter=False)
-    seen = console.is_terminal if wanted is None else wanted
+    seen = is_live(console) if wanted is None else wanted
     with Progress(*Progress.get_default_columns(), console=console, disable=not seen) as bar:
         task = bar.add_task("runs", total=total)
         for one in under_way:

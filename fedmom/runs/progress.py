@@ -205,7 +205,15 @@ def callbacks(console: Console, *, quiet: bool, verbose: bool = False) -> list[C
     """Those of a command."""
     if quiet:
         return [Quiet()]
-    return [Notes(console, verbose=verbose), Bar(console) if console.is_terminal else Lines(console)]
+    return [Notes(console, verbose=verbose), Bar(console) if is_live(console) else Lines(console)]
+
+
+def is_live(console: Console) -> bool:
+    """Whether a line may be written over: on a terminal, and not into a pipe for which colours are forced.
+
+    Notebooks set FORCE_COLOR for the commands of their cells, and show every stroke of a bar below the last.
+    """
+    return console.is_terminal and console.file.isatty()
 
 
 class Replies:

@@ -103,6 +103,7 @@ def test_a_bar_is_where_somebody_sees_it_and_never_twice(monkeypatch):
     class Console:
         def __init__(self, **_):
             self.is_terminal, self.is_jupyter = self.now
+            self.file = type("Terminal", (), {"isatty": lambda _: True})()
 
     monkeypatch.setattr(bars, "Console", Console)
     monkeypatch.setattr(bars, "Bar", type("Bar", (Bar,), {"__init__": lambda self, console: None}))

@@ -8,6 +8,7 @@ import pytest
 import fedmom
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
+from fedmom.engine.engine import Engine
 from fedmom.records.files import BEST, CHECKPOINT, FINAL, ROUNDS, read_about, read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.records.identity import identity_of
@@ -142,3 +143,30 @@ def test_what_no_run_can_reach_is_refused_by_name():
 def test_when_it_stops_is_no_part_of_a_runs_identity():
     ids = [identity_of(resolve(load({**QUADRATIC, **keys})).config).ids for keys in ({}, *KEYS.values())]
     assert ids[0] == ids[1]
+
+
+def test_a_round_that_was_begun_before_the_stop_leaves_nothing(in_tmp, monkeypatch):
+    """As on a GPU, where the next round is under way while this one's numbers are read."""
+    really, begun = Engine.begin_round, []
+
+    def early(self, start, job, progress=None):
+        outcome = really(self, start, job, progress)
+        begun.append(job.round_index)
+        return outcome._replace(settle=lambda: outcome)
+
+    monkeypatch.setattr(Engine, "begin_round", early)
+    keys = {**QUADRATIC, "run.eval-every": 5, "run.num-rounds": 8}
+
+    class Third(fedmom.Callback):
+        def on_round(self, record, state):
+            return "enough" if record["round"] == 3 and not resumed else None
+
+    for resumed in (False, True):
+        where = {"resume": "cut"} if resumed else {"out": "cut"}
+        result = fedmom.run(None if resumed else keys, **where, callbacks=[Third()])
+        if not resumed:
+            assert result.message == "stopped after round 3: enough"
+            assert begun[-1] == 3  # round 4
+            assert read_about(in_tmp / "cut" / FINAL)["round"] == len(read_rounds(in_tmp / "cut")) == 3
+    fedmom.run(keys, out="whole", callbacks=[fedmom.Callback()])
+    assert same(in_tmp / "whole", in_tmp / "cut")
