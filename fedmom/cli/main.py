@@ -216,8 +216,7 @@ def simulate_flower_app(
             on_output=partial(show_output, console) if output else None,
         )
     seconds = time.monotonic() - begin
-    number = counted(replies.number, "reply", "replies")
-    told = f"{number} of {counted(num_clients, 'client')}{replies.failed()}"
+    told = f"{counted(replies.number, 'reply', 'replies')} of {counted(num_clients, 'client')}{replies.failed()}"
     console.print(f"{folder}: done in {seconds:.1f} s, {told}", soft_wrap=True, markup=False)
     return DONE
 

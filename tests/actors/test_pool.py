@@ -291,5 +291,5 @@ def test_ctrl_c_and_close_leave_no_process():
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"flwr\[simulation\]"):
+    with pytest.raises(InputError, match=r"needs ray.*pip install 'fedmom\[flower\]'"):
         Pool(lambda: None, PoolOptions())

@@ -16,7 +16,7 @@ from fedmom.config.resolve import resolve
 from fedmom.data import batches
 from fedmom.data.batches import normalised
 from fedmom.engine import rates
-from fedmom.engine.auto import choose
+from fedmom.engine.auto import Said, choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
@@ -154,7 +154,7 @@ def test_workers_run_where_the_configuration_says(monkeypatch):
             pass
 
         def take(self):
-            return "choose", ("stack", 4, "")
+            return "choose", ("stack", 4, Said())
 
     monkeypatch.setattr("fedmom.backends.workers.Pool", OfOne)
     with pretend():
