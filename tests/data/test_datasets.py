@@ -93,6 +93,7 @@ def test_the_digits_split_has_no_example_twice():
     assert sorted(map(bytes, pixels)) == sorted(map(bytes, given))
 
 
+@pytest.mark.slow
 def test_the_digits_are_scikit_learns():
     """Also in their order, on which the split depends; and the file says whose they are."""
     theirs = pytest.importorskip("sklearn.datasets").load_digits()
