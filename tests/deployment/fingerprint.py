@@ -27,6 +27,8 @@ GLOBS = (
         "fedmom/cli/deploy.py",
         "fedmom/records/**/*",
         "fedmom/machine/files.py",
+        "fedmom/user_code.py",
+        "fedmom/data/digits.json",
         "configs/deploy.toml",
     ),
     # What Flower delivers to the nodes, as far as it is about Flower.
