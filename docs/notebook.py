@@ -7,6 +7,7 @@ stored; `python docs/notebook.py --run` runs them anew in an empty folder, and s
 
 import json
 import os
+import posixpath
 import re
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from IPython.display import Image
 os.environ["PYTHON"] = sys.executable  # the commands below run in this notebook's own Python
 """
 _COMMAND = re.compile(r"^fedmom ", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
@@ -57,13 +59,19 @@ def _cells(text: str) -> list[tuple[str, str]]:
         elif block.kind == "python":
             found.append(("code", block.text))
         else:
-            shown = block.text if block.kind == "text" else f"```{block.kind}\n{block.text}```\n"
+            prose, fence = LINK.sub(_from_examples, block.text), f"```{block.kind}\n{block.text}```\n"
+            shown = prose if block.kind == "text" else fence
             found.append(("markdown", shown))
         if block.show:
             found.append(("code", f'Image("{block.show}", width=700)\n'))
     # A notebook begins with its title.
     first = next(place for place, (kind, _) in enumerate(found) if kind == "markdown")
     return [found[first], *found[:first], *found[first + 1 :]]
+
+
+def _from_examples(link: re.Match[str]) -> str:
+    """The notebook lies in examples/, the text in docs/."""
+    return f"]({posixpath.normpath('../docs/' + link[1])})"
 
 
 def notebook(text: str, before: str = "") -> str:

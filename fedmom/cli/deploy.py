@@ -137,7 +137,9 @@ def run(
     wait: Wait = 300.0,
     dry_run: Dry = False,
 ) -> int:
-    """Train on the deployment as CONFIG says, and bring the run folder here. Starts what is not up.
+    """Train on the deployment as CONFIG says, and bring the run folder here.
+
+    Containers that are not up are started first.
 
     fedmom deploy run deploy
 

@@ -185,8 +185,8 @@ def watch(
 
     fedmom watch runs/quickstart-20260101-120000
 
-    Reads the folder's files alone: the run may be another process's, a container's, or another machine's on a shared
-    disk. With --track a run that knows nothing of a tracker is told to it, from its first round on.
+    It reads the folder's files alone: the run may be another process's, a container's, or another machine's on a shared
+    disk. --track reports the run to a tracker too, from its first round on, also if it was started without one.
     """
     from fedmom.cli.watch import watch as watch_folder
 
