@@ -197,6 +197,8 @@ def _follow(following: "Following", deployment: Path, quiet: bool) -> int:
         return exit_status("interrupted", following.left_alone(), go_on)
     if (target / CONFIG).is_file():
         show_run(target, read_rounds(target), console, quiet=quiet)
+    if ended.status == "done" and ended.message:  # why it stopped early
+        following.say(ended.message)
     goes_on = ended.status == "interrupted" and not following.stopped
     return exit_status(ended.status, ended.message, go_on if target.is_dir() or goes_on else "")
 

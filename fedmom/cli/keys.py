@@ -1,6 +1,5 @@
 """`fedmom keys`: what every key of a config means, from the schema that the package ships."""
 
-import sys
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -8,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
-from rich.console import Console
 
 from fedmom.cli.options import DONE
 from fedmom.errors import InputError
+from fedmom.machine.output import terminal_width
 
 if TYPE_CHECKING:
     from fedmom.config.schema import About
@@ -70,7 +69,7 @@ def keys(
     chosen = [key for key in known.values() if not words or any(word.lower() in searched(key) for word in words)]
     if not chosen:
         raise InputError(_no_such(" ".join(words or []), known))
-    print("\n".join(listed(chosen, Console().width if sys.stdout.isatty() else None)))
+    print("\n".join(listed(chosen, terminal_width())))
     return DONE
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fedmom.config.keys import KEYS, SECTIONS, Config, Scalar, checked, kebab, shown
 from fedmom.config.numbers import read_toml, typed, without_brackets
 from fedmom.errors import InputError, unknown
+from fedmom.machine.files import at_home
 from fedmom.user_code import app_root
 
 
@@ -109,7 +110,7 @@ def config_file(source: str | Path) -> Path:
 
     Raises InputError, with the names that are near, where there is neither.
     """
-    path = Path(source)
+    path = at_home(source)
     if path.is_file():
         return path
     names = shipped()

@@ -125,23 +125,35 @@ def _check_module(start: str, module: str, app: Path, found: Travels) -> None:
 
 
 def modules_beside(package: str, folder: Path) -> dict[str, Path]:
-    """{path in `folder`: file} of a module or package there, and of all there that its code imports."""
+    """{path in `folder`: file} of a module or package there, and of all there that its code imports.
+
+    What is imported under the name of a module of Python's own is that one, though a secrets.py lie there.
+    """
     found: dict[str, Path] = {}
-    waiting, seen = [package], set[str]()
+    waiting, seen = [package], {"fedmom", *sys.stdlib_module_names} - {package}
     while waiting:
         name = waiting.pop()
-        if name in seen or name == "fedmom":
+        if name in seen:
             continue
         seen.add(name)
-        files = [path for path in sorted((folder / name).rglob("*")) if path.is_file() and path.suffix in _TAKEN]
-        if not any(path.suffix == ".py" for path in files):
-            files = [path for path in [folder / f"{name}.py"] if path.is_file()]
-        for path in files:
+        for path in _files_of(name, folder):
             relative = path.relative_to(folder)
             if not any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
                 found[relative.as_posix()] = path
                 waiting += _imported(path) if path.suffix == ".py" else []
     return found
+
+
+def _files_of(name: str, folder: Path) -> list[Path]:
+    """The files that `import name` means, as Python chooses: a package, else a module, else a folder of modules.
+
+    A package brings its data along, but for what is a link; a mere folder its code alone: the rest is not the code's.
+    """
+    is_package, module = (folder / name / "__init__.py").is_file(), folder / f"{name}.py"
+    if module.is_file() and not is_package:
+        return [module]
+    inside = [path for path in sorted((folder / name).rglob("*")) if path.is_file() and path.suffix in _TAKEN]
+    return [path for path in inside if path.suffix == ".py" or (is_package and not path.is_symlink())]
 
 
 def _imported(path: Path) -> set[str]:

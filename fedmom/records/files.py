@@ -18,6 +18,7 @@ CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
 MANIFEST = "sweep.json"  # of a sweep's folder: what runs there are to be, and how each ended
 CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
 BEST = "best.safetensors"  # of the best evaluation so far, where run.keep-best asks for it
+FIXED = "fixed.safetensors"  # of a model with frozen or tied tensors: what its state_dict has beyond x and the buffers
 STATUS = "status.json"  # how the run is or how it ended: `fedmom.records.status` writes and reads it
 ENDED = "ended.json"  # of a run under Flower's own command: how it ended, for whoever follows it from afar
 # What a checked file says of itself begins so; the others' begins with {, which is no flipped bit away from it.
@@ -37,6 +38,25 @@ def write_tensors(path: Path, tensors: Tree, about: dict[str, Any]) -> None:
     data = save(content, {"fedmom": text})
     with whole_file(path) as aside:
         aside.write_bytes(data)
+
+
+def write_fixed(folder: Path, tensors: Tree, about: dict[str, Any]) -> None:
+    """What `Classification.beside` gives, but for tensors that safetensors has not; nothing where that is nothing."""
+    if about:
+        plain = {
+            n: t for n, t in tensors.items() if t.layout == torch.strided and not (t.is_quantized or t.is_complex())
+        }
+        write_tensors(folder / FIXED, plain, about)
+
+
+def whole_model(folder: Path, moving: Tree) -> Tree:
+    """The state_dict of the model whose x and buffers are `moving`."""
+    if not moving or not (folder / FIXED).is_file():
+        return moving
+    fixed, about = read_tensors(folder / FIXED)
+    moving = {n: torch.view_as_complex(t) if n in about["complex"] else t for n, t in moving.items()}
+    found = {name: moving[own].clone() for name, own in about["names"].items() if own}
+    return {**found, **fixed}
 
 
 def _checksum(tensors: Tree, about: str) -> str:

@@ -21,6 +21,7 @@ from fedmom.records.files import (
     CONFIG,
     ENVIRONMENT,
     FINAL,
+    FIXED,
     ROUNDS,
     STATUS,
     read_about,
@@ -37,7 +38,7 @@ _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
 
 def _leftovers(folder: Path) -> list[str]:
     """Files that `whole_file` began in `folder` and a kill left behind."""
-    names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, BEST, STATUS, "curves.png")
+    names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, BEST, FIXED, STATUS, "curves.png")
     return [p.name for p in folder.iterdir() if p.name.startswith(tuple(f".{name}." for name in names))]
 
 
@@ -164,10 +165,11 @@ class RunFolder:
         """The model and momentum of the best evaluation so far, and its value."""
         write_tensors(self.path / BEST, flatten(done.state), {**self._about(done, stamp), measure: value})
 
-    def best_round(self) -> int:
-        """The round of best.safetensors; 0 where there is none that can be read."""
+    def best_round(self, measure: str) -> int:
+        """The round of best.safetensors; 0 where none by this measure can be read."""
         with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
-            return int(read_about(self.path / BEST)["round"])
+            about = read_about(self.path / BEST)
+            return int(about["round"]) if measure in about else 0
         return 0
 
     @staticmethod

@@ -40,6 +40,7 @@ _SAME = {
     "run.out",
     "run.resume",
     "run.checkpoint-every",
+    "run.keep-best",
     "data.data-dir",
     *(f"engine.{name}" for name in ("path", "chunk-size", "threads", "remember")),
     *(name for name, key in KEYS.items() if key.section in ("simulation", "server") and name != "server.strategy"),

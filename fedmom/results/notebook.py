@@ -197,6 +197,8 @@ def compare(
     for one in _all_of(runs):
         if isinstance(one, str | Path):
             folders.append(at_home(one))
+        elif not hasattr(one, "rounds"):
+            raise InputError(f"{one!r}: is nothing to compare; name run folders, a sweep's folder, or results")
         elif one.folder is not None:
             folders.append(one.folder)
         else:

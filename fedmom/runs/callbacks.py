@@ -44,7 +44,7 @@ class Callback:
         """Before on_start, at the beginning of something that may take seconds: "reading the data"."""
 
     def on_start(self, start: Start) -> str | None:
-        """Once, before the first round. A text ends the run there and is its reason, as of on_round."""
+        """Once, before the first round. A text ends a run that goes on there, as of on_round; a new one has a round."""
 
     def on_steps(self, client_steps: int) -> None:
         """Within a round: so many more client-steps are done."""

@@ -15,7 +15,7 @@ from fedmom.config.resolve import Resolved, resolve, with_choices
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
 from fedmom.machine.files import write_text
 from fedmom.records.environment import environment
-from fedmom.records.files import CONFIG, ENVIRONMENT
+from fedmom.records.files import CONFIG, ENVIRONMENT, write_fixed
 from fedmom.records.folder import RunFolder
 from fedmom.records.history import History, cut_back
 from fedmom.records.identity import identity_of
@@ -27,6 +27,7 @@ from fedmom.runs.callbacks import Callback, Interrupts, Start, interrupts_held
 from fedmom.runs.cautions import cautions
 from fedmom.runs.result import Result
 from fedmom.runs.stopping import Watchers, reason_of
+from fedmom.tasks.classification import Classification
 from fedmom.tasks.task import Task
 from fedmom.user_code import blamed, one_line
 
@@ -245,7 +246,7 @@ class _Run:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
             if self.rounds.last:
                 done = done._replace(wall_seconds=float(self.rounds.last["wall_seconds"]))
-            there = self.folder.best_round() if self.config.run.keep_best else 0
+            there = self.folder.best_round(self.watchers.monitor) if self.config.run.keep_best else 0
             if self.watchers.again(self.rounds, there) and self.config.run.keep_best:
                 self._save_best(done)
         # Nothing of the folder is changed before all that may be refused has been looked at.
@@ -256,6 +257,8 @@ class _Run:
                 about = environment(self.task.device.type)
                 write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
             write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
+            if isinstance(self.task, Classification):
+                write_fixed(self.folder.path, *self.task.beside(done.state))
         except BaseException as error:
             self._tell_error(error)
             raise

@@ -9,7 +9,7 @@ from fedmom.config.load import load as load_config
 from fedmom.errors import InputError
 from fedmom.machine.files import at_home
 from fedmom.method.state import ClientState, Tree, unflatten
-from fedmom.records.files import BEST, CHECKPOINT, CONFIG, FINAL, read_tensors
+from fedmom.records.files import BEST, CHECKPOINT, CONFIG, FINAL, read_tensors, whole_model
 from fedmom.records.history import read_rounds
 from fedmom.records.status import read_status
 from fedmom.results.notebook import Table, run_figure, run_html, run_table, said_of
@@ -46,8 +46,7 @@ def load(folder: str | Path, *, best: bool = False) -> Result:
     """The Result of a run folder, finished or not: its status says which (see fedmom.Status).
 
     Model and momentum are those of the last round that was kept; with `best` those of best.safetensors, which
-    run.keep-best asks for. state_dict has what is trained, and the buffers: a model with frozen tensors takes it with
-    strict=False. Raises InputError for what is no run folder; a configuration is read by fedmom.load_config.
+    run.keep-best asks for. Raises InputError for what is no run folder; a configuration is read by fedmom.load_config.
     """
     if not isinstance(folder, str | Path):
         raise InputError("fedmom.load reads a run folder; a configuration is read by fedmom.load_config")
@@ -60,7 +59,7 @@ def load(folder: str | Path, *, best: bool = False) -> Result:
         raise InputError(f"{path}: is no run folder ({advice})")
     config, status = load_config(path / CONFIG).config, read_status(path)
     state = _state(path, [BEST] if best else [FINAL, CHECKPOINT], needed=best)
-    model = {**state.params, **state.buffers}
+    model = whole_model(path, {**state.params, **state.buffers})
     return Result(status.status, read_rounds(path), model, state.momentum, config, path, status.reason)
 
 

@@ -73,7 +73,7 @@ class EarlyStopping(Callback):
     Raises InputError for a number that no target can be.
     """
 
-    wants_state = False
+    wants_state = takes_notes = False
 
     def __init__(
         self, monitor: str = "", *, target: float | None = None, patience: int = 0, min_delta: float = 0.0
@@ -123,7 +123,8 @@ class Watchers:
     def again(self, rounds: Sequence[Record], there: int) -> bool:
         """Look at the rounds of a run that goes on; whether the last of them is the best, and not kept.
 
-        there: the round of the best that is kept; where it is an older one, the best is found anew from here on.
+        there: the round of the best that is kept, 0 for none; where it is an older one, the best is found anew from
+        here on.
         """
         for record in rounds:
             self.add(record)

@@ -209,7 +209,7 @@ def make_trackers(names: Sequence[str]) -> list[Tracker]:
 class Tracking(Callback):
     """Tells trackers of a run: names of TRACKERS, or trackers of your own."""
 
-    wants_state = False
+    wants_state = takes_notes = False
 
     def __init__(self, trackers: Sequence[str | Tracker]) -> None:
         named = [one for one in trackers if isinstance(one, str)]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -184,6 +184,22 @@ class Classification:
             return {name: value.clone() for name, value in held if isinstance(value, Tensor)}
 
         return self.places.run(state.params, dict(state.buffers), copies)
+
+    def beside(self, state: ClientState) -> tuple[Tree, dict[str, Any]]:
+        """What no step changes of a state_dict, and how the rest is found in a state; empty where it is all there.
+
+        {"names": {its name: the name in a state, or ""}, "complex": [names in a state of what has a last axis of 2]}.
+        """
+        places, moving = self.places, {**state.params, **state.buffers}
+        model = self.model
+        first = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        own = {name: first[id(t)] for name, t in every}
+        held = {name: value for name, value in self.state_dict(state).items() if name in own}
+        names = {name: own[name] if own[name] in moving else "" for name in held}
+        if names == {name: name for name in moving} and not places.complex:
+            return {}, {}
+        return {name: held[name] for name in held if not names[name]}, {"names": names, "complex": [*places.complex]}
 
     @torch.no_grad()
     def evaluate(self, state: ClientState) -> dict[str, float]:

@@ -152,6 +152,12 @@ def test_a_name_that_is_no_file_is_that_of_a_shipped_configuration(in_tmp):
     assert load("quickstart") == load({"run.seed": 3})
 
 
+def test_a_path_from_home_is_read_as_the_shell_has_it(in_tmp, monkeypatch):
+    monkeypatch.setenv("HOME", str(in_tmp))
+    Path("a.toml").write_text("[run]\nseed = 3\n")
+    assert load("~/a.toml") == load("a.toml")
+
+
 # --- one key at a time -----------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from flwr.cli.build import build_fab_from_disk
 from clients import client_app
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace
-from fedmom.deploy.bundle import check_travels, stage
+from fedmom.deploy.bundle import check_travels, modules_beside, stage
 from fedmom.deploy.certificates import as_sent, make_node_key
 from fedmom.deploy.commands import Commands
 from fedmom.deploy.deployment import open_deployment
@@ -208,6 +208,27 @@ def test_ones_own_modules_travel_with_what_they_import_and_nothing_else(checkout
         bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder)))
         assert code <= {*bundle.namelist()}
         assert {*more} <= {*bundle.namelist()}
+
+
+def test_of_two_things_of_one_name_travels_what_python_would_import(in_tmp):
+    """And neither records that lie in a folder of code, nor the user's secrets.py for Python's own module."""
+    files = {
+        "mine.py": "import secrets, records, nets",
+        "mine/notes.py": "",
+        "mine/notes.json": "",
+        "secrets.py": "TOKEN = 1",
+        "records/read.py": "",
+        "records/patients.json": "{}",
+        "nets/__init__.py": "",
+        "nets/labels.json": "[]",
+        "nets.py": "",
+        "elsewhere.json": "{}",
+    }
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    Path("nets/linked.json").symlink_to(Path("elsewhere.json").absolute())
+    assert {*modules_beside("mine", in_tmp)} == {"mine.py", "records/read.py", "nets/__init__.py", "nets/labels.json"}
 
 
 def test_an_error_of_a_clients_data_names_the_client_and_no_class(tmp_path, monkeypatch):

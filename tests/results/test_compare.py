@@ -81,6 +81,7 @@ def test_what_follows_from_another_key_or_from_timing_makes_no_group(tmp_path):
     """The cohort follows N, R follows T and I, and `auto` chooses paths by timing."""
     for I, path in ((1, "loop"), (4, "vmap")):  # noqa: E741
         sets = {"run.num-steps": 40, "algorithm.num-local-steps": I, "engine.path": path, "data.num-clients": 5 * I}
+        sets["run.keep-best"] = I == 1
         make_run(tmp_path / f"{I}", sets, records(3))
     assert [list(group.differs) for group in groups_of(tmp_path)] == [
         ["data.num-clients", "algorithm.num-local-steps"]

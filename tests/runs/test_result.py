@@ -52,6 +52,58 @@ def test_a_folder_gives_what_the_run_gave(in_tmp):
         fedmom.load(QUADRATIC)
 
 
+ODD = """
+import torch
+from torch import nn
+
+
+class Odd(nn.Module):
+    def __init__(self, size, classes):
+        super().__init__()
+        self.frozen = nn.Linear(size, 4).requires_grad_(False)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.turn = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+        self.last = nn.Linear(4, classes)
+        self.also = self.last
+        self.register_buffer("hidden", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        x = self.second(torch.tanh(self.first(self.frozen(x.flatten(1)))))
+        return self.last((x * self.turn).real * self.hidden)
+
+
+def odd(shape, classes):
+    return Odd(torch.Size(shape).numel(), classes)
+"""
+
+
+def test_a_folder_gives_the_whole_model(in_tmp, monkeypatch):
+    """With what is frozen, tied, complex, or hidden from its state_dict."""
+    (in_tmp / "odd_model.py").write_text(ODD)
+    monkeypatch.syspath_prepend(in_tmp)
+    keys = {"model.name": "odd_model:odd", "data.num-clients": 2, "run.num-rounds": 2, "run.keep-best": True}
+    result = fedmom.run({**keys, "engine.path": "loop"}, out="run", **SILENT)
+    found = fedmom.load("run")
+    assert equal(found.state_dict, result.state_dict)
+    assert {"frozen.weight", "second.weight"} <= {*found.state_dict}
+    assert fedmom.load("run", best=True).state_dict.keys() == result.state_dict.keys()
+    import odd_model
+
+    odd_model.Odd(64, 10).load_state_dict(found.state_dict)
+
+
+def test_what_is_no_grid_and_nothing_to_compare_is_one_line(in_tmp):
+    for wrong in ({"grid": ["x"]}, {"grid": {"algorithm.lr": 0.1}}, {"grid": {"algorithm.lr": []}}):
+        with pytest.raises(fedmom.InputError, match="grid"):
+            fedmom.sweep(QUADRATIC, **wrong, out="sweep", progress=False)
+    for wrong in ({"seeds": 0}, {"seeds": [1, 2], "optuna": 2, "grid": {"algorithm.lr": "0.1..1"}}):
+        with pytest.raises(fedmom.InputError, match="seeds"):
+            fedmom.sweep(QUADRATIC, **wrong, out="sweep", progress=False)
+    with pytest.raises(fedmom.InputError, match="nothing to compare"):
+        fedmom.compare(3)
+
+
 def test_a_result_shows_itself(in_tmp):
     result = fedmom.run(QUADRATIC, out="run", **SILENT)
     assert repr(result).startswith("<Result: done, 3 of 3 rounds, loss ")

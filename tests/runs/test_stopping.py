@@ -97,6 +97,15 @@ def test_the_best_is_the_model_of_the_best_evaluation(in_tmp):
     assert not (in_tmp / "short" / BEST).exists()
 
 
+def test_a_best_by_another_measure_is_not_taken_for_this_ones(in_tmp):
+    started("run", 9, **{"run.keep-best": True, "run.num-rounds": 12})
+    assert read_about(in_tmp / "run" / BEST)["round"] == 7
+    on = fedmom.run(resume="run", sets={"run.monitor": "consensus_distance"}, callbacks=[fedmom.Callback()])
+    spreads = {record["round"]: record["consensus_distance"] for record in on.rounds[9:]}
+    best = read_about(in_tmp / "run" / BEST)
+    assert best["consensus_distance"] == min(spreads.values()) == spreads[best["round"]]
+
+
 def test_a_callback_stops_a_run_too(in_tmp):
     class Third(fedmom.Callback):
         def on_round(self, record, state):

@@ -236,5 +236,5 @@ def _cells(row: "Row") -> list[str]:
 
 
 def _result(measure: "Measure", value: float) -> str:
-    """ "test loss 0.1142", "test accuracy 96.90 %"."""
+    """ "test loss 0.1142", "test accuracy 96.9 %"."""
     return f"{measure.title} {measure.factor * value:{measure.digits}}{measure.unit}"

@@ -49,11 +49,9 @@ def sweep(
     A Result for every run, in the grid's order; of a run that was refused or failed it says why. Raises InputError for
     bad input before any run begins, and KeyboardInterrupt at Ctrl-C.
     """
+    values, number = _asked(grid or {}, seeds, optuna)
     changes = [f"{key}={_text(value)}" for key, value in parse_sets([sets] if isinstance(sets, str) else sets).items()]
     source, folder = _placed(config, changes, out)
-    number = seeds if isinstance(seeds, int) else None
-    values = {key: value if isinstance(value, str) else list(value) for key, value in (grid or {}).items()}
-    values |= {} if seeds is None or isinstance(seeds, int) else {"run.seed": list(seeds)}
     how: dict[str, Any] = {"sets": changes, "workers": workers, "ray": ray, "track": track}
     if optuna:
         under_way = study(source, search_of(values), optuna, folder, seeds=number, metric=metric, **how)
@@ -66,6 +64,23 @@ def sweep(
     if len(found) < total or any(one.status == "interrupted" for one in found.values()):
         raise KeyboardInterrupt
     return [_result(source, found[name], folder, changes) for name in order or found]
+
+
+def _asked(grid: Any, seeds: Any, optuna: int) -> tuple[dict[str, Any], int | None]:
+    """({key: its values, a range as it is}, the number of seeds). InputError for what is no grid, and no seeds."""
+    if not isinstance(grid, Mapping):
+        raise InputError(f"grid = {grid!r}: must give each key its values, such as {{'algorithm.lr': [0.1, 0.3]}}")
+    number = seeds if isinstance(seeds, int) else None
+    if number is not None and number < 1:
+        raise InputError(f"seeds = {number}: must be >= 1")
+    if optuna and seeds is not None and number is None:
+        raise InputError(f"seeds = {seeds!r}: must be a number of seeds with optuna")
+    values: dict[str, Any] = {}
+    for key, given in (grid if seeds is None or number else {**grid, "run.seed": seeds}).items():
+        values[key] = [*given] if isinstance(given, Iterable) and not isinstance(given, str) else given
+        if not isinstance(given, str | Iterable) or not values[key]:
+            raise InputError(f"grid: {key} = {given!r}: write a list of values, such as [0.1, 0.3]")
+    return values, number
 
 
 def _cells(
@@ -90,7 +105,7 @@ def _placed(config: Any, changes: Sequence[str], out: str | Path | None) -> tupl
     name = f"{Path(config).stem}-sweep" if given else "sweep"
     folder = at_home(out) if out else at_home(own) if own else Path("runs") / name
     if given:
-        return config_file(at_home(config)), folder
+        return config_file(config), folder
     if (folder / CONFIG).exists():
         raise InputError(f"out = {str(folder)!r}: is a run folder; a sweep needs one of its own")
     # What was given, and no more: what else the file named would count as given too.
