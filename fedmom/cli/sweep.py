@@ -82,8 +82,10 @@ def sweep(
     from fedmom.experiments.search.study import parse_search, study
     from fedmom.runs.trackers import make_trackers
 
-    if bool(grid) == bool(file):
-        raise InputError("give --grid SECTION.KEY=V,V,… (once or more) or --list FILE.toml")
+    if optuna and not grid:
+        raise InputError(f"--optuna {optuna}: needs --grid with the values or the range of each key that it may choose")
+    if (grid and file) or not (grid or file or seeds):
+        raise InputError("give --grid SECTION.KEY=V,V,… (once or more), --list FILE.toml, or --seeds N alone")
     for name, number in (("--random", some), ("--optuna", optuna)):
         if number and (file or (some and optuna)):
             raise InputError(f"{name} {number}: goes with --grid alone")

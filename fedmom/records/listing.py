@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmom.errors import InputError
-from fedmom.records.files import CHECKPOINT, CONFIG, FINAL, MANIFEST, ROUNDS, STATUS
+from fedmom.records.files import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, MANIFEST, ROUNDS, STATUS
 from fedmom.records.history import from_the_end
 from fedmom.records.status import Status, read_status
 from fedmom.rounds.loop import Record
@@ -60,7 +60,8 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _looks_like_a_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CONFIG, STATUS, ROUNDS, CHECKPOINT, FINAL))
+    # A config.toml alone is a project's, as `fedmom new` writes one; a run writes its environment before it.
+    return any((folder / name).is_file() for name in (ENVIRONMENT, STATUS, ROUNDS, CHECKPOINT, FINAL))
 
 
 def _rows(folder: Path) -> Iterator[Row]:
