@@ -70,9 +70,9 @@ def sweep(
 ) -> int:
     """Run a configuration with every combination of some keys and several seeds; rank the combinations.
 
-    fedmom sweep configs/quickstart.toml --grid algorithm.num-local-steps=1,4,16 --grid data.alpha=0.1,1 --seeds 3
+    fedmom sweep quickstart --grid algorithm.num-local-steps=1,4,16 --grid data.alpha=0.1,1 --seeds 3
 
-    fedmom sweep configs/quickstart.toml --optuna 20 --grid algorithm.lr=0.001..1 --grid algorithm.beta=0,0.5,0.9
+    fedmom sweep quickstart --optuna 20 --grid algorithm.lr=0.001..1 --grid algorithm.beta=0,0.5,0.9
 
     Every run is an ordinary run folder in DIR. The same command again goes on where the last one stopped: what is done
     is not run again.
@@ -83,7 +83,7 @@ def sweep(
     from fedmom.runs.trackers import make_trackers
 
     if bool(grid) == bool(file):
-        raise InputError("give --grid SECTION.KEY=V,V,… (once or more) or --list FILE.toml")
+        raise InputError(f"give --grid SECTION.KEY={'LOW..HIGH' if optuna else 'V,V,… or --list FILE.toml'}")
     for name, number in (("--random", some), ("--optuna", optuna)):
         if number and (file or (some and optuna)):
             raise InputError(f"{name} {number}: goes with --grid alone")
@@ -152,4 +152,8 @@ def _followed(under_way: Iterable["CellEnded"], total: int, folder: Path, metric
                     metric = metric_of(folder / one.cell.name)
         except KeyboardInterrupt:
             pass
+        before = sum(one.status == "done" and not one.seconds for one in ended)
+        if before:
+            text = f"{before} of {total} were done before, and were not run again; --out DIR begins anew"
+            bar.console.print(text, soft_wrap=not console.is_terminal, markup=False)
     return ended, metric if any(one.status == "done" for one in ended) else ""
