@@ -64,7 +64,7 @@ def keys(
         return DONE
     known = read_keys()
     if words and len(words) == 1 and words[0] in known:
-        print("\n".join(explained(known[words[0]])))
+        print("\n".join(explained(known[words[0]], Console().width if sys.stdout.isatty() else None)))
         return DONE
     chosen = [key for key in known.values() if not words or any(word.lower() in searched(key) for word in words)]
     if not chosen:
@@ -121,20 +121,23 @@ def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
     return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
 
 
-def explained(key: "About") -> Iterator[str]:
-    """A paragraph on one key: its default, meaning, range, choices, and an example."""
+def explained(key: "About", width: int | None = None) -> Iterator[str]:
+    """A paragraph on one key: its default, meaning, range, choices, and an example; lines as in `listed`."""
     kind = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "a string"}
-    yield f"{key.name} = {toml(key.default)}{'   (one of the ten to know first)' if key.first else ''}"
-    yield f"  {key.doc}"
+    yield f"{key.name} = {toml(key.default)}"
+    yield from _wrapped(key.doc, width or sys.maxsize, "  ", "  ")
     if not key.choices:
         yield f"  Takes {kind[key.kind]}{f' {key.range}' if key.range else ''}."
-    width = max(map(len, key.choices), default=0)
-    yield from (f"    {name.ljust(width)}  {says}".rstrip() for name, says in key.choices.items())
+    column = max(map(len, key.choices), default=0) + 6
+    for name, says in key.choices.items():
+        yield from _wrapped(says, width or sys.maxsize, f"    {name}".ljust(column), " " * column) or [f"    {name}"]
     if key.also:
         yield f"    or {key.also}"
     _, _, tail = key.name.partition(".")
     yield f"  On the command line: --set {key.name}={typed(key.example)}"
     yield f"  In a config:         [{key.section}] {tail} = {toml(key.example)}"
+    if key.first:
+        yield "  One of the ten keys to know first."
 
 
 def _no_such(text: str, known: Collection[str]) -> str:

@@ -107,13 +107,13 @@ def run(
 ) -> int:
     """Run a configuration: train, record every round, draw the curves.
 
-    CONFIG is a TOML file; configs/ holds complete ones, and `fedmom keys` explains every key.
+    CONFIG is a TOML file, or the name of one that comes with fedmom, and `fedmom keys` explains every key.
 
-    fedmom run configs/quickstart.toml
+    fedmom run quickstart
 
-    fedmom run configs/quickstart.toml --set algorithm.momentum-policy=reset --set run.num-rounds=50
+    fedmom run quickstart --set algorithm.momentum-policy=reset --set run.num-rounds=50
 
-    fedmom run configs/quickstart.toml --backend simulation
+    fedmom run quickstart --backend simulation
 
     fedmom run --resume runs/quickstart-20260101-120000 --set run.num-rounds=200
 
@@ -148,8 +148,16 @@ def _train(followers: Sequence["Callback"], console: Console, quiet: bool, *what
     """Run what is asked for, and say what came of it; the exit status."""
     from fedmom.config.strategies import OURS
     from fedmom.experiments.run import run as run_config
+    from fedmom.runs.progress import Bar
 
-    result = run_config(*what, callbacks=followers, **how)
+    bars = [one for one in followers if isinstance(one, Bar)]
+    for bar in bars:
+        bar.on_prepare("starting")
+    try:
+        result = run_config(*what, callbacks=followers, **how)
+    finally:
+        for bar in bars:
+            bar.on_error()  # the terminal in order, whoever raised
     assert result.folder is not None
     with contextlib.suppress(KeyboardInterrupt):  # once more: the picture is an extra, the last words are not
         show_run(result.folder, result.rounds, console, quiet=quiet)

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,6 +75,9 @@ def fresh_folder(config: Path) -> Path:
         except FileExistsError:
             if not runs.is_dir():
                 raise InputError(f"{runs}: is a file; name another folder by --out") from None
+        except OSError as error:
+            why = f"{Path.cwd()}: no folder can be made here ({error.strerror})"
+            raise InputError(f"{why}; name another one by --out") from None
     if context := click.get_current_context(silent=True):
 
         def tidy() -> None:
@@ -101,7 +105,9 @@ def show_run(folder: Path, rounds: Sequence["Record"], console: Console, *, quie
 
     width = console.width if console.is_terminal else None
     lines = finished(folder, rounds, width)
-    follows = next_command(f"fedmom report {shlex.quote(str(folder))}", width)
+    # The page is an extra; where it is not installed, the run is looked at in the terminal.
+    what = "fedmom report" if find_spec("plotly") and find_spec("jinja2") else "fedmom watch --once"
+    follows = next_command(f"{what} {shlex.quote(str(folder))}", width)
     for line in lines[-1:] if quiet else [*lines, *follows]:
         console.print(line, soft_wrap=True, markup=False)
 

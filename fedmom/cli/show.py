@@ -22,7 +22,7 @@ def partition(
 ) -> int:
     """Show which client would hold which data: a summary, and a picture of classes by client.
 
-    fedmom partition configs/quickstart.toml --set data.alpha=0.05 --out skewed.png
+    fedmom partition quickstart --set data.alpha=0.05 --out skewed.png
     """
     import numpy as np
 
@@ -66,7 +66,7 @@ def bench(
 ) -> int:
     """Measure the speed of a configuration on this machine, how near it is to the limits, and where the time goes.
 
-    fedmom bench configs/fashion-mnist.toml --set algorithm.num-local-steps=16
+    fedmom bench quickstart --set algorithm.num-local-steps=16
     """
     from fedmom.config.load import flat, load
     from fedmom.config.resolve import resolve
@@ -99,7 +99,7 @@ def topology(
 ) -> int:
     """Show the communication graph: checks, spectral gap, mixing time, and a picture of graph and spectrum.
 
-    fedmom topology configs/decentralized/ring.toml --set algorithm.topology=exponential --out exponential.png
+    fedmom topology decentralized/ring --set algorithm.topology=exponential --out exponential.png
     """
     import numpy as np
 
@@ -168,7 +168,7 @@ def datasets(
 def models() -> int:
     """List the models that a config can name.
 
-    fedmom run configs/quickstart.toml --set model.name=resnet20
+    fedmom run quickstart --set model.name=resnet20
     """
     from fedmom.tasks.models import MODELS
 
@@ -179,7 +179,9 @@ def models() -> int:
 
 
 def _print_list(rows: Sequence[Sequence[str]]) -> None:
-    """Columns of words, so to the left; the last one is a sentence."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
-    for *words, sentence in rows:
-        print("  ".join([*(word.ljust(width) for word, width in zip(words, widths, strict=True)), sentence]))
+    """Names, so to the left; beside each a sentence, which a narrow terminal breaks between words."""
+    from fedmom.cli.first.text import filled, line_width
+
+    label = max(len(name) for name, _ in rows) + 2
+    for name, sentence in rows:
+        print(filled(name, sentence, line_width(), label))

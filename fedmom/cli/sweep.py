@@ -70,9 +70,9 @@ def sweep(
 ) -> int:
     """Run a configuration with every combination of some keys and several seeds; rank the combinations.
 
-    fedmom sweep configs/quickstart.toml --grid algorithm.num-local-steps=1,4,16 --grid data.alpha=0.1,1 --seeds 3
+    fedmom sweep quickstart --grid algorithm.num-local-steps=1,4,16 --grid data.alpha=0.1,1 --seeds 3
 
-    fedmom sweep configs/quickstart.toml --optuna 20 --grid algorithm.lr=0.001..1 --grid algorithm.beta=0,0.5,0.9
+    fedmom sweep quickstart --optuna 20 --grid algorithm.lr=0.001..1 --grid algorithm.beta=0,0.5,0.9
 
     Every run is an ordinary run folder in DIR. The same command again goes on where the last one stopped: what is done
     is not run again.
@@ -83,7 +83,7 @@ def sweep(
     from fedmom.runs.trackers import make_trackers
 
     if optuna and not grid:
-        raise InputError(f"--optuna {optuna}: needs --grid with the values or the range of each key that it may choose")
+        raise InputError(f"--optuna {optuna}: needs --grid SECTION.KEY=LOW..HIGH for each key that it may choose")
     if (grid and file) or not (grid or file or seeds):
         raise InputError("give --grid SECTION.KEY=V,V,… (once or more), --list FILE.toml, or --seeds N alone")
     for name, number in (("--random", some), ("--optuna", optuna)):
@@ -154,4 +154,8 @@ def _followed(under_way: Iterable["CellEnded"], total: int, folder: Path, metric
                     metric = metric_of(folder / one.cell.name)
         except KeyboardInterrupt:
             pass
+        before = sum(one.status == "done" and not one.seconds for one in ended)
+        if before:
+            text = f"{before} of {total} were done before, and were not run again; --out DIR begins anew"
+            bar.console.print(text, soft_wrap=not console.is_terminal, markup=False)
     return ended, metric if any(one.status == "done" for one in ended) else ""

@@ -79,20 +79,19 @@ class Bar(Callback):
         self._prepared()
         total = start.config.run.num_rounds
         self.per_round = max(1, start.client_steps)
-        self.narrow = self.console.width < 110
-        digits = len(str(total))
-        # The measurements give way first: bar, rate and time left must stay in view.
-        self.bar = Progress(
-            TextColumn("{task.fields[round]}/" + str(total), table_column=_fixed(2 * digits + 1)),
-            BarColumn(bar_width=8 if self.narrow else 24, table_column=_fixed(8)),
-            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-            TextColumn("{task.fields[rate]} client-steps/s", table_column=_fixed(21)),
-            TextColumn("{task.fields[left]}", table_column=_fixed(7))
-            if self.follows
-            else TimeRemainingColumn(table_column=_fixed(7)),
-            console=self.console,
-            transient=True,
-        )
+        width, digits = self.console.width, len(str(total))
+        self.narrow = width < 110
+        left = TextColumn("{task.fields[left]}", table_column=_fixed(7))
+        # What has no room is left out whole, the rate first and then the bar: a cut word says nothing.
+        columns = {
+            TextColumn("{task.fields[round]}/" + str(total), table_column=_fixed(2 * digits + 1)): 0,
+            BarColumn(bar_width=8 if self.narrow else 24, table_column=_fixed(8)): 56,
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")): 0,
+            TextColumn("{task.fields[rate]} client-steps/s", table_column=_fixed(21)): 80,
+            left if self.follows else TimeRemainingColumn(table_column=_fixed(7)): 0,
+        }
+        wide_enough = [column for column, least in columns.items() if width >= least]
+        self.bar = Progress(*wide_enough, console=self.console, transient=True)
         done = start.first_round - 1
         self.left = Left(total)
         self.task = self.bar.add_task(
@@ -177,8 +176,8 @@ class Notes(Callback):
         some += f", {algorithm.topology}" if ALGORITHMS[algorithm.name].decentralized else ""
         what = f"{algorithm.name}, option {'II' if algorithm.nesterov else 'I'}, momentum {algorithm.momentum_policy}"
         self._say(f"{what}: N = {data.num_clients}{some}, {steps}, {run.num_rounds} rounds, {data.dataset}{model}")
-        if start.folder:
-            self._say(f"run folder: {start.folder}")
+        if start.folder:  # in one line however long it is, for whoever copies it
+            self.console.print(f"run folder: {start.folder}", soft_wrap=True, highlight=False, markup=False)
         if start.first_round > 1:
             self._say(f"resumed after round {start.first_round - 1}")
         for note in (*start.notes, *(start.details if self.verbose else ())):
@@ -192,7 +191,8 @@ class Notes(Callback):
         show_output(self.console, node, text)
 
     def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        """Broken between words on a terminal; elsewhere in one line."""
+        self.console.print(text, soft_wrap=not self.console.is_terminal, highlight=False, markup=False)
 
 
 class Quiet(Callback):

@@ -20,13 +20,13 @@ def line_width() -> int | None:
     return None if width is None else max(_NARROWEST, width)
 
 
-def filled(label: str, text: str, width: int | None) -> str:
+def filled(label: str, text: str, width: int | None, room: int = _LABEL) -> str:
     """A label, and a text beside it in as many lines as it takes."""
-    start = label.ljust(_LABEL)
+    start = label.ljust(room)
     if width is None:
         return start + text
-    lines = textwrap.wrap(text, width - _LABEL, break_on_hyphens=False)
-    return "\n".join(f"{start if not number else ' ' * _LABEL}{line}" for number, line in enumerate(lines))
+    lines = textwrap.wrap(text, width - room, break_on_hyphens=False)
+    return "\n".join(f"{start if not number else ' ' * room}{line}" for number, line in enumerate(lines))
 
 
 def listed_out(rows: Sequence[Sequence[str]], width: int | None) -> str:
