@@ -117,6 +117,8 @@ class Bar(Callback):
         self.done = record["round"] * self.per_round
         rate = f"{record['client_steps_per_second']:,.0f}"
         text = describe(self.seen, short=self.narrow)
+        if self.console.width < 56:
+            text = text.rpartition(" · ")[2]  # the accuracy, or what else is there
         left = str(timedelta(seconds=round(self.left.seconds(record)))) if self.follows else ""
         self.bar.update(self.task, completed=self.done, round=record["round"], text=text, rate=rate, left=left)
 
