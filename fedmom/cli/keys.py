@@ -1,5 +1,6 @@
 """`fedmom keys`: what every key of a config means, from the schema that the package ships."""
 
+import sys
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -64,7 +65,7 @@ def keys(
         return DONE
     known = read_keys()
     if words and len(words) == 1 and words[0] in known:
-        print("\n".join(explained(known[words[0]], Console().width if sys.stdout.isatty() else None)))
+        print("\n".join(explained(known[words[0]], terminal_width())))
         return DONE
     chosen = [key for key in known.values() if not words or any(word.lower() in searched(key) for word in words)]
     if not chosen:

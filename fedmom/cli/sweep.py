@@ -82,13 +82,7 @@ def sweep(
     from fedmom.experiments.search.study import parse_search, study
     from fedmom.runs.trackers import make_trackers
 
-    if optuna and not grid:
-        raise InputError(f"--optuna {optuna}: needs --grid SECTION.KEY=LOW..HIGH for each key that it may choose")
-    if (grid and file) or not (grid or file or seeds):
-        raise InputError("give --grid SECTION.KEY=V,V,… (once or more), --list FILE.toml, or --seeds N alone")
-    for name, number in (("--random", some), ("--optuna", optuna)):
-        if number and (file or (some and optuna)):
-            raise InputError(f"{name} {number}: goes with --grid alone")
+    _check_asked(grid, file, seeds, some, optuna)
     cells = [] if optuna else _planned(config, grid or (), file, some, seeds, sets or ())
     total = optuna * (seeds or 1) if optuna else len(cells)
     own = load(config, sets or ()).config.run.out
@@ -106,6 +100,17 @@ def sweep(
     else:
         under_way = sweeps.sweep(config, cells, folder, **how)
     return _end(*_followed(under_way, total, folder, metric), total, folder)
+
+
+def _check_asked(grid: list[str] | None, file: Path | None, seeds: int | None, some: int, optuna: int) -> None:
+    """InputError where the options do not say what to run."""
+    if optuna and not grid:
+        raise InputError(f"--optuna {optuna}: needs --grid SECTION.KEY=LOW..HIGH for each key that it may choose")
+    if (grid and file) or not (grid or file or seeds):
+        raise InputError("give --grid SECTION.KEY=V,V,… (once or more), --list FILE.toml, or --seeds N alone")
+    for name, number in (("--random", some), ("--optuna", optuna)):
+        if number and (file or (some and optuna)):
+            raise InputError(f"{name} {number}: goes with --grid alone")
 
 
 def _end(ended: Sequence["CellEnded"], metric: str, total: int, folder: Path) -> int:
