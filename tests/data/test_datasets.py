@@ -456,6 +456,7 @@ def test_cifar_in_its_original_format(tmp_path, cifar_folder, name):
 # downloads and imports
 
 
+@pytest.mark.slow  # it imports torchvision
 @pytest.mark.parametrize("name", [name for name, entry in DATASETS.items() if entry.torchvision])
 def test_download_asks_torchvision_for_both_splits(tmp_path, monkeypatch, name):
     import torchvision

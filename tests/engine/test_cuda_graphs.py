@@ -148,6 +148,7 @@ def test_minibatches_are_drawn_ahead_for_the_round_that_follows_and_no_other():
     assert torch.equal(found.losses, want.losses)
 
 
+@pytest.mark.slow
 def test_a_card_says_which_part_is_not_finite():
     """By the sums: losses and spreads may be finite all the same."""
     plan = simple_plan(2, num_local_steps=1)
@@ -235,6 +236,7 @@ def test_a_recording_that_fails_or_is_wrong_is_not_used(record):
     assert_same(found, run_plan(image_task("mlp", 4), plan, path="stack", chunk_size=2))
 
 
+@pytest.mark.slow
 def test_recordings_make_room_for_the_steps_themselves(monkeypatch):
     """Memory that recordings hold is given back where another chunk's steps need it."""
     plan, calls = simple_plan(4, num_rounds=8), []
