@@ -148,7 +148,6 @@ def test_minibatches_are_drawn_ahead_for_the_round_that_follows_and_no_other():
     assert torch.equal(found.losses, want.losses)
 
 
-@pytest.mark.slow
 def test_a_card_says_which_part_is_not_finite():
     """By the sums: losses and spreads may be finite all the same."""
     plan = simple_plan(2, num_local_steps=1)

@@ -76,7 +76,6 @@ fedmom.run(json.loads(sys.argv[1]), out=sys.argv[2], callbacks=[Slow()])
 """
 
 
-@pytest.mark.slow
 def test_a_process_that_is_gone_was_killed(tmp_path):
     out = tmp_path / "run"
     child = subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(QUADRATIC), str(out)], stdout=subprocess.PIPE)

@@ -124,7 +124,6 @@ def wait_for_round(out: Path, number: int, child: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 def test_two_processes_cannot_share_a_folder_and_a_killed_run_resumes_to_the_same_bytes(whole, tmp_path):
     out = tmp_path / "killed"
     child = start_child(LOCAL, out, stays=5)
