@@ -108,7 +108,7 @@ def test_the_digits_are_scikit_learns():
 # mean and std
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+@pytest.mark.parametrize("name", ["digits", pytest.param("fashion-mnist", marks=pytest.mark.slow)])
 def test_quoted_statistics_are_those_of_the_training_images(name):
     if name == "fashion-mnist" and not Path(DEBIAN_FASHION_MNIST).is_dir():
         pytest.skip(f"{DEBIAN_FASHION_MNIST} is not there (apt install dataset-fashion-mnist)")

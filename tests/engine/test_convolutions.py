@@ -50,6 +50,7 @@ KINDS = itertools.cycle([(torch.float64, False), (torch.float64, True), (torch.f
 
 
 @table("name, shape, kind", [(*pair, next(KINDS)) for pair in itertools.product(FOLDED, SHAPES)])
+@pytest.mark.slow
 def test_every_way_is_one_convolution_per_client(name, shape, kind):
     """The plain way: torch's own convolution on each client's examples and weights."""
     dtype, shared = kind

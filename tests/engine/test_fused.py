@@ -90,6 +90,7 @@ def test_the_dropout_kernel_gives_the_same_bits(K, shape, layout, p, channels, d
         (1, 2, 1, (2, 2), (2, 2), LAST, F64, False),
     ],
 )
+@pytest.mark.slow
 def test_the_pooling_kernels_are_their_operators(K, B, C, side, window, layout, dtype, has_bias):
     x = (drawn(K * B, C, *side, dtype=dtype, layout=layout) * 2).round() / 2  # many are equal
     x[0, 0, 0, 0] = float("nan")
@@ -115,6 +116,7 @@ def test_the_pooling_kernels_are_their_operators(K, B, C, side, window, layout, 
         ((2, 1, 1, 1), 1, 2, LAST, F32, False, "relu"),
     ],
 )
+@pytest.mark.slow
 def test_the_norm_kernels_are_their_operators(shape, K, rows, layout, dtype, affine, kind):
     C, relu = shape[1], kind != "plain"
     x = drawn(*shape, dtype=dtype, layout=layout) + 3

@@ -28,6 +28,7 @@ def test_operations_are_those_of_the_matrix_products():
 
 
 @pytest.mark.parametrize("path", ["factors", "loop"])
+@pytest.mark.slow
 def test_every_path_is_measured(path):
     found = run({"model.name": "mlp", "model.hidden": 256, "engine.path": path, "engine.chunk-size": 4})
     rows = dict(as_rows(found))

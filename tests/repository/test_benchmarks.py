@@ -236,6 +236,7 @@ def test_the_papers_table_says_which_seeds_are_missing_and_how_linear_the_speedu
     assert (tmp_path / "speedup.png").stat().st_size < 200_000
 
 
+@pytest.mark.slow
 def test_a_speedups_table_and_pictures_have_nothing_that_was_not_asked_for(tmp_path):
     import paper_pictures
 

@@ -10,6 +10,8 @@ import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("fedmom", "strategies", "clients")
 FILES = sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
@@ -225,6 +227,7 @@ assert (clients.mine.whose, strategies.later.whose) == ("mine", "mine")
 """
 
 
+@pytest.mark.slow
 def test_a_project_may_have_packages_called_clients_and_strategies(tmp_path):
     for name in ("clients/__init__", "clients/mine", "strategies/__init__", "strategies/later"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -136,6 +136,7 @@ def test_a_topology_is_drawn_as_its_row_says(tmp_path, name, places):
 
 
 @table("num_clients, num_classes", [(1, 1), (20, 10), (1, 100), (101, 1), (1500, 100)])
+@pytest.mark.slow
 def test_a_partition_is_drawn(tmp_path, num_clients, num_classes):
     counts = np.random.default_rng(0).integers(0, 50, size=(num_clients, num_classes))
     counts[0, 0] = 60
@@ -146,6 +147,7 @@ def test_a_partition_is_drawn(tmp_path, num_clients, num_classes):
         assert where(image, COLOURS[0]).sum() > 500
 
 
+@pytest.mark.slow
 def test_100_000_clients_of_any_size(tmp_path):
     rng = np.random.default_rng(0)
     counts = (rng.pareto(0.8, size=(100_000, 1)) * rng.dirichlet([0.3] * 10, size=100_000)).astype(np.int64)

@@ -125,6 +125,7 @@ def test_a_result_shows_itself(in_tmp):
         nothing.table()
 
 
+@pytest.mark.slow
 def test_a_sweep_and_a_comparison_from_python(in_tmp):
     grid = {"algorithm.momentum-policy": ["average", "reset"]}
     found = fedmom.sweep(QUADRATIC, grid=grid, seeds=2, out="sweep", progress=False)
