@@ -24,9 +24,9 @@ DONE, BAD_INPUT, DIVERGED, FAILED, INTERRUPTED = 0, 2, 3, 4, 130
 # By how a run ended; "refused": its configuration was wrong, as whoever ran it found.
 EXIT_STATUS = {"done": DONE, "refused": BAD_INPUT, "diverged": DIVERGED, "failed": FAILED, "interrupted": INTERRUPTED}
 
-ConfigFile = Annotated[
-    Path | None, typer.Argument(metavar="CONFIG", help="A TOML file, or one of fedmom's own by name: quickstart.")
-]
+_CONFIG = typer.Argument(metavar="CONFIG", help="A TOML file, or one of fedmom's own by name: quickstart.")
+NeededConfig = Annotated[Path, _CONFIG]
+ConfigFile = Annotated[Path | None, _CONFIG]  # another option may take its place
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a key of the configuration. May be repeated."),

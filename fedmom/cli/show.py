@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedmom.cli.options import DONE, Sets, Verbose
+from fedmom.cli.options import DONE, NeededConfig, Sets, Verbose
 from fedmom.errors import InputError
 from fedmom.machine.output import terminal_width
 
 
 def partition(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    config: NeededConfig,
     sets: Sets = None,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="File of the picture.")] = Path(
         "partition.png"
@@ -59,7 +59,7 @@ def partition(
 
 
 def bench(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    config: NeededConfig,
     sets: Sets = None,
     seconds: Annotated[float, typer.Option("--seconds", help="How long to measure.", min=0.1)] = 10.0,
     verbose: Verbose = False,
@@ -93,7 +93,7 @@ def bench(
 
 
 def topology(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    config: NeededConfig,
     sets: Sets = None,
     out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="File of the picture.")] = Path("topology.png"),
 ) -> int:

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from fedmom.cli import supervise
-from fedmom.cli.options import DONE, EXIT_STATUS, Sets, Tracks, exit_status, heed_signals
+from fedmom.cli.options import DONE, EXIT_STATUS, NeededConfig, Sets, Tracks, exit_status, heed_signals
 from fedmom.errors import InputError
 from fedmom.machine.files import at_home
 from fedmom.machine.output import terminal_width
@@ -55,7 +55,7 @@ Metric = Annotated[
 
 
 def sweep(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    config: NeededConfig,
     grid: Grid = None,
     seeds: Seeds = None,
     sets: Sets = None,
@@ -139,28 +139,20 @@ def _planned(
 
 def _followed(under_way: Iterable["CellEnded"], total: int, folder: Path, metric: str) -> tuple[list["CellEnded"], str]:
     """(those that ended, up to an interruption; the metric to rank by, "" where none is done), with a bar over all."""
-    from rich.progress import Progress
-
     from fedmom.results.ranking import metric_of
-    from fedmom.runs.progress import is_live
+    from fedmom.runs.bars import over_runs
 
-    console, ended = Console(stderr=True, highlight=False), list["CellEnded"]()
-    with Progress(*Progress.get_default_columns(), console=console, disable=not is_live(console)) as bar:
-        task = bar.add_task("runs", total=total)
-        try:
-            for one in under_way:
-                ended.append(one)
-                bar.advance(task)
-                if one.seconds or one.status != "done":
-                    why = f": {one.message}" if one.message else f" in {one.seconds:.0f} s"
-                    text = f"{len(ended)}/{total} {one.cell.name}: {one.status}{why}"
-                    bar.console.print(text, soft_wrap=True, markup=False)
-                if one.status == "done" and not metric:
-                    metric = metric_of(folder / one.cell.name)
-        except KeyboardInterrupt:
-            pass
-        before = sum(one.status == "done" and not one.seconds for one in ended)
-        if before:
-            text = f"{before} of {total} were done before, and were not run again; --out DIR begins anew"
-            bar.console.print(text, soft_wrap=not console.is_terminal, markup=False)
+    ended = list["CellEnded"]()
+    try:
+        for one in over_runs(under_way, total, None, lines=True):
+            ended.append(one)
+            if one.status == "done" and not metric:
+                metric = metric_of(folder / one.cell.name)
+    except KeyboardInterrupt:
+        pass
+    before = sum(one.status == "done" and not one.seconds for one in ended)
+    if before:
+        console = Console(stderr=True, highlight=False)
+        text = f"{before} of {total} were done before, and were not run again; --out DIR begins anew"
+        console.print(text, soft_wrap=not console.is_terminal, markup=False)
     return ended, metric if any(one.status == "done" for one in ended) else ""

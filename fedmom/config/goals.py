@@ -22,6 +22,11 @@ def measured_by(dataset: str, algorithm: str) -> set[str]:
     return {*_ALWAYS, *kind.measures, *((*_MIXED, *CLIENT_MEASURES) if mixes else ())} - {"optimum"}
 
 
+def rises(measure: str) -> bool:
+    """Whether larger is better: accuracies and speeds rise, everything else falls."""
+    return "accuracy" in measure or "per_second" in measure
+
+
 def parse_goal(text: str) -> tuple[str, float] | None:
     """ "test_accuracy=0.9", "accuracy=90%", "test_loss=0.5" -> (measure, value); None for anything else."""
     name, _, number = (part.strip() for part in text.partition("="))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedmom.config.goals import rises
 from fedmom.config.numbers import PERCENT
 from fedmom.rounds.loop import Record
 
@@ -28,7 +29,7 @@ class Measure(NamedTuple):
     @property
     def rises(self) -> bool:
         """Whether larger is better."""
-        return "accuracy" in self.key
+        return rises(self.key)
 
 
 def _share(key: str, title: str, label: str) -> Measure:

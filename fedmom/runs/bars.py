@@ -74,15 +74,20 @@ def python_bar(wanted: bool | None, given: Sequence[Callback]) -> list[Callback]
     return [Lines(console)] if wanted else []
 
 
-def over_runs(under_way: Iterable[CellEnded], total: int, wanted: bool | None) -> Iterator[CellEnded]:
-    """The runs of a sweep as they end, with a bar over all of them where `python_bar` would have one."""
+def over_runs(
+    under_way: Iterable[CellEnded], total: int, wanted: bool | None, *, lines: bool = False
+) -> Iterator[CellEnded]:
+    """The runs of a sweep as they end, with a bar over all of them where `python_bar` would have one.
+
+    lines: a line for each in any case; else where there is a bar.
+    """
     console = Console(stderr=True, highlight=False, force_jupyter=False)
     seen = is_live(console) if wanted is None else wanted
     with Progress(*Progress.get_default_columns(), console=console, disable=not seen) as bar:
         task = bar.add_task("runs", total=total)
-        for one in under_way:
+        for number, one in enumerate(under_way, 1):
             bar.advance(task)
-            if seen and (one.seconds or one.status != "done"):
+            if (seen or lines) and (one.seconds or one.status != "done"):
                 why = f": {one.message}" if one.message else f" in {one.seconds:.0f} s"
-                bar.console.print(f"{one.cell.name}: {one.status}{why}", soft_wrap=True, markup=False)
+                bar.console.print(f"{number}/{total} {one.cell.name}: {one.status}{why}", soft_wrap=True, markup=False)
             yield one

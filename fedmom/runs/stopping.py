@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import NamedTuple
 
-from fedmom.config.goals import ALIASES, monitored, parse_goal
+from fedmom.config.goals import ALIASES, monitored, parse_goal, rises
 from fedmom.config.keys import Config
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState
@@ -23,7 +23,7 @@ class Best(NamedTuple):
 
 
 class Watcher:
-    """What the evaluations of a run have come to in one measure; accuracies rise, everything else falls."""
+    """What the evaluations of a run have come to in one measure."""
 
     def __init__(self, monitor: str, *, goal: float | None = None, patience: int = 0, min_delta: float = 0.0) -> None:
         """monitor: a name of rounds.jsonl. goal: stop there. patience: stop after so many evaluations without progress.
@@ -31,7 +31,7 @@ class Watcher:
         min_delta: what an evaluation must be better by, to count as progress.
         """
         self.monitor, self.goal, self.patience, self.min_delta = monitor, goal, patience, min_delta
-        self.sign = 1 if "accuracy" in monitor else -1
+        self.sign = 1 if rises(monitor) else -1
         self.best: Best | None = None
         self.reason = ""  # why the run may end
         self._mark: Best | None = None  # the last evaluation that was progress
@@ -69,8 +69,8 @@ class EarlyStopping(Callback):
 
     monitor: a number of rounds.jsonl; "" for the test accuracy, or the loss where there is none. target: stop where it
     is reached. patience: stop after so many evaluations that are not better by more than min_delta; 0: never.
-    An accuracy is the better the larger, everything else the smaller. A resumed run counts its earlier rounds too.
-    Raises InputError for a number that no target can be.
+    An accuracy and a speed are the better the larger, everything else the smaller. A resumed run counts its earlier
+    rounds too. Raises InputError for a number that no target can be.
     """
 
     wants_state = takes_notes = False

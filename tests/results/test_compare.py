@@ -28,6 +28,7 @@ from fedmom.results.groups import POOLED, alone, check_fit, group_runs, of_group
 from fedmom.results.page import content
 from fedmom.results.pictures import comparison, curves, style
 from fedmom.results.pictures.curves import curve, styles
+from fedmom.results.ranking import _t95
 from fedmom.results.ranking import results as results_of
 from fedmom.results.reading import collect
 from fedmom.results.sheets import (
@@ -577,3 +578,10 @@ def test_bad_input_is_one_line(sweep, capsys, monkeypatch):
         assert (status, out, len(err)) == (2, "", 1), words
         assert why in err[0]
         assert sorted(sweep.parent.rglob("*")) == before
+
+
+def test_what_the_seeds_can_tell_is_told_by_students_t():
+    """Two-sided 95 %, as tables of it have it."""
+    table = {1: 12.706, 5: 2.571, 9: 2.262, 10: 2.228, 12: 2.179, 20: 2.086, 30: 2.042, 120: 1.980}
+    for freedom, t in table.items():
+        assert _t95(freedom) == pytest.approx(t, abs=0.004)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from fedmom.cli.first.text import age_of, duration, filled, line_width, listed_out, size_of, spread_of
-from fedmom.cli.options import DIVERGED, DONE, Sets
+from fedmom.cli.options import DIVERGED, DONE, NeededConfig, Sets
 from fedmom.config.numbers import counted
 from fedmom.errors import DivergedError, InputError
 
@@ -47,7 +47,7 @@ def new(
 
 
 def check(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    config: NeededConfig,
     sets: Sets = None,
 ) -> int:
     """Look at a configuration before it runs: data, layers, one step really taken, time, memory. Nothing is written.

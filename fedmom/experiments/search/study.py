@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from fedmom.config.goals import monitored
+from fedmom.config.goals import monitored, rises
 from fedmom.config.keys import KEYS, Scalar, checked
 from fedmom.config.load import flat, load, typed_value
 from fedmom.config.numbers import as_number
@@ -163,8 +163,7 @@ def _ask(search: Values, seed: int, metric: str, told: Sequence[Any], beside: Se
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna's, of what is new in it
         sampler = optuna.samplers.TPESampler(seed=seed % 2**32, constant_liar=True)
-    rises = "accuracy" in metric or "per_second" in metric
-    asked = optuna.create_study(sampler=sampler, direction="maximize" if rises else "minimize")
+    asked = optuna.create_study(sampler=sampler, direction="maximize" if rises(metric) else "minimize")
     state = optuna.trial.TrialState.RUNNING
     running = [optuna.trial.create_trial(state=state, params=dict(one), distributions=spaces) for one in beside]
     asked.add_trials([*told, *running])
