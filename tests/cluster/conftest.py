@@ -1,0 +1,27 @@
+"""One cluster for all of these tests: a head and another machine, each in namespaces of its own on this one.
+
+They are slow, and in one group of pytest-xdist, as one process has the cluster.
+"""
+
+import pytest
+from machines import Cluster, missing
+
+
+@pytest.fixture(scope="session")
+def machines(tmp_path_factory):
+    """The cluster, with a head alone at first."""
+    if why := missing():
+        pytest.skip(why)
+    with Cluster(tmp_path_factory.mktemp("cluster")) as made:
+        yield made
+
+
+@pytest.fixture
+def cluster(machines):
+    """The cluster with exactly one machine beside its head, whatever became of those of other tests."""
+    there = machines.alive()
+    for machine in there[1:]:
+        machine.kill()
+    if not there:
+        machines.join()
+    return machines
