@@ -5,10 +5,11 @@ import ctypes
 import os
 import pickle
 import struct
-import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from fedmom.actors.nodes import as_the_driver
 from fedmom.actors.worker_output import WorkerOutput
 from fedmom.errors import InputError
 from fedmom.user_code import one_line, place_of
@@ -20,7 +21,9 @@ BATCH_BYTES = 16 << 20  # and after this many bytes of answers; the same holds f
 class Failure(NamedTuple):
     """The answer of a message that has none."""
 
-    kind: str  # "raised": the handler did; "died": its worker did, again and again; "late": past straggler_seconds
+    # "raised": the handler did; "died": its worker did, again and again; "late": past straggler_seconds; "lost": what
+    # other answers left on a node, for it to use, is gone with that node
+    kind: str
     reason: str  # one line
 
 
@@ -49,6 +52,13 @@ class Packed(NamedTuple):
 
     def nbytes(self) -> int:
         return len(self.head) + sum(memoryview(buffer).nbytes for buffer in self.buffers)
+
+
+class Split(NamedTuple):
+    """What a handler gives for a message that was submitted with `keep`."""
+
+    value: Any
+    large: Any  # stays in the store of the worker's node
 
 
 class ProgressFile:
@@ -101,10 +111,13 @@ def _keep_freed_memory() -> None:
 class Actor:
     """What runs in a Ray actor's process: batches of messages, one message after the other."""
 
-    def start(self, paths: list[str], make_worker: bytes, progress: str, show: bool = False) -> "Started":
-        """`paths` is the driver's sys.path; `show`: whether answers bring along what was printed meanwhile."""
+    def start(self, paths: list[str], folder: str, make_worker: bytes, progress: str, show: bool = False) -> "Started":
+        """paths, folder: the driver's sys.path and working directory, where the user's own modules and files are.
+
+        show: whether answers bring along what was printed meanwhile.
+        """
         self.output, self.show = WorkerOutput(), show
-        sys.path[:0] = [path for path in paths if path not in sys.path]
+        as_the_driver(paths, folder)
         try:
             self.progress: ProgressFile | None = ProgressFile(progress)
         except OSError:
@@ -123,7 +136,19 @@ class Actor:
         self, batch: int, calls: list[tuple[bytes, list[Any], list[int]]], *shared: Any
     ) -> tuple[float, list[Packed | Failure], list[str]]:
         """Seconds taken, answers to the first of `calls`, what each printed; those without one were not begun."""
+        return self._run(batch, calls, shared)[0]
+
+    def run_keeping(
+        self, batch: int, calls: list[tuple[bytes, list[Any], list[int]]], *shared: Any
+    ) -> tuple[tuple[float, list[Packed | Failure], list[str]], list[Packed | None]]:
+        """The same of a handler that gives `Split`: their large parts come second, for the store."""
+        return self._run(batch, calls, shared)
+
+    def _run(
+        self, batch: int, calls: list[tuple[bytes, list[Any], list[int]]], shared: Sequence[Any]
+    ) -> tuple[tuple[float, list[Packed | Failure], list[str]], list[Packed | None]]:
         answers: list[Packed | Failure] = []
+        kept: list[Packed | None] = []
         texts: list[str] = []
         num_bytes = 0
         begun = time.perf_counter()
@@ -131,16 +156,22 @@ class Actor:
             if self.progress and not self.progress.may_begin(batch, place):
                 break
             sizes = self.output.sizes()
+            large = None
             try:
-                answer = Packed.of(self.handler(Packed(head, buffers).value(), *(shared[number] for number in numbers)))
+                given = self.handler(Packed(head, buffers).value(), *(shared[number] for number in numbers))
+                if isinstance(given, Split):
+                    given, large = given.value, Packed.of(given.large)
+                    num_bytes += large.nbytes()
+                answer = Packed.of(given)
                 num_bytes += answer.nbytes()
                 answers.append(answer)
             except (Exception, SystemExit) as error:
                 into = self.output.grown(sizes)
                 printed = f"; it printed into {into}" if into else ""
                 answers.append(Failure("raised", f"{one_line(error)}{place_of(error, anywhere=True)}{printed}"))
+            kept.append(large)
             if self.show:
                 texts.append(self.output.since(sizes))
             if time.perf_counter() - begun > BATCH_SECONDS or num_bytes > BATCH_BYTES:
                 break
-        return time.perf_counter() - begun, answers, texts
+        return (time.perf_counter() - begun, answers, texts), kept

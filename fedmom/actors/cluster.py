@@ -4,6 +4,7 @@ Ray is imported here and in backends/peer.py alone, when it starts.
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -11,8 +12,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from fedmom.actors.nodes import Agreement, Placement, RayNode, ray_nodes, surveyed
 from fedmom.errors import InputError, missing_package
 from fedmom.machine.cores import usable_cores
 from fedmom.user_code import one_line
@@ -33,6 +35,13 @@ class PoolOptions:
     retries: int = 2  # how often a message whose worker died is tried again
     straggler_seconds: float = 0.0  # > 0: a message under way for longer is a failure, and its worker is replaced
     count_key: str = "simulation.num-actors"  # the key that num_workers comes from
+    share_gpus: bool = False  # num_gpus is what is found out when Ray is there: an equal share of the cluster's
+    agreement: Agreement | None = None  # what the nodes of a cluster must hold
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        return {"CPU": self.num_cpus, "GPU": self.num_gpus}
 
 
 def start_ray(address: str) -> tuple[Any, bool]:
@@ -119,41 +128,66 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
     return None if "://" in address or not host or not port.isdigit() else (host, int(port))
 
 
-def join_ray(options: PoolOptions, num_workers: int) -> tuple[Any, bool, int]:
-    """(the ray module, whether it was started here, how many workers fit); InputError where `num_workers` do not."""
+class Joined(NamedTuple):
+    """Ray, and the workers that fit into it."""
+
+    ray: Any  # the module
+    started: bool  # whether Ray was started or joined here rather than before
+    is_cluster: bool  # whether other machines may be there
+    placement: Placement
+    options: PoolOptions  # with the share of the GPUs, where that was to be found out
+    num_workers: int
+
+
+def join_ray(options: PoolOptions) -> Joined:
+    """Start or join Ray, look at its nodes, and see how many workers fit.
+
+    Raises InputError where they do not, or where a node disagrees with this one.
+    """
     ray, started = start_ray(options.ray_address)
     try:
-        return ray, started, count_workers(ray, replace(options, num_workers=num_workers))
+        nodes = ray_nodes(ray)
+        if options.share_gpus:
+            options = replace(options, num_gpus=share_of_gpus(nodes, options.num_workers), share_gpus=False)
+        check_fit(nodes, options)
+        placement = Placement(options.needs)
+        able = [node for node in nodes if placement.capacity(node)]
+        is_cluster = len(nodes) > 1 or bool(options.ray_address)
+        if is_cluster:
+            able = surveyed(ray, able, options.agreement)
+        placement.nodes = {node.id: node for node in able}
+        return Joined(ray, started, is_cluster, placement, options, options.num_workers or placement.fit())
     except BaseException:
         if started:
             ray.shutdown()
         raise
 
 
-def count_workers(ray: Any, options: PoolOptions) -> int:
-    """As many as asked for, or as fit into the cluster at once, node by node; InputError for none or too many."""
-    wanted = {"CPU": options.num_cpus, "GPU": options.num_gpus}
+def check_fit(nodes: Sequence[RayNode], options: PoolOptions) -> None:
+    """Raises InputError where no worker fits, or not as many as asked for."""
     keys = {"CPU": "num-cpus", "GPU": "num-gpus"}
-    nodes: Sequence[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for kind, key in keys.items():
-        most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
-        if wanted[kind] > most:
+        most = max((node.resources.get(kind, 0.0) for node in nodes), default=0.0)
+        if options.needs[kind] > most:
             right = (
                 f"Ray sees at most {most:g} {kind}{'s' * (most != 1)} on one machine"
                 if most
                 else f"Ray sees no {kind} here; set it to 0" + " and engine.device to cpu" * (kind == "GPU")
             )
-            raise InputError(f"simulation.{key} = {wanted[kind]:g}: {right}")
-    if not any(wanted.values()):  # nothing limits them
-        return options.num_workers or sum(int(node.get("CPU", 0)) for node in nodes)
-    # Fractions such as 0.1 are not exact: a hair more than the quotient.
-    fits = [min(int(node.get(kind, 0.0) / each + 1e-6) for kind, each in wanted.items() if each) for node in nodes]
-    fit, needs = sum(fits), " and ".join(f"{keys[kind]} = {each:g}" for kind, each in wanted.items() if each)
+            raise InputError(f"simulation.{key} = {options.needs[kind]:g}: {right}")
+    fit = sum(map(Placement(options.needs).capacity, nodes))
+    needs = " and ".join(f"{keys[kind]} = {each:g}" for kind, each in options.needs.items() if each)
     if fit == 0:
         raise InputError(f"simulation.{needs}: no machine has both; ask for less")
     if options.num_workers > fit:
         raise InputError(f"{options.count_key} = {options.num_workers}: with {needs} each, {fit} fit")
-    return options.num_workers or fit
+
+
+def share_of_gpus(nodes: Sequence[RayNode], num_workers: int) -> float:
+    """GPUs per worker, as large as lets all have one, those of a node evenly; 0 workers: as many as there are GPUs."""
+    there = sum(int(node.resources.get("GPU", 0)) for node in nodes)
+    together = math.ceil(max(1, num_workers) / max(1, there))  # workers on one GPU
+    return math.floor(1e4 / together) / 1e4  # Ray counts ten-thousandths
 
 
 def first_line(error: BaseException) -> str:

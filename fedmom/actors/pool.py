@@ -1,14 +1,18 @@
 """Resident, supervised Ray actors that answer messages: a dead one is replaced, and its messages are tried again."""
 
 import queue
-from collections.abc import Callable, Hashable, Iterable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from fedmom.actors.actor import Actor, Failure, Packed
-from fedmom.actors.cluster import PoolOptions, count_workers, start_ray
+from fedmom.actors.cluster import PoolOptions, join_ray
 from fedmom.actors.dispatcher import Dispatcher
 from fedmom.actors.watch import Watch
-from fedmom.actors.work import Shared, Submitted
+from fedmom.actors.work import Kept, Shared, Submitted
 from fedmom.errors import RayEndedError
 from fedmom.user_code import one_line
 
@@ -34,19 +38,23 @@ class Pool(Dispatcher):
         super().__init__(options, on_output)
         self._closed = False
         try:
-            self._ray, self._started_ray = start_ray(options.ray_address)
+            joined = join_ray(options)
         except BaseException:
             self._folder.close()
             raise
+        self._ray, self._started_ray, self._placement = joined.ray, joined.started, joined.placement
+        self._joined, self._options, self.num_workers = joined.is_cluster, joined.options, joined.num_workers
+        self.options = self._options
+        self._known = set(self._placement.nodes)
+        self._here = self._ray.get_runtime_context().get_node_id()
+        options = self._options
         self._watch = Watch(self._ray, lambda what: self._break(RayEndedError(what)))
         try:
-            self.num_workers = count_workers(self._ray, options)
             self._make_worker = self._ray.cloudpickle.dumps(make_worker)
             self._actor_class = self._ray.remote(
                 num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0, max_task_retries=0
             )(Actor)
-            for _ in range(self.num_workers):
-                self._start_worker()
+            self._start_workers()
             self._thread.start()
             if wait:
                 self._first_up.wait()
@@ -66,9 +74,50 @@ class Pool(Dispatcher):
         self.check()  # Ray ends the process that calls it when it is gone itself
         return Shared(self._ray.put(value))
 
-    def submit(self, key: Hashable, payload: Any, shared: tuple[Shared, ...] = ()) -> None:
-        """Does not wait. Arrays and buffers in `payload` must not change until the answer is there."""
-        self._events.put((self._on_submit, Submitted(key, Packed.of(payload), shared)))
+    def submit(
+        self, key: Hashable, payload: Any, shared: tuple[Shared, ...] = (), *, near: str = "", keep: bool = False
+    ) -> None:
+        """Does not wait. Arrays and buffers in `payload` must not change until the answer is there.
+
+        near: the node (of `homes`) whose workers should answer, if they have time. keep: the handler gives a `Split`,
+        and `take` a `Kept`.
+        """
+        self._events.put((self._on_submit, Submitted(key, Packed.of(payload), shared, near, keep)))
+
+    def submit_near(self, key: Hashable, payload: Any, parts: Sequence[Kept]) -> None:
+        """A message about what is kept on one node, whose workers see it without a copy.
+
+        Its answer is a Failure "lost" where something of it is gone.
+        """
+        shared = tuple({part.shared: None for part in parts})
+        self._events.put((self._on_submit, Submitted(key, Packed.of(payload), shared, parts[0].node, False, True)))
+
+    def homes(self, count: int) -> list[str]:
+        """Nodes for `count` messages, neighbours side by side and by the nodes' workers; [] where there is one node.
+
+        May be asked for in any thread.
+        """
+        workers = Counter(worker.node for worker in list(self._workers))
+        nodes = [node for node in list(self._placement.nodes) if workers[node]]
+        if len(nodes) < 2 and nodes[:1] in ([], [self._here]):
+            return []
+        total, bounds = sum(workers[node] for node in nodes), [0]
+        for node in nodes:
+            bounds.append(bounds[-1] + workers[node])
+        places = np.searchsorted(np.asarray(bounds[1:]) / total, (np.arange(count) + 0.5) / count)
+        return [nodes[place] for place in places]
+
+    def is_here(self, kept: Kept) -> bool:
+        """Whether it lies on this process's own node."""
+        return kept.node == self._here
+
+    def fetch(self, kept: Kept) -> Any:
+        """The large part, brought to this process's node: its arrays are views of the store. LookupError if lost."""
+        self.check()
+        try:
+            return self._ray.get(kept.shared.ref)[kept.place].value()
+        except self._ray.exceptions.ObjectLostError as error:
+            raise LookupError(one_line(error)) from error
 
     def take(self, timeout: float | None = None) -> tuple[Hashable, Any] | None:
         """(key, answer or Failure) of the next finished message, in order of arrival; None after `timeout` seconds."""
@@ -84,6 +133,8 @@ class Pool(Dispatcher):
         if isinstance(answer, Failure):
             return key, answer
         try:
+            if isinstance(answer, Kept):
+                return key, replace(answer, value=answer.value.value())
             return key, answer.value()
         except Exception as error:  # of a class that the driver cannot import
             return key, Failure("raised", f"the answer cannot be unpickled: {one_line(error)}")

@@ -5,6 +5,7 @@ large model as for a small one. Rows go from actor to actor through Ray's object
 actor, which measures disagreement and evaluates the mean model. Checkpoints alone bring the rows to the driver.
 """
 
+import dataclasses
 import math
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 from fedmom.actors.cluster import join_ray
 from fedmom.actors.watch import Watch
 from fedmom.actors.work import WARM_UP_SECONDS
+from fedmom.backends.agreement import agreement
 from fedmom.backends.peer import Peer
 from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config
@@ -46,8 +48,10 @@ class Peers(Backend):
             )
         num_clients = len(task.sizes)
         wanted = min(config.engine.workers, num_clients)
-        self.options = options = pool_options(replace(config, "engine", workers=wanted))
-        self._ray, self._started, _ = join_ray(options, wanted)
+        options = pool_options(replace(config, "engine", workers=wanted))
+        joined = join_ray(dataclasses.replace(options, agreement=agreement(config, task)))
+        self._ray, self._started = joined.ray, joined.started
+        self.options = options = joined.options
         self._gone = ""  # what of Ray has ended
         self._watch = Watch(self._ray, lambda what: setattr(self, "_gone", what))
         try:

@@ -1,19 +1,24 @@
 """`engine.workers = n`: the engine's own blocks of clients on supervised Ray actors, for several GPUs or a cluster.
 
-Each actor holds the data set and a warm engine; a round's start goes through Ray's object store once; the blocks' means
-are added up in client order, so the result is the engine's to rounding.
+Each actor holds the data set and a warm engine; a round's start goes through Ray's object store to every node once. The
+blocks' means are added up by a tree over the blocks in client order, so the result is the engine's to rounding, and the
+same to the bit on any number of nodes. On several nodes the means stay where they were made, and each node sends the
+sums of its own.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fedmom.actors.actor import Failure
+from fedmom.actors.actor import Failure, Split
 from fedmom.actors.pool import Pool
+from fedmom.actors.work import Kept, Shared
+from fedmom.backends.agreement import agreement
 from fedmom.backends.trainer import Node, TrainedBlock
 from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config
@@ -21,7 +26,7 @@ from fedmom.config.load import replace
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError
 from fedmom.machine.allocator import keep_freed_memory
-from fedmom.method.averaging import WeightedMean
+from fedmom.method.partial_sums import PairwiseSum, Partial, aligned
 from fedmom.method.state import Arrays, ClientState, flatten, from_arrays, num_bytes, to_arrays, to_device, unflatten
 from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
@@ -40,12 +45,19 @@ class BlockJob(NamedTuple):
     path: str = ""
     chunk_size: int = 0
     momentum: Arrays | None = None  # [k, ...] their own u, for policy "local"
+    keeps: bool = False  # whether the mean stays on the actor's node
+
+
+class SumJob(NamedTuple):
+    """What one message asks of an actor on a node that keeps means: the sum of these, in their order."""
+
+    parts: list[tuple[int, int, float]]  # (which of the shared lists, place in it, weight)
 
 
 class BlockAnswer(NamedTuple):
     """What an actor makes of a block."""
 
-    mean: Arrays
+    mean: Arrays  # empty where it stays on the actor's node
     trained: TrainedBlock  # its outcome without tensors of the model's size
     momentum: Arrays | None
 
@@ -55,24 +67,34 @@ def make_worker(config: Config) -> Callable[..., Any]:
     keep_freed_memory()
     node = Node(config)
 
-    def answer(block: BlockJob, start: Arrays | None = None) -> Any:
-        if start is None:
-            return *node.choose(block.clients), node.said[len(block.clients)]
-        momentum = None if block.momentum is None else from_arrays(block.momentum)
+    def answer(job: BlockJob | SumJob, *shared: Any) -> Any:
+        if isinstance(job, SumJob):
+            total = PairwiseSum()
+            for number, place, weight in job.parts:
+                total.add(_partial(shared[number][place].value(), weight))
+            return total.result().packed()
+        if not shared:
+            return *node.choose(job.clients), node.said[len(job.clients)]
+        momentum = None if job.momentum is None else from_arrays(job.momentum)
         trained = node.train(
-            block.clients.tolist(),
-            block.round_index,
-            unflatten(from_arrays(start)),
+            job.clients.tolist(),
+            job.round_index,
+            unflatten(from_arrays(shared[0])),
             momentum,
-            path=block.path,
-            chunk_size=block.chunk_size,
+            path=job.path,
+            chunk_size=job.chunk_size,
         )
         outcome = trained.outcome
         slim = outcome._replace(mean=ClientState({}, {}, {}), momentum=None)
         rows = None if outcome.momentum is None else to_arrays(outcome.momentum)
-        return BlockAnswer(to_arrays(flatten(outcome.mean)), trained._replace(outcome=slim), rows)
+        mean, said = to_arrays(flatten(outcome.mean)), BlockAnswer({}, trained._replace(outcome=slim), rows)
+        return Split(said, mean) if job.keeps else said._replace(mean=mean)
 
     return answer
+
+
+def _partial(mean: Arrays, weight: float) -> Partial:
+    return Partial.of(unflatten(from_arrays(mean)), weight)
 
 
 class Workers(Backend):
@@ -88,56 +110,141 @@ class Workers(Backend):
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of the cohort on the actors. ClientsFailedError where a block cannot be had."""
         try:
-            return self._run_round(start, job, progress)
+            return self._run_round(start, job, progress or (lambda client_steps: None))
         except RayEndedError as error:
             raise ClientsFailedError(f"round {job.round_index + 1}: {error}") from None
 
-    def _run_round(self, start: ClientState, job: Job, progress: Progress | None) -> Outcome:
-        ids = job.clients.numpy()
-        places = _blocks(len(ids), self.pool.num_workers, self.chunk_size, num_bytes(start.params))
-        shared, waiting = self.pool.share(to_arrays(flatten(start))), dict[Any, BlockAnswer]()
-        for number, rows in enumerate(places):
-            momentum = None
+    def _run_round(self, start: ClientState, job: Job, progress: Progress) -> Outcome:
+        places = _blocks(len(job.clients), self.pool.num_workers, self.chunk_size, num_bytes(start.params))
+        shared, homes = self.pool.share(to_arrays(flatten(start))), self.pool.homes(len(places))
+        parts: dict[int, BlockAnswer] = {}
+        if not homes:  # one node: whatever is in its store is here
+            total, waiting = PairwiseSum(), dict[int, Arrays]()
+            for number, part in self._answers(job, places, shared, range(len(places))):
+                parts[number], waiting[number] = part._replace(mean={}), part.mean
+                progress(part.trained.client_steps)
+                while total.count in waiting:
+                    at = total.count
+                    total.add(_partial(waiting.pop(at), parts[at].trained.weight))
+            return self._outcome(start, job, total.result(), parts)
+        kept: dict[int, Kept] = {}
+        missing: Iterable[int] = range(len(places))
+        for tries in range(self.pool.options.retries + 1):
+            for number, part in self._answers(job, places, shared, missing, homes if not tries else None, keeps=True):
+                kept[number] = part
+                if number not in parts:
+                    progress(part.value.trained.client_steps)
+                parts[number] = part.value
+            sums, missing = self._sums(job, [kept[n] for n in range(len(places))])
+            if sums is not None:
+                return self._outcome(start, job, sums, parts)
+        where = _named(job, places[next(iter(missing))])
+        raise ClientsFailedError(
+            f"{where}: what they computed was lost with its node {self.pool.options.retries + 1} times"
+        )
+
+    def _answers(
+        self,
+        job: Job,
+        places: list[np.ndarray],
+        shared: Shared,
+        numbers: Iterable[int],
+        homes: list[str] | None = None,
+        keeps: bool = False,
+    ) -> Iterator[tuple[int, Any]]:
+        """(number of a block, its answer) as they come. Raises ClientsFailedError or InputError for one without."""
+        ids, missing = job.clients.numpy(), set(numbers)
+        for number in sorted(missing):
+            rows, momentum = places[number], None
             if job.momentum is not None:
                 momentum = to_arrays({name: u[torch.from_numpy(rows)] for name, u in job.momentum.items()})
-            block = BlockJob(ids[rows], job.round_index, self.path, self.chunk_size, momentum)
-            self.pool.submit((job.round_index, number), block, (shared,))
-        mean, parts = WeightedMean(self.running_var), list[BlockAnswer]()
-        while len(parts) < len(places):
-            key, answer = self.pool.take() or (None, None)
+            block = BlockJob(ids[rows], job.round_index, self.path, self.chunk_size, momentum, keeps)
+            near = homes[number] if homes else ""
+            self.pool.submit((job.round_index, number), block, (shared,), near=near, keep=keeps)
+        while missing:
+            (_, number), answer = self._take()
             if isinstance(answer, Failure):
-                first, last = ids[places[key[1]]][[0, -1]]  # type: ignore[index]
-                where = f"round {job.round_index + 1}: clients {first} … {last}"
+                where = _named(job, places[number])
                 if answer.reason.startswith(_REFUSED):  # the input is at fault: no other actor would do better
                     raise InputError(f"{where}: {answer.reason.removeprefix(_REFUSED)}")
                 raise ClientsFailedError(f"{where}: {answer.reason}")
-            waiting[key] = answer  # type: ignore[assignment]
-            while (at := (job.round_index, len(parts))) in waiting:
-                part = waiting.pop(at)
-                mean.add_one(unflatten(from_arrays(part.mean)), part.trained.weight)
-                parts.append(part._replace(mean={}))
-                if progress:
-                    progress(part.trained.client_steps)
-        return self._outcome(job, mean, parts)
+            missing.remove(number)
+            yield number, answer
 
-    def _outcome(self, job: Job, mean: WeightedMean, parts: list[BlockAnswer]) -> Outcome:
+    def _sums(self, job: Job, kept: list[Kept]) -> tuple[Partial | None, list[int]]:
+        """What the blocks come to, or None and those that must be computed anew: their means are gone with a node.
+
+        What lies on another node is summed there, so far as neighbouring blocks do, and the sums alone travel.
+        """
+        asked: dict[int, int] = {}  # {first block: how many}
+        for node in {part.node for part in kept if not self.pool.is_here(part)}:
+            for first, length in aligned(number for number, part in enumerate(kept) if part.node == node):
+                if length > 1:
+                    asked[first] = length
+                    self._ask_for_sum(first, kept[first : first + length])
+        sums: dict[int, Any] = {}
+        while len(sums) < len(asked):
+            (_, first), sums[first] = self._take()
+            if isinstance(sums[first], Failure) and sums[first].kind == "raised":
+                raise ClientsFailedError(f"round {job.round_index + 1}: {sums[first].reason}")
+        total, lost, place = PairwiseSum(), list[int](), 0
+        while place < len(kept):
+            holds = asked.get(place, 1)
+            part = self._part(kept[place], sums.get(place))
+            if part is None:
+                lost += range(place, place + holds)
+            elif not lost:
+                total.add(part, holds)
+            place += holds
+        return (None, lost) if lost else (total.result(), [])
+
+    def _part(self, kept: Kept, answer: Any) -> Partial | None:
+        """Of the sum that was asked for, or of a block alone; None for what is gone."""
+        if isinstance(answer, Failure):
+            return None
+        if answer is not None:
+            return Partial.unpacked(answer)
+        try:
+            return _partial(self.pool.fetch(kept), kept.value.trained.weight)
+        except LookupError:
+            return None
+
+    def _take(self) -> tuple[Any, Any]:
+        taken = self.pool.take()
+        assert taken is not None  # it waits for as long as it takes
+        return taken
+
+    def _ask_for_sum(self, first: int, parts: list[Kept]) -> None:
+        lists = {part.shared: None for part in parts}
+        numbers = {shared: number for number, shared in enumerate(lists)}
+        job = SumJob([(numbers[part.shared], part.place, part.value.trained.weight) for part in parts])
+        self.pool.submit_near(("sum", first), job, parts)
+
+    def _outcome(self, start: ClientState, job: Job, total: Partial, parts: Mapping[int, BlockAnswer]) -> Outcome:
+        blocks = [parts[number] for number in range(len(parts))]
+
         def average(values: list[Any]) -> Any:
-            return sum(part.trained.weight / mean.weight * value for part, value in zip(parts, values, strict=True))
+            return sum(part.trained.weight / total.weight * value for part, value in zip(blocks, values, strict=True))
 
-        outcomes = [part.trained.outcome for part in parts]
+        outcomes = [part.trained.outcome for part in blocks]
         momentum = None
         if job.momentum is not None:
-            rows = [from_arrays(part.momentum or {}) for part in parts]
+            rows = [from_arrays(part.momentum or {}) for part in blocks]
             momentum = {name: torch.cat([u[name] for u in rows]) for name in job.momentum}
         return Outcome(
-            mean=to_device(mean.mean(), self.task.device),
+            mean=to_device(total.mean(start, self.running_var), self.task.device),
             train_loss=average([outcome.train_loss for outcome in outcomes]),
-            consensus_distance=average([o.consensus_distance for o in outcomes]) + mean.spread("params"),
-            momentum_spread=average([o.momentum_spread for o in outcomes]) + mean.spread("momentum"),
+            consensus_distance=average([o.consensus_distance for o in outcomes]) + total.spread("params"),
+            momentum_spread=average([o.momentum_spread for o in outcomes]) + total.spread("momentum"),
             trajectory=[average(list(points)) for points in zip(*(o.trajectory for o in outcomes), strict=True)],
             momentum=momentum,
             losses=torch.cat([outcome.losses for outcome in outcomes]),
         )
+
+
+def _named(job: Job, rows: np.ndarray) -> str:
+    first, last = job.clients.numpy()[rows[[0, -1]]]
+    return f"round {job.round_index + 1}: clients {first} … {last}"
 
 
 def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
@@ -145,7 +252,7 @@ def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
 
     Raises InputError where the actors cannot be had.
     """
-    options = pool_options(config)
+    options = dataclasses.replace(pool_options(config), agreement=agreement(config, task))
     inside = replace(config, "engine", device=actors_device(options), threads=0, workers=0)
     pool = Pool(partial(make_worker, inside), options)
     try:
@@ -165,7 +272,7 @@ def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
         "engine.path": path,
         "engine.chunk-size": chunk_size,
         "engine.threads": torch.get_num_threads(),
-        "simulation.num-gpus": options.num_gpus,
+        "simulation.num-gpus": pool.options.num_gpus,
     }
     backend.notes = [f"{counted(pool.num_workers, 'Ray actor')} on {inside.engine.device}, each {path} × {chunk_size}"]
     backend.notes += [f"the first actor: {said.short}"] if said.short else []

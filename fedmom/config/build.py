@@ -252,6 +252,8 @@ def pool_options(config: Config) -> PoolOptions:
         count_key="engine.workers" if workers else "simulation.num-actors",
         num_cpus=keys.num_cpus,
         num_gpus=keys.num_gpus or share_of_gpus(config, num_workers),
+        # Other machines of a cluster may have more GPUs than this one, or fewer.
+        share_gpus=bool(keys.ray_address and not keys.num_gpus and share_of_gpus(config, num_workers)),
         ray_address=keys.ray_address,
         retries=keys.retries,
         straggler_seconds=keys.straggler_seconds,

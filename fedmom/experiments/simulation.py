@@ -1,10 +1,12 @@
 """The backend `simulation`: the Flower app of a folder, its nodes on Ray actors, its rounds heard like any run's."""
 
+import dataclasses
 import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
+from fedmom.backends.agreement import agreement
 from fedmom.config.build import pool_options
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, replace
@@ -33,6 +35,7 @@ def simulate(
     _check_writable(out)
     num_nodes = -(-config.data.num_clients // config.simulation.clients_per_node)
     options = pool_options(replace(config, "engine", workers=0))
+    options = dataclasses.replace(options, agreement=agreement(config))
     where = {"run.out": str(out or ""), "run.resume": str(resume or ""), "simulation.num-gpus": options.num_gpus}
     listener = Listener(list(callbacks))
 

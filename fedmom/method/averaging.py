@@ -5,6 +5,9 @@ chunk size gives the same mean to rounding. Means and squared deviations are mer
 (1983), which gives 0 to rounding for clients that agree, where E‖x‖² − ‖Ex‖² would give noise.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -125,18 +128,28 @@ class WeightedMean:
         """The mean of all clients added, in their dtypes."""
         means = {at: m.total / m.weight for at, m in self.moments.items() if m.total is not None}
         if self.pooled:
-            for part, name in means:
-                partner = (part, name.removesuffix(VAR) + MEAN)
-                if name.endswith(VAR) and partner in means:
-                    spread = self.moments[partner].deviation
-                    means[part, name] += 0 if spread is None else spread / self.weight
-        parts: dict[str, Tree] = {part: {} for part in ClientState._fields}
-        for (part, name), value in means.items():
-            parts[part][name] = value.to(self.dtypes[part, name])
-        parts["buffers"].update(self.integers)
-        return ClientState(**parts)
+            pool(means, {at: (m.deviation, self.weight) for at, m in self.moments.items()})
+        return in_parts({at: value.to(self.dtypes[at]) for at, value in means.items()}, self.integers)
 
     def spread(self, part: str) -> float:
         """Σ p_i ‖·_i − mean‖² of "params" (consensus distance) or "momentum" (momentum spread)."""
         found = [m.deviation for (p, _), m in self.moments.items() if p == part]
         return float(sum(float(d) for d in found if d is not None)) / self.weight
+
+
+def pool(means: dict[tuple[str, str], Tensor], spreads: Mapping[tuple[str, str], tuple[Any, float]]) -> None:
+    """Add to a mean of variances the variance of their means: its squared deviation, by its weight."""
+    for part, name in means:
+        partner = (part, name.removesuffix(VAR) + MEAN)
+        if name.endswith(VAR) and partner in means:
+            deviation, weight = spreads[partner]
+            means[part, name] += 0 if deviation is None else deviation / weight
+
+
+def in_parts(values: Mapping[tuple[str, str], Tensor], integers: Tree) -> ClientState:
+    """A state of tensors by (part, name), and the integers among its buffers."""
+    parts: dict[str, Tree] = {part: {} for part in ClientState._fields}
+    for (part, name), value in values.items():
+        parts[part][name] = value
+    parts["buffers"].update(integers)
+    return ClientState(**parts)

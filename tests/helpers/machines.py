@@ -83,7 +83,7 @@ class Machine:
         """
         self.call("sh", "-ec", script)
 
-    def _words(self, words: tuple[str, ...]) -> list[str]:
+    def words(self, *words: str) -> list[str]:
         pinned = ["taskset", "-c", self.cores] if self.cores else []
         return ["nsenter", "-t", str(self.pid), "-n", "-m", "-p", "-u", "-i", *pinned, *words]
 
@@ -97,7 +97,7 @@ class Machine:
         """A command on this machine that goes on; `output` takes what it prints, `more` is added to its environment."""
         with open(output or os.devnull, "wb") as file:
             process = subprocess.Popen(
-                self._words(words),
+                self.words(*words),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -110,7 +110,7 @@ class Machine:
     def call(self, *words: str, status: int | None = 0, cwd: Path = ROOT, **more: str) -> str:
         """What a command on this machine prints, once it has ended with that status (None: with any)."""
         done = subprocess.run(
-            self._words(words),
+            self.words(*words),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -120,6 +120,11 @@ class Machine:
         said = done.stdout + done.stderr
         assert status is None or done.returncode == status, f"{self.name}: {words}: {done.returncode}\n{said}"
         return said
+
+    def leave(self) -> None:
+        """Out of the cluster, which knows of it at once, as it does not of a machine that is killed; then it ends."""
+        self.call("ray", "stop", status=None)
+        self.kill()
 
     def kill(self) -> None:
         """All its processes end at once, and so does its network."""

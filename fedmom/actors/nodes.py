@@ -1,0 +1,208 @@
+"""The nodes of a Ray cluster: what each has and holds, and which of them gets the next worker.
+
+Ray counts a machine's cores, whatever its own daemon may use of them, and packs one node before it turns to the next.
+So each node is looked at before it gets work, and workers are placed here.
+"""
+
+import math
+import os
+import pickle
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedmom.errors import InputError
+from fedmom.machine.cores import usable_cores
+from fedmom.user_code import app_root, one_line
+
+# What draws, trains, averages and packs: another version may come to other numbers, without a word.
+_PACKAGES = ("fedmom", "torch", "numpy", "networkx", "safetensors", "flwr", "ray")
+
+
+class RayNode(NamedTuple):
+    """One machine of the cluster."""
+
+    id: str  # Ray's
+    name: str  # its host's, with the address
+    resources: Mapping[str, float]  # {"CPU": …, "GPU": …}: what Ray hands out there
+    cores: int  # that Ray's processes may use there
+
+
+class Facts(NamedTuple):
+    """What a node says of itself."""
+
+    versions: Mapping[str, str]  # {package: version}
+    cores: int
+    held: Mapping[str, str]  # {what is named: fingerprint of what is there}
+    trouble: str  # "" or why it cannot take part
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What has to be the same on all nodes; workers go to those that agree.
+
+    held: gives {what a configuration names, as messages call it: a fingerprint of what is there}. It runs on every
+    node, and is cloudpickled. InputError where something is missing.
+    """
+
+    held: Callable[[], Mapping[str, str]]
+    expected: Callable[[], Mapping[str, str]]  # the same of this process
+
+
+@dataclass
+class Placement:
+    """How many workers each node has, and where the next one goes."""
+
+    needs: Mapping[str, float]  # {"CPU": cores, "GPU": GPUs} of each worker
+    nodes: dict[str, RayNode] = field(default_factory=dict)
+    load: Counter[str] = field(default_factory=Counter)  # workers by node
+
+    def capacity(self, node: RayNode) -> float:
+        """Workers that Ray would start there; infinite where nothing limits them."""
+        # Fractions such as 0.1 are not exact: a hair more than the quotient.
+        each = [int(node.resources.get(kind, 0.0) / need + 1e-6) for kind, need in self.needs.items() if need]
+        return min(each, default=math.inf)
+
+    def share(self, node: RayNode) -> int:
+        """Workers for which it has cores: at least one, if Ray would start one."""
+        cores = node.cores / self.needs["CPU"] if self.needs["CPU"] else math.inf
+        most = min(self.capacity(node), cores + 1e-6)
+        if math.isinf(most):
+            return node.cores if node.resources.get("CPU") else 0
+        return max(int(most), min(1, int(self.capacity(node))))
+
+    def fit(self) -> int:
+        """Workers for which all nodes together have cores."""
+        return sum(map(self.share, self.nodes.values()))
+
+    def next(self) -> RayNode | None:
+        """The node that is least loaded with one more worker, the first of several; None where there is no room."""
+        able = [node for node in self.nodes.values() if self.load[node.id] < self.capacity(node) and self.share(node)]
+        return min(able, key=lambda node: (self.load[node.id] + 1) / self.share(node), default=None)
+
+    def spread(self, count: int) -> list[RayNode]:
+        """Nodes for `count` workers, those of one node side by side. Raises ValueError where there is no room."""
+        chosen = []
+        for _ in range(count):
+            node = self.next()
+            if node is None:
+                raise ValueError(f"no room for {count} workers")
+            self.load[node.id] += 1
+            chosen.append(node)
+        order = list(self.nodes)
+        return sorted(chosen, key=lambda node: order.index(node.id))
+
+
+def ray_nodes(ray: Any) -> list[RayNode]:
+    """All that are alive, this process's own first; their cores as Ray counts them."""
+    own = ray.get_runtime_context().get_node_id()
+    found = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            name, address = node.get("NodeManagerHostname", ""), node.get("NodeManagerAddress", "")
+            cores = max(1, int(node["Resources"].get("CPU", 1)))
+            found.append(RayNode(node["NodeID"], f"{name} ({address})", node["Resources"], cores))
+    return sorted(found, key=lambda node: (node.id != own, node.name))
+
+
+def look_at(ray: Any, node: RayNode, agreement: Agreement | None) -> Any:
+    """A reference to the Facts of a node, which are gathered there."""
+    held = b"" if agreement is None else ray.cloudpickle.dumps(agreement.held)
+    there = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on(ray, node.id))(facts)
+    return there.remote(sys.path, os.getcwd(), held)
+
+
+def on(ray: Any, node_id: str) -> Any:
+    """Ray's scheduling strategy for that node alone."""
+    return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
+
+
+def as_the_driver(paths: Sequence[str], folder: str) -> None:
+    """Let this process find the user's own modules and files where the driver does: its sys.path, its folder."""
+    sys.path[:0] = [path for path in paths if path not in sys.path]
+    if os.path.isdir(folder):
+        os.chdir(folder)
+
+
+def facts(paths: Sequence[str], folder: str, held: bytes) -> Facts:
+    """Of the node on which it runs; as the driver, whose sys.path and folder these are, would find it."""
+    as_the_driver(paths, folder)
+    found, trouble = {}, ""
+    try:
+        found = dict(pickle.loads(held)()) if held else {}
+    except InputError as error:
+        trouble = str(error)
+    except (Exception, SystemExit) as error:
+        trouble = f"reading what the run needs raised {one_line(error)}"
+    return Facts(versions(), usable_cores(), found, trouble)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what has to be the same everywhere. A torch for CPUs may meet one for GPUs of the same version."""
+    found = {"Python": ".".join(platform.python_version_tuple()[:2])}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            continue
+    return {**found, "fedmom's code": _code()}
+
+
+def _code() -> str:
+    """A short hash of fedmom's own files: two checkouts may have one version."""
+    total = sha256()
+    package = Path(__file__).parents[1]
+    apps = [app_root() / name for name in ("clients", "strategies")]
+    for folder in (package, *apps):
+        for path in sorted(folder.rglob("*.py")):
+            name = path.relative_to(folder).as_posix()
+            if not name.startswith("_app/"):  # a wheel has the apps there, a checkout beside the package
+                total.update(name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:8]
+
+
+def disagreement(node: RayNode, answer: Facts | Exception, expected: Mapping[str, str]) -> str:
+    """Why a node cannot take part, in one line; "" if it can."""
+    if isinstance(answer, Exception):
+        cause = [line for line in str(answer).splitlines() if "Error" in line] or [type(answer).__name__]
+        return f"fedmom does not run on {node.name}: {cause[-1].strip()}; install the same fedmom on every node"
+    both = [(name, found, own) for name, own in versions().items() if (found := answer.versions.get(name))]
+    if differ := [f"{name} {found} (here: {own})" for name, found, own in both if found != own]:
+        return f"{node.name} has {', '.join(differ)}: install the same versions on every node"
+    if answer.trouble:
+        return f"{answer.trouble} (on {node.name}: every node needs what this one has, under the same path)"
+    for what, fingerprint in expected.items():
+        if answer.held.get(what) != fingerprint:
+            return f"{what}: holds something else on {node.name} than here; put the same on every node"
+    return ""
+
+
+def surveyed(ray: Any, nodes: Iterable[RayNode], agreement: Agreement | None) -> list[RayNode]:
+    """The nodes, with the cores that they say they have, without those that end meanwhile.
+
+    Raises InputError naming the first that disagrees.
+    """
+    nodes = list(nodes)
+    calls = [look_at(ray, node, agreement) for node in nodes]
+    expected = agreement.expected() if agreement else {}  # while they look
+    found = []
+    for node, call in zip(nodes, calls, strict=True):
+        try:
+            answer: Facts | Exception = ray.get(call)
+        except Exception as error:
+            answer = error
+            if node.id not in {other.id for other in ray_nodes(ray)}:
+                continue  # Ray takes half a minute to notice that a machine is gone
+        if why := disagreement(node, answer, expected):
+            raise InputError(why)
+        assert isinstance(answer, Facts)
+        found.append(node._replace(cores=answer.cores))
+    return found
