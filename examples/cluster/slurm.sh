@@ -43,7 +43,7 @@ start_ray() {
 
 # Returns once so many nodes are there; ends the job if Ray has ended on one of them instead.
 await_nodes() {
-    python - "$head" "$port" "$1" "${steps[@]}" <<'END' &
+    python -W ignore - "$head" "$port" "$1" "${steps[@]}" <<'END' &
 import os
 import socket
 import sys
@@ -83,7 +83,7 @@ END
 
 # shellcheck disable=SC2317  # traps call these two
 {
-    # Whatever happens, Ray ends: srun hands SIGTERM to `ray start --block`, which ends all of its node's.
+    # Whatever happens, Ray ends: on SIGTERM srun kills `ray start --block`, whose death Ray's processes do not outlive.
     finish() {
         trap '' TERM USR1
         kill -TERM ${waiting:+"$waiting"} ${command:+"$command"} "${steps[@]}" 2>/dev/null || true

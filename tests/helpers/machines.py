@@ -18,6 +18,7 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 PORT = 6379
 _NETWORK = "10.213"
+_UNSHARE = ("unshare", "-n", "-m", "-p", "-u", "-i")
 _numbers = itertools.count(1)
 
 
@@ -28,7 +29,7 @@ def missing() -> str:
     for program in ("ip", "nsenter", "unshare", "mount", "taskset"):
         if shutil.which(program) is None:
             return f"no program {program}"
-    tried = subprocess.run(["unshare", "-n", "-m", "-p", "-u", "-i", "-f", "true"], capture_output=True, text=True)
+    tried = subprocess.run([*_UNSHARE, "--fork", "true"], capture_output=True, text=True)
     return tried.stderr.strip()
 
 
@@ -66,7 +67,8 @@ class Machine:
         self.link = f"{network.bridge}m{number}"  # this end of its cable
         self.processes: list[subprocess.Popen[bytes]] = []
         self.init = subprocess.Popen(
-            ["unshare", "-n", "-m", "-p", "-u", "-i", "--fork", "--kill-child", "--mount-proc", "sleep", "infinity"],
+            # As an init does, it lets its orphans go: `ray stop` waits for what it has killed to be gone.
+            [*_UNSHARE, "--fork", "--kill-child", "--mount-proc", "env", "--ignore-signal=CHLD", "sleep", "infinity"],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
