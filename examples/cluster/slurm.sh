@@ -83,7 +83,7 @@ END
 
 # shellcheck disable=SC2317  # traps call these two
 {
-    # Whatever happens, Ray ends: on SIGTERM srun kills `ray start --block`, whose death Ray's processes do not outlive.
+    # Whatever happens, Ray ends: on SIGTERM srun has Slurm kill all processes of its step.
     finish() {
         trap '' TERM USR1
         kill -TERM ${waiting:+"$waiting"} ${command:+"$command"} "${steps[@]}" 2>/dev/null || true

@@ -49,10 +49,10 @@ def processes_of_ray(machines):
     return [line for line in said.splitlines() if "ray" in line]
 
 
-def until(true, process):
-    """Waits for what a job brings about; fails if the job ends before."""
-    while not true():
-        assert process.poll() is None
+def until_rounds(least, folder, job):
+    """Waits for so many rounds of a run; fails if the job ends before."""
+    while len(rounds(folder)) < least:
+        assert job.process.poll() is None, job.output.read_text()
         time.sleep(0.05)
 
 
@@ -89,29 +89,25 @@ def slurm(pair):
         made.close()
 
 
-def test_a_job_stops_at_a_checkpoint_before_its_limit_and_goes_on_when_it_is_requeued(pair, slurm, tmp_path):
-    words = ["fedmom", "run", "mine.toml", "--set", "engine.workers=4"]
-    config = "[algorithm]\nnum-local-steps = 2\n[data]\nnum-clients = 4\n[run]\nnum-rounds = {}\n"
-    (tmp_path / "mine.toml").write_text(config.format(1_000_000))
+def test_a_job_stops_at_a_checkpoint_and_goes_on_when_it_is_requeued(pair, slurm, tmp_path):
+    """Slurm's signal before the time limit requeues it; a preemption's does not, as Slurm then does so itself."""
+    config = "[algorithm]\nnum-local-steps = 2\n[data]\nnum-clients = 4\n[run]\nnum-rounds = 1_000_000\n"
+    (tmp_path / "mine.toml").write_text(config)
     run = tmp_path / "runs" / "slurm-7"
-
-    job = slurm.job(7, "node-[1-2]", SCRIPT, *words, cwd=tmp_path)
-    until(lambda: len(rounds(run)) > 2, job.process)
-    job.signal("USR1")
-    status, said = job.end()
-    assert status == 130, said
-    assert "--resume" in said
-    assert slurm.requeued() == ["7"]
-    until_gone(pair)
-    done = rounds(run)
-    assert done == list(range(1, len(done) + 1))
-
-    (tmp_path / "mine.toml").write_text(config.format(len(done) + 2))
-    status, said = slurm.job(7, "node-[1-2]", SCRIPT, *words, cwd=tmp_path).end()
-    assert status == 0, said
-    assert rounds(run) == list(range(1, len(done) + 3))
-    assert slurm.requeued() == ["7"]
-    until_gone(pair)
+    done = list[int]()
+    for signal in ("USR1", "TERM"):
+        job = slurm.job(
+            7, "node-[1-2]", SCRIPT, "fedmom", "run", "mine.toml", "--set", "engine.workers=4", cwd=tmp_path
+        )
+        until_rounds(len(done) + 3, run, job)
+        job.signal(signal)
+        status, said = job.end()
+        assert status == 130, said
+        assert "fedmom: go on with: fedmom run --resume runs/slurm-7" in said
+        assert slurm.requeued() == ["7"]
+        done = rounds(run)
+        assert done == list(range(1, len(done) + 1))
+        until_gone(pair)
 
 
 def test_a_job_without_one_of_its_nodes_ends_and_says_so(pair, slurm, tmp_path):

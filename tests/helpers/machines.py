@@ -85,9 +85,10 @@ class Machine:
         """
         self.call("sh", "-ec", script)
 
-    def _words(self, words: tuple[str, ...]) -> list[str]:
+    def _words(self, words: tuple[str, ...], cwd: Path) -> list[str]:
+        there = ["env", f"--chdir={cwd}"]  # a process that enters another's mounts is at their root
         pinned = ["taskset", "-c", self.cores] if self.cores else []
-        return ["nsenter", "-t", str(self.pid), "-n", "-m", "-p", "-u", "-i", *pinned, *words]
+        return ["nsenter", "-t", str(self.pid), "-n", "-m", "-p", "-u", "-i", *there, *pinned, *words]
 
     def environment(self, **more: str) -> dict[str, str]:
         """Of every command on it: the environment's programs come first, no Ray of the test's own is known."""
@@ -99,11 +100,10 @@ class Machine:
         """A command on this machine that goes on; `output` takes what it prints, `more` is added to its environment."""
         with open(output or os.devnull, "wb") as file:
             process = subprocess.Popen(
-                self._words(words),
+                self._words(words, cwd),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                cwd=cwd,
                 env=self.environment(**more),
             )
         self.processes.append(process)
@@ -112,11 +112,10 @@ class Machine:
     def call(self, *words: str, status: int | None = 0, cwd: Path = ROOT, **more: str) -> str:
         """What a command on this machine prints, once it has ended with that status (None: with any)."""
         done = subprocess.run(
-            self._words(words),
+            self._words(words, cwd),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            cwd=cwd,
             env=self.environment(**more),
         )
         said = done.stdout + done.stderr

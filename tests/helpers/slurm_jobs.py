@@ -15,6 +15,7 @@ from machines import Machine
 STAND_INS = Path(__file__).parent / "slurm"
 # Writes down its process's id, then becomes the command.
 _NOTED = ("sh", "-c", 'echo $$ >"$0"; exec "$@"')
+_KILL_TREE = "tree() { for child in $(cat /proc/$1/task/*/children); do tree $child; done; kill -KILL $1; }; tree $0"
 
 
 class Slurm:
@@ -62,7 +63,7 @@ class Slurm:
             answer = {"status": 1, "said": f"srun: error: {asked['node']} does not respond"}
         else:
             step = self._start(asked["node"], asked["words"], Path(asked["cwd"]), asked["environment"])
-            threading.Thread(target=lambda: [step.signal("KILL") for _ in lines], daemon=True).start()
+            threading.Thread(target=lambda: [step.kill() for _ in lines], daemon=True).start()
             answer = {"status": step.process.wait() % 256, "said": step.output.read_text(errors="replace")}
         srun.sendall(json.dumps(answer).encode() + b"\n")
 
@@ -76,6 +77,10 @@ class Job:
     def signal(self, name: str) -> None:
         """Sends it, as `scancel --batch` does."""
         self.machine.call("kill", f"-{name}", self.noted.read_text().strip(), status=None)
+
+    def kill(self) -> None:
+        """It and all that it started end at once."""
+        self.machine.call("sh", "-c", _KILL_TREE, self.noted.read_text().strip(), status=None)
 
     def end(self) -> tuple[int, str]:
         """Its exit status, and what it printed, once it has ended."""
