@@ -117,7 +117,8 @@ status=0
 # A signal ends `wait`, not the command.
 while wait "$command" && status=0 || status=$?; kill -0 "$command" 2>/dev/null; do :; done
 command=""
-if [ -n "$limit" ] && [ "$status" -eq 130 ]; then
+# 130: stopped as asked. 4: something failed, perhaps in stopping. Either has a checkpoint.
+if [ -n "$limit" ] && { [ "$status" -eq 130 ] || [ "$status" -eq 4 ]; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -91,7 +91,12 @@ def slurm(pair):
 
 def test_a_job_stops_at_a_checkpoint_and_goes_on_when_it_is_requeued(pair, slurm, tmp_path):
     """Slurm's signal before the time limit requeues it; a preemption's does not, as Slurm then does so itself."""
-    config = "[algorithm]\nnum-local-steps = 2\n[data]\nnum-clients = 4\n[run]\nnum-rounds = 1_000_000\n"
+    config = """
+        model = {name = "mlp", hidden = 16}
+        algorithm = {num-local-steps = 2}
+        data = {num-clients = 4}
+        run = {num-rounds = 1_000_000}
+    """
     (tmp_path / "mine.toml").write_text(config)
     run = tmp_path / "runs" / "slurm-7"
     done = list[int]()
