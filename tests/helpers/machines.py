@@ -18,6 +18,7 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 PORT = 6379
 _NETWORK = "10.213"
+_UNSHARE = ("unshare", "-n", "-m", "-p", "-u", "-i")
 _numbers = itertools.count(1)
 
 
@@ -28,7 +29,7 @@ def missing() -> str:
     for program in ("ip", "nsenter", "unshare", "mount", "taskset"):
         if shutil.which(program) is None:
             return f"no program {program}"
-    tried = subprocess.run(["unshare", "-n", "-m", "-p", "-u", "-i", "-f", "true"], capture_output=True, text=True)
+    tried = subprocess.run([*_UNSHARE, "--fork", "true"], capture_output=True, text=True)
     return tried.stderr.strip()
 
 
@@ -66,7 +67,8 @@ class Machine:
         self.link = f"{network.bridge}m{number}"  # this end of its cable
         self.processes: list[subprocess.Popen[bytes]] = []
         self.init = subprocess.Popen(
-            ["unshare", "-n", "-m", "-p", "-u", "-i", "--fork", "--kill-child", "--mount-proc", "sleep", "infinity"],
+            # As an init does, it lets its orphans go: `ray stop` waits for what it has killed to be gone.
+            [*_UNSHARE, "--fork", "--kill-child", "--mount-proc", "env", "--ignore-signal=CHLD", "sleep", "infinity"],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -83,9 +85,11 @@ class Machine:
         """
         self.call("sh", "-ec", script)
 
-    def words(self, *words: str) -> list[str]:
+    def words(self, *words: str, cwd: Path = ROOT) -> list[str]:
+        """A command line that runs `words` on this machine."""
+        there = ["env", f"--chdir={cwd}"]  # a process that enters another's mounts is at their root
         pinned = ["taskset", "-c", self.cores] if self.cores else []
-        return ["nsenter", "-t", str(self.pid), "-n", "-m", "-p", "-u", "-i", *pinned, *words]
+        return ["nsenter", "-t", str(self.pid), "-n", "-m", "-p", "-u", "-i", *there, *pinned, *words]
 
     def environment(self, **more: str) -> dict[str, str]:
         """Of every command on it: the environment's programs come first, no Ray of the test's own is known."""
@@ -97,11 +101,10 @@ class Machine:
         """A command on this machine that goes on; `output` takes what it prints, `more` is added to its environment."""
         with open(output or os.devnull, "wb") as file:
             process = subprocess.Popen(
-                self.words(*words),
+                self.words(*words, cwd=cwd),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                cwd=cwd,
                 env=self.environment(**more),
             )
         self.processes.append(process)
@@ -110,11 +113,10 @@ class Machine:
     def call(self, *words: str, status: int | None = 0, cwd: Path = ROOT, **more: str) -> str:
         """What a command on this machine prints, once it has ended with that status (None: with any)."""
         done = subprocess.run(
-            self.words(*words),
+            self.words(*words, cwd=cwd),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            cwd=cwd,
             env=self.environment(**more),
         )
         said = done.stdout + done.stderr
