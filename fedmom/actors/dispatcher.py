@@ -19,7 +19,8 @@ from dataclasses import replace
 from typing import Any
 
 from fedmom.actors.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed, ProgressFile, Started
-from fedmom.actors.cluster import PoolOptions, Watch, count_workers, first_line
+from fedmom.actors.cluster import PoolOptions, count_workers, first_line
+from fedmom.actors.watch import Watch
 from fedmom.actors.work import MessageBatch, Submitted, Worker
 from fedmom.actors.worker_output import printed
 from fedmom.errors import InputError, RayEndedError

@@ -5,8 +5,9 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from fedmom.actors.actor import Actor, Failure, Packed
-from fedmom.actors.cluster import PoolOptions, Watch, count_workers, start_ray
+from fedmom.actors.cluster import PoolOptions, count_workers, start_ray
 from fedmom.actors.dispatcher import Dispatcher
+from fedmom.actors.watch import Watch
 from fedmom.actors.work import Shared, Submitted
 from fedmom.errors import RayEndedError
 from fedmom.user_code import one_line

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmom.actors.cluster import Watch, join_ray
+from fedmom.actors.cluster import join_ray
+from fedmom.actors.watch import Watch
 from fedmom.actors.work import WARM_UP_SECONDS
 from fedmom.backends.peer import Peer
 from fedmom.config.build import actors_device, pool_options, resolve_device
