@@ -1,5 +1,6 @@
 """A watch on whether the Ray that this process uses still lives."""
 
+import atexit
 import socket
 import sys
 import threading
@@ -12,6 +13,8 @@ _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_DIE = 0.2, 0.3
 # A cluster's head may be started anew, and a network be repaired. Ray itself waits for 60 s, then ends the process.
 _SECONDS_WITHOUT_HEAD = {"refused": 20.0, "silent": 30.0}
 _SECONDS_BETWEEN_CALLS, _SECONDS_OF_A_CALL = 2.0, 2.0
+
+_SECONDS_TO_LEAVE = 10.0  # ray.shutdown takes 1 s where somebody answers
 
 
 class Watch:
@@ -83,6 +86,21 @@ class Watch:
             return silent if how == "silent" else _ended("head (its GCS)")
         self._head_missed = 0.0
         return ""
+
+
+def leave_ray(ray: Any, *, gone: bool) -> None:
+    """Shut down a Ray that was started or joined here; gone: that it has ended, or its head does not answer.
+
+    Ray asks the head whether it may leave. Where the cable is out, that call has no end.
+    """
+    if not gone:
+        ray.shutdown()
+        return
+    leaving = threading.Thread(target=ray.shutdown, name="fedmom-leave", daemon=True)
+    leaving.start()
+    leaving.join(_SECONDS_TO_LEAVE)
+    if leaving.is_alive():
+        atexit.unregister(ray.shutdown)  # it would wait for this one
 
 
 def _ended(part: str) -> str:

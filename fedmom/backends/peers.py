@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedmom.actors.cluster import join_ray
-from fedmom.actors.watch import Watch
+from fedmom.actors.watch import Watch, leave_ray
 from fedmom.actors.work import WARM_UP_SECONDS
 from fedmom.backends.peer import Peer
 from fedmom.config.build import actors_device, pool_options, resolve_device
@@ -77,7 +77,7 @@ class Peers(Backend):
         """End the actors, and Ray if it was started here."""
         self._watch.close()
         if self._started:
-            self._ray.shutdown()
+            leave_ray(self._ray, gone=bool(self._gone))
         elif self._ray.is_initialized() and not self._gone:
             for peer in getattr(self, "peers", []):
                 self._ray.kill(peer)
