@@ -133,6 +133,10 @@ class Machine:
         """As if the power were cut: nothing comes from it any more, not even the end of a connection."""
         _do("ip", "link", "set", self.link, "down")
 
+    def plug_in(self) -> None:
+        """The cable that was pulled."""
+        _do("ip", "link", "set", self.link, "up")
+
     def wire_bytes(self) -> tuple[int, int]:
         """Bytes that it has received and sent so far."""
         line = next(line for line in self.call("cat", "/proc/net/dev").splitlines() if "eth0:" in line)
