@@ -11,7 +11,7 @@ import numpy as np
 from fedmom.actors.actor import Actor, Failure, Packed
 from fedmom.actors.cluster import PoolOptions, join_ray
 from fedmom.actors.dispatcher import Dispatcher
-from fedmom.actors.watch import Watch
+from fedmom.actors.watch import Watch, leave_ray
 from fedmom.actors.work import Kept, Shared, Submitted
 from fedmom.errors import RayEndedError
 from fedmom.user_code import one_line
@@ -162,10 +162,11 @@ class Pool(Dispatcher):
         self._events.put((None,))
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+        gone = isinstance(self._broken, RayEndedError)
         if self._started_ray:
-            self._ray.shutdown()  # ends the actors too
+            leave_ray(self._ray, gone=gone)  # ends the actors too
         for worker in self._workers:
-            if self._ray.is_initialized() and not isinstance(self._broken, RayEndedError):
+            if self._ray.is_initialized() and not gone:
                 self._ray.kill(worker.actor)
             worker.progress.close()
         self._workers.clear()

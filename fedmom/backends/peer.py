@@ -1,15 +1,17 @@
 """What one actor of Algorithm 2 does: a block of clients, whose rows it sends straight to other actors.
 
-Rows travel through Ray's object store: an actor puts what a neighbour needs there, and the driver passes references.
+Rows travel through Ray's object store: an actor puts what its neighbours need there, and the driver passes references.
+The same rows are put once, whoever needs them, so that they travel to a machine once.
 """
 
-import sys
+import socket
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedmom.actors.nodes import as_the_driver
 from fedmom.config.build import make_plan, make_task, set_up_torch
 from fedmom.config.keys import Config
 from fedmom.config.load import flat
@@ -40,22 +42,28 @@ from fedmom.user_code import blamed, one_line
 class Peer:
     """An actor: a block of clients, their rows after the last two rounds, and an engine."""
 
-    def __init__(self, config: Config, me: int, blocks: Sequence[np.ndarray], paths: Sequence[str] = ()) -> None:
-        """`paths` is the driver's sys.path, on which the user's own data and model may be."""
-        sys.path[:0] = [path for path in paths if path not in sys.path]
+    def __init__(
+        self, config: Config, me: int, blocks: Sequence[np.ndarray], paths: Sequence[str] = (), folder: str = ""
+    ) -> None:
+        """paths, folder: the driver's sys.path and working directory, where the user's own data and model may be."""
+        as_the_driver(paths, folder)
         self.config, self.me, self.blocks = config, me, blocks
         self.ids = blocks[me]
         self.keys = flat(config)
         self.states: dict[int, ClientState] = {}  # {rounds done: the block's rows}
         self.received: dict[int, Tree] = {}  # {block: its rows of this round}
 
-    def begin(self) -> None:
-        """Read the data and build the model. InputError, which of a constructor Ray would tell as an actor's death."""
+    def begin(self) -> str:
+        """Read the data and build the model; the name of this machine.
+
+        Raises InputError, which of a constructor Ray would tell as an actor's death.
+        """
         set_up_torch(self.config.engine)
         keep_freed_memory()
         with blamed(self.keys):
             self.task: Task = make_task(self.config, self.config.engine.device)
             self.plan: Plan = make_plan(self.config)
+        return socket.gethostname()
 
     def choose(self) -> tuple[str, int, Said]:
         """(path, chunk size, what was measured) as configured, or by timing.
@@ -95,20 +103,17 @@ class Peer:
         with blamed(self.keys):
             self.after, losses, _ = self.engine.run_rows(self.states[round_index], job)
         self.lr = job.lrs[0]
-        out = {other: ray.put(to_arrays(self._for(other, round_index))) for other in self._targets(round_index)}
+        out, there = dict[int, Any](), dict[bytes, Any]()  # {block: its rows}, {ids of rows: they}
+        for other, ids in self._targets(round_index).items():
+            if (which := ids.tobytes()) not in there:
+                there[which] = ray.put(to_arrays(self._rows(ids)))
+            out[other] = there[which]
         return {"losses": losses.tolist(), "out": out, **self._measured(self.after)}
 
     def gather(self, refs: dict[int, Any], seconds: float) -> dict[int, str]:
-        """Fetch other blocks' rows; {block: why} of those that do not arrive."""
-        import ray
-
-        missing = {}
-        self.received = {}
-        for other, ref in refs.items():
-            try:
-                self.received[other] = from_arrays(ray.get(ref, timeout=seconds))
-            except Exception as error:  # lost, freed, timed out, or its owner died
-                missing[other] = one_line(error)
+        """Fetch other blocks' rows; {block: why} of those that do not arrive within so many seconds."""
+        received, missing = fetched(refs, seconds)
+        self.received = {other: from_arrays(rows) for other, rows in received.items()}
         return missing
 
     def mix(self, round_index: int, skipped: Iterable[tuple[int, int]], evaluate: bool) -> dict[str, Any]:
@@ -143,15 +148,19 @@ class Peer:
                 found["clients"] = [evaluate_rows(self.task, mixed, [place]) for place in places]
         return found
 
-    def measure(self, before: list[Any], after: list[Any], evaluate: bool) -> dict[str, Any]:
-        """At the first actor, from all blocks' means: Σ size ‖mean_block − mean‖² / N; the mean model's evaluation."""
-        import ray
+    def measure(self, before: list[Any], after: list[Any], evaluate: bool, seconds: float) -> dict[str, Any]:
+        """At the first actor, from all blocks' means: Σ size ‖mean_block − mean‖² / N; the mean model's evaluation.
 
+        {"missing": {block: why}} where means do not arrive within so many seconds.
+        """
         sizes = torch.tensor([len(block) for block in self.blocks], dtype=torch.float64)
-        found: dict[str, Any] = {}
-        for when, refs in (("", before), ("_after", after)):
-            means = [from_arrays(part) for part in ray.get(refs)]
-            rows = {n: torch.stack([part[n] for part in means]) for n in means[0]}
+        num_blocks, found = len(self.blocks), dict[str, Any]()
+        means, missing = fetched(dict(enumerate(before + after)), seconds)
+        if missing:
+            return {"missing": {place % num_blocks: why for place, why in missing.items()}}
+        for when, first in (("", 0), ("_after", num_blocks)):
+            parts = [from_arrays(means[first + block]) for block in range(num_blocks)]
+            rows = {n: torch.stack([part[n] for part in parts]) for n in parts[0]}
             for part, name in (("params", "consensus_distance"), ("momentum", "momentum_spread")):
                 found[name + when] = _between({n: v for n, v in rows.items() if n.startswith(part)}, sizes)
         if evaluate:
@@ -186,20 +195,39 @@ class Peer:
         assert self.plan.topology is not None
         return self.plan.topology.at(round_index)
 
-    def _targets(self, round_index: int) -> list[int]:
-        """Blocks that need rows of this one."""
+    def _targets(self, round_index: int) -> dict[int, np.ndarray]:
+        """{block: ascending ids of the clients here whose rows it needs}, without blocks that need none."""
         mixing = self._mixing(round_index)
-        return [b for b in range(len(self.blocks)) if b != self.me and len(senders(mixing, self.ids, self.blocks[b]))]
+        needed = {b: senders(mixing, self.ids, ids) for b, ids in enumerate(self.blocks) if b != self.me}
+        return {block: ids for block, ids in needed.items() if len(ids)}
 
     def _sent(self, rows: ClientState) -> ClientState:
         """What travels: x, the real buffers, and u if the policy mixes it."""
         momentum = rows.momentum if MOMENTUM_POLICIES[self.plan.method.momentum_policy].sends_momentum else {}
         return ClientState(rows.params, momentum, rows.buffers)
 
-    def _for(self, other: int, round_index: int) -> Tree:
-        ids = senders(self._mixing(round_index), self.ids, self.blocks[other])
+    def _rows(self, ids: np.ndarray) -> Tree:
         places = torch.from_numpy(np.searchsorted(self.ids, ids))
         return flatten(to_device(rows_of(self._sent(self.after), places), "cpu"))
+
+
+def fetched(refs: dict[int, Any], seconds: float) -> tuple[dict[int, Arrays], dict[int, str]]:
+    """({key: what is there}, {key: why it is not}) of what others have put; all are on their way at the same time."""
+    import ray
+
+    there, missing = dict[int, Arrays](), dict[int, str]()
+    if not refs:
+        return there, missing
+    _, late = ray.wait(list(refs.values()), num_returns=len(refs), timeout=seconds)
+    for key, ref in refs.items():
+        if ref in late:
+            missing[key] = f"not within {seconds:g} s"
+            continue
+        try:
+            there[key] = ray.get(ref, timeout=seconds)
+        except Exception as error:  # lost, freed, or its owner died
+            missing[key] = one_line(error)
+    return there, missing
 
 
 def senders(mixing: Mixing, block: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -7,6 +7,8 @@ actor, which measures disagreement and evaluates the mean model. Checkpoints alo
 
 import dataclasses
 import math
+import os
+import socket
 import sys
 import time
 from typing import Any
@@ -15,7 +17,8 @@ import numpy as np
 import torch
 
 from fedmom.actors.cluster import join_ray
-from fedmom.actors.watch import Watch
+from fedmom.actors.nodes import on
+from fedmom.actors.watch import Watch, leave_ray
 from fedmom.actors.work import WARM_UP_SECONDS
 from fedmom.backends.agreement import agreement
 from fedmom.backends.peer import Peer
@@ -52,6 +55,8 @@ class Peers(Backend):
         joined = join_ray(dataclasses.replace(options, agreement=agreement(config, task)))
         self._ray, self._started = joined.ray, joined.started
         self.options = options = joined.options
+        # Neighbouring blocks on one node, where rows go from one to the other through its store.
+        self._nodes = joined.placement.spread(wanted) if joined.is_cluster else []
         self._gone = ""  # what of Ray has ended
         self._watch = Watch(self._ray, lambda what: setattr(self, "_gone", what))
         try:
@@ -59,8 +64,8 @@ class Peers(Backend):
             self.limit = config.simulation.straggler_seconds
             self.seconds = self.limit or LINK_SECONDS
             inside = replace(config, "engine", device=actors_device(options), threads=0, workers=0)
-            actor = self._ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Peer)
-            self.peers = [actor.remote(inside, number, self.blocks, sys.path) for number in range(wanted)]
+            self.hosts = [""] * wanted  # of each actor, once it is up
+            self.peers = self._actors(inside)
             self.at = -1  # rounds that the peers' rows have behind them
             self.driver_bytes = 0  # through this process in the last round
             self.path, self.chunk_size, self.said = self._settle()
@@ -68,20 +73,30 @@ class Peers(Backend):
             self.close()
             raise
 
+    def _actors(self, config: Config) -> list[Any]:
+        """One for each block, in the order of the blocks."""
+        options = self.options
+        actor = self._ray.remote(num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0)(Peer)
+        places = [{"scheduling_strategy": on(self._ray, node.id)} for node in self._nodes] or [{}] * len(self.blocks)
+        return [
+            actor.options(**place).remote(config, number, self.blocks, sys.path, os.getcwd())
+            for number, place in enumerate(places)
+        ]
+
     def _settle(self) -> tuple[str, int, Said]:
         """(path, chunk size, what was measured) of all actors, by the first, once all are up.
 
         Starting is no round and has no limit.
         """
         begun = [peer.begin.remote() for peer in self.peers]
-        self._all(begun, list(range(len(begun))), 0, limit=0.0)
+        self.hosts = self._all(begun, list(range(len(begun))), 0, limit=0.0)
         return self._all([self.peers[0].choose.remote()], [0], 0, limit=0.0)[0]
 
     def close(self) -> None:
         """End the actors, and Ray if it was started here."""
         self._watch.close()
         if self._started:
-            self._ray.shutdown()
+            leave_ray(self._ray, gone=bool(self._gone))
         elif self._ray.is_initialized() and not self._gone:
             for peer in getattr(self, "peers", []):
                 self._ray.kill(peer)
@@ -141,21 +156,30 @@ class Peers(Backend):
             for target, ref in part["out"].items():
                 inboxes[target][source] = ref
         calls = [peer.gather.remote(refs, self.seconds) for peer, refs in zip(self.peers, inboxes, strict=True)]
-        missing = self._all(calls, list(range(len(calls))), number)
+        missing = self._all(calls, list(range(len(calls))), number, waiting=self.seconds)
         if any(missing):
             self._check(number, error_seen=True)  # without its object store nothing arrives
         skipped = set()
         for target, sources in enumerate(missing):
             for source, reason in sources.items():
                 if self.policy == "stop":
-                    who = f"from {_named(self.blocks[source])} to {_named(self.blocks[target])}"
+                    who = f"from {self._named(source)} to {self._named(target)}"
                     raise ClientsFailedError(f"round {number + 1}: rows {who} did not arrive: {reason}")
                 skipped.add((min(source, target), max(source, target)))
         return sorted(skipped)
 
     def _measure(self, stepped: list[Any], mixed: list[Any], evaluate: bool, number: int) -> dict[str, Any]:
         before, after = ([part["mean"] for part in parts] for parts in (stepped, mixed))
-        return self._all([self.peers[0].measure.remote(before, after, evaluate)], [0], number)[0]
+        # Under skip a link may be away for a while, and there is no round without its means.
+        seconds = self.seconds if self.policy == "stop" else max(self.seconds, LINK_SECONDS)
+        call = self.peers[0].measure.remote(before, after, evaluate, seconds)
+        (found,) = self._all([call], [0], number, waiting=seconds)
+        for block, reason in found.get("missing", {}).items():
+            self._check(number, error_seen=True)
+            raise ClientsFailedError(
+                f"round {number + 1}: the mean of {self._named(block)} did not arrive at {self._named(0)}: {reason}"
+            )
+        return dict(found)
 
     def _fetch(self, done: int) -> tuple[ClientState, ClientState]:
         """(mean, rows) after so many rounds, brought to this process."""
@@ -182,15 +206,23 @@ class Peers(Backend):
                 if time.monotonic() > deadline:
                     raise
 
-    def _all(self, calls: list[Any], who: list[int], number: int, limit: float | None = None) -> list[Any]:
+    def _named(self, peer: int) -> str:
+        """The clients of an actor, and its machine where that is another than this."""
+        host = self.hosts[peer]
+        return _clients(self.blocks[peer]) + (f" on {host}" if host and host != socket.gethostname() else "")
+
+    def _all(
+        self, calls: list[Any], who: list[int], number: int, limit: float | None = None, waiting: float = 0.0
+    ) -> list[Any]:
         """The answers of all calls; ClientsFailedError names the clients of an actor that died, failed or is late.
 
-        limit: seconds for all of them, 0 for as long as they take; by default the straggler limit.
+        limit: seconds for all of them, 0 for as long as they take; by default the straggler limit. waiting: seconds on
+        top of it that the actors may wait for one another.
         """
         answers = []
         if limit is None:  # the first round loads libraries
             limit = max(self.limit, WARM_UP_SECONDS) if self.limit and self.at < 0 else self.limit
-        deadline = time.monotonic() + limit if limit else math.inf
+        deadline = time.monotonic() + limit + waiting if limit else math.inf
         for call, peer in zip(calls, who, strict=True):
             try:
                 answers.append(self._answer(call, deadline, number))
@@ -200,12 +232,12 @@ class Peers(Backend):
                 raise InputError(str(getattr(error, "cause", error))) from None
             except self._ray.exceptions.GetTimeoutError:
                 late = f"no answer within {limit:g} s (simulation.straggler-seconds)"
-                raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {late}") from None
+                raise ClientsFailedError(f"round {number + 1}: {self._named(peer)}: {late}") from None
             except Exception as error:
                 self._check(number, error_seen=True)
                 cause = getattr(error, "cause", None)
                 died = "their Ray actor died" if type(error).__name__.startswith("Actor") else one_line(cause or error)
-                raise ClientsFailedError(f"round {number + 1}: {_named(self.blocks[peer])}: {died}") from None
+                raise ClientsFailedError(f"round {number + 1}: {self._named(peer)}: {died}") from None
         self.driver_bytes += sum(map(_size, answers))
         return answers
 
@@ -215,7 +247,7 @@ def _plain(measured: dict[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("mean_client_"): v for name, v in measured.items() if name.startswith("mean_client_")}
 
 
-def _named(ids: np.ndarray) -> str:
+def _clients(ids: np.ndarray) -> str:
     return f"client {ids[0]}" if len(ids) == 1 else f"clients {ids[0]} … {ids[-1]}"
 
 

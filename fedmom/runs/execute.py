@@ -290,12 +290,18 @@ class _Run:
         steps, number = run_rounds(self.task, self.plan, self.backend, done, self._on_steps), done.round
         while True:
             number += 1
+            failed: ClientsFailedError | None = None
             try:
                 with blamed(flat(self.config), but=_Run._on_steps.__code__):
-                    step = next(steps, None)
+                    try:
+                        step = next(steps, None)
+                    except ClientsFailedError as error:  # never the user's model, whatever it came through
+                        failed = error
             except InputError as error:
                 named = str(error) if str(error).startswith("round ") else f"round {number}: {error}"
                 raise InputError(named) from error.__cause__
+            if failed is not None:
+                raise failed
             if step is None:
                 return
             yield step

@@ -136,9 +136,18 @@ class Machine:
         for process in self.processes:
             process.wait()
 
+    def halt(self) -> None:
+        """The same, but its connections end first: Ray knows at once, and not after 20 to 30 s."""
+        self.call("kill", "-9", "-1", status=None)
+        self.kill()
+
     def pull_cable(self) -> None:
         """As if the power were cut: nothing comes from it any more, not even the end of a connection."""
         _do("ip", "link", "set", self.link, "down")
+
+    def plug_in(self) -> None:
+        """The cable that was pulled."""
+        _do("ip", "link", "set", self.link, "up")
 
     def wire_bytes(self) -> tuple[int, int]:
         """Bytes that it has received and sent so far."""
