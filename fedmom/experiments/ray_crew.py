@@ -1,0 +1,241 @@
+"""A sweep's cells on Ray actors: of a Ray that is started here, or of a cluster, where every node has a run at a time.
+
+All machines of a cluster see the sweep's folder, and the folder that it was started in; both are looked at before any
+cell is begun. A file in the sweep's folder tells the actors to end, as signals do not reach other machines.
+"""
+
+import hashlib
+import math
+import os
+import socket
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedmom.actors.actor import Failure
+from fedmom.actors.cluster import PoolOptions, first_line, start_ray
+from fedmom.actors.nodes import RayNode, on_every_node, working_nodes
+from fedmom.actors.pool import Pool
+from fedmom.config.build import share_of_gpus
+from fedmom.config.load import load, parse_sets
+from fedmom.errors import InputError, RayEndedError
+from fedmom.experiments.crew import LOOK_SECONDS, Asked, Cell, CellEnded, Requests, SweepWork, run_cell
+from fedmom.machine.cores import usable_cores
+from fedmom.machine.files import at_home
+from fedmom.method.topology import FILES
+from fedmom.records.status import SLOW_BEAT_SECONDS, read_status
+
+RAY_HERE = "local"  # for an address: a Ray that is started for the sweep
+END = "end"  # the last word of the file that tells actors to end
+# A run on a machine that was cut off may live on for a minute, until Ray there ends it.
+_SECONDS_OF_SILENCE, _SECONDS_TO_LEAVE = 3 * SLOW_BEAT_SECONDS, 180.0
+
+
+class Premises(NamedTuple):
+    """What every machine that runs cells must see, as it is seen where the sweep was started."""
+
+    out: str  # the sweep's folder
+    note: str  # the path of a file in it
+    token: str  # a random word that the file begins with
+    here: str  # the current folder: modules and relative paths are looked for in it
+    files: dict[str, str]  # {path: digest} of the configuration and of the modules in the current folder
+    data: dict[str, str]  # {key = 'value': path} of the data that cells name
+
+    def asked_to_end(self) -> bool:
+        # Read, not looked for: a network's file system may remember for a minute that there was no such file.
+        try:
+            return Path(self.note).read_text(encoding="ascii").split()[-1:] == [END]
+        except OSError:
+            return False
+
+    def ask_to_end(self) -> None:
+        Path(self.note).write_text(f"{self.token} {END}", encoding="ascii")
+
+
+def premises_of(work: SweepWork, cells: Sequence[Cell]) -> Premises:
+    """As this process sees them; the file with the token is not written yet."""
+    token, here = uuid.uuid4().hex, os.getcwd()
+    data: dict[str, str] = {}
+    for cell in cells:
+        loaded = load(work.config, {**parse_sets(work.sets), **cell.sets})
+        values = {"data.dataset": loaded.config.data.dataset, "algorithm.topology": loaded.config.algorithm.topology}
+        named = {key: value for key, value in values.items() if value.endswith((".npz", *FILES))}
+        if "data.data-dir" in loaded.given:
+            named["data.data-dir"] = loaded.config.data.data_dir
+        data |= {f"{key} = {value!r}": value for key, value in named.items() if os.path.exists(at_home(value))}
+    files = [work.config, *(str(path) for path in sorted(Path(here).glob("*.py")))]
+    digests = {path: digest for path in files if (digest := _digest(path))}
+    return Premises(work.out, str(Path(work.out) / f".sweep-{token[:8]}"), token, here, digests, data)
+
+
+def trouble_with(premises: Premises) -> str:
+    """What this process does not see of the premises, "" for nothing: the subject is left to whoever says it."""
+    try:
+        words = Path(premises.note).read_text(encoding="ascii").split()
+    except OSError:
+        words = []
+    shared = "on a disk that all machines of the cluster see under the same path"
+    if words[:1] != [premises.token]:
+        return f"does not see the sweep's folder {premises.out}; name an --out {shared}"
+    if not os.path.isdir(premises.here):
+        return f"has no folder {premises.here}; start the sweep in a folder {shared}"
+    for path, digest in premises.files.items():
+        if (seen := _digest(path)) != digest:
+            return f"{'has another' if seen else 'does not see'} {path}; keep it {shared}"
+    for key, path in premises.data.items():
+        if not os.path.exists(os.path.join(premises.here, at_home(path))):
+            return f"does not see {key}; put the data there, or {shared}"
+    return ""
+
+
+def _digest(path: str) -> str:
+    """ "" of a file that cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[Any]:
+    """The ray module, joined to the cluster at `address` or to one that is started here."""
+    try:
+        ray, started = start_ray("" if address == RAY_HERE else address)
+    except InputError as error:
+        raise InputError(str(error).replace(f"simulation.ray-address = {address!r}", f"--ray {address}")) from error
+    try:
+        yield ray
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def runs_at_a_time(workers: int | None, address: str) -> int:
+    """`workers`; of None one, or as many as the cluster at `address` has nodes."""
+    if workers or address in ("", RAY_HERE):
+        return workers or 1
+    with _joined(address) as ray:
+        return len(working_nodes(ray))
+
+
+def on_ray(work: SweepWork, cells: Sequence[Cell], workers: int | None, address: str) -> Iterator[CellEnded]:
+    """On Ray actors, `workers` at a time (None: one, or one per node of a cluster), each with its share of the cores.
+
+    A cell whose actor or node died goes on from its checkpoint, on another one where that is free first, as often as
+    simulation.retries says. Raises InputError before any cell is begun where a machine does not see the folders,
+    RayEndedError where no actor is left, and KeyboardInterrupt at its end where it was asked to end before.
+    """
+    premises = premises_of(work, cells)
+    try:
+        with _joined(address) as ray:
+            Path(premises.note).write_text(premises.token, encoding="ascii")
+            nodes = working_nodes(ray)
+            if not nodes:
+                raise InputError(f"--ray {address}: no machine of the cluster has a CPU for work; start one")
+            if address != RAY_HERE:
+                check_nodes(ray, nodes, premises)
+            options, each = _asked_of_ray(work, cells, workers, nodes, address)
+            with Pool(_maker(ray, work, premises, each), options) as pool, Requests() as requests:
+                yield from _answers(pool, cells, requests, premises)
+    except RayEndedError as error:
+        raise RayEndedError(f"{error}; the same command goes on from {work.out}") from None
+    finally:
+        Path(premises.note).unlink(missing_ok=True)
+    if requests.asked:
+        raise KeyboardInterrupt
+
+
+def check_nodes(ray: Any, nodes: Sequence[RayNode], premises: Premises) -> None:
+    """InputError that names the first machine that does not see what the sweep needs."""
+    for node, trouble in zip(nodes, on_every_node(ray, nodes, trouble_with, premises), strict=True):
+        if trouble:
+            raise InputError(f"{node}: {first_line(trouble) if isinstance(trouble, Exception) else trouble}")
+
+
+def _asked_of_ray(
+    work: SweepWork, cells: Sequence[Cell], workers: int | None, nodes: Sequence[RayNode], address: str
+) -> tuple[PoolOptions, int]:
+    """(what to ask of Ray, how many runs share a node).
+
+    On a cluster an actor asks for its whole share of a node, so that Ray puts no more of them on one, and that a node
+    that died leaves its actor waiting for another rather than on a node that has its run. Cells that start actors of
+    their own need the rest of the CPUs for those.
+    """
+    settled = [load(work.config, {**parse_sets(work.sets), **cell.sets}).config for cell in cells]
+    workers = workers or (1 if address == RAY_HERE else len(nodes))
+    each, count = math.ceil(workers / len(nodes)), min(workers, len(cells))
+    cpus = 1.0
+    if address != RAY_HERE and not any(one.engine.workers or one.run.backend == "simulation" for one in settled):
+        cpus = min(node.cpus for node in nodes) / each
+        cpus = math.floor(cpus) if cpus >= 1 else math.floor(1e4 * cpus) / 1e4  # as Ray counts
+    options = PoolOptions(
+        num_workers=count,
+        num_cpus=cpus,
+        num_gpus=share_of_gpus(settled[0], min(count, each)),
+        ray_address="" if address == RAY_HERE else address,
+        retries=settled[0].simulation.retries,
+        count_key="--workers",
+    )
+    return options, each
+
+
+def _maker(ray: Any, work: SweepWork, premises: Premises, each: int) -> Callable[[], Callable[[Cell], CellEnded]]:
+    """What an actor is made by, which has a share of 1/each of its node's cores."""
+
+    def make_worker() -> Callable[[Cell], CellEnded]:
+        if trouble := trouble_with(premises):  # on a machine that came later
+            raise InputError(f"{socket.gethostname()} ({ray.util.get_node_ip_address()}): {trouble}")
+        os.chdir(premises.here)  # data.data-dir and module:function are looked for where the sweep was started
+        own = work._replace(threads=max(1, usable_cores() // each))
+
+        def answer(cell: Cell) -> CellEnded:
+            still_run = wait_until_left(Path(work.out) / cell.name, premises.asked_to_end)
+            if premises.asked_to_end():
+                return CellEnded(cell, "", "", 0.0)
+            if still_run:
+                return CellEnded(cell, "refused", still_run, 0.0)
+            return run_cell(own, cell, [Asked(premises.asked_to_end)])
+
+        return answer
+
+    return make_worker
+
+
+def wait_until_left(folder: Path, was_asked: Callable[[], bool]) -> str:
+    """Wait until nobody writes into a run folder, or this process was asked to end; "" or who still does after minutes.
+
+    A run whose node died says "running" for ever, and one whose node was cut off still runs: what it says about itself
+    changes every few seconds. Its lock tells nothing, as it is seen on one machine alone where the disk is a network's.
+    """
+    begun = changed = time.monotonic()
+    last = read_status(folder)
+    while last.is_running and time.monotonic() - changed < _SECONDS_OF_SILENCE and not was_asked():
+        if time.monotonic() - begun > _SECONDS_TO_LEAVE:
+            return f"{folder}: {last.host} is running it; end that run first"
+        time.sleep(LOOK_SECONDS)
+        if (now := read_status(folder)) != last:
+            last, changed = now, time.monotonic()
+    return ""
+
+
+def _answers(pool: Pool, cells: Sequence[Cell], requests: Requests, premises: Premises) -> Iterator[CellEnded]:
+    """Cells as they end. No more of them are handed out than there are actors: none waits behind another's."""
+    waiting, busy, told = deque(cells), dict[str, Cell](), False
+    while busy or (waiting and not told):
+        if requests.asked and not told:
+            told = True
+            premises.ask_to_end()
+        while waiting and not told and len(busy) < max(1, len(pool.worker_pids())):
+            cell = waiting.popleft()
+            busy[cell.name] = cell
+            pool.submit(cell.name, cell)
+        if (taken := pool.take(LOOK_SECONDS)) is None:
+            continue
+        cell, answer = busy.pop(str(taken[0])), taken[1]
+        ended = CellEnded(cell, "failed", answer.reason, 0.0) if isinstance(answer, Failure) else answer
+        if ended.status:  # else it was not begun
+            yield ended
