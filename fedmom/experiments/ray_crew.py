@@ -4,7 +4,6 @@ All machines of a cluster see the sweep's folder, and the folder that it was sta
 cell is begun. A file in the sweep's folder tells the actors to end, as signals do not reach other machines.
 """
 
-import hashlib
 import math
 import os
 import socket
@@ -20,6 +19,7 @@ from fedmom.actors.actor import Failure
 from fedmom.actors.cluster import PoolOptions, first_line, start_ray
 from fedmom.actors.nodes import RayNode, on_every_node, working_nodes
 from fedmom.actors.pool import Pool
+from fedmom.actors.premises import Premises, digest_of, trouble_with
 from fedmom.config.build import share_of_gpus
 from fedmom.config.load import load, parse_sets
 from fedmom.errors import InputError, RayEndedError
@@ -30,30 +30,8 @@ from fedmom.method.topology import FILES
 from fedmom.records.status import SLOW_BEAT_SECONDS, read_status
 
 RAY_HERE = "local"  # for an address: a Ray that is started for the sweep
-END = "end"  # the last word of the file that tells actors to end
 # A run on a machine that was cut off may live on for a minute, until Ray there ends it.
 _SECONDS_OF_SILENCE, _SECONDS_TO_LEAVE = 3 * SLOW_BEAT_SECONDS, 180.0
-
-
-class Premises(NamedTuple):
-    """What every machine that runs cells must see, as it is seen where the sweep was started."""
-
-    out: str  # the sweep's folder
-    note: str  # the path of a file in it
-    token: str  # a random word that the file begins with
-    here: str  # the current folder: modules and relative paths are looked for in it
-    files: dict[str, str]  # {path: digest} of the configuration and of the modules in the current folder
-    data: dict[str, str]  # {key = 'value': path} of the data that cells name
-
-    def asked_to_end(self) -> bool:
-        # Read, not looked for: a network's file system may remember for a minute that there was no such file.
-        try:
-            return Path(self.note).read_text(encoding="ascii").split()[-1:] == [END]
-        except OSError:
-            return False
-
-    def ask_to_end(self) -> None:
-        Path(self.note).write_text(f"{self.token} {END}", encoding="ascii")
 
 
 def premises_of(work: SweepWork, cells: Sequence[Cell]) -> Premises:
@@ -68,36 +46,8 @@ def premises_of(work: SweepWork, cells: Sequence[Cell]) -> Premises:
             named["data.data-dir"] = loaded.config.data.data_dir
         data |= {f"{key} = {value!r}": value for key, value in named.items() if os.path.exists(at_home(value))}
     files = [work.config, *(str(path) for path in sorted(Path(here).glob("*.py")))]
-    digests = {path: digest for path in files if (digest := _digest(path))}
+    digests = {path: digest for path in files if (digest := digest_of(path))}
     return Premises(work.out, str(Path(work.out) / f".sweep-{token[:8]}"), token, here, digests, data)
-
-
-def trouble_with(premises: Premises) -> str:
-    """What this process does not see of the premises, "" for nothing: the subject is left to whoever says it."""
-    try:
-        words = Path(premises.note).read_text(encoding="ascii").split()
-    except OSError:
-        words = []
-    shared = "on a disk that all machines of the cluster see under the same path"
-    if words[:1] != [premises.token]:
-        return f"does not see the sweep's folder {premises.out}; name an --out {shared}"
-    if not os.path.isdir(premises.here):
-        return f"has no folder {premises.here}; start the sweep in a folder {shared}"
-    for path, digest in premises.files.items():
-        if (seen := _digest(path)) != digest:
-            return f"{'has another' if seen else 'does not see'} {path}; keep it {shared}"
-    for key, path in premises.data.items():
-        if not os.path.exists(os.path.join(premises.here, at_home(path))):
-            return f"does not see {key}; put the data there, or {shared}"
-    return ""
-
-
-def _digest(path: str) -> str:
-    """ "" of a file that cannot be read."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
-        return ""
 
 
 @contextmanager

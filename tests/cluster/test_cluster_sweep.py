@@ -1,6 +1,7 @@
 """A sweep over a cluster: a run per node, and what becomes of it where a machine or the sweep itself is ended."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -48,6 +49,12 @@ def running(out):
     }
 
 
+def only_child(pid):
+    """The command itself, of which nsenter is the parent."""
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
 def wait_for(process, output, happened):
     while not happened():
         assert process.poll() is None, output.read_text()
@@ -59,20 +66,20 @@ def test_a_sweep_runs_a_cell_on_every_node_and_loses_neither_by_a_signal_nor_wit
     pinned = cluster.join(cores="0")
     names = {cluster.head.name, *(machine.name for machine in cluster.alive())}
     out, output, hold = project / "out", project / "output", project / "hold"
-    command = ["fedmom", *GRID, "--ray", cluster.address, "--out", str(out)]
+    command = f"cd {project} && exec fedmom {' '.join(GRID)} --ray {cluster.address} --out {out}"
     hold.touch()
-    process = cluster.head.start(*command, output=output, cwd=project)
+    process = cluster.head.start("sh", "-c", command, output=output)
     wait_for(process, output, lambda: set(running(out)) == names)
     threads = {host: (folder / "config.toml").read_text() for host, folder in running(out).items()}
     for host, text in threads.items():
         assert f"threads = {1 if host == pinned.name else usable_cores()}\n" in text
-    process.send_signal(signal.SIGINT)
+    os.kill(only_child(process.pid), signal.SIGINT)
     assert process.wait() == 130, output.read_text()
     assert output.read_text().rstrip().endswith(f"the same command goes on from {out}")
     assert [read_status(path.parent).status for path in out.glob("*/config.toml")] == ["interrupted"] * 3
     assert not list(out.glob(".sweep*"))
 
-    process = cluster.head.start(*command, output=output, cwd=project)
+    process = cluster.head.start("sh", "-c", command, output=output)
     wait_for(process, output, lambda: set(running(out)) == names)
     lost = running(out)[pinned.name]
     pinned.kill()
@@ -82,7 +89,7 @@ def test_a_sweep_runs_a_cell_on_every_node_and_loses_neither_by_a_signal_nor_wit
     assert f"{lost.name}: done on node-" in output.read_text()
 
     alone = project / "alone"
-    here = cluster.fedmom(*GRID, "--workers", "2", "--out", str(alone), cwd=project)
+    here = cluster.head.call("sh", "-c", f"cd {project} && fedmom {' '.join(GRID)} --workers 2 --out {alone}")
     for folder in alone.glob("*/"):
         assert [one["round"] for one in read_rounds(out / folder.name)] == [*range(1, ROUNDS + 1)]
         assert (folder / FINAL).read_bytes() == (out / folder.name / FINAL).read_bytes()
