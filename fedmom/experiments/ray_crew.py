@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedmom.actors.actor import Failure
 from fedmom.actors.cluster import PoolOptions, first_line, start_ray

@@ -9,16 +9,29 @@ from pathlib import Path
 import pytest
 
 from fedmom.machine.cores import usable_cores
-from fedmom.records.files import FINAL, MANIFEST
+from fedmom.records.files import FINAL, MANIFEST, read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.records.status import read_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster")]
 ROUNDS = 300
-GRID = [
-    *("sweep", "quadratic", "--grid", "algorithm.lr=0.05,0.1,0.2,0.25", "--set", f"run.num-rounds={ROUNDS}"),
-    *("--set", "algorithm.correction=held:correction", "--set", "run.checkpoint-every=2"),
-]
+# Two take the threads of the node that begins them, which are part of a run's identity.
+RUNS = """
+[[run]]
+algorithm.lr = 0.05
+[[run]]
+algorithm.lr = 0.1
+[[run]]
+algorithm.lr = 0.2
+engine.threads = 1
+[[run]]
+algorithm.lr = 0.25
+engine.threads = 1
+"""
+SWEEP = (
+    f"fedmom sweep quadratic --list runs.toml --set run.num-rounds={ROUNDS} --set run.checkpoint-every=2 "
+    "--set algorithm.correction=held:correction"
+)
 # While there is a file of that name, a run takes two minutes.
 HELD = """
 import os
@@ -34,8 +47,14 @@ def correction(gradient, params, start):
 @pytest.fixture
 def project(tmp_path):
     """A folder that all machines see, with a module of the user's own."""
-    (tmp_path / "held.py").write_text(HELD)
-    return tmp_path
+    return filled(tmp_path)
+
+
+def filled(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "held.py").write_text(HELD)
+    (folder / "runs.toml").write_text(RUNS)
+    return folder
 
 
 def running(out):
@@ -61,40 +80,52 @@ def wait_for(process, output, happened):
         time.sleep(0.1)
 
 
-def test_a_sweep_runs_a_cell_on_every_node_and_loses_neither_by_a_signal_nor_with_a_machine(cluster, project):
+def test_a_sweep_runs_a_cell_on_every_node_and_loses_none_by_a_signal_nor_with_a_machine(cluster, project):
     """Asked to end, called again, and one machine killed: what comes of it is what this machine alone comes to."""
     pinned = cluster.join(cores="0")
     names = {cluster.head.name, *(machine.name for machine in cluster.alive())}
     out, output, hold = project / "out", project / "output", project / "hold"
-    command = f"cd {project} && exec fedmom {' '.join(GRID)} --ray {cluster.address} --out {out}"
+    command = f"cd {project} && exec {SWEEP} --ray {cluster.address} --out {out}"
     hold.touch()
     process = cluster.head.start("sh", "-c", command, output=output)
     wait_for(process, output, lambda: set(running(out)) == names)
-    threads = {host: (folder / "config.toml").read_text() for host, folder in running(out).items()}
-    for host, text in threads.items():
-        assert f"threads = {1 if host == pinned.name else usable_cores()}\n" in text
+    begun = running(out)
     os.kill(only_child(process.pid), signal.SIGINT)
     assert process.wait() == 130, output.read_text()
     assert output.read_text().rstrip().endswith(f"the same command goes on from {out}")
     assert [read_status(path.parent).status for path in out.glob("*/config.toml")] == ["interrupted"] * 3
     assert not list(out.glob(".sweep*"))
+    for host, folder in begun.items():
+        own = 1 if host == pinned.name or "threads=1" in folder.name else usable_cores()
+        assert f"threads = {own}\n" in (folder / "config.toml").read_text()
 
     process = cluster.head.start("sh", "-c", command, output=output)
     wait_for(process, output, lambda: set(running(out)) == names)
     lost = running(out)[pinned.name]
+    before = read_rounds(lost)[:4]
     pinned.kill()
     hold.unlink()
     assert process.wait() == 0, output.read_text()
+    assert f"{lost.name}: done on {read_status(lost).host} in " in output.read_text()
     assert read_status(lost).host in names - {pinned.name}
-    assert f"{lost.name}: done on node-" in output.read_text()
+    assert read_rounds(lost)[:4] == before  # with the seconds that they took there
 
     alone = project / "alone"
-    here = cluster.head.call("sh", "-c", f"cd {project} && fedmom {' '.join(GRID)} --workers 2 --out {alone}")
-    for folder in alone.glob("*/"):
-        assert [one["round"] for one in read_rounds(out / folder.name)] == [*range(1, ROUNDS + 1)]
-        assert (folder / FINAL).read_bytes() == (out / folder.name / FINAL).read_bytes()
-    assert {one["status"] for one in json.loads((out / MANIFEST).read_text()).values()} == {"done"}
+    here = cluster.head.call("sh", "-c", f"cd {project} && {SWEEP} --workers 2 --out {alone}")
+    same_results(out, alone)
     assert table(output.read_text()) == table(here)
+
+
+def same_results(ours, theirs):
+    assert {one["status"] for one in json.loads((ours / MANIFEST).read_text()).values()} == {"done"}
+    folders = [path.parent.name for path in theirs.glob("*/config.toml")]
+    assert len(folders) == 4
+    for name in folders:
+        assert [one["round"] for one in read_rounds(ours / name)] == [*range(1, ROUNDS + 1)]
+        (ended, _), (other, _) = (read_tensors(folder / name / FINAL) for folder in (ours, theirs))
+        assert {key: value.tolist() for key, value in ended.items()} == {k: v.tolist() for k, v in other.items()}
+        if "threads=1" in name:
+            assert (ours / name / FINAL).read_bytes() == (theirs / name / FINAL).read_bytes()
 
 
 def table(text):
@@ -106,23 +137,16 @@ def table(text):
 
 def test_a_disk_that_only_one_machine_sees_is_refused_before_any_run(cluster, project):
     other = cluster.alive()[0]
-    own = cluster.head.srv / "own"
-    own.mkdir()
-    (own / "held.py").write_text(HELD)
+    filled(cluster.head.srv / "own")
 
-    def refused(folder, out):
-        words = f"cd {folder} && fedmom {' '.join(GRID)} --ray {cluster.address} --out {out}"
-        said = cluster.head.call("sh", "-c", words, status=2)
-        assert f"{other.name} ({other.address})" in said
+    def refused(folder, out, why):
+        command = f"cd {folder} && {SWEEP} --ray {cluster.address} --out {out}"
+        said = cluster.head.call("sh", "-c", command, status=2)
+        assert said.startswith(f"fedmom: {other.name} ({other.address}): {why}")
         assert len(said.splitlines()) == 1
-        return said
 
-    assert "does not see the sweep's folder /srv/out; name an --out on a disk that all machines" in refused(
-        project, "/srv/out"
-    )
-    assert not list((cluster.head.srv / "out").glob("*/"))
-    assert "has no folder /srv/own; start the sweep in a folder on a disk" in refused("/srv/own", project / "out")
-    assert not list((project / "out").glob("*/"))
-    (other.srv / "own").mkdir()
-    (other.srv / "own" / "held.py").write_text(f"{HELD}# of last week\n")
-    assert "has another /srv/own/held.py" in refused("/srv/own", project / "out")
+    refused(project, "/srv/out", "does not see the sweep's folder /srv/out; name an --out on a disk that all machines")
+    refused("/srv/own", project / "out", "has no folder /srv/own; start the sweep in a folder on a disk")
+    (filled(other.srv / "own") / "held.py").write_text(f"{HELD}# of last week\n")
+    refused("/srv/own", project / "out", "has another /srv/own/held.py; keep it on a disk")
+    assert not [*(cluster.head.srv / "out").glob("*/"), *(project / "out").glob("*/")]
