@@ -88,7 +88,7 @@ def on_ray(work: SweepWork, cells: Sequence[Cell], workers: int | None, address:
                 raise InputError(f"--ray {address}: no machine of the cluster has a CPU for work; start one")
             if address != RAY_HERE:
                 check_nodes(ray, nodes, premises)
-            options, each = _asked_of_ray(work, cells, workers, nodes, address)
+            options, each = asked_of_ray(work, cells, workers, nodes, address)
             with Pool(_maker(ray, work, premises, each), options) as pool, Requests() as requests:
                 yield from _answers(pool, cells, requests, premises)
     except RayEndedError as error:
@@ -106,7 +106,7 @@ def check_nodes(ray: Any, nodes: Sequence[RayNode], premises: Premises) -> None:
             raise InputError(f"{node}: {first_line(trouble) if isinstance(trouble, Exception) else trouble}")
 
 
-def _asked_of_ray(
+def asked_of_ray(
     work: SweepWork, cells: Sequence[Cell], workers: int | None, nodes: Sequence[RayNode], address: str
 ) -> tuple[PoolOptions, int]:
     """(what to ask of Ray, how many runs share a node).
@@ -137,7 +137,8 @@ def _maker(ray: Any, work: SweepWork, premises: Premises, each: int) -> Callable
     """What an actor is made by, which has a share of 1/each of its node's cores."""
 
     def make_worker() -> Callable[[Cell], CellEnded]:
-        if trouble := trouble_with(premises):  # on a machine that came later
+        # On a machine that came later; modules that were edited since are nobody's mistake.
+        if trouble := trouble_with(premises._replace(files={})):
             raise InputError(f"{socket.gethostname()} ({ray.util.get_node_ip_address()}): {trouble}")
         os.chdir(premises.here)  # data.data-dir and module:function are looked for where the sweep was started
         own = work._replace(threads=max(1, usable_cores() // each))
