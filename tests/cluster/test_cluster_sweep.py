@@ -29,8 +29,8 @@ algorithm.lr = 0.25
 engine.threads = 1
 """
 SWEEP = (
-    f"fedmom sweep quadratic --list runs.toml --set run.num-rounds={ROUNDS} --set run.checkpoint-every=2 "
-    "--set algorithm.correction=held:correction"
+    f"fedmom sweep quadratic --list runs.toml --set run.num-rounds={ROUNDS} --set engine.path=loop "
+    "--set run.checkpoint-every=2 --set algorithm.correction=held:correction"
 )
 # While there is a file of that name, a run takes two minutes.
 HELD = """
