@@ -115,7 +115,7 @@ def sweep(
         under_way = study(config, search, optuna, folder, seeds=seeds, metric=metric, **how)
     else:
         under_way = sweeps.sweep(config, cells, folder, **how)
-    return _end(*_followed(under_way, total, folder, metric, ray not in ("", "local")), total, folder)
+    return _end(*_followed(under_way, total, folder, metric, ray), total, folder)
 
 
 def _check_asked(grid: list[str] | None, file: Path | None, seeds: int | None, some: int, optuna: int) -> None:
@@ -154,16 +154,17 @@ def _planned(
 
 
 def _followed(
-    under_way: Iterable["CellEnded"], total: int, folder: Path, metric: str, on_cluster: bool
+    under_way: Iterable["CellEnded"], total: int, folder: Path, metric: str, ray: str
 ) -> tuple[list["CellEnded"], str]:
     """(those that ended, up to an interruption; the metric to rank by, "" where none is done), with a bar over all."""
+    from fedmom.experiments.ray_crew import RAY_HERE
     from fedmom.records.status import read_status
     from fedmom.results.ranking import metric_of
     from fedmom.runs.bars import over_runs
 
     ended = list["CellEnded"]()
     try:
-        where = (lambda one: read_status(folder / one.cell.name).host) if on_cluster else None
+        where = (lambda one: read_status(folder / one.cell.name).host) if ray not in ("", RAY_HERE) else None
         for one in over_runs(under_way, total, None, lines=True, where=where):
             ended.append(one)
             if one.status == "done" and not metric:
