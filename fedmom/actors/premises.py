@@ -5,6 +5,8 @@ Needs neither Ray nor torch: a process that is asked starts in a tenth of a seco
 
 import hashlib
 import os
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,29 @@ class Premises(NamedTuple):
 
     def ask_to_end(self) -> None:
         Path(self.note).write_text(f"{self.token} {END}", encoding="ascii")
+
+    def take_over(self, name: str) -> Callable[[], bool]:
+        """Be the one who runs the cell of that name; gives whether this process is asked to end, or another is it now.
+
+        A machine that was cut off from the cluster and not from the disk still runs what goes on elsewhere.
+        """
+        path, word = Path(f"{self.note}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"), uuid.uuid4().hex
+        path.write_text(word, encoding="ascii")
+
+        def was_asked() -> bool:
+            if self.asked_to_end():
+                return True
+            try:
+                return path.read_text(encoding="ascii") not in (word, "")  # "": before the other's word
+            except OSError:
+                return False
+
+        return was_asked
+
+    def remove(self) -> None:
+        """The note, and who ran what."""
+        for path in Path(self.out).glob(f"{Path(self.note).name}*"):
+            path.unlink(missing_ok=True)
 
 
 def trouble_with(premises: Premises) -> str:

@@ -30,7 +30,6 @@ from fedmom.method.topology import FILES
 from fedmom.records.status import SLOW_BEAT_SECONDS, read_status
 
 RAY_HERE = "local"  # for an address: a Ray that is started for the sweep
-# A run on a machine that was cut off may live on for a minute, until Ray there ends it.
 _SECONDS_OF_SILENCE, _SECONDS_TO_LEAVE = 3 * SLOW_BEAT_SECONDS, 180.0
 
 
@@ -94,7 +93,7 @@ def on_ray(work: SweepWork, cells: Sequence[Cell], workers: int | None, address:
     except RayEndedError as error:
         raise RayEndedError(f"{error}; the same command goes on from {work.out}") from None
     finally:
-        Path(premises.note).unlink(missing_ok=True)
+        premises.remove()
     if requests.asked:
         raise KeyboardInterrupt
 
@@ -144,12 +143,13 @@ def _maker(ray: Any, work: SweepWork, premises: Premises, each: int) -> Callable
         own = work._replace(threads=max(1, usable_cores() // each))
 
         def answer(cell: Cell) -> CellEnded:
-            still_run = wait_until_left(Path(work.out) / cell.name, premises.asked_to_end)
-            if premises.asked_to_end():
+            was_asked = premises.take_over(cell.name)
+            still_run = wait_until_left(Path(work.out) / cell.name, was_asked)
+            if was_asked():
                 return CellEnded(cell, "", "", 0.0)
             if still_run:
                 return CellEnded(cell, "refused", still_run, 0.0)
-            return run_cell(own, cell, [Asked(premises.asked_to_end)])
+            return run_cell(own, cell, [Asked(was_asked)])
 
         return answer
 
@@ -159,8 +159,8 @@ def _maker(ray: Any, work: SweepWork, premises: Premises, each: int) -> Callable
 def wait_until_left(folder: Path, was_asked: Callable[[], bool]) -> str:
     """Wait until nobody writes into a run folder, or this process was asked to end; "" or who still does after minutes.
 
-    A run whose node died says "running" for ever, and one whose node was cut off still runs: what it says about itself
-    changes every few seconds. Its lock tells nothing, as it is seen on one machine alone where the disk is a network's.
+    A run whose node died says "running" for ever; of one that is at work, what it says changes every few seconds. Its
+    lock tells nothing, as it is seen on one machine alone where the disk is a network's.
     """
     begun = changed = time.monotonic()
     last = read_status(folder)

@@ -62,6 +62,18 @@ def test_the_file_that_all_see_tells_them_to_end(premises):
     assert not premises.asked_to_end()
 
 
+def test_whoever_takes_a_cell_over_asks_the_one_before_to_end(premises):
+    first, other = premises.take_over("a"), premises.take_over("b")
+    assert not first()
+    second = premises.take_over("a")
+    assert [first(), second(), other()] == [True, False, False]
+    premises.ask_to_end()
+    assert [first(), second(), other()] == [True] * 3
+    premises.remove()
+    assert not [*Path("out").iterdir()]
+    assert not second()
+
+
 def asked(workers, cpus, sets=(), address="10.0.0.1:6379", cells=9):
     nodes = [RayNode(str(i), f"node-{i}", f"10.0.0.{i}", float(count)) for i, count in enumerate(cpus)]
     runs = [Cell(f"lr={i}", {"algorithm.lr": i / 10}, f"lr={i}") for i in range(1, cells + 1)]
