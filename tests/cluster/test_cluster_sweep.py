@@ -39,7 +39,7 @@ import time
 
 def correction(gradient, params, start):
     if os.path.exists("hold"):
-        time.sleep(0.1)
+        time.sleep(0.3)
     return gradient
 """
 
