@@ -36,6 +36,7 @@ class PoolOptions:
     straggler_seconds: float = 0.0  # > 0: a message under way for longer is a failure, and its worker is replaced
     count_key: str = "simulation.num-actors"  # the key that num_workers comes from
     share_gpus: bool = False  # num_gpus is what is found out when Ray is there: an equal share of the cluster's
+    evenly: bool = False  # whether all nodes get as many workers, whatever their cores
     agreement: Agreement | None = None  # what the nodes of a cluster must hold
 
     @property
@@ -150,7 +151,7 @@ def join_ray(options: PoolOptions) -> Joined:
         if options.share_gpus:
             options = replace(options, num_gpus=share_of_gpus(nodes, options.num_workers), share_gpus=False)
         check_fit(nodes, options)
-        placement = Placement(options.needs)
+        placement = Placement(options.needs, evenly=options.evenly)
         able = [node for node in nodes if placement.capacity(node)]
         is_cluster = len(nodes) > 1 or bool(options.ray_address)
         if is_cluster:

@@ -17,16 +17,16 @@ from typing import Any
 
 from fedmom.actors.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed
 from fedmom.actors.cluster import PoolOptions
-from fedmom.actors.crew import SECONDS_BETWEEN_LOOKS, SECONDS_WITHOUT_WORKERS, Crew
 from fedmom.actors.watch import Watch
 from fedmom.actors.work import Kept, MessageBatch, Submitted, Waiting, Worker
 from fedmom.actors.worker_output import printed
+from fedmom.actors.workforce import SECONDS_BETWEEN_LOOKS, SECONDS_WITHOUT_WORKERS, Workforce
 from fedmom.errors import RayEndedError
 
 LONG_SECONDS = 0.15  # a batch that takes longer is at a long message: those behind it go elsewhere
 
 
-class Dispatcher(Crew):
+class Dispatcher(Workforce):
     """All but `__init__` runs in its thread, or says otherwise."""
 
     def __init__(self, options: PoolOptions, on_output: Callable[[Hashable, str], None] | None = None) -> None:
@@ -113,7 +113,7 @@ class Dispatcher(Crew):
             self._waiting.put_back(messages)
 
     def _retire(self, worker: Worker, late: str | None) -> None:
-        """See Crew.
+        """See Workforce.
 
         A message that was being worked on has used up one of its tries, and is tried again alone. On another machine
         nobody knows which one of a batch that was: then they all are tried alone, and only that counts. Where Ray

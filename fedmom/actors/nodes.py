@@ -63,6 +63,7 @@ class Placement:
     needs: Mapping[str, float]  # {"CPU": cores, "GPU": GPUs} of each worker
     nodes: dict[str, RayNode] = field(default_factory=dict)
     load: Counter[str] = field(default_factory=Counter)  # workers by node
+    evenly: bool = False  # whether all nodes get as many, whatever their cores
 
     def capacity(self, node: RayNode) -> float:
         """Workers that Ray would start there; infinite where nothing limits them."""
@@ -85,7 +86,7 @@ class Placement:
     def next(self) -> RayNode | None:
         """The node that is least loaded with one more worker, the first of several; None where there is no room."""
         able = [node for node in self.nodes.values() if self.load[node.id] < self.capacity(node) and self.share(node)]
-        return min(able, key=lambda node: (self.load[node.id] + 1) / self.share(node), default=None)
+        return min(able, key=lambda n: (self.load[n.id] + 1) / (1 if self.evenly else self.share(n)), default=None)
 
     def spread(self, count: int) -> list[RayNode]:
         """Nodes for `count` workers, those of one node side by side. Raises ValueError where there is no room."""
@@ -112,11 +113,35 @@ def ray_nodes(ray: Any) -> list[RayNode]:
     return sorted(found, key=lambda node: (node.id != own, node.name))
 
 
+def working_nodes(ray: Any) -> list[RayNode]:
+    """Those with CPUs for work; a head that was started with none is left out."""
+    return [node for node in ray_nodes(ray) if node.resources.get("CPU", 0.0) > 0]
+
+
+def start_on(ray: Any, node: RayNode, function: Callable[..., Any], *arguments: Any) -> Any:
+    """A reference to what `function(*arguments)` gives in a process of the node, also where others use all CPUs.
+
+    The function is pickled by its name.
+    """
+    there = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on(ray, node.id))(function)
+    return there.remote(*arguments)
+
+
 def look_at(ray: Any, node: RayNode, agreement: Agreement | None) -> Any:
     """A reference to the Facts of a node, which are gathered there."""
     held = b"" if agreement is None else ray.cloudpickle.dumps(agreement.held)
-    there = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on(ray, node.id))(facts)
-    return there.remote(sys.path, os.getcwd(), held)
+    return start_on(ray, node, facts, sys.path, os.getcwd(), held)
+
+
+def answers_of(ray: Any, references: Sequence[Any]) -> list[Any | Exception]:
+    """What each reference comes to: a value, or the exception of the function, or of a node that ended."""
+    answers = list[Any | Exception]()
+    for reference in references:
+        try:
+            answers.append(ray.get(reference))
+        except Exception as error:
+            answers.append(error)
+    return answers
 
 
 def on(ray: Any, node_id: str) -> Any:
@@ -193,14 +218,12 @@ def surveyed(ray: Any, nodes: Iterable[RayNode], agreement: Agreement | None) ->
     nodes = list(nodes)
     calls = [look_at(ray, node, agreement) for node in nodes]
     expected = agreement.expected() if agreement else {}  # while they look
+    answers = answers_of(ray, calls)
+    alive = {node.id for node in ray_nodes(ray)}  # Ray takes half a minute to notice that a machine is gone
     found = []
-    for node, call in zip(nodes, calls, strict=True):
-        try:
-            answer: Facts | Exception = ray.get(call)
-        except Exception as error:
-            answer = error
-            if node.id not in {other.id for other in ray_nodes(ray)}:
-                continue  # Ray takes half a minute to notice that a machine is gone
+    for node, answer in zip(nodes, answers, strict=True):
+        if isinstance(answer, Exception) and node.id not in alive:
+            continue
         if why := disagreement(node, answer, expected):
             raise InputError(why)
         assert isinstance(answer, Facts)

@@ -32,7 +32,23 @@ Folders = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Folder of the run folders. Default: run.out, else runs/NAME-sweep."),
 ]
-OnRay = Annotated[str, typer.Option("--ray", metavar="local|HOST:PORT", help="Run on Ray actors, --workers of them.")]
+OnRay = Annotated[
+    str,
+    typer.Option(
+        "--ray",
+        metavar="local|HOST:PORT",
+        help="Run on Ray actors, here or on a cluster, whose machines must see DIR and the current folder.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        help="Runs at a time, each in its process. Default: 1; one per node of a cluster.",
+        min=1,
+    ),
+]
 Some = Annotated[
     int, typer.Option("--random", metavar="N", help="Draw N combinations at random instead of running all.", min=0)
 ]
@@ -60,7 +76,7 @@ def sweep(
     seeds: Seeds = None,
     sets: Sets = None,
     out: Folders = None,
-    workers: Annotated[int, typer.Option("--workers", help="Runs at a time, each in its process.", min=1)] = 1,
+    workers: Workers = None,
     ray: OnRay = "",
     some: Some = 0,
     file: Listed = None,
@@ -99,7 +115,7 @@ def sweep(
         under_way = study(config, search, optuna, folder, seeds=seeds, metric=metric, **how)
     else:
         under_way = sweeps.sweep(config, cells, folder, **how)
-    return _end(*_followed(under_way, total, folder, metric), total, folder)
+    return _end(*_followed(under_way, total, folder, metric, ray), total, folder)
 
 
 def _check_asked(grid: list[str] | None, file: Path | None, seeds: int | None, some: int, optuna: int) -> None:
@@ -137,14 +153,19 @@ def _planned(
     return cells_of(every, seeds_of(seeds, config, sets, every))
 
 
-def _followed(under_way: Iterable["CellEnded"], total: int, folder: Path, metric: str) -> tuple[list["CellEnded"], str]:
+def _followed(
+    under_way: Iterable["CellEnded"], total: int, folder: Path, metric: str, ray: str
+) -> tuple[list["CellEnded"], str]:
     """(those that ended, up to an interruption; the metric to rank by, "" where none is done), with a bar over all."""
+    from fedmom.experiments.ray_crew import RAY_HERE
+    from fedmom.records.status import read_status
     from fedmom.results.ranking import metric_of
     from fedmom.runs.bars import over_runs
 
     ended = list["CellEnded"]()
     try:
-        for one in over_runs(under_way, total, None, lines=True):
+        where = (lambda one: read_status(folder / one.cell.name).host) if ray not in ("", RAY_HERE) else None
+        for one in over_runs(under_way, total, None, lines=True, where=where):
             ended.append(one)
             if one.status == "done" and not metric:
                 metric = metric_of(folder / one.cell.name)

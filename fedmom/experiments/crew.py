@@ -1,4 +1,4 @@
-"""Who runs the cells of a sweep: this process, Ray actors, or processes.py; and how all of them are told to end.
+"""Who runs the cells of a sweep: this process, processes.py or ray_crew.py; and how all of them are told to end.
 
 The process that was asked to end (Ctrl-C, SIGTERM) hears it alone, and nothing is handed out in advance: those who run
 a cell are told, leave its checkpoint and answer, and no other cell is begun. Asked once more, it ends them at once.
@@ -9,18 +9,15 @@ import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from fedmom.config.build import share_of_gpus
-from fedmom.config.load import load, parse_sets
+from fedmom.config.load import parse_sets
 from fedmom.errors import InputError
 from fedmom.experiments.run import run
-from fedmom.machine.cores import usable_cores
 from fedmom.method.state import ClientState
 from fedmom.records.files import CONFIG
 from fedmom.records.status import Cell, CellEnded
@@ -29,9 +26,6 @@ from fedmom.runs.callbacks import STOPPING, Callback
 from fedmom.runs.progress import Quiet
 from fedmom.runs.trackers import Tracking
 from fedmom.user_code import one_line
-
-RAY_HERE = "local"  # for an address: a Ray that is started for the sweep
-
 
 LOOK_SECONDS = 0.5  # between two looks at the file that tells actors to end, and at whether the parent lives
 ONE_REQUEST_SECONDS = 1.0  # a scheduler may send several signals for one
@@ -136,46 +130,3 @@ class Asked(Callback):
             self.looked = time.monotonic()
             if self.was_asked():
                 raise KeyboardInterrupt
-
-
-def on_ray(work: SweepWork, cells: Sequence[Cell], workers: int, address: str) -> Iterator[CellEnded]:
-    """On Ray actors, of a Ray that is started here ("local") or of a cluster that sees the same folders.
-
-    Raises KeyboardInterrupt at its end where it was asked to end before.
-    """
-    from fedmom.actors.actor import Failure
-    from fedmom.actors.cluster import PoolOptions
-    from fedmom.actors.pool import Pool
-
-    here = os.getcwd()
-    work = work._replace(threads=max(1, usable_cores() // workers))
-    stop = Path(work.out) / f".stop-{uuid.uuid4().hex[:8]}"  # signals do not reach other machines
-
-    def make_worker() -> Callable[[Cell], CellEnded]:
-        if os.path.isdir(here):  # data.data-dir and module:function are looked for where the sweep was started
-            os.chdir(here)
-        return lambda cell: (
-            CellEnded(cell, "", "", 0.0) if stop.exists() else run_cell(work, cell, [Asked(stop.exists)])
-        )
-
-    count = min(workers, len(cells))
-    share = share_of_gpus(load(work.config or {}, work.sets).config, count)
-    options = PoolOptions(num_workers=count, num_gpus=share, ray_address="" if address == RAY_HERE else address)
-    try:
-        with Pool(make_worker, options) as pool, Requests() as requests:
-            cell_of = {cell.name: cell for cell in cells}
-            for cell in cells:
-                pool.submit(cell.name, cell)
-            while cell_of:
-                if requests.asked:
-                    stop.touch()
-                if (taken := pool.take(LOOK_SECONDS)) is None:
-                    continue
-                cell, answer = cell_of.pop(str(taken[0])), taken[1]
-                ended = CellEnded(cell, "failed", answer.reason, 0.0) if isinstance(answer, Failure) else answer
-                if ended.status:  # else it was not begun
-                    yield ended
-    finally:
-        stop.unlink(missing_ok=True)
-    if requests.asked:
-        raise KeyboardInterrupt

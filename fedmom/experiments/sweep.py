@@ -9,8 +9,9 @@ from fedmom.config.goals import measured_by
 from fedmom.config.load import config_file, load, parse_sets
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError, require, unknown
-from fedmom.experiments.crew import Cell, CellEnded, SweepWork, on_ray, one_by_one
+from fedmom.experiments.crew import Cell, CellEnded, SweepWork, one_by_one
 from fedmom.experiments.processes import side_by_side
+from fedmom.experiments.ray_crew import on_ray
 from fedmom.experiments.run import check_place
 from fedmom.machine.files import write_text
 from fedmom.records.files import CONFIG, FINAL, MANIFEST
@@ -63,14 +64,15 @@ def sweep(
     out: Path,
     *,
     sets: Sequence[str] = (),
-    workers: int = 1,
+    workers: int | None = None,
     ray: str = "",
     track: Sequence[str] = (),
 ) -> Iterator[CellEnded]:
     """Run what has not ended yet, `workers` at a time, and give every cell as it ends (those of earlier calls first).
 
     ray: "" for processes here, "local" for actors of a Ray that is started here, or the address of a Ray cluster, whose
-    machines must see `out` under the same path.
+    machines must see `out` and the current folder under the same paths. workers: None for one, or one per node of a
+    cluster.
 
     Every run is an ordinary folder out/NAME; one that was cut off goes on from its checkpoint, one that is to be longer
     than it was goes on from its end. out/sweep.json says how each ended. Where a run is interrupted no other is begun;
@@ -95,7 +97,7 @@ def sweep(
     work = SweepWork(str(config_file(config).resolve()), str(out.resolve()), tuple(sets), tuple(track))
     if ray and waiting:
         under_way = on_ray(work, waiting, workers, ray)
-    elif workers > 1 and len(waiting) > 1:
+    elif workers and workers > 1 and len(waiting) > 1:
         under_way = side_by_side(work, waiting, workers)
     else:
         under_way = one_by_one(work, waiting)

@@ -75,11 +75,16 @@ def python_bar(wanted: bool | None, given: Sequence[Callback]) -> list[Callback]
 
 
 def over_runs(
-    under_way: Iterable[CellEnded], total: int, wanted: bool | None, *, lines: bool = False
+    under_way: Iterable[CellEnded],
+    total: int,
+    wanted: bool | None,
+    *,
+    lines: bool = False,
+    where: Callable[[CellEnded], str] | None = None,
 ) -> Iterator[CellEnded]:
     """The runs of a sweep as they end, with a bar over all of them where `python_bar` would have one.
 
-    lines: a line for each in any case; else where there is a bar.
+    lines: a line for each in any case; else where there is a bar. where: on which machine one ran, "" for not known.
     """
     console = Console(stderr=True, highlight=False, force_jupyter=False)
     seen = is_live(console) if wanted is None else wanted
@@ -89,5 +94,7 @@ def over_runs(
             bar.advance(task)
             if (seen or lines) and (one.seconds or one.status != "done"):
                 why = f": {one.message}" if one.message else f" in {one.seconds:.0f} s"
-                bar.console.print(f"{number}/{total} {one.cell.name}: {one.status}{why}", soft_wrap=True, markup=False)
+                on = f" on {host}" if where and (host := where(one)) else ""
+                line = f"{number}/{total} {one.cell.name}: {one.status}{on}{why}"
+                bar.console.print(line, soft_wrap=True, markup=False)
             yield one

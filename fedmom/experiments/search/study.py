@@ -17,6 +17,7 @@ from fedmom.config.load import flat, load, typed_value
 from fedmom.config.numbers import as_number
 from fedmom.errors import InputError, missing_package
 from fedmom.experiments.grid import cells_of, parse_grid, seeds_of
+from fedmom.experiments.ray_crew import runs_at_a_time
 from fedmom.experiments.sweep import check, sweep
 from fedmom.records.files import CONFIG
 from fedmom.records.history import read_rounds
@@ -87,7 +88,7 @@ def study(
     sets: Sequence[str] = (),
     seeds: int | None = None,
     metric: str = "",
-    workers: int = 1,
+    workers: int | None = None,
     ray: str = "",
     track: Sequence[str] = (),
 ) -> Iterator[CellEnded]:
@@ -105,6 +106,7 @@ def study(
     own = load(config, sets).config
     runs = seeds_of(seeds, config, sets, [])
     metric = metric or monitored(own.data.dataset, own.run.monitor)
+    workers = runs_at_a_time(workers, ray)
     side = max(1, workers // len(runs))
     told: list[Any] = []
     # What can be known before the first run: the ends of every range, and the first value of every list.

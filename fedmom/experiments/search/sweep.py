@@ -29,7 +29,7 @@ def sweep(
     seeds: int | Iterable[int] | None = None,
     sets: Iterable[str] | Mapping[str, Any] = (),
     out: str | Path | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     ray: str = "",
     random: int = 0,
     optuna: int = 0,
@@ -42,9 +42,10 @@ def sweep(
     grid: {"algorithm.lr": [0.1, 0.3]}; with `optuna` ranges too: {"algorithm.lr": "0.01..1"}. seeds: 3 for 0, 1, 2, or
     the seeds themselves; left out, the configuration's. sets: keys that all runs change. out: holds the run folders
     (left out: runs/NAME-sweep); the same call again goes on where the last one stopped. workers: runs at a time, each
-    in a process of its own, so a script needs its `if __name__ == "__main__":`. ray: "local" or an address, for actors
-    instead. random: so many combinations, drawn, instead of all. optuna: so many that an Optuna study chooses, by
-    `metric` (left out: accuracy, else loss). progress: a bar over the runs; left out, on a terminal.
+    in a process of its own, so a script needs its `if __name__ == "__main__":`. ray: "local" or a cluster's address,
+    for actors instead; a cluster runs one per node where `workers` is left out. random: so many combinations, drawn,
+    instead of all. optuna: so many that an Optuna study chooses, by `metric` (left out: accuracy, else loss). progress:
+    a bar over the runs; left out, on a terminal.
 
     A Result for every run, in the grid's order; of a run that was refused or failed it says why. Raises InputError for
     bad input before any run begins, and KeyboardInterrupt at Ctrl-C.

@@ -24,7 +24,7 @@ SECONDS_WITHOUT_WORKERS = 20.0  # then it is looked whether the cluster still ha
 SECONDS_BETWEEN_LOOKS = 5.0  # at the cluster's nodes: an idle worker that died with its machine says nothing
 
 
-class Crew:
+class Workforce:
     """As many workers as were asked for, each on the node that has the most room; those that die are replaced."""
 
     def __init__(self, options: PoolOptions) -> None:
