@@ -8,7 +8,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 
 # Slow tests have an hour each: it ends what hangs, and no slow machine misses it.
 SLOWLY := --timeout 3600 --durations 40
 
-.PHONY: help setup quickstart comparison site dist extras test test-slow mutants test-container test-rest test-all test-matrix test-oldest check format clean
+.PHONY: help setup quickstart comparison site dist extras test test-slow mutants test-container test-rest test-all test-cluster test-matrix test-oldest check format clean
 
 help:
 	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
@@ -74,14 +74,18 @@ test-container: setup
 
 # A third process, as that of the containers mostly waits.
 test-rest: setup
-	$(PYTEST) -m "slow or container" $(SLOWLY) -n 3
+	$(PYTEST) -m "slow or container" $(SLOWLY) -n 3 --ignore tests/cluster
+
+# Clusters of two machines in namespaces of this one, three side by side, as much of their time is waiting.
+test-cluster: setup
+	$(PYTEST) tests/cluster -m slow $(SLOWLY) -n 3
 
 # What passed is what was there before: where somebody has changed it meanwhile, it is not written.
 FINGERPRINT := $(BIN)/python tests/deployment/fingerprint.py
 
 test-all: extras
 	found=$$($(FINGERPRINT) --value) && unset FEDMOM_FAULTS && $(MAKE) test && \
-		FEDMOM_NEEDS_ENGINE=1 .ci/with-engine $(MAKE) test-rest && $(FINGERPRINT) --write $$found
+		$(MAKE) test-cluster && FEDMOM_NEEDS_ENGINE=1 .ci/with-engine $(MAKE) test-rest && $(FINGERPRINT) --write $$found
 
 # The fast tests on every Python, torch and flwr that pyproject.toml allows, as far as they are here: tests/matrix.py.
 # ROWS="3.12 flwr" takes some of them, TESTS="-k layers" goes to pytest.

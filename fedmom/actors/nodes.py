@@ -206,7 +206,7 @@ def disagreement(node: RayNode, answer: Facts | Exception, expected: Mapping[str
         return f"{answer.trouble} (on {node.name}: every node needs what this one has, under the same path)"
     for what, fingerprint in expected.items():
         if answer.held.get(what) != fingerprint:
-            return f"{what}: holds something else on {node.name} than here; put the same on every node"
+            return f"{what}: names other contents on {node.name} than here; put the same on every node"
     return ""
 
 

@@ -3,6 +3,7 @@
 import queue
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import wait
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from fedmom.actors.watch import Watch, leave_ray
 from fedmom.actors.work import Kept, Shared, Submitted
 from fedmom.errors import RayEndedError
 from fedmom.user_code import one_line
+
+_SECONDS_TO_END = 5.0  # for what killed workers leave unanswered, which Ray tells within moments
 
 
 class Pool(Dispatcher):
@@ -163,11 +166,14 @@ class Pool(Dispatcher):
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         gone = isinstance(self._broken, RayEndedError)
-        if self._started_ray:
-            leave_ray(self._ray, gone=gone)  # ends the actors too
-        for worker in self._workers:
-            if self._ray.is_initialized() and not gone:
+        if self._ray.is_initialized() and not gone:
+            for worker in self._workers:
                 self._ray.kill(worker.actor)
+            # Ray may abort the whole process where an answer arrives while it shuts down.
+            wait(set(self._calls), timeout=_SECONDS_TO_END)
+        if self._started_ray:
+            leave_ray(self._ray, gone=gone)
+        for worker in self._workers:
             worker.progress.close()
         self._workers.clear()
         self._folder.close()

@@ -34,6 +34,7 @@ class Workforce:
         self._broken: Exception | None = None
         self._first_up = threading.Event()
         self._workers: list[Worker] = []
+        self._calls: set[Any] = set()  # futures of what has not been answered yet
         self._failed_starts = self._num_starts = 0
         self._workerless_since = self._looked_at = time.monotonic()
         self._folder = ScratchFolder()  # of the workers' progress
@@ -60,9 +61,12 @@ class Workforce:
         """When `ref` is there, `handle(*arguments, result or exception)` becomes an event."""
 
         def done(future: Any) -> None:
+            self._calls.discard(future)
             self._events.put((handle, *arguments, future.exception() or future.result()))
 
-        ref.future().add_done_callback(done)
+        future = ref.future()
+        self._calls.add(future)
+        future.add_done_callback(done)
 
     def _start_workers(self) -> None:
         """So many as there should be, as far as there is room."""

@@ -1,6 +1,6 @@
-"""One cluster for all of these tests: a head and another machine, each in namespaces of its own on this one.
+"""One cluster for the tests of a process: a head and another machine, each in namespaces of its own on this one.
 
-They are slow, and in one group of pytest-xdist, as one process has the cluster.
+They are slow, and in three groups of pytest-xdist: each process has a cluster of its own.
 """
 
 import pytest

@@ -36,11 +36,9 @@ if __name__ == "__main__":
     with Pool(partial(make_worker, notes), PoolOptions(num_workers=NUM_WORKERS, ray_address=address)) as pool:
         first = noted(notes)
         print(json.dumps(first), flush=True)
-        number = 0
-        while True:
-            pool.submit(number, None)
-            _, answer = pool.take()
-            number += 1
-            if answer not in first:
-                break
-        print(json.dumps(answer), flush=True)
+        late: set[str] = set()
+        while not late:
+            for number in range(4 * NUM_WORKERS):  # so many that all get some
+                pool.submit(number, None)
+            late = {pool.take()[1] for _ in range(4 * NUM_WORKERS)} - set(first)
+        print(json.dumps(sorted(late)), flush=True)

@@ -13,7 +13,7 @@ from machines import ROOT, Cluster, missing
 from fedmom.records.files import FINAL
 from fedmom.records.history import read_rounds
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster: faults")]
 OUTAGE = 8.0  # seconds that a cable is out: Ray gives a machine up after some 20, a run its head after 30
 TIMED = {"wall_seconds", "client_steps_per_second"}
 SMALL = {
@@ -36,16 +36,13 @@ from pathlib import Path
 from torch import nn
 
 FOLDER = Path(__file__).parent
-HOLDS = (FOLDER / f"hold-{socket.gethostname()}").exists()
 
 
 class Held(nn.Sequential):
     def forward(self, x):
-        if HOLDS:
-            with open(FOLDER / "calls", "ab") as file:
-                file.write(b".")
-                hold = file.tell() > 20  # of 6 or so in a round
-            while hold:
+        rounds = FOLDER / "run" / "rounds.jsonl"
+        if (FOLDER / f"hold-{socket.gethostname()}").exists() and rounds.exists():
+            while len(rounds.read_text().splitlines()) > 1:
                 (FOLDER / "held").touch()
                 time.sleep(0.05)
         return super().forward(x)
@@ -107,11 +104,9 @@ class Driver:
         # The round that it was in, or the one whose rows were to be brought for a checkpoint.
         assert told["reason"].partition(":")[0] in [f"round {self.rounds() + more}" for more in (0, 1)]
 
-    def resumed(self) -> "Driver":
-        """Gone on with, to the end."""
+    def resume(self) -> None:
+        """Go on with it."""
         self._start("--resume", str(self.out))
-        self.ended(0)
-        return self
 
     def result(self) -> tuple[bytes, list]:
         """The final model's bytes, and the records of all rounds but for times."""
@@ -119,41 +114,37 @@ class Driver:
         return (self.out / FINAL).read_bytes(), records
 
 
-def halt(machine, *drivers: Driver) -> None:
-    """In the middle of a round of all drivers, which are held there."""
-    for driver in drivers:
-        driver.wait_for((driver.folder / "held").exists, f"a round on {machine.name}")
-        assert driver.rounds() > 0
-    machine.halt()
-
-
-def test_a_node_killed_in_mid_round_ends_a_run_of_actors_or_is_made_up_for(cluster, tmp_path):
+def test_a_node_killed_in_mid_round_is_met_as_every_backend_and_policy_says(cluster, tmp_path):
+    """What goes on, and what stops and goes on with what is left, come to the same bytes."""
     (other,) = cluster.alive()
-    strict = Driver(cluster, tmp_path / "strict", {**WORKERS, "simulation.retries": 0}, held=other)
-    patient = Driver(cluster, tmp_path / "patient", {**WORKERS, "simulation.retries": 2}, held=other)
-    halt(other, strict, patient)
-    strict.failed("its Ray actor died once")
-    patient.ended(0)
-    assert strict.resumed().result() == patient.result()
 
+    def driver(name, *changes, backend="engine"):
+        settings = {"simulation.num-cpus": 0.25}
+        for more in changes:
+            settings |= more
+        return Driver(cluster, tmp_path / name, settings, "--backend", backend, held=other)
 
-def test_a_node_killed_in_mid_round_of_a_simulation_is_what_the_server_makes_of_it(cluster, tmp_path):
-    def driver(policy, held):
-        changes = {**SIMULATION, "server.on-failure": policy}
-        return Driver(cluster, tmp_path / policy, changes, "--backend", "simulation", held=held)
-
-    (other,) = cluster.alive()
-    stop, proceed = driver("stop", other), driver("proceed", other)
-    halt(other, stop, proceed)
-    stop.failed("its Ray actor died once")
-    proceed.ended(0)
-    assert len(proceed.result()[1]) == SMALL["run.num-rounds"]
+    strict = driver("strict", WORKERS, {"simulation.retries": 0})
+    patient = driver("patient", WORKERS, {"simulation.retries": 2})
+    stop, retry, proceed = (
+        driver(policy, SIMULATION, {"server.on-failure": policy}, backend="simulation")
+        for policy in ("stop", "retry", "proceed")
+    )
+    peers = driver("peers", PEERS, {"simulation.on-link-failure": "skip"})
+    for held in (strict, patient, stop, retry, proceed, peers):
+        held.wait_for((held.folder / "held").exists, f"a round on {other.name}")
+    other.halt()
+    for failed in (strict, stop):
+        failed.failed("died once")
+        failed.resume()
+    peers.failed(f" on {other.name}: their Ray actor died")
+    peers.resume()
+    for goes_on in (patient, retry, proceed, strict, stop, peers):
+        goes_on.ended(0)
+    assert strict.result() == patient.result()
+    assert stop.result() == retry.result()
+    assert len(peers.result()[1]) == len(proceed.result()[1]) == SMALL["run.num-rounds"]
     assert sum(record.get("num_failed", 0) for record in read_rounds(proceed.out)) > 0
-    another = cluster.join()
-    again = driver("retry", another)
-    halt(another, again)
-    again.ended(0)
-    assert stop.resumed().result() == again.result()
 
 
 def test_a_head_away_for_a_while_ends_nothing_and_a_lost_one_every_run(tmp_path):

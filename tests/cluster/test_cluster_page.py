@@ -13,7 +13,7 @@ import pytest
 from machines import ROOT, Network, missing
 from slurm_jobs import Slurm
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("cluster: peers")]
 PAGE = ROOT / "docs" / "cluster.md"
 SCRIPT = ROOT / "examples" / "cluster" / "slurm.sh"
 

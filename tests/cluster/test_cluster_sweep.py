@@ -13,7 +13,7 @@ from fedmom.records.files import FINAL, MANIFEST, read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.records.status import read_status
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster: runs")]
 ROUNDS = 300
 # Two take the threads of the node that begins them, which are part of a run's identity.
 RUNS = """
