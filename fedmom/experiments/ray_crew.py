@@ -101,8 +101,9 @@ def on_ray(work: SweepWork, cells: Sequence[Cell], workers: int | None, address:
 def check_nodes(ray: Any, nodes: Sequence[RayNode], premises: Premises) -> None:
     """InputError that names the first machine that does not see what the sweep needs."""
     answers = answers_of(ray, [start_on(ray, node, trouble_with, premises) for node in nodes])
+    alive = {node.id for node in working_nodes(ray)}  # Ray takes half a minute to notice that a machine is gone
     for node, trouble in zip(nodes, answers, strict=True):
-        if trouble:
+        if trouble and node.id in alive:
             raise InputError(f"{node.name}: {first_line(trouble) if isinstance(trouble, Exception) else trouble}")
 
 

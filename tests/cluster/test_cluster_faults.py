@@ -27,9 +27,9 @@ SMALL = {
     "simulation.num-cpus": 1,
 }
 ENDLESS = {"run.num-rounds": 1000000, "simulation.num-cpus": 0.25}
-WORKERS = {"engine.workers": 2}
+WORKERS = {"engine.workers": 2, "engine.chunk-size": 3}  # one block for each
 PEERS = {"engine.workers": 2, "algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}
-SIMULATION = {"simulation.num-actors": 2, "simulation.retries": 0}
+SIMULATION = {"simulation.num-actors": 2, "simulation.retries": 0, "simulation.clients-per-node": 3}
 MODEL = """
 import math, socket, time
 from pathlib import Path

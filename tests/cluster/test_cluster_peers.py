@@ -108,7 +108,7 @@ def test_rows_travel_to_a_machine_once_whoever_needs_them_there(cluster, tmp_pat
 def test_rows_that_do_not_arrive_are_links_to_skip_or_end_the_run_by_name(machines, tmp_path):
     """The port is closed by which Ray's stores send rows from machine to machine; calls get through."""
     for machine in machines.alive():
-        machine.halt()
+        machine.leave()
     other = machines.join("", "--object-manager-port=8076")
     late = {**PEERS, "simulation.straggler-seconds": 3.0, "run.num-rounds": 1000000}
     stop, skip = (

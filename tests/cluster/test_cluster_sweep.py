@@ -83,7 +83,7 @@ def wait_for(process, output, happened):
 def test_a_sweep_runs_a_cell_on_every_node_and_loses_none_by_a_signal_nor_with_a_machine(machines, project):
     """Asked to end, called again, and one machine killed: what comes of it is what this machine alone comes to."""
     for machine in machines.alive():
-        machine.kill()
+        machine.leave()
     pinned = machines.join(cores="0")
     names = {machines.head.name, pinned.name}
     out, output, hold = project / "out", project / "output", project / "hold"
