@@ -123,10 +123,13 @@ def asked_of_ray(
     if address != RAY_HERE and not any(one.engine.workers or one.run.backend == "simulation" for one in settled):
         cpus = min(node.resources["CPU"] for node in nodes) / each
         cpus = math.floor(cpus) if cpus >= 1 else math.floor(1e4 * cpus) / 1e4  # as Ray counts
+    gpus = share_of_gpus(settled[0], min(count, each))
+    if gpus and (there := min(node.resources.get("GPU", 0.0) for node in nodes)):
+        gpus = math.floor(1e4 * min(1.0, there / each)) / 1e4  # of a node's own, not of this machine's
     options = PoolOptions(
         num_workers=count,
         num_cpus=cpus,
-        num_gpus=share_of_gpus(settled[0], min(count, each)),
+        num_gpus=gpus,
         ray_address="" if address == RAY_HERE else address,
         evenly=True,
         retries=settled[0].simulation.retries,

@@ -41,9 +41,11 @@ FOLDER = Path(__file__).parent
 class Held(nn.Sequential):
     def forward(self, x):
         rounds = FOLDER / "run" / "rounds.jsonl"
-        if (FOLDER / f"hold-{socket.gethostname()}").exists() and rounds.exists():
-            while len(rounds.read_text().splitlines()) > 1:
+        if list(FOLDER.glob("hold-*")) and rounds.exists() and len(rounds.read_text().splitlines()) > 1:
+            here = (FOLDER / f"hold-{socket.gethostname()}").exists()
+            if here:
                 (FOLDER / "held").touch()
+            while here or not (FOLDER / "held").exists():  # the other machine's actor may not be up yet
                 time.sleep(0.05)
         return super().forward(x)
 
