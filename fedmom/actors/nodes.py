@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fedmom.errors import InputError
 from fedmom.machine.cores import usable_cores
 from fedmom.user_code import app_root, one_line
@@ -111,6 +113,13 @@ def ray_nodes(ray: Any) -> list[RayNode]:
             cores = max(1, int(node["Resources"].get("CPU", 1)))
             found.append(RayNode(node["NodeID"], f"{name} ({address})", node["Resources"], cores))
     return sorted(found, key=lambda node: (node.id != own, node.name))
+
+
+def neighbours(workers: Mapping[str, int], count: int) -> list[str]:
+    """A node for each of `count` messages, in proportion to the nodes' workers, neighbours side by side."""
+    bounds = np.cumsum(list(workers.values()))
+    places = np.searchsorted(bounds / bounds[-1], (np.arange(count) + 0.5) / count)
+    return [list(workers)[place] for place in places]
 
 
 def working_nodes(ray: Any) -> list[RayNode]:

@@ -7,11 +7,10 @@ from concurrent.futures import wait
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from fedmom.actors.actor import Actor, Failure, Packed
 from fedmom.actors.cluster import PoolOptions, join_ray
 from fedmom.actors.dispatcher import Dispatcher
+from fedmom.actors.nodes import neighbours
 from fedmom.actors.watch import Watch, leave_ray
 from fedmom.actors.work import Kept, Shared, Submitted
 from fedmom.errors import RayEndedError
@@ -104,11 +103,7 @@ class Pool(Dispatcher):
         nodes = [node for node in list(self._placement.nodes) if workers[node]]
         if len(nodes) < 2 and nodes[:1] in ([], [self._here]):
             return []
-        total, bounds = sum(workers[node] for node in nodes), [0]
-        for node in nodes:
-            bounds.append(bounds[-1] + workers[node])
-        places = np.searchsorted(np.asarray(bounds[1:]) / total, (np.arange(count) + 0.5) / count)
-        return [nodes[place] for place in places]
+        return neighbours({node: workers[node] for node in nodes}, count)
 
     def is_here(self, kept: Kept) -> bool:
         """Whether it lies on this process's own node."""

@@ -149,6 +149,7 @@ def test_workers_run_where_the_configuration_says(monkeypatch):
 
         def __init__(self, make_worker, options):
             pools.append((make_worker.args[0], options))
+            self.options = options
 
         def submit(self, key, block):
             pass

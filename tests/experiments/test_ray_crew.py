@@ -109,8 +109,9 @@ def test_without_a_cluster_one_run_at_a_time_is_meant():
     ]
 
 
-def test_a_cluster_that_nobody_answers_for_is_named_by_the_option():
+def test_a_cluster_that_nobody_answers_for_is_named_by_the_option(monkeypatch):
     pytest.importorskip("ray")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # whatever other tests of this process have started
     with pytest.raises(InputError, match=r"^--ray 127\.0\.0\.1:1: nobody answers there"):
         runs_at_a_time(None, "127.0.0.1:1")
 

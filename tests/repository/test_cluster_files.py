@@ -39,6 +39,7 @@ def test_slurm_hears_all_that_the_script_asks_for():
     assert {"--requeue", "--open-mode=append", "--signal=B:USR1@120"} <= {line.split()[1] for line in asked}
 
 
+@pytest.mark.slow
 def test_ray_s_launcher_takes_its_file():
     yaml = pytest.importorskip("yaml")
     pytest.importorskip("ray")
