@@ -157,7 +157,10 @@ def join_ray(options: PoolOptions) -> Joined:
         if is_cluster:
             able = surveyed(ray, able, options.agreement)
         placement.nodes = {node.id: node for node in able}
-        return Joined(ray, started, is_cluster, placement, options, options.num_workers or placement.fit())
+        number = options.num_workers or placement.fit()
+        if not number:
+            raise InputError(f"{options.count_key} = 0: Ray has no CPU to count actors by; say how many")
+        return Joined(ray, started, is_cluster, placement, options, number)
     except BaseException:
         if started:
             ray.shutdown()

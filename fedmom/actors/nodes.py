@@ -35,6 +35,7 @@ class RayNode(NamedTuple):
     name: str  # its host's, with the address
     resources: Mapping[str, float]  # {"CPU": …, "GPU": …}: what Ray hands out there
     cores: int  # that Ray's processes may use there
+    free: Mapping[str, float] | None = None  # what of the resources nobody had when this was told; None: all
 
 
 class Facts(NamedTuple):
@@ -69,9 +70,16 @@ class Placement:
 
     def capacity(self, node: RayNode) -> float:
         """Workers that Ray would start there; infinite where nothing limits them."""
+        return self._fit_into(node.resources)
+
+    def _fit_into(self, resources: Mapping[str, float]) -> float:
         # Fractions such as 0.1 are not exact: a hair more than the quotient.
-        each = [int(node.resources.get(kind, 0.0) / need + 1e-6) for kind, need in self.needs.items() if need]
+        each = [int(resources.get(kind, 0.0) / need + 1e-6) for kind, need in self.needs.items() if need]
         return min(each, default=math.inf)
+
+    def _has_free(self, node: RayNode) -> bool:
+        free = node.resources if node.free is None else node.free
+        return self.load[node.id] < self._fit_into(free)
 
     def share(self, node: RayNode) -> int:
         """Workers for which it has cores: at least one, if Ray would start one."""
@@ -87,8 +95,16 @@ class Placement:
 
     def next(self) -> RayNode | None:
         """The node that is least loaded with one more worker, the first of several; None where there is no room."""
-        able = [node for node in self.nodes.values() if self.load[node.id] < self.capacity(node) and self.share(node)]
-        return min(able, key=lambda n: (self.load[n.id] + 1) / (1 if self.evenly else self.share(n)), default=None)
+        able = [node for node in self.nodes.values() if self.load[node.id] < self.capacity(node)]
+        # Others of the cluster may have some of it: a worker that waits for them is the last resort. So is a machine
+        # without cores for work.
+        for better in (self.share, self._has_free):
+            able = [node for node in able if better(node)] or able
+
+        def burden(node: RayNode) -> float:
+            return (self.load[node.id] + 1) / (1 if self.evenly else max(1, self.share(node)))
+
+        return min(able, key=burden, default=None)
 
     def spread(self, count: int) -> list[RayNode]:
         """Nodes for `count` workers, those of one node side by side. Raises ValueError where there is no room."""
@@ -106,12 +122,14 @@ class Placement:
 def ray_nodes(ray: Any) -> list[RayNode]:
     """All that are alive, this process's own first; their cores as Ray counts them."""
     own = ray.get_runtime_context().get_node_id()
+    free = ray._private.state.available_resources_per_node()
     found = []
     for node in ray.nodes():
         if node["Alive"]:
             name, address = node.get("NodeManagerHostname", ""), node.get("NodeManagerAddress", "")
             cores = max(1, int(node["Resources"].get("CPU", 1)))
-            found.append(RayNode(node["NodeID"], f"{name} ({address})", node["Resources"], cores))
+            there = RayNode(node["NodeID"], f"{name} ({address})", node["Resources"], cores, free.get(node["NodeID"]))
+            found.append(there)
     return sorted(found, key=lambda node: (node.id != own, node.name))
 
 

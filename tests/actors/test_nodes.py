@@ -48,6 +48,20 @@ def test_as_many_as_fit_are_those_that_have_cores():
         placed(list(nodes.values()), 72)
 
 
+def test_what_others_of_the_cluster_have_is_the_last_resort():
+    taken = node("a", 4)._replace(free={"CPU": 1.0})
+    placement = Placement({"CPU": 1.0, "GPU": 0.0}, {one.id: one for one in (taken, node("b", 2))})
+    chosen = [one.id for one in placement.spread(5)]
+    assert (chosen.count("a"), chosen.count("b")) == (3, 2)
+    assert [one.id for one in Placement({"CPU": 1.0, "GPU": 0.0}, placement.nodes).spread(3)] == ["a", "b", "b"]
+
+
+def test_a_machine_without_cores_for_work_is_the_last_resort():
+    bare = RayNode("head", "head", {}, 1)
+    assert placed([bare, node("b", 2)], 3, cpus=0.0) == {"head": 0, "b": 3}
+    assert placed([bare], 2, cpus=0.0) == {"head": 2}
+
+
 def test_a_node_that_is_gone_leaves_its_workers_to_others():
     nodes = {one.id: one for one in (node("a", 4), node("b", 4))}
     placement = Placement({"CPU": 1.0, "GPU": 0.0}, nodes)
