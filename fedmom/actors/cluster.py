@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -138,6 +138,7 @@ class Joined(NamedTuple):
     placement: Placement
     options: PoolOptions  # with the share of the GPUs, where that was to be found out
     num_workers: int
+    expected: Mapping[str, str]  # what nodes must hold, as it is here
 
 
 def join_ray(options: PoolOptions) -> Joined:
@@ -152,15 +153,17 @@ def join_ray(options: PoolOptions) -> Joined:
             options = replace(options, num_gpus=share_of_gpus(nodes, options.num_workers), share_gpus=False)
         check_fit(nodes, options)
         placement = Placement(options.needs, evenly=options.evenly)
-        able = [node for node in nodes if placement.capacity(node)]
+        able, expected = [node for node in nodes if placement.capacity(node)], dict[str, str]()
         is_cluster = len(nodes) > 1 or bool(options.ray_address)
         if is_cluster:
-            able = surveyed(ray, able, options.agreement)
+            able, held = surveyed(ray, able, options.agreement)
+            expected = dict(held)
+            check_fit(able, options)  # one may have ended meanwhile
         placement.nodes = {node.id: node for node in able}
         number = options.num_workers or placement.fit()
         if not number:
             raise InputError(f"{options.count_key} = 0: Ray has no CPU to count actors by; say how many")
-        return Joined(ray, started, is_cluster, placement, options, number)
+        return Joined(ray, started, is_cluster, placement, options, number, expected)
     except BaseException:
         if started:
             ray.shutdown()

@@ -148,8 +148,10 @@ class Dispatcher(Workforce):
 
     def _seconds_to_look(self) -> float | None:
         """Until a batch will have taken too long; None if there is no such time."""
+        if self._broken:
+            return None
         times = []
-        if self._first_up.is_set() and not any(worker.pid for worker in self._workers):
+        if not self._workers:
             times.append(self._workerless_since + SECONDS_WITHOUT_WORKERS + 0.1)
         if self._joined:
             times.append(self._looked_at + SECONDS_BETWEEN_LOOKS + 0.1)
@@ -166,7 +168,7 @@ class Dispatcher(Workforce):
         limit = self._options.straggler_seconds
         now = time.monotonic()
         for worker in list(self._workers):
-            if not worker.batches or now - worker.since < LONG_SECONDS:
+            if worker not in self._workers or not worker.batches or now - worker.since < LONG_SECONDS:
                 continue
             first = worker.batches[0]
             if worker.told and worker.progress.begun(first.number):

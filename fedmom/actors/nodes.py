@@ -237,8 +237,10 @@ def disagreement(node: RayNode, answer: Facts | Exception, expected: Mapping[str
     return ""
 
 
-def surveyed(ray: Any, nodes: Iterable[RayNode], agreement: Agreement | None) -> list[RayNode]:
-    """The nodes, with the cores that they say they have, without those that end meanwhile.
+def surveyed(
+    ray: Any, nodes: Iterable[RayNode], agreement: Agreement | None
+) -> tuple[list[RayNode], Mapping[str, str]]:
+    """The nodes, with the cores that they say they have, without those that end meanwhile; what all of them hold.
 
     Raises InputError naming the first that disagrees.
     """
@@ -255,4 +257,4 @@ def surveyed(ray: Any, nodes: Iterable[RayNode], agreement: Agreement | None) ->
             raise InputError(why)
         assert isinstance(answer, Facts)
         found.append(node._replace(cores=answer.cores))
-    return found
+    return found, expected

@@ -47,7 +47,7 @@ class Pool(Dispatcher):
         self._ray, self._started_ray, self._placement = joined.ray, joined.started, joined.placement
         self._joined, self._options, self.num_workers = joined.is_cluster, joined.options, joined.num_workers
         self.options = self._options
-        self._known = set(self._placement.nodes)
+        self._known, self._expected = set(self._placement.nodes), joined.expected
         self._here = self._ray.get_runtime_context().get_node_id()
         options = self._options
         self._watch = Watch(self._ray, lambda what: self._break(RayEndedError(what)))
@@ -95,7 +95,7 @@ class Pool(Dispatcher):
         self._events.put((self._on_submit, Submitted(key, Packed.of(payload), shared, parts[0].node, False, True)))
 
     def homes(self, count: int) -> list[str]:
-        """Nodes for `count` messages, neighbours side by side and by the nodes' workers; [] where there is one node.
+        """Nodes for `count` messages, neighbours side by side and by the nodes' workers; [] where all are on this one.
 
         May be asked for in any thread.
         """

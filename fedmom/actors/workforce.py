@@ -8,11 +8,12 @@ import queue
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from fedmom.actors.actor import Failure, Packed, ProgressFile, Started
-from fedmom.actors.cluster import PoolOptions, check_fit, first_line
+from fedmom.actors.cluster import PoolOptions, first_line
 from fedmom.actors.nodes import Facts, Placement, RayNode, disagreement, look_at, on, ray_nodes
 from fedmom.actors.work import Kept, Worker
 from fedmom.errors import InputError, RayEndedError
@@ -35,7 +36,8 @@ class Workforce:
         self._first_up = threading.Event()
         self._workers: list[Worker] = []
         self._calls: set[Any] = set()  # futures of what has not been answered yet
-        self._failed_starts = self._num_starts = 0
+        self._failed_starts: Counter[str] = Counter()  # in a row, by node
+        self._num_starts = 0
         self._workerless_since = self._looked_at = time.monotonic()
         self._folder = ScratchFolder()  # of the workers' progress
         self.num_workers = 0  # that there should be
@@ -44,6 +46,7 @@ class Workforce:
         self._actor_class: Any = None
         self._placement = Placement(options.needs)
         self._known: set[str] = set()  # nodes that have been looked at, whatever came of it
+        self._expected: Mapping[str, str] = {}  # what nodes must hold, as it was when the pool began
         self._joined = False  # whether other nodes may be there, and come and go
         self._show = False  # whether answers bring along what was printed
 
@@ -94,6 +97,7 @@ class Workforce:
     def _remove(self, worker: Worker) -> None:
         """It is gone, or will be."""
         self._workers.remove(worker)
+        worker.batches.clear()
         self._placement.load[worker.node] -= 1
         self._ray.kill(worker.actor)  # also where only the call failed: a fresh start
         worker.progress.close()
@@ -103,7 +107,7 @@ class Workforce:
             return
         if not isinstance(result, Exception) and not result.trouble:
             worker.pid, worker.told, worker.files = result.pid, result.told, result.files
-            self._failed_starts = 0
+            self._failed_starts[worker.node] = 0
             self._first_up.set()
             return
         self._remove(worker)
@@ -112,15 +116,20 @@ class Workforce:
             if worker.node not in self._placement.nodes:  # its machine ended, which is no failure of the worker
                 self._start_workers()
                 return
-        self._failed_starts += 1
+        self._failed_starts[worker.node] += 1
         if not isinstance(result, Exception) and not self._first_up.is_set():
             self._break(InputError(result.trouble + self._place(worker)))  # make_worker raised, and would do so again
-        elif self._failed_starts >= MAX_FAILED_STARTS:
+            return
+        if self._failed_starts[worker.node] >= MAX_FAILED_STARTS:
             why = first_line(result) if isinstance(result, Exception) else result.trouble
-            kind = RayEndedError if self._first_up.is_set() else InputError  # in mid-run it is no bad input
-            self._break(kind(f"{self._failed_starts} Ray actors in a row did not start{self._place(worker)}: {why}"))
-        else:
-            self._start_workers()
+            said = f"{MAX_FAILED_STARTS} Ray actors in a row did not start{self._place(worker)}: {why}"
+            self._placement.nodes.pop(worker.node, None)
+            if not self._placement.nodes:
+                kind = RayEndedError if self._first_up.is_set() else InputError  # in mid-run it is no bad input
+                self._break(kind(said))
+                return
+            print(f"fedmom: {said}; the other nodes go on", file=sys.stderr, flush=True)
+        self._start_workers()
 
     def _place(self, worker: Worker) -> str:
         """Where it is, for messages; "" where there is one machine."""
@@ -133,14 +142,11 @@ class Workforce:
         if self._joined and now - self._looked_at > SECONDS_BETWEEN_LOOKS:
             self._look_for_nodes()
         self._start_workers()
-        if any(worker.pid for worker in self._workers):
+        if self._workers:  # up, or about to be
             self._workerless_since = now
-        elif self._first_up.is_set() and now - self._workerless_since > SECONDS_WITHOUT_WORKERS:
-            self._workerless_since = now
-            try:
-                check_fit(ray_nodes(self._ray), self._options)
-            except InputError as error:
-                self._break(RayEndedError(f"all Ray actors are gone, and there is no room for new ones: {error}"))
+        elif now - self._workerless_since > SECONDS_WITHOUT_WORKERS:
+            kind = RayEndedError if self._first_up.is_set() else InputError
+            self._break(kind("all Ray actors are gone, and no node of the cluster has room for new ones"))
 
     def _retire(self, worker: Worker, late: str | None) -> None:
         """Replace a worker that died, or whose message is too `late`, and care for its messages."""
@@ -149,12 +155,16 @@ class Workforce:
     def _look_for_nodes(self) -> None:
         """Replace the workers of those that have ended; look at new ones, which get workers once they agree."""
         self._looked_at = time.monotonic()
-        there = {node.id: node for node in ray_nodes(self._ray)}
-        for gone in self._placement.nodes.keys() - there.keys():
-            del self._placement.nodes[gone]
-            for worker in [worker for worker in self._workers if worker.node == gone]:
-                if worker in self._workers:
-                    self._retire(worker, None)
+        try:
+            there = {node.id: node for node in ray_nodes(self._ray)}
+        except Exception:  # the head is away, which may pass; whether it does, the watch tells
+            return
+        gone = self._placement.nodes.keys() - there.keys()
+        for node_id in gone:
+            del self._placement.nodes[node_id]
+        for worker in [worker for worker in self._workers if worker.node in gone]:
+            if worker in self._workers:  # retiring one looks for nodes, too
+                self._retire(worker, None)
         for node_id in there.keys() - self._known:
             self._known.add(node_id)
             if self._placement.capacity(there[node_id]):
@@ -163,7 +173,7 @@ class Workforce:
 
     def _on_facts(self, node: RayNode, answer: Facts | Exception) -> None:
         """A node has joined the cluster in mid-run."""
-        if why := disagreement(node, answer, self._expected()):
+        if why := disagreement(node, answer, self._expected):
             print(f"fedmom: a node that joined is left alone: {why}", file=sys.stderr, flush=True)
             return
         assert isinstance(answer, Facts)
@@ -172,14 +182,10 @@ class Workforce:
             self.num_workers = max(self.num_workers, self._placement.fit())
         self._start_workers()
 
-    def _expected(self) -> Mapping[str, str]:
-        agreement = self._options.agreement
-        return agreement.expected() if agreement else {}
-
     def _nodes_with_time(self) -> set[str]:
         """The nodes of which a worker is up and has room for a further batch."""
         return {w.node for w in self._workers if w.pid and len(w.batches) < 2 and not w.alone}
 
     def _failed(self, error: Exception) -> None:
         """What Ray itself raised in this thread ends the pool."""
-        self._break(RuntimeError(f"Ray failed: {one_line(error)}"))
+        self._break(RayEndedError(f"Ray failed: {one_line(error)}"))

@@ -45,7 +45,7 @@ Workers = Annotated[
     typer.Option(
         "--workers",
         metavar="N",
-        help="Runs at a time, each in its process. Default: 1; one per node of a cluster.",
+        help="Runs at a time, each in its process. Default: 1; on a cluster one per node, if runs start no actors of their own.",
         min=1,
     ),
 ]

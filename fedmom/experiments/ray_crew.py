@@ -12,13 +12,16 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedmom.actors.actor import Failure
 from fedmom.actors.cluster import PoolOptions, first_line, start_ray
-from fedmom.actors.nodes import RayNode, answers_of, start_on, working_nodes
+from fedmom.actors.nodes import Agreement, RayNode, answers_of, start_on, working_nodes
 from fedmom.actors.pool import Pool
+from fedmom.actors.watch import leave_ray
 from fedmom.backends.premises import Premises, digest_of, trouble_with
 from fedmom.config.build import share_of_gpus
 from fedmom.config.load import load, parse_sets
@@ -56,11 +59,15 @@ def _joined(address: str) -> Iterator[Any]:
         ray, started = start_ray("" if address == RAY_HERE else address)
     except InputError as error:
         raise InputError(str(error).replace(f"simulation.ray-address = {address!r}", f"--ray {address}")) from error
+    gone = False
     try:
         yield ray
+    except RayEndedError:
+        gone = True
+        raise
     finally:
         if started:
-            ray.shutdown()
+            leave_ray(ray, gone=gone)
 
 
 def runs_at_a_time(workers: int | None, address: str) -> int:
@@ -88,6 +95,8 @@ def on_ray(work: SweepWork, cells: Sequence[Cell], workers: int | None, address:
             if address != RAY_HERE:
                 check_nodes(ray, nodes, premises)
             options, each = asked_of_ray(work, cells, workers, nodes, address)
+            if address != RAY_HERE:  # of machines that come later; modules that were edited since are nobody's mistake
+                options = replace(options, agreement=Agreement(partial(_sees, premises._replace(files={})), dict))
             with Pool(_maker(ray, work, premises, each), options) as pool, Requests() as requests:
                 yield from _answers(pool, cells, requests, premises)
     except RayEndedError as error:
@@ -96,6 +105,12 @@ def on_ray(work: SweepWork, cells: Sequence[Cell], workers: int | None, address:
         premises.remove()
     if requests.asked:
         raise KeyboardInterrupt
+
+
+def _sees(premises: Premises) -> dict[str, str]:
+    if trouble := trouble_with(premises):
+        raise InputError(trouble)
+    return {}
 
 
 def check_nodes(ray: Any, nodes: Sequence[RayNode], premises: Premises) -> None:
@@ -117,15 +132,20 @@ def asked_of_ray(
     their own need the rest of the CPUs for those.
     """
     settled = [load(work.config, {**parse_sets(work.sets), **cell.sets}).config for cell in cells]
-    workers = workers or (1 if address == RAY_HERE else len(nodes))
+    start_their_own = any(one.engine.workers or one.run.backend == "simulation" for one in settled)
+    gpus = share_of_gpus(settled[0], 1)
+    if gpus:  # a node without any takes no part
+        nodes = [node for node in nodes if node.resources.get("GPU")] or nodes
+    # Two cells that start actors may each get some of them, and wait for the other's for ever.
+    workers = workers or (1 if address == RAY_HERE or start_their_own else len(nodes))
     each, count = math.ceil(workers / len(nodes)), min(workers, len(cells))
     cpus = 1.0
-    if address != RAY_HERE and not any(one.engine.workers or one.run.backend == "simulation" for one in settled):
+    if address != RAY_HERE and not start_their_own:
         cpus = min(node.resources["CPU"] for node in nodes) / each
         cpus = math.floor(cpus) if cpus >= 1 else math.floor(1e4 * cpus) / 1e4  # as Ray counts
-    gpus = share_of_gpus(settled[0], min(count, each))
-    if gpus and (there := min(node.resources.get("GPU", 0.0) for node in nodes)):
-        gpus = math.floor(1e4 * min(1.0, there / each)) / 1e4  # of a node's own, not of this machine's
+    if gpus:  # of a node's own, not of this machine's
+        there = min(node.resources.get("GPU", 0.0) for node in nodes)
+        gpus = math.floor(1e4 * min(1.0, there / each)) / 1e4 if there else share_of_gpus(settled[0], min(count, each))
     options = PoolOptions(
         num_workers=count,
         num_cpus=cpus,

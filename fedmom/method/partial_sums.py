@@ -30,14 +30,14 @@ class Partial(NamedTuple):
         for part, tree in state._asdict().items():
             for name, value in tree.items():
                 if value.is_floating_point():
-                    totals[part, name] = value.to(F64) * weight
+                    totals[part, name] = value.to(F64, copy=True).mul_(weight)
                 else:
                     integers[name] = value
         none = {at: torch.zeros_like(total) if at[0] == "buffers" else 0.0 for at, total in totals.items()}
         return cls(weight, totals, none, integers)
 
     def joined(self, after: "Partial") -> "Partial":
-        """Both together (Chan, Golub, LeVeque, 1983)."""
+        """Both together (Chan, Golub, LeVeque, 1983); the tensors of this one become the sums."""
         weight = self.weight + after.weight
         deviations = {}
         for at, total in self.totals.items():
@@ -46,9 +46,9 @@ class Partial(NamedTuple):
             squares: Any = away**2 if at[0] == "buffers" else float(torch.dot(away.reshape(-1), away.reshape(-1)))
             between = squares * (self.weight * after.weight / weight)
             deviations[at] = self.deviations[at] + after.deviations[at] + between
-        totals = {at: total + after.totals[at] for at, total in self.totals.items()}
+            total.add_(after.totals[at])
         integers = {name: torch.maximum(value, after.integers[name]) for name, value in self.integers.items()}
-        return Partial(weight, totals, deviations, integers)
+        return Partial(weight, self.totals, deviations, integers)
 
     def packed(self) -> tuple[Any, ...]:
         """With arrays, which pickle without a copy, in the place of tensors."""
@@ -58,10 +58,11 @@ class Partial(NamedTuple):
 
     @classmethod
     def unpacked(cls, packed: tuple[Any, ...]) -> "Partial":
-        """The same again; its tensors may share read-only memory."""
+        """The same again, with totals of its own."""
         weight, totals, deviations, integers = packed
         values = {at: as_tensor(d) if isinstance(d, np.ndarray) else d for at, d in deviations.items()}
-        return cls(weight, {at: as_tensor(total) for at, total in totals.items()}, values, from_arrays(integers))
+        own = {at: as_tensor(total).clone() for at, total in totals.items()}
+        return cls(weight, own, values, from_arrays(integers))
 
     def spread(self, part: str) -> float:
         """Σ p_i ‖·_i − mean‖² of "params" (consensus distance) or "momentum" (momentum spread)."""

@@ -91,7 +91,7 @@ def asked(workers, cpus, sets=(), address="10.0.0.1:6379", cells=9):
         ({"workers": 6, "cpus": [8, 8]}, (6, 2, 3)),
         ({"workers": 6, "cpus": [2, 2]}, (6, 0.6666, 3)),  # three times 0.6667 would not fit
         ({"workers": None, "cpus": [2, 64, 64]}, (3, 2, 1)),
-        ({"workers": None, "cpus": [8, 8], "sets": ["engine.workers=2"]}, (2, 1, 1)),
+        ({"workers": None, "cpus": [8, 8], "sets": ["engine.workers=2"]}, (1, 1, 1)),
         ({"workers": None, "cpus": [8], "address": "local"}, (1, 1, 1)),
         ({"workers": 4, "cpus": [8], "address": "local"}, (4, 1, 4)),
     ],
