@@ -45,7 +45,8 @@ Workers = Annotated[
     typer.Option(
         "--workers",
         metavar="N",
-        help="Runs at a time, each in its process. Default: 1; on a cluster one per node, if runs start no actors of their own.",
+        help="Runs at a time, each in its process. Default: 1; on a cluster one per node, of runs without actors of "
+        "their own.",
         min=1,
     ),
 ]
