@@ -76,7 +76,7 @@ def test_every_command_by_hand_works_as_written(pair):
         said.append(here[address].call("bash", "-ec", commands))
     assert any("2 Ray actors" in text for text in said)
     first, second = pair
-    assert rounds(first.srv / "project/runs/cluster") == list(range(1, 9))
+    assert rounds(first.srv / "project/runs/cluster") == list(range(1, 6))
     assert not (second.srv / "project/runs").exists()
     assert not processes_of_ray(pair)
 

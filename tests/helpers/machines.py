@@ -95,7 +95,9 @@ class Machine:
         """Of every command on it: the environment's programs come first, no Ray of the test's own is known."""
         outer = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         own = {"PATH": f"{BIN}:{os.environ['PATH']}", "TMPDIR": "/srv/tmp", "HOME": "/srv", "OMP_NUM_THREADS": "1"}
-        return {**outer, **own, "RAY_USAGE_STATS_ENABLED": "0", **more}
+        # Else every driver makes Ray start a process for each core of each machine, which nobody needs here.
+        ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}
+        return {**outer, **own, **ray, **more}
 
     def start(self, *words: str, output: Path | None = None, cwd: Path = ROOT, **more: str) -> subprocess.Popen[bytes]:
         """A command on this machine that goes on; `output` takes what it prints, `more` is added to its environment."""
