@@ -21,6 +21,7 @@ help:
 	@echo "make test-oldest  the fast tests with the oldest torch that goes, in .venv-oldest"
 	@echo "make mutants      which fast tests notice which mistake (tests/mutants)"
 	@echo "make test-slow    the slow tests;  make test-container: those that need a Docker engine"
+	@echo "make test-cluster runs on Ray clusters of two machines, in namespaces of this one"
 	@echo "make test-all     all tests, and a record of what the fault and intruder tests passed with"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
