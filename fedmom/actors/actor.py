@@ -6,7 +6,7 @@ import os
 import pickle
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedmom.actors.nodes import as_the_driver
@@ -34,6 +34,7 @@ class Started(NamedTuple):
     told: bool  # whether it writes its progress
     trouble: str  # "" or why there is no handler
     files: list[str]  # into which it prints
+    held: Mapping[str, str]  # what its node holds of what all must
 
 
 class Packed(NamedTuple):
@@ -111,10 +112,12 @@ def _keep_freed_memory() -> None:
 class Actor:
     """What runs in a Ray actor's process: batches of messages, one message after the other."""
 
-    def start(self, paths: list[str], folder: str, make_worker: bytes, progress: str, show: bool = False) -> "Started":
+    def start(
+        self, paths: list[str], folder: str, make_worker: bytes, progress: str, show: bool = False, held: bytes = b""
+    ) -> "Started":
         """paths, folder: the driver's sys.path and working directory, where the user's own modules and files are.
 
-        show: whether answers bring along what was printed meanwhile.
+        show: whether answers bring along what was printed meanwhile. held: see Agreement.
         """
         self.output, self.show = WorkerOutput(), show
         as_the_driver(paths, folder)
@@ -122,9 +125,11 @@ class Actor:
             self.progress: ProgressFile | None = ProgressFile(progress)
         except OSError:
             self.progress = None
-        told = Started(os.getpid(), self.progress is not None, "", self.output.paths)
+        told = Started(os.getpid(), self.progress is not None, "", self.output.paths, {})
         _keep_freed_memory()
         try:
+            if held:
+                told = told._replace(held=dict(pickle.loads(held)()))
             self.handler = pickle.loads(make_worker)()
         except InputError as error:
             return told._replace(trouble=str(error))

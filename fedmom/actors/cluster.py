@@ -9,7 +9,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from fedmom.user_code import one_line
 
 # Of a Unix socket's path, 107 bytes, Ray takes these: "/session_DATE_TIME_PID/sockets/plasma_store" and a number.
 _SOCKET_BYTES = 66
+_SECONDS_BETWEEN_POLLS = 0.1
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
@@ -75,7 +77,26 @@ def start_ray(address: str) -> tuple[Any, bool]:
         except Exception as error:
             key = f"simulation.ray-address = {address!r}: " if address else ""
             raise InputError(f"{key}Ray does not start: {first_line(error)}") from error
+    worker = ray._private.worker.global_worker
+    if hasattr(worker, "gcs_error_subscriber"):
+        worker.gcs_error_subscriber = _Errors(worker.gcs_error_subscriber)
     return ray, True
+
+
+class _Errors:
+    """Where a thread of Ray waits for its errors. Of a head that has ended it asks anew at once, with a whole core."""
+
+    def __init__(self, subscriber: Any) -> None:
+        self._subscriber = subscriber
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._subscriber, name)
+
+    def poll(self) -> Any:
+        found = self._subscriber.poll()
+        if found[1] is None:
+            time.sleep(_SECONDS_BETWEEN_POLLS)
+        return found
 
 
 def ray_folder() -> str | None:
@@ -138,13 +159,12 @@ class Joined(NamedTuple):
     placement: Placement
     options: PoolOptions  # with the share of the GPUs, where that was to be found out
     num_workers: int
-    expected: Mapping[str, str]  # what nodes must hold, as it is here
 
 
 def join_ray(options: PoolOptions) -> Joined:
     """Start or join Ray, look at its nodes, and see how many workers fit.
 
-    Raises InputError where they do not, or where a node disagrees with this one.
+    Raises InputError where they do not, or where a node has other versions than this one.
     """
     ray, started = start_ray(options.ray_address)
     try:
@@ -153,17 +173,16 @@ def join_ray(options: PoolOptions) -> Joined:
             options = replace(options, num_gpus=share_of_gpus(nodes, options.num_workers), share_gpus=False)
         check_fit(nodes, options)
         placement = Placement(options.needs, evenly=options.evenly)
-        able, expected = [node for node in nodes if placement.capacity(node)], dict[str, str]()
+        able = [node for node in nodes if placement.capacity(node)]
         is_cluster = len(nodes) > 1 or bool(options.ray_address)
         if is_cluster:
-            able, held = surveyed(ray, able, options.agreement)
-            expected = dict(held)
+            able = surveyed(ray, able)
             check_fit(able, options)  # one may have ended meanwhile
         placement.nodes = {node.id: node for node in able}
         number = options.num_workers or placement.fit()
         if not number:
             raise InputError(f"{options.count_key} = 0: Ray has no CPU to count actors by; say how many")
-        return Joined(ray, started, is_cluster, placement, options, number, expected)
+        return Joined(ray, started, is_cluster, placement, options, number)
     except BaseException:
         if started:
             ray.shutdown()

@@ -17,7 +17,6 @@ from typing import Any
 
 from fedmom.actors.actor import BATCH_BYTES, BATCH_SECONDS, Failure, Packed
 from fedmom.actors.cluster import PoolOptions
-from fedmom.actors.watch import Watch
 from fedmom.actors.work import Kept, MessageBatch, Submitted, Waiting, Worker
 from fedmom.actors.worker_output import printed
 from fedmom.actors.workforce import SECONDS_BETWEEN_LOOKS, SECONDS_WITHOUT_WORKERS, Workforce
@@ -38,7 +37,6 @@ class Dispatcher(Workforce):
         self._num_batches = 0
         self._seconds_per_message = math.inf  # a running mean
         self._thread = threading.Thread(target=self._dispatch, name="fedmom-pool", daemon=True)
-        self._watch: Watch | None = None
 
     def _dispatch(self) -> None:
         while True:
@@ -186,6 +184,8 @@ class Dispatcher(Workforce):
 
     def _fill(self) -> None:
         """Give every worker that is up its next batches: suspects alone on their worker, the others two at a time."""
+        if not self._opened.is_set():
+            return
         for slots in (1, 2):
             for worker in self._workers:
                 if worker.pid == 0 or worker.alone or len(worker.batches) >= slots:

@@ -6,7 +6,6 @@ So each node is looked at before it gets work, and workers are placed here.
 
 import math
 import os
-import pickle
 import platform
 import sys
 from collections import Counter
@@ -22,7 +21,7 @@ import numpy as np
 
 from fedmom.errors import InputError
 from fedmom.machine.cores import usable_cores
-from fedmom.user_code import app_root, one_line
+from fedmom.user_code import app_root
 
 # What draws, trains, averages and packs: another version may come to other numbers, without a word.
 _PACKAGES = ("fedmom", "torch", "numpy", "networkx", "safetensors", "flwr", "ray")
@@ -43,16 +42,14 @@ class Facts(NamedTuple):
 
     versions: Mapping[str, str]  # {package: version}
     cores: int
-    held: Mapping[str, str]  # {what is named: fingerprint of what is there}
-    trouble: str  # "" or why it cannot take part
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What has to be the same on all nodes; workers go to those that agree.
+    """What has to be the same on all nodes; messages go to workers on those that agree.
 
-    held: gives {what a configuration names, as messages call it: a fingerprint of what is there}. It runs on every
-    node, and is cloudpickled. InputError where something is missing.
+    held: gives {what a configuration names, as messages call it: a fingerprint of what is there}. It runs in every
+    worker at its start, and is cloudpickled. InputError where something is missing.
     """
 
     held: Callable[[], Mapping[str, str]]
@@ -154,10 +151,9 @@ def start_on(ray: Any, node: RayNode, function: Callable[..., Any], *arguments: 
     return there.remote(*arguments)
 
 
-def look_at(ray: Any, node: RayNode, agreement: Agreement | None) -> Any:
+def look_at(ray: Any, node: RayNode) -> Any:
     """A reference to the Facts of a node, which are gathered there."""
-    held = b"" if agreement is None else ray.cloudpickle.dumps(agreement.held)
-    return start_on(ray, node, facts, sys.path, os.getcwd(), held)
+    return start_on(ray, node, facts, sys.path, os.getcwd())
 
 
 def answers_of(ray: Any, references: Sequence[Any]) -> list[Any | Exception]:
@@ -183,17 +179,13 @@ def as_the_driver(paths: Sequence[str], folder: str) -> None:
         os.chdir(folder)
 
 
-def facts(paths: Sequence[str], folder: str, held: bytes) -> Facts:
-    """Of the node on which it runs; as the driver, whose sys.path and folder these are, would find it."""
+def facts(paths: Sequence[str], folder: str) -> Facts:
+    """Of the node on which it runs; as the driver, whose sys.path and folder these are, would find it.
+
+    Nothing here imports torch: a process for this one question takes a second, and would take four.
+    """
     as_the_driver(paths, folder)
-    found, trouble = {}, ""
-    try:
-        found = dict(pickle.loads(held)()) if held else {}
-    except InputError as error:
-        trouble = str(error)
-    except (Exception, SystemExit) as error:
-        trouble = f"reading what the run needs raised {one_line(error)}"
-    return Facts(versions(), usable_cores(), found, trouble)
+    return Facts(versions(), usable_cores())
 
 
 @cache
@@ -221,40 +213,44 @@ def _code() -> str:
     return total.hexdigest()[:8]
 
 
-def disagreement(node: RayNode, answer: Facts | Exception, expected: Mapping[str, str]) -> str:
-    """Why a node cannot take part, in one line; "" if it can."""
+def disagreement(node: RayNode, answer: Facts | Exception) -> str:
+    """Why no worker may start on a node, in one line; "" if one may."""
     if isinstance(answer, Exception):
         cause = [line for line in str(answer).splitlines() if "Error" in line] or [type(answer).__name__]
         return f"fedmom does not run on {node.name}: {cause[-1].strip()}; install the same fedmom on every node"
     both = [(name, found, own) for name, own in versions().items() if (found := answer.versions.get(name))]
     if differ := [f"{name} {found} (here: {own})" for name, found, own in both if found != own]:
         return f"{node.name} has {', '.join(differ)}: install the same versions on every node"
-    if answer.trouble:
-        return f"{answer.trouble} (on {node.name}: every node needs what this one has, under the same path)"
-    for what, fingerprint in expected.items():
-        if answer.held.get(what) != fingerprint:
-            return f"{what}: names other contents on {node.name} than here; put the same on every node"
     return ""
 
 
-def surveyed(
-    ray: Any, nodes: Iterable[RayNode], agreement: Agreement | None
-) -> tuple[list[RayNode], Mapping[str, str]]:
-    """The nodes, with the cores that they say they have, without those that end meanwhile; what all of them hold.
+def difference(name: str, held: Mapping[str, str], expected: Mapping[str, str]) -> str:
+    """What a configuration names and is another on the node of that name, in one line; "" if nothing is."""
+    for what, fingerprint in expected.items():
+        if held.get(what) != fingerprint:
+            return f"{what}: names other contents on {name} than here; put the same on every node"
+    return ""
+
+
+def missing_on(name: str) -> str:
+    """What is said behind an error that only the node of that name has."""
+    return f" (on {name}: every node needs what this one has, under the same path)"
+
+
+def surveyed(ray: Any, nodes: Iterable[RayNode]) -> list[RayNode]:
+    """The nodes, with the cores that they say they have, without those that end meanwhile.
 
     Raises InputError naming the first that disagrees.
     """
     nodes = list(nodes)
-    calls = [look_at(ray, node, agreement) for node in nodes]
-    expected = agreement.expected() if agreement else {}  # while they look
-    answers = answers_of(ray, calls)
+    answers = answers_of(ray, [look_at(ray, node) for node in nodes])
     alive = {node.id for node in ray_nodes(ray)}  # Ray takes half a minute to notice that a machine is gone
     found = []
     for node, answer in zip(nodes, answers, strict=True):
         if isinstance(answer, Exception) and node.id not in alive:
             continue
-        if why := disagreement(node, answer, expected):
+        if why := disagreement(node, answer):
             raise InputError(why)
         assert isinstance(answer, Facts)
         found.append(node._replace(cores=answer.cores))
-    return found, expected
+    return found

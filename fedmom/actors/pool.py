@@ -24,9 +24,9 @@ class Pool(Dispatcher):
 
     Payloads and answers are pickled, `make_worker` cloudpickled. Every message that was submitted and not forgotten is
     taken exactly once, as an answer or as a `Failure`. Any thread may submit and take. InputError when no worker can be
-    had: from here, or from `take` under `wait = False`, which returns before a worker is up. RayEndedError from `take`
-    when there were workers and there will be none any more. `on_output(key, text)` hears, in another thread, what a
-    message's handler printed.
+    had, or a node does not hold what it must: from here, or from `take` under `wait = False`, which returns before a
+    worker is up where nodes need not agree. RayEndedError from `take` when there were workers and there will be none
+    any more. `on_output(key, text)` hears, in another thread, what a message's handler printed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Pool(Dispatcher):
         self._ray, self._started_ray, self._placement = joined.ray, joined.started, joined.placement
         self._joined, self._options, self.num_workers = joined.is_cluster, joined.options, joined.num_workers
         self.options = self._options
-        self._known, self._expected = set(self._placement.nodes), joined.expected
+        self._known = set(self._placement.nodes)
         self._here = self._ray.get_runtime_context().get_node_id()
         options = self._options
         self._watch = Watch(self._ray, lambda what: self._break(RayEndedError(what)))
@@ -56,10 +56,14 @@ class Pool(Dispatcher):
             self._actor_class = self._ray.remote(
                 num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0, max_task_retries=0
             )(Actor)
+            if self._joined and options.agreement:
+                self._held = self._ray.cloudpickle.dumps(options.agreement.held)
             self._start_workers()
+            if self._held and options.agreement:
+                self._expected = options.agreement.expected()  # while they start
             self._thread.start()
-            if wait:
-                self._first_up.wait()
+            if wait or self._held:
+                self._opened.wait()
                 self.check()
         except BaseException:
             self.close()

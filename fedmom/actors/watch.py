@@ -30,6 +30,12 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="fedmom-watch", daemon=True)
         self._thread.start()
 
+    def head_answers(self) -> bool:
+        """Whether the cluster's head does, at this moment: else Ray's own calls to it wait, and one core with them."""
+        self._head_called = 0.0
+        self._far_head()
+        return not self._head_missed
+
     def close(self) -> None:
         self._stop.set()
         if self._thread is not threading.current_thread():

@@ -3,6 +3,7 @@
 Runs in the dispatcher's thread, or says otherwise.
 """
 
+import math
 import os
 import queue
 import sys
@@ -14,7 +15,8 @@ from typing import Any
 
 from fedmom.actors.actor import Failure, Packed, ProgressFile, Started
 from fedmom.actors.cluster import PoolOptions, first_line
-from fedmom.actors.nodes import Facts, Placement, RayNode, disagreement, look_at, on, ray_nodes
+from fedmom.actors.nodes import Facts, Placement, RayNode, difference, disagreement, look_at, missing_on, on, ray_nodes
+from fedmom.actors.watch import Watch
 from fedmom.actors.work import Kept, Worker
 from fedmom.errors import InputError, RayEndedError
 from fedmom.machine.scratch import ScratchFolder
@@ -22,6 +24,7 @@ from fedmom.user_code import one_line
 
 MAX_FAILED_STARTS = 3  # in a row: then the pool gives up
 SECONDS_WITHOUT_WORKERS = 20.0  # then it is looked whether the cluster still has room for one
+SECONDS_TO_OPEN = 60.0  # from the first worker to the first of the last node, which may have others' work to end first
 SECONDS_BETWEEN_LOOKS = 5.0  # at the cluster's nodes: an idle worker that died with its machine says nothing
 
 
@@ -33,7 +36,8 @@ class Workforce:
         self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[tuple[Hashable, Packed | Failure | Kept] | None] = queue.SimpleQueue()
         self._broken: Exception | None = None
-        self._first_up = threading.Event()
+        self._opened = threading.Event()  # messages are given to workers
+        self._first_up = math.inf  # when the first worker was
         self._workers: list[Worker] = []
         self._calls: set[Any] = set()  # futures of what has not been answered yet
         self._failed_starts: Counter[str] = Counter()  # in a row, by node
@@ -46,7 +50,10 @@ class Workforce:
         self._actor_class: Any = None
         self._placement = Placement(options.needs)
         self._known: set[str] = set()  # nodes that have been looked at, whatever came of it
-        self._expected: Mapping[str, str] = {}  # what nodes must hold, as it was when the pool began
+        self._held = b""  # cloudpickled: what tells which of the things that nodes must hold are there
+        self._expected: Mapping[str, str] = {}  # these, as they were when the pool began
+        self._here = ""  # this process's node
+        self._watch: Watch | None = None
         self._joined = False  # whether other nodes may be there, and come and go
         self._show = False  # whether answers bring along what was printed
 
@@ -58,7 +65,7 @@ class Workforce:
     def _break(self, error: Exception) -> None:
         """No message will be answered any more: `take` raises `error`."""
         self.give_up(error)
-        self._first_up.set()
+        self._opened.set()
 
     def _call(self, ref: Any, handle: Callable[..., None], *arguments: Any) -> None:
         """When `ref` is there, `handle(*arguments, result or exception)` becomes an event."""
@@ -88,7 +95,7 @@ class Workforce:
         worker = Worker(self._actor_class.options(**where).remote(), ProgressFile(path, create=True), node.id)
         self._workers.append(worker)
         self._call(
-            worker.actor.start.remote(sys.path, os.getcwd(), self._make_worker, path, self._show),
+            worker.actor.start.remote(sys.path, os.getcwd(), self._make_worker, path, self._show, self._held),
             self._on_start,
             worker,
         )
@@ -105,10 +112,11 @@ class Workforce:
     def _on_start(self, worker: Worker, result: Started | Exception) -> None:
         if worker not in self._workers:
             return
-        if not isinstance(result, Exception) and not result.trouble:
+        trouble = self._trouble(worker, result)
+        if not isinstance(result, Exception) and not trouble:
             worker.pid, worker.told, worker.files = result.pid, result.told, result.files
             self._failed_starts[worker.node] = 0
-            self._first_up.set()
+            self._first_up = min(self._first_up, time.monotonic())
             return
         self._remove(worker)
         if self._joined:
@@ -117,15 +125,14 @@ class Workforce:
                 self._start_workers()
                 return
         self._failed_starts[worker.node] += 1
-        if not isinstance(result, Exception) and not self._first_up.is_set():
-            self._break(InputError(result.trouble + self._place(worker)))  # make_worker raised, and would do so again
+        if not isinstance(result, Exception) and not self._opened.is_set():
+            self._break(InputError(trouble))  # what raised would do so again
             return
         if self._failed_starts[worker.node] >= MAX_FAILED_STARTS:
-            why = first_line(result) if isinstance(result, Exception) else result.trouble
-            said = f"{MAX_FAILED_STARTS} Ray actors in a row did not start{self._place(worker)}: {why}"
+            said = f"{MAX_FAILED_STARTS} Ray actors in a row did not start{self._place(worker)}: {trouble}"
             self._placement.nodes.pop(worker.node, None)
             if not self._placement.nodes:
-                kind = RayEndedError if self._first_up.is_set() else InputError  # in mid-run it is no bad input
+                kind = RayEndedError if self._opened.is_set() else InputError  # in mid-run it is no bad input
                 self._break(kind(said))
                 return
             print(f"fedmom: {said}; the other nodes go on", file=sys.stderr, flush=True)
@@ -136,16 +143,31 @@ class Workforce:
         node = self._placement.nodes.get(worker.node) if self._joined else None
         return f" (on {node.name})" if node else ""
 
+    def _trouble(self, worker: Worker, result: Started | Exception) -> str:
+        """Why it did not start, or must not work; "" if it may. Names its node where that is another than this."""
+        if isinstance(result, Exception):
+            return first_line(result)
+        node = self._placement.nodes.get(worker.node)
+        name = node.name if node else worker.node
+        if result.trouble:
+            return result.trouble + (missing_on(name) if self._held and worker.node != self._here else "")
+        return difference(name, result.held, self._expected)
+
     def _look_for_workers(self) -> None:
         """Start those that are missing; give up where a cluster has lost the machines for all of them."""
         now = time.monotonic()
         if self._joined and now - self._looked_at > SECONDS_BETWEEN_LOOKS:
             self._look_for_nodes()
         self._start_workers()
+        # Where nodes must agree, no message is given before each has said what it holds.
+        up = {worker.node for worker in self._workers if worker.pid}
+        all_up = up == {worker.node for worker in self._workers}
+        if up and (not self._held or all_up or now - self._first_up > SECONDS_TO_OPEN):
+            self._opened.set()
         if self._workers:  # up, or about to be
             self._workerless_since = now
         elif now - self._workerless_since > SECONDS_WITHOUT_WORKERS:
-            kind = RayEndedError if self._first_up.is_set() else InputError
+            kind = RayEndedError if self._opened.is_set() else InputError
             self._break(kind("all Ray actors are gone, and no node of the cluster has room for new ones"))
 
     def _retire(self, worker: Worker, late: str | None) -> None:
@@ -155,6 +177,8 @@ class Workforce:
     def _look_for_nodes(self) -> None:
         """Replace the workers of those that have ended; look at new ones, which get workers once they agree."""
         self._looked_at = time.monotonic()
+        if self._watch is not None and not self._watch.head_answers():
+            return
         try:
             there = {node.id: node for node in ray_nodes(self._ray)}
         except Exception:  # the head is away, which may pass; whether it does, the watch tells
@@ -168,12 +192,11 @@ class Workforce:
         for node_id in there.keys() - self._known:
             self._known.add(node_id)
             if self._placement.capacity(there[node_id]):
-                call = look_at(self._ray, there[node_id], self._options.agreement)
-                self._call(call, self._on_facts, there[node_id])
+                self._call(look_at(self._ray, there[node_id]), self._on_facts, there[node_id])
 
     def _on_facts(self, node: RayNode, answer: Facts | Exception) -> None:
         """A node has joined the cluster in mid-run."""
-        if why := disagreement(node, answer, self._expected):
+        if why := disagreement(node, answer):
             print(f"fedmom: a node that joined is left alone: {why}", file=sys.stderr, flush=True)
             return
         assert isinstance(answer, Facts)

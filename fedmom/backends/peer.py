@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fedmom.actors.nodes import as_the_driver
+from fedmom.backends.agreement import held
 from fedmom.config.build import make_plan, make_task, set_up_torch
 from fedmom.config.keys import Config
 from fedmom.config.load import flat
@@ -53,8 +54,8 @@ class Peer:
         self.states: dict[int, ClientState] = {}  # {rounds done: the block's rows}
         self.received: dict[int, Tree] = {}  # {block: its rows of this round}
 
-    def begin(self) -> str:
-        """Read the data and build the model; the name of this machine.
+    def begin(self, compare: bool = False) -> tuple[str, dict[str, str]]:
+        """Read the data and build the model; the name of this machine, and what is `held` there if that is compared.
 
         Raises InputError, which of a constructor Ray would tell as an actor's death.
         """
@@ -63,7 +64,7 @@ class Peer:
         with blamed(self.keys):
             self.task: Task = make_task(self.config, self.config.engine.device)
             self.plan: Plan = make_plan(self.config)
-        return socket.gethostname()
+        return socket.gethostname(), held(self.config, self.task) if compare else {}
 
     def choose(self) -> tuple[str, int, Said]:
         """(path, chunk size, what was measured) as configured, or by timing.

@@ -5,7 +5,6 @@ large model as for a small one. Rows go from actor to actor through Ray's object
 actor, which measures disagreement and evaluates the mean model. Checkpoints alone bring the rows to the driver.
 """
 
-import dataclasses
 import math
 import os
 import socket
@@ -17,10 +16,10 @@ import numpy as np
 import torch
 
 from fedmom.actors.cluster import join_ray
-from fedmom.actors.nodes import on
+from fedmom.actors.nodes import difference, missing_on, on
 from fedmom.actors.watch import Watch, leave_ray
 from fedmom.actors.work import WARM_UP_SECONDS
-from fedmom.backends.agreement import agreement
+from fedmom.backends.agreement import held
 from fedmom.backends.peer import Peer
 from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config
@@ -52,8 +51,9 @@ class Peers(Backend):
         num_clients = len(task.sizes)
         wanted = min(config.engine.workers, num_clients)
         options = pool_options(replace(config, "engine", workers=wanted))
-        joined = join_ray(dataclasses.replace(options, agreement=agreement(config, task)))
+        joined = join_ray(options)
         self._ray, self._started = joined.ray, joined.started
+        self._here = self._ray.get_runtime_context().get_node_id()
         self.options = options = joined.options
         # Neighbouring blocks on one node, where rows go from one to the other through its store.
         self._nodes = joined.placement.spread(wanted) if joined.is_cluster else []
@@ -68,7 +68,7 @@ class Peers(Backend):
             self.peers = self._actors(inside)
             self.at = -1  # rounds that the peers' rows have behind them
             self.driver_bytes = 0  # through this process in the last round
-            self.path, self.chunk_size, self.said = self._settle()
+            self.path, self.chunk_size, self.said = self._settle(config)
         except BaseException:
             self.close()
             raise
@@ -83,13 +83,18 @@ class Peers(Backend):
             for number, place in enumerate(places)
         ]
 
-    def _settle(self) -> tuple[str, int, Said]:
-        """(path, chunk size, what was measured) of all actors, by the first, once all are up.
+    def _settle(self, config: Config) -> tuple[str, int, Said]:
+        """(path, chunk size, what was measured) of all actors, by the first, once all are up and hold the same.
 
         Starting is no round and has no limit.
         """
-        begun = [peer.begin.remote() for peer in self.peers]
-        self.hosts = self._all(begun, list(range(len(begun))), 0, limit=0.0)
+        begun = [peer.begin.remote(bool(self._nodes)) for peer in self.peers]
+        expected = held(config, self.task) if self._nodes else {}  # while they begin
+        answers = self._all(begun, list(range(len(begun))), 0, limit=0.0)
+        self.hosts = [host for host, _ in answers]
+        for node, (_, there) in zip(self._nodes, answers, strict=False):
+            if why := difference(node.name, there, expected):
+                raise InputError(why)
         return self._all([self.peers[0].choose.remote()], [0], 0, limit=0.0)[0]
 
     def close(self) -> None:
@@ -229,7 +234,10 @@ class Peers(Backend):
             except ClientsFailedError:
                 raise
             except InputError as error:  # Ray's own kind of one, whose words are a traceback
-                raise InputError(str(getattr(error, "cause", error))) from None
+                # The driver has read all that the configuration names: another machine lacks what it has.
+                there = self._nodes[peer] if self._nodes else None
+                where = missing_on(there.name) if there and there.id != self._here else ""
+                raise InputError(str(getattr(error, "cause", error)) + where) from None
             except self._ray.exceptions.GetTimeoutError:
                 late = f"no answer within {limit:g} s (simulation.straggler-seconds)"
                 raise ClientsFailedError(f"round {number + 1}: {self._named(peer)}: {late}") from None

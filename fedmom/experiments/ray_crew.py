@@ -12,14 +12,12 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedmom.actors.actor import Failure
 from fedmom.actors.cluster import PoolOptions, first_line, start_ray
-from fedmom.actors.nodes import Agreement, RayNode, answers_of, start_on, working_nodes
+from fedmom.actors.nodes import RayNode, answers_of, start_on, working_nodes
 from fedmom.actors.pool import Pool
 from fedmom.actors.watch import leave_ray
 from fedmom.backends.premises import Premises, digest_of, trouble_with
@@ -95,8 +93,6 @@ def on_ray(work: SweepWork, cells: Sequence[Cell], workers: int | None, address:
             if address != RAY_HERE:
                 check_nodes(ray, nodes, premises)
             options, each = asked_of_ray(work, cells, workers, nodes, address)
-            if address != RAY_HERE:  # of machines that come later; modules that were edited since are nobody's mistake
-                options = replace(options, agreement=Agreement(partial(_sees, premises._replace(files={})), dict))
             with Pool(_maker(ray, work, premises, each), options) as pool, Requests() as requests:
                 yield from _answers(pool, cells, requests, premises)
     except RayEndedError as error:
@@ -105,12 +101,6 @@ def on_ray(work: SweepWork, cells: Sequence[Cell], workers: int | None, address:
         premises.remove()
     if requests.asked:
         raise KeyboardInterrupt
-
-
-def _sees(premises: Premises) -> dict[str, str]:
-    if trouble := trouble_with(premises):
-        raise InputError(trouble)
-    return {}
 
 
 def check_nodes(ray: Any, nodes: Sequence[RayNode], premises: Premises) -> None:

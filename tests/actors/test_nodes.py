@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fedmom.actors.cluster import PoolOptions, check_fit, share_of_gpus
-from fedmom.actors.nodes import Facts, Placement, RayNode, disagreement, versions
+from fedmom.actors.nodes import Facts, Placement, RayNode, difference, disagreement, versions
 from fedmom.errors import InputError
 
 
@@ -94,16 +94,14 @@ def test_what_does_not_fit_on_any_node_is_refused():
 
 def test_a_node_that_differs_is_named_with_what_differs():
     there, own = node("b", 4), versions()
-    expected = {"data.dataset = 'mine.npz'": "1234"}
-    same = Facts(own, 4, expected, "")
-    assert disagreement(there, same, expected) == ""
-    assert disagreement(there, same._replace(held={}), {}) == ""
+    assert disagreement(there, Facts(own, 4)) == ""
     without = {name: version for name, version in own.items() if name != "flwr"}
-    assert disagreement(there, same._replace(versions=without), expected) == ""  # it says itself what it lacks
-    older = same._replace(versions={**own, "torch": "1.0"})
-    assert disagreement(there, older, expected) == (
+    assert disagreement(there, Facts(without, 4)) == ""  # it says itself what it lacks
+    assert disagreement(there, Facts({**own, "torch": "1.0"}, 4)) == (
         f"b (10.0.0.1) has torch 1.0 (here: {own['torch']}): install the same versions on every node"
     )
-    other = same._replace(held={"data.dataset = 'mine.npz'": "abcd"})
-    assert disagreement(there, other, expected).startswith("data.dataset = 'mine.npz': names other contents on b")
-    assert "\n" not in disagreement(there, ModuleNotFoundError("a\nModuleNotFoundError: No module named 'x'"), {})
+    assert "\n" not in disagreement(there, ModuleNotFoundError("a\nModuleNotFoundError: No module named 'x'"))
+    expected = {"data.dataset = 'mine.npz'": "1234"}
+    assert difference("b", expected, expected) == difference("b", {}, {}) == ""
+    for held in ({"data.dataset = 'mine.npz'": "abcd"}, {}):
+        assert difference("b", held, expected).startswith("data.dataset = 'mine.npz': names other contents on b")
