@@ -1,6 +1,6 @@
 """One cluster for the tests of a process: a head and another machine, each in namespaces of its own on this one.
 
-They are slow, and in three groups of pytest-xdist: each process has a cluster of its own.
+They are slow, and in three groups of pytest-xdist, so that each process starts a cluster of its own once.
 """
 
 import pytest

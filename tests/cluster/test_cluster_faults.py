@@ -4,16 +4,20 @@ A model of the user's stays in the middle of a round on one machine until that m
 """
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 from machines import ROOT, Cluster, missing
+from test_cluster_runs import equal
 
+import fedmom
 from fedmom.records.files import FINAL
 from fedmom.records.history import read_rounds
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster: faults")]
+pytestmark = pytest.mark.slow
 OUTAGE = 8.0  # seconds that a cable is out: Ray gives a machine up after some 20, a run its head after 30
 TIMED = {"wall_seconds", "client_steps_per_second"}
 SMALL = {
@@ -26,7 +30,7 @@ SMALL = {
     "engine.path": "loop",
     "simulation.num-cpus": 1,
 }
-ENDLESS = {"run.num-rounds": 1000000, "simulation.num-cpus": 0.25}
+ENDLESS = {"run.num-rounds": 1000000, "run.eval-every": 1000, "simulation.num-cpus": 0.25}
 WORKERS = {"engine.workers": 2, "engine.chunk-size": 3}  # one block for each
 PEERS = {"engine.workers": 2, "algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}
 SIMULATION = {"simulation.num-actors": 2, "simulation.retries": 0, "simulation.clients-per-node": 3}
@@ -85,7 +89,7 @@ class Driver:
     def wait_for(self, happened, what: str) -> None:
         while not happened():
             assert self.process.poll() is None, f"it ended before {what}: {self.log.read_text()}"
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def more_rounds(self, count: int = 2) -> None:
         """Until it has done some more."""
@@ -110,9 +114,15 @@ class Driver:
         # The round that it was in, or the one whose rows were to be brought for a checkpoint.
         assert told["reason"].partition(":")[0] in [f"round {self.rounds() + more}" for more in (0, 1)]
 
-    def resume(self) -> None:
+    def resume(self, *more: str) -> None:
         """Go on with it."""
-        self._start("--resume", str(self.out))
+        self._start("--resume", str(self.out), *more)
+
+    def end(self) -> None:
+        """Ask it to end, as a batch system does."""
+        (child,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGTERM)
+        self.ended(130)
 
     def result(self) -> tuple[bytes, list]:
         """The final model's bytes, and the records of all rounds but for times."""
@@ -120,8 +130,9 @@ class Driver:
         return (self.out / FINAL).read_bytes(), records
 
 
-def test_a_node_killed_in_mid_round_is_met_as_every_backend_and_policy_says(cluster, tmp_path):
-    """What goes on, and what stops and goes on with what is left, come to the same bytes."""
+@pytest.mark.xdist_group("cluster: faults")
+def test_a_node_killed_in_mid_round_is_met_as_every_backend_and_policy_says(cluster, tmp_path, monkeypatch):
+    """What goes on, and what stops and goes on with what is left, come to what this machine alone comes to."""
     (other,) = cluster.alive()
 
     def driver(name, *changes, backend="engine"):
@@ -142,17 +153,23 @@ def test_a_node_killed_in_mid_round_is_met_as_every_backend_and_policy_says(clus
     other.halt()
     for failed in (strict, stop):
         failed.failed("died once")
-        failed.resume()
     peers.failed(f" on {other.name}: their Ray actor died")
-    peers.resume()
-    for goes_on in (patient, retry, proceed, strict, stop, peers):
+    strict.resume("--set", "engine.workers=1")
+    for goes_on in (patient, retry, proceed, strict):
         goes_on.ended(0)
     assert strict.result() == patient.result()
-    assert stop.result() == retry.result()
-    assert len(peers.result()[1]) == len(proceed.result()[1]) == SMALL["run.num-rounds"]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "held_model.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(alone)
+    fedmom.run("quickstart", sets=SMALL, out=alone / "run")
+    for goes_on in (patient, retry):
+        equal(goes_on.out, alone / "run")
+    assert len(proceed.result()[1]) == SMALL["run.num-rounds"]
     assert sum(record.get("num_failed", 0) for record in read_rounds(proceed.out)) > 0
 
 
+@pytest.mark.xdist_group("cluster: faults")
 def test_a_head_away_for_a_while_ends_nothing_and_a_lost_one_every_run(tmp_path):
     """The cable of the head, for drivers elsewhere; its daemon, for one that runs there."""
     if why := missing():
@@ -161,7 +178,6 @@ def test_a_head_away_for_a_while_ends_nothing_and_a_lost_one_every_run(tmp_path)
         other = cluster.join()
         alone = {"engine.workers": 1}
         there = [
-            Driver(cluster, tmp_path / "workers", {**ENDLESS, **alone}, on=other),
             Driver(cluster, tmp_path / "peers", {**ENDLESS, **PEERS}, on=other),
             Driver(
                 cluster,

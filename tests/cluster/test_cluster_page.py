@@ -13,7 +13,7 @@ import pytest
 from machines import ROOT, Network, missing
 from slurm_jobs import Slurm
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("cluster: peers")]
+pytestmark = pytest.mark.slow
 PAGE = ROOT / "docs" / "cluster.md"
 SCRIPT = ROOT / "examples" / "cluster" / "slurm.sh"
 
@@ -67,6 +67,7 @@ def rounds(folder):
     return [json.loads(line)["round"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.xdist_group("cluster: page")
 def test_every_command_by_hand_works_as_written(pair):
     here = dict(zip(("10.0.0.1", "10.0.0.2"), pair, strict=True))
     said = list[str]()
@@ -89,6 +90,7 @@ def slurm(pair):
         made.close()
 
 
+@pytest.mark.xdist_group("cluster: page")
 def test_a_job_stops_at_a_checkpoint_and_goes_on_when_it_is_requeued(pair, slurm, tmp_path):
     """Slurm's signal before the time limit requeues it; a preemption's does not, as Slurm then does so itself."""
     config = """
@@ -102,7 +104,7 @@ def test_a_job_stops_at_a_checkpoint_and_goes_on_when_it_is_requeued(pair, slurm
     done = list[int]()
     for signal in ("USR1", "TERM"):
         job = slurm.job(
-            7, "node-[1-2]", SCRIPT, "fedmom", "run", "mine.toml", "--set", "engine.workers=4", cwd=tmp_path
+            7, "node-[1-2]", SCRIPT, "fedmom", "run", "mine.toml", "--set", "engine.workers=2", cwd=tmp_path
         )
         until_rounds(len(done) + 3, run, job)
         job.signal(signal)
@@ -115,6 +117,7 @@ def test_a_job_stops_at_a_checkpoint_and_goes_on_when_it_is_requeued(pair, slurm
         until_gone(pair)
 
 
+@pytest.mark.xdist_group("cluster: page")
 def test_a_job_without_one_of_its_nodes_ends_and_says_so(pair, slurm, tmp_path):
     status, said = slurm.job(8, "node-[1-3]", SCRIPT, "fedmom", "run", "quickstart", cwd=tmp_path).end()
     assert status == 4, said

@@ -2,18 +2,20 @@
 
 import json
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from fedmom.cli.main import call
 from fedmom.machine.cores import usable_cores
 from fedmom.records.files import FINAL, MANIFEST, read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.records.status import read_status
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster: runs")]
+pytestmark = pytest.mark.slow
 ROUNDS = 300
 # Two take the threads of the node that begins them, which are part of a run's identity.
 RUNS = """
@@ -80,7 +82,10 @@ def wait_for(process, output, happened):
         time.sleep(0.1)
 
 
-def test_a_sweep_runs_a_cell_on_every_node_and_loses_none_by_a_signal_nor_with_a_machine(machines, project):
+@pytest.mark.xdist_group("cluster: page")
+def test_a_sweep_runs_a_cell_on_every_node_and_loses_none_by_a_signal_nor_with_a_machine(
+    machines, project, monkeypatch, capsys
+):
     """Asked to end, called again, and one machine killed: what comes of it is what this machine alone comes to."""
     for machine in machines.alive():
         machine.leave()
@@ -113,9 +118,10 @@ def test_a_sweep_runs_a_cell_on_every_node_and_loses_none_by_a_signal_nor_with_a
     assert read_rounds(lost)[:2] == before  # with the seconds that they took there
 
     alone = project / "alone"
-    here = machines.head.call("sh", "-c", f"cd {project} && {SWEEP} --workers 2 --out {alone}")
+    monkeypatch.chdir(project)
+    assert call([*shlex.split(SWEEP)[1:], "--out", str(alone)]) == 0
     same_results(out, alone)
-    assert table(output.read_text()) == table(here)
+    assert table(output.read_text()) == table(capsys.readouterr().out)
 
 
 def same_results(ours, theirs):
@@ -137,6 +143,7 @@ def table(text):
     return lines[begin : lines.index("", begin)]
 
 
+@pytest.mark.xdist_group("cluster: faults")
 def test_a_disk_that_only_one_machine_sees_is_refused_before_any_run(cluster, project):
     other = cluster.alive()[0]
     filled(cluster.head.srv / "own")
