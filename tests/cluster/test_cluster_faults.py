@@ -131,6 +131,40 @@ class Driver:
 
 
 @pytest.mark.xdist_group("cluster: faults")
+def test_a_head_away_for_a_while_ends_nothing_and_a_lost_one_every_run(tmp_path):
+    """The cable of the head, for drivers elsewhere; its daemon, for one that runs there."""
+    if why := missing():
+        pytest.skip(why)
+    with Cluster(tmp_path / "machines") as cluster:
+        other = cluster.join()
+        alone = {"engine.workers": 1}
+        there = [
+            Driver(cluster, tmp_path / "peers", {**ENDLESS, **PEERS}, on=other),
+            Driver(
+                cluster,
+                tmp_path / "simulation",
+                {**ENDLESS, "simulation.num-actors": 1},
+                "--backend",
+                "simulation",
+                on=other,
+            ),
+        ]
+        here = Driver(cluster, tmp_path / "here", {**ENDLESS, **alone})
+        for driver in (*there, here):
+            driver.more_rounds()
+        cluster.head.pull_cable()
+        time.sleep(OUTAGE)
+        cluster.head.plug_in()
+        for driver in (*there, here):
+            driver.more_rounds()
+        cluster.head.pull_cable()
+        cluster.head.call("pkill", "-9", "gcs_server")
+        here.failed("Ray's head (its GCS) has ended")
+        for driver in there:
+            driver.failed(f"Ray's head at {cluster.address} has not answered for 30 s")
+
+
+@pytest.mark.xdist_group("cluster: faults")
 def test_a_node_killed_in_mid_round_is_met_as_every_backend_and_policy_says(cluster, tmp_path, monkeypatch):
     """What goes on, and what stops and goes on with what is left, come to what this machine alone comes to."""
     (other,) = cluster.alive()
@@ -167,37 +201,3 @@ def test_a_node_killed_in_mid_round_is_met_as_every_backend_and_policy_says(clus
         equal(goes_on.out, alone / "run")
     assert len(proceed.result()[1]) == SMALL["run.num-rounds"]
     assert sum(record.get("num_failed", 0) for record in read_rounds(proceed.out)) > 0
-
-
-@pytest.mark.xdist_group("cluster: faults")
-def test_a_head_away_for_a_while_ends_nothing_and_a_lost_one_every_run(tmp_path):
-    """The cable of the head, for drivers elsewhere; its daemon, for one that runs there."""
-    if why := missing():
-        pytest.skip(why)
-    with Cluster(tmp_path / "machines") as cluster:
-        other = cluster.join()
-        alone = {"engine.workers": 1}
-        there = [
-            Driver(cluster, tmp_path / "peers", {**ENDLESS, **PEERS}, on=other),
-            Driver(
-                cluster,
-                tmp_path / "simulation",
-                {**ENDLESS, "simulation.num-actors": 1},
-                "--backend",
-                "simulation",
-                on=other,
-            ),
-        ]
-        here = Driver(cluster, tmp_path / "here", {**ENDLESS, **alone})
-        for driver in (*there, here):
-            driver.more_rounds()
-        cluster.head.pull_cable()
-        time.sleep(OUTAGE)
-        cluster.head.plug_in()
-        for driver in (*there, here):
-            driver.more_rounds()
-        cluster.head.pull_cable()
-        cluster.head.call("pkill", "-9", "gcs_server")
-        here.failed("Ray's head (its GCS) has ended")
-        for driver in there:
-            driver.failed(f"Ray's head at {cluster.address} has not answered for 30 s")

@@ -67,27 +67,35 @@ def same(first, second):
 
 
 WORKERS = {"engine.workers": 2}
-SIMULATION = {"run.backend": "simulation", "simulation.num-actors": 2}
 
 
 @pytest.mark.xdist_group("cluster: runs")
 def test_two_machines_come_to_what_one_comes_to_and_go_on_with_its_run(machines, tmp_path):
     """Unequal weights and an odd number of blocks, so that the sums of the nodes are not alike."""
     samples = {"algorithm.client-weights": "samples", "algorithm.cohort-size": 7}
+    gossip = {"algorithm.name": "d-sgd-m", "algorithm.topology": "one-peer-exponential"}
     for machine in machines.alive():
         machine.leave()
-    two = {**samples, **WORKERS, "run.num-rounds": 2}
-    begun = run(machines, {"sets": two, "out": str(tmp_path / "begun-on-one")})
+    two = {"run.num-rounds": 2}
+    ways = {"workers": samples, "peers": gossip}  # W is another in every round
+    part = [{"sets": {**sets, **WORKERS, **two}, "out": str(tmp_path / f"{way}-part")} for way, sets in ways.items()]
+    done = run(machines, *part)
     machines.join()
-    done = run(
-        machines,
-        {"sets": samples, "out": str(tmp_path / "engine")},
-        {"sets": {**samples, **WORKERS}, "out": str(tmp_path / "two")},
-        {"sets": {"run.num-rounds": 4}, "resume": str(tmp_path / "begun-on-one")},
-    )
-    assert [status for status, *_ in begun + done] == ["done"] * 4, begun + done
-    equal(tmp_path / "two", tmp_path / "engine")
-    same(tmp_path / "begun-on-one", tmp_path / "two")
+    more = []
+    for way, sets in ways.items():
+        more += [
+            {"sets": sets, "out": str(tmp_path / f"{way}-engine")},
+            {"sets": {**sets, **WORKERS}, "out": str(tmp_path / way)},
+            {"sets": {"run.num-rounds": 4}, "resume": str(tmp_path / f"{way}-part")},
+        ]
+    done += run(machines, *more)
+    assert [status for status, *_ in done] == ["done"] * 8, done
+    for way in ways:
+        equal(tmp_path / way, tmp_path / f"{way}-engine")
+        same(tmp_path / f"{way}-part", tmp_path / way)
+    equal(tmp_path / "peers", tmp_path / "peers-engine", "clients.safetensors")
+    clients = [(tmp_path / name / "clients.safetensors").read_bytes() for name in ("peers-part", "peers")]
+    assert clients[0] == clients[1]
 
 
 @pytest.mark.xdist_group("cluster: runs")
@@ -113,21 +121,20 @@ def test_what_travels_is_a_few_times_the_model_for_a_node_and_not_for_a_client(c
 def test_what_only_this_machine_has_is_refused_by_name(cluster, tmp_path):
     """Data, and data of another content; by actors of both kinds, those of a pool and those of Algorithm 2."""
     (other,) = cluster.alive()
-    here, there = (machine.srv / "data.npz" for machine in (cluster.head, other))
-    shutil.copy(Path(__file__).parents[1] / "stored" / "tiny.npz", here)
-    data = {"data.dataset": "/srv/data.npz", "data.num-clients": 4}
+    here, there = cluster.head.srv, other.srv
+    for name in ("here.npz", "both.npz"):
+        shutil.copy(Path(__file__).parents[1] / "stored" / "tiny.npz", here / name)
+    with np.load(here / "both.npz") as arrays:
+        np.savez(there / "both.npz", **{name: array[::-1] for name, array in arrays.items()})
+    data, others = ({"data.dataset": f"/srv/{name}", "data.num-clients": 4} for name in ("here.npz", "both.npz"))
     gossip = {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring", **WORKERS}
-    ((status, message, _),) = run(cluster, {"sets": {**data, **SIMULATION}})
-    assert status == "refused"
-    assert "/srv/data.npz" in message
-    assert f"(on {other.name} " in message
-    assert "\n" not in message
-    with np.load(here) as arrays:
-        np.savez(there, **{name: array[::-1] for name, array in arrays.items()})
-    ((status, message, _),) = run(cluster, {"sets": {**data, **gossip}})
-    assert status == "refused"
-    assert message.startswith("data.dataset = '/srv/data.npz': "), message
-    assert other.name in message
+    missing, changed = run(cluster, {"sets": {**data, **WORKERS}}, {"sets": {**others, **gossip}})
+    assert missing[0] == changed[0] == "refused", (missing, changed)
+    assert "/srv/here.npz" in missing[1]
+    assert f"(on {other.name} " in missing[1]
+    assert "\n" not in missing[1]
+    assert changed[1].startswith("data.dataset = '/srv/both.npz': "), changed
+    assert other.name in changed[1]
 
 
 @pytest.mark.xdist_group("cluster: runs")
