@@ -203,28 +203,25 @@ def test_a_node_that_joins_with_other_contents_works_on_nothing(cluster, capsys)
     assert pool._broken is None
 
 
-def test_a_pool_gives_up_where_no_node_is_left_and_not_while_workers_start(cluster, monkeypatch):
-    monkeypatch.setattr(workforce, "SECONDS_WITHOUT_WORKERS", -1.0)
+def left_for_c(cluster):
+    """A pool whose two nodes have ended at once, and c has come."""
     pool = cluster("ab", 2)
     for actor in pool.actors:
         actor.up()
     pool.turn()
     pool.names = ["c"]
     pool.turn()
-    assert isinstance(pool._broken, RayEndedError)  # c has not told its cores yet: with the real limit there is time
+    return pool
 
-    monkeypatch.setattr(workforce, "SECONDS_WITHOUT_WORKERS", 20.0)
-    pool = cluster("ab", 2)
-    for actor in pool.actors:
-        actor.up()
-    pool.turn()
-    pool.names = ["c"]
-    pool.turn()
-    pool.turn()
+
+def test_a_pool_gives_up_where_no_node_is_left_and_not_while_workers_start(cluster, monkeypatch):
+    starting = left_for_c(cluster)
+    starting.turn()  # c has told its cores
     monkeypatch.setattr(workforce, "SECONDS_WITHOUT_WORKERS", -1.0)
-    pool.turn()
-    assert len(pool.alive("c")) == 2  # starting
-    assert pool._broken is None
+    starting.turn()
+    assert len(starting.alive("c")) == 2
+    assert starting._broken is None
+    assert isinstance(left_for_c(cluster)._broken, RayEndedError)  # there is no time to hear of c
 
 
 def test_nothing_is_asked_of_a_head_that_is_away(cluster):

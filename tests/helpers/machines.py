@@ -136,7 +136,7 @@ class Machine:
     def leave(self) -> None:
         """Out of the cluster, which knows of it at once, as it does not of a machine that is killed; then it ends.
 
-        As `ray stop` does, in a tenth of its time.
+        As `ray stop` does, without its command line.
         """
         self.call("pkill", "-TERM", "-x", "raylet")
         while self.call("pgrep", "-x", "raylet", status=None):

@@ -1,4 +1,4 @@
-"""Starts Ray's daemons on a machine, as `ray start` does, in half of its CPU time; the argument is a JSON object.
+"""Starts Ray's daemons on a machine, as `ray start` does, without its command line; the argument is a JSON object.
 
 Its values are Ray's own parameters, and "head": whether this is the head of a new cluster.
 """
