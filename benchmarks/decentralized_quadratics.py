@@ -59,17 +59,17 @@ def closed_form(topology: Topology, policy: str) -> float:
 
 def contraction(topology: Topology) -> tuple[np.ndarray, np.ndarray]:
     """[R + 1] ‖x_i − x̄‖ and ‖u_i − ū‖ from random rows without any gradient."""
-    task = Quadratic([[1e-300]] * N, [[0.0]] * N, [0.0])
+    problem = Quadratic([[1e-300]] * N, [[0.0]] * N, [0.0])
     plan = Plan(Method(BETA), LearningRate(LR), 60, N, 1, num_local_steps=1, topology=topology)
     found = []
     for part in ("params", "momentum"):
         rows = torch.from_numpy(np.random.default_rng(0).normal(size=(N, 1)))
         zero = torch.zeros_like(rows)
         start = {"params": rows, "momentum": zero} if part == "params" else {"params": zero, "momentum": rows}
-        done = beginning(task, plan)._replace(rows=ClientState({X: start["params"]}, {X: start["momentum"]}, {}))
+        done = beginning(problem, plan)._replace(rows=ClientState({X: start["params"]}, {X: start["momentum"]}, {}))
         states = [getattr(done.rows, part)[X].numpy()]
-        rounds = GossipRounds(Engine(task, plan.method, path="vmap", chunk_size=N), topology, "cpu")
-        for new, _ in run_rounds(task, plan, rounds, done):
+        rounds = GossipRounds(Engine(problem, plan.method, path="vmap", chunk_size=N), topology, "cpu")
+        for new, _ in run_rounds(problem, plan, rounds, done):
             states.append(getattr(new.rows, part)[X].numpy())
         found.append(np.array([np.linalg.norm(s - s.mean()) for s in states]))
     return found[0], found[1]

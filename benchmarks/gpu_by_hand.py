@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_ways import FORMS, Load, Row, now, task_of, why
+from gpu_ways import FORMS, Load, Row, now, problem_of, why
 from torch.nn.functional import cross_entropy
 
 from fedmom.data.datasets import Dataset
@@ -41,12 +41,12 @@ def by_hand(load: Load, data: Dataset, form: str, device: str, seconds: float) -
 
 def steps_of(load: Load, data: Dataset, form: str, device: str, last: bool, graph: bool) -> Callable[[], int]:
     """A function that takes one client's local steps and says how many."""
-    task = task_of(load, data, device, form)
-    job = round_job(task, load.plan, beginning(task, load.plan))
+    problem = problem_of(load, data, device, form)
+    job = round_job(problem, load.plan, beginning(problem, load.plan))
     layout = torch.channels_last if last else torch.contiguous_format
-    model = task.model.to(memory_format=layout)
+    model = problem.model.to(memory_format=layout)
     model.train()
-    batches = list(task.round_batches(job.clients[:1], job.first_steps[:1], len(job.lrs)))
+    batches = list(problem.round_batches(job.clients[:1], job.first_steps[:1], len(job.lrs)))
     images = [(b.x[0].contiguous(memory_format=layout) if last else b.x[0], b.y[0]) for b in batches]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=load.momentum, fused=True)
 

@@ -21,8 +21,8 @@ from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState, to_device
 from fedmom.rounds.loop import Plan, beginning, run_rounds
-from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import GlobalAveragePool, build_model
+from fedmom.tasks.supervised import Supervised
 
 FORMS = {  # storage, and whether float32 products may be TF32
     "float64": (torch.float64, False),
@@ -85,13 +85,13 @@ def model_of(load: Load) -> nn.Module:
     return build_model(load.model, load.shape, 10, seed=0, **options)
 
 
-def task_of(
+def problem_of(
     load: Load, data: Dataset, device: str, form: str = "float32", model: nn.Module | None = None
-) -> Classification:
+) -> Supervised:
     """`model`: instead of the load's."""
     net = model_of(load) if model is None else model
     partition = make_partition("iid", data.y_train.numpy(), load.clients, seed=0)
-    return Classification(data, net, partition, batch_size=load.batch, dtype=FORMS[form][0], device=device)
+    return Supervised(data, net, partition, batch_size=load.batch, dtype=FORMS[form][0], device=device)
 
 
 def layers(load: Load) -> dict[str, nn.Module]:
@@ -122,8 +122,8 @@ def layers(load: Load) -> dict[str, nn.Module]:
     return found
 
 
-def engine_of(task: Classification, load: Load, way: Way, *, replays: bool = True) -> Engine:
-    engine = Engine(task, load.plan.method, path=way.path, chunk_size=way.chunk, convolution=way.convolution)
+def engine_of(problem: Supervised, load: Load, way: Way, *, replays: bool = True) -> Engine:
+    engine = Engine(problem, load.plan.method, path=way.path, chunk_size=way.chunk, convolution=way.convolution)
     if not replays:
         engine.replays = None
     return engine
@@ -146,11 +146,11 @@ def why(failure: BaseException) -> str:
 Trained = tuple[ClientState, list[Row]]
 
 
-def trained(task: Classification, plan: Plan, engine: Engine) -> Trained:
+def trained(problem: Supervised, plan: Plan, engine: Engine) -> Trained:
     """The plan twice, one after the other, by one engine -> (the last state, the records of both)."""
     records: list[Row] = []
     for _ in range(2):
-        steps = list(run_rounds(task, plan, engine, beginning(task, plan)))
+        steps = list(run_rounds(problem, plan, engine, beginning(problem, plan)))
         records += [record for _, record in steps]
     return to_device(steps[-1][0].state, "cpu"), records
 
@@ -163,9 +163,9 @@ def checked_plan(load: Load) -> Plan:
 
 def exact(load: Load, data: Dataset) -> tuple[Trained, ClientState]:
     """What the plain loop on the CPU in float64 comes to, and the start."""
-    task = task_of(load, data, "cpu", "float64")
+    problem = problem_of(load, data, "cpu", "float64")
     way = Way("loop", "", "float64", 1)
-    return trained(task, checked_plan(load), engine_of(task, load, way)), task.start()
+    return trained(problem, checked_plan(load), engine_of(problem, load, way)), problem.start()
 
 
 def errors(found: Trained, wanted: Trained, start: ClientState) -> dict[str, float]:
@@ -187,9 +187,9 @@ def check(load: Load, data: Dataset, way: Way, wanted: tuple[Trained, ClientStat
     row: Row = {"model": load.name, "way": way.name, "form": way.form}
     allow_tf32(FORMS[way.form][1])
     try:
-        task = task_of(load, data, device, way.form)
-        engine = engine_of(task, load, way)
-        row |= errors(trained(task, checked_plan(load), engine), *wanted) | replayed(engine)
+        problem = problem_of(load, data, device, way.form)
+        engine = engine_of(problem, load, way)
+        row |= errors(trained(problem, checked_plan(load), engine), *wanted) | replayed(engine)
     except Exception as failure:
         return {**row, "failed": why(failure)}
     finally:
@@ -207,11 +207,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def rounds_of(load: Load, task: Classification, engine: Engine) -> Iterator[Any]:
+def rounds_of(load: Load, problem: Supervised, engine: Engine) -> Iterator[Any]:
     """One real round after the other: no minibatch comes twice, and each round is begun as a run begins it."""
     # What images show does not matter here, but a model must not diverge on noise.
     plan = load.plan._replace(num_rounds=10**9, rate=LearningRate(1e-6))
-    return run_rounds(task, plan, engine, beginning(task, plan))
+    return run_rounds(problem, plan, engine, beginning(problem, plan))
 
 
 def measured(
@@ -232,11 +232,11 @@ def measured(
     row |= {} if replays else {"way": f"{way.name}, no graph"}
     allow_tf32(FORMS[way.form][1])
     try:
-        task = task_of(load, data, device, way.form, model)
+        problem = problem_of(load, data, device, way.form, model)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        engine = engine_of(task, load, way, replays=replays)
-        rounds = rounds_of(load, task, engine)
+        engine = engine_of(problem, load, way, replays=replays)
+        rounds = rounds_of(load, problem, engine)
         for _ in range(COMINGS + 1 if seconds and engine.replays is not None else 1):
             next(rounds)  # not timed: kernels are compiled and chosen in them, recordings made and compared
         times: list[float] = []
@@ -266,19 +266,19 @@ def profiled(load: Load, data: Dataset, way: Way, device: str) -> Row:
     cuda = device == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
     try:
-        task = task_of(load, data, device, way.form)
-        engine = engine_of(task, load, way)
-        rounds = rounds_of(load, task, engine)
+        problem = problem_of(load, data, device, way.form)
+        engine = engine_of(problem, load, way)
+        rounds = rounds_of(load, problem, engine)
         for _ in range(5):
             next(rounds)
         begin = time.perf_counter()
         for _ in range(5):
             next(rounds)
         row["milliseconds"] = 1e3 * (time.perf_counter() - begin) / 5
-        now(task.device)
+        now(problem.device)
         with torch.profiler.profile(activities=kinds) as profile:
             next(rounds)  # launches one round, be it this one or the one after it
-            now(task.device)
+            now(problem.device)
         everything = profile.key_averages()
         kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
         found = [e for e in everything if e.device_type == kind]

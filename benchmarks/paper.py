@@ -121,9 +121,9 @@ def chosen_lr(protocol: Protocol, data: Dataset, options: Any) -> float:
     for lr in protocol.lrs:
         if lr in found:
             continue
-        task, plan, engine, start = begun(protocol, data, cell, "constant", lr, options.device)
+        problem, plan, engine, start = begun(protocol, data, cell, "constant", lr, options.device)
         try:
-            course = advance(task, plan, engine, start, plan.num_rounds // 2, options.watch)
+            course = advance(problem, plan, engine, start, plan.num_rounds // 2, options.watch)
             found[lr] = course.curve[-1][3]
         except DivergedError:
             found[lr] = None

@@ -21,8 +21,8 @@ from fedmom.errors import DivergedError
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
 from fedmom.rounds.loop import Plan, RunState, beginning, round_job, run_rounds
-from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import build_model
+from fedmom.tasks.supervised import Supervised
 
 SCHEDULES = {"constant": "constant", "decayed": "step"}  # ours: fedmom's
 ORDER = (1, 8, 16, 4)  # of I, the most telling first
@@ -119,7 +119,7 @@ def small_cnn(shape: tuple[int, ...]) -> nn.Module:
         )
 
 
-def task_of(protocol: Protocol, data: Dataset, clients: int, seed: int, device: str) -> Classification:
+def problem_of(protocol: Protocol, data: Dataset, clients: int, seed: int, device: str) -> Supervised:
     if protocol.model == "small-cnn":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -128,7 +128,7 @@ def task_of(protocol: Protocol, data: Dataset, clients: int, seed: int, device: 
         model = build_model(protocol.model, data.input_shape, data.num_classes, seed=seed)
     partition = make_partition("iid", data.y_train.numpy(), clients, seed=seed)
     options: dict[str, Any] = {"batch_size": protocol.batch, "augment": protocol.augment}
-    return Classification(data, model, partition, **options, seed=seed, device=device)
+    return Supervised(data, model, partition, **options, seed=seed, device=device)
 
 
 def plan_of(protocol: Protocol, cell: Cell, schedule: str, lr: float) -> Plan:
@@ -167,11 +167,11 @@ class Course(NamedTuple):
     seconds: float  # of training alone
 
 
-def advance(task: Classification, plan: Plan, engine: Engine, course: Course, until: int, watch: Watch) -> Course:
+def advance(problem: Supervised, plan: Plan, engine: Engine, course: Course, until: int, watch: Watch) -> Course:
     """Rounds up to the one numbered `until`."""
     done, curve, seconds = course.done, list(course.curve), course.seconds
     losses: list[float] = []  # of the rounds since the last evaluation
-    steps = run_rounds(task, plan, engine, done)
+    steps = run_rounds(problem, plan, engine, done)
     while done.round < until:
         done, record = next(steps)
         watch.check()
@@ -186,20 +186,20 @@ def advance(task: Classification, plan: Plan, engine: Engine, course: Course, un
 
 def begun(
     protocol: Protocol, data: Dataset, cell: Cell, schedule: str, lr: float, device: str
-) -> tuple[Classification, Plan, Engine, Course]:
+) -> tuple[Supervised, Plan, Engine, Course]:
     """A run before its first round."""
-    task = task_of(protocol, data, cell.clients, cell.seed, device)
+    problem = problem_of(protocol, data, cell.clients, cell.seed, device)
     plan = plan_of(protocol, cell, schedule, lr)
     path, chunk = protocol.ways[str(cell.clients)][:2]
-    engine = Engine(task, plan.method, path=path, chunk_size=chunk, convolution=protocol.convolution)
-    return task, plan, engine, Course(beginning(task, plan), [], 0.0)
+    engine = Engine(problem, plan.method, path=path, chunk_size=chunk, convolution=protocol.convolution)
+    return problem, plan, engine, Course(beginning(problem, plan), [], 0.0)
 
 
 def run_cell(
     protocol: Protocol, data: Dataset, cell: Cell, schedules: Sequence[str], lr: float, options: Any
 ) -> Iterator[dict[str, Any]]:
     """A row of each of the schedules as soon as it is finished; the rounds that they share are run once."""
-    task, _, engine, start = begun(protocol, data, cell, schedules[0], lr, options.device)
+    problem, _, engine, start = begun(protocol, data, cell, schedules[0], lr, options.device)
     plans = {name: plan_of(protocol, cell, name, lr) for name in schedules}
     shared = None
     for name, plan in plans.items():
@@ -207,8 +207,8 @@ def run_cell(
         begin = time.monotonic()
         try:
             if shared is None:
-                shared = advance(task, plan, engine, start, plan.num_rounds // 2, options.watch)
-            course = advance(task, plan, engine, shared, plan.num_rounds, options.watch)
+                shared = advance(problem, plan, engine, start, plan.num_rounds // 2, options.watch)
+            course = advance(problem, plan, engine, shared, plan.num_rounds, options.watch)
             row["curve"] = [[round(value, 6) for value in point] for point in course.curve]
         except DivergedError as error:
             row |= {"status": "diverged", "why": str(error)}
@@ -240,24 +240,24 @@ def measured_way(protocol: Protocol, data: Dataset, clients: int, options: Any) 
     These I are of those that are run with so many clients. On a GPU the first rounds of every lr are not replayed yet,
     and are recorded and compared.
     """
-    task = task_of(protocol, data, clients, 0, options.device)
+    problem = problem_of(protocol, data, clients, 0, options.device)
     sizes = sorted({*protocol.ends(clients)})
-    done, times, begins = beginning(task, plan_of(protocol, Cell(0, 1, clients), "constant", 1e-3)), [], []
+    done, times, begins = beginning(problem, plan_of(protocol, Cell(0, 1, clients), "constant", 1e-3)), [], []
     path, chunk = protocol.path, clients
     for size in reversed(sizes):
         plan = plan_of(protocol, Cell(0, size, clients), "constant", 1e-3)
-        job = round_job(task, plan, done)
+        job = round_job(problem, plan, done)
         if path == "auto":
-            path, chunk, *_ = choose(task, plan.method, done.state, job, path="auto", chunk_size=0)
-        new = partial(Engine, task, plan.method, path=path, chunk_size=chunk, convolution=protocol.convolution)
+            path, chunk, *_ = choose(problem, plan.method, done.state, job, path="auto", chunk_size=0)
+        new = partial(Engine, problem, plan.method, path=path, chunk_size=chunk, convolution=protocol.convolution)
         new().run_round(done.state, job)  # kernels are loaded and chosen in it
         engine = new()
         once = partial(engine.run_round, done.state, job)
         first = seconds_of(lambda once=once: [once() for _ in range(COMINGS)], options)
         times.append(median_time(once, options))
         begins.append(max(0.0, first - COMINGS * times[-1]))
-    task.evaluate(done.state)
-    evaluation = median_time(lambda: task.evaluate(done.state), options)
+    problem.evaluate(done.state)
+    evaluation = median_time(lambda: problem.evaluate(done.state), options)
     per_step = max(0.0, times[0] - times[-1]) / max(1, sizes[-1] - sizes[0]) or times[0] / sizes[-1]
     per_round = max(0.0, times[-1] - sizes[0] * per_step)
     return [path, chunk, per_round, per_step, evaluation, begins[-1], begins[0]]

@@ -26,8 +26,8 @@ from fedmom.machine.allocator import keep_freed_memory  # noqa: E402
 from fedmom.method.algorithms import Method  # noqa: E402
 from fedmom.method.schedules import LearningRate  # noqa: E402
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds  # noqa: E402
-from fedmom.tasks.classification import Classification  # noqa: E402
 from fedmom.tasks.models import build_model  # noqa: E402
+from fedmom.tasks.supervised import Supervised  # noqa: E402
 
 
 def main() -> None:
@@ -38,17 +38,17 @@ def main() -> None:
     data = Dataset(x, y, x[:100], y[:100], 10, tuple(load["mean"]), tuple(load["std"]), "none")
     net = build_model(load["model"], tuple(load["shape"]), 10, seed=0, hidden=load.get("hidden", 200))
     partition = make_partition("iid", y.numpy(), load["clients"], seed=0)
-    task = Classification(data, net, partition, batch_size=load["batch"], device=device)
+    problem = Supervised(data, net, partition, batch_size=load["batch"], device=device)
     method, rate = Method(load["momentum"]), LearningRate(load["lr"])
     plan = Plan(
         method, rate, rounds, load["cohort"], load["batch"], num_local_steps=load["steps"], eval_every=rounds + 1
     )
-    begin = beginning(task, plan)
-    choice = choose(task, method, begin.state, round_job(task, plan, begin), path="auto", chunk_size=0)
+    begin = beginning(problem, plan)
+    choice = choose(problem, method, begin.state, round_job(problem, plan, begin), path="auto", chunk_size=0)
     print(choice, file=sys.stderr)
-    engine = Engine(task, method, path=choice.path, chunk_size=choice.chunk_size)
+    engine = Engine(problem, method, path=choice.path, chunk_size=choice.chunk_size)
     seconds, losses, last = [], [], time.perf_counter()
-    for _, record in run_rounds(task, plan, engine, begin):
+    for _, record in run_rounds(problem, plan, engine, begin):
         seconds.append(time.perf_counter() - last)
         losses.append(record["train_loss"])
         last = time.perf_counter()

@@ -25,7 +25,7 @@ from fedmom.errors import InputError
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 from fedmom.machine.files import at_home
 from fedmom.method.state import Tree, flatten, unflatten
-from fedmom.tasks.task import task_kind
+from fedmom.tasks.problem import data_kind
 
 Metric = int | float | list[int] | list[float]
 AnyRecord = ArrayRecord | MetricRecord | ConfigRecord
@@ -126,7 +126,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _is_local(context: Context) -> bool:
-    return task_kind(settled(context.run_config).config.data.dataset).own_data
+    return data_kind(settled(context.run_config).config.data.dataset).own_data
 
 
 def _node(context: Context, asked: Mapping[str, Any]) -> Node:

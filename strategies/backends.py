@@ -12,7 +12,7 @@ from fedmom.errors import ClientsFailedError
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 
 from .fleet import Fleet
 from .flower_strategies import CohortGrid
@@ -23,9 +23,9 @@ from .replies import Update, accept, pack, shares_memory, unpack
 class AveragingRounds(Backend):
     """Rounds of PRSGDM: what the engine does in this process, done by the nodes of a Grid."""
 
-    def __init__(self, strategy: PRSGDM, grid: Grid, task: Task, asked: dict[str, Any], timeout: float) -> None:
+    def __init__(self, strategy: PRSGDM, grid: Grid, problem: Problem, asked: dict[str, Any], timeout: float) -> None:
         """`asked`: what every train message says besides the round and the clients. `timeout` in seconds, 0: none."""
-        self.strategy, self.grid, self.task, self.asked, self.timeout = strategy, grid, task, asked, timeout
+        self.strategy, self.grid, self.problem, self.asked, self.timeout = strategy, grid, problem, asked, timeout
         strategy.needs_losses = True
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
@@ -43,7 +43,7 @@ class AveragingRounds(Backend):
             on_update=lambda update: _tell(progress, update),
         )
         metrics = trained.metrics
-        return _outcome(self.task, job, trained.state, metrics, trained.answers)
+        return _outcome(self.problem, job, trained.state, metrics, trained.answers)
 
 
 class StockRounds(Backend):
@@ -54,11 +54,11 @@ class StockRounds(Backend):
         strategy: Strategy,
         fleet: Fleet,
         grid: Grid,
-        task: Task,
+        problem: Problem,
         asked: dict[str, Any],
         timeout: float,
     ) -> None:
-        self.strategy, self.fleet, self.grid, self.task = strategy, fleet, grid, task
+        self.strategy, self.fleet, self.grid, self.problem = strategy, fleet, grid, problem
         self.asked, self.timeout = asked, timeout
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
@@ -93,7 +93,7 @@ class StockRounds(Backend):
         for name, part in SPREADS.items():
             metrics[name] += mean.spread(part)
         answers = [Contribution(update.weight, update.about, None) for update in updates]
-        return _outcome(self.task, job, unflatten(_like(result, tensors)), metrics, answers)
+        return _outcome(self.problem, job, unflatten(_like(result, tensors)), metrics, answers)
 
 
 def _like(arrays: ArrayRecord, tensors: Tree) -> Tree:
@@ -111,7 +111,7 @@ def _tell(progress: Progress | None, update: Update) -> None:
 
 
 def _outcome(
-    task: Task, job: Job, state: ClientState, metrics: dict[str, float], answers: Sequence[Contribution]
+    problem: Problem, job: Job, state: ClientState, metrics: dict[str, float], answers: Sequence[Contribution]
 ) -> Outcome:
     """What the nodes' answers come to, in the order of the job's clients."""
     place = {client: k for k, client in enumerate(job.clients.tolist())}
@@ -122,7 +122,7 @@ def _outcome(
         rows = torch.tensor([place[client] for client in answer.about["clients"]])
         answered[rows] = True
         losses[rows] = torch.tensor(answer.about["train-loss"], dtype=torch.float64)
-        if task.small:
+        if problem.small:
             points = torch.tensor(answer.about["path"], dtype=torch.float64).reshape(len(job.lrs), -1)
             path = [
                 a + answer.weight / total * b for a, b in zip(path or torch.zeros_like(points), points, strict=True)
@@ -133,7 +133,7 @@ def _outcome(
         order = torch.tensor([place[client] for _, clients in own for client in clients]).argsort()
         momentum = {n: torch.cat([rows[n] for rows, _ in own])[order] for n in job.momentum}
     return Outcome(
-        mean=to_device(state, task.device),
+        mean=to_device(state, problem.device),
         train_loss=metrics["train_loss"],
         consensus_distance=metrics["consensus_distance"],
         momentum_spread=metrics["momentum_spread"],

@@ -25,7 +25,7 @@ from fedmom.method.mixing import Blocks
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
 from fedmom.method.topology import Mixing, Topology
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 
 from .fleet import Fleet
 from .replies import ARRAYS, CONFIG, WEIGHT, ShouldStop, Update, accept, pack, shares_memory, unpack
@@ -228,9 +228,9 @@ def _links_of(mixing: Mixing, clients: set[int]) -> list[tuple[int, int]]:
 class RelayRounds(Backend):
     """Rounds of DSGDM for fedmom's round loop."""
 
-    def __init__(self, strategy: DSGDM, grid: Grid, task: Task, asked: dict[str, Any], timeout: float) -> None:
+    def __init__(self, strategy: DSGDM, grid: Grid, problem: Problem, asked: dict[str, Any], timeout: float) -> None:
         """`asked`: what every train message says besides the round and the clients. `timeout` in seconds, 0: none."""
-        self.strategy, self.grid, self.task, self.asked, self.timeout = strategy, grid, task, asked, timeout
+        self.strategy, self.grid, self.problem, self.asked, self.timeout = strategy, grid, problem, asked, timeout
         strategy.bundled = not shares_memory(grid)
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
@@ -248,8 +248,8 @@ class RelayRounds(Backend):
         losses = torch.tensor([mixed.updates[c]["loss"] for c in sorted(mixed.updates)], dtype=torch.float64)
         part = job._replace(weights=job.weights[mixed.answered.to(job.weights.device)].cpu())
         method, path = self.strategy.method, list[Tensor]()
-        if self.task.small:
+        if self.problem.small:
             points = [about["path"] for about in mixed.updates.values() if "path" in about]
             path = list(torch.tensor(points, dtype=torch.float64).sum(0).reshape(len(job.lrs), -1))
-        outcome = outcome_of(self.task.device, part, method, mixed.after, mixed.rows, losses, path)
+        outcome = outcome_of(self.problem.device, part, method, mixed.after, mixed.rows, losses, path)
         return outcome._replace(answered=None if bool(mixed.answered.all()) else mixed.answered)

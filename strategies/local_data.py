@@ -11,13 +11,13 @@ from fedmom.config.keys import Config
 from fedmom.data.local import Common, Facts, agreed, as_record, none_of, read_server
 from fedmom.errors import ClientsFailedError
 from fedmom.method.state import ClientState, flatten
-from fedmom.tasks.classification import Classification
+from fedmom.tasks.supervised import Supervised
 
 from .fleet import Fleet
 from .replies import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory
 
 
-class LocalClassification(Classification):
+class LocalClassification(Supervised):
     """The clients' objectives as the server sees them: sizes, and a test set of its own or the clients'."""
 
     facts: dict[str, Any] = {}  # what every message to a client must say  # noqa: RUF012
@@ -41,8 +41,8 @@ class LocalClassification(Classification):
         return {name: means[name] for name in self.measures}
 
 
-def local_task(grid: Grid, fleet: Fleet, config: Config) -> LocalClassification:
-    """Ask every node for its facts (`fleet` then knows its holders), and make the server's side of the task.
+def local_problem(grid: Grid, fleet: Fleet, config: Config) -> LocalClassification:
+    """Ask every node for its facts (`fleet` then knows its holders), and make the server's side of the problem.
 
     Raises InputError where clients' examples do not fit together.
     """
@@ -53,9 +53,9 @@ def local_task(grid: Grid, fleet: Fleet, config: Config) -> LocalClassification:
         facts.append(Facts._make(tuple(value) if isinstance(value, list) else value for value in said))
     server = read_server(config.data.data_dir, config.data.classes)
     common = agreed(facts, server)
-    task = classification(config, config.engine.device, *none_of(common, server), LocalClassification)
-    assert isinstance(task, LocalClassification)
-    task.facts = as_record(common)
+    problem = classification(config, config.engine.device, *none_of(common, server), LocalClassification)
+    assert isinstance(problem, LocalClassification)
+    problem.facts = as_record(common)
     if server is None:
-        task.asks = (grid, fleet, common, config.server.timeout_seconds)
-    return task
+        problem.asks = (grid, fleet, common, config.server.timeout_seconds)
+    return problem

@@ -31,13 +31,13 @@ from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback
 from fedmom.runs.execute import execute, opened
 from fedmom.runs.progress import callbacks
-from fedmom.tasks.task import Task, task_kind
+from fedmom.tasks.problem import Problem, data_kind
 
 from .backends import AveragingRounds, StockRounds
 from .dsgdm import DSGDM, RelayRounds
 from .fleet import Fleet, ask
 from .flower_strategies import make_stock
-from .local_data import LocalClassification, local_task
+from .local_data import LocalClassification, local_problem
 from .prsgdm import PRSGDM
 
 app = ServerApp()
@@ -65,10 +65,10 @@ def main(grid: Grid, context: Context) -> None:
         out = out or ("" if where.resume else str(Path("runs").resolve() / f"flower-{datetime.now():%Y%m%d-%H%M%S}"))
         followers = callbacks(Console(highlight=False, width=160), quiet=False)
         (at_home(where.resume or out) / ENDED).unlink(missing_ok=True)
-    known, make_task = None, None
-    if task_kind(config.data.dataset).own_data:
+    known, make_problem = None, None
+    if data_kind(config.data.dataset).own_data:
         known = _fleet(config)
-        make_task = partial(local_task, grid, known)
+        make_problem = partial(local_problem, grid, known)
     # Flower's own line for every round would tear the progress bar; its warnings stay.
     with (
         flower_logs(logging.WARNING if listener else logging.INFO),
@@ -79,7 +79,7 @@ def main(grid: Grid, context: Context) -> None:
             at_home(where.resume) if where.resume else None,
         ) as begun,
     ):
-        result = execute(begun, partial(make_backend, grid, known), followers, make_task)
+        result = execute(begun, partial(make_backend, grid, known), followers, make_problem)
     if listener:
         listener.result = result
     elif result.folder:
@@ -110,7 +110,7 @@ def _fleet(config: Config) -> Fleet:
     )
 
 
-def make_backend(grid: Grid, known: Fleet | None, config: Config, task: Task, plan: Plan) -> Backend:
+def make_backend(grid: Grid, known: Fleet | None, config: Config, problem: Problem, plan: Plan) -> Backend:
     """The rounds on this Grid, with what a node chose where the engine's path was left open.
 
     `known`: who holds which client, where the nodes have been asked before.
@@ -121,7 +121,7 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, task: Task, pl
             f"server.min-clients = {keys.min_clients}: only {plan.cohort_size} clients take part in a round"
         )
     if plan.topology is not None:
-        return _relay(grid, known, config, task, plan)
+        return _relay(grid, known, config, problem, plan)
     strategy = PRSGDM(
         num_clients,
         cohort_size=plan.cohort_size,
@@ -134,34 +134,34 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, task: Task, pl
         wait_seconds=keys.wait_seconds,
     )
     fleet = strategy.fleet
-    facts = _learn(grid, fleet, known, task)
+    facts = _learn(grid, fleet, known, problem)
     choices = _choices(grid, fleet, config, keys.timeout_seconds, facts)
     asked = _asked(config, choices, facts)
     blocks = max(len(holder.clients) for holder in fleet.holders)
     notes = [f"{counted(len(fleet.holders), 'Flower node')}, at most {counted(blocks, 'client')} each"]
     backend: AveragingRounds | StockRounds
     if keys.strategy == OURS:
-        backend = AveragingRounds(strategy, grid, task, asked, keys.timeout_seconds)
+        backend = AveragingRounds(strategy, grid, problem, asked, keys.timeout_seconds)
         backend.settled, backend.notes = choices, notes
         return backend
     with flower_logs(logging.ERROR):  # FedAvg warns that clients do not evaluate: the server does
-        stock = make_stock(config, task.start(), fleet.holders)
+        stock = make_stock(config, problem.start(), fleet.holders)
     notes.append(f"{type(stock).__name__} keeps its own state in memory: this run cannot be resumed")
-    backend = StockRounds(stock, fleet, grid, task, asked, keys.timeout_seconds)
+    backend = StockRounds(stock, fleet, grid, problem, asked, keys.timeout_seconds)
     backend.settled, backend.notes = choices, notes
     return backend
 
 
-def _learn(grid: Grid, fleet: Fleet, known: Fleet | None, task: Task) -> dict[str, Any]:
+def _learn(grid: Grid, fleet: Fleet, known: Fleet | None, problem: Problem) -> dict[str, Any]:
     """Who holds which client, unless that is known; and what every message to a client must say of the data."""
     if known is None:
         fleet.learn(grid)
     else:
         fleet.use(known.holders)
-    return task.facts if isinstance(task, LocalClassification) else {}
+    return problem.facts if isinstance(problem, LocalClassification) else {}
 
 
-def _relay(grid: Grid, known: Fleet | None, config: Config, task: Task, plan: Plan) -> Backend:
+def _relay(grid: Grid, known: Fleet | None, config: Config, problem: Problem, plan: Plan) -> Backend:
     """Algorithm 2: this server holds the rows and relays them."""
     assert plan.topology is not None
     keys = config.server
@@ -174,15 +174,15 @@ def _relay(grid: Grid, known: Fleet | None, config: Config, task: Task, plan: Pl
         window=keys.window,
         wait_seconds=keys.wait_seconds,
     )
-    facts = _learn(grid, strategy.fleet, known, task)
+    facts = _learn(grid, strategy.fleet, known, problem)
     choices = _choices(grid, strategy.fleet, config, keys.timeout_seconds, facts)
-    size = len(task.sizes) * sum(map(num_bytes, task.start())) / 1e6
+    size = len(problem.sizes) * sum(map(num_bytes, problem.start())) / 1e6
     nodes = counted(len(strategy.fleet.holders), "Flower node")
-    backend = RelayRounds(strategy, grid, task, _asked(config, choices, facts), keys.timeout_seconds)
+    backend = RelayRounds(strategy, grid, problem, _asked(config, choices, facts), keys.timeout_seconds)
     backend.settled = choices
     backend.notes = [
         f"{nodes}; Flower has no links between them, so this server relays: it holds x and u of all "
-        f"{len(task.sizes)} clients, {size:,.1f} MB"
+        f"{len(problem.sizes)} clients, {size:,.1f} MB"
     ]
     return backend
 

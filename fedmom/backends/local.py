@@ -11,46 +11,46 @@ from fedmom.machine.memory import free_bytes
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job
 from fedmom.rounds.round import Backend
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 
 
-def make_backend(config: Config, task: Task, plan: Plan) -> Backend:
+def make_backend(config: Config, problem: Problem, plan: Plan) -> Backend:
     """The rounds of a resolved configuration. Raises InputError where the actors cannot be had."""
     if not config.engine.workers:
-        return make_local(config, task, plan)
+        return make_local(config, problem, plan)
     if plan.topology is not None:
         from fedmom.backends.peers import make_peers  # which needs Ray
 
-        return make_peers(config, task, plan)
+        return make_peers(config, problem, plan)
     from fedmom.backends.workers import make_workers  # which needs Ray, if not at once
 
-    return make_workers(config, task, plan)
+    return make_workers(config, problem, plan)
 
 
-def make_local(config: Config, task: Task, plan: Plan) -> Backend:
+def make_local(config: Config, problem: Problem, plan: Plan) -> Backend:
     """The engine on this process's device, with what `auto` chose."""
     wanted = config.engine
     set_up_torch(wanted)
-    begin = beginning(task, plan)
+    begin = beginning(problem, plan)
     choice = choose(
-        task,
+        problem,
         plan.method,
         begin.state,
-        round_job(task, plan, begin)._replace(rows=None),
+        round_job(problem, plan, begin)._replace(rows=None),
         path=wanted.path,
         chunk_size=wanted.chunk_size,
         remember=wanted.remember,
         own_rows=plan.topology is not None,
         compared=plan.compared,
     )
-    engine = Engine(task, plan.method, path=choice.path, chunk_size=choice.chunk_size)
+    engine = Engine(problem, plan.method, path=choice.path, chunk_size=choice.chunk_size)
     notes = [f"engine: {choice.trouble}"] if choice.trouble else []
     notes += [f"engine: {said}" for said in (choice.said.short, choice.note) if said]
     backend: Engine | GossipRounds = engine
     if plan.topology is not None:
-        home = rows_home(task, begin.state)
+        home = rows_home(problem, begin.state)
         backend = GossipRounds(engine, plan.topology, home)
-        if home != task.device:
+        if home != problem.device:
             notes.append("the clients' rows do not fit on the device: they stay in main memory and visit it by chunks")
     backend.settled = {
         "engine.device": resolve_device(config).engine.device,
@@ -64,8 +64,8 @@ def make_local(config: Config, task: Task, plan: Plan) -> Backend:
     return backend
 
 
-def rows_home(task: Task, start: ClientState) -> torch.device:
+def rows_home(problem: Problem, start: ClientState) -> torch.device:
     """Where N rows are kept: on the device if they fit three times (before, after the steps, mixed), else in memory."""
     each = sum(map(num_bytes, start))
-    fits = 3 * len(task.sizes) * each < 0.6 * free_bytes(task.device)
-    return task.device if fits else torch.device("cpu")
+    fits = 3 * len(problem.sizes) * each < 0.6 * free_bytes(problem.device)
+    return problem.device if fits else torch.device("cpu")

@@ -13,7 +13,7 @@ import torch
 
 from fedmom.actors.nodes import as_the_driver
 from fedmom.backends.agreement import held
-from fedmom.config.build import make_plan, make_task, set_up_torch
+from fedmom.config.build import make_plan, make_problem, set_up_torch
 from fedmom.config.keys import Config
 from fedmom.config.load import flat
 from fedmom.engine.auto import Said, choose
@@ -35,8 +35,9 @@ from fedmom.method.state import (
     unflatten,
 )
 from fedmom.method.topology import Mixing
-from fedmom.rounds.loop import Plan, beginning, chosen_clients, clients_job, evaluate_rows
-from fedmom.tasks.task import Task
+from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
+from fedmom.rounds.loop import Plan, beginning, clients_job
+from fedmom.tasks.problem import Problem
 from fedmom.user_code import blamed, one_line
 
 
@@ -62,21 +63,21 @@ class Peer:
         set_up_torch(self.config.engine)
         keep_freed_memory()
         with blamed(self.keys):
-            self.task: Task = make_task(self.config, self.config.engine.device)
+            self.problem: Problem = make_problem(self.config, self.config.engine.device)
             self.plan: Plan = make_plan(self.config)
-        return socket.gethostname(), held(self.config, self.task) if compare else {}
+        return socket.gethostname(), held(self.config, self.problem) if compare else {}
 
     def choose(self) -> tuple[str, int, Said]:
         """(path, chunk size, what was measured) as configured, or by timing.
 
         Raises InputError where the path is not right for the model.
         """
-        start, wanted = beginning(self.task, self.plan).state, self.config.engine
-        job = clients_job(self.task, self.plan, 0, self.ids)
+        start, wanted = beginning(self.problem, self.plan).state, self.config.engine
+        job = clients_job(self.problem, self.plan, 0, self.ids)
         path, chunk_size = wanted.path, wanted.chunk_size
         with blamed(self.keys):
             chosen = choose(
-                self.task,
+                self.problem,
                 self.plan.method,
                 start,
                 job,
@@ -89,8 +90,8 @@ class Peer:
 
     def load(self, round_index: int, rows: Arrays, path: str, chunk_size: int) -> None:
         """Begin round 0, 1, … from these rows."""
-        self.states = {round_index: to_device(unflatten(from_arrays(rows)), self.task.device)}
-        self.engine = Engine(self.task, self.plan.method, path=path, chunk_size=chunk_size)
+        self.states = {round_index: to_device(unflatten(from_arrays(rows)), self.problem.device)}
+        self.engine = Engine(self.problem, self.plan.method, path=path, chunk_size=chunk_size)
 
     def collect(self, round_index: int) -> Arrays:
         """The block's rows after so many rounds: of the last two."""
@@ -100,7 +101,7 @@ class Peer:
         """I local steps of the block, and the rows for each of the other blocks put into the store."""
         import ray
 
-        job = clients_job(self.task, self.plan, round_index, self.ids)
+        job = clients_job(self.problem, self.plan, round_index, self.ids)
         with blamed(self.keys):
             self.after, losses, _ = self.engine.run_rows(self.states[round_index], job)
         self.lr = job.lrs[0]
@@ -124,7 +125,7 @@ class Peer:
         own_part = flatten(self._sent(self.after))
         parts, ids = [own_part], [self.ids]
         for other, tensors in self.received.items():
-            parts.append({name: value.to(self.task.device) for name, value in tensors.items()})
+            parts.append({name: value.to(self.problem.device) for name, value in tensors.items()})
             ids.append(senders(self._mixing(round_index), self.blocks[other], self.ids))
         everybody = np.concatenate(ids)
         order = torch.from_numpy(np.argsort(everybody)[np.isin(np.sort(everybody), needed)])
@@ -143,10 +144,10 @@ class Peer:
         self.received = {}
         found: dict[str, Any] = self._measured(mixed)
         if evaluate:
-            chosen = chosen_clients(len(self.task.sizes), self.plan.eval_clients)
+            chosen = chosen_clients(len(self.problem.sizes), self.plan.eval_clients)
             places = [int(np.searchsorted(self.ids, c)) for c in chosen if c in self.ids]
             with blamed(self.keys):
-                found["clients"] = [evaluate_rows(self.task, mixed, [place]) for place in places]
+                found["clients"] = [evaluate_rows(self.problem, mixed, [place]) for place in places]
         return found
 
     def measure(self, before: list[Any], after: list[Any], evaluate: bool, seconds: float) -> dict[str, Any]:
@@ -166,16 +167,16 @@ class Peer:
                 found[name + when] = _between({n: v for n, v in rows.items() if n.startswith(part)}, sizes)
         if evaluate:
             whole = {n: torch.tensordot(sizes / sizes.sum(), v.double(), 1) for n, v in rows.items()}
-            start = self.task.start()
+            start = self.problem.start()
             state = unflatten({n: whole[n].to(v.dtype) for n, v in flatten(start).items() if n in whole})
             state = state._replace(buffers=self._buffers(rows))
             with blamed(self.keys):
-                found["measured"] = self.task.evaluate(to_device(state, self.task.device))
+                found["measured"] = self.problem.evaluate(to_device(state, self.problem.device))
         return found
 
     def _buffers(self, rows: Tree) -> Tree:
         """Buffers of the mean model: blocks' pooled variances pooled once more."""
-        names = self.task.start().buffers
+        names = self.problem.start().buffers
         weights = torch.tensor([len(block) for block in self.blocks], dtype=torch.float64)
         mean = WeightedMean(self.plan.method.running_var)
         mean.add(ClientState({}, {}, {name: rows[f"buffers/{name}"] for name in names}), weights)

@@ -29,9 +29,10 @@ from fedmom.engine.auto import Said
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import ClientState, as_tensor, flatten, rows_of, to_arrays, to_device, unflatten
-from fedmom.rounds.loop import Plan, summarised
+from fedmom.rounds.evaluation import summarised
+from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 from fedmom.user_code import one_line
 
 LINK_SECONDS = 60.0  # how long rows may take from actor to actor; simulation.straggler-seconds, if that is given
@@ -40,15 +41,15 @@ LINK_SECONDS = 60.0  # how long rows may take from actor to actor; simulation.st
 class Peers(Backend):
     """Rounds of Algorithm 2 by actors that exchange rows among themselves."""
 
-    def __init__(self, config: Config, task: Task, plan: Plan) -> None:
+    def __init__(self, config: Config, problem: Problem, plan: Plan) -> None:
         assert plan.topology is not None
-        self.task, self.plan, self.policy = task, plan, config.simulation.on_link_failure
+        self.problem, self.plan, self.policy = problem, plan, config.simulation.on_link_failure
         if self.policy == "skip" and not plan.topology.is_symmetric:
             raise InputError(
                 f"simulation.on-link-failure = 'skip': topology {plan.topology.name!r} is directed, and leaving out a "
                 "link would make W neither mean- nor consensus-preserving; use stop"
             )
-        num_clients = len(task.sizes)
+        num_clients = len(problem.sizes)
         wanted = min(config.engine.workers, num_clients)
         options = pool_options(replace(config, "engine", workers=wanted))
         joined = join_ray(options)
@@ -89,7 +90,7 @@ class Peers(Backend):
         Starting is no round and has no limit.
         """
         begun = [peer.begin.remote(bool(self._nodes)) for peer in self.peers]
-        expected = held(config, self.task) if self._nodes else {}  # while they begin
+        expected = held(config, self.problem) if self._nodes else {}  # while they begin
         answers = self._all(begun, list(range(len(begun))), 0, limit=0.0)
         self.hosts = [host for host, _ in answers]
         for node, (_, there) in zip(self._nodes, answers, strict=False):
@@ -193,7 +194,7 @@ class Peers(Backend):
         parts = self._all([peer.collect.remote(done) for peer in self.peers], list(range(len(self.peers))), done - 1)
         self.driver_bytes = counted
         rows = unflatten({name: torch.cat([as_tensor(part[name]) for part in parts]) for name in parts[0]})
-        return to_device(mean_of(rows, self.plan.method.running_var), self.task.device), rows
+        return to_device(mean_of(rows, self.plan.method.running_var), self.problem.device), rows
 
     def _check(self, number: int, error_seen: bool = False) -> None:
         """ClientsFailedError where Ray is gone: it would end the process that calls it."""
@@ -270,9 +271,9 @@ def _size(value: Any) -> int:
     return len(value) if isinstance(value, str) else 28 if hasattr(value, "hex") and hasattr(value, "task_id") else 8
 
 
-def make_peers(config: Config, task: Task, plan: Plan) -> Peers:
+def make_peers(config: Config, problem: Problem, plan: Plan) -> Peers:
     """The actors of `engine.workers` for Algorithm 2, with what one of them chose."""
-    backend = Peers(config, task, plan)
+    backend = Peers(config, problem, plan)
     path, chunk_size = backend.path, backend.chunk_size
     backend.settled = {
         "engine.device": resolve_device(config).engine.device,

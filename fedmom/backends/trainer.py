@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.config.build import classification, make_plan, make_task, resolve_device, set_up_torch
+from fedmom.config.build import classification, make_plan, make_problem, resolve_device, set_up_torch
 from fedmom.config.keys import Config, Scalar
 from fedmom.config.load import flat, load
 from fedmom.config.resolve import Resolved, resolve
@@ -24,7 +24,7 @@ from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, row_of, to_device
 from fedmom.rounds.loop import Plan, clients_job
 from fedmom.rounds.round import Outcome
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 from fedmom.user_code import blamed
 
 
@@ -86,10 +86,10 @@ class Node:
         device = self.config.engine.device
         with blamed(self._keys):
             if local is None:
-                self.task: Task = make_task(self.config, device)
+                self.problem: Problem = make_problem(self.config, device)
             else:
                 held = read_source(Path(local.source), config.data.classes)
-                self.task = classification(self.config, device, *one_of(local.common, local.client, held))
+                self.problem = classification(self.config, device, *one_of(local.common, local.client, held))
             self.plan: Plan = make_plan(self.config)
         self._choices: dict[int, tuple[str, int]] = {}
         self.said: dict[int, Said] = {}  # {size of block: what was measured for it, or remembered}
@@ -102,15 +102,15 @@ class Node:
         """
         wanted, size = self.config.engine, len(clients)
         if size not in self._choices:
-            start = self.task.start()
+            start = self.problem.start()
             rows = None
             if MOMENTUM_POLICIES[self.plan.method.momentum_policy].keeps_rows:
                 rows = {n: u.expand(size, *u.shape) for n, u in start.momentum.items()}
-            job = clients_job(self.task, self.plan, 0, clients, rows)
+            job = clients_job(self.problem, self.plan, 0, clients, rows)
             path, chunk_size = wanted.path, wanted.chunk_size
             with blamed(self._keys):
                 choice = choose(
-                    self.task,
+                    self.problem,
                     self.plan.method,
                     start,
                     job,
@@ -125,7 +125,7 @@ class Node:
 
     def _engine(self, path: str, chunk_size: int) -> Engine:
         if (path, chunk_size) not in self._engines:
-            self._engines[path, chunk_size] = Engine(self.task, self.plan.method, path=path, chunk_size=chunk_size)
+            self._engines[path, chunk_size] = Engine(self.problem, self.plan.method, path=path, chunk_size=chunk_size)
         return self._engines[path, chunk_size]
 
     def train(
@@ -148,9 +148,9 @@ class Node:
         if not path:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
-        job = clients_job(self.task, self.plan, round_index, ids, momentum)
+        job = clients_job(self.problem, self.plan, round_index, ids, momentum)
         with blamed(self._keys):
-            outcome = engine.run_round(to_device(start, self.task.device), job)
+            outcome = engine.run_round(to_device(start, self.problem.device), job)
         return TrainedBlock(
             outcome._replace(mean=to_device(outcome.mean, "cpu"), losses=outcome.losses),
             float(job.weights.sum()),
@@ -170,14 +170,14 @@ class Node:
         if not path:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
-        job = clients_job(self.task, self.plan, round_index, ids)
+        job = clients_job(self.problem, self.plan, round_index, ids)
         with blamed(self._keys):
-            after, losses, points = engine.run_rows(to_device(rows, self.task.device), job)
+            after, losses, points = engine.run_rows(to_device(rows, self.problem.device), job)
         return TrainedRows(to_device(after, "cpu"), losses.cpu(), int(job.num_steps.sum()), job.lrs[0], points)
 
     def _ids(self, clients: Sequence[int]) -> np.ndarray:
         ids = np.asarray(sorted(clients), dtype=np.int64)
-        known = len(self.task.sizes)
+        known = len(self.problem.sizes)
         if self.local is not None and ids.tolist() != [self.local.client]:
             raise InputError(f"clients = {list(clients)}: this node holds client {self.local.client}'s data alone")
         if not len(ids) or ids[0] < 0 or ids[-1] >= known:
@@ -193,14 +193,14 @@ class Node:
         if self.local is not None:
             num_examples = self.local.common.test_sizes[self.local.client]
             with blamed(self._keys):
-                return self.task.evaluate(to_device(start, self.task.device)), num_examples
+                return self.problem.evaluate(to_device(start, self.problem.device)), num_examples
         ids = torch.tensor(sorted(clients))
         with blamed(self._keys):
-            measured = self.task.evaluate_clients(to_device(start, self.task.device), ids)
-        return measured, int(self.task.sizes[ids.numpy()].sum())
+            measured = self.problem.evaluate_clients(to_device(start, self.problem.device), ids)
+        return measured, int(self.problem.sizes[ids.numpy()].sum())
 
     def _check(self, start: ClientState) -> None:
-        expected = self.task.start()
+        expected = self.problem.start()
         for part, own in expected._asdict().items():
             got = getattr(start, part)
             for name in {**own, **got}:

@@ -30,7 +30,7 @@ from fedmom.method.partial_sums import PairwiseSum, Partial, aligned
 from fedmom.method.state import Arrays, ClientState, flatten, from_arrays, num_bytes, to_arrays, to_device, unflatten
 from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 
 _BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless
 _LARGE = 1 << 20  # the model is so large, in bytes, that sending a block's mean costs more than that
@@ -100,8 +100,8 @@ def _partial(mean: Arrays, weight: float) -> Partial:
 class Workers(Backend):
     """Rounds whose blocks are answered by the actors of a Pool."""
 
-    def __init__(self, pool: Pool, task: Task, running_var: str, path: str, chunk_size: int) -> None:
-        self.pool, self.task, self.running_var = pool, task, running_var
+    def __init__(self, pool: Pool, problem: Problem, running_var: str, path: str, chunk_size: int) -> None:
+        self.pool, self.problem, self.running_var = pool, problem, running_var
         self.path, self.chunk_size = path, chunk_size
 
     def close(self) -> None:
@@ -232,7 +232,7 @@ class Workers(Backend):
             rows = [from_arrays(part.momentum or {}) for part in blocks]
             momentum = {name: torch.cat([u[name] for u in rows]) for name in job.momentum}
         return Outcome(
-            mean=to_device(total.mean(start, self.running_var), self.task.device),
+            mean=to_device(total.mean(start, self.running_var), self.problem.device),
             train_loss=average([outcome.train_loss for outcome in outcomes]),
             consensus_distance=average([o.consensus_distance for o in outcomes]) + total.spread("params"),
             momentum_spread=average([o.momentum_spread for o in outcomes]) + total.spread("momentum"),
@@ -247,16 +247,16 @@ def _named(job: Job, rows: np.ndarray) -> str:
     return f"round {job.round_index + 1}: clients {first} … {last}"
 
 
-def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
+def make_workers(config: Config, problem: Problem, plan: Plan) -> Workers:
     """The actors of `engine.workers`, with what one of them chose.
 
     Raises InputError where the actors cannot be had.
     """
-    options = dataclasses.replace(pool_options(config), agreement=agreement(config, task))
+    options = dataclasses.replace(pool_options(config), agreement=agreement(config, problem))
     inside = replace(config, "engine", device=actors_device(options), threads=0, workers=0)
     pool = Pool(partial(make_worker, inside), options)
     try:
-        model = num_bytes(task.start().params)
+        model = num_bytes(problem.start().params)
         size = max(map(len, _blocks(plan.cohort_size, pool.num_workers, config.engine.chunk_size, model)))
         pool.submit("choose", BlockJob(np.arange(size)))
         _, answer = pool.take() or (None, None)
@@ -266,7 +266,7 @@ def make_workers(config: Config, task: Task, plan: Plan) -> Workers:
     except BaseException:
         pool.close()
         raise
-    backend = Workers(pool, task, plan.method.running_var, path, chunk_size)
+    backend = Workers(pool, problem, plan.method.running_var, path, chunk_size)
     backend.settled = {
         "engine.device": resolve_device(config).engine.device,
         "engine.path": path,

@@ -26,21 +26,21 @@ def partition(
     """
     import numpy as np
 
-    from fedmom.config.build import load_task_data
+    from fedmom.config.build import load_data
     from fedmom.config.load import load
     from fedmom.config.resolve import resolve
     from fedmom.results import tables
     from fedmom.results.pictures.partition import draw_partition
     from fedmom.results.pictures.style import check_picture
     from fedmom.results.report import draw_or_say_why
-    from fedmom.tasks.task import task_kind
+    from fedmom.tasks.problem import data_kind
 
     check_picture(out)
     settled = resolve(load(config, sets or ())).config
     data = settled.data
-    if not task_kind(data.dataset).has_examples:
+    if not data_kind(data.dataset).has_examples:
         raise InputError(f"data.dataset = {data.dataset!r}: has no examples to partition")
-    dataset, split = load_task_data(settled)
+    dataset, split = load_data(settled)
     counts = split.class_counts(dataset.y_train.numpy(), dataset.num_classes)
     sizes, present = split.sizes, (counts > 0).sum(1)
     title = f"{data.dataset}, {data.partition}, N = {data.num_clients}"

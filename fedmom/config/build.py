@@ -1,4 +1,4 @@
-"""A resolved configuration becomes a task, a plan and an engine: what any backend does before its first round."""
+"""A resolved configuration becomes a problem, a plan and an engine: what any backend does before its first round."""
 
 import inspect
 import math
@@ -26,17 +26,17 @@ from fedmom.method.schedules import LearningRate
 from fedmom.method.state import Tree
 from fedmom.method.topology import Topology, make_topology
 from fedmom.rounds.loop import Plan
-from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import MODELS, build_model
+from fedmom.tasks.problem import Problem, data_kind
 from fedmom.tasks.quadratic import Quadratic
-from fedmom.tasks.task import Task, task_kind
+from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import is_spec, load_object, one_line
 
 
-def load_task_data(config: Config) -> tuple[Dataset, Partition]:
+def load_data(config: Config) -> tuple[Dataset, Partition]:
     """The data set and who holds which example; InputError where a client would hold none."""
     data = config.data
-    if task_kind(data.dataset).own_data:
+    if data_kind(data.dataset).own_data:
         return everything(data.data_dir, data.num_clients, data.classes)
     dataset = load_dataset(data.dataset, data.data_dir)
     partition = make_partition(
@@ -59,11 +59,11 @@ def load_task_data(config: Config) -> tuple[Dataset, Partition]:
     return dataset, partition
 
 
-def make_task(config: Config, device: str) -> Task:
+def make_problem(config: Config, device: str) -> Problem:
     """The clients' objectives of a resolved configuration, on `device`."""
     data, run = config.data, config.run
     dtype = getattr(torch, run.dtype)
-    if not task_kind(data.dataset).has_examples:
+    if not data_kind(data.dataset).has_examples:
         return Quadratic(
             parse_table("data.curvatures", data.curvatures),
             parse_table("data.centers", data.centers),
@@ -73,12 +73,12 @@ def make_task(config: Config, device: str) -> Task:
             dtype=dtype,
             device=device,
         )
-    return classification(config, device, *load_task_data(config))
+    return classification(config, device, *load_data(config))
 
 
 def classification(
-    config: Config, device: str, dataset: Dataset, partition: Partition, kind: type[Classification] = Classification
-) -> Classification:
+    config: Config, device: str, dataset: Dataset, partition: Partition, kind: type[Supervised] = Supervised
+) -> Supervised:
     """The clients' objectives on these examples."""
     data, run = config.data, config.run
     augment = dataset.augment if data.augment == "auto" else data.augment

@@ -4,8 +4,8 @@ from math import isfinite
 
 from fedmom.config.numbers import as_number
 from fedmom.method.algorithms import ALGORITHMS
-from fedmom.rounds.loop import CLIENT_MEASURES
-from fedmom.tasks.task import task_kind
+from fedmom.rounds.evaluation import CLIENT_MEASURES
+from fedmom.tasks.problem import data_kind
 
 ALIASES = {"accuracy": "test_accuracy"}
 # The numbers that every record has, and those of Algorithm 2 (docs/method.md).
@@ -18,7 +18,7 @@ _MIXED = ("consensus_distance_after", "momentum_spread_after")
 
 def measured_by(dataset: str, algorithm: str) -> set[str]:
     """The names of all numbers that a run of such data and such an algorithm may record."""
-    kind, mixes = task_kind(dataset), ALGORITHMS[algorithm].decentralized
+    kind, mixes = data_kind(dataset), ALGORITHMS[algorithm].decentralized
     return {*_ALWAYS, *kind.measures, *((*_MIXED, *CLIENT_MEASURES) if mixes else ())} - {"optimum"}
 
 
@@ -42,5 +42,5 @@ def monitored(dataset: str, named: str = "auto") -> str:
     """The measure by which a run is judged: the one named, else the test accuracy, else the loss."""
     if named != "auto":
         return ALIASES.get(named, named)
-    measures = task_kind(dataset).measures
+    measures = data_kind(dataset).measures
     return next((name for name in ("test_accuracy", "test_loss", "loss") if name in measures), "train_loss")

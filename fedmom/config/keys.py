@@ -27,7 +27,7 @@ from fedmom.method.graphs import TOPOLOGIES, WEIGHTS
 from fedmom.method.schedules import SCHEDULES, UNITS
 from fedmom.method.topology import FILES
 from fedmom.tasks.models import MODELS, NORMS
-from fedmom.tasks.task import TASKS
+from fedmom.tasks.problem import DATA_KINDS
 from fedmom.user_code import is_spec
 
 Scalar = str | bool | int | float
@@ -85,7 +85,7 @@ def key(
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str = key(
-        "digits", "data set; `fedmom datasets` lists them", DATASETS | TASKS, "FILE.npz or module:function"
+        "digits", "data set; `fedmom datasets` lists them", DATASETS | DATA_KINDS, "FILE.npz or module:function"
     )
     data_dir: str = key("data", "folder or .npz file that holds the data set")
     classes: str = key("", "dataset local: image folders in the order of their labels, by commas", holds=",")

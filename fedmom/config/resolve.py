@@ -11,7 +11,7 @@ from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
-from fedmom.tasks.task import task_kind
+from fedmom.tasks.problem import data_kind
 
 
 class Resolved(NamedTuple):
@@ -41,7 +41,7 @@ def resolve(loaded: Loaded) -> Resolved:
 
 
 def _settle_data(config: Config, given: frozenset[str]) -> Config:
-    quadratic = not task_kind(config.data.dataset).has_examples
+    quadratic = not data_kind(config.data.dataset).has_examples
     if quadratic:
         num_clients = _quadratic_clients(config)
         if "data.num-clients" in given and config.data.num_clients != num_clients:

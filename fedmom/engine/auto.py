@@ -25,18 +25,18 @@ from fedmom.machine.memory import free_bytes
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.round import Job
-from fedmom.tasks.classification import Classification
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
+from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import one_line
 
 # Free memory changes a little from one run to the next, and half of it is left: what fitted once may be taken again.
 _SLACK = 1.25
 
 
-def bytes_per_client(task: Task, start: ClientState) -> int:
+def bytes_per_client(problem: Problem, start: ClientState) -> int:
     """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
     # Twice the activations: backward adds a gradient to most of them.
-    return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * task.activation_bytes(start)
+    return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * problem.activation_bytes(start)
 
 
 class Said(NamedTuple):
@@ -47,7 +47,7 @@ class Said(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How the engine runs a task, and client-steps per second of every way that was tried."""
+    """How the engine runs a problem, and client-steps per second of every way that was tried."""
 
     path: str
     chunk_size: int
@@ -72,7 +72,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    task: Task,
+    problem: Problem,
     method: Method,
     start: ClientState,
     job: Job,
@@ -97,24 +97,24 @@ def choose(
     cohort = len(job.clients)
     if compared and is_settled(path, chunk_size):
         return Choice(path, min(chunk_size or 1, cohort), {})
-    yardstick = _look(task, method, start, job, own_rows)
+    yardstick = _look(problem, method, start, job, own_rows)
     note = yardstick.note if yardstick else ""
-    wide, trouble = (LOOP, "") if is_plain(path) else _way_to_stack(task, method, start, job, path, yardstick)
+    wide, trouble = (LOOP, "") if is_plain(path) else _way_to_stack(problem, method, start, job, path, yardstick)
     if is_plain(wide):
         return Choice(LOOP, 1, {}, trouble, note)
     if is_settled(path, chunk_size):
         return Choice(path, min(chunk_size, cohort), {}, note=note)
     replays = replayable(method, job, own_rows)
-    sizes = [min(chunk_size, cohort)] if chunk_size else _chunk_sizes(task, start, wide, cohort)
+    sizes = [min(chunk_size, cohort)] if chunk_size else _chunk_sizes(problem, start, wide, cohort)
     # How far memory goes changes a little all the time: by powers of 4 it does not.
     asked = [path, chunk_size, wide, own_rows, replays, len(sizes), sizes[-1] == cohort, registry.wanted]
-    ways = KnownWays(task, method, start, job, asked, on=remember)
+    ways = KnownWays(problem, method, start, job, asked, on=remember)
     known, most = ways.get(), _SLACK * sizes[-1]
-    if known and known.chunk_size <= most and _still_good(known, task, method, start, job, path, wide, yardstick):
+    if known and known.chunk_size <= most and _still_good(known, problem, method, start, job, path, wide, yardstick):
         return Choice(known.path, known.chunk_size, known.measured, trouble, note, kept=known.day)
     begin = time.monotonic()
-    rates = Rates(partial(rate, task, method, start, job, replays=replays), path, trouble)
-    _time_all(rates, task, method, start, job, path, [(wide, size) for size in sizes], yardstick)
+    rates = Rates(partial(rate, problem, method, start, job, replays=replays), path, trouble)
+    _time_all(rates, problem, method, start, job, path, [(wide, size) for size in sizes], yardstick)
     found = Choice(*rates.best, rates.named(), rates.trouble, note, time.monotonic() - begin)
     # A way that failed is tried again by the next run.
     kept = rates.trouble == trouble and ways.put(found.path, found.chunk_size, found.measured)
@@ -123,7 +123,7 @@ def choose(
 
 def _time_all(
     rates: Rates,
-    task: Task,
+    problem: Problem,
     method: Method,
     start: ClientState,
     job: Job,
@@ -135,14 +135,14 @@ def _time_all(
     rates.try_all([*([(LOOP, 1)] if path == AUTO else []), *stacked])
     if not rates.found:
         few = stacked[0][1]
-        raise InputError(f"engine.path = {path!r}: the memory of {task.device} is too small for {few} clients")
-    if path == AUTO and rates.best[0] == STACK and (rivals := _rivals(task, method, start, job, rates, yardstick)):
+        raise InputError(f"engine.path = {path!r}: the memory of {problem.device} is too small for {few} clients")
+    if path == AUTO and rates.best[0] == STACK and (rivals := _rivals(problem, method, start, job, rates, yardstick)):
         rates.try_rivals(rivals)
 
 
 def _still_good(
     known: Remembered,
-    task: Task,
+    problem: Problem,
     method: Method,
     start: ClientState,
     job: Job,
@@ -159,99 +159,99 @@ def _still_good(
         if wide != STACK or (yardstick and yardstick.differs(known.path)):  # else no rival of it
             return False
     try:
-        seconds(task, method, start, job, known.path, known.chunk_size, steps=2)
+        seconds(problem, method, start, job, known.path, known.chunk_size, steps=2)
     except Exception:  # memory does not suffice any more; what else it is shows where it is timed
         torch.cuda.empty_cache()
         return False
     return True
 
 
-def _chunk_sizes(task: Task, start: ClientState, path: str, cohort: int) -> list[int]:
+def _chunk_sizes(problem: Problem, start: ClientState, path: str, cohort: int) -> list[int]:
     """Ascending numbers of clients at once, as far as memory goes."""
-    limit = max(1, min(cohort, int(0.5 * free_bytes(task.device) / bytes_per_client(task, start))))
+    limit = max(1, min(cohort, int(0.5 * free_bytes(problem.device) / bytes_per_client(problem, start))))
     smallest = 0 if PATHS[path].folds else 1
     return sorted({min(4**k, limit) for k in range(smallest, 8)})
 
 
-def _look(task: Task, method: Method, start: ClientState, job: Job, own_rows: bool) -> Yardstick | None:
-    """What the ways of running this task are held to; None for a task that has no model.
+def _look(problem: Problem, method: Method, start: ClientState, job: Job, own_rows: bool) -> Yardstick | None:
+    """What the ways of running this problem are held to; None for a problem that has no model.
 
     Raises InputError where a step of one client fails, cannot be repeated, or is not plain torch's.
     """
     # On copies: what a step writes into the model itself, or into x, must not hide from the look.
-    twin = task.in_dtype(task.dtype) if isinstance(task, Classification) else task
+    twin = problem.in_dtype(problem.dtype) if isinstance(problem, Supervised) else problem
     _try_path(twin, method, twin.start(), job, LOOP)
-    if not isinstance(task, Classification):
+    if not isinstance(problem, Supervised):
         if method.correction is not None:
             gradients = {name: torch.ones_like(x) for name, x in start.params.items()}
             look_at_correction(method.correction, gradients, start.params)
         return None
-    look(task, start, job, method.correction)
+    look(problem, start, job, method.correction)
     try:
-        yardstick = Yardstick(task, method, job, own_rows=own_rows)
+        yardstick = Yardstick(problem, method, job, own_rows=own_rows)
     except InputError:
         raise
     except Exception as error:  # a user's model may raise anything
-        raise InputError(f"{task.called}: plain steps of a copy of the model fail ({one_line(error)})") from error
+        raise InputError(f"{problem.called}: plain steps of a copy of the model fail ({one_line(error)})") from error
     if why := yardstick.differs(LOOP):
-        raise InputError(f"{task.called}: fedmom cannot train this model: {why}")
+        raise InputError(f"{problem.called}: fedmom cannot train this model: {why}")
     return yardstick
 
 
 def _rivals(
-    task: Task, method: Method, start: ClientState, job: Job, rates: Rates, yardstick: Yardstick | None
+    problem: Problem, method: Method, start: ClientState, job: Job, rates: Rates, yardstick: Yardstick | None
 ) -> list[Way]:
     """Ways that may beat the best stack: factors, which like larger chunks, and vmap's grouped convolutions."""
     sizes = dict.fromkeys([rates.best[1], max(size for _, size in rates.found)])
     ways: list[Way] = []
-    if _may_factor(task, method, start, job) and not (yardstick and yardstick.differs(FACTORS)):
+    if _may_factor(problem, method, start, job) and not (yardstick and yardstick.differs(FACTORS)):
         ways = [(FACTORS, size) for size in sizes]
-    layers = task.model.modules() if isinstance(task, Classification) else []
+    layers = problem.model.modules() if isinstance(problem, Supervised) else []
     if any(isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) for layer in layers):
         # Also its first step, which traces and is far slower than the others: timed, vmap would look half as fast.
-        can = not _try_path(task, method, start, job, VMAP, num_rows=max(sizes), fatal=False)
+        can = not _try_path(problem, method, start, job, VMAP, num_rows=max(sizes), fatal=False)
         can = can and not (yardstick and yardstick.differs(VMAP))
         ways += [(VMAP, size) for size in sizes if can and size > 1]
     return ways
 
 
 def _way_to_stack(
-    task: Task, method: Method, start: ClientState, job: Job, path: str, yardstick: Yardstick | None
+    problem: Problem, method: Method, start: ClientState, job: Job, path: str, yardstick: Yardstick | None
 ) -> tuple[str, str]:
     """(path, note): the one that was asked for, or for "auto" the fastest that this model can take.
 
     Raises InputError where the path asked for is not to be had.
     """
     if path == VMAP:
-        _try_path(task, method, start, job, VMAP)
+        _try_path(problem, method, start, job, VMAP)
         if why := yardstick.differs(VMAP) if yardstick else "":
             raise InputError(f"engine.path = 'vmap': {why}; use loop")
         return VMAP, ""
-    why = _cannot_fold(task, method, job, STACK if path == AUTO else path, yardstick)
+    why = _cannot_fold(problem, method, job, STACK if path == AUTO else path, yardstick)
     if not why:
         return STACK if path == AUTO else path, ""
     if path != AUTO:
         raise InputError(f"engine.path = {path!r}: {why}; use auto, vmap or loop")
-    if trouble := _try_path(task, method, start, job, VMAP, fatal=False):
+    if trouble := _try_path(problem, method, start, job, VMAP, fatal=False):
         return LOOP, trouble
     if wrong := yardstick.differs(VMAP) if yardstick else "":
         return LOOP, f"clients run one after another, for under torch.vmap {wrong}"
-    return VMAP, f"clients are stacked by torch.vmap, for {why}" if isinstance(task, Classification) else ""
+    return VMAP, f"clients are stacked by torch.vmap, for {why}" if isinstance(problem, Supervised) else ""
 
 
-def _may_factor(task: Task, method: Method, start: ClientState, job: Job) -> bool:
+def _may_factor(problem: Problem, method: Method, start: ClientState, job: Job) -> bool:
     """Whether dense layers in factors would be used: clients share a start, and the layers are wide enough."""
     shared = not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
-    return shared and bool(Stack(task, method, factors=True).in_factors(start, job))
+    return shared and bool(Stack(problem, method, factors=True).in_factors(start, job))
 
 
-def _cannot_fold(task: Task, method: Method, job: Job, path: str, yardstick: Yardstick | None) -> str:
+def _cannot_fold(problem: Problem, method: Method, job: Job, path: str, yardstick: Yardstick | None) -> str:
     """ "" or why the folded model cannot be used: it cannot be had, or it does not come to what plain torch does."""
     try:
-        stack = Stack(task, method)
+        stack = Stack(problem, method)
         assert yardstick is not None  # whatever can be folded has a model
-        batch = next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))
-        if why := mixes_by(stack.task.model, batch.x[0], _sizes(len(job.clients))):
+        batch = next(iter(problem.round_batches(job.clients[:1], job.first_steps[:1], 1)))
+        if why := mixes_by(stack.problem.model, batch.x[0], _sizes(len(job.clients))):
             return why
         return yardstick.differs(STACK) or (yardstick.differs(path) if path == FACTORS else "")
     except FoldError as reason:
@@ -275,14 +275,14 @@ def _sizes(cohort: int) -> set[int]:
 
 
 def _try_path(
-    task: Task, method: Method, start: ClientState, job: Job, path: str, *, num_rows: int = 1, fatal: bool = True
+    problem: Problem, method: Method, start: ClientState, job: Job, path: str, *, num_rows: int = 1, fatal: bool = True
 ) -> str:
     """One step, of one client or more, thrown away: it loads code and kernels, and shows if the model can take it.
 
     Returns "" or why not, in one line; raises it as InputError if `fatal`.
     """
     try:
-        seconds(task, method, start, job, path, num_rows)
+        seconds(problem, method, start, job, path, num_rows)
     except Exception as error:  # a user's model may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if is_plain(path) and isinstance(error, InputError):

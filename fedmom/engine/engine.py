@@ -28,7 +28,7 @@ from fedmom.method.state import (
     where,
 )
 from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 
 
 class Sums(Protocol):
@@ -56,7 +56,7 @@ class ChunkOutcome(NamedTuple):
     ended: Any  # their rows, or how far they went: what the runner's sums take
     weights: Tensor  # [K] in main memory
     losses: Tensor  # [K] float64, mean over each client's own steps
-    points: Sequence[Tensor] = ()  # Σ w x after every local step, for small tasks; else empty
+    points: Sequence[Tensor] = ()  # Σ w x after every local step, for small problems; else empty
     momentum: Tree | None = None  # [K, ...] the clients' own u at the end, in main memory, for policy "local"
 
 
@@ -92,9 +92,9 @@ def own_momentum(job: Job, momentum: Tree, *, copy: bool = False) -> Tree | None
 class PlainRunner:
     """Chunks by `local_step`, which is written for one client: mapped over K of them, or a loop over chunks of one."""
 
-    def __init__(self, task: Task, method: Method, *, stacks: bool) -> None:
-        self.task, self.method = task, method
-        self.step, self.gradient = (vmap_step, task.gradient) if stacks else (loop_step, task.gradient_alone)
+    def __init__(self, problem: Problem, method: Method, *, stacks: bool) -> None:
+        self.problem, self.method = problem, method
+        self.step, self.gradient = (vmap_step, problem.gradient) if stacks else (loop_step, problem.gradient_alone)
         self.keyed = method.correction is not None and takes_key(method.correction)
 
     def sums(self, start: ClientState) -> PlainSums:
@@ -106,7 +106,7 @@ class PlainRunner:
         policy = MOMENTUM_POLICIES[self.method.momentum_policy]
 
         def run(places: Tensor) -> ChunkOutcome:
-            part, state = part_of(job, places, self.task.device), stacked(start, len(places))
+            part, state = part_of(job, places, self.problem.device), stacked(start, len(places))
             state = state._replace(momentum=policy.start(state.momentum, part.momentum))
             found = self._run_chunk(state, part, progress)
             return found._replace(momentum=own_momentum(job, found.ended.momentum)) if policy.keeps_rows else found
@@ -115,7 +115,7 @@ class PlainRunner:
 
     def from_rows(self, job: Job, chunks: Sequence[Tensor], progress: Progress | None) -> Iterator[ChunkOutcome]:
         def run(places: Tensor) -> ChunkOutcome:
-            part = part_of(job, places, self.task.device)
+            part = part_of(job, places, self.problem.device)
             assert part.rows is not None
             return self._run_chunk(part.rows, part, progress)
 
@@ -124,11 +124,11 @@ class PlainRunner:
     def _run_chunk(self, state: ClientState, job: Job, progress: Progress | None) -> ChunkOutcome:
         """All local steps of K stacked clients."""
         most, least = int(job.num_steps.max()), int(job.num_steps.min())
-        device = self.task.device
+        device = self.problem.device
         losses = torch.zeros(len(job.clients), dtype=torch.float64, device=device)
         points: list[Tensor] = []
         start, num_steps, weights = state.params, job.num_steps.to(device), job.weights.to(device)
-        for s, batch in enumerate(self.task.round_batches(job.clients, job.first_steps, most)):
+        for s, batch in enumerate(self.problem.round_batches(job.clients, job.first_steps, most)):
             key = random_bits(job.clients, job.first_steps + s).to(device) if self.keyed else None
             after, loss = self._one_step(state, batch, start, job.lrs[s], key)
             moved = len(job.clients)
@@ -140,7 +140,7 @@ class PlainRunner:
                 state = where(active, after, state)
                 losses += torch.where(active, loss, 0)
                 moved = int((s < job.num_steps).sum())
-            if self.task.small:
+            if self.problem.small:
                 flat = torch.cat([x.flatten(1).to(torch.float64) for x in state.params.values()], dim=1)
                 points.append(weights @ flat)
             if progress:
@@ -198,7 +198,7 @@ class StackRunner:
             return (ChunkOutcome(moved, part.weights, moved.losses.clone()) for moved, part in replayed)
 
         def run(places: Tensor) -> ChunkOutcome:
-            part = part_of(job, places, self.stack.task.device)
+            part = part_of(job, places, self.stack.problem.device)
             momentum = policy.start(start.momentum, part.momentum) if policy.keeps_rows else None
             ended = self.stack.run(start, part, momentum=momentum, even=even, progress=progress)
             # A copy, since `distances` writes over the rows.
@@ -209,7 +209,7 @@ class StackRunner:
 
     def from_rows(self, job: Job, chunks: Sequence[Tensor], progress: Progress | None) -> Iterator[ChunkOutcome]:
         def run(places: Tensor) -> ChunkOutcome:
-            part = part_of(job, places, self.stack.task.device)
+            part = part_of(job, places, self.stack.problem.device)
             assert part.rows is not None
             ended = self.stack.run(row_of(part.rows, 0), part, rows=part.rows, progress=progress)
             return ChunkOutcome(ClientState(*ended[:3]), part.weights, ended.losses)
@@ -218,20 +218,20 @@ class StackRunner:
 
 
 class Engine(Backend):
-    """Runs rounds of one task by one method; `path` (of PATHS) and `chunk_size` change the result by rounding alone.
+    """Runs rounds of one problem by one method; `path` (of PATHS) and `chunk_size` change the result by rounding alone.
 
     `convolution`: one of convolutions.CONVOLUTIONS for the folded paths; left out, by layer.
-    Raises FoldError for "stack" and "factors" with a model or task that cannot take them.
+    Raises FoldError for "stack" and "factors" with a model or problem that cannot take them.
     """
 
-    def __init__(self, task: Task, method: Method, *, path: str, chunk_size: int, convolution: str = "") -> None:
-        self.task, self.method = task, method
+    def __init__(self, problem: Problem, method: Method, *, path: str, chunk_size: int, convolution: str = "") -> None:
+        self.problem, self.method = problem, method
         self.stack: Stack | None = None
         way = PATHS[path]
         if way.folds:
-            self.stack = Stack(task, method, factors=way.factors, convolution=convolution)
-        self.replays = Replays(self.stack) if self.stack is not None and task.device.type == "cuda" else None
-        self.plain = PlainRunner(task, method, stacks=way.stacks)
+            self.stack = Stack(problem, method, factors=way.factors, convolution=convolution)
+        self.replays = Replays(self.stack) if self.stack is not None and problem.device.type == "cuda" else None
+        self.plain = PlainRunner(problem, method, stacks=way.stacks)
         # The loop keeps one client resident: a larger chunk would only hold finished rows for longer.
         self.chunk_size = chunk_size if way.stacks else 1
 
@@ -293,7 +293,7 @@ class Engine(Backend):
     ) -> tuple[Tensor, list[Tensor], list[Tree]]:
         """Every chunk, given to `add` -> losses [C], Σ w x after every step, the own u of each chunk that has them."""
         losses, own = list[Tensor](), list[Tree]()
-        path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.task.small else 0)
+        path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.problem.small else 0)
         for chunk in chunks:
             add(chunk.ended, chunk.weights)
             losses.append(chunk.losses)

@@ -45,7 +45,7 @@ def exchange(
 
 
 def outcome_of(
-    task_device: torch.device,
+    device: torch.device,
     job: Job,
     method: Method,
     after: ClientState,
@@ -56,7 +56,7 @@ def outcome_of(
     """What a round came to, with disagreement measured just before and after the exchange."""
     total = float(job.weights.sum())
     return Outcome(
-        mean=to_device(mean_of(mixed, method.running_var), task_device),
+        mean=to_device(mean_of(mixed, method.running_var), device),
         train_loss=float(job.weights @ losses) / total,
         consensus_distance=spread(after.params),
         momentum_spread=spread(after.momentum),
@@ -86,4 +86,4 @@ class GossipRounds(Backend):
         after, losses, path = self.engine.run_rows(rows, job, progress)
         mixing = self.topology.at(job.round_index)
         mixed = exchange(after, rows, mixing, method, job.lrs[0], self.blocks)
-        return outcome_of(self.engine.task.device, job, method, after, mixed, losses, path)
+        return outcome_of(self.engine.problem.device, job, method, after, mixed, losses, path)

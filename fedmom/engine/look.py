@@ -21,16 +21,16 @@ from fedmom.errors import InputError
 from fedmom.method.algorithms import Correction, takes_key
 from fedmom.method.state import ClientState, Tree
 from fedmom.rounds.round import Job
-from fedmom.tasks.classification import Batch, Classification
+from fedmom.tasks.supervised import Batch, Supervised
 from fedmom.user_code import one_line
 
 
-def look(task: Classification, start: ClientState, job: Job, correction: Correction | None) -> None:
+def look(problem: Supervised, start: ClientState, job: Job, correction: Correction | None) -> None:
     """One client's steps from one state on one minibatch, one from elsewhere between them, and evaluations, by a copy.
 
     Raises InputError naming the model (or algorithm.correction) and what makes its step another one each time.
     """
-    twin = _Twin(task, start, job)
+    twin = _Twin(problem, start, job)
     with _random_states() as before:
         twin.step()  # what is made at first use is made
         twin.check(before, _STEP)
@@ -49,16 +49,17 @@ def look(task: Classification, start: ClientState, job: Job, correction: Correct
         other = twin.judged()
         twin.check(before, _EVALUATION)
         twin.check_attributes(looked, _EVALUATION)
-        third, own = twin.step(), twin.step(of=task)
+        third, own = twin.step(), twin.step(of=problem)
         twin.check_attributes(trained, "an evaluation between two training steps")
     if name := _first_that_differs(first, second) or _first_that_differs(({}, {}, one), ({}, {}, other)):
-        raise InputError(f"{task.called}: {name} differs between two training steps from one state ({_REPEATED})")
+        raise InputError(f"{problem.called}: {name} differs between two training steps from one state ({_REPEATED})")
     if name := _first_that_differs(first, third):
-        raise InputError(f"{task.called}: {name} differs between training steps before and after an evaluation")
+        raise InputError(f"{problem.called}: {name} differs between training steps before and after an evaluation")
     if name := _first_that_differs(first, own):
-        raise InputError(f"{task.called}: {name} is another by a copy of the model, which must hold all that it uses")
+        why = "is another by a copy of the model, which must hold all that it uses"
+        raise InputError(f"{problem.called}: {name} {why}")
     twin.check_state_dict()
-    _check_buffers(task, start, first[1])
+    _check_buffers(problem, start, first[1])
     if correction is not None:
         look_at_correction(correction, first[0], start.params)
 
@@ -66,15 +67,15 @@ def look(task: Classification, start: ClientState, job: Job, correction: Correct
 class _Twin:
     """A copy of the model, which takes steps and evaluates on one minibatch of the first client."""
 
-    def __init__(self, task: Classification, start: ClientState, job: Job) -> None:
-        self.called, self.task, self.start = task.called, task.in_dtype(task.dtype), start
-        fields = next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))
+    def __init__(self, problem: Supervised, start: ClientState, job: Job) -> None:
+        self.called, self.problem, self.start = problem.called, problem.in_dtype(problem.dtype), start
+        fields = next(iter(problem.round_batches(job.clients[:1], job.first_steps[:1], 1)))
         self.batch = Batch(*(field[0] for field in fields))
-        self.held = _held(self.task)
+        self.held = _held(self.problem)
 
-    def step(self, at: Tree | None = None, of: Classification | None = None) -> tuple[Tree, Tree, Tensor]:
-        """(gradients, buffers, loss) of a step from x `at`, or the start's, by the copy or the task `of`."""
-        at, of = self.start.params if at is None else at, of or self.task
+    def step(self, at: Tree | None = None, of: Supervised | None = None) -> tuple[Tree, Tree, Tensor]:
+        """(gradients, buffers, loss) of a step from x `at`, or the start's, by the copy or the problem `of`."""
+        at, of = self.start.params if at is None else at, of or self.problem
         own = Batch(*(field.clone() for field in self.batch))  # which the model may write into
         params = {name: x.clone() for name, x in at.items()}
         grads, buffers, loss = of.gradient_alone(params, self.start.buffers, own)
@@ -85,25 +86,25 @@ class _Twin:
     def judged(self) -> Tensor:
         """The logits of an evaluation."""
         try:
-            logits = self.task.judged(self.start, self.batch.x)
+            logits = self.problem.judged(self.start, self.batch.x)
         except Exception:  # what fails in evaluation is said by check_evaluation, with the examples
             return torch.zeros(())
         return logits if isinstance(logits, Tensor) else torch.zeros(())
 
     def attributes(self) -> dict[str, Any]:
         """Copies of what its modules hold besides parameters, buffers and modules."""
-        return attributes(self.task.model)
+        return attributes(self.problem.model)
 
     def hold_more(self) -> None:
         """Look from now on also at tensors that were made at first use."""
-        self.held |= {name: t for name, t in _held(self.task).items() if name not in self.held}
+        self.held |= {name: t for name, t in _held(self.problem).items() if name not in self.held}
 
     def check(self, before: Mapping[str, Any], when: str) -> None:
         """InputError where random numbers were drawn since `before`, or a tensor that is no client's has changed."""
         if name := _drawn(before):
             raise InputError(f"{self.called}: draws random numbers of {name} in {when}; {_DROPOUT}")
-        if name := changed(self.held, {name: t for name, t in _held(self.task).items() if name in self.held}):
-            if why := self.task.places.constant.get(name, ""):
+        if name := changed(self.held, {name: t for name, t in _held(self.problem).items() if name in self.held}):
+            if why := self.problem.places.constant.get(name, ""):
                 advice = "the clients' have no mean; keep what changes in a buffer of finite real numbers or of int64"
                 raise InputError(f"{self.called}: {when} changes the buffer {name}, which {why}: {advice}")
             raise InputError(f"{self.called}: {when} changes the tensor {name} of the model; {_STATE}")
@@ -116,7 +117,7 @@ class _Twin:
     def check_state_dict(self) -> None:
         """InputError where the model cannot be handed out at the run's end."""
         try:
-            self.task.state_dict(self.start)
+            self.problem.state_dict(self.start)
         except Exception as error:  # a user's own may raise anything
             raise InputError(f"{self.called}: the model's state_dict() fails ({one_line(error)})") from error
 
@@ -137,19 +138,19 @@ def _elsewhere(params: Tree) -> Tree:
     return moved
 
 
-def _held(task: Classification) -> dict[str, Tensor]:
+def _held(problem: Supervised) -> dict[str, Tensor]:
     """The model's own tensors, in whose places no client's stand: frozen, complex, sparse, infinite ones."""
-    places = task.places
-    own = [*task.model.named_parameters(), *task.model.named_buffers()]
+    places = problem.places
+    own = [*problem.model.named_parameters(), *problem.model.named_buffers()]
     free = {name: t for name, t in own if name not in places.params and name not in places.buffers}
     return {name: t.detach().clone() for name, t in free.items() if name not in places.dropout_keys}
 
 
-def _check_buffers(task: Classification, start: ClientState, after: Tree) -> None:
+def _check_buffers(problem: Supervised, start: ClientState, after: Tree) -> None:
     for name, b in start.buffers.items():
         if after[name].shape != b.shape or after[name].dtype != b.dtype:
             now = f"{list(b.shape)} {b.dtype} into {list(after[name].shape)} {after[name].dtype}"
-            raise InputError(f"{task.called}: a training step turns the buffer {name} from {now}; keep its shape")
+            raise InputError(f"{problem.called}: a training step turns the buffer {name} from {now}; keep its shape")
 
 
 def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> None:

@@ -15,7 +15,7 @@ from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
 from fedmom.method.state import ClientState
 from fedmom.rounds.round import Job, part_of
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 from fedmom.user_code import one_line
 
 Way = tuple[str, int]  # path and chunk size
@@ -92,7 +92,7 @@ def replayable(method: Method, job: Job, own_rows: bool) -> bool:
 
 
 def rate(
-    task: Task,
+    problem: Problem,
     method: Method,
     start: ClientState,
     job: Job,
@@ -108,10 +108,10 @@ def rate(
     its second (each at its own); on a GPU the minibatches of another number of steps are another shape too.
     replays: on a GPU, rounds as they are when they are replayed.
     """
-    engine = _engine(task, method, path, num_rows)
+    engine = _engine(problem, method, path, num_rows)
     engine.replays = engine.replays if replays else None
     steps = min(len(job.lrs), most)  # as in the run, several steps share one exchange
-    on_cpu = task.device.type == "cpu"
+    on_cpu = problem.device.type == "cpu"
     untimed = min(steps, 2) if on_cpu else steps
     each = _seconds_of(engine, start, job, num_rows, untimed) / untimed
     for _ in range(COMINGS):
@@ -128,14 +128,14 @@ def rate(
 
 
 def seconds(
-    task: Task, method: Method, start: ClientState, job: Job, path: str, num_rows: int, steps: int = 1
+    problem: Problem, method: Method, start: ClientState, job: Job, path: str, num_rows: int, steps: int = 1
 ) -> float:
     """Time of the first steps of the first `num_rows` clients of `job`, with all that is done for the first time."""
-    return _seconds_of(_engine(task, method, path, num_rows), start, job, num_rows, min(steps, len(job.lrs)))
+    return _seconds_of(_engine(problem, method, path, num_rows), start, job, num_rows, min(steps, len(job.lrs)))
 
 
-def _engine(task: Task, method: Method, path: str, num_rows: int) -> Engine:
-    return Engine(task, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
+def _engine(problem: Problem, method: Method, path: str, num_rows: int) -> Engine:
+    return Engine(problem, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
 
 
 def _seconds_of(engine: Engine, start: ClientState, job: Job, num_rows: int, steps: int) -> float:
@@ -143,6 +143,6 @@ def _seconds_of(engine: Engine, start: ClientState, job: Job, num_rows: int, ste
     part = part_of(job._replace(momentum=None), torch.arange(num_rows))
     short = part._replace(num_steps=torch.full_like(part.num_steps, steps), lrs=job.lrs[:steps])
     short = short._replace(following=lambda: short)  # as in a run, each round's minibatches are drawn during another
-    begin = now(engine.task.device)
+    begin = now(engine.problem.device)
     engine.run_round(start, short)
-    return now(engine.task.device) - begin
+    return now(engine.problem.device) - begin

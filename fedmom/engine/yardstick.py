@@ -27,8 +27,8 @@ from fedmom.method.averaging import WeightedMean
 from fedmom.method.randomness import random_bits, uniform
 from fedmom.method.state import ClientState, row_of
 from fedmom.rounds.round import Job
-from fedmom.tasks.classification import Batch, Classification
 from fedmom.tasks.places import copied
+from fedmom.tasks.supervised import Batch, Supervised
 
 F64 = torch.float64
 _CLIENTS, _CHUNK = 3, 2  # so that the last chunk is shorter
@@ -51,9 +51,9 @@ class _Reached(NamedTuple):
 class Yardstick:
     """A few clients' two steps in plain torch, and how far each way of running them is from that."""
 
-    def __init__(self, task: Classification, method: Method, job: Job, *, own_rows: bool) -> None:
+    def __init__(self, problem: Supervised, method: Method, job: Job, *, own_rows: bool) -> None:
         """own_rows: clients start from x and u of their own (Algorithm 2). Raises what the model raises."""
-        self.method, self.own_rows, self.dtype = method, own_rows, task.dtype
+        self.method, self.own_rows, self.dtype = method, own_rows, problem.dtype
         self.lrs: tuple[float, ...] = _LRS
         self.note = ""  # what was made smaller
         self.tolerance = _EXACT  # of the whole step
@@ -61,26 +61,26 @@ class Yardstick:
         count = min(_CLIENTS, len(job.clients))
         with exactly(), torch.enable_grad():
             try:
-                self._measure(task.in_dtype(F64), job, count)
+                self._measure(problem.in_dtype(F64), job, count)
             except InputError:
                 raise
             except Exception:  # a model of its own dtype (x.float(), torch.zeros(…)) trains in the run's alone
-                self._measure(task.in_dtype(task.dtype), job, count)
+                self._measure(problem.in_dtype(problem.dtype), job, count)
 
-    def _measure(self, task: Classification, job: Job, count: int) -> None:
+    def _measure(self, problem: Supervised, job: Job, count: int) -> None:
         """What plain torch comes to, in as much time as there is, from a start at which it is finite."""
-        self.task, self.note, self.tolerance = task, "", _EXACT
-        self.model = copied(task.model)  # as it was before any step
+        self.problem, self.note, self.tolerance = problem, "", _EXACT
+        self.model = copied(problem.model)  # as it was before any step
         with Precision() as seen:
             self._try(job)
-        if seen.autocast and task.dtype != self.dtype:  # which leaves float64 as it is
+        if seen.autocast and problem.dtype != self.dtype:  # which leaves float64 as it is
             raise ValueError("autocast acts in the run's own dtype alone")
         begin = time.monotonic()
         self._try(job)
         if count * (time.monotonic() - begin) * _WAYS > _SECONDS:
             count = min(2, count)
-            self.task.sampler = copy.copy(self.task.sampler)
-            self.task.sampler.batch_size = min(_FEW_EXAMPLES, self.task.sampler.batch_size)
+            self.problem.sampler = copy.copy(self.problem.sampler)
+            self.problem.sampler.batch_size = min(_FEW_EXAMPLES, self.problem.sampler.batch_size)
             self.note = f"compared with plain torch on {count} clients' two steps of {_FEW_EXAMPLES} examples"
         # Some parameters may not be moved from where the model has them, some models not be stepped so far.
         for by, lrs in ((0.01, _LRS), (0.0, _LRS), (0.0, tuple(1e-4 * lr for lr in _LRS))):
@@ -112,16 +112,16 @@ class Yardstick:
 
     def _convolutions(self) -> list[str]:
         """The ways to convolve that may be chosen here; what cannot run is never chosen."""
-        cuda = self.task.device.type == "cuda"
+        cuda = self.problem.device.type == "cuda"
         return list(CONVOLUTIONS) if cuda else [PLAIN, "grouped"]
 
     def _compare(self, path: str, convolution: str) -> str:
-        engine = Engine(self.task, self.method, path=path, chunk_size=_CHUNK, convolution=convolution)
+        engine = Engine(self.problem, self.method, path=path, chunk_size=_CHUNK, convolution=convolution)
         try:
             for _ in range(COMINGS if engine.replays else 1):  # the last one is replayed
                 got = self._by(engine)
         except Exception:
-            if convolution in ("", PLAIN) or self.task.device.type == "cpu":
+            if convolution in ("", PLAIN) or self.problem.device.type == "cpu":
                 raise
             return ""  # one that cannot run here (no compiler for Triton, no kernel) is never chosen
         found = self._away(got, self.want)
@@ -160,7 +160,7 @@ class Yardstick:
 
     def _begin(self, count: int, by: float) -> tuple[ClientState, ClientState]:
         """(the common start, every client's own start [C, ...]): x off the model's own, u not zero."""
-        own = self.task.start()
+        own = self.problem.start()
         policy = MOMENTUM_POLICIES[self.method.momentum_policy]
         common = self._moved(own, 0, by)
         rows = [self._moved(own, 1 + i, by) if self.own_rows or policy.keeps_rows else common for i in range(count)]
@@ -182,7 +182,7 @@ class Yardstick:
 
     def _plain(self, rounding: float) -> _Reached:
         """rounding: by how much x starts elsewhere, relatively."""
-        batches = list(self.task.round_batches(self.job.clients, self.job.first_steps, len(self.lrs)))
+        batches = list(self.problem.round_batches(self.job.clients, self.job.first_steps, len(self.lrs)))
         ends, losses = [], []
         for i, steps in enumerate(self.job.num_steps.tolist()):
             own = [Batch(*(field[i] for field in batch)) for batch in batches[:steps]]
@@ -217,7 +217,7 @@ class Yardstick:
         momenta = {n: _as(p, start.momentum[n]).clone() for n, p in here.items()}
         total = 0.0
         for s, (batch, lr) in enumerate(zip(batches, self.lrs, strict=False)):
-            for name in self.task.dropout_keys:
+            for name in self.problem.dropout_keys:
                 buffers[name].copy_(batch.dropout_key)
             for p in here.values():
                 p.grad = None
@@ -233,7 +233,7 @@ class Yardstick:
                     more = {}
                     if takes_key(m.correction):
                         key = random_bits(self.job.clients[i], self.job.first_steps[i] + s)
-                        more["key"] = key.to(self.task.device)
+                        more["key"] = key.to(self.problem.device)
                     grads = {n: _as(here[n], g) for n, g in m.correction(sent, now, then, **more).items()}
                 # As torch.optim.SGD(momentum=β, nesterov=…) does, whose first step would take seconds to import
                 # torch._dynamo.
@@ -257,7 +257,7 @@ class Yardstick:
         outcome = engine.run_round(self.start, job)
         states = [outcome.mean]
         if outcome.momentum is not None:
-            own = {n: u.to(self.task.device) for n, u in outcome.momentum.items()}
+            own = {n: u.to(self.problem.device) for n, u in outcome.momentum.items()}
             states += [ClientState({}, {n: u[i] for n, u in own.items()}, {}) for i in range(len(job.clients))]
         return _Reached(states, outcome.losses.cpu(), (outcome.consensus_distance, outcome.momentum_spread))
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmom.backends.local import make_backend
-from fedmom.config.build import make_plan, make_task, resolve_device
+from fedmom.config.build import make_plan, make_problem, resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import replace
 from fedmom.config.resolve import with_choices
@@ -21,8 +21,8 @@ from fedmom.machine.memory import most_bytes
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
-from fedmom.tasks.classification import Batch, Classification
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
+from fedmom.tasks.supervised import Batch, Supervised
 
 KINDS = {  # of torch's operators, by a part of the name; the first that fits
     "convolution": ("conv",),
@@ -70,11 +70,11 @@ def bench(
     config = replace(config, "engine", remember=remember and config.engine.remember)
     device = torch.device(config.engine.device)
     progress("data and model")
-    task, plan = make_task(config, config.engine.device), make_plan(config)
+    problem, plan = make_problem(config, config.engine.device), make_plan(config)
     progress("timing the ways to run it")
-    backend = make_backend(config, task, plan)
+    backend = make_backend(config, problem, plan)
     try:
-        steps = _endless(task, plan, backend)
+        steps = _endless(problem, plan, backend)
         progress("rounds")
         next(steps)
         found: list[float] = []
@@ -88,14 +88,14 @@ def bench(
     finally:
         backend.close()
     progress("what the device can do")
-    start = beginning(task, plan)
+    start = beginning(problem, plan)
     return Bench(
         with_choices(config, backend.settled),
         list(backend.notes),
         statistics.median(count / s for count, s in zip(rates, found, strict=True)),
         found,
-        _flops(task, start.state),
-        _bytes(task, backend, start.state, round_job(task, plan, start)),
+        _flops(problem, start.state),
+        _bytes(problem, backend, start.state, round_job(problem, plan, start)),
         *peaks(device, getattr(torch, config.run.dtype)),
         float(most_bytes(device)),
         shares,
@@ -103,7 +103,7 @@ def bench(
     )
 
 
-def _endless(task: Task, plan: Plan, rounds: Backend) -> Iterator[float]:
+def _endless(problem: Problem, plan: Plan, rounds: Backend) -> Iterator[float]:
     """Runs a round after the other, again from the beginning after the last, and gives each one's client-steps."""
     # A run evaluates its last round: here one more would follow, so none is the last. That one may have been begun when
     # it is left, so there are enough of them for it not to count.
@@ -111,7 +111,7 @@ def _endless(task: Task, plan: Plan, rounds: Backend) -> Iterator[float]:
     longer = plan._replace(num_rounds=plan.num_rounds + 1, eval_every=plan.num_rounds + 2)
     while True:
         before = 0.0
-        for new, record in run_rounds(task, longer, rounds, beginning(task, longer)):
+        for new, record in run_rounds(problem, longer, rounds, beginning(problem, longer)):
             yield record["num_clients"] * (record["steps"] - before)
             before = record["steps"]
             if new.round == plan.num_rounds:
@@ -135,19 +135,19 @@ def _timed(device: torch.device, run: Callable[[], Any]) -> float:
     return now(device) - begin
 
 
-def _flops(task: Task, start: ClientState) -> float:
+def _flops(problem: Problem, start: ClientState) -> float:
     """Of one client-step's forward and backward pass, as torch counts matrix products and convolutions."""
-    if not isinstance(task, Classification):
+    if not isinstance(problem, Supervised):
         return 0.0
-    first = torch.zeros(1, dtype=torch.int64, device=task.device)
-    batch = Batch(*(field[0] for field in next(iter(task.round_batches(first, first, 1)))))
+    first = torch.zeros(1, dtype=torch.int64, device=problem.device)
+    batch = Batch(*(field[0] for field in next(iter(problem.round_batches(first, first, 1)))))
     params = {name: x.detach().requires_grad_() for name, x in start.params.items()}
     with FlopCounterMode(display=False) as counter:
-        task.loss(params, start.buffers, batch)[0].backward()
+        problem.loss(params, start.buffers, batch)[0].backward()
     return float(counter.get_total_flops())
 
 
-def _bytes(task: Task, rounds: Backend, start: ClientState, job: Any) -> float:
+def _bytes(problem: Problem, rounds: Backend, start: ClientState, job: Any) -> float:
     """Eight passes over a client's weights and five over what backward keeps.
 
     Two passes use the weights, g is written and read, u and x are read and written. Weights in factors are read and
@@ -161,7 +161,7 @@ def _bytes(task: Task, rounds: Backend, start: ClientState, job: Any) -> float:
             size_in, size_out, rows = (stack.sizes or {})[name]
             extra += 2 * rows * (size_in + size_out) * weights.pop(name).dtype.itemsize
     # What is kept for backward includes the weights themselves.
-    kept = max(0, task.activation_bytes(start) - num_bytes(start.params))
+    kept = max(0, problem.activation_bytes(start) - num_bytes(start.params))
     return 8 * num_bytes(weights) + 5 * kept + extra
 
 

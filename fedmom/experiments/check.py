@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fedmom.backends.local import make_local
-from fedmom.config.build import make_plan, make_task, resolve_device
+from fedmom.config.build import make_plan, make_problem, resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace
 from fedmom.config.resolve import resolve, with_choices
@@ -28,11 +28,12 @@ from fedmom.machine.files import at_home
 from fedmom.machine.memory import free_bytes, most_bytes
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.records.folder import RunFolder
-from fedmom.rounds.loop import Plan, Record, beginning, chosen_clients, round_job, run_rounds
+from fedmom.rounds.evaluation import chosen_clients
+from fedmom.rounds.loop import Plan, Record, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
 from fedmom.runs.cautions import cautions
-from fedmom.tasks.classification import Classification
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
+from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import blamed
 
 _SHORT = 1.0  # seconds: rounds that take longer are estimated from a few of their steps
@@ -112,19 +113,19 @@ def check_config(
         progress("data and model")
         device = torch.device(config.engine.device)
         free = free_bytes(device)
-        task, plan = make_task(config, config.engine.device), make_plan(config)
+        problem, plan = make_problem(config, config.engine.device), make_plan(config)
         progress("comparing with plain torch, timing the ways to run it")
-        backend = make_local(replace(config, "engine", workers=0), task, plan)
+        backend = make_local(replace(config, "engine", workers=0), problem, plan)
         setup = time.monotonic() - begin
         progress("one step of two clients")
-        found = _measured(config, task, plan, backend, progress)
-    layers, kinds = _layers(task, found["start"]) if isinstance(task, Classification) else ([], {})
+        found = _measured(config, problem, plan, backend, progress)
+    layers, kinds = _layers(problem, found["start"]) if isinstance(problem, Supervised) else ([], {})
     memory = most_bytes(device) + 2 * found["rows_bytes"]  # rows before, after the steps, and mixed
     del found["start"]
     return Checked(
         config=with_choices(config, {**backend.settled, "engine.workers": config.engine.workers}),
-        notes=[*resolved.notes, *cautions(config, task, plan), *backend.notes],
-        data=_data(task) if isinstance(task, Classification) else None,
+        notes=[*resolved.notes, *cautions(config, problem, plan), *backend.notes],
+        data=_data(problem) if isinstance(problem, Supervised) else None,
         layers=layers,
         kinds=kinds,
         setup_seconds=setup,
@@ -145,17 +146,17 @@ def _check_run(config: Config) -> None:
 
 
 def _measured(
-    config: Config, task: Task, plan: Plan, backend: Backend, progress: Callable[[str], None]
+    config: Config, problem: Problem, plan: Plan, backend: Backend, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """The fields of Checked that come of steps, and the state before them."""
-    begun = beginning(task, plan)
-    clients, step, seconds = _one_step(task, plan, backend)
+    begun = beginning(problem, plan)
+    clients, step, seconds = _one_step(problem, plan, backend)
     progress("a few steps more")
-    job = round_job(task, plan, begun)._replace(rows=None)
+    job = round_job(problem, plan, begun)._replace(rows=None)
     path, size = str(backend.settled["engine.path"]), min(int(backend.settled["engine.chunk-size"]), len(job.clients))
     replays = replayable(plan.method, job, plan.topology is not None)
-    speed = rate(task, plan.method, begun.state, job, path, size, replays=replays)
-    per_round = plan.cohort_size * float(plan.steps_of(task.sizes).mean())
+    speed = rate(problem, plan.method, begun.state, job, path, size, replays=replays)
+    per_round = plan.cohort_size * float(plan.steps_of(problem.sizes).mean())
     rows = [] if begun.client_momentum is None else [begun.client_momentum]
     rows += [] if begun.rows is None else list(begun.rows)
     state = [*begun.state, *([] if begun.slow_momentum is None else [begun.slow_momentum])]
@@ -167,44 +168,44 @@ def _measured(
         "num_parameters": sum(x.numel() for x in begun.state.params.values()),
         "rate": speed,
         "client_steps": round(plan.num_rounds * per_round),
-        "round_seconds": _round_seconds(task, plan, backend, per_round / speed),
-        "eval_seconds": _eval_seconds(task, plan, begun.state),
+        "round_seconds": _round_seconds(problem, plan, backend, per_round / speed),
+        "eval_seconds": _eval_seconds(problem, plan, begun.state),
         "num_evals": math.ceil(plan.num_rounds / plan.eval_every),
-        "client_bytes": bytes_per_client(task, begun.state),
+        "client_bytes": bytes_per_client(problem, begun.state),
         "checkpoint_bytes": sum(map(num_bytes, state)),
         "rows_bytes": sum(map(num_bytes, rows)),
     }
 
 
-def _one_step(task: Task, plan: Plan, backend: Backend) -> tuple[int, Record, float]:
+def _one_step(problem: Problem, plan: Plan, backend: Backend) -> tuple[int, Record, float]:
     """(how many clients, the line, seconds) of a round in which two clients take one step, or all under Algorithm 2."""
     few = plan.cohort_size if plan.topology is not None else min(2, plan.cohort_size)
     short = plan._replace(cohort_size=few, num_local_steps=1, local_epochs=0, eval_every=1)
-    _, record = next(run_rounds(task, short, backend, beginning(task, short)))
+    _, record = next(run_rounds(problem, short, backend, beginning(problem, short)))
     return few, record, few / record["client_steps_per_second"]
 
 
-def _round_seconds(task: Task, plan: Plan, backend: Backend, expected: float) -> float:
+def _round_seconds(problem: Problem, plan: Plan, backend: Backend, expected: float) -> float:
     """Of a round without its evaluation: that of a few whole ones where they are short."""
     if expected > _SHORT:
         return expected
     blind = plan._replace(num_rounds=max(plan.num_rounds, _ROUNDS) + 1, eval_every=plan.num_rounds + _ROUNDS + 2)
     ends = [0.0]
-    for new, _ in islice(run_rounds(task, blind, backend, beginning(task, blind)), _ROUNDS):
+    for new, _ in islice(run_rounds(problem, blind, backend, beginning(problem, blind)), _ROUNDS):
         ends.append(new.wall_seconds)
     return min(after - before for before, after in pairwise(ends))
 
 
-def _eval_seconds(task: Task, plan: Plan, start: ClientState) -> float:
+def _eval_seconds(problem: Problem, plan: Plan, start: ClientState) -> float:
     """Of the mean model's evaluation, and of the clients' own models where they have some."""
     begin = time.perf_counter()
-    task.evaluate(start)
-    models = 1 if plan.topology is None else 1 + len(chosen_clients(len(task.sizes), plan.eval_clients))
+    problem.evaluate(start)
+    models = 1 if plan.topology is None else 1 + len(chosen_clients(len(problem.sizes), plan.eval_clients))
     return models * (time.perf_counter() - begin)
 
 
-def _data(task: Classification) -> Data:
-    dataset, sampler = task.dataset, task.sampler
+def _data(problem: Supervised) -> Data:
+    dataset, sampler = problem.dataset, problem.sampler
     sizes = sampler.sizes.cpu()
     owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     held = torch.stack([owners, dataset.y_train.cpu()[sampler.indices.cpu()]])
@@ -214,12 +215,12 @@ def _data(task: Classification) -> Data:
     return Data(len(x), len(dataset.x_test), dataset.num_classes, example, sizes.numpy(), classes.numpy())
 
 
-def _layers(task: Classification, start: ClientState) -> tuple[list[Layer], dict[str, str]]:
+def _layers(problem: Supervised, start: ClientState) -> tuple[list[Layer], dict[str, str]]:
     """(the model's layers in its own order, {name: class} of all its modules).
 
     Each parameter is counted once; outputs are as an evaluation makes them.
     """
-    twin = task.in_dtype(task.dtype)  # whose hooks nobody else sees
+    twin = problem.in_dtype(problem.dtype)  # whose hooks nobody else sees
     outputs: dict[str, str] = {}
     modules = dict(twin.model.named_modules())
 

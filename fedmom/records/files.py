@@ -41,7 +41,7 @@ def write_tensors(path: Path, tensors: Tree, about: dict[str, Any]) -> None:
 
 
 def write_fixed(folder: Path, tensors: Tree, about: dict[str, Any]) -> None:
-    """What `Classification.beside` gives, but for tensors that safetensors has not; nothing where that is nothing."""
+    """What `Supervised.beside` gives, but for tensors that safetensors has not; nothing where that is nothing."""
     if about:
         plain = {
             n: t for n, t in tensors.items() if t.layout == torch.strided and not (t.is_quantized or t.is_complex())

@@ -28,8 +28,8 @@ from fedmom.errors import InputError
 from fedmom.machine.files import at_home
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.topology import FILES
-from fedmom.tasks.classification import Classification
-from fedmom.tasks.task import Task, task_kind
+from fedmom.tasks.problem import Problem, data_kind
+from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import is_own_file, is_spec, load_object
 
 # Keys that may differ on resume without changing what is computed up to the rounds already done.
@@ -95,15 +95,15 @@ class Identity(NamedTuple):
         return {name: about[name] for name in ("run_id", "content") if name in about}
 
 
-def identity_of(config: Config, task: Task | None = None) -> Identity:
-    """The identity of a resolved configuration's run, and of what it names; `task`: with its data."""
-    settings, contents = flat(config), _contents(config, task)
+def identity_of(config: Config, problem: Problem | None = None) -> Identity:
+    """The identity of a resolved configuration's run, and of what it names; `problem`: with its data."""
+    settings, contents = flat(config), _contents(config, problem)
     decides = {key: value for key, value in settings.items() if key not in LENGTH + PLACE}
     first = {key: value for key, value in decides.items() if key in _names_of_1()}
     if "algorithm.topology" in contents:
         first["algorithm.topology's content"] = _hash_of_file(config.algorithm.topology)
     second = {key: value for key, value in decides.items() if value != KEYS[key].default}
-    ids = {1: fingerprint({**first, **_known_of_data(config, task)}), 2: f"2:{fingerprint(second)}"}
+    ids = {1: fingerprint({**first, **_known_of_data(config, problem)}), 2: f"2:{fingerprint(second)}"}
     return Identity(ids, contents, settings)
 
 
@@ -116,28 +116,28 @@ def _names_of_1() -> Collection[str]:
     return {f"{section}.{name}" for section, names in _KEYS_OF_1.items() for name in names.split()}
 
 
-def _known_of_data(config: Config, task: Task | None) -> dict[str, Any]:
+def _known_of_data(config: Config, problem: Problem | None) -> dict[str, Any]:
     """Where every client brings its own data: their sizes, and the images' sums."""
-    if not task_kind(config.data.dataset).own_data or not isinstance(task, Classification):
+    if not data_kind(config.data.dataset).own_data or not isinstance(problem, Supervised):
         return {}
-    return {"sizes": task.sizes.tolist(), "mean": task.dataset.mean, "std": task.dataset.std}
+    return {"sizes": problem.sizes.tolist(), "mean": problem.dataset.mean, "std": problem.dataset.std}
 
 
-def _contents(config: Config, task: Task | None) -> dict[str, str]:
+def _contents(config: Config, problem: Problem | None) -> dict[str, str]:
     """{key: fingerprint} of everything that the configuration names and does not hold."""
     found: dict[str, str] = {}
-    if isinstance(task, Classification):
-        data = task.dataset
+    if isinstance(problem, Supervised):
+        data = problem.dataset
         arrays = {name: getattr(data, name) for name in ("x_train", "y_train", "x_test", "y_test")}
-        about = {"arrays": of_tensors(arrays), "classes": data.num_classes, **_known_of_data(config, task)}
-        found["data.data-dir" if task_kind(config.data.dataset).own_data else "data.dataset"] = fingerprint(about)
+        about = {"arrays": of_tensors(arrays), "classes": data.num_classes, **_known_of_data(config, problem)}
+        found["data.data-dir" if data_kind(config.data.dataset).own_data else "data.dataset"] = fingerprint(about)
     topology = config.algorithm.topology
     if ALGORITHMS[config.algorithm.name].decentralized and topology.endswith(FILES):
         with contextlib.suppress(OSError):  # that it is missing is said by whoever reads W
             found["algorithm.topology"] = _hash_of_file(topology)[:16]
     for key in ("model.name", "algorithm.correction"):
         spec = str(flat(config)[key])
-        if is_spec(spec) and (key != "model.name" or task_kind(config.data.dataset).has_examples):
+        if is_spec(spec) and (key != "model.name" or data_kind(config.data.dataset).has_examples):
             found[key] = of_code(load_object(key, spec))
     return found
 

@@ -10,7 +10,7 @@ from fedmom.config.load import toml_scalar
 from fedmom.errors import InputError
 from fedmom.results.reading import Run
 from fedmom.results.tables import MEASURES, number
-from fedmom.tasks.task import task_kind
+from fedmom.tasks.problem import data_kind
 
 # The symbols of docs/method.md.
 SYMBOLS = {
@@ -136,17 +136,17 @@ def _is_pooled(runs: Sequence[Run]) -> list[bool]:
     a part of them.
     """
 
-    def task(run: Run) -> list[Scalar]:
+    def problem(run: Run) -> list[Scalar]:
         return [run.settings[key] for key in KEYS if key == "data.dataset" or KEYS[key].section == "model"]
 
     many = [run for run in runs if run.settings["data.num-clients"] != 1]
     if len({run.settings["data.num-clients"] for run in many}) != 1:
         return [False] * len(runs)
-    tasks = [task(run) for run in many]
+    tasks = [problem(run) for run in many]
     return [
         run.settings["data.num-clients"] == 1
-        and task(run) in tasks
-        and (kind := task_kind(run.settings["data.dataset"])).has_examples
+        and problem(run) in tasks
+        and (kind := data_kind(run.settings["data.dataset"])).has_examples
         and not kind.own_data
         for run in runs
     ]
@@ -240,7 +240,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     """The keys in which runs differ, without the seed, and without what follows from other keys."""
     keys = [key for key in KEYS if key not in _SAME and len({run.settings[key] for run in runs}) > 1]
     settings = [run.settings for run in runs]
-    if not any(task_kind(s["data.dataset"]).has_examples for s in settings):
+    if not any(data_kind(s["data.dataset"]).has_examples for s in settings):
         keys = [key for key in keys if key not in _OF_EXAMPLES]
     if "algorithm.cohort-size" in keys and all(s["algorithm.cohort-size"] == s["data.num-clients"] for s in settings):
         keys.remove("algorithm.cohort-size")
@@ -270,7 +270,7 @@ def check_fit(groups: Sequence[Group]) -> None:
     # The data of those that are left out too: the next time they may be finished, and count.
     every = [run for group in groups for run in group.members]
     first = every[0]
-    objective = task_kind(first.settings["data.dataset"]).objective
+    objective = data_kind(first.settings["data.dataset"]).objective
     for run in every:
         for key in ("data.dataset", *objective):
             here, there = first.settings[key], run.settings[key]

@@ -16,10 +16,11 @@ from fedmom.errors import DivergedError
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, slow_step
 from fedmom.method.randomness import COHORT, random_bits
 from fedmom.method.schedules import Horizon, LearningRate
-from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, row_of, stacked, to_device, zeros_like
+from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, stacked, zeros_like
 from fedmom.method.topology import Topology
+from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
 from fedmom.rounds.round import Backend, Early, Job, Outcome, Progress, part_of
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 
 Record = dict[str, Any]
 Known = Callable[[], Job] | None  # what the job before said that follows it
@@ -94,15 +95,15 @@ class RunState(NamedTuple):
         return self._replace(state=state, rows=rows, fetch=None)
 
 
-def beginning(task: Task, plan: Plan) -> RunState:
+def beginning(problem: Problem, plan: Plan) -> RunState:
     """The state before the first round."""
-    start = task.start()
+    start = problem.start()
     rows = None
     if plan.topology is not None:
-        own = ClientState(*({n: v.clone() for n, v in tree.items()} for tree in stacked(start, len(task.sizes))))
+        own = ClientState(*({n: v.clone() for n, v in tree.items()} for tree in stacked(start, len(problem.sizes))))
         return RunState(0, start, None, rows=own)
     if MOMENTUM_POLICIES[plan.method.momentum_policy].keeps_rows:
-        rows = {n: torch.zeros(len(task.sizes), *u.shape, dtype=u.dtype) for n, u in start.momentum.items()}
+        rows = {n: torch.zeros(len(problem.sizes), *u.shape, dtype=u.dtype) for n, u in start.momentum.items()}
     return RunState(0, start, rows, zeros_like(start.params) if plan.slow else None)
 
 
@@ -120,27 +121,27 @@ def bytes_per_exchange(state: ClientState, method: Method) -> int:
     return num_bytes(state.params) + num_bytes(state.buffers) + (num_bytes(state.momentum) if sends else 0)
 
 
-def round_job(task: Task, plan: Plan, done: RunState, known: Known = None) -> Job:
+def round_job(problem: Problem, plan: Plan, done: RunState, known: Known = None) -> Job:
     """What the whole cohort must do in the round after `done`."""
-    num_clients = len(task.sizes)
-    job = cohort_job(task, plan, done.round) if known is None else known()
+    num_clients = len(problem.sizes)
+    job = cohort_job(problem, plan, done.round) if known is None else known()
     rows = done.client_momentum
     if rows is not None and len(job.clients) < num_clients:
         rows = {name: u[job.clients] for name, u in rows.items()}
-    following = cache(partial(cohort_job, task, plan, done.round + 1)) if done.round + 1 < plan.num_rounds else None
+    following = cache(partial(cohort_job, problem, plan, done.round + 1)) if done.round + 1 < plan.num_rounds else None
     return job._replace(momentum=rows, rows=done.rows, evaluates=plan.evaluates(done.round + 1), following=following)
 
 
-def cohort_job(task: Task, plan: Plan, round_index: int) -> Job:
+def cohort_job(problem: Problem, plan: Plan, round_index: int) -> Job:
     """What of round 0, 1, … can be known before the rounds before it are done."""
-    return clients_job(task, plan, round_index, cohort(len(task.sizes), plan.cohort_size, plan.seed, round_index))
+    return clients_job(problem, plan, round_index, cohort(len(problem.sizes), plan.cohort_size, plan.seed, round_index))
 
 
-def clients_job(task: Task, plan: Plan, round_index: int, ids: np.ndarray, momentum: Tree | None = None) -> Job:
+def clients_job(problem: Problem, plan: Plan, round_index: int, ids: np.ndarray, momentum: Tree | None = None) -> Job:
     """What clients `ids` [C] must do in round 0, 1, …, with their own u [C, ...] for policy "local"."""
-    sizes = task.sizes[ids]
-    all_steps = plan.steps_of(task.sizes)
-    steps, per_round, horizon = all_steps[ids], float(all_steps.mean()), plan.horizon(task.sizes)
+    sizes = problem.sizes[ids]
+    all_steps = plan.steps_of(problem.sizes)
+    steps, per_round, horizon = all_steps[ids], float(all_steps.mean()), plan.horizon(problem.sizes)
     first = round_index * per_round  # the schedule's clock; with local-epochs the mean client's
     lrs = [plan.rate.at(math.floor(first + s), horizon) for s in range(int(steps.max()))]
     weights = torch.from_numpy(sizes if plan.client_weights == "samples" else np.ones(len(ids)))
@@ -155,11 +156,11 @@ def clients_job(task: Task, plan: Plan, round_index: int, ids: np.ndarray, momen
     )
 
 
-def after_round(task: Task, plan: Plan, done: RunState, job: Job, outcome: Outcome, seconds: float) -> RunState:
+def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome: Outcome, seconds: float) -> RunState:
     """The state between this round and the next; `done` stays as it is. `job`: of the clients that answered."""
     rows = done.client_momentum
     if rows is not None and outcome.momentum is not None:
-        everybody = len(job.clients) == len(task.sizes)
+        everybody = len(job.clients) == len(problem.sizes)
         ids = job.clients
         rows = (
             outcome.momentum if everybody else {n: u.index_copy(0, ids, outcome.momentum[n]) for n, u in rows.items()}
@@ -193,13 +194,15 @@ class _Begun(NamedTuple):
     new: RunState  # without its seconds
 
 
-def _begun(task: Task, plan: Plan, engine: Backend, done: RunState, known: Known, progress: Progress | None) -> _Begun:
-    job = round_job(task, plan, done, known)
+def _begun(
+    problem: Problem, plan: Plan, engine: Backend, done: RunState, known: Known, progress: Progress | None
+) -> _Begun:
+    job = round_job(problem, plan, done, known)
     outcome = engine.begin_round(done.state, job, progress)
     asked = len(job.clients)
     if outcome.answered is not None:
         job = part_of(job._replace(momentum=None), outcome.answered.nonzero()[:, 0])
-    return _Begun(asked, job, outcome, after_round(task, plan, done, job, outcome, 0.0))
+    return _Begun(asked, job, outcome, after_round(problem, plan, done, job, outcome, 0.0))
 
 
 def _whole(ahead: Early[_Begun] | None) -> float:
@@ -209,7 +212,7 @@ def _whole(ahead: Early[_Begun] | None) -> float:
 
 
 def run_rounds(
-    task: Task, plan: Plan, engine: Backend, done: RunState, progress: Progress | None = None
+    problem: Problem, plan: Plan, engine: Backend, done: RunState, progress: Progress | None = None
 ) -> Iterator[tuple[RunState, Record]]:
     """Rounds done.round + 1 … R, each as the state after it and its record (see docs/method.md).
 
@@ -219,27 +222,27 @@ def run_rounds(
     """
     clock = time.perf_counter
     if done.round < plan.num_rounds:
-        task.check_evaluation(done.state)
+        problem.check_evaluation(done.state)
     ahead: Early[_Begun] | None = None  # the next round, where it is under way
     known: Known = None
     end = 0.0
     while done.round < plan.num_rounds:
         begin = end - _whole(ahead) if ahead else clock()
-        asked, job, outcome, new = ahead.take() if ahead else _begun(task, plan, engine, done, known, progress)
+        asked, job, outcome, new = ahead.take() if ahead else _begun(problem, plan, engine, done, known, progress)
         known, ahead = job.following, None
         if outcome.settle is not None and not job.evaluates:
-            ahead = Early(partial(_begun, task, plan, engine, new, known), progress)
+            ahead = Early(partial(_begun, problem, plan, engine, new, known), progress)
         outcome = outcome.settled()
         steps = int(job.num_steps.sum())
         train_seconds = clock() - begin - _whole(ahead)
-        measured = _measured(task, plan, job, outcome, new)
+        measured = _measured(problem, plan, job, outcome, new)
         _check_finite(new.round, job, outcome, measured)
         end = clock()
         new = new._replace(wall_seconds=done.wall_seconds + end - begin - _whole(ahead))
         record = {
             "round": new.round,
             "steps": new.steps,
-            "joint_epochs": new.examples / int(task.sizes.sum()),
+            "joint_epochs": new.examples / int(problem.sizes.sum()),
             "lr": job.lrs[0],
             "train_loss": outcome.train_loss,
             **measured,
@@ -259,41 +262,15 @@ def run_rounds(
         done = new
 
 
-# What `evaluate_rows` gives, of a task that measures a loss (and an accuracy).
-CLIENT_MEASURES = ("mean_client_loss", "worst_client_loss", "mean_client_accuracy", "worst_client_accuracy")
-
-
-def chosen_clients(num_clients: int, wanted: int) -> list[int]:
-    """Evenly spaced client ids whose own models are measured; 0 or more than there are: all."""
-    count = min(wanted or num_clients, num_clients)
-    return [place * num_clients // count for place in range(count)]
-
-
-def summarised(measured: list[dict[str, Any]]) -> Record:
-    """The clients' measurements: the mean one and the worst one."""
-    record: Record = {}
-    for name, worst in (("loss", max), ("accuracy", min)):
-        values = [m[key] for m in measured for key in (name, f"test_{name}") if key in m]
-        if values:
-            record[f"mean_client_{name}"] = sum(values) / len(values)
-            record[f"worst_client_{name}"] = worst(values)
-    return record
-
-
-def evaluate_rows(task: Task, rows: ClientState, places: list[int]) -> Record:
-    """Mean and worst loss and accuracy of the clients' own models, those at `places` of rows [N, ...]."""
-    return summarised([task.evaluate(to_device(row_of(rows, place), task.device)) for place in places])
-
-
-def _measured(task: Task, plan: Plan, job: Job, outcome: Outcome, new: RunState) -> Record:
+def _measured(problem: Problem, plan: Plan, job: Job, outcome: Outcome, new: RunState) -> Record:
     """The evaluation of a round, by whoever ran it or here; empty where none is due."""
     if outcome.measured is not None:
         return outcome.measured
     if not job.evaluates:
         return {}
-    measured = task.evaluate(new.state)
+    measured = problem.evaluate(new.state)
     if new.rows is not None:
-        measured |= evaluate_rows(task, new.rows, chosen_clients(len(task.sizes), plan.eval_clients))
+        measured |= evaluate_rows(problem, new.rows, chosen_clients(len(problem.sizes), plan.eval_clients))
     return measured
 
 

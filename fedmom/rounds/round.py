@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
     train_loss: float  # mean over clients (by weight) and their steps, each before the step
     consensus_distance: float  # Σ p_i ‖x_i − x̂‖² just before the exchange
     momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
-    trajectory: list[Tensor]  # x̄ after every local step, for small tasks; else empty
+    trajectory: list[Tensor]  # x̄ after every local step, for small problems; else empty
     momentum: Tree | None  # [C, ...] the clients' own u at the end, in main memory, for policy "local"
     losses: Tensor  # [C] float64, mean over each client's own steps; in main memory when settled
     answered: Tensor | None = None  # [C] bool: whose update is in the means; None: everybody's

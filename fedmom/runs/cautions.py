@@ -4,25 +4,25 @@ from fedmom.config.keys import Config
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import num_bytes
 from fedmom.rounds.loop import Plan
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 
 
-def cautions(config: Config, task: Task, plan: Plan) -> list[str]:
+def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
     """What a user should know before a run: memory that grows with N, a mean that is not the paper's."""
     notes = list(plan.topology.warnings) if plan.topology else []
     policy = config.algorithm.momentum_policy
     if plan.topology is not None:
-        size = len(task.sizes) * sum(map(num_bytes, task.start())) / 1e6
+        size = len(problem.sizes) * sum(map(num_bytes, problem.start())) / 1e6
         if size > 1000:
             notes.append(
-                f"d-sgd-m keeps x and u of all {len(task.sizes)} clients: {size:,.0f} MB, three times in a round"
+                f"d-sgd-m keeps x and u of all {len(problem.sizes)} clients: {size:,.0f} MB, three times in a round"
             )
     elif MOMENTUM_POLICIES[policy].keeps_rows:
-        size = len(task.sizes) * num_bytes(task.start().momentum) / 1e6
+        size = len(problem.sizes) * num_bytes(problem.start().momentum) / 1e6
         notes.append(
-            f"momentum-policy {policy!r} keeps u of all {len(task.sizes)} clients: {size:,.1f} MB, "
+            f"momentum-policy {policy!r} keeps u of all {len(problem.sizes)} clients: {size:,.1f} MB, "
             "and several times that while a round is under way"
         )
-    if plan.local_epochs and len(set(plan.steps_of(task.sizes).tolist())) > 1:
+    if plan.local_epochs and len(set(plan.steps_of(problem.sizes).tolist())) > 1:
         notes.append("local-epochs gives clients unequal steps: the mean is not the paper's (num-local-steps is)")
     return notes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedmom.config.build import make_plan, resolve_device
-from fedmom.config.build import make_task as build_task
+from fedmom.config.build import make_problem as build_problem
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace, to_toml
 from fedmom.config.resolve import Resolved, resolve, with_choices
@@ -21,18 +21,19 @@ from fedmom.records.history import History, cut_back
 from fedmom.records.identity import identity_of
 from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
-from fedmom.rounds.loop import CLIENT_MEASURES, Plan, Record, RunState, beginning, round_job, run_rounds
+from fedmom.rounds.evaluation import CLIENT_MEASURES
+from fedmom.rounds.loop import Plan, Record, RunState, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback, Interrupts, Start, interrupts_held
 from fedmom.runs.cautions import cautions
 from fedmom.runs.result import Result
 from fedmom.runs.stopping import Watchers, reason_of
-from fedmom.tasks.classification import Classification
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
+from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import blamed, one_line
 
-MakeBackend = Callable[[Config, Task, Plan], Backend]
-MakeTask = Callable[[Config], Task]
+MakeBackend = Callable[[Config, Problem, Plan], Backend]
+MakeProblem = Callable[[Config], Problem]
 
 
 class Opened(NamedTuple):
@@ -67,7 +68,7 @@ def opened(
 
 
 def execute(
-    run: Opened, make_backend: MakeBackend, callbacks: Iterable[Callback] = (), make_task: MakeTask | None = None
+    run: Opened, make_backend: MakeBackend, callbacks: Iterable[Callback] = (), make_problem: MakeProblem | None = None
 ) -> Result:
     """Do the rounds of a run on the backend that `make_backend` makes, and tell the callbacks.
 
@@ -79,14 +80,14 @@ def execute(
     try:
         with blamed(flat(config), but=_prepare.__code__):
             _prepare(callbacks, "reading the data")
-            task = make_task(here) if make_task else build_task(here, here.engine.device)
+            problem = make_problem(here) if make_problem else build_problem(here, here.engine.device)
             plan = make_plan(config)._replace(compared=resumed)
             _prepare(callbacks, "choosing how to run")
-            backend = make_backend(config, task, plan)
+            backend = make_backend(config, problem, plan)
         if run.out is not None:
             folder = RunFolder.create(run.out)
         config = with_choices(config, backend.settled)
-        return _Run(config, task, plan, backend, folder, run.resolved.notes, callbacks).go(resumed)
+        return _Run(config, problem, plan, backend, folder, run.resolved.notes, callbacks).go(resumed)
     except BaseException:
         for callback in callbacks:
             callback.on_error()
@@ -109,18 +110,18 @@ class _Run:
     def __init__(
         self,
         config: Config,
-        task: Task,
+        problem: Problem,
         plan: Plan,
         backend: Backend,
         folder: RunFolder | None,
         overruled: tuple[str, ...],
         callbacks: list[Callback],
     ) -> None:
-        self.config, self.task, self.plan, self.backend = config, task, plan, backend
+        self.config, self.problem, self.plan, self.backend = config, problem, plan, backend
         self.folder, self.callbacks = folder, callbacks
-        self.warnings = [*overruled, *cautions(config, task, plan)]
+        self.warnings = [*overruled, *cautions(config, problem, plan)]
         self.notes = [*self.warnings, *backend.notes]
-        self.identity = identity_of(config, task)
+        self.identity = identity_of(config, problem)
         self.stamp = self.identity.stamp
         self.rounds = History(folder.path if folder else None)
         self.watchers = Watchers(config)
@@ -229,18 +230,18 @@ class _Run:
             self.heart.end(status, message)
 
     def _begin(self, resumed: bool) -> RunState:
-        done = beginning(self.task, self.plan)
+        done = beginning(self.problem, self.plan)
         if not self.folder:
             return done
         if resumed:
             before = read_status(self.folder.path)
             if before.status not in ("done", "running", "unfinished"):
                 self.notes.append(f"it was {before.text}")
-            done, self.stamp = self.folder.load(self.identity, done, self.task.device)
+            done, self.stamp = self.folder.load(self.identity, done, self.problem.device)
             # A finished run keeps its last round's evaluation; in a longer one that round is like any other.
             every = self.config.run.eval_every if done.round < self.plan.num_rounds else 1
             self.rounds, recorded = cut_back(
-                self.folder.path, done.round, every, (*self.task.measures, *CLIENT_MEASURES)
+                self.folder.path, done.round, every, (*self.problem.measures, *CLIENT_MEASURES)
             )
             if recorded and not done.round:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
@@ -254,11 +255,11 @@ class _Run:
         try:
             # config.toml makes it a run folder: a kill before it leaves a free one, a kill after it nothing undone.
             if not (self.folder.path / ENVIRONMENT).exists() or not resumed:
-                about = environment(self.task.device.type)
+                about = environment(self.problem.device.type)
                 write_text(self.folder.path / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
             write_text(self.folder.path / CONFIG, to_toml(self.config, "As resolved by fedmom: run it again as it is."))
-            if isinstance(self.task, Classification):
-                write_fixed(self.folder.path, *self.task.beside(done.state))
+            if isinstance(self.problem, Supervised):
+                write_fixed(self.folder.path, *self.problem.beside(done.state))
         except BaseException as error:
             self._tell_error(error)
             raise
@@ -266,7 +267,7 @@ class _Run:
 
     def _tell_start(self, done: RunState) -> str:
         """Why the run may end before a round, or ""."""
-        per_round = int(round_job(self.task, self.plan, done).num_steps.sum())
+        per_round = int(round_job(self.problem, self.plan, done).num_steps.sum())
         path = self.folder.path if self.folder else None
         notes, details = tuple(self.notes), tuple(self.backend.details)
         start = Start(self.config, path, done.round + 1, per_round, notes, details, self.rounds.settled())
@@ -287,7 +288,7 @@ class _Run:
 
     def _steps(self, done: RunState) -> Iterator[tuple[RunState, Record]]:
         """The rounds; what the user's own code raises in one, and any bad input that only shows there, names it."""
-        steps, number = run_rounds(self.task, self.plan, self.backend, done, self._on_steps), done.round
+        steps, number = run_rounds(self.problem, self.plan, self.backend, done, self._on_steps), done.round
         while True:
             number += 1
             failed: ClientsFailedError | None = None
@@ -313,5 +314,5 @@ class _Run:
     def _result(self, status: str, done: RunState, message: str) -> Result:
         state = done.state
         path = self.folder.path if self.folder else None
-        model = self.task.state_dict(state)
+        model = self.problem.state_dict(state)
         return Result(status, self.rounds.settled(), model, state.momentum, self.config, path, message)

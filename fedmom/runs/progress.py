@@ -15,7 +15,7 @@ from fedmom.method.state import ClientState
 from fedmom.rounds.loop import Record
 from fedmom.runs.callbacks import Callback, Start
 from fedmom.runs.result import Result
-from fedmom.tasks.task import task_kind
+from fedmom.tasks.problem import data_kind
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -173,7 +173,7 @@ class Notes(Callback):
         data, algorithm, run = start.config.data, start.config.algorithm, start.config.run
         epochs = algorithm.local_epochs
         steps = f"{epochs} local epochs" if epochs else f"I = {algorithm.num_local_steps}"
-        model = f", {start.config.model.name}" if task_kind(data.dataset).has_examples else ""
+        model = f", {start.config.model.name}" if data_kind(data.dataset).has_examples else ""
         some = f" ({algorithm.cohort_size} per round)" if algorithm.cohort_size < data.num_clients else ""
         some += f", {algorithm.topology}" if ALGORITHMS[algorithm.name].decentralized else ""
         what = f"{algorithm.name}, option {'II' if algorithm.nesterov else 'I'}, momentum {algorithm.momentum_policy}"

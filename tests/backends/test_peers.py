@@ -14,7 +14,7 @@ import torch
 import fedmom
 from fedmom.backends.peer import senders, without_blocks
 from fedmom.backends.peers import Peers
-from fedmom.config.build import make_plan, make_task
+from fedmom.config.build import make_plan, make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError, InputError
@@ -49,7 +49,7 @@ class Quiet(fedmom.Callback):
 
 def settled(changes):
     config = resolve(load({**BASE, "engine.workers": 2, **changes})).config
-    return config, make_task(config, "cpu"), make_plan(config)
+    return config, make_problem(config, "cpu"), make_plan(config)
 
 
 def slow(changes):
@@ -98,10 +98,10 @@ def test_peers_give_the_engines_result(tmp_path, changes):
 @pytest.mark.slow
 def test_what_passes_through_the_driver_is_small_and_an_actor_that_cannot_work_is_named():
     """Rows of 1.5 MB, some kB per round."""
-    config, task, plan = settled({"model.hidden": 500, "run.eval-every": 2, "algorithm.topology": "ring"})
-    rounds = Peers(config, task, plan)
+    config, problem, plan = settled({"model.hidden": 500, "run.eval-every": 2, "algorithm.topology": "ring"})
+    rounds = Peers(config, problem, plan)
     try:
-        seen = [rounds.driver_bytes for _ in run_rounds(task, plan, rounds, beginning(task, plan))]
+        seen = [rounds.driver_bytes for _ in run_rounds(problem, plan, rounds, beginning(problem, plan))]
         assert max(seen[1:]) < 4000  # the first round loads the start into the actors
         with pytest.raises(ClientsFailedError, match="round 1: clients 0 … 2"):
             rounds._all([rounds.peers[0].collect.remote(7)], [0], 0)
@@ -198,10 +198,10 @@ def test_a_lost_link_can_be_skipped_where_w_is_symmetric(monkeypatch):
     """Both diagonals take the pair's weight: the result is the engine's with that W, and the mean is kept."""
     lose_rows(monkeypatch, (0, 1), 0)
     changes = {"algorithm.topology": "ring", "simulation.on-link-failure": "skip", "simulation.straggler-seconds": 60.0}
-    config, task, plan = settled({**changes, "run.num-rounds": 1})
-    rounds = Peers(config, task, plan)
+    config, problem, plan = settled({**changes, "run.num-rounds": 1})
+    rounds = Peers(config, problem, plan)
     try:
-        ((done, record),) = run_rounds(task, plan, rounds, beginning(task, plan))
+        ((done, record),) = run_rounds(problem, plan, rounds, beginning(problem, plan))
         rows = done.gathered().rows
     finally:
         rounds.close()
@@ -213,16 +213,16 @@ def test_a_lost_link_can_be_skipped_where_w_is_symmetric(monkeypatch):
     from fedmom.method.topology import Topology
 
     alone = plan._replace(topology=Topology("fewer", [fewer]))
-    engine = GossipRounds(Engine(task, plan.method, path="vmap", chunk_size=5), alone.topology, "cpu")
-    ((want, _),) = run_rounds(task, alone, engine, beginning(task, alone))
+    engine = GossipRounds(Engine(problem, plan.method, path="vmap", chunk_size=5), alone.topology, "cpu")
+    ((want, _),) = run_rounds(problem, alone, engine, beginning(problem, alone))
     for name, value in want.rows.params.items():
         torch.testing.assert_close(rows.params[name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_skipping_needs_a_symmetric_matrix():
-    config, task, plan = settled({"algorithm.topology": "directed-ring", "simulation.on-link-failure": "skip"})
+    config, problem, plan = settled({"algorithm.topology": "directed-ring", "simulation.on-link-failure": "skip"})
     with pytest.raises(InputError, match=r"on-link-failure = 'skip': topology 'directed-ring' is directed"):
-        Peers(config, task, plan)
+        Peers(config, problem, plan)
 
 
 def test_who_sends_to_whom():

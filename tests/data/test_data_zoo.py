@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmom.config.build import make_task
+from fedmom.config.build import make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.data.datasets import ARRAYS, Dataset, load_dataset
@@ -552,7 +552,7 @@ def test_what_the_keys_would_spoil_is_refused_before_training(zoo):
         zoo.value = dict(zip(ARRAYS, (x, y, x, y), strict=True))
         keys = {"data.dataset": "zoo_of_data:load", "data.num-clients": 1, "data.batch-size": len(x)}
         config = resolve(load({**keys, "model.name": "logistic", **use.keys})).config
-        found = outcome(lambda config=config: make_task(config, "cpu"))
+        found = outcome(lambda config=config: make_problem(config, "cpu"))
         if isinstance(found, str):
             wrong += [] if use.says and use.says in found else [f"{use}: {found}"]
             continue
@@ -574,8 +574,8 @@ def test_what_a_model_writes_into_its_input_changes_no_example(zoo):
         test = torch.from_numpy(x.copy())
         zoo.value = dict(zip(ARRAYS, (x, np.arange(4) % 2, test, np.arange(4) % 2), strict=True))
         keys = {"data.dataset": "zoo_of_data:load", "data.num-clients": 1, "model.name": "zoo_of_data:model"}
-        task = make_task(resolve(load(keys)).config, "cpu")
-        task.evaluate(task.start())
+        problem = make_problem(resolve(load(keys)).config, "cpu")
+        problem.evaluate(problem.start())
         np.testing.assert_array_equal(test.numpy(), x)
 
 

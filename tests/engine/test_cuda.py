@@ -24,17 +24,17 @@ from fedmom.errors import InputError
 from fedmom.method.topology import make_topology
 from fedmom.rounds.loop import beginning, round_job, run_rounds
 from pretend_cuda import CPU, CUDA, clock, pretend
-from runs import image_task, simple_plan, tiny_images
+from runs import image_problem, simple_plan, tiny_images
 from test_cuda_graphs import assert_same, on_cpu
 
 
 def rounds(plan, device, path, model="cnn"):
-    task = image_task(model, 3, device=device, augment="crop-flip")
-    engine = Engine(task, plan.method, path=path, chunk_size=2, convolution="loop")
+    problem = image_problem(model, 3, device=device, augment="crop-flip")
+    engine = Engine(problem, plan.method, path=path, chunk_size=2, convolution="loop")
     if plan.topology is not None:
         engine = GossipRounds(engine, plan.topology, "cpu")  # rows that visit the device by chunks
-    steps = list(run_rounds(task, plan, engine, beginning(task, plan)))
-    task.evaluate_clients(steps[-1][0].state, torch.arange(3, device=task.device))
+    steps = list(run_rounds(problem, plan, engine, beginning(problem, plan)))
+    problem.evaluate_clients(steps[-1][0].state, torch.arange(3, device=problem.device))
     return steps[-1][0], [record for _, record in steps]
 
 
@@ -96,12 +96,12 @@ def test_what_is_compiled_once_does_not_decide(monkeypatch):
     for policy in ("average", "local"):
         plan = simple_plan(4, num_local_steps=2, momentum_policy=policy)
         with pretend() as card:
-            task = image_task("mlp", 4, device="cuda")
-            done = beginning(task, plan)
+            problem = image_problem("mlp", 4, device="cuda")
+            done = beginning(problem, plan)
             monkeypatch.setattr("fedmom.engine.stacked.timings.time", clock(card))
             card.first_seconds = 1.0
-            job = round_job(task, plan, done)
-            chosen = choose(task, plan.method, done.state, job, path="auto", chunk_size=0)
+            job = round_job(problem, plan, done)
+            chosen = choose(problem, plan.method, done.state, job, path="auto", chunk_size=0)
         assert (chosen.path in ("stack", "factors"), chosen.chunk_size) == (True, 4)
         rates[policy] = chosen.measured
         # Four clients cost no more launches than one.
@@ -112,13 +112,13 @@ def test_what_is_compiled_once_does_not_decide(monkeypatch):
 
 def test_what_the_host_does_beside_it_does_not_decide(monkeypatch):
     """A short round is timed several times on a card, the fastest counts; a long one once, as on a CPU."""
-    task, job = SimpleNamespace(device=CUDA), SimpleNamespace(lrs=[0.1] * 2)
+    problem, job = SimpleNamespace(device=CUDA), SimpleNamespace(lrs=[0.1] * 2)
     monkeypatch.setattr(rates, "_engine", lambda *_: SimpleNamespace(replays=None))
     for device, warm, times, best in ((CUDA, 1, [9, 3, 4, 1], 3), (CUDA, 1, [600, 3], 600), (CPU, 1, [9, 3], 9)):
         clocked = iter([*[1000] * warm, *times])
-        task.device = device
+        problem.device = device
         monkeypatch.setattr(rates, "_seconds_of", lambda *_, clocked=clocked: next(clocked) / 1000)
-        assert rates.rate(task, None, None, job, "stack", 3) == pytest.approx(3 * 2 / (best / 1000))
+        assert rates.rate(problem, None, None, job, "stack", 3) == pytest.approx(3 * 2 / (best / 1000))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_workers_run_where_the_configuration_says(monkeypatch):
     monkeypatch.setattr("fedmom.backends.workers.Pool", OfOne)
     with pretend():
         config = resolve_device(resolve(load({"engine.workers": 2})).config)
-        workers = make_workers(config, image_task("mlp"), simple_plan(4))
+        workers = make_workers(config, image_problem("mlp"), simple_plan(4))
     ((inside, options),) = pools
     assert (workers.settled["engine.device"], inside.engine.device) == ("cuda", "cuda")
     assert (workers.settled["simulation.num-gpus"], options.num_gpus) == (0.5, 0.5)
@@ -179,7 +179,7 @@ def test_a_way_to_convolve_that_cannot_run_here_does_not_rule_out_the_others(mon
         monkeypatch.delitem(CONVOLUTIONS, way)
     plan = simple_plan(2, num_local_steps=2, batch_size=2)
     with pretend():
-        task = image_task("cnn", 2, device="cuda", batch_size=2)
-        done = beginning(task, plan)
-        chosen = choose(task, plan.method, done.state, round_job(task, plan, done), path="stack", chunk_size=2)
+        problem = image_problem("cnn", 2, device="cuda", batch_size=2)
+        done = beginning(problem, plan)
+        chosen = choose(problem, plan.method, done.state, round_job(problem, plan, done), path="stack", chunk_size=2)
     assert (chosen.path, chosen.chunk_size, chosen.trouble) == ("stack", 2, "")

@@ -16,7 +16,7 @@ from fedmom.errors import DivergedError
 from fedmom.machine.graphs import cuda_graph
 from fedmom.rounds.loop import beginning, round_job, run_rounds
 from pretend_cuda import pretend
-from runs import F64, image_task, run_plan, simple_plan, tiny_images
+from runs import F64, image_problem, run_plan, simple_plan, tiny_images
 
 
 def varied(plan):
@@ -24,17 +24,17 @@ def varied(plan):
     return plan._replace(rate=plan.rate._replace(schedule="cosine"))
 
 
-def replayed(task, plan, *, path, chunk_size, times=1, record=cuda_graph, progress=None, trouble=""):
+def replayed(problem, plan, *, path, chunk_size, times=1, record=cuda_graph, progress=None, trouble=""):
     """All rounds through an engine that replays, so often -> (the last state, all records, its replays).
 
     trouble: why it never does, and all steps are taken as they are.
     """
-    engine = Engine(task, plan.method, path=path, chunk_size=chunk_size, convolution="loop")
+    engine = Engine(problem, plan.method, path=path, chunk_size=chunk_size, convolution="loop")
     engine.replays = Replays(engine.stack, record)
     engine.replays.trouble = trouble
     records = []
     for _ in range(times):
-        steps = list(run_rounds(task, plan, engine, beginning(task, plan), progress))
+        steps = list(run_rounds(problem, plan, engine, beginning(problem, plan), progress))
         records += [record for _, record in steps]
     return on_cpu(steps[-1][0]), records, engine.replays
 
@@ -70,8 +70,8 @@ def test_replayed_rounds_are_the_stacks(name, path, policy):
     runs = []
     for trouble in ("", "not wanted"):
         with pretend() as card:
-            task = image_task(name, 4, device="cuda", augment="crop-flip")
-            *found, replays = replayed(task, plan, path=path, chunk_size=2, trouble=trouble)
+            problem = image_problem(name, 4, device="cuda", augment="crop-flip")
+            *found, replays = replayed(problem, plan, path=path, chunk_size=2, trouble=trouble)
         assert (replays.trouble, card.troubles()) == (trouble, {})
         # Of six rounds with two chunks the first is taken, the second recorded, the third compared.
         assert replays.num_replayed == (0 if trouble else 2 * 3)
@@ -82,7 +82,7 @@ def test_replayed_rounds_are_the_stacks(name, path, policy):
         assert all(torch.equal(tree[at], other[at]) for at in other)
     measures = ("train_loss", "consensus_distance", "momentum_spread")
     assert [[r[m] for m in measures] for r in records] == [[r[m] for m in measures] for r in wanted]
-    assert_same((done, records), run_plan(image_task(name, 4, augment="crop-flip"), plan, path=path, chunk_size=2))
+    assert_same((done, records), run_plan(image_problem(name, 4, augment="crop-flip"), plan, path=path, chunk_size=2))
 
 
 MOST = {  # of a round that is replayed: launches beside the replay, waits, copies to the card; so many were counted
@@ -97,13 +97,13 @@ def test_a_replayed_round_launches_little_and_waits_once(name):
     steps = {"cnn": 5, "resnet56": 4}[name]
     plan = varied(simple_plan(2, num_rounds=4, num_local_steps=steps, batch_size=1, eval_every=9))
     with pretend() as card:
-        task = image_task(name, 2, device="cuda", dtype=torch.float32, batch_size=1)
-        engine = Engine(task, plan.method, path="stack", chunk_size=2, convolution="loop")
-        rounds = run_rounds(task, plan, engine, beginning(task, plan))
+        problem = image_problem(name, 2, device="cuda", dtype=torch.float32, batch_size=1)
+        engine = Engine(problem, plan.method, path="stack", chunk_size=2, convolution="loop")
+        rounds = run_rounds(problem, plan, engine, beginning(problem, plan))
         for _ in range(3):
             next(rounds)
-        job = round_job(task, plan, beginning(task, plan)._replace(round=3))
-        start = beginning(task, plan).state
+        job = round_job(problem, plan, beginning(problem, plan)._replace(round=3))
+        start = beginning(problem, plan).state
         card.forget()
         engine.run_round(start, job)
     assert (engine.replays.num_replayed, card.replays, card.troubles()) == (1, 1, {})
@@ -118,10 +118,10 @@ def test_the_card_has_the_next_round_before_the_host_waits_for_this_one():
     found = {}
     for trouble in ("", "not wanted"):
         with pretend() as card:
-            task = image_task("mlp", 2, device="cuda")
-            engine = Engine(task, plan.method, path="stack", chunk_size=2)
+            problem = image_problem("mlp", 2, device="cuda")
+            engine = Engine(problem, plan.method, path="stack", chunk_size=2)
             engine.replays.trouble = trouble
-            rounds = run_rounds(task, plan._replace(rate=rate), engine, beginning(task, plan))
+            rounds = run_rounds(problem, plan._replace(rate=rate), engine, beginning(problem, plan))
             seen = ((engine.replays.num_replayed, card.waits.total()) for _ in rounds)
             replays, waits = zip(*(next(seen) for _ in range(7)), strict=True)
             with pytest.raises(DivergedError) as error:
@@ -138,9 +138,12 @@ def test_minibatches_are_drawn_ahead_for_the_round_that_follows_and_no_other():
     """As after an answer that is asked for again, or another run by the same engine."""
     plan = simple_plan(4, num_rounds=9, num_local_steps=2)
     with pretend():
-        task = image_task("mlp", 4, device="cuda")
-        begun, engines = beginning(task, plan), [Engine(task, plan.method, path="stack", chunk_size=4) for _ in "ab"]
-        jobs = [round_job(task, plan, begun._replace(round=number)) for number in (0, 1, 7)]
+        problem = image_problem("mlp", 4, device="cuda")
+        begun, engines = (
+            beginning(problem, plan),
+            [Engine(problem, plan.method, path="stack", chunk_size=4) for _ in "ab"],
+        )
+        jobs = [round_job(problem, plan, begun._replace(round=number)) for number in (0, 1, 7)]
         for job in jobs[:2]:
             engines[0].run_round(begun.state, job)
         found, want = (engine.run_round(begun.state, jobs[2]) for engine in engines)
@@ -152,10 +155,10 @@ def test_a_card_says_which_part_is_not_finite():
     """By the sums: losses and spreads may be finite all the same."""
     plan = simple_plan(2, num_local_steps=1)
     with pretend():
-        task = image_task("resnet20", 2, device="cuda")
-        begun = beginning(task, plan)
-        runner = Engine(task, plan.method, path="stack", chunk_size=2).runner
-        (chunk,) = runner.from_start(begun.state, round_job(task, plan, begun), [torch.arange(2)], None)
+        problem = image_problem("resnet20", 2, device="cuda")
+        begun = beginning(problem, plan)
+        runner = Engine(problem, plan.method, path="stack", chunk_size=2).runner
+        (chunk,) = runner.from_start(begun.state, round_job(problem, plan, begun), [torch.arange(2)], None)
         moved = chunk.ended
         half = sum(count for (part, _), count in moved.layout.items() if part == "params")
         kind = next(kind for kind, b in moved.buffers.items() if b.is_floating_point())
@@ -186,9 +189,9 @@ def test_a_step_moves_few_bytes(name):
     plan = simple_plan(clients, num_local_steps=steps, batch_size=batch)
     data = tiny_images(4 * clients * batch, channels=3, side=32, num_classes=10)
     with pretend() as card:
-        task = image_task(name, clients, data=data, device="cuda", dtype=torch.float32, batch_size=batch)
-        done = beginning(task, plan)
-        job, stack = round_job(task, plan, done), Stack(task, plan.method, convolution="implicit")
+        problem = image_problem(name, clients, data=data, device="cuda", dtype=torch.float32, batch_size=batch)
+        done = beginning(problem, plan)
+        job, stack = round_job(problem, plan, done), Stack(problem, plan.method, convolution="implicit")
         orders = stack.orders(job)
         orders = orders.read(orders.words().to("cuda"))
         stack.run_straight(done.state, job, orders)
@@ -200,7 +203,7 @@ def test_a_step_moves_few_bytes(name):
 @pytest.mark.parametrize("options", [{"momentum_policy": "local"}, {"local_epochs": 1}], ids=str)
 def test_what_cannot_be_recorded_goes_step_by_step(options):
     plan = simple_plan(4, num_rounds=4, batch_size=1, **options)
-    tasks = [image_task("mlp", 4, data=tiny_images(47), batch_size=1) for _ in range(2)]
+    tasks = [image_problem("mlp", 4, data=tiny_images(47), batch_size=1) for _ in range(2)]
     *found, replays = replayed(tasks[0], plan, path="stack", chunk_size=2, record=broken)
     assert (replays.trouble, replays.num_replayed) == ("", 0)
     assert_same(found, run_plan(tasks[1], plan, path="stack", chunk_size=2))
@@ -227,12 +230,14 @@ def test_a_recording_that_fails_or_is_wrong_is_not_used(record):
     with pretend() as card, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         stream = torch.cuda.current_stream()
-        *found, replays = replayed(image_task("mlp", 4, device="cuda"), plan, path="stack", chunk_size=2, record=record)
+        *found, replays = replayed(
+            image_problem("mlp", 4, device="cuda"), plan, path="stack", chunk_size=2, record=record
+        )
         assert torch.cuda.current_stream() is stream
     assert (replays.num_replayed, card.troubles()) == (0, {})
     assert len(said) == 1
     assert "CUDA graph" in str(said[0].message)
-    assert_same(found, run_plan(image_task("mlp", 4), plan, path="stack", chunk_size=2))
+    assert_same(found, run_plan(image_problem("mlp", 4), plan, path="stack", chunk_size=2))
 
 
 @pytest.mark.slow
@@ -248,16 +253,16 @@ def test_recordings_make_room_for_the_steps_themselves(monkeypatch):
 
     monkeypatch.setattr(Stack, "run_straight", straight)
     with pretend(), pytest.warns(UserWarning, match="memory"):
-        *found, replays = replayed(image_task("mlp", 4, device="cuda"), plan, path="stack", chunk_size=3)
+        *found, replays = replayed(image_problem("mlp", 4, device="cuda"), plan, path="stack", chunk_size=3)
     assert (replays.num_replayed, replays._kept) == (0, {})
     monkeypatch.undo()
-    assert_same(found, run_plan(image_task("mlp", 4), plan, path="stack", chunk_size=3))
+    assert_same(found, run_plan(image_problem("mlp", 4), plan, path="stack", chunk_size=3))
 
 
 def test_progress_counts_every_step():
     counted = []
     plan = simple_plan(5, num_rounds=4)
-    replayed(image_task("mlp", 5), plan, path="stack", chunk_size=2, record=again, progress=counted.append)
+    replayed(image_problem("mlp", 5), plan, path="stack", chunk_size=2, record=again, progress=counted.append)
     assert sum(counted) == 4 * 5 * 3
 
 
@@ -281,8 +286,8 @@ def test_cuda_graphs_give_the_cpus_result(name, path):
     name, _, norm = name.partition("-")
     options = {"norm": norm or "batch"}
     *found, replays = replayed(
-        image_task(name, 5, dtype=F64, device="cuda", **options), plan, path=path, chunk_size=2, times=2
+        image_problem(name, 5, dtype=F64, device="cuda", **options), plan, path=path, chunk_size=2, times=2
     )
     assert (replays.trouble, replays.num_replayed > 0) == ("", True)
-    done, records = run_plan(image_task(name, 5, **options), plan, path=path, chunk_size=2)
+    done, records = run_plan(image_problem(name, 5, **options), plan, path=path, chunk_size=2)
     assert_same(found, (done, 2 * records), 1e-9)

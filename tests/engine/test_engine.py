@@ -20,7 +20,7 @@ from fedmom.method.algorithms import Method
 from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState
 from fedmom.rounds.loop import beginning, bytes_per_exchange, cohort, round_job, run_rounds
-from runs import image_task, run_plan, simple_plan, tiny_images
+from runs import image_problem, run_plan, simple_plan, tiny_images
 
 MODELS = ["logistic", "mlp", "cnn", "resnet20"]
 
@@ -33,17 +33,17 @@ def assert_same(a, b, tolerance=1e-12):
             torch.testing.assert_close(value, part_b[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-def small_task(model, **options):
+def small_problem(model, **options):
     side = 8 if model != "resnet20" else 4
-    return image_task(model, 3, data=tiny_images(side=side), **options)
+    return image_problem(model, 3, data=tiny_images(side=side), **options)
 
 
 @pytest.mark.parametrize(("model", "nesterov"), [("mlp", False), ("cnn", True), ("resnet20", False)])
 def test_vmap_equals_loop(model, nesterov):
     """Dropout (cnn) and BatchNorm (resnet20) included, in float64, over two rounds."""
     plan = simple_plan(3, num_rounds=2, nesterov=nesterov, weight_decay=1e-3)
-    stacked, rows = run_plan(small_task(model), plan, path="vmap")
-    single, rows_single = run_plan(small_task(model), plan, path="loop")
+    stacked, rows = run_plan(small_problem(model), plan, path="vmap")
+    single, rows_single = run_plan(small_problem(model), plan, path="loop")
     # Convolutions of the two paths sum in different orders; two rounds of resnet20 amplify that to 1e-11.
     assert_same(stacked, single, 1e-9)
     for a, b in zip(rows, rows_single, strict=True):
@@ -56,8 +56,8 @@ def test_vmap_equals_loop(model, nesterov):
 )
 def test_any_chunk_size_gives_the_same_numbers(chunk_size, policy):
     plan = simple_plan(5, momentum_policy=policy)
-    whole, rows_whole = run_plan(image_task(num_clients=5), plan, path="vmap", chunk_size=5)
-    parts, rows_parts = run_plan(image_task(num_clients=5), plan, path="vmap", chunk_size=chunk_size)
+    whole, rows_whole = run_plan(image_problem(num_clients=5), plan, path="vmap", chunk_size=5)
+    parts, rows_parts = run_plan(image_problem(num_clients=5), plan, path="vmap", chunk_size=chunk_size)
     assert_same(whole, parts, 1e-12)
     for a, b in zip(rows_whole, rows_parts, strict=True):
         assert a["consensus_distance"] == pytest.approx(b["consensus_distance"], rel=1e-10)
@@ -66,8 +66,8 @@ def test_any_chunk_size_gives_the_same_numbers(chunk_size, policy):
 
 def test_same_plan_same_bytes():
     plan = simple_plan(4)
-    first, _ = run_plan(image_task("cnn"), plan)
-    again, _ = run_plan(image_task("cnn"), plan)
+    first, _ = run_plan(image_problem("cnn"), plan)
+    again, _ = run_plan(image_problem("cnn"), plan)
     for a, b in zip(first.state, again.state, strict=True):
         assert all(torch.equal(value, b[name]) for name, value in a.items())
 
@@ -88,7 +88,7 @@ def test_one_chunks_rows_are_gone_before_the_next_are_made(path, policy, monkeyp
         return found
 
     monkeypatch.setattr(owner, name, watched)
-    run_plan(image_task("mlp", 5), simple_plan(5, momentum_policy=policy), path=path, chunk_size=2)
+    run_plan(image_problem("mlp", 5), simple_plan(5, momentum_policy=policy), path=path, chunk_size=2)
     assert rows
     assert left == [0] * (15 if path == "loop" else 9)
 
@@ -97,8 +97,8 @@ def test_clones_have_no_spread():
     """Clients that agree are at distance exactly 0, in float32 and over several chunks."""
     from fedmom.tasks.quadratic import Quadratic
 
-    task = Quadratic([[0.7, 1.3]] * 6, [[0.3, -1.1]] * 6, [1.0, 2.0], dtype=torch.float32)
-    _, records = run_plan(task, simple_plan(6, batch_size=1), path="vmap", chunk_size=4)
+    problem = Quadratic([[0.7, 1.3]] * 6, [[0.3, -1.1]] * 6, [1.0, 2.0], dtype=torch.float32)
+    _, records = run_plan(problem, simple_plan(6, batch_size=1), path="vmap", chunk_size=4)
     assert [r["consensus_distance"] for r in records] == [0.0] * 3
     assert [r["momentum_spread"] for r in records] == [0.0] * 3
 
@@ -119,10 +119,10 @@ def test_cohorts_are_addressed_sorted_and_fair():
 
 
 def test_bytes_sent_counts_what_travels():
-    task = image_task("mlp", 3)
-    d = 8 * sum(x.numel() for x in task.start().params.values())
+    problem = image_problem("mlp", 3)
+    d = 8 * sum(x.numel() for x in problem.start().params.values())
     for policy, beta, each in (("average", 0.9, 2 * d), ("local", 0.9, d), ("reset", 0.9, d), ("average", 0.0, d)):
-        _, rows = run_plan(task, simple_plan(3, num_rounds=2, beta=beta, momentum_policy=policy))
+        _, rows = run_plan(problem, simple_plan(3, num_rounds=2, beta=beta, momentum_policy=policy))
         assert [r["bytes_sent"] for r in rows] == [3 * each, 6 * each]
 
 
@@ -136,15 +136,15 @@ def test_bytes_of_an_exchange_by_hand():
 
 def test_a_round_goes_on_where_the_one_before_ended():
     """Rounds of 4 steps of 2 of 4 clients: γ changes in the middle of the second, whose minibatches are new ones."""
-    task = image_task(num_clients=4)
+    problem = image_problem(num_clients=4)
     plan = simple_plan(4, num_rounds=3, num_local_steps=4, cohort_size=2)
     plan = plan._replace(rate=LearningRate(1.0, "step", (0.5,), 0.5, "fraction"))
     # 12 steps; 60 examples are seen in 6 steps of 2 clients with 5 each.
-    assert plan.horizon(task.sizes) == Horizon(12, 2, 6.0)
-    jobs = [round_job(task, plan, beginning(task, plan)._replace(round=done)) for done in range(3)]
+    assert plan.horizon(problem.sizes) == Horizon(12, 2, 6.0)
+    jobs = [round_job(problem, plan, beginning(problem, plan)._replace(round=done)) for done in range(3)]
     assert [job.lrs for job in jobs] == [[1.0] * 4, [1.0, 1.0, 0.5, 0.5], [0.5] * 4]
     assert [job.first_steps.tolist() for job in jobs] == [[0, 0], [4, 4], [8, 8]]
-    _, rows = run_plan(task, plan._replace(rate=plan.rate._replace(lr=0.1)))
+    _, rows = run_plan(problem, plan._replace(rate=plan.rate._replace(lr=0.1)))
     assert [r["lr"] for r in rows] == [0.1, 0.1, 0.05]
 
 
@@ -158,8 +158,10 @@ def test_a_number_that_is_not_finite_ends_the_run_wherever_it_is(part):
             tree = {"w": torch.tensor([1.0, math.nan])}
             return outcome._replace(mean=outcome.mean._replace(**{part: tree}), measured={})
 
-    task, plan = image_task(), simple_plan(4)
-    rounds = run_rounds(task, plan, Broken(task, plan.method, path="loop", chunk_size=1), beginning(task, plan))
+    problem, plan = image_problem(), simple_plan(4)
+    rounds = run_rounds(
+        problem, plan, Broken(problem, plan.method, path="loop", chunk_size=1), beginning(problem, plan)
+    )
     with pytest.raises(DivergedError, match=rf"{part}.* became .*round 1 at lr = 0.05"):
         next(rounds)
 
@@ -178,10 +180,10 @@ def test_a_round_that_is_begun_before_its_turn_is_seen_in_its_turn():
             settle = lambda: (log.append(f"settle {number}"), outcome)[1]  # noqa: E731
             return outcome._replace(train_loss=math.nan, losses=None, settle=settle)
 
-    task, plan = image_task(), simple_plan(4, num_rounds=6, eval_every=2)
-    engine = Ahead(task, plan.method, path="loop", chunk_size=1)
+    problem, plan = image_problem(), simple_plan(4, num_rounds=6, eval_every=2)
+    engine = Ahead(problem, plan.method, path="loop", chunk_size=1)
     begin, records = time.perf_counter(), []
-    rounds = run_rounds(task, plan, engine, beginning(task, plan), lambda _: log.append("told"))
+    rounds = run_rounds(problem, plan, engine, beginning(problem, plan), lambda _: log.append("told"))
     for _, record in itertools.islice(rounds, 4):
         log.append(f"record {record['round']}")
         records.append(record)
@@ -196,7 +198,7 @@ def test_a_round_that_is_begun_before_its_turn_is_seen_in_its_turn():
         *("begin 3", *told, "begin 4", "settle 3", "record 3"),
         *(*told, "settle 4", "record 4", "begin 5"),
     ]
-    _, wanted = run_plan(image_task(), plan, path="loop")
+    _, wanted = run_plan(image_problem(), plan, path="loop")
     assert [r["train_loss"] for r in records] == [r["train_loss"] for r in wanted[:4]]
 
 
@@ -223,9 +225,12 @@ def test_a_round_that_runs_whole_where_it_was_to_be_begun_keeps_its_seconds(monk
 
             return outcome if even else outcome._replace(settle=settle)
 
-    task, plan = image_task(), simple_plan(4, num_rounds=4, eval_every=9)
+    problem, plan = image_problem(), simple_plan(4, num_rounds=4, eval_every=9)
     records = [
-        r for _, r in run_rounds(task, plan, Slow(task, plan.method, path="loop", chunk_size=1), beginning(task, plan))
+        r
+        for _, r in run_rounds(
+            problem, plan, Slow(problem, plan.method, path="loop", chunk_size=1), beginning(problem, plan)
+        )
     ]
     assert [r["wall_seconds"] for r in records] == [2.0, 7.0, 9.0, 14.0]
     steps = 4 * plan.num_local_steps
@@ -233,8 +238,8 @@ def test_a_round_that_runs_whole_where_it_was_to_be_begun_keeps_its_seconds(monk
 
 
 def test_records_say_what_they_should():
-    done, rows = run_plan(image_task(), simple_plan(4, num_rounds=3, eval_every=2))
-    assert rows[-1]["test_loss"] == image_task().evaluate(done.state)["test_loss"]  # after the round
+    done, rows = run_plan(image_problem(), simple_plan(4, num_rounds=3, eval_every=2))
+    assert rows[-1]["test_loss"] == image_problem().evaluate(done.state)["test_loss"]  # after the round
     assert [r["round"] for r in rows] == [1, 2, 3]
     assert [r["steps"] for r in rows] == [3, 6, 9]
     assert [r["joint_epochs"] for r in rows] == [4 * 3 * 5 * k / 60 for k in (1, 2, 3)]
@@ -244,21 +249,21 @@ def test_records_say_what_they_should():
 
 def test_training_learns_on_every_path():
     for path in PATHS:
-        _, rows = run_plan(image_task("mlp"), simple_plan(4, num_rounds=15, lr=0.1), path=path)
+        _, rows = run_plan(image_problem("mlp"), simple_plan(4, num_rounds=15, lr=0.1), path=path)
         assert rows[-1]["train_loss"] < 0.2 * rows[0]["train_loss"]
         assert rows[-1]["test_accuracy"] > 0.9
 
 
 def test_choose_measures_both_paths_and_respects_what_is_given():
-    task, plan = image_task(), simple_plan(4)
-    begin = beginning(task, plan)
-    job = round_job(task, plan, begin)
-    auto = choose(task, plan.method, begin.state, job, path="auto", chunk_size=0)
+    problem, plan = image_problem(), simple_plan(4)
+    begin = beginning(problem, plan)
+    job = round_job(problem, plan, begin)
+    auto = choose(problem, plan.method, begin.state, job, path="auto", chunk_size=0)
     assert {"stack", "loop"} <= {name.split()[0] for name in auto.measured} <= {"factors", "vmap", "stack", "loop"}
     assert auto.measured[f"{auto.path} × {auto.chunk_size}"] == max(auto.measured.values())
     for path in ("factors", "stack", "vmap"):
-        assert choose(task, plan.method, begin.state, job, path=path, chunk_size=2) == Choice(path, 2, {})
-    assert choose(task, plan.method, begin.state, job, path="loop", chunk_size=0) == Choice("loop", 1, {})
+        assert choose(problem, plan.method, begin.state, job, path=path, chunk_size=2) == Choice(path, 2, {})
+    assert choose(problem, plan.method, begin.state, job, path="loop", chunk_size=0) == Choice("loop", 1, {})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none here")
@@ -266,7 +271,7 @@ def test_choose_measures_both_paths_and_respects_what_is_given():
 @pytest.mark.parametrize("model", MODELS)
 def test_cuda_equals_cpu(model, path):
     plan = simple_plan(3, num_rounds=2)
-    there, _ = run_plan(small_task(model, device="cuda"), plan, path=path)
-    here, _ = run_plan(small_task(model), plan, path="loop")
+    there, _ = run_plan(small_problem(model, device="cuda"), plan, path=path)
+    here, _ = run_plan(small_problem(model), plan, path="loop")
     moved = there._replace(state=type(there.state)(*({n: v.cpu() for n, v in t.items()} for t in there.state)))
     assert_same(moved, here, 1e-9)

@@ -18,7 +18,7 @@ from fedmom.rounds.loop import beginning, round_job
 from fedmom.tasks.dropout import AddressedDropout, address_dropout, kept
 from laws import table
 from pretend_cuda import pretend
-from runs import F64, image_task, simple_plan, tiny_images
+from runs import F64, image_problem, simple_plan, tiny_images
 from zoo import PATHS, ZOO, build
 
 F32 = torch.float32
@@ -465,11 +465,14 @@ def on_a_card(name, side, on):
     """State after a round of two clients, and the card."""
     fused.enabled = on
     with pretend() as card:
-        task, plan = image_task(name, 2, data=tiny_images(side=side), device="cuda"), simple_plan(2, num_local_steps=2)
-        begin = beginning(task, plan)
-        stack = Stack(task, plan.method, convolution="grouped")
+        problem, plan = (
+            image_problem(name, 2, data=tiny_images(side=side), device="cuda"),
+            simple_plan(2, num_local_steps=2),
+        )
+        begin = beginning(problem, plan)
+        stack = Stack(problem, plan.method, convolution="grouped")
         before = card.launches.copy()
-        job = round_job(task, plan, begin)
+        job = round_job(problem, plan, begin)
         ends = [stack.run(begin.state, job) for _ in range(1)]
         tensors = {n: v.to("cpu") for tree in ends[-1][:3] for n, v in tree.items()}
     return tensors, SimpleNamespace(launches=card.launches - before, troubles=card.troubles())

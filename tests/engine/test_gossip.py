@@ -17,33 +17,34 @@ from fedmom.method.state import ClientState
 from fedmom.method.topology import Mixing, Topology, make_topology
 from fedmom.records.files import read_tensors
 from fedmom.records.history import read_rounds
-from fedmom.rounds.loop import Plan, beginning, chosen_clients, evaluate_rows, round_job, run_rounds
+from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
+from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.tasks.quadratic import Quadratic, X
 from laws import Trajectory, close, sample_problem, table
-from runs import engine_runner, image_task
+from runs import engine_runner, image_problem
 
 OPTIONS = pytest.mark.parametrize("nesterov", [False, True], ids=["option I", "option II"])
 PATHS = pytest.mark.parametrize("path", ["vmap", "loop"])
 
 
 def gossip(
-    task, topology, *, beta=0.9, lr=0.05, rounds=10, interval=1, path="vmap", chunk_size=64, start=None, **method
+    problem, topology, *, beta=0.9, lr=0.05, rounds=10, interval=1, path="vmap", chunk_size=64, start=None, **method
 ):
     """[rounds + 1] rows of every client, from x⁰ or from `start` rows, after every exchange."""
     plan = Plan(
         Method(beta, **method),
         LearningRate(lr),
         rounds,
-        cohort_size=len(task.sizes),
+        cohort_size=len(problem.sizes),
         batch_size=1,
         num_local_steps=interval,
         topology=topology,
     )
-    rounds_ = GossipRounds(Engine(task, plan.method, path=path, chunk_size=chunk_size), topology, "cpu")
-    done = beginning(task, plan)
+    rounds_ = GossipRounds(Engine(problem, plan.method, path=path, chunk_size=chunk_size), topology, "cpu")
+    done = beginning(problem, plan)
     done = done if start is None else done._replace(rows=start)
     states = [done.rows]
-    for new, _ in run_rounds(task, plan, rounds_, done):
+    for new, _ in run_rounds(problem, plan, rounds_, done):
         states.append(new.rows)
     return states
 
@@ -79,9 +80,9 @@ def test_a_policy_is_one_row_of_one_table(monkeypatch):
     for name in [name for name, policy in MOMENTUM_POLICIES.items() if not policy.gossip_only]:
         rows = gossip(quadratic(p), make_topology("complete", 3), lr=0.1, rounds=5, momentum_policy=name)
         plan = Plan(Method(0.9, momentum_policy=name), LearningRate(0.1), 5, 3, 1, num_local_steps=1)
-        task = quadratic(p)
-        engine = Engine(task, plan.method, path="vmap", chunk_size=64)
-        *_, (done, _) = run_rounds(task, plan, engine, beginning(task, plan))
+        problem = quadratic(p)
+        engine = Engine(problem, plan.method, path="vmap", chunk_size=64)
+        *_, (done, _) = run_rounds(problem, plan, engine, beginning(problem, plan))
         torch.testing.assert_close(rows[-1].params[X].mean(0), done.state.params[X], rtol=1e-12, atol=1e-12, msg=name)
 
 
@@ -127,9 +128,9 @@ def test_the_engine_is_algorithm_2_step_by_step(num_clients, period, chunk_size,
 
 def test_a_directed_ring_tells_w_from_its_transpose_and_the_order():
     """One step of g = e_0, γ = 1, from 0: adapt, then combine, with W_ji."""
-    task = Quadratic([[1.0], [1.0], [1.0], [1.0]], [[-1.0], [0.0], [0.0], [0.0]], [0.0])
+    problem = Quadratic([[1.0], [1.0], [1.0], [1.0]], [[-1.0], [0.0], [0.0], [0.0]], [0.0])
     matrix = make_topology("directed-ring", 4).matrices[0].dense()
-    right, turned = (trajectory(gossip(task, dense(w), lr=1.0, rounds=1)).x[1, :, 0] for w in (matrix, matrix.T))
+    right, turned = (trajectory(gossip(problem, dense(w), lr=1.0, rounds=1)).x[1, :, 0] for w in (matrix, matrix.T))
     assert right.tolist() == [-0.5, -0.5, 0, 0]  # combine-then-adapt would give −1, 0, 0, 0
     assert turned.tolist() == [-0.5, 0, 0, -0.5]
 
@@ -159,8 +160,8 @@ def test_means_obey_the_mean_recursion(policy, nesterov):
 
 def test_consensus_is_kept():
     """Clients with one objective stay equal: columns of W sum to 1."""
-    task = Quadratic([[1.0, 2.0]] * 5, [[3.0, -1.0]] * 5, [0.0, 1.0])
-    got = trajectory(gossip(task, dense(*doubly_stochastic(5, 2)), rounds=10))
+    problem = Quadratic([[1.0, 2.0]] * 5, [[3.0, -1.0]] * 5, [0.0, 1.0])
+    got = trajectory(gossip(problem, dense(*doubly_stochastic(5, 2)), rounds=10))
     close(got.x, got.x[:, :1])
     close(got.u, got.u[:, :1])
 
@@ -181,11 +182,11 @@ def test_without_gradients_x_contracts_like_lambda_and_u_like_beta_lambda(name):
     """From random rows, the rate over late rounds is |λ₂| for x and β|λ₂| for u."""
     topology = make_topology(name, 16)
     value, rng = topology.second_eigenvalue, np.random.default_rng(0)
-    task = Quadratic([[FLAT]] * 16, [[0.0]] * 16, [0.0])
+    problem = Quadratic([[FLAT]] * 16, [[0.0]] * 16, [0.0])
     for part, start, rate in (("x", rng.normal(size=(16, 1)), value), ("u", np.zeros((16, 1)), 0.9 * value)):
         u = rng.normal(size=(16, 1)) if part == "u" else np.zeros((16, 1))
         rows = ClientState({X: torch.from_numpy(start)}, {X: torch.from_numpy(u)}, {})
-        got = getattr(trajectory(gossip(task, topology, rounds=60, start=rows)), part)[:, :, 0]
+        got = getattr(trajectory(gossip(problem, topology, rounds=60, start=rows)), part)[:, :, 0]
         away = np.linalg.norm(got - got.mean(1, keepdims=True), axis=1)
         # Eigenvalues may be complex pairs, so that single rounds swing about the rate.
         assert (away[60] / away[40]) ** (1 / 20) == pytest.approx(rate, rel=0.02)
@@ -206,8 +207,8 @@ def test_stationary_disagreement_is_the_closed_form(name, policy):
     """One curvature, different centers; per mode γλb/((1−λ)(1−λβ)+λγh), or with 1−β where u is not mixed."""
     topology = make_topology(name, 16)
     c = np.random.default_rng(1).normal(size=16)
-    task = Quadratic([[1.0]] * 16, [[v] for v in c], [0.0])
-    x = trajectory(gossip(task, topology, beta=0.5, lr=0.2, rounds=150, momentum_policy=policy)).x[-1, :, 0]
+    problem = Quadratic([[1.0]] * 16, [[v] for v in c], [0.0])
+    x = trajectory(gossip(problem, topology, beta=0.5, lr=0.2, rounds=150, momentum_policy=policy)).x[-1, :, 0]
     want = stationary(topology, c, 0.2, 0.5, 1.0, policy == "average")
     assert np.sqrt(((x - x.mean()) ** 2).mean()) == pytest.approx(want, rel=1e-8)
 
@@ -228,8 +229,8 @@ def test_disagreement_from_noise_is_the_closed_form():
         left = np.eye(4) - value**2 * np.kron(A, A)
         want += np.linalg.solve(left, value**2 * np.outer(b, b).ravel())[3] / 8
     assert want == pytest.approx(0.00548, abs=5e-6)
-    task = Quadratic([[1.0] * 400] * 8, [[0.0] * 400] * 8, [0.0] * 400, noise_sigma=1.0)
-    x = trajectory(gossip(task, topology, rounds=300)).x[100::10]
+    problem = Quadratic([[1.0] * 400] * 8, [[0.0] * 400] * 8, [0.0] * 400, noise_sigma=1.0)
+    x = trajectory(gossip(problem, topology, rounds=300)).x[100::10]
     assert ((x - x.mean(1, keepdims=True)) ** 2).mean() == pytest.approx(want, rel=0.03)
 
 
@@ -293,10 +294,10 @@ def test_disagreement_is_the_mean_squared_distance_from_the_mean():
 
 def test_a_thousand_clients_are_no_problem():
     """With sparse products: by the mean, which is the same on every topology of one curvature."""
-    task = Quadratic([[1.0] * 3] * 1024, np.random.default_rng(0).normal(size=(1024, 3)).tolist(), [0.0] * 3)
-    got = trajectory(gossip(task, make_topology("exponential", 1024), rounds=3))
+    problem = Quadratic([[1.0] * 3] * 1024, np.random.default_rng(0).normal(size=(1024, 3)).tolist(), [0.0] * 3)
+    got = trajectory(gossip(problem, make_topology("exponential", 1024), rounds=3))
     assert got.x.shape == (4, 1024, 3)
-    close(got.x[-1].mean(0), trajectory(gossip(task, make_topology("torus", 1024), rounds=3)).x[-1].mean(0))
+    close(got.x[-1].mean(0), trajectory(gossip(problem, make_topology("torus", 1024), rounds=3)).x[-1].mean(0))
 
 
 def test_buffers_are_mixed_with_their_variance_pooled():
@@ -323,8 +324,8 @@ def test_buffers_are_mixed_with_their_variance_pooled():
 @PATHS
 def test_a_network_with_batch_norm_mixes_all_it_has(path):
     """With everybody x, u and the statistics of all clients become one; on a ring they stay apart."""
-    task = image_task("resnet20", 4, norm="batch", dtype=torch.float64)
-    one, apart = (gossip(task, make_topology(name, 4), rounds=1, path=path)[-1] for name in ("complete", "ring"))
+    problem = image_problem("resnet20", 4, norm="batch", dtype=torch.float64)
+    one, apart = (gossip(problem, make_topology(name, 4), rounds=1, path=path)[-1] for name in ("complete", "ring"))
     assert any(name.endswith("running_var") for name in one.buffers)
     for tree in one:
         for name, rows in tree.items():
@@ -335,12 +336,12 @@ def test_a_network_with_batch_norm_mixes_all_it_has(path):
 
 
 def test_clients_own_models_are_measured():
-    task = image_task(num_clients=4, dtype=torch.float64)
-    rows = gossip(task, make_topology("path", 4), rounds=3)[-1]
+    problem = image_problem(num_clients=4, dtype=torch.float64)
+    rows = gossip(problem, make_topology("path", 4), rounds=3)[-1]
     assert chosen_clients(4, 0) == chosen_clients(4, 9) == [0, 1, 2, 3]
     assert chosen_clients(10, 4) == [0, 2, 5, 7]  # evenly spread
-    measured = evaluate_rows(task, rows, [0, 1, 2, 3])
-    each = [task.evaluate(ClientState(*({n: v[i] for n, v in tree.items()} for tree in rows))) for i in range(4)]
+    measured = evaluate_rows(problem, rows, [0, 1, 2, 3])
+    each = [problem.evaluate(ClientState(*({n: v[i] for n, v in tree.items()} for tree in rows))) for i in range(4)]
     assert measured["worst_client_loss"] == max(m["test_loss"] for m in each)
     assert measured["worst_client_accuracy"] == min(m["test_accuracy"] for m in each)
     assert measured["mean_client_accuracy"] == pytest.approx(np.mean([m["test_accuracy"] for m in each]))
@@ -456,7 +457,7 @@ def test_bytes_are_those_of_the_rounds_own_links():
 
 
 def test_round_job_carries_the_rows():
-    task = image_task(num_clients=3)
+    problem = image_problem(num_clients=3)
     plan = Plan(Method(0.9), LearningRate(0.1), 2, 3, 5, topology=make_topology("ring", 3))
-    job = round_job(task, plan, beginning(task, plan))
+    job = round_job(problem, plan, beginning(problem, plan))
     assert all(len(v) == 3 for v in job.rows.params.values())

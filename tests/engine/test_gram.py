@@ -5,7 +5,7 @@ from math import prod
 import pytest
 import torch
 from test_fused import DEVICE, drawn, same
-from test_stacked import TASKS, assert_close, run
+from test_stacked import DATA_KINDS, assert_close, run
 
 from fedmom.engine.stacked import factors
 from fedmom.engine.stacked.kernels import weights
@@ -80,6 +80,6 @@ def test_a_round_by_the_kernel_is_the_loops(monkeypatch):
     calls = []
     monkeypatch.setattr(factors, "gram", lambda *given: calls.append(weights.gram(*given)))
     plan = simple_plan(3, num_rounds=1, num_local_steps=3, weight_decay=1e-2)
-    found = run(TASKS["mlp"](), plan, None)
+    found = run(DATA_KINDS["mlp"](), plan, None)
     assert len(calls) == 2 * 3 * 3  # of both, in three layers and three steps
-    assert_close(found, run_plan(TASKS["mlp"](), plan, path="loop"), 1e-11)
+    assert_close(found, run_plan(DATA_KINDS["mlp"](), plan, path="loop"), 1e-11)

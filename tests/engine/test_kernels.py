@@ -20,7 +20,7 @@ from fedmom.engine.stacked.kernels.tiles import MULTIPROCESSORS, activation_laun
 from fedmom.rounds.loop import beginning, run_rounds
 from laws import table
 from pretend_cuda import pretend
-from runs import image_task, simple_plan
+from runs import image_problem, simple_plan
 from test_cuda_graphs import assert_same, on_cpu
 
 F64 = torch.float64
@@ -164,9 +164,9 @@ def rounds(model: str, convolution: str):
     """Two rounds of two clients on a pretended card -> (the last state on the CPU, the records), the card."""
     plan = simple_plan(2, num_rounds=2, num_local_steps=2)
     with pretend() as card:
-        task = image_task(model, 2, device="cuda", batch_size=2)
-        engine = Engine(task, plan.method, path="stack", chunk_size=2, convolution=convolution)
-        steps = list(run_rounds(task, plan, engine, beginning(task, plan)))
+        problem = image_problem(model, 2, device="cuda", batch_size=2)
+        engine = Engine(problem, plan.method, path="stack", chunk_size=2, convolution=convolution)
+        steps = list(run_rounds(problem, plan, engine, beginning(problem, plan)))
         done = on_cpu(steps[-1][0])
     assert card.troubles() == {}
     assert card.replays  # the operators are recorded, and replayed

@@ -264,19 +264,19 @@ def looked(build):
     look_at(made(build)(2))
 
 
-def look_at(task):
+def look_at(problem):
     plan = simple_plan(2)
-    begin = beginning(task, plan)
-    look(task, begin.state, round_job(task, plan, begin), None)
+    begin = beginning(problem, plan)
+    look(problem, begin.state, round_job(problem, plan, begin), None)
 
 
 @table("name", REFUSED)
 def test_what_no_client_has_of_its_own_is_refused(name):
     build, why = REFUSED[name]
-    task = made(build)(2)
+    problem = made(build)(2)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     with pytest.raises(InputError, match=rf"^model\.name = 'Own': .*{why}") as error:
-        look_at(task)
+        look_at(problem)
     assert "\n" not in str(error.value)
     assert torch.equal(states[0], torch.get_rng_state())
     assert (states[1] == np.random.get_state()[1]).all()  # noqa: NPY002

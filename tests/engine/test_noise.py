@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from fedmom.engine.stacked import cuda_graphs, steps
 from fedmom.engine.stacked.steps import Stack
 from pretend_cuda import pretend
-from runs import image_task, simple_plan, tiny_images
+from runs import image_problem, simple_plan, tiny_images
 from test_cuda_graphs import again, replayed, varied
 
 NOISE = {  # of the steps' own: parts of how far x and u go, by γ [I]
@@ -46,7 +46,7 @@ def test_steps_that_differ_from_themselves_are_replayed(monkeypatch, noise):
     make_noisy(monkeypatch, noise)
     plan = varied(simple_plan(4))
     with pretend() as card:
-        *_, replays = replayed(image_task("mlp", 4, device="cuda"), plan, path="stack", chunk_size=2)
+        *_, replays = replayed(image_problem("mlp", 4, device="cuda"), plan, path="stack", chunk_size=2)
     assert (replays.trouble, replays.num_replayed, card.troubles()) == ("", 3, {})
 
 
@@ -77,7 +77,7 @@ def test_a_recording_that_reads_other_memory_is_refused(monkeypatch, part, noise
     make_noisy(monkeypatch, noise)
     plan = varied(simple_plan(4))
     with pytest.warns(UserWarning, match="another result"):
-        *_, replays = replayed(image_task("mlp", 4), plan, path="stack", chunk_size=2, record=misreading(part))
+        *_, replays = replayed(image_problem("mlp", 4), plan, path="stack", chunk_size=2, record=misreading(part))
     assert replays.num_replayed == 0
 
 
@@ -85,7 +85,7 @@ def test_of_steps_that_are_noise_alone_nothing_is_replayed(monkeypatch):
     """A replay that is as far from them as they are from themselves may read anything."""
     make_noisy(monkeypatch, "all")
     with pytest.warns(UserWarning, match=r"the steps differ from themselves by \d+ %"):
-        *_, replays = replayed(image_task("mlp", 4), simple_plan(4), path="stack", chunk_size=2, record=again)
+        *_, replays = replayed(image_problem("mlp", 4), simple_plan(4), path="stack", chunk_size=2, record=again)
     assert replays.num_replayed == 0
 
 
@@ -105,10 +105,10 @@ def test_chaos_itself_is_told_from_other_memory(monkeypatch):
     plan = varied(simple_plan(4, num_rounds=3, num_local_steps=6, lr=0.1, batch_size=8))
     data = tiny_images(256, channels=3, side=32, num_classes=10)
     for record, trouble in ((again, ""), (misreading("draws"), "a replay gave another result")):
-        task = image_task("resnet20", 4, data=data, dtype=torch.float32, batch_size=8)
+        problem = image_problem("resnet20", 4, data=data, dtype=torch.float32, batch_size=8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            *_, replays = replayed(task, plan, path="stack", chunk_size=2, record=record)
+            *_, replays = replayed(problem, plan, path="stack", chunk_size=2, record=record)
         assert (replays.trouble, replays.num_replayed, len(compared) > 0) == (trouble, 0 if trouble else 3, True)
         compared.clear()
 
@@ -135,5 +135,5 @@ def test_steps_that_are_compared_once_more_need_not_have_the_memory(monkeypatch)
 
     monkeypatch.setattr(Stack, "run_straight", straight)
     with pytest.warns(UserWarning, match="memory"):
-        done, *_ = replayed(image_task("mlp", 4), simple_plan(4), path="stack", chunk_size=2, record=record)
+        done, *_ = replayed(image_problem("mlp", 4), simple_plan(4), path="stack", chunk_size=2, record=record)
     assert done.round == 3

@@ -14,7 +14,7 @@ import fedmom
 from fedmom.backends.local import make_local
 from fedmom.backends.peer import Peer
 from fedmom.backends.trainer import Node
-from fedmom.config.build import make_plan, make_task
+from fedmom.config.build import make_plan, make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine import auto
@@ -29,7 +29,7 @@ from fedmom.records.identity import identity_of
 from fedmom.rounds.loop import beginning, round_job
 from fedmom.tasks.quadratic import Quadratic
 from pretend_cuda import pretend
-from runs import image_task, simple_plan, tiny_images
+from runs import image_problem, simple_plan, tiny_images
 
 QUICK = {"loop": 10.0, "stack": 20.0, "factors": 15.0, "vmap": 5.0}
 
@@ -46,7 +46,7 @@ def timed(monkeypatch):
     """[(way, chunk size)] of all that is timed from now on, and how fast each way is found to be."""
     seen, speeds = [], dict(QUICK)
 
-    def rate(task, method, start, job, path, num_rows, *, most=4, replays=True):
+    def rate(problem, method, start, job, path, num_rows, *, most=4, replays=True):
         seen.append((path, num_rows))
         return speeds[path] * num_rows
 
@@ -54,22 +54,24 @@ def timed(monkeypatch):
     return seen, speeds
 
 
-def chosen(task=None, plan=None, *, path="auto", chunk_size=0, remember=True, **options):
-    task, plan = task or image_task("mlp"), plan or simple_plan(4)
-    begin = beginning(task, plan)
-    job = round_job(task, plan, begin)
-    return choose(task, plan.method, begin.state, job, path=path, chunk_size=chunk_size, remember=remember, **options)
+def chosen(problem=None, plan=None, *, path="auto", chunk_size=0, remember=True, **options):
+    problem, plan = problem or image_problem("mlp"), plan or simple_plan(4)
+    begin = beginning(problem, plan)
+    job = round_job(problem, plan, begin)
+    return choose(
+        problem, plan.method, begin.state, job, path=path, chunk_size=chunk_size, remember=remember, **options
+    )
 
 
 @pytest.mark.parametrize("best", ["loop", "factors"])
 def test_a_remembered_choice_is_the_measured_one(best, ways, timed):
     seen, speeds = timed
     speeds[best] = 1000.0
-    task = image_task("mlp", hidden=64, batch_size=1)
-    first, tried = chosen(task), len(seen)
+    problem = image_problem("mlp", hidden=64, batch_size=1)
+    first, tried = chosen(problem), len(seen)
     assert (first.path, first.kept, tried > 0) == (best, "now", True)
     speeds.update(dict.fromkeys(PATHS, 1.0))  # what is measured now would be something else
-    second = chosen(task)
+    second = chosen(problem)
     assert len(seen) == tried
     assert second[:5] == first[:5]
     assert second.seconds == 0
@@ -111,10 +113,10 @@ def test_what_is_asked_for_alone_measures_again(ways, timed):
 # --- the situation ---------------------------------------------------------------------------------------------
 
 
-def name_of(task=None, plan=None, asked=("auto", 0)):
-    task, plan = task or image_task("mlp"), plan or simple_plan(4)
-    begin = beginning(task, plan)
-    return KnownWays(task, plan.method, begin.state, round_job(task, plan, begin), asked, on=True).name
+def name_of(problem=None, plan=None, asked=("auto", 0)):
+    problem, plan = problem or image_problem("mlp"), plan or simple_plan(4)
+    begin = beginning(problem, plan)
+    return KnownWays(problem, plan.method, begin.state, round_job(problem, plan, begin), asked, on=True).name
 
 
 class Twice(nn.Module):
@@ -155,19 +157,19 @@ MODELS = {
 
 def test_each_part_of_the_situation_alone_makes_another(ways, monkeypatch):
     allow_tf32(False)
-    mlp, plan = image_task("mlp"), simple_plan(4)
+    mlp, plan = image_problem("mlp"), simple_plan(4)
     names = {
         "": name_of(),
-        "clients": name_of(image_task("mlp", 5)),
+        "clients": name_of(image_problem("mlp", 5)),
         "cohort": name_of(plan=simple_plan(4, cohort_size=3)),
         "I": name_of(plan=simple_plan(4, num_local_steps=2)),
         "unequal steps": name_of(plan=simple_plan(4, local_epochs=1, batch_size=4)),
-        "B": name_of(image_task("mlp", batch_size=4), simple_plan(4, batch_size=4)),
-        "dtype": name_of(image_task("mlp", dtype=torch.float32)),
-        "sampling": name_of(image_task("mlp", sampling="replacement")),
-        "augment": name_of(image_task("mlp", augment="crop-flip")),
-        "examples": name_of(image_task("mlp", data=tiny_images(63))),
-        "images": name_of(image_task("mlp", data=tiny_images(side=6))),
+        "B": name_of(image_problem("mlp", batch_size=4), simple_plan(4, batch_size=4)),
+        "dtype": name_of(image_problem("mlp", dtype=torch.float32)),
+        "sampling": name_of(image_problem("mlp", sampling="replacement")),
+        "augment": name_of(image_problem("mlp", augment="crop-flip")),
+        "examples": name_of(image_problem("mlp", data=tiny_images(63))),
+        "images": name_of(image_problem("mlp", data=tiny_images(side=6))),
         "nesterov": name_of(plan=simple_plan(4, nesterov=True)),
         "no momentum": name_of(plan=simple_plan(4, beta=0.0)),
         "decay": name_of(plan=simple_plan(4, weight_decay=0.1)),
@@ -201,7 +203,7 @@ def test_each_part_of_the_situation_alone_makes_another(ways, monkeypatch):
     allow_tf32(False)
     for what, free in (("card", 8 << 30), ("larger card", 80 << 30)):
         with pretend(free):
-            names[what] = name_of(image_task("mlp", device="cuda"))
+            names[what] = name_of(image_problem("mlp", device="cuda"))
     assert all(names.values())
     same = {name: [what for what in names if names[what] == name] for name in names.values()}
     assert [whats for whats in same.values() if len(whats) > 1] == []
@@ -210,7 +212,7 @@ def test_each_part_of_the_situation_alone_makes_another(ways, monkeypatch):
 
 def test_what_does_not_decide_is_left_out(ways):
     assert name_of(plan=simple_plan(4, lr=0.1, num_rounds=9, seed=4)) == name_of()
-    assert name_of(image_task("mlp", seed=4)) == name_of()
+    assert name_of(image_problem("mlp", seed=4)) == name_of()
 
 
 class Branches(nn.Module):
@@ -268,15 +270,15 @@ def test_what_has_no_text_is_measured_every_time(ways, timed):
 def test_a_remembered_way_that_is_not_right_is_not_taken(ways, timed, monkeypatch):
     seen, speeds = timed
     speeds["factors"] = 1000.0
-    task = image_task("mlp", hidden=64, batch_size=1)
-    assert chosen(task).path == "factors"
+    problem = image_problem("mlp", hidden=64, batch_size=1)
+    assert chosen(problem).path == "factors"
     really = Yardstick.differs
     for wrong, instead in (("factors", "stack"), ("stack", "vmap")):
         monkeypatch.setattr(
             Yardstick, "differs", lambda self, path, wrong=wrong: "it is wrong" if path == wrong else really(self, path)
         )
         before = len(seen)
-        assert chosen(task).path == instead
+        assert chosen(problem).path == instead
         assert len(seen) > before
         assert (wrong, 4) not in seen[before:]
 
@@ -343,7 +345,7 @@ def test_a_way_that_was_not_asked_for_is_not_taken(ways, timed):
 
 
 def test_what_failed_is_tried_again(ways, timed, monkeypatch):
-    def rate(task, method, start, job, path, num_rows, **_):
+    def rate(problem, method, start, job, path, num_rows, **_):
         if path == "stack":
             raise RuntimeError("not today")
         return 1.0
@@ -412,7 +414,7 @@ def test_what_is_remembered_is_no_part_of_a_runs_identity(in_tmp):
 
 QUADRATIC = {"data.dataset": "quadratic", "algorithm.num-local-steps": 2, "engine.device": "cpu", "engine.threads": 1}
 CALLERS = {
-    "fedmom.backends.local": lambda config: make_local(config, make_task(config, "cpu"), make_plan(config)),
+    "fedmom.backends.local": lambda config: make_local(config, make_problem(config, "cpu"), make_plan(config)),
     "fedmom.backends.trainer": lambda config: Node(config).choose(np.arange(2)),
     "fedmom.backends.peer": lambda config: begun(Peer(config, 0, [np.arange(2)])).choose(),
 }
@@ -442,7 +444,7 @@ def test_a_card_remembers_too(ways, timed):
     seen, _ = timed
     for kept in (True, False):
         with pretend() as card:
-            choice = chosen(image_task("mlp", device="cuda"))
+            choice = chosen(image_problem("mlp", device="cuda"))
         assert (choice[:2], choice.kept == "now", bool(seen)) == (("stack", 4), kept, kept)
         assert card.troubles() == {}
         seen.clear()

@@ -16,11 +16,11 @@ from fedmom.engine.stacked.factors import numbers, pays
 from fedmom.engine.stacked.layers import FoldError, fold
 from fedmom.engine.stacked.steps import Stack
 from fedmom.rounds.loop import beginning, round_job, run_rounds
-from fedmom.tasks.classification import Classification
 from fedmom.tasks.dropout import address_dropout
 from fedmom.tasks.models import build_model
 from fedmom.tasks.places import BoundedGathers
-from runs import F64, image_task, run_plan, simple_plan, tiny_images
+from fedmom.tasks.supervised import Supervised
+from runs import F64, image_problem, run_plan, simple_plan, tiny_images
 
 FACTORS = {"rows": False, "factors": None}  # None: every dense layer that can be
 forms = pytest.mark.parametrize("form", FACTORS)
@@ -73,20 +73,20 @@ class Tied(nn.Module):
 def made(build):
     """image_task with a model of our own."""
 
-    def task(num_clients=3, **options):
+    def problem(num_clients=3, **options):
         data = options.pop("data", tiny_images())
         torch.manual_seed(0)
         net = address_dropout(build())
         partition = make_partition("dirichlet-client", data.y_train.numpy(), num_clients, alpha=0.5, seed=1)
         options.setdefault("batch_size", 5)
-        return Classification(data, net, partition, dtype=options.pop("dtype", F64), **options)
+        return Supervised(data, net, partition, dtype=options.pop("dtype", F64), **options)
 
-    return task
+    return problem
 
 
 def named(name, **fixed):
     side = 4 if name == "resnet20" else 8
-    return lambda num_clients=3, **options: image_task(
+    return lambda num_clients=3, **options: image_problem(
         name, num_clients, data=tiny_images(side=side), **fixed, **options
     )
 
@@ -98,7 +98,7 @@ def tokens(num_clients=3, **options):
     return made(lambda: Attention(3))(num_clients, data=data, **options)
 
 
-TASKS = {
+DATA_KINDS = {
     "logistic": named("logistic"),
     "mlp": named("mlp"),
     "cnn": named("cnn"),
@@ -123,14 +123,14 @@ TASKS = {
 class StackEngine(Engine):
     """The engine with a stack made by hand."""
 
-    def __init__(self, task, method, *, chunk_size, factors, convolution="") -> None:
-        super().__init__(task, method, path="stack", chunk_size=chunk_size)
-        self.stack = Stack(task, method, factors=factors, convolution=convolution)
+    def __init__(self, problem, method, *, chunk_size, factors, convolution="") -> None:
+        super().__init__(problem, method, path="stack", chunk_size=chunk_size)
+        self.stack = Stack(problem, method, factors=factors, convolution=convolution)
 
 
-def run(task, plan, factors, *, chunk_size=64, convolution=""):
-    engine = StackEngine(task, plan.method, chunk_size=chunk_size, factors=factors, convolution=convolution)
-    steps = list(run_rounds(task, plan, engine, beginning(task, plan)))
+def run(problem, plan, factors, *, chunk_size=64, convolution=""):
+    engine = StackEngine(problem, plan.method, chunk_size=chunk_size, factors=factors, convolution=convolution)
+    steps = list(run_rounds(problem, plan, engine, beginning(problem, plan)))
     return steps[-1][0], [record for _, record in steps]
 
 
@@ -160,14 +160,14 @@ IN_FACTORS = ("logistic", "mlp", "small-cnn", "batch", "attention", "tied", "con
 
 @pytest.mark.parametrize(
     ("name", "form", "nesterov"),
-    [(name, "rows", i % 2 == 1) for i, name in enumerate(TASKS)]
+    [(name, "rows", i % 2 == 1) for i, name in enumerate(DATA_KINDS)]
     + [(name, "factors", i % 2 == 0) for i, name in enumerate(IN_FACTORS)],
 )
 def test_every_model_is_the_loops(name, form, nesterov):
     """Two rounds of three steps, weight decay included."""
     plan = simple_plan(3, num_rounds=2, nesterov=nesterov, weight_decay=1e-2)
-    want = run_plan(TASKS[name](), plan, path="loop")
-    assert_close(run(TASKS[name](), plan, FACTORS[form]), want, tolerance_of(name))
+    want = run_plan(DATA_KINDS[name](), plan, path="loop")
+    assert_close(run(DATA_KINDS[name](), plan, FACTORS[form]), want, tolerance_of(name))
 
 
 @pytest.mark.parametrize(  # pairwise
@@ -184,8 +184,8 @@ def test_every_model_is_the_loops(name, form, nesterov):
 )
 def test_every_policy_and_chunk(name, chunk_size, policy, form):
     plan = simple_plan(5, num_rounds=3, momentum_policy=policy, cohort_size=4)
-    want = run_plan(TASKS[name](5), plan, path="loop")
-    assert_close(run(TASKS[name](5), plan, FACTORS[form], chunk_size=chunk_size), want, 1e-11)
+    want = run_plan(DATA_KINDS[name](5), plan, path="loop")
+    assert_close(run(DATA_KINDS[name](5), plan, FACTORS[form], chunk_size=chunk_size), want, 1e-11)
 
 
 @pytest.mark.parametrize(  # each tensor alone, some together, all clients in a chunk
@@ -205,8 +205,8 @@ def test_large_activations_and_large_tensors(name, chunk_size, small, monkeypatc
     monkeypatch.setattr(means, "_SMALL", small)
     monkeypatch.setattr(means, "_HELD", 3)
     plan = simple_plan(3, num_rounds=2, client_weights="samples", weight_decay=1e-2)
-    want = run_plan(TASKS[name](3), plan, path="loop")
-    assert_close(run(TASKS[name](3), plan, False, chunk_size=chunk_size), want, tolerance_of(name))
+    want = run_plan(DATA_KINDS[name](3), plan, path="loop")
+    assert_close(run(DATA_KINDS[name](3), plan, False, chunk_size=chunk_size), want, tolerance_of(name))
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_large_activations_and_large_tensors(name, chunk_size, small, monkeypatc
 )
 def test_any_number_of_steps_and_clients(num_clients, num_steps, beta, form):
     plan = simple_plan(num_clients, num_rounds=2, beta=beta, num_local_steps=num_steps, nesterov=True)
-    want = run_plan(image_task(num_clients=num_clients), plan, path="loop")
-    assert_close(run(image_task(num_clients=num_clients), plan, FACTORS[form]), want, 1e-12)
+    want = run_plan(image_problem(num_clients=num_clients), plan, path="loop")
+    assert_close(run(image_problem(num_clients=num_clients), plan, FACTORS[form]), want, 1e-12)
 
 
 @forms
@@ -230,7 +230,7 @@ def test_unequal_numbers_of_steps(chunk_size, form):
     partition = make_partition("quantity", data.y_train.numpy(), 5, sigma=1.0, seed=2)
     assert list(partition.sizes) != sorted(partition.sizes, reverse=True)  # whoever goes on longest is not the first
     nets = [build_model("mlp", (1, 8, 8), 3, seed=3, hidden=8) for _ in range(2)]
-    tasks = [Classification(data, net, partition, batch_size=3, dtype=F64) for net in nets]
+    tasks = [Supervised(data, net, partition, batch_size=3, dtype=F64) for net in nets]
     want = run_plan(tasks[0], plan, path="loop")
     assert_close(run(tasks[1], plan, FACTORS[form], chunk_size=chunk_size), want, 1e-11)
 
@@ -239,8 +239,8 @@ def test_unequal_numbers_of_steps(chunk_size, form):
 def test_a_changing_lr_enters_the_numbers(form):
     plan = simple_plan(3, num_rounds=2, num_local_steps=4, weight_decay=0.1)
     plan = plan._replace(rate=plan.rate._replace(schedule="cosine"))
-    want = run_plan(image_task(num_clients=3), plan, path="loop")
-    assert_close(run(image_task(num_clients=3), plan, FACTORS[form]), want, 1e-12)
+    want = run_plan(image_problem(num_clients=3), plan, path="loop")
+    assert_close(run(image_problem(num_clients=3), plan, FACTORS[form]), want, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -253,22 +253,22 @@ def test_a_changing_lr_enters_the_numbers(form):
 )
 def test_every_way_to_convolve(name, convolution):
     plan = simple_plan(3, num_rounds=2)
-    want = run_plan(TASKS[name](), plan, path="loop")
-    assert_close(run(TASKS[name](), plan, False, convolution=convolution), want, 1e-11)
+    want = run_plan(DATA_KINDS[name](), plan, path="loop")
+    assert_close(run(DATA_KINDS[name](), plan, False, convolution=convolution), want, 1e-11)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "batch"])
 def test_rows_of_their_own(name):
     """Clients that start apart, as Algorithm 2's do, by gradients of each layer."""
-    task, plan = TASKS[name](3), simple_plan(3)
-    begin = beginning(task, plan)
-    job = round_job(task, plan, begin)
+    problem, plan = DATA_KINDS[name](3), simple_plan(3)
+    begin = beginning(problem, plan)
+    job = round_job(problem, plan, begin)
     rows = [{n: torch.stack([v * (1 + 0.1 * i) for i in range(3)]) for n, v in tree.items()} for tree in begin.state]
     rows = begin.state._replace(params=rows[0], momentum={n: v + 0.1 for n, v in rows[1].items()}, buffers=rows[2])
     before = [{n: v.clone() for n, v in tree.items()} for tree in rows]
     job = job._replace(rows=rows)
-    want, losses, _ = Engine(task, plan.method, path="loop", chunk_size=1).run_rows(rows, job)
-    got, others, _ = Engine(task, plan.method, path="factors", chunk_size=2).run_rows(rows, job)
+    want, losses, _ = Engine(problem, plan.method, path="loop", chunk_size=1).run_rows(rows, job)
+    got, others, _ = Engine(problem, plan.method, path="factors", chunk_size=2).run_rows(rows, job)
     torch.testing.assert_close(others, losses, rtol=1e-11, atol=1e-11)
     for tree, other, old, kept in zip(got, want, rows, before, strict=True):
         for n, value in other.items():
@@ -279,8 +279,8 @@ def test_rows_of_their_own(name):
 def test_float32_is_no_further_from_float64_than_the_loop():
     """Relative to how far the model went, over ten steps."""
     plan = simple_plan(3, num_rounds=1, num_local_steps=10)
-    exact, _ = run_plan(image_task("cnn"), plan, path="loop")
-    start = image_task("cnn").start()
+    exact, _ = run_plan(image_problem("cnn"), plan, path="loop")
+    start = image_problem("cnn").start()
 
     def error(state):
         return max(
@@ -291,16 +291,16 @@ def test_float32_is_no_further_from_float64_than_the_loop():
             for n, v in state.state.params.items()
         )
 
-    loop = error(run_plan(image_task("cnn", dtype=torch.float32), plan, path="loop")[0])
+    loop = error(run_plan(image_problem("cnn", dtype=torch.float32), plan, path="loop")[0])
     for factors in FACTORS.values():
-        assert error(run(image_task("cnn", dtype=torch.float32), plan, factors)[0]) < 2 * loop
+        assert error(run(image_problem("cnn", dtype=torch.float32), plan, factors)[0]) < 2 * loop
 
 
 def test_nothing_that_was_given_is_changed():
-    task, plan = TASKS["batch"](), simple_plan(3)
-    begin = beginning(task, plan)
+    problem, plan = DATA_KINDS["batch"](), simple_plan(3)
+    begin = beginning(problem, plan)
     kept = [{n: v.clone() for n, v in tree.items()} for tree in begin.state]
-    Engine(task, plan.method, path="factors", chunk_size=2).run_round(begin.state, round_job(task, plan, begin))
+    Engine(problem, plan.method, path="factors", chunk_size=2).run_round(begin.state, round_job(problem, plan, begin))
     for tree, before in zip(begin.state, kept, strict=True):
         assert all(torch.equal(v, before[n]) for n, v in tree.items())
 
@@ -326,19 +326,19 @@ def test_factors_are_chosen_where_a_layer_is_wide_and_rounds_are_short():
     assert pays(12544, 128, 10, 5)
     assert pays(784, 200, 10, 10)
     assert not pays(784, 10, 32, 10)
-    task = image_task("mlp", hidden=64, data=tiny_images(side=16, num_classes=2))
-    stack = Stack(task, simple_plan(4).method, factors=True)
+    problem = image_problem("mlp", hidden=64, data=tiny_images(side=16, num_classes=2))
+    stack = Stack(problem, simple_plan(4).method, factors=True)
     plan = simple_plan(4, num_local_steps=8)
-    job = round_job(task, plan, beginning(task, plan))
-    assert stack.in_factors(task.start(), job) == ["1.weight", "3.weight"]
+    job = round_job(problem, plan, beginning(problem, plan))
+    assert stack.in_factors(problem.start(), job) == ["1.weight", "3.weight"]
     assert stack.sizes["5.weight"] == (64, 2, 5)
 
 
 def test_a_weight_that_is_used_twice_has_rows():
-    task = TASKS["tied"]()
-    stack = Stack(task, simple_plan(3).method, factors=None)
+    problem = DATA_KINDS["tied"]()
+    stack = Stack(problem, simple_plan(3).method, factors=None)
     plan = simple_plan(3)
-    assert stack.in_factors(task.start(), round_job(task, plan, beginning(task, plan))) == [
+    assert stack.in_factors(problem.start(), round_job(problem, plan, beginning(problem, plan))) == [
         "first.weight",
         "head.weight",
     ]
@@ -384,14 +384,14 @@ class Scaled(nn.Module):
     ids=["mixes examples", "branches", "own parameter"],
 )
 def test_a_model_that_cannot_be_folded_is_stacked_by_vmap_and_says_why(build, why):
-    task, plan = made(build)(), simple_plan(3)
-    begin = beginning(task, plan)
-    job = round_job(task, plan, begin)
-    choice = choose(task, plan.method, begin.state, job, path="auto", chunk_size=0)
+    problem, plan = made(build)(), simple_plan(3)
+    begin = beginning(problem, plan)
+    job = round_job(problem, plan, begin)
+    choice = choose(problem, plan.method, begin.state, job, path="auto", chunk_size=0)
     assert choice.path in ("vmap", "loop")
     assert why in choice.trouble or (choice.path == "loop" and "cannot be stacked" in choice.trouble)
     with pytest.raises(Exception, match=why):
-        choose(task, plan.method, begin.state, job, path="stack", chunk_size=2)
+        choose(problem, plan.method, begin.state, job, path="stack", chunk_size=2)
 
 
 def test_layers_with_options_that_are_not_known_are_refused():
@@ -407,10 +407,10 @@ def test_layers_with_options_that_are_not_known_are_refused():
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_auto_times_the_stack(model):
-    task, plan = image_task(model), simple_plan(4)
-    begin = beginning(task, plan)
-    job = round_job(task, plan, begin)
-    choice = choose(task, plan.method, begin.state, job, path="auto", chunk_size=0)
+    problem, plan = image_problem(model), simple_plan(4)
+    begin = beginning(problem, plan)
+    job = round_job(problem, plan, begin)
+    choice = choose(problem, plan.method, begin.state, job, path="auto", chunk_size=0)
     assert choice.path in ("loop", "vmap", "stack", "factors")
     assert {"loop × 1", "stack × 1"} <= choice.measured.keys()
     assert choice.measured[f"{choice.path} × {choice.chunk_size}"] == max(choice.measured.values())

@@ -18,26 +18,26 @@ from fedmom.errors import InputError
 from fedmom.method import algorithms
 from fedmom.method.state import row_of
 from fedmom.rounds.loop import beginning, round_job
-from fedmom.tasks.classification import Batch, Classification
-from runs import image_task, run_plan, simple_plan
+from fedmom.tasks.supervised import Batch, Supervised
+from runs import image_problem, run_plan, simple_plan
 
 
-def yardstick_of(task, plan, *, own_rows=False):
-    return Yardstick(task, plan.method, round_job(task, plan, beginning(task, plan)), own_rows=own_rows)
+def yardstick_of(problem, plan, *, own_rows=False):
+    return Yardstick(problem, plan.method, round_job(problem, plan, beginning(problem, plan)), own_rows=own_rows)
 
 
-def choice_of(task, plan, path="auto", **options):
-    begin = beginning(task, plan)
+def choice_of(problem, plan, path="auto", **options):
+    begin = beginning(problem, plan)
     options = {"path": path, "chunk_size": 0, **options}
-    return choose(task, plan.method, begin.state, round_job(task, plan, begin), **options)
+    return choose(problem, plan.method, begin.state, round_job(problem, plan, begin), **options)
 
 
 @pytest.mark.parametrize(("nesterov", "beta"), [(False, 0.9), (True, 0.9), (True, 0.0)])
 def test_it_is_torch_optim_sgd_on_a_deep_copy(nesterov, beta):
-    task, plan = image_task("mlp", 3), simple_plan(3, nesterov=nesterov, beta=beta, weight_decay=0.01)
-    found = yardstick_of(task, plan, own_rows=True)
+    problem, plan = image_problem("mlp", 3), simple_plan(3, nesterov=nesterov, beta=beta, weight_decay=0.01)
+    found = yardstick_of(problem, plan, own_rows=True)
     for i, want in enumerate(found.want.states):
-        model, start = copy.deepcopy(task.model), row_of(found.rows, i)
+        model, start = copy.deepcopy(problem.model), row_of(found.rows, i)
         params = dict(model.named_parameters())
         with torch.no_grad():
             for name, x in start.params.items():
@@ -46,7 +46,7 @@ def test_it_is_torch_optim_sgd_on_a_deep_copy(nesterov, beta):
         for name, u in start.momentum.items():
             optimizer.state[params[name]]["momentum_buffer"] = u.clone()
         job = found.job
-        for lr, batch in zip(job.lrs, task.round_batches(job.clients, job.first_steps, 2), strict=True):
+        for lr, batch in zip(job.lrs, problem.round_batches(job.clients, job.first_steps, 2), strict=True):
             own = Batch(*(field[i] for field in batch))
             optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
@@ -65,13 +65,13 @@ def test_it_is_torch_optim_sgd_on_a_deep_copy(nesterov, beta):
 )
 def test_right_ways_pass_in_every_dtype(num_clients, policy, dtype):
     """BatchNorm behind a bias has a gradient of 0, which rounding is not mistaken for; clients of unequal steps too."""
-    task = image_task("cnn", num_clients, dtype=dtype)
+    problem = image_problem("cnn", num_clients, dtype=dtype)
     norm = made(lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3)))
-    for one in (task, norm(num_clients, dtype=dtype)):
+    for one in (problem, norm(num_clients, dtype=dtype)):
         for options in ({}, {"local_epochs": 1, "batch_size": 3}):
             found = yardstick_of(one, simple_plan(num_clients, momentum_policy=policy, **options))
             assert [found.differs(path) for path in ("loop", "stack", "factors")] == ["", "", ""]
-    assert yardstick_of(task, simple_plan(num_clients), own_rows=True).differs("stack") == ""
+    assert yardstick_of(problem, simple_plan(num_clients), own_rows=True).differs("stack") == ""
 
 
 def test_a_policy_of_a_new_row_is_compared_by_its_own_start(monkeypatch):
@@ -79,9 +79,9 @@ def test_a_policy_of_a_new_row_is_compared_by_its_own_start(monkeypatch):
         start=lambda mean, own: {n: 0.5 * u for n, u in mean.items()}
     )
     monkeypatch.setitem(algorithms.MOMENTUM_POLICIES, "half", half)
-    task, plan = image_task("mlp", 3), simple_plan(3, momentum_policy="half")
-    assert [yardstick_of(task, plan).differs(path) for path in PATHS] == [""] * len(PATHS)
-    found = yardstick_of(task, plan)
+    problem, plan = image_problem("mlp", 3), simple_plan(3, momentum_policy="half")
+    assert [yardstick_of(problem, plan).differs(path) for path in PATHS] == [""] * len(PATHS)
+    found = yardstick_of(problem, plan)
     monkeypatch.setitem(algorithms.MOMENTUM_POLICIES, "half", algorithms.MOMENTUM_POLICIES["average"])
     assert all(found.differs(path) for path in PATHS)
 
@@ -133,22 +133,22 @@ def test_a_wrong_way_is_never_chosen(path, monkeypatch):
         return outcome._replace(mean=outcome.mean._replace(params=moved))
 
     monkeypatch.setattr(Engine, "run_round", wrong)
-    task, plan = image_task("mlp", 4, hidden=64), simple_plan(4)
+    problem, plan = image_problem("mlp", 4, hidden=64), simple_plan(4)
     if path == "loop":
         with pytest.raises(InputError, match=r"model\.name = 'Sequential': .* x of .* differs from plain torch's"):
-            choice_of(task, plan)
+            choice_of(problem, plan)
         return
-    assert choice_of(task, plan).path != path
+    assert choice_of(problem, plan).path != path
     with pytest.raises(InputError, match=rf"engine\.path = '{path}': .*differs from plain torch's"):
-        choice_of(task, plan, path)
+        choice_of(problem, plan, path)
     assert (
-        choice_of(task, plan, path, chunk_size=2, compared=True).path == path
+        choice_of(problem, plan, path, chunk_size=2, compared=True).path == path
     )  # a run that goes on was compared before
 
 
 def test_a_dear_comparison_is_made_smaller_and_says_so(monkeypatch):
     monkeypatch.setattr(yardstick, "_SECONDS", 0.0)
-    found = yardstick_of(image_task("mlp", 4, batch_size=20), simple_plan(4))
+    found = yardstick_of(image_problem("mlp", 4, batch_size=20), simple_plan(4))
     assert found.note == "compared with plain torch on 2 clients' two steps of 8 examples"
     assert found.differs("stack") == ""
 
@@ -190,12 +190,12 @@ class Detached(nn.Module):
 
 def test_a_dense_layer_whose_backward_pass_is_never_run_has_no_gradient():
     """No memory that nobody wrote is read, whether the layer was kept out of factors or not."""
-    task, plan = made(Detached)(4), simple_plan(4)
-    found = yardstick_of(task, plan)
+    problem, plan = made(Detached)(4), simple_plan(4)
+    found = yardstick_of(problem, plan)
     assert found.differs("factors") == ""
-    begin = beginning(task, plan)
-    job = round_job(task, plan, begin)
-    engine = Engine(task, plan.method, path="factors", chunk_size=4)
+    begin = beginning(problem, plan)
+    job = round_job(problem, plan, begin)
+    engine = Engine(problem, plan.method, path="factors", chunk_size=4)
     assert "side.weight" not in engine.stack.in_factors(begin.state, job)
     engine.stack.factors, engine.stack.sizes = None, {"side.weight": (64, 64, 5), "out.weight": (64, 3, 5)}
     torch.full((1 << 20,), torch.nan)  # so that memory made next may hold anything
@@ -214,13 +214,13 @@ class OneModuleTwoNames(nn.Module):
 
 
 def test_a_module_under_two_names_leaves_nothing_of_a_client_in_the_model():
-    task, plan = made(OneModuleTwoNames)(), simple_plan(3)
-    before = {n: x.clone() for n, x in task.start().params.items()}
+    problem, plan = made(OneModuleTwoNames)(), simple_plan(3)
+    before = {n: x.clone() for n, x in problem.start().params.items()}
     assert list(before) == ["enc.weight", "enc.bias", "head.weight", "head.bias"]
-    found = yardstick_of(task, plan)
+    found = yardstick_of(problem, plan)
     assert [found.differs(path) for path in ("loop", "vmap", "stack")] == ["", "", ""]
-    choice_of(task, plan)
-    assert all(torch.equal(x, before[n]) for n, x in task.start().params.items())
+    choice_of(problem, plan)
+    assert all(torch.equal(x, before[n]) for n, x in problem.start().params.items())
 
 
 class ComplexFilter(nn.Module):
@@ -235,13 +235,13 @@ class ComplexFilter(nn.Module):
 
 
 def test_a_complex_parameter_is_trained_in_both_its_parts():
-    task, plan = made(ComplexFilter)(), simple_plan(3)
-    start = task.start()
+    problem, plan = made(ComplexFilter)(), simple_plan(3)
+    start = problem.start()
     assert start.params["filter"].shape == (1, 8, 5, 2)
     assert "phases" not in start.buffers
-    found = yardstick_of(task, plan)
+    found = yardstick_of(problem, plan)
     assert found.differs("loop") == found.differs("vmap") == ""
-    assert task.state_dict(start)["filter"].dtype == torch.complex128
+    assert problem.state_dict(start)["filter"].dtype == torch.complex128
 
 
 class Clamped(nn.Module):
@@ -256,18 +256,20 @@ class Clamped(nn.Module):
 
 
 def test_hooks_of_parameters_are_called_on_the_clients_gradients():
-    task, plan = made(Clamped)(), simple_plan(3, beta=0.0)
-    begin = beginning(task, plan)
+    problem, plan = made(Clamped)(), simple_plan(3, beta=0.0)
+    begin = beginning(problem, plan)
     mean = (
-        Engine(task, plan.method, path="loop", chunk_size=1).run_round(begin.state, round_job(task, plan, begin)).mean
+        Engine(problem, plan.method, path="loop", chunk_size=1)
+        .run_round(begin.state, round_job(problem, plan, begin))
+        .mean
     )
     assert 0 < float(mean.momentum["out.weight"].abs().max()) <= 1e-3
     assert not mean.momentum["out.bias"].any()
-    choice = choice_of(task, plan)
+    choice = choice_of(problem, plan)
     assert choice.path == "loop"
     for path in ("vmap", "stack"):
         with pytest.raises(InputError, match=rf"engine\.path = '{path}'"):
-            choice_of(task, plan, path)
+            choice_of(problem, plan, path)
 
 
 class Tokens(nn.Module):
@@ -281,21 +283,21 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize("path", ["loop", "vmap", "stack"])
 def test_an_index_out_of_a_table_never_reads_another_clients_row(path):
-    task, plan = made(Tokens)(), simple_plan(3)
-    few = {part: getattr(task.dataset, part) % 7 for part in ("x_train", "x_test")}
-    task.dataset = task.dataset._replace(**few, mean=(0.0,), std=(1 / 255,))
-    begin = beginning(task, plan)
-    job = round_job(task, plan, begin)
-    engine = Engine(task, plan.method, path=path, chunk_size=3)
+    problem, plan = made(Tokens)(), simple_plan(3)
+    few = {part: getattr(problem.dataset, part) % 7 for part in ("x_train", "x_test")}
+    problem.dataset = problem.dataset._replace(**few, mean=(0.0,), std=(1 / 255,))
+    begin = beginning(problem, plan)
+    job = round_job(problem, plan, begin)
+    engine = Engine(problem, plan.method, path=path, chunk_size=3)
     engine.run_round(begin.state, job)
     for bad in (7, 8):  # one above the table; for the last client that is out of every table
-        x = task.dataset.x_train.clone()
-        x[task.sampler.indices[: task.sizes[0]], 0, 0, 0] = bad  # the first client's
-        task.dataset = task.dataset._replace(x_train=x)
+        x = problem.dataset.x_train.clone()
+        x[problem.sampler.indices[: problem.sizes[0]], 0, 0, 0] = bad  # the first client's
+        problem.dataset = problem.dataset._replace(x_train=x)
         with pytest.raises(IndexError):
             engine.run_round(begin.state, job)
     with pytest.raises(InputError, match=r"in evaluation the model fails on training examples \[.*IndexError"):
-        task.check_evaluation(begin.state)
+        problem.check_evaluation(begin.state)
 
 
 def test_what_only_evaluation_shows_is_found_before_the_first_round():
@@ -310,36 +312,39 @@ def test_what_only_evaluation_shows_is_found_before_the_first_round():
 
     with pytest.raises(InputError, match=r"in evaluation the model must return logits \[\d, 3\], it returned tuple"):
         made(Two)().check_evaluation(made(Two)().start())
-    task = made(Squeezes)()
-    both, alone = task.dataset, task.dataset._replace(x_test=task.dataset.x_test[:1], y_test=task.dataset.y_test[:1])
-    task.check_evaluation(task.start())
+    problem = made(Squeezes)()
+    both, alone = (
+        problem.dataset,
+        problem.dataset._replace(x_test=problem.dataset.x_test[:1], y_test=problem.dataset.y_test[:1]),
+    )
+    problem.check_evaluation(problem.start())
     for data in (both, alone):
-        task.dataset = data
-        assert task.evaluate(task.start())["test_loss"] > 0
-    assert isinstance(task, Classification)
+        problem.dataset = data
+        assert problem.evaluate(problem.start())["test_loss"] > 0
+    assert isinstance(problem, Supervised)
 
 
 def test_pieces_of_an_evaluation_fit_into_the_memory(monkeypatch):
-    task = image_task("cnn", 2)
-    want = task.evaluate(task.start())
-    whole = task._piece(task.start(), task.dataset.x_test)
-    monkeypatch.setattr("fedmom.tasks.classification.free_bytes", lambda device: 100_000)
-    assert 2 <= task._piece(task.start(), task.dataset.x_test) < len(task.dataset.x_test) < whole
-    assert task.evaluate(task.start()) == pytest.approx(want, rel=1e-12)
+    problem = image_problem("cnn", 2)
+    want = problem.evaluate(problem.start())
+    whole = problem._piece(problem.start(), problem.dataset.x_test)
+    monkeypatch.setattr("fedmom.tasks.supervised.free_bytes", lambda device: 100_000)
+    assert 2 <= problem._piece(problem.start(), problem.dataset.x_test) < len(problem.dataset.x_test) < whole
+    assert problem.evaluate(problem.start()) == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_rows_beyond_the_squares_of_float32_are_numbers_on_every_path(path):
     """‖x‖² of 1e28 does not fit into float32; no path takes that for divergence."""
-    task, plan = image_task("logistic", 3, dtype=torch.float32), simple_plan(3, num_rounds=1, lr=1e28, beta=0.0)
+    problem, plan = image_problem("logistic", 3, dtype=torch.float32), simple_plan(3, num_rounds=1, lr=1e28, beta=0.0)
     plan = plan._replace(num_local_steps=1)
-    _, (record,) = run_plan(task, plan, path=path, chunk_size=3)
+    _, (record,) = run_plan(problem, plan, path=path, chunk_size=3)
     assert 1e45 < record["consensus_distance"] < float("inf")
 
 
 def test_a_way_that_comes_to_no_number_is_wrong_and_what_cannot_be_compared_is_not_chosen(monkeypatch):
-    task, plan = image_task("mlp", 3), simple_plan(3)
-    found, right = yardstick_of(task, plan), Engine.run_round
+    problem, plan = image_problem("mlp", 3), simple_plan(3)
+    found, right = yardstick_of(problem, plan), Engine.run_round
 
     def nothing(self, start, job, progress=None):
         outcome = right(self, start, job, progress)
@@ -353,8 +358,8 @@ def test_a_way_that_comes_to_no_number_is_wrong_and_what_cannot_be_compared_is_n
     found = yardstick_of(steep, plan)
     assert found.lrs[0] < 1e-5  # at larger ones plain torch leaves the numbers at once
     assert found.differs("loop") == found.differs("vmap") == ""
-    task.dataset = task.dataset._replace(mean=(torch.nan,))
-    found = yardstick_of(task, plan)
+    problem.dataset = problem.dataset._replace(mean=(torch.nan,))
+    found = yardstick_of(problem, plan)
     assert found.differs("loop") == ""
     assert "nothing can be compared" in found.differs("stack")
 
@@ -403,6 +408,6 @@ def test_models_of_a_dtype_of_their_own_are_compared_in_it():
         assert found.tolerance < 1e-3
         assert found.differs("loop") == ""
         assert "differs from plain torch's" in found.differs("stack")
-        task = made(SparseGraph)()
-        assert "graph" not in task.start().buffers
-        assert choice_of(task, plan).path in PATHS
+        problem = made(SparseGraph)()
+        assert "graph" not in problem.start().buffers
+        assert choice_of(problem, plan).path in PATHS

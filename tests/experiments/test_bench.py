@@ -6,7 +6,7 @@ import torch
 from fedmom.config.load import load, replace
 from fedmom.config.resolve import resolve
 from fedmom.experiments.bench import _flops, as_rows, bench, peaks
-from runs import image_task
+from runs import image_problem
 
 DIGITS = {"data.num-clients": 4, "data.batch-size": 8, "run.num-rounds": 1}
 
@@ -23,8 +23,8 @@ def run(changes):
 
 def test_operations_are_those_of_the_matrix_products():
     """Logistic regression: B × in × out multiplications and additions forward, as many for the weights' gradient."""
-    task = image_task("logistic")
-    assert _flops(task, task.start()) == 2 * (2 * 5 * 64 * 3)
+    problem = image_problem("logistic")
+    assert _flops(problem, problem.start()) == 2 * (2 * 5 * 64 * 3)
 
 
 @pytest.mark.parametrize("path", ["factors", "loop"])

@@ -32,7 +32,7 @@ GOSSIP = {**QUADRATIC, "algorithm.name": "d-sgd-m", "algorithm.topology": "ring"
 def of(changes, fault=None, num_nodes=5):
     """(the Grid, the start's arrays)."""
     keys = run_config(changes)
-    return LocalGrid(client_app, num_nodes, keys, fault=fault), pack(flatten(warm_node(keys).task.start()))
+    return LocalGrid(client_app, num_nodes, keys, fault=fault), pack(flatten(warm_node(keys).problem.start()))
 
 
 def a_round(strategy, grid, start, number=1):
@@ -230,7 +230,7 @@ def test_waiting_in_line_is_not_the_clients_time():
     changes = {"data.curvatures": ";".join(["1"] * 12), "data.centers": ";".join(map(str, range(12)))}
     keys = run_config({**QUADRATIC, **changes, "data.num-clients": 12})
     grid = Queue(client_app, 12, keys, shuffle=False)
-    start = pack(flatten(warm_node(keys).task.start()))
+    start = pack(flatten(warm_node(keys).problem.start()))
     result = PRSGDM(12, window=12).start(grid, start, num_rounds=1, timeout=0.5)
     assert set(result.train_metrics_clientapp) == {1}
 

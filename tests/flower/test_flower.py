@@ -257,7 +257,7 @@ def test_no_more_messages_are_under_way_than_the_window():
     strategy = PRSGDM(5, window=2)
     strategy.fleet.learn(grid)
     grid.most_in_flight = 0
-    start = flatten(warm_node(keys).task.start())
+    start = flatten(warm_node(keys).problem.start())
     strategy.start(grid, pack(start), num_rounds=2)
     assert grid.most_in_flight <= 2
 
@@ -268,7 +268,7 @@ def test_no_more_messages_are_under_way_than_the_window():
 def test_prsgdm_by_itself_as_flower_calls_it():
     keys = run_config(QUADRATIC)
     grid = LocalGrid(client_app, 5, keys)
-    start, heard = pack(flatten(warm_node(keys).task.start())), []
+    start, heard = pack(flatten(warm_node(keys).problem.start())), []
     strategy = PRSGDM(5, evaluate_clients=True)
     result = strategy.start(
         grid,
@@ -304,12 +304,12 @@ def test_slow_momentum_is_the_formula_and_its_zero_changes_nothing():
     two = by_engine({**keys, "run.num-rounds": 2})
     keys_flat = run_config(QUADRATIC)
     node = warm_node(keys_flat)
-    state = node.task.start()._replace(params={"x": x}, momentum=mean.momentum)
+    state = node.problem.start()._replace(params={"x": x}, momentum=mean.momentum)
     ahead = node.train(range(5), 1, state).outcome.mean.params["x"]
     slow = alpha * slow + (x - ahead) / lr
     torch.testing.assert_close(two.state_dict["x"], x - eta * lr * slow)
     strategy = PRSGDM(5, slow_momentum=alpha, slow_lr=eta)
-    result = strategy.start(LocalGrid(client_app, 5, keys_flat), pack(flatten(node.task.start())), num_rounds=2)
+    result = strategy.start(LocalGrid(client_app, 5, keys_flat), pack(flatten(node.problem.start())), num_rounds=2)
     torch.testing.assert_close(unpack(result.arrays)["params/x"], two.state_dict["x"])
 
 
@@ -317,7 +317,7 @@ def test_slow_momentum_divides_by_the_clients_lr():
     """Where γ changes between rounds, u_s keeps what was divided by the γ of its own round."""
     changes = {**QUADRATIC, "run.num-rounds": 4, "algorithm.lr-schedule": "step", "algorithm.lr-milestones": "0.5"}
     right = by_engine({**changes, "algorithm.slow-momentum": 0.4, "algorithm.slow-lr": 0.5})
-    grid, start = LocalGrid(client_app, 5, run_config(changes)), warm_node(run_config(changes)).task.start()
+    grid, start = LocalGrid(client_app, 5, run_config(changes)), warm_node(run_config(changes)).problem.start()
     found = PRSGDM(5, slow_momentum=0.4, slow_lr=0.5).start(grid, pack(flatten(start)), num_rounds=4)
     torch.testing.assert_close(unpack(found.arrays)["params/x"], right.state_dict["x"])
 
@@ -345,7 +345,7 @@ def test_fedavg_is_our_average_and_takes_blocks():
 def test_fedavg_of_flower_itself_takes_our_client_app():
     keys = run_config({**QUADRATIC, "run.num-rounds": 5})
     grid = LocalGrid(client_app, 5, keys)
-    start = pack(flatten(warm_node(keys).task.start()))
+    start = pack(flatten(warm_node(keys).problem.start()))
     result = FedAvg().start(grid, start, num_rounds=5, train_config=ConfigRecord({}))
     right = by_engine({**QUADRATIC, "run.num-rounds": 5})
     assert unpack(result.arrays)["params/x"].item() == pytest.approx(right.state_dict["x"].item())
@@ -424,7 +424,7 @@ def test_one_message_to_one_client_by_hand():
     keys = run_config(QUADRATIC)
     grid = LocalGrid(client_app, 5, keys)
     node = warm_node(keys)
-    content = {"arrays": pack(flatten(node.task.start())), "config": ConfigRecord({"server-round": 1})}
+    content = {"arrays": pack(flatten(node.problem.start())), "config": ConfigRecord({"server-round": 1})}
     reply = grid._answer(Message(RecordDict(content), message_type="train", dst_node_id=grid.ids[2]))
     assert reply.content["clients"]["clients"] == [2]
     assert reply.content["metrics"]["num-examples"] == 1

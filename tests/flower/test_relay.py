@@ -108,7 +108,7 @@ def test_the_strategy_runs_by_itself():
     """As in any ServerApp: start with one model, ask for the mean."""
     keys = run_config(DIGITS)
     grid = LocalGrid(client_app, 5, keys)
-    start = flatten(warm_node(keys).task.start())
+    start = flatten(warm_node(keys).problem.start())
     strategy = DSGDM(make_topology("ring", 5), Method(0.9))
     result = strategy.start(grid, pack(start), num_rounds=3)
     want = by_engine(DIGITS)
@@ -132,7 +132,7 @@ def test_too_few_answers_stop_the_run():
     grid = LocalGrid(client_app, 5, run_config(DIGITS), fault=all_fail)
     strategy = DSGDM(make_topology("ring", 5), Method(0.9), on_failure="proceed")
     with pytest.raises(ClientsFailedError, match="0 clients answered"):
-        strategy.start(grid, pack(flatten(warm_node(run_config(DIGITS)).task.start())), num_rounds=1)
+        strategy.start(grid, pack(flatten(warm_node(run_config(DIGITS)).problem.start())), num_rounds=1)
 
 
 def test_stock_strategies_are_refused():

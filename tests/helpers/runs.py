@@ -9,9 +9,9 @@ from fedmom.engine.engine import Engine
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
 from fedmom.rounds.loop import Plan, RunState, beginning, run_rounds
-from fedmom.tasks.classification import Classification
 from fedmom.tasks.models import build_model
 from fedmom.tasks.quadratic import Quadratic
+from fedmom.tasks.supervised import Supervised
 from laws import Problem, Runner, Trajectory
 
 F64 = torch.float64
@@ -36,15 +36,15 @@ def engine_runner(path: str, chunk_size: int = 64) -> Runner:
     """The engine as a runner of laws."""
 
     def run(p: Problem) -> Trajectory:
-        task = Quadratic(p.h, p.c, p.start, dtype=p.dtype)
+        problem = Quadratic(p.h, p.c, p.start, dtype=p.dtype)
         N, interval = len(p.h), p.interval
-        engine = WatchedEngine(task, Method(p.beta, p.nesterov), path=path, chunk_size=chunk_size)
+        engine = WatchedEngine(problem, Method(p.beta, p.nesterov), path=path, chunk_size=chunk_size)
         T = len(p.lrs)
         assert T % interval == 0
         change = next((t for t in range(1, T) if p.lrs[t] != p.lrs[0]), T)
         rate = LearningRate(p.lrs[0], "step", (change / T,), p.lrs[-1] / p.lrs[0], "fraction")
         plan = Plan(engine.method, rate, T // interval, N, 1, num_local_steps=interval)
-        *_, (done, _) = run_rounds(task, plan, engine, beginning(task, plan))
+        *_, (done, _) = run_rounds(problem, plan, engine, beginning(problem, plan))
         return Trajectory(*(_series(engine, done, part, N, interval) for part in ("params", "momentum")))
 
     return run
@@ -73,7 +73,7 @@ def tiny_images(num_examples: int = 60, *, channels: int = 1, side: int = 8, num
     return Dataset(x, y, x[: num_examples // 2], y[: num_examples // 2], num_classes, (0.4,), (0.3,), "none")
 
 
-def image_task(
+def image_problem(
     model: str = "mlp",
     num_clients: int = 4,
     *,
@@ -82,18 +82,18 @@ def image_task(
     norm="batch",
     hidden=8,
     **options,
-) -> Classification:
+) -> Supervised:
     data = data or tiny_images()
     partition = make_partition("dirichlet-client", data.y_train.numpy(), num_clients, alpha=0.5, seed=1)
     net = build_model(model, tuple(data.x_train.shape[1:]), data.num_classes, seed=3, norm=norm, hidden=hidden)
     options.setdefault("batch_size", 5)
-    return Classification(data, net, partition, dtype=dtype, **options)
+    return Supervised(data, net, partition, dtype=dtype, **options)
 
 
-def run_plan(task, plan: Plan, *, path: str = "loop", chunk_size: int = 64, done: RunState | None = None):
+def run_plan(problem, plan: Plan, *, path: str = "loop", chunk_size: int = 64, done: RunState | None = None):
     """All rounds -> (the last state, the records)."""
-    engine = Engine(task, plan.method, path=path, chunk_size=chunk_size)
-    steps = list(run_rounds(task, plan, engine, done or beginning(task, plan)))
+    engine = Engine(problem, plan.method, path=path, chunk_size=chunk_size)
+    steps = list(run_rounds(problem, plan, engine, done or beginning(problem, plan)))
     return steps[-1][0], [record for _, record in steps]
 
 

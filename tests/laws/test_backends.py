@@ -16,7 +16,7 @@ import torch
 import oracle
 from clients.client_app import app as client_app
 from fedmom.backends.local import make_backend
-from fedmom.config.build import make_plan, make_task, pool_options
+from fedmom.config.build import make_plan, make_problem, pool_options
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load
 from fedmom.config.resolve import resolve
@@ -25,7 +25,7 @@ from fedmom.flower.grid import RayGrid
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.rounds.loop import Plan, RunState, beginning, cohort, run_rounds
 from fedmom.rounds.round import Backend, Outcome
-from fedmom.tasks.task import Task
+from fedmom.tasks.problem import Problem
 from grids import LocalGrid
 from strategies.server_app import make_backend as flower_backend
 
@@ -49,11 +49,11 @@ BASE = {
 GOSSIP = {"algorithm.name": "d-sgd-m", "algorithm.topology": "one-peer-exponential"}
 
 
-def on_flower(config: Config, task: Task, plan: Plan, num_nodes: int) -> Backend:
-    return flower_backend(LocalGrid(client_app, num_nodes, flat(config)), None, config, task, plan)
+def on_flower(config: Config, problem: Problem, plan: Plan, num_nodes: int) -> Backend:
+    return flower_backend(LocalGrid(client_app, num_nodes, flat(config)), None, config, problem, plan)
 
 
-def on_simulation(config: Config, task: Task, plan: Plan, num_nodes: int) -> Backend:
+def on_simulation(config: Config, problem: Problem, plan: Plan, num_nodes: int) -> Backend:
     grid = RayGrid(
         "clients.client_app:app",
         app_dir=ROOT,
@@ -61,13 +61,13 @@ def on_simulation(config: Config, task: Task, plan: Plan, num_nodes: int) -> Bac
         run_config=flat(config),
         options=pool_options(config),
     )
-    backend = flower_backend(grid, None, config, task, plan)
+    backend = flower_backend(grid, None, config, problem, plan)
     backend.close = grid.close  # whoever made the Grid ends it
     return backend
 
 
-def of_config(config: Config, task: Task, plan: Plan, num_nodes: int) -> Backend:
-    return make_backend(config, task, plan)
+def of_config(config: Config, problem: Problem, plan: Plan, num_nodes: int) -> Backend:
+    return make_backend(config, problem, plan)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Way:
     """How a backend is made, and what it can."""
 
     changes: Mapping[str, Any]
-    make: Callable[[Config, Task, Plan, int], Backend] = of_config
+    make: Callable[[Config, Problem, Plan, int], Backend] = of_config
     gossip: bool = False  # Algorithm 2
     blames: bool = False  # whether it refuses what a client answers, by the client's number
     workers: Callable[[Backend], list[int]] | None = None  # process ids of those that it works by
@@ -128,7 +128,7 @@ class Begun:
     """A run that waits for its first round."""
 
     config: Config
-    task: Task
+    problem: Problem
     plan: Plan
     backend: Backend
     outcomes: list[Outcome] = field(default_factory=list)
@@ -142,7 +142,9 @@ class Begun:
                 kept.outcomes.append(run_round(start, job, progress))
                 return kept.outcomes[-1]
 
-        for new, record in run_rounds(self.task, self.plan, Kept(), done or beginning(self.task, self.plan), progress):
+        for new, record in run_rounds(
+            self.problem, self.plan, Kept(), done or beginning(self.problem, self.plan), progress
+        ):
             yield new.gathered(), record
 
 
@@ -158,12 +160,12 @@ def backend(request):
             ends.close()  # of the one before
             keys = {**BASE, **way.changes, **(GOSSIP if way.gossip else {}), **(changes or {})}
             config = resolve(load(keys)).config
-            task, plan = make_task(config, "cpu"), make_plan(config)
-            made = way.make(config, task, plan, min(num_nodes, config.data.num_clients))
+            problem, plan = make_problem(config, "cpu"), make_plan(config)
+            made = way.make(config, problem, plan, min(num_nodes, config.data.num_clients))
             for _ in range(2):  # to close it twice does no harm
                 ends.callback(made.close)
             assert made.settled.get("engine.path", keys["engine.path"]) == keys["engine.path"]
-            return Begun(config, task, plan, made)
+            return Begun(config, problem, plan, made)
 
         begin.way = way
         yield begin
@@ -177,14 +179,14 @@ def flattened(params: Mapping[str, torch.Tensor]) -> np.ndarray:
 
 def naive(begun: Begun):
     """What each round must come to: (who takes part, examples seen so far over all there are, oracle.Came)."""
-    config, task, plan = begun.config, begun.task, begun.plan
-    algorithm, sizes = config.algorithm, task.sizes
+    config, problem, plan = begun.config, begun.problem, begun.plan
+    algorithm, sizes = config.algorithm, problem.sizes
     settings = oracle.Settings(algorithm.beta, algorithm.nesterov, algorithm.momentum_policy)
     steps = [algorithm.local_epochs * -(-n // config.data.batch_size) or algorithm.num_local_steps for n in sizes]
-    state, data, seen = oracle.start(flattened(task.start().params), len(sizes)), oracle.examples(), 0
+    state, data, seen = oracle.start(flattened(problem.start().params), len(sizes)), oracle.examples(), 0
     for number in range(config.run.num_rounds):
         ids = cohort(len(sizes), plan.cohort_size, plan.seed, number)
-        draws = [task.sampler.draw(*torch.tensor([[c], [number * steps[c]]]), steps[c])[0].numpy() for c in ids]
+        draws = [problem.sampler.draw(*torch.tensor([[c], [number * steps[c]]]), steps[c])[0].numpy() for c in ids]
         weights = [sizes[c] if algorithm.client_weights == "samples" else 1.0 for c in ids]
         W = None if plan.topology is None else plan.topology.at(number).dense()
         came = oracle.one_round(settings, state, oracle.Round(ids, weights, draws, algorithm.lr, W), data)
@@ -232,14 +234,14 @@ def test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum(backend):
         cohorts = [cohort(5, 3, begun.plan.seed, number).tolist() for number in range(3)]
         assert len({*map(tuple, cohorts)}) == 3
         assert [0, 1, 2] not in cohorts
-        assert len({*begun.task.sizes.tolist()}) > 2
+        assert len({*begun.problem.sizes.tolist()}) > 2
         assert_naive(begun)
 
 
 @backends(*ALGORITHM_1)
 def test_clients_take_as_many_steps_as_their_epochs_have(backend):
     begun = backend({"algorithm.num-local-steps": 0, "algorithm.local-epochs": 1})
-    assert len({*begun.plan.steps_of(begun.task.sizes).tolist()}) > 2
+    assert len({*begun.plan.steps_of(begun.problem.sizes).tolist()}) > 2
     assert_naive(begun)
 
 
@@ -261,7 +263,7 @@ def test_every_momentum_policy_means_the_same(backend):
 def test_a_number_that_is_not_finite_stops_the_run_and_is_one_clients(backend):
     """A client whose numbers overflow in round 2 spoils no other's, and the error names it or the losses do."""
     begun = backend({"data.dataset": "oracle:poisoned"}, 5)
-    draws = begun.task.sampler.draw(torch.arange(5), torch.zeros(5, dtype=torch.int64), 6)
+    draws = begun.problem.sampler.draw(torch.arange(5), torch.zeros(5, dtype=torch.int64), 6)
     ((spoiled, step, _),) = (draws == oracle.POISON).nonzero().tolist()
     assert step == 3  # its first in round 2; in round 1 a path that cannot be compared would be given up
     rounds = begun.rounds()

@@ -15,7 +15,7 @@ from fedmom.machine.precision import allow_tf32, convolves_in_tf32, multiplies_i
 from fedmom.method.algorithms import Method, momentum_step
 from fedmom.method.state import ClientState
 from pretend_cuda import pretend
-from runs import F64, image_task, run_plan, simple_plan
+from runs import F64, image_problem, run_plan, simple_plan
 
 
 @pytest.fixture
@@ -42,23 +42,23 @@ def error(found, exact, start):
 def test_bfloat16_is_near_float64(model, path):
     """Three rounds: bfloat16 keeps 8 bits, so a step is right to a few per cent; float32 is right to 1e-5."""
     plan = simple_plan(3, lr=0.1)
-    exact_task = image_task(model, 3)
-    exact = run_plan(exact_task, plan)[0].state
+    exact_problem = image_problem(model, 3)
+    exact = run_plan(exact_problem, plan)[0].state
     errors = {}
     for dtype in (torch.bfloat16, torch.float32):
-        task = image_task(model, 3, dtype=dtype)
-        done, _ = run_plan(task, plan, path=path)
+        problem = image_problem(model, 3, dtype=dtype)
+        done, _ = run_plan(problem, plan, path=path)
         assert all(x.dtype == dtype for x in done.state.params.values())
-        errors[dtype] = error(done.state, exact, exact_task.start())
+        errors[dtype] = error(done.state, exact, exact_problem.start())
     assert errors[torch.float32] < 1e-4
     assert errors[torch.bfloat16] < 0.3
 
 
 def test_a_task_in_another_dtype_leaves_the_first_alone():
-    task = image_task("mlp", 3, dtype=torch.bfloat16)
-    twin = task.in_dtype(F64)
+    problem = image_problem("mlp", 3, dtype=torch.bfloat16)
+    twin = problem.in_dtype(F64)
     assert {x.dtype for x in twin.start().params.values()} == {F64}
-    assert {x.dtype for x in task.start().params.values()} == {torch.bfloat16}
+    assert {x.dtype for x in problem.start().params.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("changes", [{"run.backend": "simulation"}, {"engine.workers": 2}], ids=str)

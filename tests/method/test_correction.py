@@ -17,7 +17,7 @@ from fedmom.method.schedules import LearningRate
 from fedmom.rounds.loop import Plan, beginning, run_rounds
 from fedmom.tasks.quadratic import Quadratic
 from laws import table
-from runs import F64, image_task, run_plan, simple_plan
+from runs import F64, image_problem, run_plan, simple_plan
 
 MU = 0.3
 FEDPROX = """
@@ -55,11 +55,11 @@ def write(text):
 def test_fedprox_on_quadratics_is_the_recursion_written_out(path, nesterov, num_clients):
     """g_i = h_i (x_i − c_i) + μ (x_i − x̂), x̂ from the start of the round; then Algorithm 1 as ever."""
     h, c = np.array([1.0, 3.0, 0.5])[:num_clients, None], np.array([4.0, -2.0, 1.0])[:num_clients, None]
-    task = Quadratic(h.tolist(), c.tolist(), (0.5,), dtype=F64)
+    problem = Quadratic(h.tolist(), c.tolist(), (0.5,), dtype=F64)
     lr, beta, interval, rounds = 0.1, 0.5, 3, 4
     plan = Plan(Method(beta, nesterov, correction=fedprox), LearningRate(lr), rounds, num_clients, 1, num_local_steps=3)
-    engine = Engine(task, plan.method, path=path, chunk_size=2)
-    *_, (done, _) = run_rounds(task, plan, engine, beginning(task, plan))
+    engine = Engine(problem, plan.method, path=path, chunk_size=2)
+    *_, (done, _) = run_rounds(problem, plan, engine, beginning(problem, plan))
 
     x, u = np.full_like(h, 0.5), np.zeros_like(h)
     for _ in range(rounds):
@@ -75,10 +75,10 @@ def test_fedprox_on_quadratics_is_the_recursion_written_out(path, nesterov, num_
 
 @pytest.mark.parametrize("policy", ["average", "local"])
 def test_loop_and_vmap_agree_on_a_network(policy):
-    task, plan = image_task("mlp", 3), simple_plan(3, momentum_policy=policy, weight_decay=0.01)
+    problem, plan = image_problem("mlp", 3), simple_plan(3, momentum_policy=policy, weight_decay=0.01)
     plan = plan._replace(method=plan.method._replace(correction=fedprox))
-    ends = [run_plan(task, plan, path=path)[0].state for path in ("loop", "vmap")]
-    plain = run_plan(task, plan._replace(method=plan.method._replace(correction=None)))[0].state
+    ends = [run_plan(problem, plan, path=path)[0].state for path in ("loop", "vmap")]
+    plain = run_plan(problem, plan._replace(method=plan.method._replace(correction=None)))[0].state
     for name, x in ends[0].params.items():
         torch.testing.assert_close(x, ends[1].params[name], rtol=1e-11, atol=1e-12)
     assert any(not torch.equal(x, plain.params[name]) for name, x in ends[0].params.items())

@@ -31,7 +31,7 @@ PARTS = {
     "averaging": ("tests/method/test_averaging.py", "tests/engine/test_engine.py", "tests/laws"),
     "stack": ("tests/engine/test_stacked.py",),
     "replays": ("tests/engine/test_cuda_graphs.py", "tests/engine/test_noise.py"),
-    "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_classification.py"),
+    "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_supervised.py"),
     "partitions": ("tests/data/test_partition.py",),
     "schedules": ("tests/method/test_schedules.py", "tests/engine/test_engine.py", "tests/laws"),
     "rounds": (
@@ -63,7 +63,7 @@ STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.
 UPDATES, REPLAYS = "fedmom.engine.stacked.updates", "fedmom.engine.stacked.cuda_graphs.Replays"
 RECORDING, AGREEMENT = "fedmom.engine.stacked.cuda_graphs._Recording", "fedmom.engine.stacked.agreement"
 PLAIN = "fedmom.engine.engine.PlainRunner"
-BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.classification.Classification"
+BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.supervised.Supervised"
 FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
 RUN, STATUS, FILES = "fedmom.runs.execute._Run", "fedmom.records.status", "fedmom.records.files"
 PRSGDM, DSGDM, CLIENTS = "strategies.prsgdm.PRSGDM", "strategies.dsgdm.DSGDM", "strategies.fleet.Fleet"
@@ -479,8 +479,8 @@ MUTANTS = [
         "a chunk's clients are weighed by those of the first",
         code(
             f"{PLAIN}.from_start",
-            "part, state = part_of(job, places, self.task.device), ",
-            "part, state = part_of(job, places, self.task.device)._replace(weights=job.weights[: len(places)]), ",
+            "part, state = part_of(job, places, self.problem.device), ",
+            "part, state = part_of(job, places, self.problem.device)._replace(weights=job.weights[: len(places)]), ",
         ),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
@@ -741,14 +741,14 @@ MUTANTS = [
             "random_bits(DROPOUT, self.seed, who, steps)",
             "random_bits(DROPOUT, self.seed, who, steps[:, :1].expand(who.shape))",
         ),
-        "tests/tasks/test_classification.py::test_every_step_of_every_client_drops_out_otherwise",
+        "tests/tasks/test_supervised.py::test_every_step_of_every_client_drops_out_otherwise",
     ),
     Mutant(
         "batches",
         "evaluation drops out",
         "the model is judged as in training",
         code(f"{TASK}._logits", "            model.eval()\n", "            model.train()\n"),
-        "tests/tasks/test_classification.py::test_evaluation_is_the_models_own_in_eval_mode[cnn]",
+        "tests/tasks/test_supervised.py::test_evaluation_is_the_models_own_in_eval_mode[cnn]",
     ),
     # --- partitions ----------------------------------------------------------------------------------------
     Mutant(
@@ -1001,7 +1001,7 @@ MUTANTS = [
         "rounds",
         "joint epochs are a client's epochs",
         "examples over N, and not over the number of examples",
-        code(f"{LOOP}.run_rounds", "new.examples / int(task.sizes.sum())", "new.examples / len(task.sizes)"),
+        code(f"{LOOP}.run_rounds", "new.examples / int(problem.sizes.sum())", "new.examples / len(problem.sizes)"),
         "tests/laws/test_backends.py::test_clients_take_as_many_steps_as_their_epochs_have[loop]",
     ),
     Mutant(
@@ -1011,7 +1011,7 @@ MUTANTS = [
         code(
             f"{LOOP}.after_round",
             "int(job.num_steps.sum()) * plan.batch_size",
-            "int(job.num_steps[0]) * len(task.sizes) * plan.batch_size",
+            "int(job.num_steps[0]) * len(problem.sizes) * plan.batch_size",
         ),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[loop]",
     ),
@@ -1035,14 +1035,14 @@ MUTANTS = [
         "rounds",
         "the worst client is the best",
         "worst_client_accuracy is the largest",
-        code(f"{LOOP}.summarised", '("accuracy", min)', '("accuracy", max)'),
+        code("fedmom.rounds.evaluation.summarised", '("accuracy", min)', '("accuracy", max)'),
         "tests/engine/test_gossip.py::test_clients_own_models_are_measured",
     ),
     Mutant(
         "rounds",
         "the first clients are measured",
         "eval-clients are not spread over all",
-        code(f"{LOOP}.chosen_clients", "place * num_clients // count", "place"),
+        code("fedmom.rounds.evaluation.chosen_clients", "place * num_clients // count", "place"),
         "tests/engine/test_gossip.py::test_clients_own_models_are_measured",
     ),
     Mutant(

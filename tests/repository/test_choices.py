@@ -11,7 +11,7 @@ from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES
 from fedmom.method.graphs import TOPOLOGIES
 from fedmom.tasks.models import MODELS
-from fedmom.tasks.task import TASKS
+from fedmom.tasks.problem import DATA_KINDS
 
 ROOT = Path(__file__).parents[2]
 TABLES = {
@@ -23,7 +23,7 @@ TABLES = {
     "fedmom/method/algorithms.py": {**ALGORITHMS, **MOMENTUM_POLICIES},
     "fedmom/tasks/models.py": MODELS,
     "fedmom/method/graphs.py": TOPOLOGIES.keys() - {"path"},  # which is also a key of what updates are about
-    "fedmom/tasks/task.py": TASKS,
+    "fedmom/tasks/task.py": DATA_KINDS,
 }
 
 

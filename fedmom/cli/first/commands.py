@@ -78,7 +78,7 @@ def check(
 def _about_run(found: "Checked", path: Path) -> list[tuple[str, str]]:
     """(label, text) of what there is before a step: method, data, clients, model."""
     from fedmom.method.algorithms import ALGORITHMS
-    from fedmom.tasks.task import task_kind
+    from fedmom.tasks.problem import data_kind
 
     keys = found.config
     data, algorithm, run = keys.data, keys.algorithm, keys.run
@@ -99,7 +99,7 @@ def _about_run(found: "Checked", path: Path) -> list[tuple[str, str]]:
         ("clients", f"N = {data.num_clients:,}, {some}"),
     ]
     if held := found.data:
-        split = "every client's own" if task_kind(data.dataset).own_data else data.partition
+        split = "every client's own" if data_kind(data.dataset).own_data else data.partition
         split += f", α {data.alpha:g}" if "dirichlet" in split else ""
         lines += [
             (

@@ -102,7 +102,7 @@ class Replays:
             if progress:
                 progress(len(part.clients) * len(part.lrs))
         following = parts[-1].following
-        if following is not None and self.stack.task.device.type == "cuda":  # the card works; the host would wait
+        if following is not None and self.stack.problem.device.type == "cuda":  # the card works; the host would wait
             job = following()
             first = part_of(job, torch.arange(min(len(parts[0].clients), len(job.clients))))
             self._ahead = first, self.stack.orders(first)
@@ -128,7 +128,7 @@ class Replays:
             if recording.is_trusted(job.round_index):
                 self.num_replayed += 1
                 return recording.found
-        there = sent(words, self.stack.task.device)
+        there = sent(words, self.stack.problem.device)
         found = self._straight(start, job, orders.read(there))
         if recording is not None:
             recording.compared.append(job.round_index)
@@ -183,7 +183,7 @@ class Replays:
         orders = self.stack.orders(job._replace(lrs=short(job.lrs)))
         words = orders.words()
         recording.replay_by(words)
-        there = orders.read(sent(words, self.stack.task.device))
+        there = orders.read(sent(words, self.stack.problem.device))
         try:
             trouble = trouble_between(
                 recording.found, lambda: distances(start, self.stack.run_straight(start, job, there))

@@ -22,7 +22,7 @@ from fedmom.engine.stacked.updates import Number, first_update, update
 from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState, Tree, rows_of
 from fedmom.rounds.round import Job, Progress, part_of
-from fedmom.tasks.classification import Batch, Classification, Draws
+from fedmom.tasks.supervised import Batch, Draws, Supervised
 
 F64 = torch.float64
 
@@ -52,25 +52,25 @@ class Orders(NamedTuple):
 
 
 class Stack:
-    """A task's model, folded, and the local steps of K clients through it.
+    """A problem's model, folded, and the local steps of K clients through it.
 
-    Raises FoldError, with the reason, for a task or model that must take another path.
+    Raises FoldError, with the reason, for a problem or model that must take another path.
     """
 
-    def __init__(self, task: Any, method: Method, *, factors: bool | None = False, convolution: str = "") -> None:
+    def __init__(self, problem: Any, method: Method, *, factors: bool | None = False, convolution: str = "") -> None:
         """factors: dense layers without rows, where that takes less work; None: everywhere.
 
         convolution: one of convolutions.CONVOLUTIONS; left out, by layer.
         """
-        if not isinstance(task, Classification):
-            raise FoldError(f"{type(task).__name__} has no layers")
+        if not isinstance(problem, Supervised):
+            raise FoldError(f"{type(problem).__name__} has no layers")
         if method.correction is not None:
             raise FoldError("algorithm.correction is written for one client")
-        self.task: Classification = task
+        self.problem: Supervised = problem
         self.method, self.factors = method, factors
-        self.model, self.clients = fold(task.model)
+        self.model, self.clients = fold(problem.model)
         self.model.train()
-        self.model = fuse(self.model) if task.device.type == "cuda" else self.model
+        self.model = fuse(self.model) if problem.device.type == "cuda" else self.model
         self.clients.convolution = convolution
         self.numbers: tuple[tuple[float, ...], Numbers] | None = None  # of the γ that came last
         self.sizes: dict[str, tuple[int, int, int]] | None = None  # {dense weight: (in, out, M)} where seen once
@@ -98,7 +98,7 @@ class Stack:
             momentum = None if momentum is None else {n: u[order.to(u.device)] for n, u in momentum.items()}
         most = int(job.num_steps[0])
         counts = [int((job.num_steps > s).sum()) for s in range(most)]
-        weights = job.weights.to(self.task.device)
+        weights = job.weights.to(self.problem.device)
         if rows is not None:
             x, u, buffers = ({n: v.clone(memory_format=torch.contiguous_format) for n, v in t.items()} for t in rows)
             state = _Rows(x, u, buffers, {}, shared=False)
@@ -107,7 +107,7 @@ class Stack:
             of = self._numbers(tuple(job.lrs)) if factored else None
             state = self._begin(start, job, weights, of, fixed=True)
             state.momentum = dict(momentum or {})
-        batches = self.task.round_batches(job.clients, job.first_steps, most)
+        batches = self.problem.round_batches(job.clients, job.first_steps, most)
         losses = self._all_steps(start, state, batches, job.lrs, counts, progress)
         losses = losses / (most if same else job.num_steps.to(losses.device))
         ended = RowsEnded(state.params, state.momentum, state.buffers, state.factors, losses, weights)
@@ -115,7 +115,7 @@ class Stack:
 
     def orders(self, job: Job) -> Orders:
         """What `run_straight` needs for clients that all take as many steps as there are in job.lrs."""
-        draws = self.task.draws(job.clients, job.first_steps, len(job.lrs))
+        draws = self.problem.draws(job.clients, job.first_steps, len(job.lrs))
         return Orders(draws, job.weights, torch.tensor(job.lrs, dtype=F64), self._numbers(tuple(job.lrs)))
 
     def run_straight(self, start: ClientState, job: Job, orders: Orders) -> RowsEnded:
@@ -127,7 +127,7 @@ class Stack:
         K, count = len(job.clients), len(job.lrs)
         factored = self.factors is not False
         state = self._begin(start, job, orders.weights, orders.numbers if factored else None, fixed=False)
-        batches = (self.task.batch(orders.draws, s) for s in range(count))
+        batches = (self.problem.batch(orders.draws, s) for s in range(count))
         losses = self._all_steps(start, state, batches, orders.lrs.unbind(), [K] * count, None) / count
         return RowsEnded(state.params, state.momentum, state.buffers, state.factors, losses, orders.weights)
 
@@ -141,7 +141,7 @@ class Stack:
         progress: Progress | None,
     ) -> Tensor:
         """One step after the other, of the first counts[s] clients; the sums of their losses [K]."""
-        losses = torch.zeros(counts[0], dtype=F64, device=self.task.device)
+        losses = torch.zeros(counts[0], dtype=F64, device=self.problem.device)
         for s, batch in enumerate(batches):
             losses[: counts[s]] += self._step(start, state, batch, counts[s], lrs[s], first=s == 0)
             if progress:
@@ -189,7 +189,7 @@ class Stack:
         layers = [layer for layer in self.model.modules() if isinstance(layer, FoldedLinear)]
         hooks = [layer.register_forward_hook(look) for layer in layers]
         one = job.clients[:1]
-        batch = next(iter(self.task.round_batches(one, job.first_steps[:1], 1)))
+        batch = next(iter(self.problem.round_batches(one, job.first_steps[:1], 1)))
         params, buffers = ({n: v[None].clone() for n, v in tree.items()} for tree in (start.params, start.buffers))
         try:
             with torch.enable_grad():

@@ -25,9 +25,9 @@ from fedmom.machine.precision import tf32_allowed
 from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState
 from fedmom.rounds.round import Job
-from fedmom.tasks.classification import Classification
+from fedmom.tasks.problem import Problem
 from fedmom.tasks.quadratic import Quadratic
-from fedmom.tasks.task import Task
+from fedmom.tasks.supervised import Supervised
 
 _MOST = 5000  # shapes of one card
 _FORMAT, _MOST_WAYS = 1, 1000  # of what is remembered of whole runs
@@ -93,20 +93,20 @@ class Remembered(NamedTuple):
 
 
 class KnownWays:
-    """What was chosen before in one situation: device, versions, task, model, job and what was asked for.
+    """What was chosen before in one situation: device, versions, problem, model, job and what was asked for.
 
     It is a timing and no more: whoever takes a way from here has compared it with plain torch first.
     """
 
     def __init__(
-        self, task: Task, method: Method, start: ClientState, job: Job, asked: Sequence[Any], *, on: bool
+        self, problem: Problem, method: Method, start: ClientState, job: Job, asked: Sequence[Any], *, on: bool
     ) -> None:
         """asked: what else decides which ways there are and how fast they are, in plain values.
 
         on: whether anything is remembered.
         """
         place = folder() if on else None
-        self.name = _situation(task, method, start, job, asked) if place else ""
+        self.name = _situation(problem, method, start, job, asked) if place else ""
         self.kept = Kept(place / "ways.json" if place and self.name else None, _remembered, _MOST_WAYS)
 
     def get(self) -> Remembered | None:
@@ -127,9 +127,9 @@ def _remembered(raw: Any) -> Remembered:
     return Remembered(path, chunk_size, rates, day)
 
 
-def _situation(task: Task, method: Method, start: ClientState, job: Job, asked: Sequence[Any]) -> str:
+def _situation(problem: Problem, method: Method, start: ClientState, job: Job, asked: Sequence[Any]) -> str:
     """All that the speed of the ways depends on, in some digits; "" where that cannot be told."""
-    device = task.device
+    device = problem.device
     parts: dict[str, Any] = {
         "format": _FORMAT,
         "versions": [*_versions(), torch.__version__],
@@ -142,27 +142,33 @@ def _situation(task: Task, method: Method, start: ClientState, job: Job, asked: 
             torch.backends.cudnn.deterministic,
         ],
         "start": [[name, *_form(t)] for tree in start for name, t in tree.items()],
-        "clients": [len(task.sizes), int(task.sizes.sum())],
+        "clients": [len(problem.sizes), int(problem.sizes.sum())],
         "job": [len(job.clients), len(job.lrs), int(job.num_steps.sum())],
         "method": [method.beta == 0, method.nesterov, method.weight_decay == 0, method.momentum_policy],
         "running_var": method.running_var,
-        "task": [type(task).__qualname__, task.small],
+        "problem": [type(problem).__qualname__, problem.small],
         "asked": list(asked),
     }
-    if isinstance(task, Quadratic):
-        parts["noise"] = task.noise_sigma > 0
+    if isinstance(problem, Quadratic):
+        parts["noise"] = problem.noise_sigma > 0
     if method.correction is not None:  # the user's code: how fast it is, its text must tell
         parts["correction"] = _source(method.correction)
         if not parts["correction"]:
             return ""
-    if isinstance(task, Classification):
-        batch = next(iter(task.round_batches(job.clients[:1], job.first_steps[:1], 1)))
-        layers = _layers(task.model)
-        work = work_of(task.model, batch.x[0]) or _source(*dict.fromkeys(map(type, task.model.modules())))
+    if isinstance(problem, Supervised):
+        batch = next(iter(problem.round_batches(job.clients[:1], job.first_steps[:1], 1)))
+        layers = _layers(problem.model)
+        work = work_of(problem.model, batch.x[0]) or _source(*dict.fromkeys(map(type, problem.model.modules())))
         if not (work and layers):
             return ""
-        examples, sampler = task.dataset.x_train, task.sampler
-        parts["examples"] = [*_form(examples), str(task.dtype), sampler.batch_size, sampler.sampling, task.augment]
+        examples, sampler = problem.dataset.x_train, problem.sampler
+        parts["examples"] = [
+            *_form(examples),
+            str(problem.dtype),
+            sampler.batch_size,
+            sampler.sampling,
+            problem.augment,
+        ]
         parts["model"] = [work, layers]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmom.config.build import load_task_data
+from fedmom.config.build import load_data
 from fedmom.config.keys import KEYS, Scalar
 from fedmom.config.load import load, toml_scalar
 from fedmom.data.partition import Partition
@@ -22,7 +22,7 @@ from fedmom.results.pictures.style import COLOURS, DASHES, MARKERS
 from fedmom.results.reading import environment_of, is_run
 from fedmom.results.sheets import Sheet, Stat, Value, stat, written
 from fedmom.results.tables import MEASURES, SPREADS, TRAIN, finite, number
-from fedmom.tasks.task import task_kind
+from fedmom.tasks.problem import data_kind
 
 POINTS = 20_000  # on the page, over all groups: more would make it slow to open
 MAX_POINTS = 1_000  # of one group
@@ -56,7 +56,7 @@ def summary(groups: Sequence[Group]) -> list[str]:
     about = _method(same, sorted({str(run.settings[POLICY]) for run in runs}))
     images = ("model.name", "data.partition", "data.alpha", "data.batch-size")  # a quadratic has none of them
     keys = ["data.dataset", "data.num-clients", "algorithm.num-local-steps", "algorithm.momentum-policy"]
-    keys += ["algorithm.lr", "algorithm.beta", *(images if task_kind(same.get("data.dataset")).has_examples else ())]
+    keys += ["algorithm.lr", "algorithm.beta", *(images if data_kind(same.get("data.dataset")).has_examples else ())]
     if "dirichlet" not in str(same.get("data.partition", "")):
         keys = [key for key in keys if key != "data.alpha"]
     about += [said(key, same[key]) for key in keys if key in same]
@@ -202,7 +202,7 @@ def partitions(groups: Sequence[Group]) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for group in groups:
         settings = group.settings
-        if not task_kind(settings["data.dataset"]).has_examples:
+        if not data_kind(settings["data.dataset"]).has_examples:
             continue
         key = tuple(value for name, value in settings.items() if name.startswith("data.") and name != "data.batch-size")
         if key in found or len(found) >= MAX_PARTITIONS:
@@ -213,7 +213,7 @@ def partitions(groups: Sequence[Group]) -> list[dict[str, Any]]:
         title += f", seed {settings['run.seed']}"
         try:
             folder = next(run.folder for run in group.members if is_run(run.folder))
-            dataset, split = load_task_data(load(folder / CONFIG).config)
+            dataset, split = load_data(load(folder / CONFIG).config)
         except InputError as error:
             found[key] = {"title": title, "trouble": str(error)}
             continue

@@ -6,9 +6,9 @@ from torch import nn
 
 import fedmom
 from fedmom.data.partition import make_partition
-from fedmom.tasks.classification import Batch, Classification
 from fedmom.tasks.models import build_model
-from runs import image_task, run_plan, simple_plan, tiny_images
+from fedmom.tasks.supervised import Batch, Supervised
+from runs import image_problem, run_plan, simple_plan, tiny_images
 
 QUIET = [fedmom.Callback()]
 MODELS = """
@@ -53,9 +53,9 @@ def test_state_dict_fits_the_model_whatever_is_frozen_tied_or_hidden():
     before = Odd().state_dict()
     model = Odd()
     model.load_state_dict(before)
-    task = Classification(data, model, partition, batch_size=5)
-    done, _ = run_plan(task, simple_plan(3), path="vmap")
-    got = task.state_dict(done.state)
+    problem = Supervised(data, model, partition, batch_size=5)
+    done, _ = run_plan(problem, simple_plan(3), path="vmap")
+    got = problem.state_dict(done.state)
     fresh = Odd()
     fresh.load_state_dict(got)
     assert torch.equal(got["frozen.weight"], before["frozen.weight"])
@@ -131,14 +131,14 @@ class Partly(Odd):
 def test_the_gradient_alone_is_the_gradient(model):
     data = tiny_images()
     net = Partly() if model == "odd" else build_model(model, data.x_train.shape[1:], 3, seed=0)
-    task = Classification(data, net, make_partition("iid", data.y_train.numpy(), 3), batch_size=5, dtype=torch.float64)
+    problem = Supervised(data, net, make_partition("iid", data.y_train.numpy(), 3), batch_size=5, dtype=torch.float64)
     first = torch.zeros(1, dtype=torch.int64)
-    batch = Batch(*(field[0] for field in next(iter(task.round_batches(first, first, 1)))))
-    start = task.start()
+    batch = Batch(*(field[0] for field in next(iter(problem.round_batches(first, first, 1)))))
+    start = problem.start()
     before = {name: value.clone() for name, value in {**start.params, **start.buffers}.items()}
     with torch.no_grad():  # whatever is around it
-        alone = task.gradient_alone(start.params, start.buffers, batch)
-    for found, right in zip(alone[:2], task.gradient(start.params, start.buffers, batch)[:2], strict=True):
+        alone = problem.gradient_alone(start.params, start.buffers, batch)
+    for found, right in zip(alone[:2], problem.gradient(start.params, start.buffers, batch)[:2], strict=True):
         assert found.keys() == right.keys()
         for name, value in right.items():
             torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
@@ -149,20 +149,20 @@ def test_the_gradient_alone_is_the_gradient(model):
 
 def test_every_step_of_every_client_drops_out_otherwise():
     """Keys go by client and step, whoever asks from which step on."""
-    task, clients = image_task("cnn", 3), torch.arange(3)
-    keys = torch.stack([batch.dropout_key for batch in task.round_batches(clients, torch.zeros_like(clients), 4)])
+    problem, clients = image_problem("cnn", 3), torch.arange(3)
+    keys = torch.stack([batch.dropout_key for batch in problem.round_batches(clients, torch.zeros_like(clients), 4)])
     assert len(keys.unique()) == 12
-    (later,) = task.round_batches(clients[1:], torch.full((2,), 3), 1)
+    (later,) = problem.round_batches(clients[1:], torch.full((2,), 3), 1)
     assert torch.equal(later.dropout_key, keys[3, 1:])
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet20"])
 def test_evaluation_is_the_models_own_in_eval_mode(name):
     """Without dropout and by the running statistics, on the test examples."""
-    task, data = image_task(name), tiny_images()
+    problem, data = image_problem(name), tiny_images()
     net = build_model(name, tuple(data.x_train.shape[1:]), 3, seed=3, hidden=8).double().eval()
     with torch.no_grad():
         logits = net((data.x_test.double() / 255 - 0.4) / 0.3)
-    found = task.evaluate(task.start())
+    found = problem.evaluate(problem.start())
     assert found["test_loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, data.y_test)), rel=1e-9)
     assert found["test_accuracy"] == float((logits.argmax(1) == data.y_test).double().mean())

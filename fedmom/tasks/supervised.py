@@ -1,4 +1,4 @@
-"""Classification: softmax cross-entropy of a model on minibatches of each client's own examples."""
+"""Supervised: softmax cross-entropy of a model on minibatches of each client's own examples."""
 
 import copy
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Draws(NamedTuple):
     dropout_keys: Tensor  # [K, I] int64, the addresses of the steps' masks
 
 
-class Classification:
+class Supervised:
     """Softmax cross-entropy of a model on each client's own examples."""
 
     small = False
@@ -77,8 +77,8 @@ class Classification:
         self.model, self.places = model, Places(model)
         self.dropout_keys = self.places.dropout_keys
 
-    def in_dtype(self, dtype: torch.dtype) -> "Classification":
-        """The same task, its model a copy in another dtype."""
+    def in_dtype(self, dtype: torch.dtype) -> "Supervised":
+        """The same problem, its model a copy in another dtype."""
         twin = copy.copy(self)
         twin.dtype = dtype
         twin._hold(cast(copied(self.model), self.device, dtype))

@@ -1,4 +1,4 @@
-"""What the clients minimise. A task draws minibatches, gives one client's gradient, and judges the mean model."""
+"""What the clients minimise. A problem draws minibatches, gives one client's gradient, and judges the mean model."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fedmom.method.state import ClientState, Tree
-from fedmom.tasks.classification import Classification
 from fedmom.tasks.quadratic import Quadratic
+from fedmom.tasks.supervised import Supervised
 
 
-class Task(Protocol):
+class Problem(Protocol):
     """N clients' objectives f_i, as the engine needs them."""
 
     sizes: np.ndarray  # [N] examples of each client
@@ -32,7 +32,7 @@ class Task(Protocol):
     def round_batches(self, clients: Tensor, first_steps: Tensor, num_steps: int) -> Iterator[Any]:
         """The minibatches of clients [K] for steps first_steps [K] + 0, 1, …: tensors [K, ...] per step.
 
-        Clients and steps are given in main memory; the minibatches are where the task is.
+        Clients and steps are given in main memory; the minibatches are where the problem is.
         """
 
     def check_evaluation(self, state: ClientState) -> None:
@@ -51,8 +51,8 @@ class Task(Protocol):
         """Memory of one client's step besides x, u and g; decides how many clients fit at once."""
 
 
-class TaskKind(NamedTuple):
-    """What sets tasks apart: everything that asks what `data.dataset` means asks here."""
+class DataKind(NamedTuple):
+    """What sets problems apart: everything that asks what `data.dataset` means asks here."""
 
     summary: str
     measures: tuple[str, ...]  # what its evaluation records
@@ -61,18 +61,18 @@ class TaskKind(NamedTuple):
     objective: tuple[str, ...] = ()  # the keys besides data.dataset that say what is minimised
 
 
-TASKS = {  # by values of data.dataset that are no data set
-    "quadratic": TaskKind(
+DATA_KINDS = {  # by values of data.dataset that are no data set
+    "quadratic": DataKind(
         "the test bench: f_i is a quadratic with an exact gradient",
         Quadratic.measures,
         has_examples=False,
         objective=("data.curvatures", "data.centers"),
     ),
-    "local": TaskKind("classification of every client's own examples", Classification.measures, own_data=True),
+    "local": DataKind("classification of every client's own examples", Supervised.measures, own_data=True),
 }
-_OF_A_DATA_SET = TaskKind("classification of a data set's examples", Classification.measures)
+_OF_A_DATA_SET = DataKind("classification of a data set's examples", Supervised.measures)
 
 
-def task_kind(dataset: object) -> TaskKind:
-    """The kind of task that a value of data.dataset asks for."""
-    return TASKS.get(str(dataset), _OF_A_DATA_SET)
+def data_kind(dataset: object) -> DataKind:
+    """The kind of problem that a value of data.dataset asks for."""
+    return DATA_KINDS.get(str(dataset), _OF_A_DATA_SET)
