@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmom.data.array_files import idx_files
 from fedmom.data.datasets import Dataset, load_dataset
+from fedmom.data.sources.array_files import idx_files
 
 SIDE, COLUMNS = 32, 64  # of a tile, in pixels; of an atlas, in tiles
 

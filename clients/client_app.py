@@ -20,6 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from fedmom.backends.trainer import Local, Node, held_clients, settled, warm_node
+from fedmom.config.goals import task_of
 from fedmom.data.local import client_source, facts_of, from_record, read_source
 from fedmom.errors import InputError
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
@@ -41,7 +42,9 @@ def query(message: Message, context: Context) -> Message:
     if asked.get("facts", False):
         config = settled(context.run_config).config
         with _of_own_data(context):
-            facts = facts_of(read_source(_own_source(context), config.data.classes), config.run.dtype)
+            targets = task_of(config).targets
+            held = read_source(_own_source(context), config.data.classes, targets)
+            facts = facts_of(held, config.run.dtype, targets)
         for name, value in facts._asdict().items():
             answer[name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
     elif asked.get("engine", False) or not _is_local(context):

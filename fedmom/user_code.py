@@ -15,7 +15,12 @@ from typing import Any
 
 from fedmom.errors import InputError
 
-OWN_KEYS = ("algorithm.correction", "data.dataset", "model.name")  # those that may name the user's own code
+OWN_KEYS = (
+    "algorithm.correction",
+    "data.dataset",
+    "data.task",
+    "model.name",
+)  # those that may name the user's own code
 
 
 def is_spec(name: str) -> bool:
@@ -112,7 +117,7 @@ def _culprit(config: Mapping[str, Any], error: BaseException, but: CodeType | No
     if but in codes:
         return None
     for key, spec in specs.items():
-        if key != "model.name" and _code_of(key, spec) in codes:
+        if key != "model.name" and _codes_of(key, spec) & codes:
             return key
     names = [frame.f_code.co_filename for frame in frames]
     if "model.name" in specs and any(is_own_file(name) or _TORCH in name for name in names):
@@ -121,9 +126,11 @@ def _culprit(config: Mapping[str, Any], error: BaseException, but: CodeType | No
     return next((key for key, module in modules.items() if getattr(module, "__file__", None) in names), None)
 
 
-def _code_of(key: str, spec: str) -> CodeType | None:
-    function = inspect.unwrap(load_object(key, spec))
-    return getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+def _codes_of(key: str, spec: str) -> set[CodeType]:
+    """Of a function, of an object that is called, or of a class: its methods."""
+    found = inspect.unwrap(load_object(key, spec))
+    functions = [*vars(found).values()] if isinstance(found, type) else [found, type(found).__call__]
+    return {code for one in functions if (code := getattr(one, "__code__", None)) is not None}
 
 
 @contextmanager

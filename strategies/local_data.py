@@ -6,7 +6,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedmom.config.build import classification
+from fedmom.config.build import supervised
+from fedmom.config.goals import task_of
 from fedmom.config.keys import Config
 from fedmom.data.local import Common, Facts, agreed, as_record, none_of, read_server
 from fedmom.errors import ClientsFailedError
@@ -17,7 +18,7 @@ from .fleet import Fleet
 from .replies import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory
 
 
-class LocalClassification(Supervised):
+class LocalSupervised(Supervised):
     """The clients' objectives as the server sees them: sizes, and a test set of its own or the clients'."""
 
     facts: dict[str, Any] = {}  # what every message to a client must say  # noqa: RUF012
@@ -41,7 +42,7 @@ class LocalClassification(Supervised):
         return {name: means[name] for name in self.measures}
 
 
-def local_problem(grid: Grid, fleet: Fleet, config: Config) -> LocalClassification:
+def local_problem(grid: Grid, fleet: Fleet, config: Config) -> LocalSupervised:
     """Ask every node for its facts (`fleet` then knows its holders), and make the server's side of the problem.
 
     Raises InputError where clients' examples do not fit together.
@@ -51,10 +52,11 @@ def local_problem(grid: Grid, fleet: Fleet, config: Config) -> LocalClassificati
     for holder in fleet.holders:
         said: Iterator[Any] = (holder.about[name.replace("_", "-")] for name in Facts._fields)
         facts.append(Facts._make(tuple(value) if isinstance(value, list) else value for value in said))
-    server = read_server(config.data.data_dir, config.data.classes)
-    common = agreed(facts, server)
-    problem = classification(config, config.engine.device, *none_of(common, server), LocalClassification)
-    assert isinstance(problem, LocalClassification)
+    targets = task_of(config).targets
+    server = read_server(config.data.data_dir, config.data.classes, targets)
+    common = agreed(facts, server, targets)
+    problem = supervised(config, config.engine.device, *none_of(common, server, targets), LocalSupervised)
+    assert isinstance(problem, LocalSupervised)
     problem.facts = as_record(common)
     if server is None:
         problem.asks = (grid, fleet, common, config.server.timeout_seconds)

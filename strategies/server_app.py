@@ -37,7 +37,7 @@ from .backends import AveragingRounds, StockRounds
 from .dsgdm import DSGDM, RelayRounds
 from .fleet import Fleet, ask
 from .flower_strategies import make_stock
-from .local_data import LocalClassification, local_problem
+from .local_data import LocalSupervised, local_problem
 from .prsgdm import PRSGDM
 
 app = ServerApp()
@@ -158,7 +158,7 @@ def _learn(grid: Grid, fleet: Fleet, known: Fleet | None, problem: Problem) -> d
         fleet.learn(grid)
     else:
         fleet.use(known.holders)
-    return problem.facts if isinstance(problem, LocalClassification) else {}
+    return problem.facts if isinstance(problem, LocalSupervised) else {}
 
 
 def _relay(grid: Grid, known: Fleet | None, config: Config, problem: Problem, plan: Plan) -> Backend:

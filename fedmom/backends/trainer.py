@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.config.build import classification, make_plan, make_problem, resolve_device, set_up_torch
+from fedmom.config.build import make_plan, make_problem, supervised
+from fedmom.config.devices import resolve_device, set_up_torch
+from fedmom.config.goals import task_of
 from fedmom.config.keys import Config, Scalar
 from fedmom.config.load import flat, load
 from fedmom.config.resolve import Resolved, resolve
@@ -88,8 +90,9 @@ class Node:
             if local is None:
                 self.problem: Problem = make_problem(self.config, device)
             else:
-                held = read_source(Path(local.source), config.data.classes)
-                self.problem = classification(self.config, device, *one_of(local.common, local.client, held))
+                targets = task_of(config).targets
+                held = read_source(Path(local.source), config.data.classes, targets)
+                self.problem = supervised(self.config, device, *one_of(local.common, local.client, held, targets))
             self.plan: Plan = make_plan(self.config)
         self._choices: dict[int, tuple[str, int]] = {}
         self.said: dict[int, Said] = {}  # {size of block: what was measured for it, or remembered}

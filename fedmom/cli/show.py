@@ -26,7 +26,7 @@ def partition(
     """
     import numpy as np
 
-    from fedmom.config.build import load_data
+    from fedmom.config.build import load_data, shown_classes
     from fedmom.config.load import load
     from fedmom.config.resolve import resolve
     from fedmom.results import tables
@@ -41,7 +41,7 @@ def partition(
     if not data_kind(data.dataset).has_examples:
         raise InputError(f"data.dataset = {data.dataset!r}: has no examples to partition")
     dataset, split = load_data(settled)
-    counts = split.class_counts(dataset.y_train.numpy(), dataset.num_classes)
+    counts = split.class_counts(*shown_classes(settled, dataset))
     sizes, present = split.sizes, (counts > 0).sum(1)
     title = f"{data.dataset}, {data.partition}, N = {data.num_clients}"
     title += f", α = {data.alpha:g}" if "dirichlet" in data.partition else ""

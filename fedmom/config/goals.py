@@ -2,12 +2,16 @@
 
 from math import isfinite
 
-from fedmom.config.numbers import as_number
+from fedmom.config.keys import Config
+from fedmom.config.numbers import as_number, parse_numbers
+from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
-from fedmom.rounds.evaluation import CLIENT_MEASURES
+from fedmom.rounds.evaluation import client_measures
+from fedmom.tasks.metrics import METRICS, is_share, named
 from fedmom.tasks.problem import data_kind
+from fedmom.tasks.task import Asked, Task, make_task
 
-ALIASES = {"accuracy": "test_accuracy"}
+ALIASES = {name: f"test_{name}" for name in METRICS}
 # The numbers that every record has, and those of Algorithm 2 (docs/method.md).
 _ALWAYS = (
     *("round", "steps", "joint_epochs", "lr", "train_loss", "consensus_distance", "momentum_spread"),
@@ -16,15 +20,26 @@ _ALWAYS = (
 _MIXED = ("consensus_distance_after", "momentum_spread_after")
 
 
-def measured_by(dataset: str, algorithm: str) -> set[str]:
-    """The names of all numbers that a run of such data and such an algorithm may record."""
-    kind, mixes = data_kind(dataset), ALGORITHMS[algorithm].decentralized
-    return {*_ALWAYS, *kind.measures, *((*_MIXED, *CLIENT_MEASURES) if mixes else ())} - {"optimum"}
+def task_of(config: Config) -> Task:
+    """The task of a configuration whose data have examples. Raises InputError naming the key that is wrong."""
+    keys = config.model
+    weights = parse_numbers("model.class-weights", keys.class_weights) if keys.class_weights else ()
+    if any(weight <= 0 for weight in weights):
+        raise InputError(f"model.class-weights = {keys.class_weights!r}: must be positive numbers")
+    return make_task(config.data.task, Asked(keys.loss, config.run.metrics, keys.label_smoothing, weights))
 
 
-def rises(measure: str) -> bool:
-    """Whether larger is better: accuracies and speeds rise, everything else falls."""
-    return "accuracy" in measure or "per_second" in measure
+def measures_of(config: Config) -> tuple[str, ...]:
+    """The names of what an evaluation of a run records."""
+    kind = data_kind(config.data.dataset)
+    return named(task_of(config).metrics) if kind.has_examples else kind.measures
+
+
+def measured_by(config: Config) -> set[str]:
+    """The names of all numbers that a run may record."""
+    own = measures_of(config)
+    mixes = ALGORITHMS[config.algorithm.name].decentralized
+    return {*_ALWAYS, *own, *((*_MIXED, *client_measures(own)) if mixes else ())} - {"optimum"}
 
 
 def parse_goal(text: str) -> tuple[str, float] | None:
@@ -35,12 +50,12 @@ def parse_goal(text: str) -> tuple[str, float] | None:
         return None
     value = value / 100 if number.endswith("%") else float(value)
     name = ALIASES.get(name, name)
-    return None if "accuracy" in name and not 0 < value <= 1 else (name, value)
+    return None if is_share(name) and not 0 < value <= 1 else (name, value)
 
 
-def monitored(dataset: str, named: str = "auto") -> str:
-    """The measure by which a run is judged: the one named, else the test accuracy, else the loss."""
-    if named != "auto":
-        return ALIASES.get(named, named)
-    measures = data_kind(dataset).measures
+def monitored(config: Config, wanted: str = "auto") -> str:
+    """The measure by which a run is judged: the one that is wanted, else the test accuracy, else the loss."""
+    if wanted != "auto":
+        return ALIASES.get(wanted, wanted)
+    measures = measures_of(config)
     return next((name for name in ("test_accuracy", "test_loss", "loss") if name in measures), "train_loss")

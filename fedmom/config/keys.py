@@ -28,6 +28,7 @@ from fedmom.method.schedules import SCHEDULES, UNITS
 from fedmom.method.topology import FILES
 from fedmom.tasks.models import MODELS, NORMS
 from fedmom.tasks.problem import DATA_KINDS
+from fedmom.tasks.task import LOSSES, TASKS
 from fedmom.user_code import is_spec
 
 Scalar = str | bool | int | float
@@ -88,6 +89,7 @@ class DataConfig:
         "digits", "data set; `fedmom datasets` lists them", DATASETS | DATA_KINDS, "FILE.npz or module:function"
     )
     data_dir: str = key("data", "folder or .npz file that holds the data set")
+    task: str = key("classification", "what is asked of the model", TASKS, "module:Class")
     classes: str = key("", "dataset local: image folders in the order of their labels, by commas", holds=",")
     num_clients: int = key(20, "N, number of clients", at_least(1))
     partition: str = key("dirichlet-client", "rule that gives the training examples to the clients", PARTITIONS)
@@ -110,6 +112,9 @@ class ModelConfig:
     name: str = key("cnn", "model; `fedmom models` lists them", MODELS, "module:function")
     norm: str = key("batch", "resnet20 and resnet56: normalisation layers", NORMS)
     hidden: int = key(200, "mlp: width of its two hidden layers", at_least(1))
+    loss: str = key("auto", "loss of the task", {"auto": "the usual one of data.task"} | LOSSES)
+    label_smoothing: float = key(0.0, "cross-entropy: share of the target that all classes have alike", within(0, 1))
+    class_weights: str = key("", "cross-entropy: weights of classes 0, 1, …, by commas; empty: all alike", holds=",")
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,7 @@ class RunConfig:
     num_steps: int = key(0, "T, local steps of one client in all, rounded up to whole rounds; 0: R × I", at_least(0))
     seed: int = key(0, "seed of the partition, initial model, minibatches and cohorts", at_least(0))
     eval_every: int = key(1, "rounds between two evaluations; the last round is always evaluated", at_least(1))
+    metrics: str = key("auto", "measures of an evaluation besides the loss, by commas; auto: by data.task", holds=",")
     eval_clients: int = key(64, "d-sgd-m: clients, evenly spaced, whose own models are evaluated; 0: all", at_least(0))
     stop_at: str = key("", "value at which the run ends, such as accuracy=0.9 or test_loss=0.5")
     patience: int = key(0, "evaluations without progress after which the run ends; 0: off", at_least(0))
@@ -305,7 +311,7 @@ def checked(name: str, value: Any) -> Scalar:
         if not known.also:
             raise unknown(name, value, known.choices)
         files = tuple(word.removeprefix("FILE") for word in known.also.split() if word.startswith("FILE."))
-        if not ("module:function" in known.also and is_spec(value)) and not (files and value.endswith(files)):
+        if not ("module:" in known.also and is_spec(value)) and not (files and value.endswith(files)):
             raise unknown(name, value, [*known.choices, known.also])
     if known.check and (wrong := known.check(value)):
         raise InputError(f"{name} = {shown(value)}: {wrong}")

@@ -174,12 +174,12 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
 
 def _check_goals(config: Config) -> None:
     """What a run is judged by must be among what it measures."""
-    measured = measured_by(config.data.dataset, config.algorithm.name)
+    measured = measured_by(config)
     goal = parse_goal(config.run.stop_at)
     if config.run.stop_at and goal is None:
         right = "must be METRIC=VALUE, such as accuracy=90% or test_loss=0.5 (an accuracy is in (0, 1])"
         raise InputError(f"run.stop-at = {config.run.stop_at!r}: {right}")
-    named = {"run.monitor": monitored(config.data.dataset, config.run.monitor)}
+    named = {"run.monitor": monitored(config, config.run.monitor)}
     for key, name in (named | ({"run.stop-at": goal[0]} if goal else {})).items():
         if name not in measured:
             raise unknown(key, name, sorted(measured))

@@ -1,15 +1,18 @@
-"""What people's arrays may be: one rule each for dtypes, for the layout of images, for features and for labels.
+"""What people's arrays may be: one rule each for dtypes, for the layout of images and for features.
 
 Whatever comes in, from a file, a function or a client's folder, passes `checked_part`; what comes out is a uint8 image
-[n, C, H, W], a float feature [n, ...] or an int64 one, and a label [n] int64. docs/data.md has the table.
+[n, C, H, W], a float feature [n, ...] or a whole one, or several of them by name; and targets (targets.py).
+docs/data.md has the table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.data.inputs import Inputs, num_examples
+from fedmom.data.targets import TARGETS
 from fedmom.errors import InputError
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -26,49 +29,79 @@ _INSTEAD = {
     "V": "give its fields side by side as one array of numbers",
     "f": "give float64 or float32",
 }
-_MANY = 1000  # classes that no data set is too small for
 
 
-def checked_part(key: str, split: str, x: object, y: object, channels: int | None = None) -> tuple[Tensor, Tensor]:
-    """One split by itself, "train" or "test": examples and labels, as many of the one as of the other.
+def checked_part(
+    key: str, split: str, x: object, y: object, channels: int | None = None, *, targets: str = "labels"
+) -> tuple[Inputs, Tensor]:
+    """One split by itself, "train" or "test": examples and targets, as many of the one as of the other.
 
-    `channels`: how many the images have, where that is known. Raises InputError naming the array and what would do.
+    `channels`: how many the images have, where that is known. `targets`: a kind of TARGETS. Raises InputError naming
+    the array and what would do.
     """
-    inputs = _inputs(f"{key}: x_{split}", _tensor(f"{key}: x_{split}", x), channels)
-    labels = _labels(f"{key}: y_{split}", _tensor(f"{key}: y_{split}", y))
-    if len(inputs) != len(labels):
-        raise InputError(f"{key}: x_{split} has {len(inputs)} examples, y_{split} has {len(labels)}")
-    return inputs, labels
+    if isinstance(x, Mapping):
+        inputs: Inputs = _several(f"{key}: x_{split}", x)
+    else:
+        inputs = _inputs(f"{key}: x_{split}", _tensor(f"{key}: x_{split}", x), channels)
+    what = f"{key}: y_{split}"
+    found = TARGETS[targets].check(what, _tensor(what, y))
+    if num_examples(inputs) != len(found):
+        raise InputError(f"{key}: x_{split} has {num_examples(inputs)} examples, y_{split} has {len(found)}")
+    return inputs, found
+
+
+def _several(what: str, x: Mapping[str, object]) -> dict[str, Tensor]:
+    """Inputs by name, each as it is alone."""
+    if not x or not all(isinstance(name, str) and name.isidentifier() for name in x):
+        names = ", ".join(map(repr, x)) or "none"
+        raise InputError(f"{what} has the names {names}: inputs are called by names such as ids and mask")
+    found = {}
+    for name, value in x.items():
+        tensor = _tensor(f"{what}[{name!r}]", value)
+        tensor = tensor.to(torch.int64) if tensor.dtype == torch.bool else tensor  # a mask
+        tensor = tensor[:, None] if tensor.ndim == 1 else tensor
+        found[name] = _inputs(f"{what}[{name!r}]", tensor, None)
+    counts = {name: len(one) for name, one in found.items()}
+    if len(set(counts.values())) > 1:
+        given = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise InputError(f"{what}: its inputs have {given} examples; every input needs as many")
+    return found
 
 
 def checked_whole(
-    key: str, arrays: tuple[object, object, object, object], channels: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_train, y_train, x_test and y_test, each split right and both alike."""
-    x_train, y_train = checked_part(key, "train", arrays[0], arrays[1], channels)
-    x_test, y_test = checked_part(key, "test", arrays[2], arrays[3], channels)
+    key: str, arrays: tuple[object, ...], channels: int | None = None, *, targets: str = "labels"
+) -> tuple[Inputs, Tensor, Inputs, Tensor]:
+    """x_train, y_train, x_test and y_test, each split right and both alike. Labels may be words, which are numbered."""
+    if targets == "labels" and all(_is_words(y) for y in (arrays[1], arrays[3])):
+        names = np.unique(np.concatenate([np.asarray(arrays[1]).reshape(-1), np.asarray(arrays[3]).reshape(-1)]))
+        numbered = [np.searchsorted(names, np.asarray(y)) for y in (arrays[1], arrays[3])]
+        arrays = (arrays[0], numbered[0], arrays[2], numbered[1])
+    x_train, y_train = checked_part(key, "train", arrays[0], arrays[1], channels, targets=targets)
+    x_test, y_test = checked_part(key, "test", arrays[2], arrays[3], channels, targets=targets)
     for split, x in (("train", x_train), ("test", x_test)):
-        if len(x) == 0:
+        if num_examples(x) == 0:
             raise InputError(f"{key}: x_{split} is empty")
-    if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
+    if kind_of(x_train) != kind_of(x_test):
         kinds = f"examples of x_train are {kind_of(x_train)}, those of x_test are {kind_of(x_test)}"
         raise InputError(f"{key}: {kinds}; give both in one dtype and one shape")
+    if y_train.shape[1:] != y_test.shape[1:]:
+        kinds = f"{list(y_train.shape[1:])}, those of y_test {list(y_test.shape[1:])}"
+        raise InputError(f"{key}: targets of y_train have the shape {kinds}; give both in one shape")
     return x_train, y_train, x_test, y_test
 
 
-def count_classes(key: str, highest: int, num_examples: int) -> int:
-    """One more than the highest label. InputError for labels that are ids: the model would have an output for each."""
-    if highest >= max(_MANY, num_examples):
-        raise InputError(
-            f"{key}: has a label {highest} among {num_examples} examples, and a model has an output for each of 0 to "
-            f"the highest: renumber them (np.unique(y, return_inverse=True)[1], over train and test together), or "
-            'return a fedmom.Dataset, which says num_classes, from a "module:function"'
-        )
-    return highest + 1
+def _is_words(y: object) -> bool:
+    return isinstance(y, np.ndarray) and y.ndim == 1 and (y.dtype.kind in "UST" or _of_strings(y))
 
 
-def kind_of(x: Tensor) -> str:
+def _of_strings(y: np.ndarray) -> bool:
+    return y.dtype.kind == "O" and all(isinstance(one, str) for one in y)
+
+
+def kind_of(x: Inputs) -> str:
     """Dtype and shape of one example, as messages show them."""
+    if isinstance(x, dict):
+        return ", ".join(f"{name} {kind_of(one)}" for name, one in x.items())
     return f"{dtype_name(x.dtype)} {list(x.shape[1:])}"
 
 
@@ -139,12 +172,21 @@ def _tensor(what: str, array: object) -> Tensor:
     else:
         hint = " (its to_numpy() may be one)" if hasattr(array, "to_numpy") else " (np.asarray may make it one)"
         raise InputError(f"{what} is a {type(array).__name__}, not a numpy array or tensor{hint}")
-    if tensor.dtype not in _INTEGERS:
-        return tensor
+    if tensor.dtype not in _INTEGERS or (tensor.dtype != torch.uint64 and is_mapped(array)):
+        return tensor  # of a file that stays on the disk only what a minibatch needs is read, and widened
     whole = tensor.to(torch.int64)
     if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
         raise InputError(f"{what} has whole numbers of 2^63 and more: at most {2**63 - 1} fits")
     return whole
+
+
+def is_mapped(array: object) -> bool:
+    """Whether an array's values stay in a file until they are read."""
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap):
+            return True
+        array = array.base
+    return False
 
 
 def _inputs(what: str, x: Tensor, channels: int | None) -> Tensor:
@@ -163,28 +205,19 @@ def _inputs(what: str, x: Tensor, channels: int | None) -> Tensor:
     return x
 
 
-def _labels(what: str, y: Tensor) -> Tensor:
-    shape = list(y.shape)
-    if y.is_floating_point() or y.dtype == torch.bool:
-        raise InputError(f"{what} has dtype {dtype_name(y.dtype)}: labels are integers 0, 1, 2, … (astype(np.int64))")
-    if y.ndim != 1:
-        advice = "y.reshape(-1)" if shape[1:] and set(shape[1:]) == {1} else "of one-hot rows y.argmax(1)"
-        raise InputError(f"{what} has shape {shape}: labels are [n], one number for each example; {advice}")
-    y = y.to(torch.int64)
-    if len(y) and int(y.min()) < 0:
-        raise InputError(f"{what} has a negative label, {int(y.min())}: labels are 0, 1, 2, …; drop or renumber it")
-    return y
-
-
 # What the run's dtype makes of them
 
 
-def check_cast(key: str, split: str, x: Tensor, dtype: torch.dtype) -> None:
+def check_cast(key: str, split: str, x: Inputs, dtype: torch.dtype) -> None:
     """InputError where the run's `dtype` would turn finite features into infinite ones, or whole numbers into others.
 
     Rounding of real numbers is what a dtype is for. A feature that is a whole number in every example is an id or a
     count, and another one is another word. Integers are not cast.
     """
+    if isinstance(x, dict):
+        for one in x.values():
+            check_cast(key, split, one, dtype)
+        return
     if not x.is_floating_point() or torch.promote_types(x.dtype, dtype) == dtype or not len(x):
         return
     flat = x.reshape(len(x), -1)

@@ -120,12 +120,12 @@ def crop_flip(images: Tensor, moved: Tensor) -> Tensor:
 
 
 def normalised(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tensor:
-    """uint8 images [..., C, H, W] -> (images / 255 − mean) / std in `dtype`; other tensors are cast if real.
+    """uint8 images [..., C, H, W] -> (images / 255 − mean) / std in `dtype`; real tensors are cast, whole ones int64.
 
     A copy in any case: a model may write into its input, and the examples must stay what they are.
     """
     if images.dtype != torch.uint8:
-        return images.to(dtype if images.is_floating_point() else images.dtype, copy=True)
+        return images.to(dtype if images.is_floating_point() else torch.int64, copy=True)
     scale, shift = _constants(tuple(np.ravel(mean).tolist()), tuple(np.ravel(std).tolist()), dtype, images.device)
     # A GPU takes bytes as they are in one pass; a CPU is slower at mixed products.
     return (images * scale if images.is_cuda else images.to(dtype).mul_(scale)).sub_(shift)

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.data.array_files import ARRAYS, idx_files, read_digits, read_idx, read_npz_arrays
-from fedmom.data.arrays import checked_whole, count_classes, kind_of
+from fedmom.data.arrays import checked_whole, kind_of
+from fedmom.data.inputs import Inputs, Shapes, is_integer, shape_of
+from fedmom.data.sources.array_files import ARRAYS, idx_files, read_digits, read_idx, read_npz_arrays
+from fedmom.data.targets import TARGETS, num_outputs
 from fedmom.errors import InputError, missing_package, unknown
 from fedmom.machine.files import at_home
 from fedmom.user_code import is_spec, load_object, one_line
@@ -23,18 +25,18 @@ from fedmom.user_code import is_spec, load_object, one_line
 class Dataset(NamedTuple):
     """Train and test examples; uint8 means images, which training scales to (x / 255 - mean) / std."""
 
-    x_train: Tensor  # [n, *shape]: uint8 images [n, C, H, W], or float or int64 features
-    y_train: Tensor  # [n] int64
-    x_test: Tensor  # [m, *shape]
-    y_test: Tensor  # [m] int64
-    num_classes: int
+    x_train: Inputs  # [n, *shape]: uint8 images [n, C, H, W], float or int64 features, or several of them by name
+    y_train: Tensor  # [n] int64 labels, or what the task asks for (fedmom/data/targets.py)
+    x_test: Inputs  # [m, *shape]
+    y_test: Tensor  # [m, ...]
+    num_classes: int  # or how many numbers or labels are predicted: what a model has outputs for
     mean: tuple[float, ...]  # [C] of uint8 / 255; () for features
     std: tuple[float, ...]  # [C]; () for features
     augment: str  # what data.augment = "auto" means here: "none" or "crop-flip"
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        return tuple(self.x_train.shape[1:])
+    def input_shape(self) -> Shapes:
+        return shape_of(self.x_train)
 
 
 RawArrays = tuple[object, object, object, object]  # x_train, y_train, x_test, y_test, not yet checked
@@ -118,15 +120,17 @@ DATASETS: dict[str, DatasetEntry] = {
 }  # fmt: skip
 
 
-def load_dataset(name: str, data_dir: str = "data") -> Dataset:
-    """One of DATASETS, the path of an .npz file, or the user's "module:function"."""
+def load_dataset(name: str, data_dir: str = "data", targets: str = "labels") -> Dataset:
+    """One of DATASETS, the path of an .npz file, or the user's "module:function", for targets of a kind of TARGETS."""
     if name.lower().endswith(".npz"):
         path = at_home(name)
-        return _user_dataset(name, _read_npz(f"data.dataset = {name!r}", path))
+        return _user_dataset(name, _read_npz(f"data.dataset = {name!r}", path), targets)
     if is_spec(name):
-        return _call_user(name, data_dir)
+        return _call_user(name, data_dir, targets)
     if name not in DATASETS:
         raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", '"module:function"'])
+    if targets != "labels":
+        raise InputError(f"data.dataset = {name!r}: has one label for each example, and data.task asks for {targets}")
     own = DATASETS[name].own
     arrays = own() if own is not None else _find(name, at_home(data_dir))
     return _named_dataset(name, arrays)
@@ -151,6 +155,7 @@ def _named_dataset(name: str, arrays: RawArrays) -> Dataset:
     entry = DATASETS[name]
     key = f"data.dataset = {name!r}"
     x_train, y_train, x_test, y_test = checked_whole(key, arrays)
+    assert isinstance(x_train, Tensor)
     if x_train.dtype != torch.uint8 or x_train.shape[1:] != entry.shape:
         expected = f"uint8 {list(entry.shape)}"
         raise InputError(f"{key}: examples of x_train are {kind_of(x_train)}, expected {expected}")
@@ -160,11 +165,13 @@ def _named_dataset(name: str, arrays: RawArrays) -> Dataset:
     return Dataset(x_train, y_train, x_test, y_test, entry.num_classes, entry.mean, entry.std, entry.augment)
 
 
-def _user_dataset(name: str, arrays: RawArrays) -> Dataset:
+def _user_dataset(name: str, arrays: RawArrays, targets: str) -> Dataset:
     key = f"data.dataset = {name!r}"
-    x_train, y_train, x_test, y_test = checked_whole(key, arrays)
-    num_classes = count_classes(key, max(int(y_train.max()), int(y_test.max())), len(y_train) + len(y_test))
-    mean, std = _statistics(x_train) if x_train.dtype == torch.uint8 else ((), ())
+    x_train, y_train, x_test, y_test = checked_whole(key, arrays, targets=targets)
+    num_classes = num_outputs(key, targets, (y_train, y_test))
+    if isinstance(x_train, dict) and (images := [n for n, one in x_train.items() if one.dtype == torch.uint8]):
+        raise InputError(f"{key}: x_train[{images[0]!r}] is uint8: among several inputs give images as float features")
+    mean, std = _statistics(x_train) if isinstance(x_train, Tensor) and x_train.dtype == torch.uint8 else ((), ())
     return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, "none")
 
 
@@ -219,7 +226,7 @@ def _read_npz(key: str, path: Path) -> RawArrays:
     return _four(f"{key}: {path}", read_npz_arrays(key, path))
 
 
-def _call_user(name: str, data_dir: str) -> Dataset:
+def _call_user(name: str, data_dir: str, targets: str) -> Dataset:
     """The user's function; it gets `data_dir` if it has such a parameter or one without a default."""
     key = f"data.dataset = {name!r}"
     function = load_object("data.dataset", name)
@@ -236,12 +243,12 @@ def _call_user(name: str, data_dir: str) -> Dataset:
     except (Exception, SystemExit) as error:
         raise InputError(f"{key}: the function raised {one_line(error)}") from error
     if isinstance(result, Dataset):
-        return _checked_dataset(key, result)
+        return _checked_dataset(key, result, targets)
     if isinstance(result, Mapping):
-        return _user_dataset(name, _four(key, result))
+        return _user_dataset(name, _four(key, result), targets)
     if isinstance(result, tuple | list) and len(result) == 4:
         x_train, y_train, x_test, y_test = result
-        return _user_dataset(name, (x_train, y_train, x_test, y_test))
+        return _user_dataset(name, (x_train, y_train, x_test, y_test), targets)
     got = type(result).__name__ + (f" of {len(result)}" if isinstance(result, tuple | list) else "")
     wanted = f"a Dataset, or {', '.join(ARRAYS)} as a dict or tuple"
     raise InputError(f"{key}: must return {wanted}; returned {got}")
@@ -257,24 +264,27 @@ def _four(key: str, arrays: Mapping[str, object]) -> RawArrays:
 # What is checked of a Dataset that the user made.
 
 
-def _checked_dataset(key: str, dataset: Dataset) -> Dataset:
+def _checked_dataset(key: str, dataset: Dataset, targets: str) -> Dataset:
     """A Dataset that the user made: its arrays are checked like any others, its statistics are kept."""
     try:
         mean, std = tuple(map(float, dataset.mean)), tuple(map(float, dataset.std))
     except (TypeError, ValueError) as error:
         raise InputError(f"{key}: mean and std must be tuples of floats: {one_line(error)}") from error
     x_train, y_train, x_test, y_test = checked_whole(
-        key, (dataset.x_train, dataset.y_train, dataset.x_test, dataset.y_test), len(mean)
+        key, (dataset.x_train, dataset.y_train, dataset.x_test, dataset.y_test), len(mean), targets=targets
     )
-    highest = max(int(y_train.max()), int(y_test.max()))
+    how = TARGETS[targets]
+    least = max(how.size(y_train), how.size(y_test))
     num_classes = dataset.num_classes.item() if isinstance(dataset.num_classes, np.integer) else dataset.num_classes
-    if type(num_classes) is not int or num_classes <= highest:
-        raise InputError(f"{key}: num_classes = {num_classes!r}, but there is a label {highest}")
+    if type(num_classes) is not int or num_classes < least or num_classes < 1:
+        there = f"there is a label {least - 1}" if how.grows else f"{least} numbers are predicted"
+        raise InputError(f"{key}: num_classes = {num_classes!r}, but {there}")
     if dataset.augment not in ("none", "crop-flip"):
         raise unknown(f"{key}: augment", str(dataset.augment), ("none", "crop-flip"))
-    if dataset.augment == "crop-flip" and x_train.ndim != 4:
+    image = isinstance(x_train, Tensor) and x_train.ndim == 4 and not is_integer(x_train)
+    if dataset.augment == "crop-flip" and not image:
         raise InputError(f"{key}: augment = 'crop-flip' needs images [n, C, H, W], not {kind_of(x_train)}")
-    channels = x_train.shape[1] if x_train.dtype == torch.uint8 else 0
+    channels = x_train.shape[1] if isinstance(x_train, Tensor) and x_train.dtype == torch.uint8 else 0
     if len(mean) != channels or len(std) != channels or not all(map(math.isfinite, mean)):
         raise InputError(f"{key}: mean = {mean}, std = {std}: needs {channels} numbers each")
     if not all(0 < s < math.inf for s in std):

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.data.array_files import read_npz_arrays
-from fedmom.data.arrays import check_cast, checked_part, count_classes, dtype_name, kind_of
+from fedmom.data.arrays import check_cast, checked_part, dtype_name, kind_of
 from fedmom.data.datasets import Dataset
-from fedmom.data.images import read_images
 from fedmom.data.partition import Partition
+from fedmom.data.sources.array_files import read_npz_arrays
+from fedmom.data.sources.images import read_images
+from fedmom.data.targets import TARGETS, count_classes
 from fedmom.errors import InputError
 from fedmom.machine.files import at_home
 
@@ -29,9 +30,9 @@ class Examples(NamedTuple):
     """What one client, or the server, holds."""
 
     x_train: Tensor  # [n, *shape]: uint8 images [n, C, H, W], or features; n may be 0 at the server
-    y_train: Tensor  # [n] int64
+    y_train: Tensor  # [n, ...] labels, or what the task asks for
     x_test: Tensor  # [m, *shape], m may be 0
-    y_test: Tensor  # [m] int64
+    y_test: Tensor  # [m, ...]
 
 
 class Facts(NamedTuple):
@@ -39,7 +40,7 @@ class Facts(NamedTuple):
 
     size: int  # n, training examples
     test_size: int  # m
-    num_classes: int  # highest label + 1
+    num_classes: int  # how many outputs its targets need: of labels the highest + 1
     shape: tuple[int, ...]
     dtype: str
     pixels: int  # per channel, of all training images; 0 for features
@@ -86,7 +87,7 @@ def client_source(data_dir: str, client: int) -> Path:
     raise InputError(f"{_KEY}: client {client} has nothing (looked for {', '.join(map(str, places))})")
 
 
-def read_server(data_dir: str, classes: str = "") -> Examples | None:
+def read_server(data_dir: str, classes: str = "", targets: str = "labels") -> Examples | None:
     """The server's test examples: test.npz, test/LABEL/…, or in server/data; None where it has none."""
     root = at_home(data_dir)
     for place in (root, root / "server" / "data"):
@@ -97,13 +98,13 @@ def read_server(data_dir: str, classes: str = "") -> Examples | None:
         if len(found := files + folders) > 1:
             raise InputError(f"{_KEY}: {place} has {found[0].name} and {found[1].name}; leave the server one test set")
         if files:
-            return _read_npz(files[0], ("x_test", "y_test"))
+            return _read_npz(files[0], ("x_test", "y_test"), targets)
         if folders:
-            return _read_folder(place, classes, ("test",))
+            return _read_folder(place, classes, ("test",), targets)
     return None
 
 
-def read_source(place: Path, classes: str = "") -> Examples:
+def read_source(place: Path, classes: str = "", targets: str = "labels") -> Examples:
     """A client's examples. Raises InputError naming the file and what would be right."""
     if place.is_dir() and not (place / "train").is_dir():
         files = sorted(path for path in place.iterdir() if path.suffix.lower() == ".npz")
@@ -111,13 +112,14 @@ def read_source(place: Path, classes: str = "") -> Examples:
             what = f"has {len(files)} .npz files" if files else "has neither an .npz file nor a folder train"
             raise InputError(f"{_KEY}: {place}: {what}; it needs one .npz file, or images in train/LABEL/")
         place = files[0]
-    examples = _read_folder(place, classes, ("train", "test")) if place.is_dir() else _read_npz(place, ())
+    folder = place.is_dir()
+    examples = _read_folder(place, classes, ("train", "test"), targets) if folder else _read_npz(place, (), targets)
     if not len(examples.y_train):
         raise InputError(f"{_KEY}: {place}: has no training examples")
     return examples
 
 
-def facts_of(examples: Examples, dtype: str = "float64") -> Facts:
+def facts_of(examples: Examples, dtype: str = "float64", targets: str = "labels") -> Facts:
     """A client's facts; the sums are exact whole numbers, so those of all clients are those of all images.
 
     Raises InputError where the run's `dtype` cannot hold the examples.
@@ -125,7 +127,7 @@ def facts_of(examples: Examples, dtype: str = "float64") -> Facts:
     for split, features in (("train", examples.x_train), ("test", examples.x_test)):
         check_cast(_KEY, split, features, getattr(torch, dtype))
     x, labels = examples.x_train, (examples.y_train, examples.y_test)
-    top = max(int(y.max()) for y in labels if len(y))
+    needed = max(TARGETS[targets].size(y) for y in labels if len(y))
     pixels, sums, squares = 0, list[int](), list[int]()
     if x.dtype == torch.uint8:
         values = torch.arange(256, dtype=torch.int64)
@@ -136,10 +138,10 @@ def facts_of(examples: Examples, dtype: str = "float64") -> Facts:
             squares.append(int(counts @ values**2))
     dtype = dtype_name(x.dtype)
     shape = tuple(x.shape[1:])
-    return Facts(len(x), len(examples.x_test), top + 1, shape, dtype, pixels, tuple(sums), tuple(squares))
+    return Facts(len(x), len(examples.x_test), needed, shape, dtype, pixels, tuple(sums), tuple(squares))
 
 
-def agreed(facts: Sequence[Facts], server: Examples | None = None) -> Common:
+def agreed(facts: Sequence[Facts], server: Examples | None = None, targets: str = "labels") -> Common:
     """The facts of clients 0 … N − 1 (and the server's labels) put together. InputError names who does not fit."""
     first = facts[0]
     for client, other in enumerate(facts):
@@ -148,9 +150,20 @@ def agreed(facts: Sequence[Facts], server: Examples | None = None) -> Common:
                 f"{_KEY}: examples of client {client} are {other.dtype} {list(other.shape)}, those of client 0 "
                 f"{first.dtype} {list(first.shape)}"
             )
+    how = TARGETS[targets]
+    for client, other in enumerate(facts):
+        if not how.grows and other.num_classes != first.num_classes:
+            raise InputError(
+                f"{_KEY}: client {client} has {other.num_classes} numbers in each target, client 0 {first.num_classes}"
+            )
     num_classes = max(one.num_classes for one in facts)
     if server is not None:
-        num_classes = max(num_classes, int(server.y_test.max()) + 1)
+        needed = how.size(server.y_test)
+        if not how.grows and needed != num_classes:
+            raise InputError(
+                f"{_KEY}: the server's targets have {needed} numbers each, those of client 0 {num_classes}"
+            )
+        num_classes = max(num_classes, needed)
         shape, dtype = tuple(server.x_test.shape[1:]), dtype_name(server.x_test.dtype)
         if (shape, dtype) != (first.shape, first.dtype):
             raise InputError(
@@ -159,7 +172,8 @@ def agreed(facts: Sequence[Facts], server: Examples | None = None) -> Common:
             )
     elif not any(one.test_size for one in facts):
         raise InputError(f"{_KEY}: nobody has test examples; give the server a test.npz, or clients x_test and y_test")
-    count_classes(_KEY, num_classes - 1, sum(one.size + one.test_size for one in facts))
+    if how.grows:
+        count_classes(_KEY, num_classes - 1, sum(one.size + one.test_size for one in facts))
     mean, std = list[float](), list[float]()
     pixels = sum(one.pixels for one in facts)
     for channel in range(len(first.sums)):
@@ -171,11 +185,13 @@ def agreed(facts: Sequence[Facts], server: Examples | None = None) -> Common:
     return Common(sizes, test_sizes, num_classes, first.shape, first.dtype, tuple(mean), tuple(std))
 
 
-def everything(data_dir: str, num_clients: int, classes: str = "") -> tuple[Dataset, Partition]:
+def everything(
+    data_dir: str, num_clients: int, classes: str = "", targets: str = "labels"
+) -> tuple[Dataset, Partition]:
     """All clients' examples one after another, for an engine that has them all, and who holds which."""
-    held = [read_source(client_source(data_dir, client), classes) for client in range(num_clients)]
-    server = read_server(data_dir, classes)
-    common = agreed([facts_of(one) for one in held], server)
+    held = [read_source(client_source(data_dir, client), classes, targets) for client in range(num_clients)]
+    server = read_server(data_dir, classes, targets)
+    common = agreed([facts_of(one, targets=targets) for one in held], server, targets)
     tests = [(server.x_test, server.y_test)] if server else [(one.x_test, one.y_test) for one in held]
     x_test, y_test = (torch.cat([pair[part] for pair in tests if len(pair[1])]) for part in (0, 1))
     x, y = torch.cat([one.x_train for one in held]), torch.cat([one.y_train for one in held])
@@ -184,12 +200,12 @@ def everything(data_dir: str, num_clients: int, classes: str = "") -> tuple[Data
     return data, Partition(np.arange(len(y)), offsets)
 
 
-def one_of(common: Common, client: int, examples: Examples) -> tuple[Dataset, Partition]:
+def one_of(common: Common, client: int, examples: Examples, targets: str = "labels") -> tuple[Dataset, Partition]:
     """The same from client c's side: its own examples, and a partition in which only its own part is filled.
 
     Raises InputError where the examples are no longer those of `common`.
     """
-    facts = facts_of(examples)
+    facts = facts_of(examples, targets=targets)
     if facts.size != common.sizes[client] or (facts.shape, facts.dtype) != (common.shape, common.dtype):
         raise InputError(
             f"{_KEY}: client {client} holds {facts.size} examples {facts.dtype} {list(facts.shape)}; when the run "
@@ -201,10 +217,10 @@ def one_of(common: Common, client: int, examples: Examples) -> tuple[Dataset, Pa
     return Dataset(*examples, common.num_classes, common.mean, common.std, "none"), Partition(indices, offsets)
 
 
-def none_of(common: Common, server: Examples | None) -> tuple[Dataset, Partition]:
+def none_of(common: Common, server: Examples | None, targets: str = "labels") -> tuple[Dataset, Partition]:
     """The same from the server's side, which holds no training example."""
     dtype = getattr(torch, common.dtype)
-    x, y = torch.zeros(0, *common.shape, dtype=dtype), torch.zeros(0, dtype=torch.int64)
+    x, y = torch.zeros(0, *common.shape, dtype=dtype), TARGETS[targets].none(common.shape, common.num_classes)
     x_test, y_test = (server.x_test, server.y_test) if server else (x, y)
     offsets = np.concatenate([[0], np.cumsum(common.sizes)])
     data = Dataset(x, y, x_test, y_test, common.num_classes, common.mean, common.std, "none")
@@ -214,7 +230,7 @@ def none_of(common: Common, server: Examples | None) -> tuple[Dataset, Partition
 # Where the arrays come from.
 
 
-def _read_npz(path: Path, required: tuple[str, ...]) -> Examples:
+def _read_npz(path: Path, required: tuple[str, ...], targets: str) -> Examples:
     arrays = read_npz_arrays(_KEY, path)
     required = required or ("x_train", "y_train")
     missing = [name for name in required if name not in arrays]
@@ -226,7 +242,11 @@ def _read_npz(path: Path, required: tuple[str, ...]) -> Examples:
             if one in arrays and other not in arrays:
                 raise InputError(f"{_KEY}: {path}: has {one} and no {other}")
         if f"x_{split}" in arrays and f"y_{split}" in arrays:
-            parts[split] = checked_part(f"{_KEY}: {path}", split, arrays[f"x_{split}"], arrays[f"y_{split}"])
+            pair = arrays[f"x_{split}"], arrays[f"y_{split}"]
+            x, y = checked_part(f"{_KEY}: {path}", split, *pair, targets=targets)
+            if isinstance(x, dict):
+                raise InputError(f"{_KEY}: {path}: has several inputs; a client's own examples are one array")
+            parts[split] = x, y
     return _filled(parts)
 
 
@@ -241,7 +261,9 @@ def _filled(parts: dict[str, tuple[Tensor, Tensor]]) -> Examples:
     return Examples(*train, *test)
 
 
-def _read_folder(folder: Path, classes: str, splits: tuple[str, ...]) -> Examples:
+def _read_folder(folder: Path, classes: str, splits: tuple[str, ...], targets: str) -> Examples:
+    if targets != "labels":
+        raise InputError(f"{_KEY}: {folder}: folders of images have labels, and data.task asks for {targets}")
     parts = {split: read_images(_KEY, folder / split, classes) for split in splits if (folder / split).is_dir()}
     if not parts:
         raise InputError(f"{_KEY}: {folder}: has no folder {' or '.join(splits)}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fedmom.data.inputs import rows_of_inputs
 from fedmom.engine.calls import mixes_by
 from fedmom.engine.look import look, look_at_correction
 from fedmom.engine.paths import AUTO, FACTORS, LOOP, PATHS, STACK, VMAP, is_plain, is_settled
@@ -251,7 +252,7 @@ def _cannot_fold(problem: Problem, method: Method, job: Job, path: str, yardstic
         stack = Stack(problem, method)
         assert yardstick is not None  # whatever can be folded has a model
         batch = next(iter(problem.round_batches(job.clients[:1], job.first_steps[:1], 1)))
-        if why := mixes_by(stack.problem.model, batch.x[0], _sizes(len(job.clients))):
+        if why := mixes_by(stack.problem.model, rows_of_inputs(batch.x, 0), _sizes(len(job.clients))):
             return why
         return yardstick.differs(STACK) or (yardstick.differs(path) if path == FACTORS else "")
     except FoldError as reason:

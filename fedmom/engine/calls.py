@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
+from fedmom.data.inputs import Inputs, called_with, num_examples
 from fedmom.tasks.places import copied
 
 
@@ -75,15 +77,15 @@ def _take_apart(value: Any, fixed: list[Any], counts: list[int]) -> None:
         fixed.append(type(value))
 
 
-def _calls(empty: nn.Module, x: Tensor, K: int) -> list[_Call]:
+def _calls(empty: nn.Module, x: Inputs, K: int) -> list[_Call]:
     """Of a forward pass of a model without values with K minibatches like x in one."""
-    batch = torch.empty((K * len(x), *x.shape[1:]), dtype=x.dtype, device="meta")
+    batch = tree_map(lambda t: torch.empty((K * len(t), *t.shape[1:]), dtype=t.dtype, device="meta"), x)
     with torch.device("meta"), torch.no_grad(), _Calls() as seen:
-        empty(batch)
+        called_with(empty, batch)
     return seen.seen
 
 
-def work_of(model: nn.Module, x: Tensor) -> str:
+def work_of(model: nn.Module, x: Inputs) -> str:
     """What a forward pass of `model` with one client's minibatch x [B, ...] asks of torch, in a few digits.
 
     Two models of equal layers that use them in other ways differ in it. "" where it cannot be seen without values.
@@ -97,7 +99,7 @@ def work_of(model: nn.Module, x: Tensor) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
-def mixes_by(model: nn.Module, x: Tensor, sizes: Collection[int]) -> str:
+def mixes_by(model: nn.Module, x: Inputs, sizes: Collection[int]) -> str:
     """Why a forward pass of `model` cannot take the examples of several clients as one batch, or "".
 
     x: one client's minibatch [B, ...]. sizes: numbers of clients that may be put together. The calls of torch must be
@@ -123,7 +125,8 @@ def mixes_by(model: nn.Module, x: Tensor, sizes: Collection[int]) -> str:
 
         for K in sorted({2, *sizes} - {1}):
             if not fits(K) and not fits(K):  # once more: something may be made at the first use of each shape
-                return f"its forward pass does something else with {K * len(x)} examples than with {len(x)}"
+                B = num_examples(x)
+                return f"its forward pass does something else with {K * B} examples than with {B}"
     except Exception as error:  # a user's model may raise anything
         return " ".join(f"its forward pass asks for values ({type(error).__name__}: {error}".split())[:200] + ")"
     return ""

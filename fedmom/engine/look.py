@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmom.engine.own_state import attributes, changed, same, shared_by
 from fedmom.errors import InputError
 from fedmom.method.algorithms import Correction, takes_key
 from fedmom.method.state import ClientState, Tree
 from fedmom.rounds.round import Job
-from fedmom.tasks.supervised import Batch, Supervised
+from fedmom.tasks.supervised import Batch, Supervised, one_of_batch
 from fedmom.user_code import one_line
 
 
@@ -70,13 +71,13 @@ class _Twin:
     def __init__(self, problem: Supervised, start: ClientState, job: Job) -> None:
         self.called, self.problem, self.start = problem.called, problem.in_dtype(problem.dtype), start
         fields = next(iter(problem.round_batches(job.clients[:1], job.first_steps[:1], 1)))
-        self.batch = Batch(*(field[0] for field in fields))
+        self.batch = one_of_batch(fields, 0)
         self.held = _held(self.problem)
 
     def step(self, at: Tree | None = None, of: Supervised | None = None) -> tuple[Tree, Tree, Tensor]:
         """(gradients, buffers, loss) of a step from x `at`, or the start's, by the copy or the problem `of`."""
         at, of = self.start.params if at is None else at, of or self.problem
-        own = Batch(*(field.clone() for field in self.batch))  # which the model may write into
+        own: Batch = tree_map(torch.clone, self.batch)  # which the model may write into
         params = {name: x.clone() for name, x in at.items()}
         grads, buffers, loss = of.gradient_alone(params, self.start.buffers, own)
         if name := _first_that_differs((params, {}, loss), (at, {}, loss), ""):
@@ -84,12 +85,13 @@ class _Twin:
         return grads, buffers, loss
 
     def judged(self) -> Tensor:
-        """The logits of an evaluation."""
+        """The outputs of an evaluation, all in one row."""
         try:
-            logits = self.problem.judged(self.start, self.batch.x)
+            outputs = self.problem.judged(self.start, self.batch.x)
         except Exception:  # what fails in evaluation is said by check_evaluation, with the examples
             return torch.zeros(())
-        return logits if isinstance(logits, Tensor) else torch.zeros(())
+        found = [t.reshape(-1) for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+        return torch.cat(found) if found else torch.zeros(())
 
     def attributes(self) -> dict[str, Any]:
         """Copies of what its modules hold besides parameters, buffers and modules."""

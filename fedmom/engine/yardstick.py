@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from fedmom.data.inputs import called_with
 from fedmom.engine.calls import Precision
 from fedmom.engine.engine import Engine
 from fedmom.engine.paths import PATHS, is_plain
@@ -28,7 +28,7 @@ from fedmom.method.randomness import random_bits, uniform
 from fedmom.method.state import ClientState, row_of
 from fedmom.rounds.round import Job
 from fedmom.tasks.places import copied
-from fedmom.tasks.supervised import Batch, Supervised
+from fedmom.tasks.supervised import Batch, Supervised, one_of_batch
 
 F64 = torch.float64
 _CLIENTS, _CHUNK = 3, 2  # so that the last chunk is shorter
@@ -185,7 +185,7 @@ class Yardstick:
         batches = list(self.problem.round_batches(self.job.clients, self.job.first_steps, len(self.lrs)))
         ends, losses = [], []
         for i, steps in enumerate(self.job.num_steps.tolist()):
-            own = [Batch(*(field[i] for field in batch)) for batch in batches[:steps]]
+            own = [one_of_batch(batch, i) for batch in batches[:steps]]
             state, loss = self._one_client(i, own, rounding)
             ends.append(state)
             losses.append(loss)
@@ -222,7 +222,7 @@ class Yardstick:
             for p in here.values():
                 p.grad = None
             model.train()
-            loss = cross_entropy(model(batch.x), batch.y)
+            loss = self.problem.task.loss(called_with(model, batch.x), batch.y)
             loss.backward()
             with torch.no_grad():
                 grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for n, p in here.items()}

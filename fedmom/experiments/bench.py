@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmom.backends.local import make_backend
-from fedmom.config.build import make_plan, make_problem, resolve_device
+from fedmom.config.build import make_plan, make_problem
+from fedmom.config.devices import resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import replace
 from fedmom.config.resolve import with_choices
@@ -22,7 +23,7 @@ from fedmom.method.state import ClientState, num_bytes
 from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
 from fedmom.tasks.problem import Problem
-from fedmom.tasks.supervised import Batch, Supervised
+from fedmom.tasks.supervised import Supervised, one_of_batch
 
 KINDS = {  # of torch's operators, by a part of the name; the first that fits
     "convolution": ("conv",),
@@ -140,7 +141,7 @@ def _flops(problem: Problem, start: ClientState) -> float:
     if not isinstance(problem, Supervised):
         return 0.0
     first = torch.zeros(1, dtype=torch.int64, device=problem.device)
-    batch = Batch(*(field[0] for field in next(iter(problem.round_batches(first, first, 1)))))
+    batch = one_of_batch(next(iter(problem.round_batches(first, first, 1))), 0)
     params = {name: x.detach().requires_grad_() for name, x in start.params.items()}
     with FlopCounterMode(display=False) as counter:
         problem.loss(params, start.buffers, batch)[0].backward()

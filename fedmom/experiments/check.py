@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fedmom.backends.local import make_local
-from fedmom.config.build import make_plan, make_problem, resolve_device
+from fedmom.config.build import make_plan, make_problem
+from fedmom.config.devices import resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace
 from fedmom.config.resolve import resolve, with_choices
+from fedmom.data.arrays import kind_of
+from fedmom.data.inputs import num_examples, rows_of_inputs
+from fedmom.data.targets import classes_of
 from fedmom.engine.auto import bytes_per_client
 from fedmom.engine.rates import rate, replayable
 from fedmom.errors import InputError
@@ -57,9 +61,9 @@ class Data(NamedTuple):
     num_train: int
     num_test: int
     num_classes: int
-    example: str  # shape and dtype, "[16] float32"
+    example: str  # dtype and shape, "float32 [16]"
     sizes: np.ndarray  # [N] examples of each client
-    classes: np.ndarray  # [N] classes that each client has
+    classes: np.ndarray | None  # [N] classes that each client has; None where examples have no class
 
 
 class Checked(NamedTuple):
@@ -208,11 +212,12 @@ def _data(problem: Supervised) -> Data:
     dataset, sampler = problem.dataset, problem.sampler
     sizes = sampler.sizes.cpu()
     owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    held = torch.stack([owners, dataset.y_train.cpu()[sampler.indices.cpu()]])
-    classes = torch.bincount(torch.unique(held, dim=1)[0], minlength=len(sizes))
-    x = dataset.x_train
-    example = f"{list(x.shape[1:])} {str(x.dtype).removeprefix('torch.')}"
-    return Data(len(x), len(dataset.x_test), dataset.num_classes, example, sizes.numpy(), classes.numpy())
+    labels, classes = classes_of(problem.task.targets, dataset.y_train.cpu().numpy()), None
+    if labels is not None:
+        held = torch.stack([owners, torch.from_numpy(labels)[sampler.indices.cpu()]])
+        classes = torch.bincount(torch.unique(held, dim=1)[0], minlength=len(sizes)).numpy()
+    train, test = num_examples(dataset.x_train), num_examples(dataset.x_test)
+    return Data(train, test, dataset.num_classes, kind_of(dataset.x_train), sizes.numpy(), classes)
 
 
 def _layers(problem: Supervised, start: ClientState) -> tuple[list[Layer], dict[str, str]]:
@@ -232,7 +237,7 @@ def _layers(problem: Supervised, start: ClientState) -> tuple[list[Layer], dict[
     first = torch.zeros(1, dtype=torch.int64)
     batch = next(iter(twin.round_batches(first, first, 1)))
     try:
-        twin.judged(start, batch.x[0][:_FEW])
+        twin.judged(start, rows_of_inputs(rows_of_inputs(batch.x, 0), slice(_FEW)))
     except Exception:  # the run itself says so, with the examples
         outputs.clear()
     # As the user wrote them: dropout was swapped for the addressed one.

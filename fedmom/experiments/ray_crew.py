@@ -21,7 +21,7 @@ from fedmom.actors.nodes import RayNode, answers_of, start_on, working_nodes
 from fedmom.actors.pool import Pool
 from fedmom.actors.watch import leave_ray
 from fedmom.backends.premises import Premises, digest_of, trouble_with
-from fedmom.config.build import share_of_gpus
+from fedmom.config.devices import share_of_gpus
 from fedmom.config.load import load, parse_sets
 from fedmom.errors import InputError, RayEndedError
 from fedmom.experiments.crew import LOOK_SECONDS, Asked, Cell, CellEnded, Requests, SweepWork, run_cell

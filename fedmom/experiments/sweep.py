@@ -51,7 +51,7 @@ def check(
                 settled = resolve(load(config, changes)).config
                 RunFolder.check_new(out / cell.name)
             check_place(settled, here=here)
-            measured |= measured_by(settled.data.dataset, settled.algorithm.name)
+            measured |= measured_by(settled)
         except InputError as error:
             raise InputError(f"{cell.name}: {error}") from None
     if metric and metric not in measured:

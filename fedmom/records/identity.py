@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat
+from fedmom.data.datasets import Dataset
 from fedmom.errors import InputError
 from fedmom.machine.files import at_home
 from fedmom.method.algorithms import ALGORITHMS
@@ -58,7 +59,9 @@ _KEYS_OF_1 = {
     "engine": "device path chunk-size matmul threads",
     "server": "strategy lr momentum trim num-malicious noise-multiplier clipping-norm",
 }
-_WHAT = {"model.name": "its code", "algorithm.correction": "its code", "data.data-dir": "what the clients hold"}
+_WHAT = dict.fromkeys(("model.name", "algorithm.correction", "data.task"), "its code") | {
+    "data.data-dir": "what the clients hold"
+}
 
 
 class Identity(NamedTuple):
@@ -128,18 +131,24 @@ def _contents(config: Config, problem: Problem | None) -> dict[str, str]:
     found: dict[str, str] = {}
     if isinstance(problem, Supervised):
         data = problem.dataset
-        arrays = {name: getattr(data, name) for name in ("x_train", "y_train", "x_test", "y_test")}
+        arrays = _tensors_of(data)
         about = {"arrays": of_tensors(arrays), "classes": data.num_classes, **_known_of_data(config, problem)}
         found["data.data-dir" if data_kind(config.data.dataset).own_data else "data.dataset"] = fingerprint(about)
     topology = config.algorithm.topology
     if ALGORITHMS[config.algorithm.name].decentralized and topology.endswith(FILES):
         with contextlib.suppress(OSError):  # that it is missing is said by whoever reads W
             found["algorithm.topology"] = _hash_of_file(topology)[:16]
-    for key in ("model.name", "algorithm.correction"):
+    for key in ("model.name", "algorithm.correction", "data.task"):
         spec = str(flat(config)[key])
-        if is_spec(spec) and (key != "model.name" or data_kind(config.data.dataset).has_examples):
+        if is_spec(spec) and (key == "algorithm.correction" or data_kind(config.data.dataset).has_examples):
             found[key] = of_code(load_object(key, spec))
     return found
+
+
+def _tensors_of(data: Dataset) -> dict[str, Tensor]:
+    parts = {name: getattr(data, name) for name in ("x_train", "y_train", "x_test", "y_test")}
+    several = {name: part if isinstance(part, dict) else {"": part} for name, part in parts.items()}
+    return {f"{name} {own}".rstrip(): tensor for name, part in several.items() for own, tensor in part.items()}
 
 
 def _hash_of_file(name: str) -> str:

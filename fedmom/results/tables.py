@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedmom.config.goals import rises
 from fedmom.config.numbers import PERCENT
 from fedmom.rounds.loop import Record
+from fedmom.tasks.metrics import METRICS, rises
 
 MISSING = "–"
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -37,9 +37,17 @@ def _share(key: str, title: str, label: str) -> Measure:
     return Measure(key, title, label, PERCENT, factor=100.0, unit=" %")
 
 
+def _of_metric(name: str) -> Measure:
+    """A measure of a task, as `test_…`."""
+    metric, key = METRICS[name], f"test_{name}"
+    title = f"test {metric.short or name}"
+    label = f"{title[0].upper()}{title[1:]} at x̂"
+    return _share(key, title, f"{label} (%)") if metric.share else Measure(key, title, label, "#.4g")
+
+
 MEASURES = (
     Measure("test_loss", "test loss", "Test loss at x̂", "#.4g"),
-    _share("test_accuracy", "test accuracy", "Test accuracy at x̂ (%)"),
+    *(_of_metric(name) for name in METRICS),
     _share("mean_client_accuracy", "mean client accuracy", "Clients' own models:\nmean accuracy (%)"),
     _share("worst_client_accuracy", "worst client accuracy", "Clients' own models:\nworst accuracy (%)"),
     Measure("loss", "loss", "Loss at x̄", ".4g", log=True),

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.config.build import make_plan, resolve_device
+from fedmom.config.build import make_plan
 from fedmom.config.build import make_problem as build_problem
+from fedmom.config.devices import resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace, to_toml
 from fedmom.config.resolve import Resolved, resolve, with_choices
@@ -21,7 +22,7 @@ from fedmom.records.history import History, cut_back
 from fedmom.records.identity import identity_of
 from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
-from fedmom.rounds.evaluation import CLIENT_MEASURES
+from fedmom.rounds.evaluation import client_measures
 from fedmom.rounds.loop import Plan, Record, RunState, beginning, round_job, run_rounds
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback, Interrupts, Start, interrupts_held
@@ -241,7 +242,7 @@ class _Run:
             # A finished run keeps its last round's evaluation; in a longer one that round is like any other.
             every = self.config.run.eval_every if done.round < self.plan.num_rounds else 1
             self.rounds, recorded = cut_back(
-                self.folder.path, done.round, every, (*self.problem.measures, *CLIENT_MEASURES)
+                self.folder.path, done.round, every, (*self.problem.measures, *client_measures(self.problem.measures))
             )
             if recorded and not done.round:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")

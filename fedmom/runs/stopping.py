@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import NamedTuple
 
-from fedmom.config.goals import ALIASES, monitored, parse_goal, rises
+from fedmom.config.goals import ALIASES, monitored, parse_goal
 from fedmom.config.keys import Config
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState
 from fedmom.rounds.loop import Record
 from fedmom.runs.callbacks import Callback, Start
+from fedmom.tasks.metrics import rises
 
 
 class Best(NamedTuple):
@@ -86,7 +87,7 @@ class EarlyStopping(Callback):
         self.target, self.patience, self.min_delta = target, patience, min_delta
 
     def on_start(self, start: Start) -> str | None:
-        monitor = self.monitor or monitored(start.config.data.dataset)
+        monitor = self.monitor or monitored(start.config)
         self.progress = Watcher(monitor, goal=self.target, patience=self.patience, min_delta=self.min_delta)
         for record in start.rounds:
             self.progress.add(record)
@@ -102,7 +103,7 @@ class Watchers:
 
     def __init__(self, config: Config) -> None:
         run, goal = config.run, parse_goal(config.run.stop_at)
-        self.monitor = monitored(config.data.dataset, run.monitor)
+        self.monitor = monitored(config, run.monitor)
         self._first = Watcher(self.monitor, patience=run.patience, min_delta=run.min_delta)
         self._all = [self._first, Watcher(goal[0], goal=goal[1])] if goal else [self._first]
 

@@ -4,15 +4,18 @@ Every model must run under torch.func.functional_call and torch.vmap with stacke
 nothing here works in place or asks for a value of a tensor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from fedmom.data.inputs import Inputs, Shapes, called_with, is_integer
 from fedmom.errors import InputError, unknown
 from fedmom.tasks.dropout import address_dropout
 from fedmom.tasks.places import cast, check_model, copied
+from fedmom.tasks.task import Task, make_task
 from fedmom.user_code import is_spec, load_object, one_line
 
 Shape = tuple[int, ...]  # of one example: (C, H, W) for images
@@ -20,18 +23,21 @@ Shape = tuple[int, ...]  # of one example: (C, H, W) for images
 
 def build_model(
     name: str,
-    input_shape: Shape,
+    input_shape: Shapes,
     num_classes: int,
     *,
     seed: int,
     norm: str = "batch",
     hidden: int = 200,
-    integers: bool = False,
+    like: Inputs | None = None,
+    task: Task | None = None,
+    targets: Tensor | None = None,
 ) -> nn.Module:
-    """A float32 model on the CPU, in training mode: [B, *input_shape] -> [B, num_classes] logits.
+    """A float32 model on the CPU, in training mode: [B, *input_shape] -> [B, num_classes] logits, or what the task has.
 
     The same seed gives the same parameters; torch's global random state is neither read nor changed. A user's
-    "module:function" is called as f(input_shape, num_classes). `integers`: examples are int64 ids, not real numbers.
+    "module:function" is called as f(input_shape, num_classes). `like`, `targets`: examples, and what is to be predicted
+    of them; left out, real numbers and one label each. `task`: left out, classification.
     """
     if norm not in NORMS:
         raise unknown("model.norm", norm, NORMS)
@@ -47,6 +53,7 @@ def build_model(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         if function is None:
+            assert isinstance(input_shape, tuple), "several inputs are for models of the user's own"
             model = MODELS[name].build(input_shape, num_classes, ModelOptions(norm, hidden))
         else:
             model = _call_user(name, function, input_shape, num_classes)
@@ -54,7 +61,10 @@ def build_model(
         _check_parameters(name, model)
         model = address_dropout(cast(model, "cpu", torch.float32))
         model.train()  # of which a user's own may forget to give the model back
-        _check_forward(name, model, input_shape, num_classes, integers)
+        x = _two_like(torch.rand(2, *input_shape) if like is None else like)
+        task = task or make_task("classification")
+        shape = [2, *(targets.shape[1:] if targets is not None and task.targets == "tokens" else ())]
+        _check_forward(name, model, x, task, shape, num_classes)
     return model
 
 
@@ -207,7 +217,7 @@ def _image(name: str, input_shape: Shape, smallest: int) -> tuple[int, int, int]
     return channels, height, width
 
 
-def _call_user(name: str, function: Callable[..., object], input_shape: Shape, num_classes: int) -> nn.Module:
+def _call_user(name: str, function: Callable[..., object], input_shape: Shapes, num_classes: int) -> nn.Module:
     try:
         model = function(input_shape, num_classes)
     except InputError:
@@ -228,22 +238,35 @@ def _check_parameters(name: str, model: nn.Module) -> None:
         raise InputError(f"model.name = {name!r}: has no trainable parameters")
 
 
-def _check_forward(name: str, model: nn.Module, input_shape: Shape, num_classes: int, integers: bool) -> None:
+def _two_like(x: Inputs) -> Inputs:
+    """Two examples of the same shape: zeros where they are ids, else random numbers in [0, 1)."""
+
+    def two(t: Tensor) -> Tensor:
+        return torch.zeros(2, *t.shape[1:], dtype=torch.int64) if is_integer(t) else torch.rand(2, *t.shape[1:])
+
+    found: Inputs = tree_map(two, x)
+    return found
+
+
+def _check_forward(name: str, model: nn.Module, x: Inputs, task: Task, shape: Sequence[int], num_classes: int) -> None:
     """Two examples through a copy in training mode, because BatchNorm would remember them."""
-    x = torch.zeros(2, *input_shape, dtype=torch.int64) if integers else torch.rand(2, *input_shape)
     before, twin = torch.get_rng_state(), copied(model)
     try:
         with torch.no_grad():
-            logits = twin(x)
+            outputs = called_with(twin, x)
     except Exception as error:
-        raise InputError(
-            f"model.name = {name!r}: fails on a batch of shape {list(x.shape)}: {one_line(error)}"
-        ) from error
+        raise InputError(f"model.name = {name!r}: fails on {_batch(x)}: {one_line(error)}") from error
     if not torch.equal(before, torch.get_rng_state()):
         advice = "use nn.Dropout layers, whose masks are addressed by (seed, client, step)"
         raise InputError(f"model.name = {name!r}: draws random numbers in its forward pass; {advice}")
-    if not isinstance(logits, Tensor):
-        raise InputError(f"model.name = {name!r}: must return logits, returned {type(logits).__name__}")
-    if logits.shape != (2, num_classes):
-        shapes = f"[B, {num_classes}] logits, made {list(logits.shape)} of a batch of shape {list(x.shape)}"
-        raise InputError(f"model.name = {name!r}: must return {shapes}")
+    if want := task.check_outputs(outputs, shape, num_classes):
+        if not isinstance(outputs, Tensor):
+            raise InputError(f"model.name = {name!r}: must return logits, returned {type(outputs).__name__}")
+        right = want.replace("[2", "[B", 1)
+        raise InputError(f"model.name = {name!r}: must return {right}, made {list(outputs.shape)} of {_batch(x)}")
+
+
+def _batch(x: Inputs) -> str:
+    if isinstance(x, dict):
+        return "a batch of " + ", ".join(f"{n} {list(t.shape)}" for n, t in x.items())
+    return f"a batch of shape {list(x.shape)}"

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fedmom.method.state import ClientState, Tree
 from fedmom.tasks.quadratic import Quadratic
-from fedmom.tasks.supervised import Supervised
 
 
 class Problem(Protocol):
@@ -55,7 +54,7 @@ class DataKind(NamedTuple):
     """What sets problems apart: everything that asks what `data.dataset` means asks here."""
 
     summary: str
-    measures: tuple[str, ...]  # what its evaluation records
+    measures: tuple[str, ...] = ()  # what its evaluation records, where no task says it
     has_examples: bool = True  # examples and a model; else every f_i is a formula that the configuration holds
     own_data: bool = False  # every client's examples are its own, and are read where it runs
     objective: tuple[str, ...] = ()  # the keys besides data.dataset that say what is minimised
@@ -68,9 +67,9 @@ DATA_KINDS = {  # by values of data.dataset that are no data set
         has_examples=False,
         objective=("data.curvatures", "data.centers"),
     ),
-    "local": DataKind("classification of every client's own examples", Supervised.measures, own_data=True),
+    "local": DataKind("every client's own examples, read where it runs", own_data=True),
 }
-_OF_A_DATA_SET = DataKind("classification of a data set's examples", Supervised.measures)
+_OF_A_DATA_SET = DataKind("a data set's examples")
 
 
 def data_kind(dataset: object) -> DataKind:

@@ -1,4 +1,4 @@
-"""Supervised: softmax cross-entropy of a model on minibatches of each client's own examples."""
+"""Supervised problems: a task's loss of a model on minibatches of each client's own examples."""
 
 import copy
 from collections.abc import Iterator
@@ -6,26 +6,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmom.data.batches import Sampler, crop_flip, moves, normalised
 from fedmom.data.datasets import Dataset
+from fedmom.data.inputs import Inputs, called_with, gathered, rows_of_inputs
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
-from fedmom.machine.memory import free_bytes, sizes_made
 from fedmom.method.randomness import DROPOUT, random_bits
 from fedmom.method.state import ClientState, Tree, initial_state
+from fedmom.tasks.evaluation import Evaluation
+from fedmom.tasks.metrics import named
 from fedmom.tasks.places import BoundedGathers, Places, cast, check_model, copied
-from fedmom.user_code import one_line
-
-_PIECE, _FEW = 500, 2  # examples judged at a time: at most, at least
+from fedmom.tasks.task import Task, make_task
 
 
 class Batch(NamedTuple):
     """One client's minibatch; stacked, every field gains a leading K."""
 
-    x: Tensor  # [B, *shape], normalised
-    y: Tensor  # [B]
+    x: Inputs  # [B, *shape], normalised
+    y: Tensor  # [B, ...]
     dropout_key: Tensor  # [] int64, the address of this step's masks
 
 
@@ -38,10 +38,9 @@ class Draws(NamedTuple):
 
 
 class Supervised:
-    """Softmax cross-entropy of a model on each client's own examples."""
+    """A task's loss of a model on each client's own examples."""
 
     small = False
-    measures: tuple[str, ...] = ("test_loss", "test_accuracy")
 
     def __init__(
         self,
@@ -50,6 +49,7 @@ class Supervised:
         partition: Partition,
         *,
         batch_size: int,
+        task: Task | None = None,
         sampling: str = "shuffle",
         augment: str = "none",
         seed: int = 0,
@@ -57,25 +57,31 @@ class Supervised:
         device: torch.device | str = "cpu",
         name: str = "",
     ) -> None:
-        """`name`: of the model, for messages.
+        """`task`: left out, classification by cross-entropy. `name`: of the model, for messages.
 
         Raises InputError, naming the model, where it cannot be trained with tensors of the clients' own.
         """
         self.called = f"model.name = {name or type(model).__name__!r}"
         check_model(model, self.called)
+        self.task = task or make_task("classification")
+        self.task.check_size(dataset.num_classes)
+        self.measures = named(self.task.metrics)
         self.device = torch.device(device)
         self.dataset = dataset._replace(
-            **{name: getattr(dataset, name).to(self.device) for name in ("x_train", "y_train", "x_test", "y_test")}
+            **{
+                part: tree_map(lambda t: t.to(self.device), getattr(dataset, part))
+                for part in ("x_train", "y_train", "x_test", "y_test")
+            }
         )
         self.sizes = partition.sizes
         self.sampler = Sampler(partition, batch_size, sampling=sampling, seed=seed)
         self.augment, self.seed, self.dtype = augment, seed, dtype
         self._hold(cast(model, self.device, dtype))
-        self._each: int | None = None  # bytes that the evaluation of one example takes, where measured
 
     def _hold(self, model: nn.Module) -> None:
         self.model, self.places = model, Places(model)
         self.dropout_keys = self.places.dropout_keys
+        self.evaluation = Evaluation(self.places, self.task, self.called, self._normalised, self._targets, self.device)
 
     def in_dtype(self, dtype: torch.dtype) -> "Supervised":
         """The same problem, its model a copy in another dtype."""
@@ -104,15 +110,22 @@ class Supervised:
 
     def batch(self, drawn: Draws, step: int) -> Batch:
         """The minibatches [K, ...] of step 0, 1, … of those that were drawn. Nothing in it waits for the device."""
-        source, examples = self.dataset.x_train, drawn.examples[:, step]
-        # index_select copies whole examples; indexing by a matrix goes number by number.
-        x = source.index_select(0, examples.reshape(-1)).reshape(*examples.shape, *source.shape[1:])
+        examples = drawn.examples[:, step]
+        x = gathered(self.dataset.x_train, examples)
         if drawn.moves.shape[-1]:
-            x = crop_flip(x, drawn.moves[:, step])
-        return Batch(self._normalised(x), self.dataset.y_train[examples], drawn.dropout_keys[:, step])
+            x = tree_map(lambda t: crop_flip(t, drawn.moves[:, step]), x)
+        return Batch(self._normalised(x), self._targets(self.dataset.y_train[examples]), drawn.dropout_keys[:, step])
 
-    def _normalised(self, x: Tensor) -> Tensor:
-        return normalised(x, self.dataset.mean, self.dataset.std, self.dtype)
+    def _normalised(self, x: Inputs) -> Inputs:
+        """As the model takes them."""
+        found: Inputs = tree_map(lambda t: normalised(t, self.dataset.mean, self.dataset.std, self.dtype), x)
+        return found
+
+    def _targets(self, y: Tensor) -> Tensor:
+        """As the loss takes them: numbers, and 0 or 1 of several labels, in the model's dtype."""
+        if y.is_floating_point() or self.task.targets == "sets":
+            return y.to(self.dtype)
+        return y if y.dtype == torch.int64 else y.to(torch.int64)
 
     def loss(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """One client's loss on one minibatch, and the buffers after the forward pass."""
@@ -126,10 +139,9 @@ class Supervised:
         after = {name: buffer.clone() for name, buffer in buffers.items()}
         return {**after, **dict.fromkeys(self.dropout_keys, batch.dropout_key)}
 
-    @staticmethod
-    def _forward(model: nn.Module, batch: Batch) -> Tensor:
+    def _forward(self, model: nn.Module, batch: Batch) -> Tensor:
         model.train()
-        return cross_entropy(model(batch.x), batch.y)
+        return self.task.loss(called_with(model, batch.x), batch.y)
 
     def gradient(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Tree, Tree, Tensor]:
         with BoundedGathers():
@@ -169,11 +181,11 @@ class Supervised:
             return saved
 
         first = torch.zeros(1, dtype=torch.int64)
-        batch = Batch(*(field[0] for field in next(iter(self.round_batches(first, first, 1)))))
+        batch = one_of_batch(next(iter(self.round_batches(first, first, 1))), 0)
         params = {name: x.detach().requires_grad_() for name, x in start.params.items()}
         with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
             self.loss(params, start.buffers, batch)
-        return kept + batch.x.numel() * batch.x.element_size()
+        return kept + sum(t.numel() * t.element_size() for t in tree_leaves(batch.x))
 
     @torch.no_grad()
     def state_dict(self, state: ClientState) -> Tree:
@@ -201,95 +213,38 @@ class Supervised:
             return {}, {}
         return {name: held[name] for name in held if not names[name]}, {"names": names, "complex": [*places.complex]}
 
-    @torch.no_grad()
     def evaluate(self, state: ClientState) -> dict[str, float]:
-        """Loss and accuracy on the test set: {"test_loss", "test_accuracy"}."""
-        loss, accuracy = self._judge(state, self.dataset.x_test, self.dataset.y_test)
-        return {"test_loss": loss, "test_accuracy": accuracy}
+        """The loss and the task's measures on the test set: {"test_loss", "test_accuracy", …}."""
+        found = self.evaluation.measured(state, self.dataset.x_test, self.dataset.y_test)
+        return {f"test_{name}": value for name, value in found.items()}
 
-    @torch.no_grad()
     def evaluate_clients(self, state: ClientState, clients: Tensor) -> dict[str, float]:
-        """Loss and accuracy on the training examples of clients [K], unaugmented: {"loss", "accuracy"}."""
+        """The same on the training examples of clients [K], unaugmented: {"loss", "accuracy", …}."""
         offsets, indices = self.sampler.offsets, self.sampler.indices
         rows = torch.cat([indices[offsets[c] : offsets[c + 1]] for c in clients.tolist()]).to(self.device)
-        loss, accuracy = self._judge(state, self.dataset.x_train[rows], self.dataset.y_train[rows])
-        return {"loss": loss, "accuracy": accuracy}
+        return self.evaluation.measured(state, rows_of_inputs(self.dataset.x_train, rows), self.dataset.y_train[rows])
 
     def check_evaluation(self, state: ClientState) -> None:
         """Judge a few examples, so that what fails in evaluation fails before the first round.
 
-        The examples with the smallest and the largest numbers are among them: they hold the token ids at the ends.
         Raises InputError naming the model.
         """
-        state = _copy(state)
-        for name, x in (("test", self.dataset.x_test), ("training", self.dataset.x_train)):
-            if not len(x):
-                continue
-            flat = x.reshape(len(x), -1)
-            ends = [flat.amax(1).argmax(), flat.amin(1).argmin()] if flat.shape[1] and not x.is_complex() else []
-            rows = torch.tensor(sorted({0, *map(int, ends)}), device=x.device)
-            try:
-                logits = self._logits(state, self._normalised(x[rows]))
-            except Exception as error:  # a user's model may raise anything
-                where = f"on {name} examples {rows.tolist()}"
-                raise InputError(f"{self.called}: in evaluation the model fails {where}: {one_line(error)}") from error
-            want = [len(rows), self.dataset.num_classes]
-            if not isinstance(logits, Tensor) or list(logits.shape) != want:
-                got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise InputError(f"{self.called}: in evaluation the model must return logits {want}, it returned {got}")
+        data = self.dataset
+        parts = {"test": (data.x_test, data.y_test), "training": (data.x_train, data.y_train)}
+        self.evaluation.check(state, parts, data.num_classes)
 
-    def _judge(self, state: ClientState, x_all: Tensor, y_all: Tensor) -> tuple[float, float]:
-        """Mean loss and accuracy of a model on examples [n, ...]."""
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
-        state = _copy(state)  # a model may write into its buffers in evaluation too: into those of nobody else
-        each = self._piece(state, x_all)
-        for x, y in zip(x_all.split(each), y_all.split(each), strict=True):
-            logits = self._logits(state, self._normalised(x))
-            loss += cross_entropy(logits, y, reduction="sum")
-            right += (logits.argmax(1) == y).sum()
-        count = max(1, len(y_all))
-        loss, right = torch.stack([loss, right.double()]).tolist()  # in one wait for the device
-        return loss / count, right / count
-
-    def _piece(self, state: ClientState, x_all: Tensor) -> int:
-        """How many examples are judged at a time: so many that what a layer makes of them fits into the memory."""
-        if len(x_all) <= _FEW:
-            return _PIECE
-        if self._each is None:
-            self._each = self._evaluation_bytes(state, x_all[:_FEW])
-        return max(_FEW, min(_PIECE, int(0.3 * free_bytes(self.device) / max(1, self._each))))
-
-    def _evaluation_bytes(self, state: ClientState, x: Tensor) -> int:
-        """Of one example: the most that three successive modules give back together; 0 where that cannot be seen."""
-        made = [self._normalised(x).nbytes]
-        try:
-            with sizes_made(made):
-                self._logits(_copy(state), self._normalised(x))
-        except Exception:  # a compiled model may not be looked into; it is judged in whole pieces
-            return 0
-        return max(sum(made[i : i + 3]) for i in range(len(made))) // len(x)
-
-    def judged(self, state: ClientState, x: Tensor) -> Tensor:
-        """Logits in evaluation mode of examples [n, …] as they come in minibatches; nothing of `state` is changed.
+    def judged(self, state: ClientState, x: Inputs) -> Any:
+        """Outputs in evaluation mode of examples [n, …] as they come in minibatches; nothing of `state` is changed.
 
         Whatever the model gives back; what it raises is raised.
         """
-        with torch.no_grad():
-            return self._logits(_copy(state), x.clone())
+        return self.evaluation.judged(state, x)
 
-    def _logits(self, state: ClientState, x: Tensor) -> Tensor:
-        """[n, classes] in evaluation mode, of one example too: models squeeze axes of length one."""
-        alone = len(x) == 1
-        x = torch.cat([x, x]) if alone else x
 
-        def judge(model: nn.Module) -> Tensor:
-            model.eval()
-            logits: Tensor = model(x)
-            return logits
-
-        logits = self.places.run(state.params, dict(state.buffers), judge)
-        return logits[:1] if alone and isinstance(logits, Tensor) else logits
+def one_of_batch(batch: Batch, place: int) -> Batch:
+    """One of K clients' minibatches."""
+    found: Batch = tree_map(lambda t: t[place], batch)
+    return found
 
 
 def _dense(leaf: Tensor) -> Tensor:
@@ -298,9 +253,3 @@ def _dense(leaf: Tensor) -> Tensor:
     if g is None:
         return torch.zeros_like(leaf)
     return g if g.layout == torch.strided else g.to_dense()
-
-
-def _copy(state: ClientState) -> ClientState:
-    """Of x and the buffers: nobody is judged by the momentum."""
-    params, buffers = ({name: value.clone() for name, value in tree.items()} for tree in (state.params, state.buffers))
-    return ClientState(params, {}, buffers)

@@ -28,7 +28,7 @@ GLOBS = (
         "fedmom/records/**/*",
         "fedmom/machine/files.py",
         "fedmom/user_code.py",
-        "fedmom/data/digits.json",
+        "fedmom/data/sources/digits.json",
         "configs/deploy.toml",
     ),
     # What Flower delivers to the nodes, as far as it is about Flower.

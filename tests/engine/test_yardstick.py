@@ -327,9 +327,9 @@ def test_what_only_evaluation_shows_is_found_before_the_first_round():
 def test_pieces_of_an_evaluation_fit_into_the_memory(monkeypatch):
     problem = image_problem("cnn", 2)
     want = problem.evaluate(problem.start())
-    whole = problem._piece(problem.start(), problem.dataset.x_test)
-    monkeypatch.setattr("fedmom.tasks.supervised.free_bytes", lambda device: 100_000)
-    assert 2 <= problem._piece(problem.start(), problem.dataset.x_test) < len(problem.dataset.x_test) < whole
+    whole = problem.evaluation._piece(problem.start(), problem.dataset.x_test)
+    monkeypatch.setattr("fedmom.tasks.evaluation.free_bytes", lambda device: 100_000)
+    assert 2 <= problem.evaluation._piece(problem.start(), problem.dataset.x_test) < len(problem.dataset.x_test) < whole
     assert problem.evaluate(problem.start()) == pytest.approx(want, rel=1e-12)
 
 

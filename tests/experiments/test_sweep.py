@@ -333,7 +333,7 @@ def test_what_to_rank_by_is_a_number_that_some_run_records():
     for folder in (ROOT / "tests/stored").glob("*/"):
         numbers = {name for record in read_rounds(folder) for name, v in record.items() if isinstance(v, int | float)}
         config = load(folder / "config.toml").config
-        assert numbers <= measured_by(config.data.dataset, config.algorithm.name), folder.name
+        assert numbers <= measured_by(config), folder.name
 
 
 def test_runs_may_be_ranked_by_a_number_that_only_some_record(tmp_path, capsys):

@@ -747,7 +747,7 @@ MUTANTS = [
         "batches",
         "evaluation drops out",
         "the model is judged as in training",
-        code(f"{TASK}._logits", "            model.eval()\n", "            model.train()\n"),
+        code("fedmom.tasks.evaluation.Evaluation._outputs", "            model.eval()\n", "            model.train()\n"),
         "tests/tasks/test_supervised.py::test_evaluation_is_the_models_own_in_eval_mode[cnn]",
     ),
     # --- partitions ----------------------------------------------------------------------------------------

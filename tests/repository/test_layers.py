@@ -26,19 +26,20 @@ LAYERS = {
     "data": "errors user_code machine method",
     "tasks": "errors user_code machine method data",
     "rounds": "errors method tasks",
-    "engine": "errors user_code machine method tasks rounds",
+    "engine": "errors user_code machine method data tasks rounds",
     "config": "errors user_code machine method actors data tasks rounds engine",
-    "records": "errors user_code machine method tasks rounds config",
+    "records": "errors user_code machine method data tasks rounds config",
     "backends": "errors user_code machine method actors data tasks rounds engine config records",
     "results": "errors user_code machine method data tasks rounds config records",
     "runs": "errors user_code machine method tasks rounds config records results",
     "flower": "errors user_code method actors",
     "deploy": "errors user_code machine method config records runs",
-    "experiments": "errors user_code machine method actors tasks rounds engine config backends records runs flower",
+    "experiments": "errors user_code machine method actors data tasks rounds engine config backends records runs "
+    "flower",
     "cli": "errors user_code machine method actors data tasks rounds config records runs flower deploy experiments "
     "results",
     "strategies": "errors machine method data tasks rounds engine config backends records runs flower results",
-    "clients": "errors machine method data tasks backends flower",
+    "clients": "errors machine method config data tasks backends flower",
 }
 # What every installation has, and what any file may import.
 BASE = {"click", "numpy", "safetensors", "torch"}
@@ -48,7 +49,7 @@ EXTRAS = {
     "cryptography": ("fedmom/deploy/certificates.py",),
     "ray": ("fedmom/actors/cluster.py", "fedmom/backends/peers.py", "fedmom/backends/peer.py"),
     "torchvision": ("fedmom/data/datasets.py",),
-    "PIL": ("fedmom/data/images.py",),
+    "PIL": ("fedmom/data/sources/images.py",),
     "networkx": ("fedmom/method/graphs.py",),
     "matplotlib": ("fedmom/results/pictures/",),
     "plotly": ("fedmom/results/page/write.py",),
@@ -249,5 +250,5 @@ def test_flowers_bundle_holds_every_file_of_code(tmp_path):
     bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path)))
     code = {path.relative_to(ROOT).as_posix() for path in FILES}
     assert len(code) > 100
-    code.add("fedmom/data/digits.json")
+    code.add("fedmom/data/sources/digits.json")
     assert code <= set(bundle.namelist()), code - set(bundle.namelist())

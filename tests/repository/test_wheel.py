@@ -106,5 +106,5 @@ def test_the_wheel_alone_runs_as_a_checkout_does(in_tmp):
     (staged,) = (project / "deployment" / "started").glob("*-app")
     assert f"flwr run {staged} deployment" in told
     apps = ("fedmom/_app/clients/client_app.py", "fedmom/_app/strategies/server_app.py")
-    for name in (*apps, "clients/mine.py", "fedmom/data/digits.json"):
+    for name in (*apps, "clients/mine.py", "fedmom/data/sources/digits.json"):
         assert (staged / name).is_file()

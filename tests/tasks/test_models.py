@@ -224,8 +224,8 @@ def test_a_users_model(user_module):
 @table(
     "body, words",
     [
-        ("return nn.Linear(4, 7)", ["[B, 3] logits", "[2, 7]"]),
-        ("return nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))", ["[B, 3] logits", "[6]"]),
+        ("return nn.Linear(4, 7)", ["must return logits [B, 3]", "[2, 7]"]),
+        ("return nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))", ["must return logits [B, 3]", "[6]"]),
         ("return nn.Linear(5, 3)", ["fails on a batch of shape [2, 4]", "RuntimeError"]),
         ("return nn.Identity()", ["no trainable parameters"]),
         ("return nn.Linear(4, 3).requires_grad_(False)", ["no trainable parameters"]),

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fedmom.data.inputs import called_with, folded, num_examples, rows_of_inputs
 from fedmom.engine.stacked.factors import Factors, Numbers, coefficients, numbers, pays
 from fedmom.engine.stacked.fusing.patterns import fuse
 from fedmom.engine.stacked.layers import FoldedLinear, FoldError, fold
@@ -209,14 +209,13 @@ class Stack:
         c = self.clients
         c.num, c.shared, c.params, c.buffers, c.factors = K, shared, params, buffers, factors
         c.dropout_keys = batch.dropout_key[:K]
-        x, y = batch.x[:K], batch.y[:K]
-        x = x.reshape(-1, *x.shape[2:])
-        if x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        logits = self.model(x)
-        if logits.ndim != 2 or y.ndim != 2:
-            raise FoldError(f"logits of shape {list(logits.shape)}")
-        return cross_entropy(logits, y.reshape(-1), reduction="none").reshape(K, -1).mean(1)
+        x, y = folded(rows_of_inputs(batch.x, slice(K))), batch.y[:K]
+        outputs = called_with(self.model, x)
+        for one in tree_leaves(outputs):
+            if not isinstance(one, Tensor) or one.ndim == 0 or len(one) != num_examples(x):
+                form = f"of shape {list(one.shape)}" if isinstance(one, Tensor) else f"with a {type(one).__name__}"
+                raise FoldError(f"outputs {form}, of {num_examples(x)} examples")
+        return self.problem.task.client_losses(outputs, y, K)
 
     def _step(self, start: ClientState, state: "_Rows", batch: Batch, K: int, lr: Number, *, first: bool) -> Tensor:
         """One local step of the first K clients, written into `state`; their losses before it."""

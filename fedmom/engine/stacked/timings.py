@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from fedmom.data.inputs import rows_of_inputs
 from fedmom.engine.calls import work_of
 from fedmom.engine.paths import PATHS
 from fedmom.machine.cache import Kept, folder
@@ -28,6 +30,7 @@ from fedmom.rounds.round import Job
 from fedmom.tasks.problem import Problem
 from fedmom.tasks.quadratic import Quadratic
 from fedmom.tasks.supervised import Supervised
+from fedmom.tasks.task import Named
 
 _MOST = 5000  # shapes of one card
 _FORMAT, _MOST_WAYS = 1, 1000  # of what is remembered of whole runs
@@ -158,18 +161,23 @@ def _situation(problem: Problem, method: Method, start: ClientState, job: Job, a
     if isinstance(problem, Supervised):
         batch = next(iter(problem.round_batches(job.clients[:1], job.first_steps[:1], 1)))
         layers = _layers(problem.model)
-        work = work_of(problem.model, batch.x[0]) or _source(*dict.fromkeys(map(type, problem.model.modules())))
+        kinds = dict.fromkeys(map(type, problem.model.modules()))
+        work = work_of(problem.model, rows_of_inputs(batch.x, 0)) or _source(*kinds)
         if not (work and layers):
             return ""
         examples, sampler = problem.dataset.x_train, problem.sampler
         parts["examples"] = [
-            *_form(examples),
+            *(part for one in tree_leaves(examples) for part in _form(one)),
             str(problem.dtype),
             sampler.batch_size,
             sampler.sampling,
             problem.augment,
         ]
         parts["model"] = [work, layers]
+        task = problem.task
+        parts["task"] = [task.name, *map(str, task.asked)] if isinstance(task, Named) else _source(type(task))
+        if not parts["task"]:
+            return ""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

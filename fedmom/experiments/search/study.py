@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from fedmom.config.goals import monitored, rises
+from fedmom.config.goals import monitored
 from fedmom.config.keys import KEYS, Scalar, checked
 from fedmom.config.load import flat, load, typed_value
 from fedmom.config.numbers import as_number
@@ -22,6 +22,7 @@ from fedmom.experiments.sweep import check, sweep
 from fedmom.records.files import CONFIG
 from fedmom.records.history import read_rounds
 from fedmom.records.status import Cell, CellEnded
+from fedmom.tasks.metrics import rises
 
 _DIGITS = 4  # of a number that is tried: a folder's name and a paper show as many
 MOST_TRIALS = 9999
@@ -105,7 +106,7 @@ def study(
         raise InputError(f"--optuna {number}: give 1 to {MOST_TRIALS} trials, and --grid SECTION.KEY=LOW..HIGH")
     own = load(config, sets).config
     runs = seeds_of(seeds, config, sets, [])
-    metric = metric or monitored(own.data.dataset, own.run.monitor)
+    metric = metric or monitored(own, own.run.monitor)
     workers = runs_at_a_time(workers, ray)
     side = max(1, workers // len(runs))
     told: list[Any] = []

@@ -1,0 +1,1 @@
+"""Where examples come from: files that hold arrays, folders of images."""
