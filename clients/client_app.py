@@ -124,8 +124,12 @@ def evaluate(message: Message, context: Context) -> Message:
     """Loss and accuracy of a model on the node's own training examples (with local data: on its test examples)."""
     state = unflatten(_tensors(message.content.array_records["arrays"]))
     asked = _asked(message)
-    measured, num_examples = _node(context, asked).evaluate(_held(context).tolist(), state)
-    return Message(RecordDict({"metrics": MetricRecord({"num-examples": num_examples, **measured})}), reply_to=message)
+    node = _node(context, asked)
+    measured, num_examples = node.evaluate(_held(context).tolist(), state)
+    metrics: dict[str, Any] = {"num-examples": num_examples, **measured}
+    if _is_local(context):
+        metrics |= {f"sums-{name}": sums for name, sums in node.test_totals(state).items()}
+    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
 
 def _is_local(context: Context) -> bool:

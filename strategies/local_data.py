@@ -1,10 +1,12 @@
 """Clients whose data nobody else has: the server learns their sizes, and has them evaluate where it has no test set."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from fedmom.config.build import supervised
 from fedmom.config.goals import task_of
@@ -15,7 +17,7 @@ from fedmom.method.state import ClientState, flatten
 from fedmom.tasks.supervised import Supervised
 
 from .fleet import Fleet
-from .replies import ARRAYS, CONFIG, accept_metrics, mean_metrics, pack, shares_memory
+from .replies import ARRAYS, CONFIG, accept_metrics, accept_sums, mean_metrics, pack, shares_memory
 
 
 class LocalSupervised(Supervised):
@@ -33,13 +35,24 @@ class LocalSupervised(Supervised):
         nodes = [holder.node_id for holder in fleet.holders if common.test_sizes[holder.clients[0]]]
         content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(dict(self.facts))})
         messages = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node) for node in nodes]
+        accept: Callable[..., Any] = accept_metrics if self.task.means else accept_sums
         try:
-            means = mean_metrics(fleet.exchange(grid, 0, messages, arrays, timeout=timeout, accept=accept_metrics))
+            answers = [*fleet.exchange(grid, 0, messages, arrays, timeout=timeout, accept=accept)]
         except ClientsFailedError as error:
             raise ClientsFailedError(str(error).replace("round 0: ", "the evaluation: ", 1)) from None
-        if means is None:
+        found = mean_metrics(answers) if self.task.means else self._together(answers)
+        if found is None:
             raise ClientsFailedError("the evaluation: no client with test examples answered")
-        return {name: means[name] for name in self.measures}
+        return {name: found[name] for name in self.measures}
+
+    def _together(self, answers: list[tuple[float, dict[str, list[float]]]]) -> dict[str, float] | None:
+        """The measures of all clients' examples together, by their sums; None where nobody has any."""
+        totals = dict[str, Tensor]()
+        for weight, sums in answers:
+            for name, values in sums.items() if weight else ():
+                own = torch.tensor(values, dtype=torch.float64)
+                totals[name] = totals[name] + own if name in totals else own
+        return {f"test_{name}": value for name, value in self.task.values(totals).items()} if totals else None
 
 
 def local_problem(grid: Grid, fleet: Fleet, config: Config) -> LocalSupervised:

@@ -109,6 +109,16 @@ def accept_metrics(
     return float(weight), {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
 
 
+def accept_sums(clients: Sequence[int], reply: Message) -> tuple[float, dict[str, Any]]:
+    """(weight, {measure: sums}) of a reply to an evaluation. Raises ValueError where it has no such record."""
+    weight, _ = accept_metrics(clients, reply)
+    metrics = dict(next(iter(reply.content.metric_records.values())))
+    found = {name.removeprefix("sums-"): value for name, value in metrics.items() if name.startswith("sums-")}
+    if weight and not found:
+        raise ValueError("its reply has no sums of what it measured")
+    return weight, found
+
+
 def mean_metrics(measured: Iterable[tuple[float, dict[str, float]]]) -> dict[str, float] | None:
     """The metrics' means by their weights; None where nobody has any."""
     total, sums = 0.0, dict[str, float]()

@@ -27,6 +27,7 @@ from fedmom.method.state import ClientState, Tree, row_of, to_device
 from fedmom.rounds.loop import Plan, clients_job
 from fedmom.rounds.round import Outcome
 from fedmom.tasks.problem import Problem
+from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import blamed
 
 
@@ -201,6 +202,14 @@ class Node:
         with blamed(self._keys):
             measured = self.problem.evaluate_clients(to_device(start, self.problem.device), ids)
         return measured, int(self.problem.sizes[ids.numpy()].sum())
+
+    def test_totals(self, start: ClientState) -> dict[str, list[float]]:
+        """Of a client's own test examples: sums that add up over clients, where a mean of theirs is not everybody's."""
+        if not isinstance(self.problem, Supervised) or self.problem.task.means:
+            return {}
+        with blamed(self._keys):
+            totals = self.problem.test_totals(to_device(start, self.problem.device))
+        return {name: sums.tolist() for name, sums in totals.items()}
 
     def _check(self, start: ClientState) -> None:
         expected = self.problem.start()

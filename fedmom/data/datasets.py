@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fedmom.data.arrays import checked_whole, kind_of
 from fedmom.data.inputs import Inputs, Shapes, is_integer, shape_of
-from fedmom.data.sources.array_files import ARRAYS, idx_files, read_digits, read_idx, read_npz_arrays
+from fedmom.data.sources import small
+from fedmom.data.sources.array_files import ARRAYS, idx_files, read_idx, read_npz_arrays
+from fedmom.data.sources.small import RawArrays
 from fedmom.data.targets import TARGETS, num_outputs
 from fedmom.errors import InputError, missing_package, unknown
 from fedmom.machine.files import at_home
@@ -39,7 +41,6 @@ class Dataset(NamedTuple):
         return shape_of(self.x_train)
 
 
-RawArrays = tuple[object, object, object, object]  # x_train, y_train, x_test, y_test, not yet checked
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
 
 
@@ -47,29 +48,18 @@ class DatasetEntry(NamedTuple):
     """A named data set. Mean and std are those of the training images, as usually quoted."""
 
     summary: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str = "none"
+    targets: str = "labels"  # a kind of TARGETS
     own: Callable[[], RawArrays] | None = None  # its arrays, where they come with fedmom
     torchvision: str = ""  # the class in torchvision.datasets that fetches it, if there is one
     folders: tuple[str, ...] = ()  # where its files may be, below data.data-dir or anywhere
     # (name, folder) -> the arrays of the files there; None: there are none.
     read: Callable[[str, Path], RawArrays | None] | None = None
     advice: str = ""  # another way to get it
-
-
-def _digits() -> RawArrays:
-    """The digits of digits.json: values 0 to 16 become round(255 v / 16), every fifth example of a class is test.
-
-    The split uses no random generator, so that it is the same for ever: 1,437 + 360 examples.
-    """
-    images, labels = read_digits()
-    images = ((images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]
-    is_test = np.zeros(len(images), dtype=bool)
-    is_test[np.argsort(labels, kind="stable")[::5]] = True
-    return images[~is_test], labels[~is_test], images[is_test], labels[is_test]
 
 
 def _read_idx_files(name: str, folder: Path) -> RawArrays | None:
@@ -94,7 +84,15 @@ def _read_cifar(name: str, folder: Path) -> RawArrays | None:
 DATASETS: dict[str, DatasetEntry] = {
     "digits": DatasetEntry(
         "1,437 + 360 handwritten digits, 1x8x8, 10 classes: they come with fedmom, nothing to download",
-        (1, 8, 8), 10, (0.3058,), (0.3761,), own=_digits,
+        (1, 8, 8), 10, (0.3058,), (0.3761,), own=small.digits,
+    ),
+    "digit-traits": DatasetEntry(
+        "the digits' images with three labels each, made of the digit: even, above 4, has a closed loop; multi-label",
+        (1, 8, 8), 3, (0.3058,), (0.3761,), own=small.digit_traits, targets="sets",
+    ),
+    "diabetes": DatasetEntry(
+        "354 + 88 patients, 10 measurements, the disease's progress to predict; regression: needs scikit-learn",
+        (10,), 1, (), (), own=small.diabetes, targets="numbers",
     ),
     "fashion-mnist": DatasetEntry(
         "60,000 + 10,000 photos of clothes, 1x28x28, 10 classes: --download, or apt's dataset-fashion-mnist",
@@ -129,9 +127,9 @@ def load_dataset(name: str, data_dir: str = "data", targets: str = "labels") -> 
         return _call_user(name, data_dir, targets)
     if name not in DATASETS:
         raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", '"module:function"'])
-    if targets != "labels":
-        raise InputError(f"data.dataset = {name!r}: has one label for each example, and data.task asks for {targets}")
-    own = DATASETS[name].own
+    own, held = DATASETS[name].own, DATASETS[name].targets
+    if targets not in (held, "anything"):
+        raise InputError(f"data.dataset = {name!r}: its targets are {held}, and data.task asks for {targets}")
     arrays = own() if own is not None else _find(name, at_home(data_dir))
     return _named_dataset(name, arrays)
 
@@ -154,12 +152,12 @@ def download(name: str, data_dir: str) -> None:
 def _named_dataset(name: str, arrays: RawArrays) -> Dataset:
     entry = DATASETS[name]
     key = f"data.dataset = {name!r}"
-    x_train, y_train, x_test, y_test = checked_whole(key, arrays)
+    x_train, y_train, x_test, y_test = checked_whole(key, arrays, targets=entry.targets)
     assert isinstance(x_train, Tensor)
-    if x_train.dtype != torch.uint8 or x_train.shape[1:] != entry.shape:
-        expected = f"uint8 {list(entry.shape)}"
+    if (x_train.dtype == torch.uint8) != bool(entry.mean) or x_train.shape[1:] != entry.shape:
+        expected = f"{'uint8' if entry.mean else 'float'} {list(entry.shape)}"
         raise InputError(f"{key}: examples of x_train are {kind_of(x_train)}, expected {expected}")
-    top = max(int(y_train.max()), int(y_test.max()))
+    top = num_outputs(key, entry.targets, (y_train, y_test)) - 1
     if top >= entry.num_classes:
         raise InputError(f"{key}: has a label {top}, expected 0 to {entry.num_classes - 1}")
     return Dataset(x_train, y_train, x_test, y_test, entry.num_classes, entry.mean, entry.std, entry.augment)

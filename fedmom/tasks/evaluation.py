@@ -35,9 +35,14 @@ class Evaluation:
         self.normalised, self.targets = normalised, targets
         self._each: int | None = None  # bytes that the evaluation of one example takes, where measured
 
-    @torch.no_grad()
     def measured(self, state: ClientState, x_all: Inputs, y_all: Tensor) -> dict[str, float]:
         """{"loss", …} of a model on examples [n, ...]."""
+        totals = self.totals(state, x_all, y_all)
+        return self.task.values(totals) if totals else dict.fromkeys(("loss", *self.task.metrics), 0.0)
+
+    @torch.no_grad()
+    def totals(self, state: ClientState, x_all: Inputs, y_all: Tensor) -> dict[str, Tensor]:
+        """{"loss": sums [s], …} in main memory, which add up over examples; nothing of no example."""
         totals = dict[str, Tensor]()
         state = _copy(state)  # a model may write into its buffers in evaluation too: into those of nobody else
         each = self._piece(state, x_all)
@@ -45,10 +50,9 @@ class Evaluation:
             found = self.task.judge(self._outputs(state, self.normalised(x)), self.targets(y))
             totals = {name: totals[name] + sums if name in totals else sums for name, sums in found.items()}
         if not totals:
-            return dict.fromkeys(("loss", *self.task.metrics), 0.0)
+            return {}
         together = torch.cat([*totals.values()]).cpu()  # in one wait for the device
-        parts = together.split([len(sums) for sums in totals.values()])
-        return self.task.values(dict(zip(totals, parts, strict=True)))
+        return dict(zip(totals, together.split([len(sums) for sums in totals.values()]), strict=True))
 
     @torch.no_grad()
     def check(self, state: ClientState, parts: Mapping[str, tuple[Inputs, Tensor]], num_outputs: int) -> None:

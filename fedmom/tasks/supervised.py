@@ -218,6 +218,10 @@ class Supervised:
         found = self.evaluation.measured(state, self.dataset.x_test, self.dataset.y_test)
         return {f"test_{name}": value for name, value in found.items()}
 
+    def test_totals(self, state: ClientState) -> dict[str, Tensor]:
+        """What `evaluate` is made of, {"loss": sums [s], …}: it adds up over clients with test sets of their own."""
+        return self.evaluation.totals(state, self.dataset.x_test, self.dataset.y_test)
+
     def evaluate_clients(self, state: ClientState, clients: Tensor) -> dict[str, float]:
         """The same on the training examples of clients [K], unaugmented: {"loss", "accuracy", …}."""
         offsets, indices = self.sampler.offsets, self.sampler.indices

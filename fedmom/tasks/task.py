@@ -51,6 +51,11 @@ class Task:
         """Sums and counts over n examples in evaluation, of each of `metrics`: their quotient is recorded."""
         return {}
 
+    @property
+    def means(self) -> bool:
+        """Whether all that it measures are means over examples: clients' own, by their sizes, then make everybody's."""
+        return False
+
     def check_outputs(self, outputs: Any, shape: Sequence[int], num_outputs: int) -> str:
         """What the outputs of a model must be, in words, if they are something else; "" where they are right.
 
@@ -166,6 +171,10 @@ class ClassificationTask(Named):
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
         self.class_weights = torch.tensor(asked.class_weights, dtype=F64) if asked.class_weights else None
+
+    @property
+    def means(self) -> bool:
+        return self.targets == "labels" and self.class_weights is None and {*self.metrics} <= {"accuracy", "top5"}
 
     def check_size(self, num_outputs: int) -> None:
         if self.class_weights is not None and len(self.class_weights) != num_outputs:

@@ -747,7 +747,9 @@ MUTANTS = [
         "batches",
         "evaluation drops out",
         "the model is judged as in training",
-        code("fedmom.tasks.evaluation.Evaluation._outputs", "            model.eval()\n", "            model.train()\n"),
+        code(
+            "fedmom.tasks.evaluation.Evaluation._outputs", "            model.eval()\n", "            model.train()\n"
+        ),
         "tests/tasks/test_supervised.py::test_evaluation_is_the_models_own_in_eval_mode[cnn]",
     ),
     # --- partitions ----------------------------------------------------------------------------------------
@@ -1035,7 +1037,7 @@ MUTANTS = [
         "rounds",
         "the worst client is the best",
         "worst_client_accuracy is the largest",
-        code("fedmom.rounds.evaluation.summarised", '(min if rises(name) else max)', '(max if rises(name) else max)'),
+        code("fedmom.rounds.evaluation.summarised", "(min if rises(name) else max)", "(max if rises(name) else max)"),
         "tests/engine/test_gossip.py::test_clients_own_models_are_measured",
     ),
     Mutant(

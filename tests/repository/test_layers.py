@@ -58,6 +58,7 @@ EXTRAS = {
     "rich": ("fedmom/cli/", "fedmom/runs/progress.py", "fedmom/runs/bars.py", "strategies/server_app.py"),
     "triton": ("fedmom/engine/stacked/kernels/",),
     "optuna": ("fedmom/experiments/search/study.py",),
+    "sklearn": ("fedmom/data/sources/small.py",),
     "IPython": ("fedmom/runs/bars.py",),
     "mlflow": ("fedmom/runs/trackers.py",),
     "wandb": ("fedmom/runs/trackers.py",),
