@@ -15,7 +15,12 @@ from typing import Any
 
 from fedmom.errors import InputError
 
-OWN_KEYS = ("algorithm.correction", "data.dataset", "model.name")  # those that may name the user's own code
+OWN_KEYS = (
+    "algorithm.correction",
+    "data.dataset",
+    "data.partition",
+    "model.name",
+)  # those that may name the user's own code
 
 
 def is_spec(name: str) -> bool:

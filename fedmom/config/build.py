@@ -3,18 +3,17 @@
 import inspect
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedmom.actors.cluster import PoolOptions
+from fedmom.config.examples import load_data
 from fedmom.config.keys import Config, EngineConfig
 from fedmom.config.load import replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.data.arrays import channel_axis, check_cast
-from fedmom.data.datasets import Dataset, load_dataset
-from fedmom.data.local import everything
-from fedmom.data.partition import Partition, make_partition
+from fedmom.data.datasets import Dataset
+from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.machine.cores import usable_cores
 from fedmom.machine.memory import free_bytes
@@ -33,32 +32,6 @@ from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import is_spec, load_object, one_line
 
 
-def load_data(config: Config) -> tuple[Dataset, Partition]:
-    """The data set and who holds which example; InputError where a client would hold none."""
-    data = config.data
-    if data_kind(data.dataset).own_data:
-        return everything(data.data_dir, data.num_clients, data.classes)
-    dataset = load_dataset(data.dataset, data.data_dir)
-    partition = make_partition(
-        data.partition,
-        dataset.y_train.numpy(),
-        data.num_clients,
-        alpha=data.alpha,
-        min_size=data.min_size,
-        shards_per_client=data.shards_per_client,
-        quantity_law=data.quantity_law,
-        sigma=data.sigma,
-        seed=config.run.seed,
-    )
-    empty = np.flatnonzero(partition.sizes == 0)
-    if len(empty):
-        raise InputError(
-            f"data.partition = {data.partition!r}: client {empty[0]} has no examples ({len(empty)} such clients); "
-            "raise data.min-size or data.alpha, or lower data.num-clients"
-        )
-    return dataset, partition
-
-
 def make_problem(config: Config, device: str) -> Problem:
     """The clients' objectives of a resolved configuration, on `device`."""
     data, run = config.data, config.run
@@ -73,7 +46,8 @@ def make_problem(config: Config, device: str) -> Problem:
             dtype=dtype,
             device=device,
         )
-    return classification(config, device, *load_data(config))
+    held = load_data(config)
+    return classification(config, device, held.dataset, held.partition)
 
 
 def classification(

@@ -5,7 +5,7 @@ torchvision is imported here only, and only by what needs it.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.data.array_files import ARRAYS, idx_files, read_digits, read_idx, read_npz_arrays
+from fedmom.data.array_files import ARRAYS, Source, idx_files, read_digits, read_idx, read_npz
 from fedmom.data.arrays import checked_whole, count_classes, kind_of
+from fedmom.data.given.folders import is_folder, read_folder
+from fedmom.data.given.natural import names_of_ids, pick_ids
 from fedmom.errors import InputError, missing_package, unknown
 from fedmom.machine.files import at_home
 from fedmom.user_code import is_spec, load_object, one_line
@@ -31,6 +33,8 @@ class Dataset(NamedTuple):
     mean: tuple[float, ...]  # [C] of uint8 / 255; () for features
     std: tuple[float, ...]  # [C]; () for features
     augment: str  # what data.augment = "auto" means here: "none" or "crop-flip"
+    # {NAME: [n], NAME_test: [m]}: whose each example is, integers or strings, for data.clients = NAME.
+    ids: Mapping[str, np.ndarray] | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -118,18 +122,23 @@ DATASETS: dict[str, DatasetEntry] = {
 }  # fmt: skip
 
 
-def load_dataset(name: str, data_dir: str = "data") -> Dataset:
-    """One of DATASETS, the path of an .npz file, or the user's "module:function"."""
+def load_dataset(name: str, data_dir: str = "data", clients: str = "", classes: str = "") -> Dataset:
+    """One of DATASETS, the path of an .npz file or of a folder, or the user's "module:function".
+
+    `clients`: the array of ids that the Dataset is to have. `classes`: labels of a folder of images, by commas.
+    """
+    key = f"data.dataset = {name!r}"
     if name.lower().endswith(".npz"):
-        path = at_home(name)
-        return _user_dataset(name, _read_npz(f"data.dataset = {name!r}", path))
+        return _user_dataset(name, _whole_npz(key, at_home(name), clients), clients)
     if is_spec(name):
-        return _call_user(name, data_dir)
+        return _call_user(name, data_dir, clients)
+    if is_folder(name):
+        return _user_dataset(name, read_folder(key, at_home(name), classes), clients)
     if name not in DATASETS:
-        raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", '"module:function"'])
+        raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", "FOLDER/", '"module:function"'])
     own = DATASETS[name].own
-    arrays = own() if own is not None else _find(name, at_home(data_dir))
-    return _named_dataset(name, arrays)
+    source = _four(own()) if own is not None else _find(name, at_home(data_dir), clients)
+    return _named_dataset(name, source, clients)
 
 
 def download(name: str, data_dir: str) -> None:
@@ -147,25 +156,34 @@ def download(name: str, data_dir: str) -> None:
         raise InputError(f"data.dataset = {name!r}: the download to {data_dir!r} failed: {one_line(error)}") from error
 
 
-def _named_dataset(name: str, arrays: RawArrays) -> Dataset:
+def _named_dataset(name: str, source: Source, clients: str) -> Dataset:
     entry = DATASETS[name]
     key = f"data.dataset = {name!r}"
-    x_train, y_train, x_test, y_test = checked_whole(key, arrays)
+    x_train, y_train, x_test, y_test = checked_whole(key, _raw(source))
     if x_train.dtype != torch.uint8 or x_train.shape[1:] != entry.shape:
         expected = f"uint8 {list(entry.shape)}"
         raise InputError(f"{key}: examples of x_train are {kind_of(x_train)}, expected {expected}")
     top = max(int(y_train.max()), int(y_test.max()))
     if top >= entry.num_classes:
         raise InputError(f"{key}: has a label {top}, expected 0 to {entry.num_classes - 1}")
-    return Dataset(x_train, y_train, x_test, y_test, entry.num_classes, entry.mean, entry.std, entry.augment)
+    ids = pick_ids(key, clients, source.arrays, source.names, (len(y_train), len(y_test)))
+    return Dataset(x_train, y_train, x_test, y_test, entry.num_classes, entry.mean, entry.std, entry.augment, ids)
 
 
-def _user_dataset(name: str, arrays: RawArrays) -> Dataset:
+def _user_dataset(name: str, source: Source, clients: str) -> Dataset:
     key = f"data.dataset = {name!r}"
-    x_train, y_train, x_test, y_test = checked_whole(key, arrays)
-    num_classes = count_classes(key, max(int(y_train.max()), int(y_test.max())), len(y_train) + len(y_test))
+    x_train, y_train, x_test, y_test = checked_whole(key, _raw(source))
+    num_classes = source.num_classes or count_classes(
+        key, max(int(y_train.max()), int(y_test.max())), len(y_train) + len(y_test)
+    )
+    ids = pick_ids(key, clients, source.arrays, source.names, (len(y_train), len(y_test)))
     mean, std = _statistics(x_train) if x_train.dtype == torch.uint8 else ((), ())
-    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, "none")
+    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, "none", ids)
+
+
+def _raw(source: Source) -> RawArrays:
+    x_train, y_train, x_test, y_test = (source.arrays[name] for name in ARRAYS)
+    return x_train, y_train, x_test, y_test
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -185,19 +203,19 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 # Where the arrays come from.
 
 
-def _find(name: str, data_dir: Path) -> RawArrays:
+def _find(name: str, data_dir: Path, clients: str) -> Source:
     """The first of the places where a named data set may be."""
     entry = DATASETS[name]
     key = f"data.dataset = {name!r}"
     if data_dir.suffix.lower() == ".npz":
-        return _read_npz(key, data_dir)
+        return _whole_npz(key, data_dir, clients)
     looked = [data_dir / f"{name}.npz"]
     if looked[0].exists():
-        return _read_npz(key, looked[0])
+        return _whole_npz(key, looked[0], clients)
     for folder in entry.folders:
         looked.append(data_dir / folder)
         if entry.read is not None and (arrays := entry.read(name, looked[-1])) is not None:
-            return arrays
+            return _four(arrays)
     fetch = f"fetch it with: fedmom datasets --download {name} --data-dir {data_dir}" if entry.torchvision else ""
     advice = ", or: ".join(filter(None, (fetch, entry.advice))) or f"write its arrays into {looked[0]}"
     places = ", ".join(str(path) for path in looked)
@@ -215,11 +233,11 @@ def _torchvision_class(name: str) -> Callable:
     return getattr(torchvision.datasets, DATASETS[name].torchvision)
 
 
-def _read_npz(key: str, path: Path) -> RawArrays:
-    return _four(f"{key}: {path}", read_npz_arrays(key, path))
+def _whole_npz(key: str, path: Path, clients: str) -> Source:
+    return _has_four(f"{key}: {path}", read_npz(key, path, (*ARRAYS, *names_of_ids(clients))))
 
 
-def _call_user(name: str, data_dir: str) -> Dataset:
+def _call_user(name: str, data_dir: str, clients: str) -> Dataset:
     """The user's function; it gets `data_dir` if it has such a parameter or one without a default."""
     key = f"data.dataset = {name!r}"
     function = load_object("data.dataset", name)
@@ -236,28 +254,31 @@ def _call_user(name: str, data_dir: str) -> Dataset:
     except (Exception, SystemExit) as error:
         raise InputError(f"{key}: the function raised {one_line(error)}") from error
     if isinstance(result, Dataset):
-        return _checked_dataset(key, result)
+        return _checked_dataset(key, result, clients)
     if isinstance(result, Mapping):
-        return _user_dataset(name, _four(key, result))
+        return _user_dataset(name, _has_four(key, Source(result, [*result])), clients)
     if isinstance(result, tuple | list) and len(result) == 4:
-        x_train, y_train, x_test, y_test = result
-        return _user_dataset(name, (x_train, y_train, x_test, y_test))
+        return _user_dataset(name, _four(result), clients)
     got = type(result).__name__ + (f" of {len(result)}" if isinstance(result, tuple | list) else "")
     wanted = f"a Dataset, or {', '.join(ARRAYS)} as a dict or tuple"
     raise InputError(f"{key}: must return {wanted}; returned {got}")
 
 
-def _four(key: str, arrays: Mapping[str, object]) -> RawArrays:
-    missing = [name for name in ARRAYS if name not in arrays]
+def _four(arrays: Sequence[object]) -> Source:
+    return Source(dict(zip(ARRAYS, arrays, strict=True)), ARRAYS)
+
+
+def _has_four(key: str, source: Source) -> Source:
+    missing = [name for name in ARRAYS if name not in source.arrays]
     if missing:
         raise InputError(f"{key}: has no {', '.join(missing)} (needs {', '.join(ARRAYS)})")
-    return arrays["x_train"], arrays["y_train"], arrays["x_test"], arrays["y_test"]
+    return source
 
 
 # What is checked of a Dataset that the user made.
 
 
-def _checked_dataset(key: str, dataset: Dataset) -> Dataset:
+def _checked_dataset(key: str, dataset: Dataset, clients: str) -> Dataset:
     """A Dataset that the user made: its arrays are checked like any others, its statistics are kept."""
     try:
         mean, std = tuple(map(float, dataset.mean)), tuple(map(float, dataset.std))
@@ -279,4 +300,6 @@ def _checked_dataset(key: str, dataset: Dataset) -> Dataset:
         raise InputError(f"{key}: mean = {mean}, std = {std}: needs {channels} numbers each")
     if not all(0 < s < math.inf for s in std):
         raise InputError(f"{key}: std = {std}: must be positive")
-    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, dataset.augment)
+    given = dataset.ids or {}
+    ids = pick_ids(key, clients, given, [*given], (len(y_train), len(y_test)))
+    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, dataset.augment, ids)

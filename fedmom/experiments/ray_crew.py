@@ -41,7 +41,7 @@ def premises_of(work: SweepWork, cells: Sequence[Cell]) -> Premises:
     for cell in cells:
         loaded = load(work.config, {**parse_sets(work.sets), **cell.sets})
         values = {"data.dataset": loaded.config.data.dataset, "algorithm.topology": loaded.config.algorithm.topology}
-        named = {key: value for key, value in values.items() if value.endswith((".npz", *FILES))}
+        named = {key: value for key, value in values.items() if value.endswith((".npz", *FILES)) or "/" in value}
         if "data.data-dir" in loaded.given:
             named["data.data-dir"] = loaded.config.data.data_dir
         data |= {f"{key} = {value!r}": value for key, value in named.items() if os.path.exists(at_home(value))}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmom.config.build import load_data
+from fedmom.config.examples import load_data
 from fedmom.config.keys import KEYS, Scalar
 from fedmom.config.load import load, toml_scalar
 from fedmom.data.partition import Partition
@@ -213,11 +213,12 @@ def partitions(groups: Sequence[Group]) -> list[dict[str, Any]]:
         title += f", seed {settings['run.seed']}"
         try:
             folder = next(run.folder for run in group.members if is_run(run.folder))
-            dataset, split = load_data(load(folder / CONFIG).config)
+            held = load_data(load(folder / CONFIG).config)
         except InputError as error:
             found[key] = {"title": title, "trouble": str(error)}
             continue
-        found[key] = {"title": title, **_picture(split, dataset.y_train.numpy(), dataset.num_classes)}
+        labels, num_classes = held.dataset.y_train.numpy(), held.dataset.num_classes
+        found[key] = {"title": title, **_picture(held.partition, labels, num_classes)}
     return list(found.values())
 
 
