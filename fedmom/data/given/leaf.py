@@ -98,7 +98,7 @@ def _parts_of(key: str, path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarra
         raise InputError(f"{key}: {path}: has {len(users)} users and {len(told)} num_samples")
     for place, user in enumerate(users):
         where = f"{key}: {path}: user {user!r}"
-        part = found["user_data"].get(user)
+        part = found["user_data"].get(str(user))
         if not isinstance(part, dict) or not all(isinstance(part.get(name), list) for name in ("x", "y")):
             raise InputError(f"{where}: has no lists x and y in user_data")
         x, y = part["x"], part["y"]
