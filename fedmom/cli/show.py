@@ -202,10 +202,10 @@ def datasets(
         return DONE
     rows = [[name, entry.summary] for name, entry in DATASETS.items()]
     rows.append(["quadratic", "f_i(x) = Σ h/2 (x − c)², exact gradients: data.curvatures, centers, start, noise-sigma"])
+    rows.append(["FILE.npz", "arrays x_train, y_train, x_test, y_test (uint8 images, float features, integer ids)"])
     rows.append(
         ["FOLDER/", "LEAF's train/*.json and test/*.json, or images in train/CLIENT/LABEL/ and test/CLIENT/LABEL/"]
     )
-    rows.append(["FILE.npz", "arrays x_train, y_train, x_test, y_test (uint8 images, float features, integer ids)"])
     rows.append(["module:function", "your own: returns those four arrays"])
     _print_list(rows)
     return DONE

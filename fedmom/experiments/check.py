@@ -212,7 +212,7 @@ def _data(problem: Supervised) -> Data:
     classes = torch.bincount(torch.unique(held, dim=1)[0], minlength=len(sizes))
     x = dataset.x_train
     example = f"{list(x.shape[1:])} {str(x.dtype).removeprefix('torch.')}"
-    return Data(len(x), len(dataset.x_test), dataset.num_classes, example, sizes.numpy(), classes.numpy())
+    return Data(int(sizes.sum()), len(dataset.x_test), dataset.num_classes, example, sizes.numpy(), classes.numpy())
 
 
 def _layers(problem: Supervised, start: ClientState) -> tuple[list[Layer], dict[str, str]]:

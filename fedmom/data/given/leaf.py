@@ -21,6 +21,7 @@ ALPHABET = "\n !\"&'(),-.0123456789:;>?ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklm
 _NUMBER = np.full(128, -1, np.int64)
 _NUMBER[[ord(letter) for letter in ALPHABET]] = np.arange(len(ALPHABET))
 _FEMNIST = 28 * 28
+_HEAD = 2**26  # characters of a file that are looked through for the end of its list of users
 _ADVICE = "read are lists of numbers with whole numbers for labels (FEMNIST), and strings with next characters"
 
 
@@ -82,7 +83,7 @@ def _head(key: str, path: Path) -> list[str]:
     begin = ""
     try:
         with path.open(encoding="utf-8") as file:
-            while '"user_data"' not in begin and (piece := file.read(2**20)):
+            while '"user_data"' not in begin and len(begin) < _HEAD and (piece := file.read(2**20)):
                 begin += piece
         found = json.loads(begin.partition('"user_data"')[0].rstrip().rstrip(",") + "}")
         return [str(user) for user in found["users"]]

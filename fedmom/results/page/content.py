@@ -210,6 +210,7 @@ def partitions(groups: Sequence[Group]) -> list[dict[str, Any]]:
         title = f"{settings['data.dataset']}, {settings['data.partition']}, N = {settings['data.num-clients']}"
         if "dirichlet" in str(settings["data.partition"]):
             title += f", α = {settings['data.alpha']:g}"
+        title += f", clients by {settings['data.clients']}" if settings["data.clients"] else ""
         title += f", seed {settings['run.seed']}"
         try:
             folder = next(run.folder for run in group.members if is_run(run.folder))
