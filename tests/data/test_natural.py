@@ -264,6 +264,8 @@ def test_a_rule_of_ones_own_decides(rules):
     assert found.partition.sizes.tolist() == [3] * 5
     assert found.partition.of(1).tolist() == [1, 6, 11]
     assert owned(np.full(4, -1), 2).sizes.tolist() == [0, 0]
+    few = ["client 0 gets 2 examples", "at least 3 (data.min-size)"]
+    refused(*few, do=lambda: own_partition("own_rules:by_label", np.arange(4), 2, min_size=3, more={}))
 
 
 @table(
@@ -285,7 +287,7 @@ def test_a_rule_of_ones_own_decides(rules):
 )
 def test_what_is_wrong_with_a_rule_is_said(rules, name, words):
     spec = f"own_rules:{name}"
-    refused(f"data.partition = {spec!r}", *words, do=lambda: own_partition(spec, np.arange(12), 2, more={}))
+    refused(f"data.partition = {spec!r}", *words, do=lambda: own_partition(spec, np.arange(12), 2, min_size=0, more={}))
 
 
 # LEAF's format, and folders of images
