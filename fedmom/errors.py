@@ -25,7 +25,7 @@ def unknown(key: str, value: str, choices: Iterable[str]) -> InputError:
 
 
 def missing_package(what: str, package: str, extra: str) -> InputError:
-    """The error where `what` (a key with its value, a command) needs a package that only fedmom[`extra`] installs, or nothing of it."""
+    """The error where `what` (a key with its value, a command) needs a package that only fedmom[`extra`] installs."""
     name = f"'fedmom[{extra}]'" if extra else package
     return InputError(f"{what} needs {package}, which is not installed: pip install {name}")
 

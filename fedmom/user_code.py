@@ -18,6 +18,7 @@ from fedmom.errors import InputError
 OWN_KEYS = (
     "algorithm.correction",
     "data.dataset",
+    "data.partition",
     "data.task",
     "model.name",
 )  # those that may name the user's own code

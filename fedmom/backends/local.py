@@ -2,7 +2,7 @@
 
 import torch
 
-from fedmom.config.devices import resolve_device, set_up_torch
+from fedmom.config.build import resolve_device, set_up_torch
 from fedmom.config.keys import Config
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine

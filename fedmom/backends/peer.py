@@ -13,8 +13,7 @@ import torch
 
 from fedmom.actors.nodes import as_the_driver
 from fedmom.backends.agreement import held
-from fedmom.config.build import make_plan, make_problem
-from fedmom.config.devices import set_up_torch
+from fedmom.config.build import make_plan, make_problem, set_up_torch
 from fedmom.config.keys import Config
 from fedmom.config.load import flat
 from fedmom.engine.auto import Said, choose

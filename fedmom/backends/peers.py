@@ -21,7 +21,7 @@ from fedmom.actors.watch import Watch, leave_ray
 from fedmom.actors.work import WARM_UP_SECONDS
 from fedmom.backends.agreement import held
 from fedmom.backends.peer import Peer
-from fedmom.config.devices import actors_device, pool_options, resolve_device
+from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import replace
 from fedmom.config.numbers import counted

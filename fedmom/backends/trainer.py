@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.config.build import make_plan, make_problem, supervised
-from fedmom.config.devices import resolve_device, set_up_torch
+from fedmom.config.build import make_plan, make_problem, resolve_device, set_up_torch, supervised
 from fedmom.config.goals import task_of
 from fedmom.config.keys import Config, Scalar
 from fedmom.config.load import flat, load

@@ -20,7 +20,7 @@ from fedmom.actors.pool import Pool
 from fedmom.actors.work import Kept, Shared
 from fedmom.backends.agreement import agreement
 from fedmom.backends.trainer import Node, TrainedBlock
-from fedmom.config.devices import actors_device, pool_options, resolve_device
+from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import replace
 from fedmom.config.numbers import counted

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.console import Console
 from fedmom.cli.options import DONE, NeededConfig, Sets, Verbose
 from fedmom.errors import InputError
 from fedmom.machine.output import terminal_width
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def partition(
@@ -24,9 +27,7 @@ def partition(
 
     fedmom partition quickstart --set data.alpha=0.05 --out skewed.png
     """
-    import numpy as np
-
-    from fedmom.config.build import load_data, shown_classes
+    from fedmom.config.examples import load_data, shown_classes
     from fedmom.config.load import load
     from fedmom.config.resolve import resolve
     from fedmom.results import tables
@@ -40,22 +41,64 @@ def partition(
     data = settled.data
     if not data_kind(data.dataset).has_examples:
         raise InputError(f"data.dataset = {data.dataset!r}: has no examples to partition")
-    dataset, split = load_data(settled)
-    counts = split.class_counts(*shown_classes(settled, dataset))
-    sizes, present = split.sizes, (counts > 0).sum(1)
-    title = f"{data.dataset}, {data.partition}, N = {data.num_clients}"
+    held = load_data(settled)
+    counts = held.partition.class_counts(*shown_classes(settled, held.dataset))
+    title = f"{data.dataset}, {data.partition}, N = {data.num_clients:,}"
     title += f", α = {data.alpha:g}" if "dirichlet" in data.partition else ""
-    rows = [
-        ["clients", f"{split.num_clients:,}"],
-        ["examples", f"{sizes.sum():,}"],
-        ["examples per client: min, median, max", f"{sizes.min():,}, {np.median(sizes):,.0f}, {sizes.max():,}"],
-        ["classes per client: min, median, max", f"{present.min()}, {np.median(present):.0f}, {present.max()}"],
-        ["share of a client's largest class, mean", f"{(counts.max(1) / sizes).mean():.3f}"],
-    ]
-    print(tables.fitted([title, ""], rows, terminal_width()))
+    title += f", clients by {data.clients}" if data.clients else ""
+    tests = None if held.test_partition is None else held.test_partition.sizes
+    print(tables.fitted([title, ""], _summary(counts, held.partition.sizes, tests), terminal_width()))
+    if held.ids is not None and len(held.ids) <= _FEW:
+        print("\n" + tables.fitted(*_each_client(held.ids, counts, tests), terminal_width()))
     if draw_or_say_why(lambda: draw_partition(counts, out, title=title)):
         print(out)
     return DONE
+
+
+_FEW = 40  # natural clients with a row each
+_MANY = 100  # clients whose sizes are told by seven quantiles instead of three
+
+
+def _summary(counts: "np.ndarray", sizes: "np.ndarray", tests: "np.ndarray | None") -> list[list[str]]:
+    """What all clients hold: counts [N, classes], sizes and numbers of test examples [N]."""
+    import numpy as np
+
+    points, said = [0, 0.5, 1], "min, median, max"
+    if len(sizes) > _MANY:
+        points, said = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], "min, 5, 25, 50, 75, 95 %, max"
+
+    def spread(values: np.ndarray) -> str:
+        return ", ".join(f"{value:,.0f}" for value in np.quantile(values, points))
+
+    rows = [
+        ["clients", f"{len(sizes):,}"],
+        ["examples", f"{sizes.sum():,}"],
+        [f"examples per client: {said}", spread(sizes)],
+        [f"classes per client: {said}", spread((counts > 0).sum(1))],
+        ["share of a client's largest class, mean", f"{(counts.max(1) / sizes).mean():.3f}"],
+    ]
+    if tests is not None:
+        rows.append([f"test examples per client: {said}", spread(tests)])
+        rows.append(["clients without test examples", f"{(tests == 0).sum():,}"])
+    return rows
+
+
+def _each_client(
+    ids: "np.ndarray", counts: "np.ndarray", tests: "np.ndarray | None"
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of natural clients: number, id, and what each holds."""
+    head = ["client", "id", "examples", "classes", *([] if tests is None else ["test examples"])]
+    rows = [
+        [
+            str(c),
+            str(one),
+            f"{counts[c].sum():,}",
+            f"{(counts[c] > 0).sum()}",
+            *([] if tests is None else [f"{tests[c]:,}"]),
+        ]
+        for c, one in enumerate(ids)
+    ]
+    return head, rows
 
 
 def bench(
@@ -160,6 +203,9 @@ def datasets(
     rows = [[name, entry.summary] for name, entry in DATASETS.items()]
     rows.append(["quadratic", "f_i(x) = Σ h/2 (x − c)², exact gradients: data.curvatures, centers, start, noise-sigma"])
     rows.append(["FILE.npz", "arrays x_train, y_train, x_test, y_test (uint8 images, float features, integer ids)"])
+    rows.append(
+        ["FOLDER/", "LEAF's train/*.json and test/*.json, or images in train/CLIENT/LABEL/ and test/CLIENT/LABEL/"]
+    )
     rows.append(["module:function", "your own: returns those four arrays"])
     _print_list(rows)
     return DONE

@@ -1,22 +1,25 @@
 """A resolved configuration becomes a problem, a plan and an engine: what any backend does before its first round."""
 
 import inspect
+import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.actors.cluster import PoolOptions
+from fedmom.config.examples import load_data
 from fedmom.config.goals import task_of
-from fedmom.config.keys import Config
+from fedmom.config.keys import Config, EngineConfig
+from fedmom.config.load import replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.data.arrays import channel_axis, check_cast, kind_of
-from fedmom.data.datasets import Dataset, load_dataset
+from fedmom.data.datasets import Dataset
 from fedmom.data.inputs import is_integer, numbers_in
-from fedmom.data.local import everything
-from fedmom.data.partition import Partition, make_partition
-from fedmom.data.targets import classes_of
+from fedmom.data.partition import Partition
 from fedmom.errors import InputError
+from fedmom.machine.cores import usable_cores
 from fedmom.machine.memory import free_bytes
+from fedmom.machine.precision import allow_tf32
 from fedmom.method.algorithms import ALGORITHMS, Correction, Method, takes_key
 from fedmom.method.graphs import GraphOptions
 from fedmom.method.randomness import CORRECTION, random_bits
@@ -29,56 +32,6 @@ from fedmom.tasks.problem import Problem, data_kind
 from fedmom.tasks.quadratic import Quadratic
 from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import is_spec, load_object, one_line
-
-UNSKEWED = ("iid", "quantity")  # partitions that look at no label
-
-
-def load_data(config: Config) -> tuple[Dataset, Partition]:
-    """The data set and who holds which example; InputError where a client would hold none."""
-    data = config.data
-    targets = task_of(config).targets
-    if data_kind(data.dataset).own_data:
-        return everything(data.data_dir, data.num_clients, data.classes, targets)
-    dataset = load_dataset(data.dataset, data.data_dir, targets)
-    partition = make_partition(
-        data.partition,
-        _classes(config, dataset, targets),
-        data.num_clients,
-        alpha=data.alpha,
-        min_size=data.min_size,
-        shards_per_client=data.shards_per_client,
-        quantity_law=data.quantity_law,
-        sigma=data.sigma,
-        seed=config.run.seed,
-    )
-    empty = np.flatnonzero(partition.sizes == 0)
-    if len(empty):
-        raise InputError(
-            f"data.partition = {data.partition!r}: client {empty[0]} has no examples ({len(empty)} such clients); "
-            "raise data.min-size or data.alpha, or lower data.num-clients"
-        )
-    return dataset, partition
-
-
-def _classes(config: Config, dataset: Dataset, targets: str) -> np.ndarray:
-    """[n] int64 labels by which the partition may skew clients. InputError where it would, and there are none."""
-    found = classes_of(targets, dataset.y_train.numpy())
-    if found is None and config.data.partition not in UNSKEWED:
-        raise InputError(
-            f"data.partition = {config.data.partition!r}: skews clients by one label of each example, which "
-            f"data.task = {config.data.task!r} has not; take {' or '.join(UNSKEWED)}"
-        )
-    return np.zeros(len(dataset.y_train), dtype=np.int64) if found is None else found
-
-
-def shown_classes(config: Config, dataset: Dataset) -> tuple[np.ndarray, int]:
-    """([n] labels by which a partition is drawn, how many there are); one class where examples have none."""
-    targets = task_of(config).targets
-    found = classes_of(targets, dataset.y_train.numpy())
-    if targets == "labels" and found is not None:
-        return found, dataset.num_classes
-    found = np.zeros(len(dataset.y_train), dtype=np.int64) if found is None else found
-    return found, int(found.max()) + 1
 
 
 def make_problem(config: Config, device: str) -> Problem:
@@ -95,7 +48,8 @@ def make_problem(config: Config, device: str) -> Problem:
             dtype=dtype,
             device=device,
         )
-    return supervised(config, device, *load_data(config))
+    held = load_data(config)
+    return supervised(config, device, held.dataset, held.partition)
 
 
 def supervised(
@@ -269,3 +223,52 @@ def topology_of(config: Config) -> Topology | None:
         return None
     options = GraphOptions(algorithm.topology_degree, algorithm.topology_p, config.run.seed)
     return make_topology(algorithm.topology, config.data.num_clients, weights=algorithm.mixing_weights, options=options)
+
+
+def pool_options(config: Config) -> PoolOptions:
+    """The actors that [simulation] describes; engine.workers is their number where it is given.
+
+    Ray hides the GPUs from an actor that asks for none, so on a GPU each gets its share, if none was named.
+    """
+    keys, workers = config.simulation, config.engine.workers
+    num_workers = workers or keys.num_actors
+    return PoolOptions(
+        num_workers=num_workers,
+        count_key="engine.workers" if workers else "simulation.num-actors",
+        num_cpus=keys.num_cpus,
+        num_gpus=keys.num_gpus or share_of_gpus(config, num_workers),
+        # Other machines of a cluster may have more GPUs than this one, or fewer.
+        share_gpus=bool(keys.ray_address and not keys.num_gpus and share_of_gpus(config, num_workers)),
+        ray_address=keys.ray_address,
+        retries=keys.retries,
+        straggler_seconds=keys.straggler_seconds,
+    )
+
+
+def share_of_gpus(config: Config, num_workers: int) -> float:
+    """GPUs per actor, as large as lets all have one (0 actors: as many as there are GPUs); 0 on a CPU."""
+    if resolve_device(config).engine.device == "cpu":
+        return 0.0
+    together = math.ceil(max(1, num_workers) / max(1, torch.cuda.device_count()))  # actors on one GPU
+    return math.floor(1e4 / together) / 1e4  # Ray counts ten-thousandths
+
+
+def actors_device(options: PoolOptions) -> str:
+    """Where the actors' tensors live."""
+    return "cuda" if options.num_gpus else "cpu"
+
+
+def resolve_device(config: Config) -> Config:
+    """engine.device = "auto" becomes cuda where there is one; InputError for a cuda that is not there."""
+    device, there = config.engine.device, torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise InputError("engine.device = 'cuda': torch finds no CUDA device here; use cpu or auto")
+    device = ("cuda" if there else "cpu") if device == "auto" else device
+    return replace(config, "engine", device=device)
+
+
+def set_up_torch(keys: EngineConfig) -> None:
+    """Threads, and how exactly a GPU multiplies float32, for the whole process."""
+    # torch counts the cores of the affinity, but knows no cgroup's limit.
+    torch.set_num_threads(keys.threads or min(torch.get_num_threads(), usable_cores()))
+    allow_tf32(keys.matmul == "tf32")

@@ -6,20 +6,18 @@ time; load.py reads and writes configurations, and resolve.py settles what sever
 
 import dataclasses
 import difflib
-import math
-import os
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from fedmom.config.numbers import Range, above, as_list, at_least, summary_of, within
+from fedmom.config.numbers import Range, above, as_plain, at_least, shown, summary_of, within
 from fedmom.config.strategies import STRATEGIES
 from fedmom.data.batches import AUGMENTATIONS, SAMPLINGS
 from fedmom.data.datasets import DATASETS
+from fedmom.data.given.natural import NATURAL
 from fedmom.data.partition import PARTITIONS, QUANTITY_LAWS
+from fedmom.data.sources.folders import is_folder
 from fedmom.engine.paths import AUTO, PATHS
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
@@ -86,13 +84,24 @@ def key(
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str = key(
-        "digits", "data set; `fedmom datasets` lists them", DATASETS | DATA_KINDS, "FILE.npz or module:function"
+        "digits",
+        "data set; `fedmom datasets` lists them",
+        DATASETS | DATA_KINDS,
+        "FILE.npz or FOLDER/ or module:function",
     )
     data_dir: str = key("data", "folder or .npz file that holds the data set")
     task: str = key("classification", "what is asked of the model", TASKS, "module:Class")
-    classes: str = key("", "dataset local: image folders in the order of their labels, by commas", holds=",")
-    num_clients: int = key(20, "N, number of clients", at_least(1))
-    partition: str = key("dirichlet-client", "rule that gives the training examples to the clients", PARTITIONS)
+    classes: str = key(
+        "", "image folders in the order of their labels, by commas (dataset local, or FOLDER/)", holds=","
+    )
+    clients: str = key("", "partition natural: array of the data set with the id of each example's client")
+    num_clients: int = key(20, "N, number of clients; partition natural draws N, 0: all", at_least(0))
+    partition: str = key(
+        "dirichlet-client",
+        "rule that gives the training examples to the clients",
+        PARTITIONS | NATURAL,
+        "module:function",
+    )
     alpha: float = key(0.3, "α of the Dirichlet partitions; the smaller, the more skewed", above(0))
     min_size: int = key(1, "dirichlet-class, quantity: fewest examples of a client", at_least(0))
     shards_per_client: int = key(2, "partition shards: number of shards of each client", at_least(1))
@@ -275,31 +284,12 @@ def _not_a_key(name: str) -> InputError:
     return InputError(f"{name} is not a key: {hint}")
 
 
-def shown(value: Any) -> str:
-    """A wrong value as a message shows it: its repr, whatever its length."""
-    try:
-        return repr(value)
-    except ValueError:  # Python writes out no whole number of more than 4,300 digits
-        return "(thousands of digits)"
-
-
-def _plain(value: Any, kind: type[Any], holds: str = "") -> Any:
-    """What a caller from Python may pass as well: numpy's numbers, paths, whole numbers for floats, lists."""
-    value = value.item() if isinstance(value, np.generic) else value
-    value = as_list(value, holds) if holds else value
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if kind is float and type(value) is int:
-        return float(value) if abs(value) < 2**1000 else math.inf * (1 if value > 0 else -1)
-    return value
-
-
 def checked(name: str, value: Any) -> Scalar:
     """`value` as the key's type; raises the InputError that names the key, the value and what would be right."""
     if name not in KEYS:
         raise _not_a_key(name)
     known = KEYS[name]
-    value = _plain(value, known.type, known.holds)
+    value = as_plain(value, known.type, known.holds)
     if type(value) is not known.type:
         want = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[known.type]
         raise InputError(f"{name} = {shown(value)}: must be {want}")
@@ -311,7 +301,8 @@ def checked(name: str, value: Any) -> Scalar:
         if not known.also:
             raise unknown(name, value, known.choices)
         files = tuple(word.removeprefix("FILE") for word in known.also.split() if word.startswith("FILE."))
-        if not ("module:" in known.also and is_spec(value)) and not (files and value.endswith(files)):
+        forms = ("module:" in known.also and is_spec(value), "FOLDER/" in known.also and is_folder(value))
+        if not any(forms) and not (files and value.endswith(files)):
             raise unknown(name, value, [*known.choices, known.also])
     if known.check and (wrong := known.check(value)):
         raise InputError(f"{name} = {shown(value)}: {wrong}")

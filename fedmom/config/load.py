@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.config.keys import KEYS, SECTIONS, Config, Scalar, checked, kebab, shown
-from fedmom.config.numbers import read_toml, typed, without_brackets
+from fedmom.config.keys import KEYS, SECTIONS, Config, Scalar, checked, kebab
+from fedmom.config.numbers import read_toml, shown, typed, without_brackets
 from fedmom.errors import InputError, unknown
 from fedmom.machine.files import at_home
 from fedmom.user_code import app_root

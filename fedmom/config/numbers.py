@@ -5,9 +5,12 @@ A list is written as "80,120", one list per client as "1;3"; on the command line
 
 import inspect
 import math
+import os
 import re
 import tomllib
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from fedmom.errors import InputError
 
@@ -184,3 +187,22 @@ def summary_of(entry: object) -> str:
     if callable(entry) and not hasattr(entry, "summary"):
         return (inspect.getdoc(entry) or "").partition("\n")[0].rstrip(".")
     return str(getattr(entry, "summary", ""))
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message shows it: its repr, whatever its length."""
+    try:
+        return repr(value)
+    except ValueError:  # Python writes out no whole number of more than 4,300 digits
+        return "(thousands of digits)"
+
+
+def as_plain(value: Any, kind: type[Any], holds: str = "") -> Any:
+    """What a caller from Python may pass as well: numpy's numbers, paths, whole numbers for floats, lists."""
+    value = value.item() if isinstance(value, np.generic) else value
+    value = as_list(value, holds) if holds else value
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind is float and type(value) is int:
+        return float(value) if abs(value) < 2**1000 else math.inf * (1 if value > 0 else -1)
+    return value

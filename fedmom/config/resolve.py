@@ -4,11 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from fedmom.config.examples import count_clients
 from fedmom.config.goals import measured_by, monitored, parse_goal
 from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Scalar
 from fedmom.config.load import Loaded, flat, replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
+from fedmom.data.given.natural import is_natural
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.tasks.problem import data_kind
@@ -21,14 +23,21 @@ class Resolved(NamedTuple):
     notes: tuple[str, ...]
 
 
-def resolve(loaded: Loaded) -> Resolved:
-    """Settle the quadratic's N, the dtype, the cohort, named baselines, I, and the number of rounds.
+def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
+    """Settle the N of the quadratic and of all natural clients, the dtype, the cohort, named baselines, I, and R.
 
+    `here`: whether the data are on this machine. Where they are not and data.num-clients = 0 asks for all natural
+    clients, N and what depends on it stay open; who reads the data resolves again.
     Resolving a resolved configuration changes nothing. Raises InputError naming the keys that disagree.
     """
     config, given = loaded
     notes: list[str] = []
+    _check_clients(config)
     config = _settle_data(config, given)
+    if not config.data.num_clients:
+        if not here:
+            return Resolved(config, ())
+        config = replace(config, "data", num_clients=count_clients(config))
     config = _settle_cohort(config)
     config = _settle_baseline(config, given, notes)
     _check_decentralized(config, given, notes)
@@ -58,6 +67,25 @@ def _settle_data(config: Config, given: frozenset[str]) -> Config:
             "run.backend = 'engine' with engine.workers = 0"
         )
     return config
+
+
+def _check_clients(config: Config) -> None:
+    """The keys of natural clients go together, and N = 0 goes with them alone."""
+    data, kind = config.data, data_kind(config.data.dataset)
+    natural = is_natural(data.partition)
+    if data.clients and not natural:
+        raise InputError(f"data.clients = {data.clients!r}: needs data.partition = 'natural', not {data.partition!r}")
+    if not natural:
+        if data.num_clients == 0 and kind.has_examples:
+            raise InputError("data.num-clients = 0: must be >= 1; 0 takes all clients of data.partition = 'natural'")
+        return
+    if kind.own_data or not kind.has_examples:
+        raise InputError(f"data.partition = {data.partition!r}: data.dataset = {data.dataset!r} has clients of its own")
+    if not data.clients:
+        raise InputError(
+            f"data.partition = {data.partition!r}: needs data.clients, the name of the array with the id of each "
+            "example's client ('users' in LEAF's format, 'folders' for folders of images)"
+        )
 
 
 def _quadratic_clients(config: Config) -> int:

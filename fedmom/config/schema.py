@@ -28,6 +28,7 @@ EXAMPLES: dict[str, Any] = {
     "data.dataset": "fashion-mnist",
     "data.data-dir": "/data/images",
     "data.classes": "cat,dog",
+    "data.clients": "writer",
     "data.alpha": 0.1,
     "data.task": "regression",
     "data.curvatures": "1,2;3,4",
@@ -189,9 +190,10 @@ def _entry(name: str, key: Any) -> dict[str, Any]:
 
 
 def _pattern(also: str) -> str:
-    """What other forms of a name look like: module:function, or a file's ending."""
+    """What other forms of a name look like: module:function, a file's ending, or a folder's slash."""
     endings = [word.removeprefix("FILE.") for word in also.split() if word.startswith("FILE.")]
     ways = [rf"\.({'|'.join(endings)})$"] if endings else []
+    ways += ["/"] if "FOLDER/" in also else []
     return "|".join([*ways, *([r"^[^:]+:[^:]+$"] if "module:function" in also else [])])
 
 

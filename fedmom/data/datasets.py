@@ -5,7 +5,7 @@ torchvision is imported here only, and only by what needs it.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fedmom.data.arrays import checked_whole, kind_of
+from fedmom.data.given.natural import names_of_ids, pick_ids
 from fedmom.data.inputs import Inputs, Shapes, is_integer, shape_of
 from fedmom.data.sources import small
-from fedmom.data.sources.array_files import ARRAYS, idx_files, read_idx, read_npz_arrays
+from fedmom.data.sources.array_files import ARRAYS, Source, idx_files, read_idx, read_npz
+from fedmom.data.sources.folders import is_folder, read_folder
 from fedmom.data.sources.small import RawArrays
 from fedmom.data.targets import TARGETS, num_outputs
 from fedmom.errors import InputError, missing_package, unknown
@@ -35,6 +37,8 @@ class Dataset(NamedTuple):
     mean: tuple[float, ...]  # [C] of uint8 / 255; () for features
     std: tuple[float, ...]  # [C]; () for features
     augment: str  # what data.augment = "auto" means here: "none" or "crop-flip"
+    # {NAME: [n], NAME_test: [m]}: whose each example is, integers or strings, for data.clients = NAME.
+    ids: Mapping[str, np.ndarray] | None = None
 
     @property
     def input_shape(self) -> Shapes:
@@ -118,20 +122,28 @@ DATASETS: dict[str, DatasetEntry] = {
 }  # fmt: skip
 
 
-def load_dataset(name: str, data_dir: str = "data", targets: str = "labels") -> Dataset:
-    """One of DATASETS, the path of an .npz file, or the user's "module:function", for targets of a kind of TARGETS."""
+def load_dataset(
+    name: str, data_dir: str = "data", clients: str = "", classes: str = "", *, targets: str = "labels"
+) -> Dataset:
+    """One of DATASETS, the path of an .npz file or of a folder, or the user's "module:function".
+
+    `clients`: the array of ids that the Dataset is to have. `classes`: labels of a folder of images, by commas.
+    `targets`: the kind of TARGETS that the task asks for.
+    """
+    key = f"data.dataset = {name!r}"
     if name.lower().endswith(".npz"):
-        path = at_home(name)
-        return _user_dataset(name, _read_npz(f"data.dataset = {name!r}", path), targets)
+        return _user_dataset(name, _whole_npz(key, at_home(name), clients), clients, targets)
     if is_spec(name):
-        return _call_user(name, data_dir, targets)
+        return _call_user(name, data_dir, clients, targets)
+    if is_folder(name):
+        return _user_dataset(name, read_folder(key, at_home(name), classes), clients, targets)
     if name not in DATASETS:
-        raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", '"module:function"'])
+        raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", "FOLDER/", '"module:function"'])
     own, held = DATASETS[name].own, DATASETS[name].targets
     if targets not in (held, "anything"):
-        raise InputError(f"data.dataset = {name!r}: its targets are {held}, and data.task asks for {targets}")
-    arrays = own() if own is not None else _find(name, at_home(data_dir))
-    return _named_dataset(name, arrays)
+        raise InputError(f"{key}: its targets are {held}, and data.task asks for {targets}")
+    source = _four(own()) if own is not None else _find(name, at_home(data_dir), clients)
+    return _named_dataset(name, source, clients)
 
 
 def download(name: str, data_dir: str) -> None:
@@ -149,10 +161,10 @@ def download(name: str, data_dir: str) -> None:
         raise InputError(f"data.dataset = {name!r}: the download to {data_dir!r} failed: {one_line(error)}") from error
 
 
-def _named_dataset(name: str, arrays: RawArrays) -> Dataset:
+def _named_dataset(name: str, source: Source, clients: str) -> Dataset:
     entry = DATASETS[name]
     key = f"data.dataset = {name!r}"
-    x_train, y_train, x_test, y_test = checked_whole(key, arrays, targets=entry.targets)
+    x_train, y_train, x_test, y_test = checked_whole(key, _raw(source), targets=entry.targets)
     assert isinstance(x_train, Tensor)
     if (x_train.dtype == torch.uint8) != bool(entry.mean) or x_train.shape[1:] != entry.shape:
         expected = f"{'uint8' if entry.mean else 'float'} {list(entry.shape)}"
@@ -160,17 +172,24 @@ def _named_dataset(name: str, arrays: RawArrays) -> Dataset:
     top = num_outputs(key, entry.targets, (y_train, y_test)) - 1
     if top >= entry.num_classes:
         raise InputError(f"{key}: has a label {top}, expected 0 to {entry.num_classes - 1}")
-    return Dataset(x_train, y_train, x_test, y_test, entry.num_classes, entry.mean, entry.std, entry.augment)
+    ids = pick_ids(key, clients, source.arrays, source.names, (len(y_train), len(y_test)))
+    return Dataset(x_train, y_train, x_test, y_test, entry.num_classes, entry.mean, entry.std, entry.augment, ids)
 
 
-def _user_dataset(name: str, arrays: RawArrays, targets: str) -> Dataset:
+def _user_dataset(name: str, source: Source, clients: str, targets: str) -> Dataset:
     key = f"data.dataset = {name!r}"
-    x_train, y_train, x_test, y_test = checked_whole(key, arrays, targets=targets)
-    num_classes = num_outputs(key, targets, (y_train, y_test))
+    x_train, y_train, x_test, y_test = checked_whole(key, _raw(source), targets=targets)
+    num_classes = source.num_classes or num_outputs(key, targets, (y_train, y_test))
     if isinstance(x_train, dict) and (images := [n for n, one in x_train.items() if one.dtype == torch.uint8]):
         raise InputError(f"{key}: x_train[{images[0]!r}] is uint8: among several inputs give images as float features")
+    ids = pick_ids(key, clients, source.arrays, source.names, (len(y_train), len(y_test)))
     mean, std = _statistics(x_train) if isinstance(x_train, Tensor) and x_train.dtype == torch.uint8 else ((), ())
-    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, "none")
+    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, "none", ids)
+
+
+def _raw(source: Source) -> RawArrays:
+    x_train, y_train, x_test, y_test = (source.arrays[name] for name in ARRAYS)
+    return x_train, y_train, x_test, y_test
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -190,19 +209,19 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 # Where the arrays come from.
 
 
-def _find(name: str, data_dir: Path) -> RawArrays:
+def _find(name: str, data_dir: Path, clients: str) -> Source:
     """The first of the places where a named data set may be."""
     entry = DATASETS[name]
     key = f"data.dataset = {name!r}"
     if data_dir.suffix.lower() == ".npz":
-        return _read_npz(key, data_dir)
+        return _whole_npz(key, data_dir, clients)
     looked = [data_dir / f"{name}.npz"]
     if looked[0].exists():
-        return _read_npz(key, looked[0])
+        return _whole_npz(key, looked[0], clients)
     for folder in entry.folders:
         looked.append(data_dir / folder)
         if entry.read is not None and (arrays := entry.read(name, looked[-1])) is not None:
-            return arrays
+            return _four(arrays)
     fetch = f"fetch it with: fedmom datasets --download {name} --data-dir {data_dir}" if entry.torchvision else ""
     advice = ", or: ".join(filter(None, (fetch, entry.advice))) or f"write its arrays into {looked[0]}"
     places = ", ".join(str(path) for path in looked)
@@ -220,11 +239,11 @@ def _torchvision_class(name: str) -> Callable:
     return getattr(torchvision.datasets, DATASETS[name].torchvision)
 
 
-def _read_npz(key: str, path: Path) -> RawArrays:
-    return _four(f"{key}: {path}", read_npz_arrays(key, path))
+def _whole_npz(key: str, path: Path, clients: str) -> Source:
+    return _has_four(f"{key}: {path}", read_npz(key, path, (*ARRAYS, *names_of_ids(clients))))
 
 
-def _call_user(name: str, data_dir: str, targets: str) -> Dataset:
+def _call_user(name: str, data_dir: str, clients: str, targets: str) -> Dataset:
     """The user's function; it gets `data_dir` if it has such a parameter or one without a default."""
     key = f"data.dataset = {name!r}"
     function = load_object("data.dataset", name)
@@ -241,28 +260,31 @@ def _call_user(name: str, data_dir: str, targets: str) -> Dataset:
     except (Exception, SystemExit) as error:
         raise InputError(f"{key}: the function raised {one_line(error)}") from error
     if isinstance(result, Dataset):
-        return _checked_dataset(key, result, targets)
+        return _checked_dataset(key, result, clients, targets)
     if isinstance(result, Mapping):
-        return _user_dataset(name, _four(key, result), targets)
+        return _user_dataset(name, _has_four(key, Source(result, [*result])), clients, targets)
     if isinstance(result, tuple | list) and len(result) == 4:
-        x_train, y_train, x_test, y_test = result
-        return _user_dataset(name, (x_train, y_train, x_test, y_test), targets)
+        return _user_dataset(name, _four(result), clients, targets)
     got = type(result).__name__ + (f" of {len(result)}" if isinstance(result, tuple | list) else "")
     wanted = f"a Dataset, or {', '.join(ARRAYS)} as a dict or tuple"
     raise InputError(f"{key}: must return {wanted}; returned {got}")
 
 
-def _four(key: str, arrays: Mapping[str, object]) -> RawArrays:
-    missing = [name for name in ARRAYS if name not in arrays]
+def _four(arrays: Sequence[object]) -> Source:
+    return Source(dict(zip(ARRAYS, arrays, strict=True)), ARRAYS)
+
+
+def _has_four(key: str, source: Source) -> Source:
+    missing = [name for name in ARRAYS if name not in source.arrays]
     if missing:
         raise InputError(f"{key}: has no {', '.join(missing)} (needs {', '.join(ARRAYS)})")
-    return arrays["x_train"], arrays["y_train"], arrays["x_test"], arrays["y_test"]
+    return source
 
 
 # What is checked of a Dataset that the user made.
 
 
-def _checked_dataset(key: str, dataset: Dataset, targets: str) -> Dataset:
+def _checked_dataset(key: str, dataset: Dataset, clients: str, targets: str) -> Dataset:
     """A Dataset that the user made: its arrays are checked like any others, its statistics are kept."""
     try:
         mean, std = tuple(map(float, dataset.mean)), tuple(map(float, dataset.std))
@@ -287,4 +309,6 @@ def _checked_dataset(key: str, dataset: Dataset, targets: str) -> Dataset:
         raise InputError(f"{key}: mean = {mean}, std = {std}: needs {channels} numbers each")
     if not all(0 < s < math.inf for s in std):
         raise InputError(f"{key}: std = {std}: must be positive")
-    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, dataset.augment)
+    given = dataset.ids or {}
+    ids = pick_ids(key, clients, given, [*given], (len(y_train), len(y_test)))
+    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, dataset.augment, ids)

@@ -79,6 +79,7 @@ class Request(NamedTuple):
 class PartitionRule(NamedTuple):
     function: Callable[[Request], np.ndarray]  # -> owner [n] int64, the client of every example
     summary: str  # one line, naming the source
+    skews: bool = True  # whether it looks at labels
 
 
 # The rules ------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def _dirichlet_sizes(request: Request) -> np.ndarray:
 QUANTITY_LAWS: dict[str, Callable[[Request], np.ndarray]] = {"log-normal": _log_normal, "dirichlet": _dirichlet_sizes}
 
 PARTITIONS: dict[str, PartitionRule] = {
-    "iid": PartitionRule(iid, "a random permutation, equal sizes (McMahan et al. 2017)"),
+    "iid": PartitionRule(iid, "a random permutation, equal sizes (McMahan et al. 2017)", skews=False),
     "dirichlet-client": PartitionRule(
         dirichlet_client, "every client its own class mix ~ Dir(alpha p), equal sizes (Hsu, Qi, Brown 2019)"
     ),
@@ -230,7 +231,9 @@ PARTITIONS: dict[str, PartitionRule] = {
         shards, "sorted by label, shards-per-client pieces each, equal sizes (McMahan et al. 2017)"
     ),
     "quantity": PartitionRule(
-        quantity, "labels as in iid, sizes by data.quantity-law (log-normal: FedLab; dirichlet: NIID-Bench)"
+        quantity,
+        "labels as in iid, sizes by data.quantity-law (log-normal: FedLab; dirichlet: NIID-Bench)",
+        skews=False,
     ),
 }
 

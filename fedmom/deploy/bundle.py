@@ -51,7 +51,8 @@ def pack(
     wrong, has fewer clients than there are nodes, or names what no container would find.
     """
     config, settled = _config_to_send(source, sets, name=name, resume=resume)
-    if settled.data.num_clients < num_nodes:
+    # 0: all natural clients; the nodes count them, for the data are there.
+    if 0 < settled.data.num_clients < num_nodes:
         raise InputError(
             f"data.num-clients = {settled.data.num_clients}: the deployment has {num_nodes} nodes, and every "
             "one needs a client"
@@ -72,7 +73,7 @@ def _config_to_send(
     if resume is not None:
         settled = resume_config(resume, source, changes).config
     else:
-        settled = resolve(load(source, changes)).config
+        settled = resolve(load(source, changes), here=False).config
     place = f"{VOLUME}/{name}"
     where = {"out": "", "resume": place} if resume is not None else {"out": place, "resume": ""}
     # What was recorded of a run names its backend; the nodes must see the keys that a new run gave them.

@@ -10,8 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmom.backends.local import make_backend
-from fedmom.config.build import make_plan, make_problem
-from fedmom.config.devices import resolve_device
+from fedmom.config.build import make_plan, make_problem, resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import replace
 from fedmom.config.resolve import with_choices

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fedmom.backends.local import make_local
-from fedmom.config.build import make_plan, make_problem
-from fedmom.config.devices import resolve_device
+from fedmom.config.build import make_plan, make_problem, resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace
 from fedmom.config.resolve import resolve, with_choices
@@ -216,7 +215,7 @@ def _data(problem: Supervised) -> Data:
     if labels is not None:
         held = torch.stack([owners, torch.from_numpy(labels)[sampler.indices.cpu()]])
         classes = torch.bincount(torch.unique(held, dim=1)[0], minlength=len(sizes)).numpy()
-    train, test = num_examples(dataset.x_train), num_examples(dataset.x_test)
+    train, test = int(sizes.sum()), num_examples(dataset.x_test)
     return Data(train, test, dataset.num_classes, kind_of(dataset.x_train), sizes.numpy(), classes)
 
 

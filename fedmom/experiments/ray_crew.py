@@ -21,7 +21,7 @@ from fedmom.actors.nodes import RayNode, answers_of, start_on, working_nodes
 from fedmom.actors.pool import Pool
 from fedmom.actors.watch import leave_ray
 from fedmom.backends.premises import Premises, digest_of, trouble_with
-from fedmom.config.devices import share_of_gpus
+from fedmom.config.build import share_of_gpus
 from fedmom.config.load import load, parse_sets
 from fedmom.errors import InputError, RayEndedError
 from fedmom.experiments.crew import LOOK_SECONDS, Asked, Cell, CellEnded, Requests, SweepWork, run_cell
@@ -41,7 +41,7 @@ def premises_of(work: SweepWork, cells: Sequence[Cell]) -> Premises:
     for cell in cells:
         loaded = load(work.config, {**parse_sets(work.sets), **cell.sets})
         values = {"data.dataset": loaded.config.data.dataset, "algorithm.topology": loaded.config.algorithm.topology}
-        named = {key: value for key, value in values.items() if value.endswith((".npz", *FILES))}
+        named = {key: value for key, value in values.items() if value.endswith((".npz", *FILES)) or "/" in value}
         if "data.data-dir" in loaded.given:
             named["data.data-dir"] = loaded.config.data.data_dir
         data |= {f"{key} = {value!r}": value for key, value in named.items() if os.path.exists(at_home(value))}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmom.backends.local import make_backend
-from fedmom.config.devices import resolve_device
+from fedmom.config.build import resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import load, parse_sets
 from fedmom.config.strategies import OURS

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedmom.backends.agreement import agreement
-from fedmom.config.devices import pool_options
+from fedmom.config.build import pool_options
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, replace
 from fedmom.errors import InputError, RunStoppedError

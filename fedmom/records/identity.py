@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.config.examples import is_given
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat
 from fedmom.data.datasets import Dataset
@@ -60,7 +61,8 @@ _KEYS_OF_1 = {
     "server": "strategy lr momentum trim num-malicious noise-multiplier clipping-norm",
 }
 _WHAT = dict.fromkeys(("model.name", "algorithm.correction", "data.task"), "its code") | {
-    "data.data-dir": "what the clients hold"
+    "data.data-dir": "what the clients hold",
+    "data.partition": "which client holds which example",
 }
 
 
@@ -134,6 +136,9 @@ def _contents(config: Config, problem: Problem | None) -> dict[str, str]:
         arrays = _tensors_of(data)
         about = {"arrays": of_tensors(arrays), "classes": data.num_classes, **_known_of_data(config, problem)}
         found["data.data-dir" if data_kind(config.data.dataset).own_data else "data.dataset"] = fingerprint(about)
+        if is_given(config):
+            sampler = problem.sampler
+            found["data.partition"] = of_tensors({"indices": sampler.indices, "offsets": sampler.offsets})
     topology = config.algorithm.topology
     if ALGORITHMS[config.algorithm.name].decentralized and topology.endswith(FILES):
         with contextlib.suppress(OSError):  # that it is missing is said by whoever reads W

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedmom.config.build import make_plan
+from fedmom.config.build import make_plan, resolve_device
 from fedmom.config.build import make_problem as build_problem
-from fedmom.config.devices import resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace, to_toml
 from fedmom.config.resolve import Resolved, resolve, with_choices

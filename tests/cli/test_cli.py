@@ -550,7 +550,7 @@ def test_completion_is_a_script_of_the_shell():
 
 
 def test_datasets_and_models_are_listed_with_a_line_each(fed):
-    for command, names in (("datasets", [*DATASETS, "quadratic", "FILE.npz"]), ("models", list(MODELS))):
+    for command, names in (("datasets", [*DATASETS, "quadratic", "FILE.npz", "FOLDER/"]), ("models", list(MODELS))):
         status, out, err = fed(command)
         assert (status, err) == (0, [])
         listed = [line.split("  ")[0] for line in out]
@@ -660,6 +660,25 @@ def test_a_partition_is_summed_up_and_drawn(fed):
     assert "N = 12, α = 0.3" in text
     assert "1,437" in text
     assert Path("p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_natural_clients_are_listed_by_their_ids_and_thousands_by_quantiles(fed):
+    content = dict(np.load("tiny.npz"))
+    own = {"who": np.repeat(["cleo", "ann", "bob"], [5, 10, 15]), "who_test": np.repeat(["ann", "eve"], [4, 6])}
+    np.savez("tiny.npz", **content, **own)
+    natural = ["--set", "data.partition=natural", "--set", "data.clients=who", "--set", "data.num-clients=0"]
+    status, out, err = fed("partition", "tiny.toml", *natural)
+    assert (status, err) == (0, [])
+    assert "N = 3, clients by who" in out[0]
+    rows = [line.split() for line in out if line[:1] in ("0", "1", "2")]
+    assert rows == [["0", "ann", "10", "3", "4"], ["1", "bob", "15", "3", "0"], ["2", "cleo", "5", "3", "0"]]
+    sizes = np.arange(1, 102)  # 101 clients: quantiles are whole, by numpy's own rule client 1 + 100 q
+    x, y = np.zeros((sizes.sum(), 2), np.float32), np.arange(sizes.sum()) % 3
+    np.savez("tiny.npz", x_train=x, y_train=y, x_test=x[:3], y_test=y[:3], who=np.repeat(np.arange(101), sizes))
+    status, out, err = fed("partition", "tiny.toml", *natural)
+    assert (status, err) == (0, [])
+    assert any(line.endswith(" 1, 6, 26, 51, 76, 96, 101") for line in out)
+    assert len(out) < 12
 
 
 def test_a_run_draws_its_curves_and_a_report_compares_runs(fed, monkeypatch):

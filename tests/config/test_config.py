@@ -178,7 +178,7 @@ def test_a_path_from_home_is_read_as_the_shell_has_it(in_tmp, monkeypatch):
         ("data.dataset", "", "choose one of digits"),
         ("model.name", "weights.npz", "choose one of"),
         ("model.norm", "a:b", "choose one of batch, group"),
-        ("data.num-clients", 0, ">= 1"),
+        ("data.num-clients", -1, ">= 0"),
         ("data.num-clients", 10**30, "at most 2147483647"),
         ("algorithm.lr", -(10**400), "> 0"),
         ("data.data-dir", "\udcff", "valid Unicode"),

@@ -217,7 +217,7 @@ def test_a_users_dataset_keeps_its_statistics(user_module):
             return Dataset(x, y, x, y, 7, (0.1, 0.2, 0.3), (1, 2, 3), "crop-flip")
     """)
     data = load_dataset(f"{module}:load")
-    assert data[4:] == (7, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), "crop-flip")
+    assert data[4:8] == (7, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), "crop-flip")
 
 
 @table(
@@ -308,7 +308,7 @@ def test_idx_files_in_every_place(tmp_path, name, below, zipped):
     for tensor, array in zip(data[:4], files.values(), strict=True):
         np.testing.assert_array_equal(tensor.numpy().reshape(array.shape), array)
     assert data.input_shape == (1, 28, 28)
-    assert data[4:] == (10, DATASETS[name].mean, DATASETS[name].std, "none")
+    assert data[4:8] == (10, DATASETS[name].mean, DATASETS[name].std, "none")
 
 
 @table(
@@ -367,7 +367,7 @@ def test_named_sets_from_npz_come_before_other_files(tmp_path, name, whole_path)
     data = load_dataset(name, path if whole_path else str(tmp_path))
     np.testing.assert_array_equal(data.x_train.numpy(), content["x_train"])
     entry = DATASETS[name]
-    assert data[4:] == (entry.num_classes, entry.mean, entry.std, entry.augment)
+    assert data[4:8] == (entry.num_classes, entry.mean, entry.std, entry.augment)
     assert (entry.augment == "crop-flip") == name.startswith("cifar")
 
 

@@ -15,7 +15,7 @@ from flwr.cli.build import build_fab_from_disk
 from clients import client_app
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace
-from fedmom.deploy.bundle import check_travels, modules_beside, stage
+from fedmom.deploy.bundle import check_travels, modules_beside, pack, stage
 from fedmom.deploy.certificates import as_sent, make_node_key
 from fedmom.deploy.commands import Commands
 from fedmom.deploy.deployment import open_deployment
@@ -43,6 +43,21 @@ def test_an_address_where_no_server_can_be_leaves_nothing_behind(tmp_path):
 
 def everything(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_natural_clients_are_counted_where_the_data_are(tmp_path):
+    """The machine that sends the configuration does not see the nodes' data, so 0 travels as it is."""
+    data = {"data.dataset": "/data/own.npz", "data.partition": "natural", "data.clients": "writer"}
+    for n in (0, 4, 2):
+        sets = [f"{key}={value}" for key, value in {**data, "data.num-clients": n}.items()]
+        send = lambda sets=sets: pack(  # noqa: E731
+            ROOT / "configs" / "quickstart.toml", sets, name="r", resume=None, app=ROOT, num_nodes=3
+        )
+        if n == 2:
+            with pytest.raises(InputError, match=r"data\.num-clients = 2: the deployment has 3 nodes"):
+                send()
+        else:
+            assert send().config.data.num_clients == n
 
 
 SPOILT = {

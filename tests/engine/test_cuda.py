@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedmom.backends.workers import make_workers
-from fedmom.config.devices import pool_options, resolve_device
+from fedmom.config.build import pool_options, resolve_device
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.data import batches

@@ -16,8 +16,7 @@ import torch
 import oracle
 from clients.client_app import app as client_app
 from fedmom.backends.local import make_backend
-from fedmom.config.build import make_plan, make_problem
-from fedmom.config.devices import pool_options
+from fedmom.config.build import make_plan, make_problem, pool_options
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load
 from fedmom.config.resolve import resolve

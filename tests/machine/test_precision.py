@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fedmom.config.devices import set_up_torch
+from fedmom.config.build import set_up_torch
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.stacked.convolutions import _described

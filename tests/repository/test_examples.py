@@ -17,13 +17,20 @@ LEAST = {
     "image_folder": 0.85,  # test accuracies
     "npz_file": 0.9,
     "hugging_face": 0.8,
+    "leaf_files": 0.85,
+    "flower_partitioner": 0.85,
     "text_transformer": 0.5,  # guessing: 0.25
     "python_api": 0.8,
     "resnet18": 0.0,  # how far the train loss fell
     "fedprox": 0.0,  # how much nearer clients stay
     "own_topology": 0.0,  # how much farther apart two offices stay than a complete graph
 }
-NEEDS = {"hugging_face": ["datasets"], "resnet18": ["torchvision"], "image_folder": ["torchvision"]}
+NEEDS = {
+    "hugging_face": ["datasets"],
+    "flower_partitioner": ["flwr_datasets"],
+    "resnet18": ["torchvision"],
+    "image_folder": ["torchvision"],
+}
 
 
 def test_every_example_is_run_and_listed():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fedmom
 import plain
-from fedmom.config.build import load_data
+from fedmom.config.examples import load_data
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.data.batches import Sampler
@@ -66,7 +66,7 @@ def config(name: str, path: str, **changes: object) -> dict[str, object]:
 @lru_cache
 def by_plain_torch(name: str, decay: float = DECAY) -> plain.Plain:
     """What the model must come to."""
-    data, partition = load_data(resolve(load(config(name, "loop"))).config)
+    data, partition = load_data(resolve(load(config(name, "loop"))).config)[:2]
     numbers = {"num_rounds": ROUNDS, "num_local_steps": STEPS, "lr": LR, "beta": BETA, "weight_decay": decay}
     sampler = Sampler(partition, BATCH, seed=SEED)
     return plain.train(lambda: build(name), data, sampler, **numbers, nesterov=True, seed=SEED)

@@ -100,7 +100,7 @@ def _about_run(found: "Checked", path: Path) -> list[tuple[str, str]]:
     ]
     if held := found.data:
         split = "every client's own" if data_kind(data.dataset).own_data else data.partition
-        split += f", α {data.alpha:g}" if "dirichlet" in split else ""
+        split += f", α {data.alpha:g}" if "dirichlet" in split else f", by {data.clients}" if data.clients else ""
         outputs = "outputs" if held.classes is None else "classes"
         classes = "" if held.classes is None else f"; classes per client {spread_of(held.classes)}"
         lines += [

@@ -7,7 +7,9 @@ import math
 import struct
 import zipfile
 import zlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +20,14 @@ DIGITS = Path(__file__).with_name("digits.json")  # which names its source and i
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
+class Source(NamedTuple):
+    """What a file, a folder or a function gives, unchecked."""
+
+    arrays: Mapping[str, object]  # those of ARRAYS, and the ids of clients that were asked for
+    names: Collection[str]  # of all that it has
+    num_classes: int = 0  # where the source itself knows it
+
+
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
     """(images uint8 [1797, 8, 8] of values 0 to 16, labels int64 [1797]): scikit-learn's digits, in its order."""
     found = json.loads(DIGITS.read_text(encoding="utf-8"))
@@ -26,15 +36,22 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(pixels, dtype=np.uint8).reshape(len(labels), 8, 8), labels
 
 
-def read_npz_arrays(key: str, path: Path) -> dict[str, object]:
-    """Those of ARRAYS that an .npz file has, unchecked; InputError beginning with `key` where it cannot be read."""
+def read_npz(key: str, path: Path, names: Collection[str]) -> Source:
+    """Those of `names` that an .npz file has, and no others. Raises InputError as `read_npz_arrays` does."""
+    arrays = read_npz_arrays(key, path, names)
+    with np.load(path, allow_pickle=False) as archive:
+        return Source(arrays, tuple(archive.files))
+
+
+def read_npz_arrays(key: str, path: Path, names: Collection[str] = ARRAYS) -> dict[str, object]:
+    """Those of `names` that an .npz file has, unchecked; InputError beginning with `key` where it cannot be read."""
     if not path.is_file():
         raise InputError(f"{key}: there is no file {path}")
     if not zipfile.is_zipfile(path):
         raise InputError(f"{key}: {path} is not an .npz file, or truncated")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in ARRAYS if name in archive}
+            return {name: archive[name] for name in names if name in archive}
     except Exception as error:  # zipfile, zlib and numpy's header parser each have their own
         raise InputError(f"{key}: cannot read {path}: {one_line(error)}") from error
 

@@ -30,14 +30,14 @@ def read_images(key: str, folder: Path, classes: str) -> tuple[Tensor, Tensor]:
     if twice is not None:
         raise InputError(f"data.classes = {classes!r}: names {twice!r} twice; every label needs a name of its own")
     x, y, first, places = list[np.ndarray](), list[int](), None, dict[int, Path]()
-    for place in _entries(folder):
+    for place in entries(folder):
         if not place.is_dir():
             raise InputError(f"{key}: {place}: lies beside the folders of labels; it belongs into one of them")
         label = _label(key, place, names)
         if label in places:
             raise InputError(f"{key}: {place}: is label {label}, as {places[label].name} is; put both into one folder")
         places[label] = place
-        for path in _entries(place):
+        for path in entries(place):
             if path.suffix.lower() not in IMAGES or path.is_dir():
                 what = "is a folder" if path.is_dir() else f"is no image ({', '.join(IMAGES)})"
                 raise InputError(f"{key}: {path}: {what}; a folder of a label holds images and nothing else")
@@ -58,7 +58,7 @@ def read_images(key: str, folder: Path, classes: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def _entries(folder: Path) -> Sequence[Path]:
+def entries(folder: Path) -> Sequence[Path]:
     """What a folder holds, by name, without what is hidden and without the litter of file managers."""
     return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _LITTER)
 

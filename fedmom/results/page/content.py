@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmom.config.build import load_data, shown_classes
+from fedmom.config.examples import load_data, shown_classes
 from fedmom.config.keys import KEYS, Scalar
 from fedmom.config.load import load, toml_scalar
 from fedmom.data.partition import Partition
@@ -210,15 +210,16 @@ def partitions(groups: Sequence[Group]) -> list[dict[str, Any]]:
         title = f"{settings['data.dataset']}, {settings['data.partition']}, N = {settings['data.num-clients']}"
         if "dirichlet" in str(settings["data.partition"]):
             title += f", α = {settings['data.alpha']:g}"
+        title += f", clients by {settings['data.clients']}" if settings["data.clients"] else ""
         title += f", seed {settings['run.seed']}"
         try:
             folder = next(run.folder for run in group.members if is_run(run.folder))
             config = load(folder / CONFIG).config
-            dataset, split = load_data(config)
+            held = load_data(config)
         except InputError as error:
             found[key] = {"title": title, "trouble": str(error)}
             continue
-        found[key] = {"title": title, **_picture(split, *shown_classes(config, dataset))}
+        found[key] = {"title": title, **_picture(held.partition, *shown_classes(config, held.dataset))}
     return list(found.values())
 
 
