@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fedmom.runs.trackers import Tracker as Tracker
     from fedmom.runs.trackers import Tracking as Tracking
     from fedmom.tasks.models import build_model as build_model
+    from fedmom.tasks.task import Task as Task
 
 __version__ = "0.1.0"
 # The public names and the modules that define them; mypy reads the imports above, which a test holds equal to it.
@@ -58,6 +59,7 @@ _HOME = {
     "Result": "fedmom.runs.result",
     "Start": "fedmom.runs.callbacks",
     "Status": "fedmom.records.status",
+    "Task": "fedmom.tasks.task",
     "Tracked": "fedmom.runs.trackers",
     "Tracker": "fedmom.runs.trackers",
     "Tracking": "fedmom.runs.trackers",

@@ -15,12 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmom.config.load import flat, to_toml
-from fedmom.config.numbers import percent
 from fedmom.machine.output import nobody_reads
 from fedmom.records.follow import Follower
 from fedmom.records.status import STATUSES, read_status
 from fedmom.results.reading import is_run, sweep_runs
-from fedmom.results.tables import MEASURES, finite
+from fedmom.results.tables import finite, measures_in
 from fedmom.rounds.loop import Record
 from fedmom.runs.progress import describe
 from fedmom.runs.trackers import Tracked, Tracking
@@ -121,7 +120,7 @@ def run_view(watched: Watched, width: int) -> RenderableType:
 def _last_known(rounds: Sequence[Record]) -> Record:
     """The last round, with the last evaluation where it had none."""
     known = dict(rounds[-1])
-    for key in ("test_loss", "test_accuracy", "distance"):
+    for key in ("distance", *(measure.key for measure in measures_in([rounds]))):
         found = finite(rounds, key)
         if found and key not in known:
             known[key] = found[-1]
@@ -129,12 +128,15 @@ def _last_known(rounds: Sequence[Record]) -> Record:
 
 
 def _best(rounds: Sequence[Record]) -> str:
-    found = finite(rounds, "test_accuracy")
-    return f"best accuracy {percent(max(found))}" if found else ""
+    measure = next((m for m in measures_in([rounds]) if m.rises and finite(rounds, m.key)), None)
+    if measure is None:
+        return ""
+    best = measure.factor * max(finite(rounds, measure.key))
+    return f"best {measure.title.removeprefix('test ')} {best:{measure.digits}}{measure.unit}"
 
 
 def _curves(rounds: Sequence[Record], width: int) -> list[RenderableType]:
-    keys = [m for m in MEASURES if len(finite(rounds, m.key)) > 1][:2]
+    keys = [m for m in measures_in([rounds]) if len(finite(rounds, m.key)) > 1][:2]
     if not keys:
         return []
     each = max(16, min(60, (width - 8) // len(keys) - 12))

@@ -5,17 +5,18 @@ from math import ceil, floor, isfinite, log10
 from statistics import median
 from typing import NamedTuple
 
+from fedmom.config.goals import ALIASES
 from fedmom.errors import InputError, unknown
 from fedmom.results.groups import Group, alone, check_counted, counted_of, names_of, rivals, said
 from fedmom.results.reading import Run
 from fedmom.results.sheets import Column, Sheet, Stat, Value, stat, written
-from fedmom.results.tables import MEASURES, Measure, byte_unit, finite, last_evaluated, number
+from fedmom.results.tables import MEASURES, Measure, byte_unit, finite, last_evaluated, measure_of, measures_in, number
 from fedmom.rounds.loop import Record
+from fedmom.tasks.metrics import is_share
 
 AXES = {"round": "rounds", "joint_epochs": "joint epochs", "bytes_sent": "bytes", "wall_seconds": "seconds"}
 COSTS = ("round", "joint_epochs", "bytes_sent")  # seconds are the machine's too
-_ALIASES = {"accuracy": "test_accuracy", "loss": "test_loss"}
-_BY_KEY = {measure.key: measure for measure in MEASURES}
+_ALIASES = {"loss": "test_loss"} | ALIASES
 N = "data.num-clients"
 
 
@@ -52,14 +53,15 @@ def parse_target(text: str, runs: Sequence[Run]) -> Target:
     measured = sorted(set[str]().union(*(names_of(run) for run in runs)))
     name = name if name in measured else _ALIASES.get(name, name)
     if name not in measured:
-        error = unknown("--target", name, measured or list(_BY_KEY))
+        error = unknown("--target", name, measured or [measure.key for measure in MEASURES])
         raise InputError(f"{error} (no run has another)")
     if not isfinite(value):
         raise InputError(f"--target {text!r}: {number_text} is reached by no run, or by every one; write a number")
-    target = Target(_BY_KEY[name], value)
-    if target.measure.rises and not 0 < value <= 1:
+    measure = measure_of(name)
+    assert measure is not None  # it was measured
+    if is_share(name) and not 0 < value <= 1:
         raise InputError(f"--target {text!r}: an accuracy is in (0, 1]; write accuracy=0.8 or accuracy=80%")
-    return target
+    return Target(measure, value)
 
 
 def usual_targets(runs: Sequence[Run]) -> list[Target]:
@@ -68,7 +70,7 @@ def usual_targets(runs: Sequence[Run]) -> list[Target]:
     Runs that never came near it (half as good as the best) do not hold the others back.
     """
     # Accuracy before all others.
-    measures = sorted(MEASURES, key=lambda measure: measure.key != "test_accuracy")
+    measures = sorted(measures_in(run.rounds for run in runs), key=lambda measure: measure.key != "test_accuracy")
     measure = next((m for m in measures if any(finite(run.rounds, m.key) for run in runs)), None)
     if measure is None:
         return []
@@ -107,8 +109,7 @@ def run_sheets(runs: Sequence[Run]) -> list[Sheet]:
 
 def measures_of(runs: Sequence[Run]) -> Sequence[Measure]:
     """The measures that at least one of the runs has; the classifier's where none was ever evaluated."""
-    names = set[str]().union(*(names_of(run) for run in runs))
-    return [measure for measure in MEASURES if measure.key in names] or MEASURES[:2]
+    return measures_in(run.rounds for run in runs) or MEASURES[:2]
 
 
 def _column(measure: Measure) -> Column:

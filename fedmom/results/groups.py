@@ -9,7 +9,7 @@ from fedmom.config.keys import KEYS, Scalar
 from fedmom.config.load import toml_scalar
 from fedmom.errors import InputError
 from fedmom.results.reading import Run
-from fedmom.results.tables import MEASURES, number
+from fedmom.results.tables import measures_in, number
 from fedmom.tasks.problem import data_kind
 
 # The symbols of docs/method.md.
@@ -293,7 +293,7 @@ def check_fit(groups: Sequence[Group]) -> None:
 
 def names_of(run: Run) -> set[str]:
     """The measures that some round of a run has."""
-    return {m.key for m in MEASURES if any(number(record, m.key) is not None for record in run.rounds)}
+    return {measure.key for measure in measures_in([run.rounds])}
 
 
 def shared(runs: Sequence[Run]) -> dict[str, Scalar]:

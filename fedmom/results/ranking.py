@@ -13,7 +13,7 @@ from fedmom.records.history import read_rounds
 from fedmom.records.status import CellEnded
 from fedmom.results.groups import Group, data_setting, rivals, said
 from fedmom.results.sheets import stat, written
-from fedmom.results.tables import MEASURES, MISSING, Measure, finite, fitted, number
+from fedmom.results.tables import MEASURES, MISSING, Measure, finite, fitted, measures_in, number
 
 # Student's t, two-sided 95 %, for 1, 2, … degrees of freedom; beyond them `_t95` has an expansion.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -128,7 +128,8 @@ def results(groups: Sequence[Group]) -> list[str]:
 
 def _judged_by(groups: Sequence[Group]) -> Measure | None:
     """Accuracy before the others, among what some group has measured."""
-    measures = sorted(MEASURES, key=lambda one: not one.rises)
+    found = measures_in(run.rounds for group in groups for run in group.runs)
+    measures = sorted(found, key=lambda one: not one.rises)
     return next((one for one in measures if any(_ends(group, one) for group in groups)), None)
 
 

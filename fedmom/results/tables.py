@@ -1,7 +1,7 @@
 """What the rounds of a run say, and tables of text: what all tables, pictures and the page share."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import floor, isfinite, log10
 from typing import NamedTuple
 
@@ -54,6 +54,26 @@ MEASURES = (
     Measure("distance", "distance", "Distance to the optimum", ".4g", log=True),
 )
 
+_BY_KEY = {measure.key: measure for measure in MEASURES}
+_OF_A_TASK = "test_"  # how the names of what a task of the user's own measures begin
+
+
+def measure_of(key: str) -> Measure | None:
+    """What a number of rounds.jsonl measures; None for one by which nothing is judged."""
+    title = key.replace("_", " ")
+    own = Measure(key, title, f"{title[0].upper()}{title[1:]} at x̂", "#.4g") if key.startswith(_OF_A_TASK) else None
+    return _BY_KEY.get(key, own)
+
+
+def measures_in(runs: Iterable[Sequence[Record]]) -> list[Measure]:
+    """What some round of some run measured: ours in the order of MEASURES, then those of tasks of the user's own."""
+    keys = dict.fromkeys(
+        key for rounds in runs for record in rounds for key in record if number(record, key) is not None
+    )
+    own = [measure for key in keys if key not in _BY_KEY and (measure := measure_of(key)) is not None]
+    return [*(measure for measure in MEASURES if measure.key in keys), *own]
+
+
 # Drawn where a run has them, but no results by which runs are compared.
 TRAIN = Measure("train_loss", "train loss", "Train loss", "#.4g")
 CONSENSUS = Measure(
@@ -91,7 +111,7 @@ def byte_unit(largest: float) -> tuple[float, str]:
 
 
 def last_evaluated(rounds: Sequence[Record]) -> Record:
-    evaluated = (r for r in reversed(rounds) if any(number(r, m.key) is not None for m in MEASURES))
+    evaluated = (r for r in reversed(rounds) if any(measure_of(key) and number(r, key) is not None for key in r))
     return next(evaluated, {})
 
 

@@ -15,6 +15,7 @@ from fedmom.method.state import ClientState
 from fedmom.rounds.loop import Record
 from fedmom.runs.callbacks import Callback, Start
 from fedmom.runs.result import Result
+from fedmom.tasks.metrics import is_share
 from fedmom.tasks.problem import data_kind
 
 _SECONDS_BETWEEN_LINES = 2.0
@@ -25,8 +26,10 @@ def describe(record: Record, *, short: bool = False) -> str:
     parts = [f"train loss {record['train_loss']:.4f}"]
     names = ("distance",) if short else ("test_loss", "distance")
     parts += [f"{name.replace('_', ' ')} {record[name]:.4g}" for name in names if name in record]
-    if "test_accuracy" in record:
-        parts.append(f"accuracy {percent(record['test_accuracy'])}")
+    name = next((name for name in record if name.startswith("test_") and name != "test_loss"), "")
+    if name:  # the first of the task's measures
+        value = record[name]
+        parts.append(f"{name.removeprefix('test_')} {percent(value) if is_share(name) else format(value, '.4g')}")
     return " · ".join(parts)
 
 

@@ -42,6 +42,12 @@ _SECONDS_BETWEEN_REQUESTS = 1.0
 _MOST_METRICS = 1000  # in one request to MLflow
 
 
+def _tag(key: str) -> str:
+    """Of a number that TAGS does not name: a task's measures beside its loss."""
+    name = key.removeprefix("test_")
+    return f"Other/{key}" if name == key else f"{name[0].upper()}{name[1:]}/test"
+
+
 class Tracked(NamedTuple):
     """What a tracker learns at the start."""
 
@@ -91,8 +97,8 @@ class TensorBoard:
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for key, value in numbers.items():
-            self.writer.add_scalar(TAGS.get(key, f"Other/{key}"), value, step)
-        self.last |= {key: numbers[key] for key in ("test_loss", "test_accuracy", "loss") if key in numbers}
+            self.writer.add_scalar(TAGS.get(key, _tag(key)), value, step)
+        self.last |= {key: numbers[key] for key in numbers if key == "loss" or key.startswith("test_")}
 
     def end(self, status: str) -> None:
         from torch.utils.tensorboard.summary import hparams

@@ -124,10 +124,10 @@ def _about_run(found: "Checked", path: Path) -> list[tuple[str, str]]:
 
 def _about_steps(found: "Checked") -> list[tuple[str, str]]:
     """(label, text) of what was measured, and of what follows for the whole run."""
-    from fedmom.results.tables import MEASURES
+    from fedmom.results.tables import measures_in
 
     keys, step, engine = found.config, found.step, found.config.engine
-    shown = [_result(m, step[m.key]) for m in MEASURES if isinstance(step.get(m.key), float)]
+    shown = [_result(m, step[m.key]) for m in measures_in([[step]])]
     size = int(engine.chunk_size)
     rate = f"{engine.path} × {size} on {engine.device}: {found.rate:,.0f} client-steps/s"
     took = (

@@ -21,7 +21,7 @@ from fedmom.results.pictures.partition import class_shares
 from fedmom.results.pictures.style import COLOURS, DASHES, MARKERS
 from fedmom.results.reading import environment_of, is_run
 from fedmom.results.sheets import Sheet, Stat, Value, stat, written
-from fedmom.results.tables import MEASURES, SPREADS, TRAIN, finite, number
+from fedmom.results.tables import SPREADS, TRAIN, finite, measure_of, measures_in, number
 from fedmom.tasks.problem import data_kind
 
 POINTS = 20_000  # on the page, over all groups: more would make it slow to open
@@ -87,7 +87,11 @@ def curves(groups: Sequence[Group]) -> dict[str, Any]:
     baselines = [group for group in groups if group.pooled and group.runs]
     groups = rivals(groups)
     runs = counted_of(groups)
-    measures = [m for m in (*MEASURES, TRAIN, *SPREADS) if any(finite(run.rounds, m.key) for run in runs)]
+    measures = [
+        m
+        for m in (*measures_in(run.rounds for run in runs), TRAIN, *SPREADS)
+        if any(finite(run.rounds, m.key) for run in runs)
+    ]
     axes = [axis for axis in AXES if any(value > 0 for run in runs for value in finite(run.rounds, axis))]
     most = max(50, min(MAX_POINTS, POINTS // max(1, len(runs))))
     looks = styles(groups)
@@ -100,7 +104,7 @@ def curves(groups: Sequence[Group]) -> dict[str, Any]:
                 "factor": m.factor,
                 "log": m.log,
                 "unit": m.unit,
-                "judges": m in MEASURES,
+                "judges": measure_of(m.key) is not None,
             }
             for m in measures
         ],
@@ -138,7 +142,7 @@ def _family(group: Group, key: str) -> str:
 def _ends(group: Group) -> dict[str, list[float | None]]:
     """{measure: [mean, deviation or None]} of the last values."""
     found = {}
-    for measure in MEASURES:
+    for measure in measures_in(run.rounds for run in group.runs):
         cell = stat([ends[-1] for run in group.runs if (ends := finite(run.rounds, measure.key))])
         if cell is not None:
             found[measure.key] = [_short(cell.mean), _short(cell.sd)]
@@ -161,7 +165,8 @@ def _thinned(group: Group, most: int) -> list[int]:
     common = group.rounds
     if len(common) <= most:
         return common
-    judged = {r["round"] for r in group.runs[0].rounds if any(number(r, m.key) is not None for m in MEASURES)}
+    rounds = group.runs[0].rounds
+    judged = {r["round"] for r in rounds if any(measure_of(key) and number(r, key) is not None for key in r)}
     pool = [r for r in common if r in judged] or common
     places = np.unique(np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(int))
     return [common[0], *(pool[place] for place in places), common[-1]]

@@ -9,7 +9,7 @@ from fedmom.results.comparison import AXES, Speedup, Target
 from fedmom.results.groups import Group, counted_of, rivals
 from fedmom.results.pictures.curves import draw_grid, end_of, line_style
 from fedmom.results.pictures.style import DARK, LIGHT, add_legend, new_figure, plain_axes, save_picture
-from fedmom.results.tables import MEASURES, SPREADS, Measure, finite
+from fedmom.results.tables import MEASURES, SPREADS, Measure, finite, measures_in
 
 KINDS = (".png", ".pdf")
 
@@ -26,7 +26,7 @@ def foot(groups: Sequence[Group]) -> str:
 def draw_comparison(groups: Sequence[Group], stem: Path) -> list[Path]:
     """A row per measure, against rounds, joint epochs, bytes and seconds, as PNG and PDF."""
     runs = counted_of(rivals(groups))
-    rows = [m for m in MEASURES if any(finite(run.rounds, m.key) for run in runs)]
+    rows = [m for m in measures_in(run.rounds for run in runs) if any(finite(run.rounds, m.key) for run in runs)]
     return _draw_grid(groups, rows, list(AXES), stem)
 
 

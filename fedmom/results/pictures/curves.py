@@ -31,7 +31,7 @@ from fedmom.results.pictures.style import (
     whole_ticks,
 )
 from fedmom.results.reading import Run
-from fedmom.results.tables import CONSENSUS, MEASURES, TRAIN, Measure, byte_unit, finite
+from fedmom.results.tables import CONSENSUS, MEASURES, TRAIN, Measure, byte_unit, finite, measure_of, measures_in
 
 POLICY = "algorithm.momentum-policy"
 POOLED_LINE = {"color": DARK, "linestyle": (0, (1.2, 1.3)), "marker": "none", "linewidth": 1.3}
@@ -108,15 +108,20 @@ def draw_curves(runs: Sequence[Run], path: Path, notes: Sequence[str] = ()) -> N
     notes: small lines below the names of the runs.
     """
     groups = alone(runs)
-    measures = [m for m in (*MEASURES, CONSENSUS) if any(_keys(group, m, train=True) for group in groups)]
+    measures = [m for m in (*_found(groups), CONSENSUS) if any(_keys(group, m, train=True) for group in groups)]
     labels = _legend_names([run.name for run in runs])
     save_picture(draw_grid(groups, measures or MEASURES[:1], COSTS, labels, "\n".join(notes), train=True), path)
+
+
+def _found(groups: Sequence[Group]) -> Sequence[Measure]:
+    """What the runs measured; a loss where they measured nothing."""
+    return measures_in(run.rounds for group in groups for run in group.runs) or MEASURES[:1]
 
 
 def draw_groups(groups: Sequence[Group], path: Path, notes: Sequence[str] = ()) -> None:
     """PNG of groups: `draw_curves` of means over seeds, with bands of their deviations."""
     runs = counted_of(rivals(groups))
-    measures = [m for m in (*MEASURES, CONSENSUS) if any(finite(run.rounds, m.key) for run in runs)]
+    measures = [m for m in (*_found(groups), CONSENSUS) if any(finite(run.rounds, m.key) for run in runs)]
     labels = _legend_names([group.title for group in groups if group.runs])
     note = "\n".join(["mean ± standard deviation over seeds", *notes])
     save_picture(draw_grid(groups, measures or MEASURES[:1], COSTS, labels, note), path)
@@ -173,7 +178,7 @@ def draw_grid(
 def end_of(group: Group, measure: Measure) -> float | None:
     """Where a group ended: the mean over its seeds of a measure's last value; None where it has none."""
     found = [ends[-1] for run in group.runs if (ends := finite(run.rounds, measure.key))]
-    return sum(found) / len(found) if found and measure in MEASURES else None
+    return sum(found) / len(found) if found and measure_of(measure.key) else None
 
 
 def _draw_curve(panel: Any, drawn: Curve, line: dict[str, Any], measure: Measure, divisor: float) -> None:
