@@ -206,7 +206,7 @@ def test_pooling_is_torchs_with_equal_and_missing_numbers(K, B, C, side, window,
     close(gradients(fused.ReluPooled.apply(x, bias, K, window), leaves), want)
 
 
-@pytest.mark.parametrize(("channels", "turned"), [(False, False), (True, False), (False, True)])
+@table("channels, turned", [(False, False), (True, False), (False, True)])
 def test_dropout_is_each_clients_own(channels, turned):
     layer, keys = AddressedDropout(0.3, 7, channels=channels), torch.tensor([3, -9, 1 << 50])
     x = drawn(6, 4, 5, 3, layout=LAST).requires_grad_()

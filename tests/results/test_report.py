@@ -155,7 +155,7 @@ def test_100_000_clients_of_any_size(tmp_path):
     pixels(tmp_path / "partition.png")
 
 
-@pytest.mark.parametrize("num_clients", [3, 200])
+@table("num_clients", [3, 200])
 def test_clients_without_examples(tmp_path, num_clients):
     draw_partition(np.zeros((num_clients, 4), dtype=int), tmp_path / "partition.png", title="empty")
     pixels(tmp_path / "partition.png")
