@@ -20,7 +20,7 @@ from laws import table
 
 pytest.importorskip("ray")
 
-pytestmark = pytest.mark.xdist_group("Ray: messages")
+pytestmark = pytest.mark.xdist_group("Ray: rounds")
 
 
 def make_worker():

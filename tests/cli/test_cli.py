@@ -472,7 +472,7 @@ def test_ctrl_c_before_the_first_round_is_one_line(fed, monkeypatch, workplace):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedmom.runs.execute.make_problem", interrupt)
+    monkeypatch.setattr("fedmom.runs.execute.build_problem", interrupt)
     before = tree(workplace)
     assert fed("run", "tiny.toml", "--out", "x") == (130, [], ["fedmom: interrupted"])
     assert tree(workplace) == before

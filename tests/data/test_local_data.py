@@ -38,11 +38,20 @@ def test_rounds_are_those_of_one_machine_that_holds_it_all(tmp_path, num_clients
 @table(
     "changes",
     [
-        {"algorithm.num-local-steps": 0, "algorithm.local-epochs": 1, "algorithm.client-weights": "samples"},
-        {"algorithm.momentum-policy": "local"},
-        {"algorithm.cohort-size": 2},
-        {"algorithm.slow-momentum": 0.5, "algorithm.slow-lr": 0.7},
-        {"algorithm.lr-schedule": "step", "algorithm.lr-unit": "joint-epochs", "algorithm.lr-milestones": "0.01"},
+        {
+            "algorithm.num-local-steps": 0,
+            "algorithm.local-epochs": 1,
+            "algorithm.client-weights": "samples",
+            "algorithm.slow-momentum": 0.5,
+            "algorithm.slow-lr": 0.7,
+        },
+        {
+            "algorithm.momentum-policy": "local",
+            "algorithm.cohort-size": 2,
+            "algorithm.lr-schedule": "step",
+            "algorithm.lr-unit": "joint-epochs",
+            "algorithm.lr-milestones": "0.01",
+        },
         {"algorithm.name": "d-sgd-m", "algorithm.num-local-steps": 2},
         {"engine.path": "auto"},
     ],

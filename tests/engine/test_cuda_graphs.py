@@ -159,7 +159,7 @@ def test_a_card_says_which_part_is_not_finite():
     with pretend():
         problem = image_problem("resnet20", 2, device="cuda")
         begun = beginning(problem, plan)
-        runner = Engine(problem, plan.method, path="stack", chunk_size=2).runner
+        runner = Engine(problem, plan.method, path="stack", chunk_size=2, convolution="loop").runner
         (chunk,) = runner.from_start(begun.state, round_job(problem, plan, begun), [torch.arange(2)], None)
         moved = chunk.ended
         half = sum(count for (part, _), count in moved.layout.items() if part == "params")

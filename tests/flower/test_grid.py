@@ -26,7 +26,7 @@ flwr_app = pytest.importorskip("flwr.app")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # noqa: E402
 from flwr.serverapp import Grid  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("Ray: messages")
+pytestmark = pytest.mark.xdist_group("Ray: rounds")
 PLAIN = Path(__file__).parents[1] / "apps" / "plain_app"
 OLDER = PLAIN.parent / "older_app"
 OPTIONS = PoolOptions(num_workers=2, num_cpus=0.5, retries=1, straggler_seconds=2)

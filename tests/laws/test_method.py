@@ -41,8 +41,7 @@ def test_clients_are_equal_after_each_exchange_and_at_no_other_step(path, nester
         laws.law_restart_together(engine_runner(path), nesterov, num_clients)
 
 
-@OPTIONS
-@paths
+@table("path, nesterov", [("vmap", False), ("loop", True)])
 def test_fixed_point(path, nesterov):
     laws.law_fixed_point(engine_runner(path), nesterov)
 

@@ -135,8 +135,8 @@ def test_a_topology_is_drawn_as_its_row_says(tmp_path, name, places):
 # --- partitions ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # a fast one: cli/test_cli.py
 @table("num_clients, num_classes", [(1, 1), (20, 10), (1, 100), (101, 1), (1500, 100)])
-@pytest.mark.slow
 def test_a_partition_is_drawn(tmp_path, num_clients, num_classes):
     counts = np.random.default_rng(0).integers(0, 50, size=(num_clients, num_classes))
     counts[0, 0] = 60
