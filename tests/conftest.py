@@ -1,28 +1,56 @@
 """Two test processes share two cores (pytest -n 2): one torch thread each, or they spin waiting for one another."""
 
+import functools
+import gzip
 import os
 import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ["FEDMOM_CACHE"] = ""  # here and there nothing is remembered of other runs, and nothing of these is
-torch.set_num_threads(1)
 # A shell starts what runs in its background with Ctrl-C ignored; here and in the processes of tests it is heard.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Under nohup what a terminal's end would say is not heard; in the processes of tests it is.
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# Triton decides at its import whether its kernels are interpreted, which is how a machine without a GPU tests them.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # What tests share: helpers/ and laws/ by the names of their files, zoo/ as a package.
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in (".", "helpers", "laws")]
+
+
+def pytest_configure(config):
+    """Torch as tests need it; the process that only hands tests out to others (pytest -n) does without."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    # Triton decides at its import whether its kernels are interpreted: so a machine without a GPU tests them.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _asked_once():
+    """What hundreds of runs ask for, each time with the same answer, is worked out once in a process of tests.
+
+    The digits, the versions and the commit of environment.json, and plotly.js as the page packs it.
+    """
+    from fedmom.data import datasets
+    from fedmom.records import environment
+    from fedmom.results.page import write
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "read_digits", functools.cache(datasets.read_digits))
+        for name in ("version_of", "_commit"):
+            patch.setattr(environment, name, functools.cache(getattr(environment, name)))
+        patch.setattr(write, "gzip", SimpleNamespace(compress=functools.cache(gzip.compress)))
+        yield
 
 
 @pytest.fixture
@@ -37,8 +65,9 @@ def one_ray(tmp_path_factory):
     """One Ray for all tests of this process that do not ask for a fresh one, as starting it takes seconds.
 
     -> the file that the faulty clients of tests/apps look into. Its tests are in one of two groups of pytest-xdist,
-    "Ray: rounds" and "Ray: messages", which take about as long, so that no third process starts one. What needs a
-    fresh Ray starts it in a process below the test's, and if slow is in the group "Ray: fresh".
+    "Ray: rounds", which has all fast ones, and "Ray: messages", so that no third process starts one, and among the
+    fast tests no second. What needs a fresh Ray starts it in a process below the test's, and if slow is in the group
+    "Ray: fresh".
     """
     ray = pytest.importorskip("ray")
     plan = tmp_path_factory.mktemp("faults") / "plan.json"

@@ -7,6 +7,7 @@ import pytest
 from fedmom.actors.cluster import PoolOptions, check_fit, share_of_gpus
 from fedmom.actors.nodes import Facts, Placement, RayNode, difference, disagreement, versions
 from fedmom.errors import InputError
+from laws import table
 
 
 def node(name, cpus, gpus=0.0, cores=None):
@@ -22,8 +23,8 @@ def placed(nodes, count, cpus=1.0, gpus=0.0, evenly=False):
     return {one.id: chosen.count(one.id) for one in nodes}
 
 
-@pytest.mark.parametrize(
-    ("nodes", "given", "right"),
+@table(
+    "nodes, given, right",
     [
         ([node("a", 4), node("b", 4)], {"count": 4}, {"a": 2, "b": 2}),  # Ray would pack them on one
         ([node("a", 4), node("b", 4)], {"count": 3}, {"a": 2, "b": 1}),
@@ -72,9 +73,7 @@ def test_a_node_that_is_gone_leaves_its_workers_to_others():
     assert placement.next() is None
 
 
-@pytest.mark.parametrize(
-    ("gpus", "workers", "right"), [((2, 2), 4, 1.0), ((2, 2), 8, 0.5), ((1, 3), 9, 0.3333), ((4,), 0, 1.0)]
-)
+@table("gpus, workers, right", [((2, 2), 4, 1.0), ((2, 2), 8, 0.5), ((1, 3), 9, 0.3333), ((4,), 0, 1.0)])
 def test_a_share_of_the_cluster_s_gpus(gpus, workers, right):
     """Not of this machine's, which may have none."""
     nodes = [node("head", 4), *(node(f"n{k}", 64, gpus=float(count)) for k, count in enumerate(gpus))]

@@ -16,10 +16,11 @@ from fedmom.actors.actor import Failure
 from fedmom.actors.cluster import PoolOptions
 from fedmom.actors.pool import Pool
 from fedmom.errors import InputError
+from laws import table
 
 pytest.importorskip("ray")
 
-pytestmark = pytest.mark.xdist_group("Ray: messages")
+pytestmark = pytest.mark.xdist_group("Ray: rounds")
 
 
 def make_worker():
@@ -92,7 +93,7 @@ def submit_all(pool, payloads):
     return take_all(pool, len(payloads))
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3, 500])
+@table("number", [0, 1, 2, 3, 500])
 def test_every_message_is_answered_once_with_its_own_answer(pool, number):
     answers = submit_all(pool, [("echo", value) for value in range(number)])
     assert {key: answer[0] for key, answer in answers.items()} == {key: key for key in range(number)}
@@ -107,7 +108,7 @@ def test_both_workers_work_and_batches_form(pool):
     assert min(shares.values()) > 40
 
 
-@pytest.mark.parametrize("what", ["raise", "exit", "function"])
+@table("what", ["raise", "exit", "function"])
 def test_a_handler_that_fails_fails_alone(pool, what):
     answers = submit_all(pool, [(what if key == 7 else "echo", key) for key in range(20)])
     failure = answers.pop(7)
@@ -206,8 +207,8 @@ def test_take_without_messages_ends_at_its_timeout(pool):
     assert 0.1 <= time.monotonic() - begun < 5
 
 
-@pytest.mark.parametrize(
-    ("options", "key", "right"),
+@table(
+    "options, key, right",
     [
         (PoolOptions(num_gpus=0.5), "simulation.num-gpus = 0.5", "Ray sees no GPU here"),
         (PoolOptions(num_cpus=1000), "simulation.num-cpus = 1000", "on one machine"),

@@ -13,6 +13,7 @@ from fedmom.actors.dispatcher import Dispatcher
 from fedmom.actors.nodes import Facts, RayNode, versions
 from fedmom.actors.work import Submitted
 from fedmom.errors import InputError, RayEndedError
+from laws import table
 
 SAME, OTHER = {"data.dataset = 'x.npz'": "1"}, {"data.dataset = 'x.npz'": "2"}
 
@@ -166,7 +167,7 @@ def test_no_message_is_given_before_every_node_has_told_what_it_holds(cluster, m
     assert slow.under_way() == [0, 1]
 
 
-@pytest.mark.parametrize("trouble", ["data.dataset = 'x.npz': there is no such file", ""])
+@table("trouble", ["data.dataset = 'x.npz': there is no such file", ""])
 def test_a_node_that_cannot_start_is_named_before_anything_is_given(cluster, trouble):
     pool = cluster("ab", 2)
     pool.submit(1)

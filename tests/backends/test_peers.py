@@ -52,13 +52,9 @@ def settled(changes):
     return config, make_problem(config, "cpu"), make_plan(config)
 
 
-def slow(changes):
-    return pytest.param(changes, marks=pytest.mark.slow)
-
-
 CASES = [
     {"algorithm.topology": "ring"},
-    slow({"algorithm.topology": "complete", "model.name": "resnet20", "run.num-rounds": 2, "data.num-clients": 3}),
+    {"algorithm.topology": "complete", "model.name": "resnet20", "run.num-rounds": 2, "data.num-clients": 3},
 ]
 
 
@@ -73,6 +69,7 @@ class Look(fedmom.Callback):
 
 
 @on_ray
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", CASES, ids=lambda c: c["algorithm.topology"])
 def test_peers_give_the_engines_result(tmp_path, changes):
     engine = fedmom.run(BASE, sets=changes, out=tmp_path / "engine", callbacks=[Quiet()])

@@ -17,6 +17,7 @@ from fedmom.config.schema import FILE, FIRST
 from fedmom.machine.cache import Kept, nothing_kept
 from fedmom.records.history import from_the_end, last_round
 from fedmom.records.listing import list_runs
+from laws import table
 
 RESOLVED = "[run]\nnum-rounds = 40\n"
 
@@ -200,7 +201,7 @@ def test_runs_are_listed_the_newest_first_whatever_became_of_them(fed, in_tmp):
     assert fed("ls", runs / "old")[1].startswith(f"{runs / 'old'}\tdone\t40/40\t50.0 %")
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@table("width", [60, 80, 120])
 def test_a_list_keeps_to_the_terminal_and_cuts_no_name(fed, in_tmp, monkeypatch, width):
     for name in ("config-20260101-120000", "a-run-with-" + "a-long-name-" * 3):
         put(in_tmp / "runs" / name, "interrupted", test_loss=0.1234)

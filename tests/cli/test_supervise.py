@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from laws import table
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs fork and sigwaitinfo")
 
@@ -51,8 +53,8 @@ def start(tmp_path):
         process.communicate()
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "said"),
+@table(
+    "body, status, said",
     [
         ("return 0", 0, ""),
         ("return 3", 3, ""),

@@ -76,7 +76,7 @@ def test_a_run_without_rounds_and_what_is_no_run(tmp_path):
             Follower(wrong)
 
 
-@pytest.mark.parametrize("heart", [True, False])  # False: of an older version, which wrote no status.json
+@table("heart", [True, False])
 def test_silence_is_said_and_the_end_is_seen(tmp_path, heart):
     now = [0.0]
     folder = make_run(tmp_path / "run", {"run.num-rounds": 5}, records(2))
@@ -100,7 +100,7 @@ def test_silence_is_said_and_the_end_is_seen(tmp_path, heart):
     assert watched.has_ended
 
 
-@pytest.mark.parametrize("status", ["interrupted", "diverged", "failed"])
+@table("status", ["interrupted", "diverged", "failed"])
 def test_what_ended_before_its_time_is_never_called_running(tmp_path, capsys, status):
     folder = make_run(tmp_path / "sweep/run", {"run.num-rounds": 5}, records(2))
     Heart(folder, 2).end(status, "for a reason")
@@ -178,8 +178,8 @@ def test_a_run_that_knows_of_no_tracker_is_told_to_one(tmp_path):
     assert list(folder.glob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize(
-    ("words", "why"),
+@table(
+    "words, why",
     [
         (["nowhere"], "nowhere: no such folder"),
         (["empty"], "empty: is neither a run folder"),

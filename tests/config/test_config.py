@@ -374,7 +374,7 @@ def test_one_client_of_a_quadratic_may_bend_down_if_the_mean_does_not():
     assert settled(data__dataset="quadratic", data__curvatures="-1;3").config.data.num_clients == 2
 
 
-@pytest.mark.parametrize("name", [name for name, a in ALGORITHMS.items() if a.interval or a.beta is not None])
+@table("name", [name for name, a in ALGORITHMS.items() if a.interval or a.beta is not None])
 def test_baselines_overrule_and_say_so(name):
     fixed = ALGORITHMS[name]
     source = {"algorithm": {"name": name, "num_local_steps": 5, "beta": 0.5}}

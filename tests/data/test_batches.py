@@ -21,7 +21,7 @@ def draw(s: Sampler, clients, first, num_steps):
 
 
 SIZES = [1, 2, 3, 7, 20, 64]
-samplings = pytest.mark.parametrize("sampling", ["shuffle", "replacement"])
+samplings = table("sampling", ["shuffle", "replacement"])
 
 
 @samplings

@@ -23,10 +23,11 @@ from fedmom.data.local import (
 )
 from fedmom.errors import InputError
 from grids import LocalGrid, run_config
+from laws import table
 from runs import LOCAL, give_digits
 
 
-@pytest.mark.parametrize(("num_clients", "where"), [(1, "server"), (3, "server"), (3, "clients")])
+@table("num_clients, where", [(1, "server"), (3, "server"), (3, "clients")])
 def test_rounds_are_those_of_one_machine_that_holds_it_all(tmp_path, num_clients, where):
     give_digits(tmp_path, num_clients, server=where == "server", clients=where == "clients")
     changes = {**LOCAL, "data.num-clients": num_clients, "data.data-dir": str(tmp_path)}
@@ -34,18 +35,26 @@ def test_rounds_are_those_of_one_machine_that_holds_it_all(tmp_path, num_clients
     assert_same(result, by_engine(changes))
 
 
-@pytest.mark.parametrize(
+@table(
     "changes",
     [
-        {"algorithm.num-local-steps": 0, "algorithm.local-epochs": 1, "algorithm.client-weights": "samples"},
-        {"algorithm.momentum-policy": "local"},
-        {"algorithm.cohort-size": 2},
-        {"algorithm.slow-momentum": 0.5, "algorithm.slow-lr": 0.7},
-        {"algorithm.lr-schedule": "step", "algorithm.lr-unit": "joint-epochs", "algorithm.lr-milestones": "0.01"},
+        {
+            "algorithm.num-local-steps": 0,
+            "algorithm.local-epochs": 1,
+            "algorithm.client-weights": "samples",
+            "algorithm.slow-momentum": 0.5,
+            "algorithm.slow-lr": 0.7,
+        },
+        {
+            "algorithm.momentum-policy": "local",
+            "algorithm.cohort-size": 2,
+            "algorithm.lr-schedule": "step",
+            "algorithm.lr-unit": "joint-epochs",
+            "algorithm.lr-milestones": "0.01",
+        },
         {"algorithm.name": "d-sgd-m", "algorithm.num-local-steps": 2},
         {"engine.path": "auto"},
     ],
-    ids=str,
 )
 def test_every_option_means_the_same(tmp_path, changes):
     give_digits(tmp_path, 3, server=False, clients=True)
@@ -127,7 +136,7 @@ def give_images(folder, *, labels=("0", "2"), size=(6, 5), mode="L", num=3, spli
             image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / split / label / f"{k}.png")
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+@table("mode, channels", [("L", 1), ("RGB", 3)])
 def test_a_folder_of_images(tmp_path, mode, channels):
     give_images(tmp_path / "client-0" / "data", mode=mode)
     give_images(tmp_path / "client-0" / "data", mode=mode, split="test", num=1)
@@ -147,20 +156,19 @@ def test_labels_by_name_do_not_depend_on_which_a_client_has(tmp_path):
 # What is wrong is named
 
 
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda root: (root / "client-1.npz").unlink(), "client 1 has nothing"),
-        (lambda root: (root / "client-1.npz").write_bytes(b"PK\x03\x04broken"), "client-1.npz is not an .npz file"),
-        (lambda root: np.savez(root / "client-1.npz", x_train=np.zeros((2, 8, 8), np.uint8)), "has no y_train"),
-        (
-            lambda root: np.savez(root / "client-1.npz", x_train=np.zeros((2, 9, 9), np.uint8), y_train=np.arange(2)),
-            "client 1 are uint8 [1, 9, 9], those of client 0 uint8 [1, 8, 8]",
-        ),
-        (lambda root: (root / "test.npz").unlink(), "nobody has test examples"),
-    ],
-)
-@pytest.mark.parametrize("run", ["engine", "flower"])
+UNFIT = [
+    (lambda root: (root / "client-1.npz").unlink(), "client 1 has nothing"),
+    (lambda root: (root / "client-1.npz").write_bytes(b"PK\x03\x04broken"), "client-1.npz is not an .npz file"),
+    (lambda root: np.savez(root / "client-1.npz", x_train=np.zeros((2, 8, 8), np.uint8)), "has no y_train"),
+    (
+        lambda root: np.savez(root / "client-1.npz", x_train=np.zeros((2, 9, 9), np.uint8), y_train=np.arange(2)),
+        "client 1 are uint8 [1, 9, 9], those of client 0 uint8 [1, 8, 8]",
+    ),
+    (lambda root: (root / "test.npz").unlink(), "nobody has test examples"),
+]
+
+
+@table("break_it, message, run", [(*row, run) for row in UNFIT for run in ("engine", "flower")])
 def test_what_does_not_fit_is_named(tmp_path, break_it, message, run):
     give_digits(tmp_path, 2)
     break_it(tmp_path)
@@ -170,8 +178,8 @@ def test_what_does_not_fit_is_named(tmp_path, break_it, message, run):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("files", "classes", "message"),
+@table(
+    "files, classes, message",
     [
         ({"x.txt": b""}, "", "neither an .npz file nor a folder train"),
         ({"a.npz": b"", "b.npz": b""}, "", "has 2 .npz files"),

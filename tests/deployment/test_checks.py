@@ -24,6 +24,7 @@ from fedmom.deploy.following import Following
 from fedmom.deploy.initialise import initialise
 from fedmom.errors import InputError
 from fedmom.runs.progress import Left
+from laws import table
 from strategies.dispatch import _reason
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +75,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("what", SPOILT)
+@table("what", SPOILT)
 def test_an_init_that_is_refused_writes_nothing(tmp_path, what):
     """Each with three clients more than there are: none of them is made."""
     spoil, words = SPOILT[what]

@@ -18,6 +18,7 @@ from fedmom.deploy.compose import client, client_gpu_override, federation, gpu_o
 from fedmom.deploy.deployment import open_deployment
 from fedmom.deploy.initialise import initialise, write_flower_config
 from fedmom.errors import InputError
+from laws import table
 
 ROOT = Path(__file__).parents[2]
 GATE = ROOT / "deploy" / "image" / "gate.conf"
@@ -62,7 +63,7 @@ def test_the_gate_hands_on_the_path_that_it_matched():
     assert passed == ["$superlink/v1/fleet/$1"]
 
 
-@pytest.mark.parametrize("name", ["docker-compose.yml", "deploy/server.yml"])
+@table("name", ["docker-compose.yml", "deploy/server.yml"])
 def test_unfinished_requests_fill_the_gates_tmp_before_its_memory(name):
     """A /tmp is part of a container's memory; at its limit the kernel kills the gate, and every node's request."""
     gate = read(name)["services"]["gate"]
@@ -81,7 +82,7 @@ def test_unfinished_requests_fill_the_gates_tmp_before_its_memory(name):
     assert int(connections) * int(workers) >= 8000
 
 
-@pytest.mark.parametrize("num_clients", [1, 2, 5])
+@table("num_clients", [1, 2, 5])
 def test_every_client_has_a_node_and_an_app_of_its_own(num_clients):
     services = yaml.safe_load(federation(num_clients))["services"]
     assert len(services) == 4 + 2 * num_clients
@@ -92,7 +93,7 @@ def test_every_client_has_a_node_and_an_app_of_its_own(num_clients):
         assert app["networks"] == [f"client-{c}"]  # what a run brings reaches its own node and nothing else
 
 
-@pytest.mark.parametrize("name", FILES)
+@table("name", FILES)
 def test_containers_can_do_little(name):
     for service, keys in read(name)["services"].items():
         assert keys["read_only"] is True, service
@@ -103,7 +104,7 @@ def test_containers_can_do_little(name):
         assert keys["restart"] == "unless-stopped", service
 
 
-@pytest.mark.parametrize("name", FILES)
+@table("name", FILES)
 def test_one_port_at_most_and_no_secret_in_an_environment(name):
     text, services = (ROOT / name).read_text(), read(name)["services"]
     assert "PRIVATE" not in text
@@ -129,7 +130,7 @@ def test_one_port_at_most_and_no_secret_in_an_environment(name):
             assert any(f"/run/secrets/{secret}" in word for word in words), (service, secret)
 
 
-@pytest.mark.parametrize("name", FILES)
+@table("name", FILES)
 def test_tls_and_authentication_are_on(name):
     for keys in read(name)["services"].values():
         command = " ".join(keys["command"])
@@ -275,7 +276,7 @@ def test_a_name_that_ends_like_a_servers_stays(tmp_path):
     assert read_env(tmp_path / "elsewhere" / ".env")["COMPOSE_PROJECT_NAME"] == "my-server-server"
 
 
-@pytest.mark.parametrize("address", ["fd00:0::1", "[fd00::1]"])
+@table("address", ["fd00:0::1", "[fd00::1]"])
 def test_an_ipv6_address_is_told_from_its_port(tmp_path, address):
     initialise(tmp_path, num_clients=1, address=address)
     initialise(tmp_path)
@@ -309,8 +310,8 @@ def test_half_an_authority_is_not_made_whole_by_another(tmp_path):
         initialise(tmp_path / "d", num_clients=1)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
+@table(
+    "arguments, words",
     [
         (["up", "--dir", "nowhere"], ["--dir nowhere", "fedmom deploy init"]),
         (["run", "--dir", "nowhere"], ["CONFIG is missing"]),

@@ -11,12 +11,13 @@ import pytest
 
 import fingerprint
 from fingerprint import GLOBS, ROOT, covered, matched, one_of_each
+from laws import table
 
 FIRST_PARTY = ("fedmom", "strategies", "clients")
 TESTS = [Path(__file__).with_name(f"test_{which}.py") for which in ("faults", "intruders")]
 
 
-@pytest.mark.parametrize("pattern", GLOBS)
+@table("pattern", GLOBS)
 def test_every_glob_matches(pattern):
     assert matched(pattern)
 
@@ -134,7 +135,7 @@ def test_where_nothing_changed_one_of_each_is_left():
     assert [item.name for item in one_of_each(items)] == ["kill", "steal", "cut", "a text file"]
 
 
-@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.stem)
+@table("file", TESTS)
 def test_the_one_that_is_left_is_there(file):
     tree = ast.parse(file.read_text(encoding="utf-8")).body
     (named,) = (node.value.value for node in tree if isinstance(node, ast.Assign) and "CHANGED" in node.targets[0].id)

@@ -49,8 +49,8 @@ def passed(convolve, leaves, shared, options):
 KINDS = itertools.cycle([(torch.float64, False), (torch.float64, True), (torch.float32, False), (torch.float32, True)])
 
 
+@pytest.mark.slow  # a fast one, in a model: test_stacked.py
 @table("name, shape, kind", [(*pair, next(KINDS)) for pair in itertools.product(FOLDED, SHAPES)])
-@pytest.mark.slow
 def test_every_way_is_one_convolution_per_client(name, shape, kind):
     """The plain way: torch's own convolution on each client's examples and weights."""
     dtype, shared = kind

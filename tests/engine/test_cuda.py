@@ -23,6 +23,7 @@ from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.errors import InputError
 from fedmom.method.topology import make_topology
 from fedmom.rounds.loop import beginning, round_job, run_rounds
+from laws import table
 from pretend_cuda import CPU, CUDA, clock, pretend
 from runs import image_problem, simple_plan, tiny_images
 from test_cuda_graphs import assert_same, on_cpu
@@ -48,7 +49,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@table("way", WAYS)
 def test_a_card_gives_the_cpus_numbers_and_nothing_is_mixed(way):
     path, options = WAYS[way]
     plan = simple_plan(3, **{"num_rounds": 2, "num_local_steps": 2, **options})
@@ -121,8 +122,8 @@ def test_what_the_host_does_beside_it_does_not_decide(monkeypatch):
         assert rates.rate(problem, None, None, job, "stack", 3) == pytest.approx(3 * 2 / (best / 1000))
 
 
-@pytest.mark.parametrize(
-    ("cards", "actors", "named", "share"),
+@table(
+    "cards, actors, named, share",
     [(1, 1, 0, 1), (1, 2, 0, 0.5), (1, 3, 0, 0.3333), (2, 3, 0, 0.5), (4, 2, 0, 1), (1, 0, 0, 1), (1, 2, 0.25, 0.25)],
 )
 def test_ray_actors_get_a_share_of_the_gpus(monkeypatch, cards, actors, named, share):

@@ -3,6 +3,7 @@
 CUDA graphs are emulated (pretend_cuda.py): what a recording reads and nobody owns is NaN when it is replayed.
 """
 
+import itertools
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from fedmom.engine.stacked.steps import Stack
 from fedmom.errors import DivergedError
 from fedmom.machine.graphs import cuda_graph
 from fedmom.rounds.loop import beginning, round_job, run_rounds
+from laws import table
 from pretend_cuda import pretend
 from runs import F64, image_problem, run_plan, simple_plan, tiny_images
 
@@ -157,7 +159,7 @@ def test_a_card_says_which_part_is_not_finite():
     with pretend():
         problem = image_problem("resnet20", 2, device="cuda")
         begun = beginning(problem, plan)
-        runner = Engine(problem, plan.method, path="stack", chunk_size=2).runner
+        runner = Engine(problem, plan.method, path="stack", chunk_size=2, convolution="loop").runner
         (chunk,) = runner.from_start(begun.state, round_job(problem, plan, begun), [torch.arange(2)], None)
         moved = chunk.ended
         half = sum(count for (part, _), count in moved.layout.items() if part == "params")
@@ -200,7 +202,7 @@ def test_a_step_moves_few_bytes(name):
     assert 0.8 * most < card.bytes.total() / (clients * steps) / 1e6 <= most, card.bytes.most_common(9)
 
 
-@pytest.mark.parametrize("options", [{"momentum_policy": "local"}, {"local_epochs": 1}], ids=str)
+@table("options", [{"momentum_policy": "local"}, {"local_epochs": 1}])
 def test_what_cannot_be_recorded_goes_step_by_step(options):
     plan = simple_plan(4, num_rounds=4, batch_size=1, **options)
     tasks = [image_problem("mlp", 4, data=tiny_images(47), batch_size=1) for _ in range(2)]
@@ -223,7 +225,7 @@ def frozen(run):
     return run(), lambda: None
 
 
-@pytest.mark.parametrize("record", [broken, waiting, frozen])
+@table("record", [broken, waiting, frozen])
 def test_a_recording_that_fails_or_is_wrong_is_not_used(record):
     """Nor does a capture that fails leave work on its own stream, where minibatches may not be there yet."""
     plan = simple_plan(4, num_rounds=4)
@@ -279,8 +281,7 @@ def again(run):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a CUDA graph cannot be recorded")
-@pytest.mark.parametrize("path", ["stack", "factors"])
-@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet20", "resnet20-group"])
+@table("path, name", itertools.product(["stack", "factors"], ["mlp", "cnn", "resnet20", "resnet20-group"]))
 def test_cuda_graphs_give_the_cpus_result(name, path):
     plan = varied(simple_plan(5, num_rounds=8, cohort_size=4))
     name, _, norm = name.partition("-")

@@ -20,6 +20,7 @@ from fedmom.method.algorithms import Method
 from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState
 from fedmom.rounds.loop import beginning, bytes_per_exchange, cohort, round_job, run_rounds
+from laws import table
 from runs import image_problem, run_plan, simple_plan, tiny_images
 
 MODELS = ["logistic", "mlp", "cnn", "resnet20"]
@@ -38,7 +39,7 @@ def small_problem(model, **options):
     return image_problem(model, 3, data=tiny_images(side=side), **options)
 
 
-@pytest.mark.parametrize(("model", "nesterov"), [("mlp", False), ("cnn", True), ("resnet20", False)])
+@table("model, nesterov", [("mlp", False), ("cnn", True), ("resnet20", False)])
 def test_vmap_equals_loop(model, nesterov):
     """Dropout (cnn) and BatchNorm (resnet20) included, in float64, over two rounds."""
     plan = simple_plan(3, num_rounds=2, nesterov=nesterov, weight_decay=1e-3)
@@ -51,9 +52,7 @@ def test_vmap_equals_loop(model, nesterov):
             assert a[key] == pytest.approx(b[key], rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("chunk_size", "policy"), [(1, "average"), (2, "local"), (2, "reset"), (3, "average"), (100, "local")]
-)
+@table("chunk_size, policy", [(1, "average"), (2, "local"), (2, "reset"), (3, "average"), (100, "local")])
 def test_any_chunk_size_gives_the_same_numbers(chunk_size, policy):
     plan = simple_plan(5, momentum_policy=policy)
     whole, rows_whole = run_plan(image_problem(num_clients=5), plan, path="vmap", chunk_size=5)
@@ -72,8 +71,7 @@ def test_same_plan_same_bytes():
         assert all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("policy", ["average", "local"])
+@table("path, policy", itertools.product(PATHS, ["average", "local"]))
 def test_one_chunks_rows_are_gone_before_the_next_are_made(path, policy, monkeypatch):
     """No x of an earlier chunk is left when the local steps of another begin."""
     rows, left = [], []
@@ -148,7 +146,7 @@ def test_a_round_goes_on_where_the_one_before_ended():
     assert [r["lr"] for r in rows] == [0.1, 0.1, 0.05]
 
 
-@pytest.mark.parametrize("part", ["params", "momentum", "buffers", "spread"])
+@table("part", ["params", "momentum", "buffers", "spread"])
 def test_a_number_that_is_not_finite_ends_the_run_wherever_it_is(part):
     class Broken(Engine):
         def begin_round(self, start, job, progress=None):
@@ -267,8 +265,7 @@ def test_choose_measures_both_paths_and_respects_what_is_given():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none here")
-@pytest.mark.parametrize("path", ["factors", "stack", "vmap"])
-@pytest.mark.parametrize("model", MODELS)
+@table("path, model", itertools.product(["factors", "stack", "vmap"], MODELS))
 def test_cuda_equals_cpu(model, path):
     plan = simple_plan(3, num_rounds=2)
     there, _ = run_plan(small_problem(model, device="cuda"), plan, path=path)

@@ -80,18 +80,27 @@ def test_the_dropout_kernel_gives_the_same_bits(K, shape, layout, p, channels, d
         assert places(found) == places(want)
 
 
-@table(
-    "K, B, C, side, window, layout, dtype, has_bias",
-    [
-        (2, 2, 5, (5, 4), (2, 2), LAST, F32, True),
-        (2, 1, 3, (4, 5), (2, 2), PLAIN, F64, True),
-        (1, 1, 35, (2, 3), (1, 1), LAST, F64, True),
-        (2, 1, 2, (7, 4), (3, 2), PLAIN, F32, False),
-        (1, 2, 1, (2, 2), (2, 2), LAST, F64, False),
-    ],
-)
-@pytest.mark.slow
+POOLINGS = [
+    (2, 2, 5, (5, 4), (2, 2), LAST, F32, True),
+    (2, 1, 2, (7, 4), (3, 2), PLAIN, F32, False),
+    (1, 1, 35, (2, 3), (1, 1), LAST, F64, True),
+    (2, 1, 3, (4, 5), (2, 2), PLAIN, F64, True),
+    (1, 2, 1, (2, 2), (2, 2), LAST, F64, False),
+]
+
+
+@table("K, B, C, side, window, layout, dtype, has_bias", POOLINGS[:3])
 def test_the_pooling_kernels_are_their_operators(K, B, C, side, window, layout, dtype, has_bias):
+    check_poolings(K, B, C, side, window, layout, dtype, has_bias)
+
+
+@pytest.mark.slow
+@table("K, B, C, side, window, layout, dtype, has_bias", POOLINGS[3:])
+def test_the_pooling_kernels_are_their_operators_in_more_shapes(K, B, C, side, window, layout, dtype, has_bias):
+    check_poolings(K, B, C, side, window, layout, dtype, has_bias)
+
+
+def check_poolings(K, B, C, side, window, layout, dtype, has_bias):
     x = (drawn(K * B, C, *side, dtype=dtype, layout=layout) * 2).round() / 2  # many are equal
     x[0, 0, 0, 0] = float("nan")
     bias = drawn(K, C, dtype=dtype).round() if has_bias else None
@@ -105,19 +114,28 @@ def test_the_pooling_kernels_are_their_operators(K, B, C, side, window, layout, 
         same(found, want_back, dtype)
 
 
-@table(
-    "shape, K, rows, layout, dtype, affine, kind",
-    [
-        ((4, 5, 3, 2), 2, 5, LAST, F32, True, "residual"),
-        ((4, 2, 3, 2), 2, 12, PLAIN, F64, True, "relu"),
-        ((2, 33, 2, 2), 1, 5, LAST, F64, False, "plain"),
-        ((6, 4), 3, 2, PLAIN, F32, True, "relu"),
-        ((4, 2, 5), 2, 4, PLAIN, F64, True, "residual"),
-        ((2, 1, 1, 1), 1, 2, LAST, F32, False, "relu"),
-    ],
-)
-@pytest.mark.slow
+NORMS = [
+    ((4, 5, 3, 2), 2, 5, LAST, F32, True, "residual"),
+    ((4, 2, 3, 2), 2, 12, PLAIN, F64, True, "relu"),
+    ((2, 33, 2, 2), 1, 5, LAST, F64, False, "plain"),
+    ((6, 4), 3, 2, PLAIN, F32, True, "relu"),
+    ((4, 2, 5), 2, 4, PLAIN, F64, True, "residual"),
+    ((2, 1, 1, 1), 1, 2, LAST, F32, False, "relu"),
+]
+
+
+@table("shape, K, rows, layout, dtype, affine, kind", NORMS[:3])
 def test_the_norm_kernels_are_their_operators(shape, K, rows, layout, dtype, affine, kind):
+    check_norms(shape, K, rows, layout, dtype, affine, kind)
+
+
+@pytest.mark.slow
+@table("shape, K, rows, layout, dtype, affine, kind", NORMS[3:])
+def test_the_norm_kernels_are_their_operators_in_more_shapes(shape, K, rows, layout, dtype, affine, kind):
+    check_norms(shape, K, rows, layout, dtype, affine, kind)
+
+
+def check_norms(shape, K, rows, layout, dtype, affine, kind):
     C, relu = shape[1], kind != "plain"
     x = drawn(*shape, dtype=dtype, layout=layout) + 3
     weight, bias = (drawn(1, C, dtype=dtype, seed=s).expand(K, C) if affine else None for s in (1, 2))
@@ -206,7 +224,7 @@ def test_pooling_is_torchs_with_equal_and_missing_numbers(K, B, C, side, window,
     close(gradients(fused.ReluPooled.apply(x, bias, K, window), leaves), want)
 
 
-@pytest.mark.parametrize(("channels", "turned"), [(False, False), (True, False), (False, True)])
+@table("channels, turned", [(False, False), (True, False), (False, True)])
 def test_dropout_is_each_clients_own(channels, turned):
     layer, keys = AddressedDropout(0.3, 7, channels=channels), torch.tensor([3, -9, 1 << 50])
     x = drawn(6, 4, 5, 3, layout=LAST).requires_grad_()

@@ -23,8 +23,8 @@ from fedmom.tasks.quadratic import Quadratic, X
 from laws import Trajectory, close, sample_problem, table
 from runs import engine_runner, image_problem
 
-OPTIONS = pytest.mark.parametrize("nesterov", [False, True], ids=["option I", "option II"])
-PATHS = pytest.mark.parametrize("path", ["vmap", "loop"])
+OPTIONS = table("nesterov", [False, True])
+PATHS = table("path", ["vmap", "loop"])
 
 
 def gossip(
@@ -103,8 +103,8 @@ def step_by_step(p, matrices, *, rounds, lr, nesterov, policy) -> Trajectory:
     return Trajectory(np.stack(xs), np.stack(us))
 
 
-@pytest.mark.parametrize(
-    ("num_clients", "period", "chunk_size", "path", "policy", "nesterov"),
+@table(
+    "num_clients, period, chunk_size, path, policy, nesterov",
     [
         (1, 1, 64, "vmap", "average", False),
         (2, 1, 1, "vmap", "average", True),
@@ -146,7 +146,7 @@ def test_averaging_with_everybody_is_algorithm_1_with_one_step(nesterov):
 
 
 @OPTIONS
-@pytest.mark.parametrize("policy", ["average", "local"])
+@table("policy", ["average", "local"])
 def test_means_obey_the_mean_recursion(policy, nesterov):
     """ū and x̄ as if one client had all gradients, whatever W: its rows sum to 1."""
     p = sample_problem(5, nesterov, interval=1, lrs=[])
@@ -177,7 +177,7 @@ def test_every_named_topology_runs_by_its_own_matrices(name):
 FLAT = 1e-300  # curvature: no gradient to speak of
 
 
-@pytest.mark.parametrize("name", ["torus", "star", "directed-ring"])
+@table("name", ["torus", "star", "directed-ring"])
 def test_without_gradients_x_contracts_like_lambda_and_u_like_beta_lambda(name):
     """From random rows, the rate over late rounds is |λ₂| for x and β|λ₂| for u."""
     topology = make_topology(name, 16)
@@ -202,7 +202,7 @@ def stationary(topology, c, lr, beta, h, mixed_momentum):
     return float(np.sqrt((x[keep] ** 2).mean() * keep.sum() / len(c)))
 
 
-@pytest.mark.parametrize(("name", "policy"), [("star", "average"), ("torus", "average"), ("ring", "local")])
+@table("name, policy", [("star", "average"), ("torus", "average"), ("ring", "local")])
 def test_stationary_disagreement_is_the_closed_form(name, policy):
     """One curvature, different centers; per mode γλb/((1−λ)(1−λβ)+λγh), or with 1−β where u is not mixed."""
     topology = make_topology(name, 16)
@@ -264,7 +264,7 @@ def test_quasi_global_momentum_is_the_published_recursion():
 # --- the product -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@table("dtype", [torch.float32, torch.float64])
 def test_sparse_and_dense_products_agree(dtype):
     mixing = make_topology("directed-ring", 100).matrices[0]
     block, rows = Block(mixing), torch.randn(100, 3, 4, dtype=dtype)
@@ -387,7 +387,7 @@ def test_a_run_records_what_it_did(tmp_path):
         torch.testing.assert_close(value.double().mean(0).float(), final[name])
 
 
-@pytest.mark.parametrize("policy", ["local", "quasi-global"])
+@table("policy", ["local", "quasi-global"])
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, policy):
     changes = {"algorithm.momentum-policy": policy}
     whole = quiet_run(changes, out=tmp_path / "whole")

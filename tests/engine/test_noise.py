@@ -3,6 +3,7 @@
 As on a card, which sums in no fixed order, and in deep networks, whose first steps make much of that.
 """
 
+import itertools
 import warnings
 from unittest import mock
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from fedmom.engine.stacked import cuda_graphs, steps
 from fedmom.engine.stacked.steps import Stack
+from laws import table
 from pretend_cuda import pretend
 from runs import image_problem, simple_plan, tiny_images
 from test_cuda_graphs import again, replayed, varied
@@ -40,7 +42,7 @@ def make_noisy(monkeypatch, noise):
     monkeypatch.setattr(Stack, "run_straight", straight)
 
 
-@pytest.mark.parametrize("noise", ["few per cent", "chaos"])
+@table("noise", ["few per cent", "chaos"])
 def test_steps_that_differ_from_themselves_are_replayed(monkeypatch, noise):
     """As those of deep networks do in float32, whose first steps amplify the order of a sum to the steps' own size."""
     make_noisy(monkeypatch, noise)
@@ -70,10 +72,22 @@ def misreading(part):
     return record
 
 
-@pytest.mark.parametrize("noise", ["none", pytest.param("few per cent", marks=pytest.mark.slow), "chaos"])
-@pytest.mark.parametrize("part", ["draws", "lrs", "params", "momentum"])
+PARTS = ["draws", "lrs", "params", "momentum"]
+
+
+@table("part, noise", itertools.product(PARTS, ["none", "chaos"]))
 def test_a_recording_that_reads_other_memory_is_refused(monkeypatch, part, noise):
     """However noisy the steps are."""
+    misread_is_refused(monkeypatch, part, noise)
+
+
+@pytest.mark.slow
+@table("part", PARTS)
+def test_it_is_refused_where_the_steps_differ_by_a_few_per_cent(monkeypatch, part):
+    misread_is_refused(monkeypatch, part, "few per cent")
+
+
+def misread_is_refused(monkeypatch, part, noise):
     make_noisy(monkeypatch, noise)
     plan = varied(simple_plan(4))
     with pytest.warns(UserWarning, match="another result"):

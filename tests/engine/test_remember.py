@@ -28,6 +28,7 @@ from fedmom.machine.precision import allow_tf32
 from fedmom.records.identity import identity_of
 from fedmom.rounds.loop import beginning, round_job
 from fedmom.tasks.quadratic import Quadratic
+from laws import table
 from pretend_cuda import pretend
 from runs import image_problem, simple_plan, tiny_images
 
@@ -425,7 +426,7 @@ def begun(peer):
     return peer
 
 
-@pytest.mark.parametrize("module", CALLERS)
+@table("module", CALLERS)
 def test_whoever_chooses_remembers_as_the_configuration_says(module, monkeypatch):
     asked = []
 

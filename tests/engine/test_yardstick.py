@@ -1,6 +1,7 @@
 """What ways of running clients are held to is plain torch itself, and it tells a wrong way from rounding."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fedmom.method import algorithms
 from fedmom.method.state import row_of
 from fedmom.rounds.loop import beginning, round_job
 from fedmom.tasks.supervised import Batch, Supervised
+from laws import table
 from runs import image_problem, run_plan, simple_plan
 
 
@@ -32,7 +34,7 @@ def choice_of(problem, plan, path="auto", **options):
     return choose(problem, plan.method, begin.state, round_job(problem, plan, begin), **options)
 
 
-@pytest.mark.parametrize(("nesterov", "beta"), [(False, 0.9), (True, 0.9), (True, 0.0)])
+@table("nesterov, beta", [(False, 0.9), (True, 0.9), (True, 0.0)])
 def test_it_is_torch_optim_sgd_on_a_deep_copy(nesterov, beta):
     problem, plan = image_problem("mlp", 3), simple_plan(3, nesterov=nesterov, beta=beta, weight_decay=0.01)
     found = yardstick_of(problem, plan, own_rows=True)
@@ -59,8 +61,8 @@ def test_it_is_torch_optim_sgd_on_a_deep_copy(nesterov, beta):
                 torch.testing.assert_close(want.momentum[name], buffer, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(
-    ("num_clients", "policy", "dtype"),
+@table(
+    "num_clients, policy, dtype",
     [(1, "average", torch.float32), (2, "local", torch.bfloat16), (3, "reset", torch.float32)],
 )
 def test_right_ways_pass_in_every_dtype(num_clients, policy, dtype):
@@ -118,7 +120,7 @@ def test_what_computes_in_fewer_digits_is_measured_in_its_own():
     assert found.differs("stack") == found.differs("loop") == ""
 
 
-@pytest.mark.parametrize("path", PATHS)
+@table("path", PATHS)
 def test_a_wrong_way_is_never_chosen(path, monkeypatch):
     """Every path, one after the other made wrong by a part in a million of its gradients."""
     right = Engine.run_round
@@ -168,8 +170,7 @@ class Checkpointed(nn.Module):
         return self.head(h.flatten(1))
 
 
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("reentrant", [False, True])
+@table("dense, reentrant", itertools.product([False, True], [False, True]))
 def test_a_checkpointed_layer_runs_again_with_the_clients_own_weights(reentrant, dense):
     """Set-up compares; what is left to see is that it finds them right, and that factors leave such a layer alone."""
     found = yardstick_of(made(lambda: Checkpointed(dense, reentrant))(), simple_plan(3))
@@ -281,7 +282,7 @@ class Tokens(nn.Module):
         return self.head(self.table(x.flatten(1).long()[:, :5]).mean(1))
 
 
-@pytest.mark.parametrize("path", ["loop", "vmap", "stack"])
+@table("path", ["loop", "vmap", "stack"])
 def test_an_index_out_of_a_table_never_reads_another_clients_row(path):
     problem, plan = made(Tokens)(), simple_plan(3)
     few = {part: getattr(problem.dataset, part) % 7 for part in ("x_train", "x_test")}
@@ -333,7 +334,7 @@ def test_pieces_of_an_evaluation_fit_into_the_memory(monkeypatch):
     assert problem.evaluate(problem.start()) == pytest.approx(want, rel=1e-12)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@table("path", PATHS)
 def test_rows_beyond_the_squares_of_float32_are_numbers_on_every_path(path):
     """‖x‖² of 1e28 does not fit into float32; no path takes that for divergence."""
     problem, plan = image_problem("logistic", 3, dtype=torch.float32), simple_plan(3, num_rounds=1, lr=1e28, beta=0.0)

@@ -6,6 +6,7 @@ import torch
 from fedmom.config.load import load, replace
 from fedmom.config.resolve import resolve
 from fedmom.experiments.bench import _flops, as_rows, bench, peaks
+from laws import table
 from runs import image_problem
 
 DIGITS = {"data.num-clients": 4, "data.batch-size": 8, "run.num-rounds": 1}
@@ -45,13 +46,12 @@ def test_weights_in_factors_are_no_traffic():
     assert factors.bytes < 0.2 * rows.bytes
 
 
-@pytest.mark.parametrize(
+@table(
     "changes",
     [
         {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring"},
         {"data.dataset": "quadratic", "data.curvatures": "1;2;3;4", "data.centers": "0;1;2;3", "data.batch-size": 1},
     ],
-    ids=["decentralized", "quadratic"],
 )
 def test_other_runs_are_measured_too(changes):
     assert run({"model.name": "logistic", **changes}).rate > 0

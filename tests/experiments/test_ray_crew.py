@@ -15,10 +15,15 @@ from fedmom.experiments import ray_crew
 from fedmom.experiments.crew import Cell, SweepWork
 from fedmom.experiments.ray_crew import premises_of, runs_at_a_time, wait_until_left
 from fedmom.records.status import Heart
+from laws import table
 
 
 @pytest.fixture
 def premises(tmp_path, monkeypatch):
+    return of_a_sweep(tmp_path, monkeypatch)
+
+
+def of_a_sweep(tmp_path, monkeypatch):
     """Of a sweep into out/, started in a folder with a module and data; the note is there."""
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
@@ -37,8 +42,8 @@ def test_a_machine_that_sees_everything_has_no_trouble(premises):
     assert len(premises.files) == 2
 
 
-@pytest.mark.parametrize(
-    ("spoil", "why"),
+@table(
+    "spoil, why",
     [
         (lambda one: os.remove(one.note), "does not see the sweep's folder .*/out; name an --out on a disk that all"),
         (lambda one: Path(one.note).write_text("another"), "does not see the sweep's folder"),
@@ -48,7 +53,8 @@ def test_a_machine_that_sees_everything_has_no_trouble(premises):
         (lambda one: os.rmdir("images"), r"does not see data\.data-dir = 'images'; put the data there"),
     ],
 )
-def test_what_a_machine_lacks_is_named(premises, spoil, why):
+def test_what_a_machine_lacks_is_named(tmp_path, monkeypatch, spoil, why):
+    premises = of_a_sweep(tmp_path, monkeypatch)
     spoiled = spoil(premises)
     assert re.match(why, trouble_with(spoiled if isinstance(spoiled, Premises) else premises))
 
@@ -81,8 +87,8 @@ def asked(workers, cpus, sets=(), address="10.0.0.1:6379", cells=9):
     return options.num_workers, options.num_cpus, each
 
 
-@pytest.mark.parametrize(
-    ("given", "options"),
+@table(
+    "given, options",
     [
         ({"workers": None, "cpus": [8, 8]}, (2, 8, 1)),
         ({"workers": None, "cpus": [8, 8], "cells": 1}, (1, 8, 1)),

@@ -60,6 +60,7 @@ def test_the_simulation_is_the_engines_run_and_resumes(tmp_path):
     assert final.keys() == right.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
 def test_workers_share_the_engines_clients():
     changes = {**DIGITS, "data.num-clients": 11, "algorithm.momentum-policy": "local", "algorithm.cohort-size": 7}

@@ -19,6 +19,7 @@ from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
 from fedmom.runs.callbacks import Callback, Listener
 from grids import LocalGrid, run_config
+from laws import table
 from strategies.dispatch import anew, exchange
 from strategies.dsgdm import DSGDM
 from strategies.fleet import learn_holders
@@ -45,11 +46,11 @@ STRATEGIES = {
     "averaging": (QUADRATIC, lambda **keys: PRSGDM(5, **keys)),
     "gossip": (GOSSIP, lambda **keys: DSGDM(make_topology("ring", 5), Method(0.9), **keys)),
 }
-strategies = pytest.mark.parametrize("name", STRATEGIES)
+strategies = table("name", STRATEGIES)
 
 
 @strategies
-@pytest.mark.parametrize("policy", ["stop", "retry"])
+@table("policy", ["stop", "retry"])
 def test_a_missing_reply_stops_a_round_that_somebody_else_collected(name, policy):
     changes, make = STRATEGIES[name]
     grid, start = of(changes, fails(3, "lose", rounds=(1,)))
@@ -101,7 +102,7 @@ def test_a_wrong_block_is_refused_by_name():
         PRSGDM(5).start(grid, start, num_rounds=1)
 
 
-@pytest.mark.parametrize("name", ["clients", "train-loss", "path"])
+@table("name", ["clients", "train-loss", "path"])
 def test_a_number_in_the_place_of_a_list_is_refused_by_name(name):
     def one(reply):
         reply.content["clients"][name] = 3
@@ -149,8 +150,8 @@ def change_rows(change):
     return change_reply
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
+@table(
+    "change, reason",
     [
         (lambda rows: {n: u * float("nan") for n, u in rows.items()}, "NaN or infinite numbers in x"),
         (
@@ -160,7 +161,6 @@ def change_rows(change):
         (lambda rows: {n: u.float() for n, u in rows.items()}, r"x as \[1, 1\] float32"),
         (lambda rows: dict(zip("y", rows.values(), strict=True)), "lacks x|unknown y"),
     ],
-    ids=["NaN", "shape", "dtype", "name"],
 )
 def test_a_clients_own_momentum_is_checked(change, reason):
     grid, start = of(LOCAL, fails(3, change_rows(change), rounds=(1,)))
@@ -186,8 +186,8 @@ def test_rows_go_to_their_clients_in_whatever_order_nodes_hold_them():
     torch.testing.assert_close(grid.listener.result.state_dict["x"], by_engine(LOCAL).state_dict["x"])
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
+@table(
+    "content, reason",
     [
         ({}, "its reply must have one MetricRecord"),
         ({"metrics": MetricRecord({"loss": 1.0})}, "its weight 'num-examples' is None, must be >= 0"),
@@ -337,7 +337,7 @@ RETRIED = {
     "local": (LOCAL, lambda **keys: PRSGDM(5, momentum_policy="local", **keys)),
     "gossip": (GOSSIP, lambda **keys: DSGDM(make_topology("ring", 5), Method(0.9), **keys)),
 }
-retried = pytest.mark.parametrize("name", RETRIED)
+retried = table("name", RETRIED)
 
 
 @retried
@@ -383,8 +383,8 @@ def spoil_all(reply):
     return reply
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
+@table(
+    "name, change",
     [
         *((name, spoil_all) for name in RETRIED),
         ("local", change_rows(lambda rows: {n: u / 0 for n, u in rows.items()})),
@@ -487,7 +487,7 @@ MIXING = {"model.name": "tests.apps.models:mixing", "data.num-clients": 4, "run.
 GIVEN = {**MIXING, "engine.path": "stack", "engine.chunk-size": 4}
 
 
-@pytest.mark.parametrize("num_nodes", [1, 2])
+@table("num_nodes", [1, 2])
 def test_a_given_path_is_compared_with_the_loop_under_flower(num_nodes):
     with pytest.raises(InputError, match=r"engine\.path = 'stack': .* after two steps"):
         by_flower(GIVEN, num_nodes)

@@ -20,6 +20,7 @@ from fedmom.method.state import flatten
 from fedmom.records.files import read_tensors
 from fedmom.records.history import read_rounds
 from grids import LocalGrid, run_config
+from laws import table
 from strategies.flower_strategies import STOCK
 from strategies.prsgdm import PRSGDM
 from strategies.replies import is_bundled, pack, unpack
@@ -35,18 +36,14 @@ def test_blocks_are_contiguous_nearly_equal_and_hold_every_client_once():
             assert all(c * num_nodes // num_clients == p for c in block)
 
 
-@pytest.mark.parametrize(
-    ("changes", "nesterov", "num_nodes"),
-    [(QUADRATIC, False, 1), (DIGITS, True, 5)],
-    ids=["quadratic-1", "digits-5"],
-)
+@table("changes, nesterov, num_nodes", [(QUADRATIC, False, 1), (DIGITS, True, 5)])
 def test_rounds_are_the_engines(changes, nesterov, num_nodes):
     changes = {**changes, "algorithm.nesterov": nesterov}
     result, _ = by_flower(changes, num_nodes)
     assert_same(result, by_engine(changes))
 
 
-@pytest.mark.parametrize(
+@table(
     "changes",
     [
         {"algorithm.lr-schedule": "cosine", "algorithm.weight-decay": 0.01},
@@ -54,7 +51,6 @@ def test_rounds_are_the_engines(changes, nesterov, num_nodes):
         {"engine.path": "vmap", "engine.chunk-size": 2},
         {"engine.path": "auto"},
     ],
-    ids=str,
 )
 def test_every_option_means_the_same(changes):
     """On two nodes, whose blocks are of 2 and 3 clients."""
@@ -62,7 +58,7 @@ def test_every_option_means_the_same(changes):
     assert_same(result, by_engine({**DIGITS, **changes}), 1e-9)
 
 
-@pytest.mark.parametrize(("num_nodes", "running_var"), [(2, "pooled"), (3, "mean"), (3, "pooled")])
+@table("num_nodes, running_var", [(2, "pooled"), (3, "mean"), (3, "pooled")])
 def test_batch_norm_statistics_too(num_nodes, running_var):
     changes = {**RESNET, "algorithm.running-var": running_var}
     ours = by_engine(changes)
@@ -87,7 +83,7 @@ WIRED = {
 }
 
 
-@pytest.mark.parametrize("name", WIRED)
+@table("name", WIRED)
 def test_one_array_per_dtype_travels_or_every_tensor_by_its_name_to_the_same_end(name):
     changes = {**WIRED[name], "server.num-malicious": 1, "server.noise-multiplier": 0.0, "run.num-rounds": 2}
     num_nodes = changes["data.num-clients"]
@@ -109,7 +105,7 @@ def test_one_array_per_dtype_travels_or_every_tensor_by_its_name_to_the_same_end
 # The run folder
 
 
-@pytest.mark.parametrize("policy", ["average", "local"])
+@table("policy", ["average", "local"])
 def test_a_run_resumes_to_the_same_bytes(tmp_path, policy):
     changes = {**DIGITS, "algorithm.momentum-policy": policy, "run.checkpoint-every": 1, "algorithm.slow-momentum": 0.3}
     by_flower({**changes, "run.num-rounds": 4}, 5, out=tmp_path / "whole")
@@ -183,7 +179,7 @@ FAULTS = {
 FAST = {**QUADRATIC, "run.num-rounds": 3, "server.timeout-seconds": 0.2}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@table("fault", FAULTS)
 def test_stop_names_the_round_the_client_and_the_reason(fault, tmp_path):
     what, reason = FAULTS[fault]
     keys = {**FAST, "run.checkpoint-every": 1}
@@ -198,8 +194,17 @@ def test_stop_names_the_round_the_client_and_the_reason(fault, tmp_path):
     assert_same(again, by_engine({**keys, "server.timeout-seconds": 3600.0}))
 
 
-@pytest.mark.parametrize("fault", ["raises", pytest.param("is silent", marks=pytest.mark.slow), "NaN"])
+@table("fault", ["raises", "NaN"])
 def test_retry_gives_the_whole_result(fault):
+    retry_gives_the_whole_result(fault)
+
+
+@pytest.mark.slow
+def test_retry_gives_the_whole_result_of_a_client_that_is_silent():
+    retry_gives_the_whole_result("is silent")
+
+
+def retry_gives_the_whole_result(fault):
     what, _ = FAULTS[fault]
     keys = {**FAST, "server.on-failure": "retry", "server.retries": 2}
     result, _ = by_flower(keys, 5, {"fault": fails(3, what, tries=2)})
@@ -209,8 +214,7 @@ def test_retry_gives_the_whole_result(fault):
     assert result.message.endswith("(3 tries)")
 
 
-@pytest.mark.parametrize("fault", ["raises", "is silent", "NaN"])
-@pytest.mark.parametrize("policy", ["average", "local"])
+@table("fault, policy", itertools.product(["raises", "is silent", "NaN"], ["average", "local"]))
 def test_proceed_averages_the_others_and_says_so(fault, policy):
     """One round without client 3 is one round over a cohort of the others."""
     what, _ = FAULTS[fault]
@@ -325,7 +329,7 @@ def test_slow_momentum_divides_by_the_clients_lr():
 # Flower's own strategies on our clients
 
 
-@pytest.mark.parametrize("name", STOCK)
+@table("name", STOCK)
 def test_a_stock_strategy_runs_unchanged_and_learns(name):
     keys = {**DIGITS, "data.partition": "iid", "server.strategy": name, "run.num-rounds": 6}
     keys |= {"server.noise-multiplier": 0.001}
@@ -357,8 +361,8 @@ def test_a_stock_strategy_sees_the_rounds_cohort():
     assert_same(by_flower(keys, 5)[0], by_engine({**DIGITS, "algorithm.cohort-size": 2}), 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "num_nodes", "message"),
+@table(
+    "changes, num_nodes, message",
     [
         ({"server.strategy": "krum"}, 2, r"'krum': node \d+ holds \d clients and answers with their mean"),
         ({"server.strategy": "fedtrimmedavg"}, 2, "'fedtrimmedavg': node"),
@@ -368,7 +372,6 @@ def test_a_stock_strategy_sees_the_rounds_cohort():
         ({"server.strategy": "fedadam", **RESNET}, 3, "'fedadam': its step could"),
         ({"server.strategy": "dp-fedavg", **RESNET}, 3, "'dp-fedavg': its step could"),
     ],
-    ids=str,
 )
 def test_where_a_stock_strategy_would_be_wrong_it_is_refused(changes, num_nodes, message):
     with pytest.raises(InputError, match=message):
@@ -433,7 +436,7 @@ def test_one_message_to_one_client_by_hand():
     assert isinstance(ClientsFailedError("x"), RuntimeError)
 
 
-@pytest.mark.parametrize("keys", [{"on_failure": "stopp"}, {"cohort_size": 6}, {"min_clients": 6}, {"min_clients": 0}])
+@table("keys", [{"on_failure": "stopp"}, {"cohort_size": 6}, {"min_clients": 6}, {"min_clients": 0}])
 def test_a_strategy_that_cannot_work_is_refused(keys):
     with pytest.raises(InputError, match=next(iter(keys))):
         PRSGDM(5, **keys)

@@ -26,7 +26,7 @@ flwr_app = pytest.importorskip("flwr.app")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # noqa: E402
 from flwr.serverapp import Grid  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("Ray: messages")
+pytestmark = pytest.mark.xdist_group("Ray: rounds")
 PLAIN = Path(__file__).parents[1] / "apps" / "plain_app"
 OLDER = PLAIN.parent / "older_app"
 OPTIONS = PoolOptions(num_workers=2, num_cpus=0.5, retries=1, straggler_seconds=2)
@@ -92,7 +92,7 @@ def test_it_is_a_grid_of_nodes_that_know_their_partition(grid, seen):
     assert seen == replies
 
 
-@pytest.mark.parametrize("size", [3, 255, 30_000])
+@table("size", [3, 255, 30_000])
 def test_arrays_go_and_come_back_writable(grid, seen, size):
     for _ in range(2):
         replies = grid.send_and_receive(train_messages(grid.get_node_ids(), size))
@@ -198,8 +198,8 @@ def test_state_after_a_kill_is_as_if_the_message_had_been_handled_once(grid, see
     assert killed != set(grid._pool.worker_pids())
 
 
-@pytest.mark.parametrize(
-    ("do", "code", "reason"),
+@table(
+    "do, code, reason",
     [
         ("raise", ErrorCode.CLIENT_APP_RAISED_EXCEPTION, r"ValueError: as told in two lines \(.*\.py:\d+\)"),
         ("die", ErrorCode.CLIENT_APP_CRASHED, "its Ray actor died 2 times"),
@@ -225,8 +225,8 @@ def test_a_client_that_fails_is_one_error_reply(grid, seen, do, code, reason):
     assert calls(grid, bad) == before + 1  # by the query: the failed call left nothing in the state
 
 
-@pytest.mark.parametrize(
-    ("action", "reason"),
+@table(
+    "action, reason",
     [
         ("query.wrong", "TypeError: the ClientApp returned str, not a Message"),
         ("query.unknown", r"ValueError: No query function registered with name 'unknown' \(.*flwr.*\.py:\d+\)"),
@@ -254,7 +254,7 @@ def test_a_node_that_does_not_exist_is_an_error_reply(grid, seen):
     assert reply.error.code == ErrorCode.NODE_UNAVAILABLE
 
 
-@pytest.mark.parametrize("window", [1, 2, 7, 100])
+@table("window", [1, 2, 7, 100])
 def test_the_window_bounds_what_is_under_way(grid, seen, window):
     nodes = list(grid.get_node_ids()) * 5
     read = []
@@ -427,8 +427,8 @@ def write_app(folder, text):
 COMPONENTS = '[tool.flwr.app.components]\nserverapp = "plain_app.server:app"\nclientapp = {!r}\n'
 
 
-@pytest.mark.parametrize(
-    ("text", "right"),
+@table(
+    "text, right",
     [
         ("[tool]\n", 'has no serverapp = "module:attribute"'),
         ("[tool\n", "pyproject.toml: "),
@@ -451,7 +451,7 @@ def test_no_pyproject_and_unknown_keys_are_one_line(tmp_path):
         simulate_app(PLAIN, num_nodes=2, run_config={"num-round": 1}, options=OPTIONS)
 
 
-@pytest.mark.parametrize("client", ["plain_app.client:nothing", "plain_app.nowhere:app", "plain_app.client:train", "x"])
+@table("client", ["plain_app.client:nothing", "plain_app.nowhere:app", "plain_app.client:train", "x"])
 def test_a_client_app_that_does_not_load_is_one_line(grid, tmp_path, client):
     (tmp_path / "plain_app").symlink_to(PLAIN / "plain_app")
     write_app(tmp_path, COMPONENTS.format(client) + '[tool.flwr.app.config]\nmode = "well"\nnum-rounds = 1\n')

@@ -15,6 +15,7 @@ from fedmom.method.state import flatten
 from fedmom.method.topology import make_topology
 from fedmom.records.history import read_rounds
 from grids import LocalGrid, run_config
+from laws import table
 from strategies.dsgdm import DSGDM
 from strategies.replies import pack, unpack
 
@@ -31,13 +32,12 @@ DIGITS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("changes", "num_nodes"),
+@table(
+    "changes, num_nodes",
     [
         (QUADRATIC, 1),
         ({**RESNET, **GOSSIP, "algorithm.num-local-steps": 2, "run.num-rounds": 2}, 2),
     ],
-    ids=["quadratic", "batch-norm"],
 )
 def test_the_relay_gives_the_engines_rounds(changes, num_nodes):
     relayed, _ = by_flower(changes, min(num_nodes, changes.get("data.num-clients", 5)))
@@ -69,7 +69,7 @@ def test_stop_names_the_client():
     assert "disk full" in result.message
 
 
-@pytest.mark.parametrize("policy", ["average", "quasi-global"])
+@table("policy", ["average", "quasi-global"])
 def test_proceed_lets_a_client_stand_still(tmp_path, policy):
     """Round 2 without client 3: its row stays, whatever the policy would make of its momentum."""
     keys = {**DIGITS, "algorithm.momentum-policy": policy, "server.on-failure": "proceed", "run.num-rounds": 2}

@@ -43,16 +43,14 @@ def test_reading_shares_the_memory():
     assert back[-1] == 3
 
 
-@pytest.mark.parametrize("array", [np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.arange(3, dtype=">f4")])
+@table("array", [np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.arange(3, dtype=">f4")])
 def test_other_layouts_that_numpy_writes_are_read(array):
     file = BytesIO()
     np.save(file, array)
     assert from_npy(file.getvalue()).tolist() == array.tolist()
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"x", b"PK\x03\x04" * 40, to_npy(torch.zeros(4))[:-1], to_npy(torch.zeros(4))[:20]]
-)
+@table("data", [b"", b"x", b"PK\x03\x04" * 40, to_npy(torch.zeros(4))[:-1], to_npy(torch.zeros(4))[:20]])
 def test_other_bytes_are_refused_in_one_line(data):
     with pytest.raises(InputError, match="an array is not in numpy's format") as caught:
         from_npy(data)

@@ -4,6 +4,7 @@ A runner takes a `Problem` and gives every client's (x, u) after every step, ave
 problems of its own and raises AssertionError where the trajectory breaks it. Sources: docs/method.md.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from fractions import Fraction
@@ -161,24 +162,51 @@ def minimal_set(run: Runner, nesterov: bool) -> list[str]:
 def table(names, rows):
     """One test of one law over a table: every row runs, and all rows that break it are told together.
 
+    The error is the first broken row's, with a note for every row that is broken. A row has a tmp_path, an in_tmp and
+    a monkeypatch of its own and what it printed alone in capsys; all other fixtures are the same for all rows.
+
     names: of the test's parameters, as pytest.mark.parametrize takes them; its other parameters are fixtures.
     """
-    wanted = [name.strip() for name in names.split(",")]
+    wanted, rows = [name.strip() for name in names.split(",")], list(rows)
+    assert rows, "a table without a row tests nothing"
 
     def decorate(test):
         def whole(**fixtures):
             broken = []
-            for row in rows:
+            for place, row in enumerate(rows):
                 values = row if len(wanted) > 1 else (row,)
                 try:
-                    test(**fixtures, **dict(zip(wanted, values, strict=True)))
+                    with of_a_row(fixtures, f"row-{place}") as own:
+                        test(**own, **dict(zip(wanted, values, strict=True)))
                 except (Exception, pytest.fail.Exception) as error:
-                    broken.append(f"{row!r}: {type(error).__name__}: {error}")
-            assert not broken, "\n".join(broken)
+                    broken.append((f"row {place}, {row!r}: {type(error).__name__}: {error}", error))
+            if broken:
+                first = broken[0][1]
+                for note, _ in broken:
+                    first.add_note(note)
+                raise first
 
         kept = [p for name, p in inspect.signature(test).parameters.items() if name not in wanted]
+        whole.__dict__.update(test.__dict__)  # pytest's marks
         whole.__signature__ = inspect.Signature(kept)
         whole.__name__, whole.__doc__, whole.__module__ = test.__name__, test.__doc__, test.__module__
         return whole
 
     return decorate
+
+
+@contextlib.contextmanager
+def of_a_row(fixtures, name):
+    """The fixtures as a row of a table has them: `name` is its folder's."""
+    own = dict(fixtures)
+    with pytest.MonkeyPatch.context() as patch:
+        if "monkeypatch" in own:
+            own["monkeypatch"] = patch
+        if "capsys" in own:
+            own["capsys"].readouterr()
+        for place in {"tmp_path", "in_tmp"} & own.keys():
+            own[place] = own[place] / name
+            own[place].mkdir(exist_ok=True)
+        if "in_tmp" in own:
+            patch.chdir(own["in_tmp"])
+        yield own

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 import laws
-from laws import Problem, minimal_set, sample_problem
+from laws import Problem, minimal_set, sample_problem, table
 from runs import engine_runner
 from wrong import NESTEROV_VARIANTS, VARIANTS, simulate
 
 PATHS = ["vmap", "loop"]
-OPTIONS = pytest.mark.parametrize("nesterov", [False, True], ids=["option I", "option II"])
-paths = pytest.mark.parametrize("path", PATHS)
+OPTIONS = table("nesterov", [False, True])
+paths = table("path", PATHS)
 
 
 @OPTIONS
@@ -41,13 +41,12 @@ def test_clients_are_equal_after_each_exchange_and_at_no_other_step(path, nester
         laws.law_restart_together(engine_runner(path), nesterov, num_clients)
 
 
-@OPTIONS
-@paths
+@table("path, nesterov", [("vmap", False), ("loop", True)])
 def test_fixed_point(path, nesterov):
     laws.law_fixed_point(engine_runner(path), nesterov)
 
 
-@pytest.mark.parametrize("policy", laws.FIXED_POINTS)
+@table("policy", laws.FIXED_POINTS)
 def test_fixed_point_formula_gives_the_published_numbers(policy):
     point = laws.fixed_point(laws.FIXED_H, laws.FIXED_C, 0.05, 0.9, 5, False, policy)
     assert point - laws.FIXED_OPTIMUM == pytest.approx(laws.FIXED_POINTS[policy], abs=5e-7)
@@ -55,8 +54,8 @@ def test_fixed_point_formula_gives_the_published_numbers(policy):
     assert at_one == pytest.approx(laws.FIXED_OPTIMUM, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("path", "nesterov", "num_clients", "chunk_size"),
+@table(
+    "path, nesterov, num_clients, chunk_size",
     [
         ("vmap", False, 1, 64),
         ("vmap", True, 2, 1),

@@ -4,14 +4,13 @@ import json
 import threading
 from pathlib import Path
 
-import pytest
-
 from fedmom.machine import cache
 from fedmom.machine.cache import Kept, folder
+from laws import table
 
 
-@pytest.mark.parametrize(
-    ("environment", "right"),
+@table(
+    "environment, right",
     [
         ({"FEDMOM_CACHE": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
         ({"FEDMOM_CACHE": "", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, None),
@@ -53,7 +52,7 @@ def test_what_was_put_is_read_and_the_oldest_go(tmp_path):
 DAMAGED = ["", "{", "[]", "1", "\x00", "[" * 100_000, '{"b": "x"}', '{"b": {}}', '{"b": 1e999}']
 
 
-@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+@table("text", DAMAGED)
 def test_what_is_damaged_or_somebody_elses_is_left_out(text, tmp_path):
     kept = Kept(tmp_path / "file.json", int, most=3)
     kept.path.write_text(text)

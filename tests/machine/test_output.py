@@ -53,7 +53,7 @@ class Failing(io.StringIO):
         raise self.error
 
 
-@pytest.mark.parametrize(
+@table(
     "error",
     [
         BrokenPipeError(),
@@ -61,7 +61,6 @@ class Failing(io.StringIO):
         OSError(errno.ENOSPC, "full"),
         ValueError("closed"),
     ],
-    ids=repr,
 )
 def test_what_cannot_be_written_is_dropped(error, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Failing(error))
@@ -77,9 +76,9 @@ def test_what_cannot_be_written_is_dropped(error, monkeypatch):
         assert not output.nobody_reads()  # the next text may be read
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@table("encoding", ["ascii", "cp1252"])
 def test_no_command_dies_of_a_terminal_with_few_letters(workplace, monkeypatch, encoding):
-    for words in (["run", "q.toml", "--out", "x"], ["watch", "x"], ["keys"], ["run", "--help"]):
+    for words in (["run", "q.toml", "--out", encoding], ["watch", encoding], ["keys"], ["run", "--help"]):
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
         assert main.call(words) == 0, words

@@ -1,5 +1,6 @@
 """Storage in bfloat16 and products in TF32: options, with an error that is bounded and what it should be."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -14,12 +15,19 @@ from fedmom.errors import InputError
 from fedmom.machine.precision import allow_tf32, convolves_in_tf32, multiplies_in_tf32
 from fedmom.method.algorithms import Method, momentum_step
 from fedmom.method.state import ClientState
+from laws import table
 from pretend_cuda import pretend
 from runs import F64, image_problem, run_plan, simple_plan
 
 
 @pytest.fixture
 def torch_as_it_was():
+    with left_as_it_was():
+        yield
+
+
+@contextlib.contextmanager
+def left_as_it_was():
     threads = torch.get_num_threads()
     yield
     torch.backends.fp32_precision = "none"
@@ -36,9 +44,7 @@ def error(found, exact, start):
     )
 
 
-@pytest.mark.parametrize(
-    ("model", "path"), [("cnn", "loop"), ("mlp", "vmap"), ("cnn", "vmap"), ("cnn", "stack"), ("mlp", "factors")]
-)
+@table("model, path", [("cnn", "loop"), ("mlp", "vmap"), ("cnn", "vmap"), ("cnn", "stack"), ("mlp", "factors")])
 def test_bfloat16_is_near_float64(model, path):
     """Three rounds: bfloat16 keeps 8 bits, so a step is right to a few per cent; float32 is right to 1e-5."""
     plan = simple_plan(3, lr=0.1)
@@ -61,13 +67,13 @@ def test_a_task_in_another_dtype_leaves_the_first_alone():
     assert {x.dtype for x in problem.start().params.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("changes", [{"run.backend": "simulation"}, {"engine.workers": 2}], ids=str)
+@table("changes", [{"run.backend": "simulation"}, {"engine.workers": 2}])
 def test_bfloat16_does_not_travel(changes):
     with pytest.raises(InputError, match=r"run\.dtype = 'bfloat16'"):
         resolve(load({"run.dtype": "bfloat16", **changes}))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
+@table("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
 def test_the_updates_are_the_methods_in_every_dtype(monkeypatch, dtype):
     """Also with γ as a tensor. On a CPU torch 2.11's fused SGD writes garbage in 16 bits, from the 16th number on."""
     fused = torch._fused_sgd_
@@ -105,11 +111,11 @@ USERS = {
 }
 
 
-@pytest.mark.parametrize("user", USERS)
-def test_tf32_is_a_key_whatever_the_user_set(torch_as_it_was, user):
+@table("user", USERS)
+def test_tf32_is_a_key_whatever_the_user_set(user):
     """torch's own default is TF32 in convolutions and not in products; here both are as the key says."""
     b = torch.backends
-    with pretend():
+    with left_as_it_was(), pretend():
         x = torch.zeros(1, device="cuda")
         for matmul, allowed in (("float32", False), ("tf32", True), ("float32", False)):
             exec(USERS[user], {"torch": torch, "b": b})

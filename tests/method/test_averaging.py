@@ -5,6 +5,7 @@ import torch
 
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState
+from laws import table
 
 F64 = torch.float64
 
@@ -35,7 +36,7 @@ def average(rows: ClientState, weights, sizes=(100,), **options) -> WeightedMean
     return mean
 
 
-@pytest.mark.parametrize(("num_rows", "sizes"), [(1, (100,)), (2, (1,)), (3, (1, 1, 2)), (7, (2, 3)), (7, (100,))])
+@table("num_rows, sizes", [(1, (100,)), (2, (1,)), (3, (1, 1, 2)), (7, (2, 3)), (7, (100,))])
 def test_means_and_spreads_are_the_textbook_ones_however_rows_are_split(num_rows, sizes):
     rows, weights = rows_of(num_rows), [1.0 + (3 * i) % 5 for i in range(num_rows)]
     p = torch.tensor(weights, dtype=F64) / sum(weights)
@@ -64,7 +65,7 @@ def test_pooled_variance_is_the_variance_of_all_activations_together():
     assert bool((plain["running_var"] < pooled["running_var"] - 0.5).all())
 
 
-@pytest.mark.parametrize("sizes", [(100,), (1,)])
+@table("sizes", [(100,), (1,)])
 def test_pooled_variance_formula_with_weights(sizes):
     rows, weights = rows_of(4), [1.0, 4.0, 2.0, 3.0]
     p = torch.tensor(weights, dtype=F64)[:, None] / 10
@@ -82,7 +83,7 @@ def test_integers_stay_integers_and_take_the_largest():
         assert int(got) == 11
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@table("dtype", [torch.float32, F64])
 def test_dtypes_are_kept_and_clones_average_to_themselves_exactly(dtype):
     one = rows_of(1, dtype)
     clones = ClientState(*({n: v.expand(7, *v.shape[1:]).contiguous() for n, v in tree.items()} for tree in one))
@@ -101,7 +102,7 @@ def test_order_of_names_and_no_lost_tensor():
     assert [set(tree) for tree in mean] == [set(tree) for tree in rows]
 
 
-@pytest.mark.parametrize(("num_rows", "running_var"), [(1, "pooled"), (2, "mean"), (7, "pooled")])
+@table("num_rows, running_var", [(1, "pooled"), (2, "mean"), (7, "pooled")])
 def test_one_by_one_gives_the_same(num_rows, running_var):
     rows, weights = rows_of(num_rows), [1.0 + (3 * i) % 5 for i in range(num_rows)]
     together = average(rows, weights, running_var=running_var)

@@ -9,6 +9,7 @@ import torch
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.partial_sums import PairwiseSum, Partial, aligned
 from fedmom.method.state import ClientState, flatten
+from laws import table
 
 SIZES = (1, 2, 3, 7, 8, 13)
 
@@ -40,8 +41,7 @@ def joined(states, weights, cuts=()):
     return total.result()
 
 
-@pytest.mark.parametrize("number", SIZES)
-@pytest.mark.parametrize("running_var", ["pooled", "mean"])
+@table("number, running_var", itertools.product(SIZES, ["pooled", "mean"]))
 def test_it_is_the_weighted_mean_and_its_spreads(number, running_var):
     states, weights = clients(number, torch.float64)
     right = WeightedMean(running_var)
@@ -56,7 +56,7 @@ def test_it_is_the_weighted_mean_and_its_spreads(number, running_var):
         assert total.spread(part) == pytest.approx(right.spread(part), rel=1e-10, abs=1e-13)
 
 
-@pytest.mark.parametrize("number", SIZES)
+@table("number", SIZES)
 def test_wherever_its_parts_are_joined_it_has_the_same_bits(number):
     states, weights = clients(number)
     right = joined(states, weights)

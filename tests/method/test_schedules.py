@@ -74,7 +74,7 @@ def test_a_milestone_at_zero_and_repeated_milestones_count():
     assert set(rates(LearningRate(1.0, "step", (0.5, 0.5), 0.5, "fraction"), horizon)) == {1.0, 0.25}
 
 
-@pytest.mark.parametrize(("num_steps", "minimum"), [(2, 0.01), (3, 0.0), (15625, 0.0)])
+@table("num_steps, minimum", [(2, 0.01), (3, 0.0), (15625, 0.0)])
 def test_cosine_goes_from_lr_to_the_minimum_and_never_up(num_steps, minimum):
     horizon = Horizon(num_steps, 8, 10.0)
     rate = LearningRate(0.4, "cosine", minimum=minimum)

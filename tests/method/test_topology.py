@@ -149,7 +149,7 @@ def test_the_mixing_time_is_the_first_round_with_one_hundredth():
 # --- links that fail -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["star", "erdos-renyi"])
+@table("name", ["star", "erdos-renyi"])
 def test_without_links_a_symmetric_matrix_stays_doubly_stochastic(name):
     matrix = make_topology(name, 9).matrices[0]
     pairs = [(j, i) for j, i in zip(matrix.sources.tolist(), matrix.targets.tolist(), strict=True) if j < i][:3]

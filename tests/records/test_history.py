@@ -11,6 +11,7 @@ from fedmom.errors import InputError
 from fedmom.records import history
 from fedmom.records.files import CHECKPOINT, CLIENTS, ROUNDS, read_about, read_tensors, write_tensors
 from fedmom.records.history import History, cut_back, read_rounds, thinned
+from laws import table
 
 QUADRATIC = {
     "data.dataset": "quadratic",
@@ -22,7 +23,7 @@ QUADRATIC = {
 QUIET = [fedmom.Callback()]
 
 
-@pytest.mark.parametrize("name", [CHECKPOINT, CLIENTS])
+@table("name", [CHECKPOINT, CLIENTS])
 def test_one_flipped_bit_anywhere_is_refused_in_one_line(tmp_path, name):
     fedmom.run({}, sets=QUADRATIC, out=tmp_path, callbacks=QUIET)
     whole = (tmp_path / name).read_bytes()
@@ -40,7 +41,7 @@ def test_one_flipped_bit_anywhere_is_refused_in_one_line(tmp_path, name):
     assert fedmom.run(resume=tmp_path, sets={"run.num-rounds": 5}, callbacks=QUIET).status == "done"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+@table("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
 def test_a_checksum_is_of_every_kind_of_tensor(tmp_path, dtype):
     tensors = {"a": torch.ones(2, 3).to(dtype).T, "none": torch.ones(0, 3).to(dtype), "one": torch.ones(()).to(dtype)}
     write_tensors(tmp_path / CHECKPOINT, tensors, {"round": 1})
@@ -56,7 +57,7 @@ def write(folder, count):
     return lines
 
 
-@pytest.mark.parametrize("most", [3, 100])
+@table("most", [3, 100])
 def test_rounds_are_a_sequence_wherever_they_are(tmp_path, monkeypatch, most):
     monkeypatch.setattr(history, "MOST_KEPT", most)
     lines = write(tmp_path, 9)

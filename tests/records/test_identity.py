@@ -1,5 +1,6 @@
 """A resume goes on only with what began: the configuration, and what it names; and with runs of older versions."""
 
+import contextlib
 import shutil
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from fedmom.records.files import CHECKPOINT, FINAL, read_about, read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.records.identity import identity_of
 from fedmom.user_code import load_object
+from laws import table
 
 STORED = Path(__file__).parents[1] / "stored"
 QUIET = [fedmom.Callback()]
@@ -86,6 +88,13 @@ def write_code(**changes):
 
 @pytest.fixture
 def workplace(in_tmp, monkeypatch):
+    with furnished(in_tmp, monkeypatch):
+        yield in_tmp
+
+
+@contextlib.contextmanager
+def furnished(in_tmp, monkeypatch):
+    """The user's modules, data and W in the working directory."""
     monkeypatch.syspath_prepend(in_tmp)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a file changed twice in a second would be taken from it
     rng = np.random.default_rng(0)
@@ -93,7 +102,7 @@ def workplace(in_tmp, monkeypatch):
     np.savez("tiny.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     np.savetxt("w.csv", np.full((3, 3), 1 / 3), delimiter=",")
     write_code()
-    yield in_tmp
+    yield
     for name in CODE:
         sys.modules.pop(name, None)
 
@@ -130,23 +139,25 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
-def test_other_content_of_what_the_configuration_names_is_refused_by_key(workplace, what):
+@table("what", OTHERS)
+def test_other_content_of_what_the_configuration_names_is_refused_by_key(in_tmp, monkeypatch, what):
     sets, change, key = OTHERS[what]
-    fedmom.run({}, sets={**TINY, **sets}, out="run", callbacks=QUIET)
-    longer = {"run.num-rounds": 3}
-    change()
-    before = {path: path.read_bytes() for path in Path("run").iterdir()}
-    with pytest.raises(InputError, match=rf"^{key} = .*(code|data).* was changed since the run in run began"):
-        fedmom.run(resume="run", sets=longer, callbacks=QUIET)
-    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+    with furnished(in_tmp, monkeypatch):
+        fedmom.run({}, sets={**TINY, **sets}, out="run", callbacks=QUIET)
+        longer = {"run.num-rounds": 3}
+        change()
+        before = {path: path.read_bytes() for path in Path("run").iterdir()}
+        with pytest.raises(InputError, match=rf"^{key} = .*(code|data).* was changed since the run in run began"):
+            fedmom.run(resume="run", sets=longer, callbacks=QUIET)
+        assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
 
 
-@pytest.mark.parametrize("what", SAME)
-def test_what_decides_no_number_may_change(workplace, what):
-    fedmom.run({}, sets={**TINY, **OWN}, out="run", callbacks=QUIET)
-    SAME[what]()
-    assert fedmom.run(resume="run", sets={"run.num-rounds": 3}, callbacks=QUIET).status == "done"
+@table("what", SAME)
+def test_what_decides_no_number_may_change(in_tmp, monkeypatch, what):
+    with furnished(in_tmp, monkeypatch):
+        fedmom.run({}, sets={**TINY, **OWN}, out="run", callbacks=QUIET)
+        SAME[what]()
+        assert fedmom.run(resume="run", sets={"run.num-rounds": 3}, callbacks=QUIET).status == "done"
 
 
 def test_a_package_that_was_installed_is_still_the_users(in_tmp, monkeypatch):
@@ -192,7 +203,7 @@ def test_a_key_that_did_not_exist_then_does_not_hinder_a_resume(workplace, monke
     assert identity_of(resolve(load({}, sets)).config).ids[2] != before.ids[2]
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in STORED.iterdir() if path.is_dir()))
+@table("name", sorted(path.name for path in STORED.iterdir() if path.is_dir()))
 def test_a_run_of_an_older_version_goes_on_to_the_same_bytes(in_tmp, name):
     """Stopped after round 3 of 6 by the version before identities had numbers, which also ran it to its end."""
     shutil.copytree(STORED, in_tmp, dirs_exist_ok=True)

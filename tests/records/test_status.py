@@ -17,6 +17,7 @@ from fedmom.records import files, status
 from fedmom.records import folder as records
 from fedmom.records.history import last_round
 from fedmom.records.status import read_status
+from laws import table
 
 QUADRATIC = {
     "data": {"dataset": "quadratic"},
@@ -42,8 +43,8 @@ def throw(error):
     raise error
 
 
-@pytest.mark.parametrize(
-    ("do", "sets", "wanted", "round_number"),
+@table(
+    "do, sets, wanted, round_number",
     [
         (lambda: None, {}, "done", 4),
         (lambda: throw(KeyboardInterrupt()), {}, "interrupted", 2),
@@ -119,7 +120,7 @@ def test_a_run_elsewhere_is_known_by_when_it_was_last_heard_of(tmp_path):
     assert look(time.time(), host=content["host"], boot="another", pid=2**22 + 1).status == "running"
 
 
-@pytest.mark.parametrize("broken", [None, "", "{", "[]", '{"status": "running"}'])
+@table("broken", [None, "", "{", "[]", '{"status": "running"}'])
 def test_a_folder_without_a_readable_status_is_known_by_its_rounds(tmp_path, broken):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fedmom.run(QUADRATIC, out=whole, callbacks=[fedmom.Callback()])
@@ -172,7 +173,7 @@ def test_a_full_disk_still_takes_the_last_word(tmp_path, monkeypatch):
     assert fedmom.run(resume=tmp_path, callbacks=[fedmom.Callback()]).status == "done"
 
 
-@pytest.mark.parametrize("name", [records.CONFIG, records.ROUNDS, records.CHECKPOINT])
+@table("name", [records.CONFIG, records.ROUNDS, records.CHECKPOINT])
 def test_a_kill_loses_no_environment(tmp_path, monkeypatch, name):
     """As of any file that appears whole: at the moment at which each file is there, environment.json is."""
     replace, seen = os.replace, []

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from laws import table
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -266,7 +268,7 @@ def test_a_speedups_table_and_pictures_have_nothing_that_was_not_asked_for(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "paper.md", "curves.png", "speedup.png"}
 
 
-@pytest.mark.parametrize("counts", [(1, 0), (3, 1), (65, 64)])
+@table("counts", [(1, 0), (3, 1), (65, 64)])
 def test_images_come_out_of_atlases_in_their_labels_order(counts, tmp_path):
     from paper_data import read_images
     from PIL import Image

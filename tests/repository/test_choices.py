@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 from fedmom.config.strategies import STRATEGIES
 from fedmom.data.datasets import DATASETS
 from fedmom.data.partition import PARTITIONS
@@ -12,7 +14,9 @@ from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES
 from fedmom.method.graphs import TOPOLOGIES
 from fedmom.tasks.models import MODELS
 from fedmom.tasks.problem import DATA_KINDS
+from sources import tree_of
 
+pytestmark = pytest.mark.xdist_group("sources")  # one process parses them
 ROOT = Path(__file__).parents[2]
 TABLES = {
     "fedmom/config/strategies.py": STRATEGIES,
@@ -27,10 +31,10 @@ TABLES = {
 }
 
 
-def compared(source: str) -> list[str]:
+def compared(tree: ast.Module) -> list[str]:
     """The texts that a file compares something with, alone or in a list of them."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             for side in (node.left, *node.comparators):
                 parts = side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side]
@@ -42,7 +46,7 @@ def compared(source: str) -> list[str]:
 
 def test_the_look_sees_every_kind_of_comparison():
     source = 'if a == "loop" or b in ("stack", c) or "local" != d:\n    e = "reset"\n'
-    assert compared(source) == ["loop", "stack", "local"]
+    assert compared(ast.parse(source)) == ["loop", "stack", "local"]
 
 
 def test_nobody_compares_the_names_of_a_table():
@@ -51,5 +55,5 @@ def test_nobody_compares_the_names_of_a_table():
     for folder in ("fedmom", "strategies", "clients"):
         for path in (ROOT / folder).rglob("*.py"):
             file = path.relative_to(ROOT).as_posix()
-            for name in compared(path.read_text(encoding="utf-8")):
+            for name in compared(tree_of(path)):
                 assert names.get(name, file) == file, f"{file} compares with {name!r}, a row of {names[name]}"

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sources import tree_of
+
+pytestmark = pytest.mark.xdist_group("sources")  # one process parses them
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("fedmom", "strategies", "clients")
 FILES = sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
@@ -98,7 +101,7 @@ def imported(path: Path) -> dict[str, bool]:
         for child in ast.iter_child_nodes(node):
             visit(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
 
-    visit(ast.parse(path.read_text(encoding="utf-8")), False)
+    visit(tree_of(path), False)
     return found
 
 
@@ -209,7 +212,7 @@ def test_a_room_is_looked_through_at_a_glance():
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= 320, f"{path}: {text.count(chr(10))} lines"
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= 50, f"{path}: {node.name} has {lines} lines"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import matrix
+from laws import table
 
 HERE = "{}.{}".format(*sys.version_info)
 
@@ -67,9 +68,7 @@ def test_the_bounds_are_those_of_the_project():
         matrix.lower_bound("nothing")
 
 
-@pytest.mark.parametrize(
-    ("words", "said"), [(["2.7"], "'2.7': choose of 3.11"), (["3.11", "--", "-k", "x"], "make setup")]
-)
+@table("words, said", [(["2.7"], "'2.7': choose of 3.11"), (["3.11", "--", "-k", "x"], "make setup")])
 def test_a_mistake_is_one_line(words, said, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(matrix, "BASE", tmp_path / os.devnull)
     with pytest.raises(SystemExit) as ended:

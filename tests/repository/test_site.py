@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from laws import table
+from sources import tree_of
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -52,7 +55,7 @@ def test_the_generated_pages_are_what_the_code_says():
         assert written == page(), f"{name}: run python docs/reference.py"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs", "examples/README.md", "benchmarks"])
+@table("page", ["README.md", "CONTRIBUTING.md", "docs", "examples/README.md", "benchmarks"])
 def test_links_to_files_of_the_checkout_lead_somewhere(page):
     start = ROOT / page
     for path in sorted(start.rglob("*.md")) if start.is_dir() else [start]:
@@ -60,7 +63,8 @@ def test_links_to_files_of_the_checkout_lead_somewhere(page):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-@pytest.mark.parametrize("guide", ["CONTRIBUTING.md", "docs/design.md"])
+@pytest.mark.xdist_group("sources")  # one process parses them
+@table("guide", ["CONTRIBUTING.md", "docs/design.md"])
 def test_names_and_files_in_the_guides_for_developers_exist(guide):
     spans = re.findall(
         r"`([^`\n]+)`", re.sub(r"```.*?```", "", (ROOT / guide).read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -78,7 +82,7 @@ def names_in_code() -> set[str]:
     found = set[str]()
     for folder in ("fedmom", "strategies", "clients", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.walk(tree_of(path)):
                 match node:
                     case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.Name(id=name):
                         found.add(name)

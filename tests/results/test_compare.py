@@ -45,6 +45,7 @@ from fedmom.results.sheets import (
 )
 from fedmom.results.tables import MEASURES
 from histories import make_run, records
+from laws import table
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +90,7 @@ def test_what_follows_from_another_key_or_from_timing_makes_no_group(tmp_path):
     ] * 2
 
 
-@pytest.mark.parametrize("values", [[1.5], [1.0, 2.0], [0.1, 0.2, 0.4]])
+@table("values", [[1.5], [1.0, 2.0], [0.1, 0.2, 0.4]])
 def test_a_stat_is_the_mean_and_the_sample_deviation(values):
     found = stat([*values, None, float("nan")])
     assert (found.mean, found.num, found.of) == (pytest.approx(np.mean(values)), len(values), len(values) + 2)
@@ -143,9 +144,7 @@ def test_a_run_is_a_group_of_one(tmp_path):
         assert {row["test loss"] for row in tables[1]} >= {"nan"}
 
 
-@pytest.mark.parametrize(
-    ("axis", "half", "end"), [("round", 3, 7), ("joint_epochs", 1.75, 3.5), ("wall_seconds", 3.5, 7)]
-)
+@table("axis, half, end", [("round", 3, 7), ("joint_epochs", 1.75, 3.5), ("wall_seconds", 3.5, 7)])
 def test_equal_means_the_largest_value_that_all_reached(tmp_path, axis, half, end):
     make_run(tmp_path / "short", {"run.num-rounds": 7}, records(7))
     make_run(tmp_path / "long", {"run.num-rounds": 40, "algorithm.lr": 0.5}, records(40, speed=2))
@@ -177,7 +176,7 @@ def test_the_usual_target_is_what_every_run_reached(sweep):
     assert best - 0.001 <= target.value <= best
 
 
-@pytest.mark.parametrize("sizes", [[1, 2, 4, 8], [2, 6]])
+@table("sizes", [[1, 2, 4, 8], [2, 6]])
 def test_a_linear_speedup_lies_on_the_ideal_line(tmp_path, sizes):
     """Twice as many clients, half as many steps."""
     for n in sizes:

@@ -135,8 +135,8 @@ def test_a_topology_is_drawn_as_its_row_says(tmp_path, name, places):
 # --- partitions ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # a fast one: cli/test_cli.py
 @table("num_clients, num_classes", [(1, 1), (20, 10), (1, 100), (101, 1), (1500, 100)])
-@pytest.mark.slow
 def test_a_partition_is_drawn(tmp_path, num_clients, num_classes):
     counts = np.random.default_rng(0).integers(0, 50, size=(num_clients, num_classes))
     counts[0, 0] = 60
@@ -155,7 +155,7 @@ def test_100_000_clients_of_any_size(tmp_path):
     pixels(tmp_path / "partition.png")
 
 
-@pytest.mark.parametrize("num_clients", [3, 200])
+@table("num_clients", [3, 200])
 def test_clients_without_examples(tmp_path, num_clients):
     draw_partition(np.zeros((num_clients, 4), dtype=int), tmp_path / "partition.png", title="empty")
     pixels(tmp_path / "partition.png")

@@ -11,6 +11,7 @@ from fedmom.errors import InputError
 from fedmom.records.files import CHECKPOINT, read_about
 from fedmom.records.history import read_rounds
 from fedmom.records.status import read_status
+from laws import table
 
 CODE = """
 import pathlib, torch
@@ -95,22 +96,23 @@ PLACES = {
 
 
 def fails_in_round_3(sets, place):
+    folder = Path(f"failed-{place}")
     with pytest.raises(InputError) as error:
-        fedmom.run({}, sets=sets, out="run", callbacks=[Arm(place)])
+        fedmom.run({}, sets=sets, out=folder, callbacks=[Arm(place)])
     key, what = PLACES[place]
     said = str(error.value)
     assert re.match("round 3: ", said)
     assert key in said
     assert what in said
     assert "\n" not in said
-    status = read_status(Path("run"))
+    status = read_status(folder)
     assert (status.status, status.reason, status.round) == ("failed", said, 2)
-    assert read_about(Path("run", CHECKPOINT))["round"] == len(read_rounds(Path("run"))) == 2
+    assert read_about(folder / CHECKPOINT)["round"] == len(read_rounds(folder)) == 2
     Path("armed").unlink()
-    assert fedmom.run(resume="run", callbacks=[fedmom.Callback()]).status == "done"
+    assert fedmom.run(resume=folder, callbacks=[fedmom.Callback()]).status == "done"
 
 
-@pytest.mark.parametrize("place", PLACES)
+@table("place", PLACES)
 def test_an_error_of_the_users_code_is_one_line_that_names_key_and_round(own, place):
     fails_in_round_3(own, place)
 

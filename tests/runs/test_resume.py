@@ -17,6 +17,7 @@ from fedmom.errors import InputError
 from fedmom.records import folder
 from fedmom.records.files import read_about, read_tensors
 from fedmom.records.history import read_rounds
+from laws import table
 
 DIGITS = {
     "data": {"dataset": "digits", "num_clients": 6, "batch_size": 8},
@@ -67,7 +68,7 @@ def same_run(a: Path, b: Path) -> None:
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize(("policy", "stop"), [("average", 1), ("local", 7), ("reset", 3)])
+@table("policy, stop", [("average", 1), ("local", 7), ("reset", 3)])
 def test_interrupted_run_resumes_to_the_same_bytes(whole, tmp_path, policy, stop):
     sets = {"algorithm.momentum-policy": policy, "algorithm.cohort-size": 4}
     first = fedmom.run(DIGITS, sets=sets, out=tmp_path / "parts", callbacks=[StopAfter(stop)])
@@ -155,7 +156,7 @@ def test_line_cut_short_by_a_kill_is_dropped(whole, tmp_path):
     same_run(whole(), out)
 
 
-@pytest.mark.parametrize("after", ["rows moved aside", "new rows written"])
+@table("after", ["rows moved aside", "new rows written"])
 def test_kill_between_the_two_files_of_a_checkpoint(whole, tmp_path, monkeypatch, after):
     """The clients' rows and the checkpoint are two files; a kill between them must cost nothing."""
     out = tmp_path / "run"
@@ -197,7 +198,7 @@ def test_longer_run_is_evaluated_where_the_long_run_is(tmp_path):
     same_run(tmp_path / "long", tmp_path / "short")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@table("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_a_line_is_written_keeps_line_and_state_together(whole, tmp_path, monkeypatch, number):
     append = folder.RunFolder.append
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -18,14 +18,13 @@ from fedmom.errors import InputError
 from fedmom.records.environment import _command
 from fedmom.records.files import read_tensors
 from fedmom.records.history import read_rounds
+from laws import table
 
 ROOT = Path(__file__).parents[2]
 QUIET = [fedmom.Callback()]
 
 
-@pytest.mark.parametrize(
-    ("nesterov", "path", "dtype"), [(False, "auto", "auto"), (True, "vmap", "float32"), (True, "loop", "auto")]
-)
+@table("nesterov, path, dtype", [(False, "auto", "auto"), (True, "vmap", "float32"), (True, "loop", "auto")])
 def test_quadratic_config_gives_the_golden_run_bit_for_bit(tmp_path, nesterov, path, dtype):
     sets = {"algorithm.nesterov": nesterov, "engine.path": path, "run.dtype": dtype}
     result = fedmom.run(ROOT / "configs/quadratic.toml", sets=sets, out=tmp_path / "run", callbacks=QUIET)
@@ -37,7 +36,7 @@ def test_quadratic_config_gives_the_golden_run_bit_for_bit(tmp_path, nesterov, p
     assert result.state_dict["x"].dtype == (torch.float32 if dtype == "float32" else torch.float64)
 
 
-@pytest.mark.parametrize("policy", laws.FIXED_POINTS)
+@table("policy", laws.FIXED_POINTS)
 def test_fixed_point_configs(policy):
     result = fedmom.run(ROOT / f"configs/fixed-point/{policy}.toml", callbacks=QUIET)
     want = laws.fixed_point(laws.FIXED_H, laws.FIXED_C, 0.05, 0.9, 5, False, policy)
@@ -114,7 +113,7 @@ def test_own_data_and_model_by_name(in_tmp):
     assert result.rounds[-1]["test_accuracy"] > 0.8
 
 
-@pytest.mark.parametrize("num_clients", [1, 2, 1437])
+@table("num_clients", [1, 2, 1437])
 def test_from_one_client_to_one_example_each(num_clients):
     sets = {"run.num-rounds": 1, "algorithm.num-local-steps": 2, "model.name": "logistic", "data.partition": "iid"}
     result = fedmom.run({"data": {"num_clients": num_clients}}, sets=sets, callbacks=QUIET)

@@ -14,6 +14,7 @@ from fedmom.records.history import read_rounds
 from fedmom.records.identity import identity_of
 from fedmom.results.reading import collect
 from fedmom.runs.stopping import Watcher
+from laws import table
 
 # The losses of these rounds fall, and rise again from the overshooting momentum.
 QUADRATIC = {
@@ -52,7 +53,7 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+@table("keys", KEYS.values())
 def test_a_run_that_was_cut_off_stops_where_it_would_have(keys, in_tmp):
     whole = started("whole", **keys)
     last = len(whole.rounds)

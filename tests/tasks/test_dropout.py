@@ -2,11 +2,11 @@
 
 import math
 
-import pytest
 import torch
 from torch import nn
 
 from fedmom.tasks.dropout import KEY, AddressedDropout, address_dropout
+from laws import table
 
 
 def mask(layer: AddressedDropout, shape: tuple[int, ...], key: int = 0) -> torch.Tensor:
@@ -15,7 +15,7 @@ def mask(layer: AddressedDropout, shape: tuple[int, ...], key: int = 0) -> torch
     return layer(torch.ones(shape)) != 0
 
 
-@pytest.mark.parametrize(("p", "key"), [(0.1, 0), (0.25, 7), (0.5, -(2**63)), (0.9, 2**63 - 1)])
+@table("p, key", [(0.1, 0), (0.25, 7), (0.5, -(2**63)), (0.9, 2**63 - 1)])
 def test_keep_rate_and_scale(p, key):
     layer = AddressedDropout(p, layer=1)
     layer.dropout_key = torch.tensor(key)
@@ -26,14 +26,14 @@ def test_keep_rate_and_scale(p, key):
     torch.testing.assert_close(out[kept], torch.full_like(out[kept], 3.0 / (1 - p)))
 
 
-@pytest.mark.parametrize("p", [0.1, 0.9])
+@table("p", [0.1, 0.9])
 def test_the_scale_is_exact_in_float64(p):
     out = AddressedDropout(p, layer=1)(torch.ones(50, 50, dtype=torch.float64))
     assert out.dtype == torch.float64
     torch.testing.assert_close(out[out != 0], torch.full_like(out[out != 0], 1 / (1 - p)), rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("channels", [False, True])
+@table("channels", [False, True])
 def test_masks_differ_between_keys_layers_and_examples(channels):
     shape = (64, 64, 2)
     reference = mask(AddressedDropout(0.5, layer=0, channels=channels), shape)
@@ -52,7 +52,7 @@ def test_the_key_of_layer_n_is_not_the_next_key_of_layer_n_minus_1():
     assert abs((one == other).double().mean().item() - 0.5) < 0.04
 
 
-@pytest.mark.parametrize(("channels", "num_clients"), [(False, 1), (True, 2), (False, 5)])
+@table("channels, num_clients", [(False, 1), (True, 2), (False, 5)])
 def test_vmap_equals_a_loop(channels, num_clients):
     layer = AddressedDropout(0.3, layer=4, channels=channels)
     x = torch.randn(num_clients, 6, 8, 3, generator=torch.Generator().manual_seed(0))
@@ -67,7 +67,7 @@ def test_vmap_equals_a_loop(channels, num_clients):
         assert not torch.equal(stacked[0] != 0, stacked[1] != 0)
 
 
-@pytest.mark.parametrize("shape", [(50, 40, 3), (50, 40, 3, 2), (50, 40, 2, 2, 2)])
+@table("shape", [(50, 40, 3), (50, 40, 3, 2), (50, 40, 2, 2, 2)])
 def test_channels_drop_whole_maps(shape):
     kept = mask(AddressedDropout(0.5, layer=0, channels=True), shape).flatten(2)
     assert torch.equal(kept.any(2), kept.all(2))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fedmom.tasks.quadratic import Quadratic, X
+from laws import table
 from runs import run_plan, simple_plan
 
 
@@ -34,7 +35,7 @@ def many_copies(num_copies, **options):
     return Quadratic(ones, zeros, [0.0] * num_copies, noise_sigma=1.0, **options)
 
 
-@pytest.mark.parametrize(("num_clients", "interval"), [(1, 1), (4, 4)])
+@table("num_clients, interval", [(1, 1), (4, 4)])
 def test_stationary_variance_falls_like_one_over_clients(num_clients, interval):
     """Var x̄ = γσ²(1+β) / (N h (1−β)(2(1+β) − γh)) for option I, whatever I."""
     gamma, beta, copies = 0.05, 0.9, 4000
@@ -48,7 +49,7 @@ def test_stationary_variance_falls_like_one_over_clients(num_clients, interval):
     assert float(done.state.params[X].var()) == pytest.approx(want, rel=0.09)
 
 
-@pytest.mark.parametrize(("policy", "want"), [("average", 0.00829), ("local", 0.02988)])
+@table("policy, want", [("average", 0.00829), ("local", 0.02988)])
 def test_spread_just_before_the_exchange(policy, want):
     """(1 − 1/N) σ² [Σ_{k<I} A^k b bᵀ A^kᵀ]_xx for averaged momentum: N = 4, β = 0.9, γ = 0.05, h = σ = 1, I = 2."""
     copies = 4000

@@ -144,7 +144,11 @@ def test_every_path_is_plain_torch_or_refuses(name):
             assert_right(seen, fedmom.run(config(name, path), callbacks=[seen]), by_plain_torch(name), made.digits)
 
 
-@pytest.mark.parametrize("name", EVERY)
+# Each path alone is tried above. Here: a model of every path, one of vmap and loop, one of loop alone, one of none.
+AUTO = ("conv2d", "pruned", "parameter_hook", "two_outputs")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in AUTO else pytest.mark.slow) for name in ZOO])
 def test_auto_finds_a_stacked_path_where_one_is_right(name):
     made = ZOO[name]
     if "loop" in made.refused:
