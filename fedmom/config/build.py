@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmom.actors.cluster import PoolOptions
+from fedmom.config.correction import watched_class
 from fedmom.config.keys import Config, EngineConfig
 from fedmom.config.load import replace
 from fedmom.config.numbers import parse_numbers, parse_table
@@ -19,7 +20,7 @@ from fedmom.errors import InputError
 from fedmom.machine.cores import usable_cores
 from fedmom.machine.memory import free_bytes
 from fedmom.machine.precision import allow_tf32
-from fedmom.method.algorithms import ALGORITHMS, Correction, Method, takes_key
+from fedmom.method.algorithms import ALGORITHMS, Correct, Correction, Method, takes_key
 from fedmom.method.graphs import GraphOptions
 from fedmom.method.randomness import CORRECTION, random_bits
 from fedmom.method.schedules import LearningRate
@@ -164,7 +165,7 @@ def make_plan(config: Config) -> Plan:
             weight_decay=algorithm.weight_decay,
             momentum_policy=algorithm.momentum_policy,
             running_var=algorithm.running_var,
-            correction=_correction(algorithm.correction, config.run.seed),
+            correction=_correction_of(config),
         ),
         rate=rate,
         num_rounds=config.run.num_rounds,
@@ -193,7 +194,14 @@ def _check_numbers(config: Config) -> None:
             raise InputError(f"algorithm.{name} = {value:g}: in run.dtype = {dtype!r} it must be at most {largest:.3g}")
 
 
-def _correction(spec: str, seed: int) -> Correction | None:
+def _correction_of(config: Config) -> Correct | Correction | None:
+    """The user's function or an object of the user's class, watched over."""
+    spec = config.algorithm.correction
+    found = load_object("algorithm.correction", spec) if is_spec(spec) else None
+    return watched_class(spec, found, config) if isinstance(found, type) else _correction(spec, config.run.seed)
+
+
+def _correction(spec: str, seed: int) -> Correct | None:
     """The user's function, watched over.
 
     It must give every gradient back, in its shape and dtype, and leave x alone.
@@ -224,7 +232,7 @@ def _correction(spec: str, seed: int) -> Correction | None:
         return found
 
     if keyed:
-        watched: Correction = correction
+        watched: Correct = correction
     else:
         watched = lambda grads, params, start: correction(grads, params, start)  # noqa: E731
     watched.__wrapped__ = inspect.unwrap(function)  # type: ignore[attr-defined]  # for who looks at its file

@@ -73,6 +73,13 @@ CONTENT = "tests/records/test_identity.py::test_other_content_of_what_the_config
 _DECAY = (
     "    if weight_decay:\n        grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}\n"
 )
+_WITH_STATE = (
+    "    if isinstance(correction, Correction):\n"
+    "        grads, own = corrected(correction, grads, state, start or {}, server or {}, key)\n"
+    "        state = state._replace(correction=own)\n"
+    "    elif correction is not None:\n        assert start is not None\n"
+    '        more = {} if key is None else {"key": key}\n'
+)
 _CORRECTED = "        grads = correction(grads, state.params, start, **more)\n"
 _POLICIES = f"{ALGORITHMS}.MOMENTUM_POLICIES"
 
@@ -124,10 +131,8 @@ MUTANTS = [
         "λx is added to what the correction made",
         code(
             f"{ALGORITHMS}.local_step",
-            _DECAY + "    if correction is not None:\n        assert start is not None\n"
-            '        more = {} if key is None else {"key": key}\n' + _CORRECTED,
-            "    if correction is not None:\n        assert start is not None\n"
-            '        more = {} if key is None else {"key": key}\n' + _CORRECTED + _DECAY,
+            _DECAY + _WITH_STATE + _CORRECTED,
+            _WITH_STATE + _CORRECTED + _DECAY,
         ),
         "tests/method/test_algorithms.py::test_a_correction_is_of_the_gradient_with_its_weight_decay",
     ),
