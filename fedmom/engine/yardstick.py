@@ -219,8 +219,7 @@ class Yardstick:
                 buffers[name].copy_(b)
         begun = {name: p.detach().clone() for name, p in here.items()}
         momenta = {n: _as(p, start.momentum[n]).clone() for n, p in here.items()}
-        own, server = start.correction, self.start.correction
-        total = 0.0
+        own, total = start.correction, 0.0
         for s, (batch, lr) in enumerate(zip(batches, self.lrs, strict=False)):
             for name in self.problem.dropout_keys:
                 buffers[name].copy_(batch.dropout_key)
@@ -233,18 +232,7 @@ class Yardstick:
                 grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for n, p in here.items()}
                 grads = {n: g + m.weight_decay * here[n] for n, g in grads.items()}
                 if m.correction is not None:
-                    trees = (grads, here, begun)
-                    sent, now, then = ({n: _real(t.detach().clone()) for n, t in tree.items()} for tree in trees)
-                    more = {}
-                    if takes_key(m.correction):
-                        key = random_bits(self.job.clients[i], self.job.first_steps[i] + s)
-                        more["key"] = key.to(self.problem.device)
-                    if isinstance(m.correction, Correction):
-                        found = m.correction.gradient(sent, now, then, own, server, **more)
-                        sent, own = found if isinstance(found, tuple) else (found, own)
-                    else:
-                        sent = m.correction(sent, now, then, **more)
-                    grads = {n: _as(here[n], g) for n, g in sent.items()}
+                    grads, own = self._corrected(i, s, (grads, here, begun), own)
                 # As torch.optim.SGD(momentum=β, nesterov=…) does, whose first step would take seconds to import
                 # torch._dynamo.
                 for n, p in here.items():
@@ -254,16 +242,34 @@ class Yardstick:
         params = {name: _real(p.detach()) for name, p in here.items()}
         momentum = {n: _real(u) for n, u in momenta.items()}
         after = dict(model.named_buffers())
-        message: Tree = {}
-        if isinstance(m.correction, Correction):
-            begun, count = (
-                {n: _real(x) for n, x in begun.items()},
-                torch.tensor(len(batches), device=self.problem.device),
-            )
-            total_lr = torch.tensor(sum(self.lrs[: len(batches)]), dtype=self.problem.dtype, device=self.problem.device)
-            own, message = m.correction.finish(params, begun, own, server, count, total_lr)
+        own, message = self._finished(params, begun, own, len(batches))
         end = ClientState(params, momentum, {n: after[n] for n in start.buffers}, message)
         return end, own, total / len(batches)
+
+    def _corrected(self, i: int, s: int, trees: Sequence[Tree], own: Tree) -> tuple[Tree, Tree]:
+        """Client i's gradient in step s by the correction, and its state; trees: gradient, x and the round's start."""
+        correction, more = self.method.correction, {}
+        assert correction is not None
+        given = [{n: _real(t.detach().clone()) for n, t in tree.items()} for tree in trees]
+        if takes_key(correction):
+            key = random_bits(self.job.clients[i], self.job.first_steps[i] + s)
+            more["key"] = key.to(self.problem.device)
+        if isinstance(correction, Correction):
+            found = correction.gradient(*given, own, self.start.correction, **more)
+            sent, own = found if isinstance(found, tuple) else (found, own)
+        else:
+            sent = correction(*given, **more)
+        return {n: _as(trees[1][n], g) for n, g in sent.items()}, own
+
+    def _finished(self, params: Tree, begun: Tree, own: Tree, steps: int) -> tuple[Tree, Tree]:
+        """A client's state of the correction, and its message, after so many steps."""
+        correction, device = self.method.correction, self.problem.device
+        if not isinstance(correction, Correction):
+            return own, {}
+        count = torch.tensor(steps, device=device)
+        total_lr = torch.tensor(sum(self.lrs[:steps]), dtype=self.problem.dtype, device=device)
+        before = {n: _real(x) for n, x in begun.items()}
+        return correction.finish(params, before, own, self.start.correction, count, total_lr)
 
     def _by(self, engine: Engine) -> Reached:
         if self.own_rows:

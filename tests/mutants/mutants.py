@@ -192,7 +192,7 @@ MUTANTS = [
         "algorithm 1",
         "a client of a cohort gets the momentum of its place",
         "under `local` row k of the table goes to the k-th of the cohort",
-        code(f"{LOOP}.round_job", "u[job.clients]", "u[: len(job.clients)]"),
+        code(f"{LOOP}.round_job", "v[job.clients]", "v[: len(job.clients)]"),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[loop]",
     ),
     Mutant(
@@ -465,9 +465,9 @@ MUTANTS = [
         "client weights are ignored",
         "client-weights = samples weighs all alike",
         code(
-            f"{LOOP}.clients_job",
-            'sizes if plan.client_weights == "samples" else np.ones(len(ids))',
-            "np.ones(len(ids))",
+            f"{LOOP}.Plan.weights_of",
+            'sizes if self.client_weights == "samples" else np.ones(len(sizes))',
+            "np.ones(len(sizes))",
         ),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
@@ -475,7 +475,7 @@ MUTANTS = [
         "averaging",
         "clients are always weighed by their samples",
         "client-weights = uniform is not the paper's 1/N",
-        code(f"{LOOP}.clients_job", 'sizes if plan.client_weights == "samples" else np.ones(len(ids))', "sizes"),
+        code(f"{LOOP}.Plan.weights_of", 'sizes if self.client_weights == "samples" else np.ones(len(sizes))', "sizes"),
         "tests/laws/test_backends.py::test_rounds_are_the_naive_loops[loop]",
     ),
     Mutant(
@@ -976,8 +976,8 @@ MUTANTS = [
         "bytes_sent leaves BatchNorm's statistics out",
         code(
             f"{LOOP}.bytes_per_exchange",
-            "num_bytes(state.params) + num_bytes(state.buffers) +",
-            "num_bytes(state.params) +",
+            "state.params, state.buffers,",
+            "state.params,",
         ),
         "tests/engine/test_engine.py::test_bytes_of_an_exchange_by_hand",
     ),
@@ -1261,8 +1261,8 @@ MUTANTS = [
         "under `local` a node that holds every other client mixes them up",
         code(
             "strategies.backends._outcome",
-            "torch.cat([rows[n] for rows, _ in own])[order]",
-            "torch.cat([rows[n] for rows, _ in own])",
+            "torch.cat([tree[name] for tree in found])[order]",
+            "torch.cat([tree[name] for tree in found])",
         ),
         "tests/flower/test_failures.py::test_rows_go_to_their_clients_in_whatever_order_nodes_hold_them",
     ),
