@@ -7,7 +7,8 @@ buffers, losses and spreads after two steps, to rounding of the whole step.
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -246,19 +247,19 @@ class Yardstick:
         end = ClientState(params, momentum, {n: after[n] for n in start.buffers}, message)
         return end, own, total / len(batches)
 
-    def _corrected(self, i: int, s: int, trees: Sequence[Tree], own: Tree) -> tuple[Tree, Tree]:
+    def _corrected(self, i: int, s: int, trees: Sequence[Mapping[str, Tensor]], own: Tree) -> tuple[Tree, Tree]:
         """Client i's gradient in step s by the correction, and its state; trees: gradient, x and the round's start."""
-        correction, more = self.method.correction, {}
+        correction, more = self.method.correction, dict[str, Any]()
         assert correction is not None
-        given = [{n: _real(t.detach().clone()) for n, t in tree.items()} for tree in trees]
+        g, x, then = ({n: _real(t.detach().clone()) for n, t in tree.items()} for tree in trees)
         if takes_key(correction):
             key = random_bits(self.job.clients[i], self.job.first_steps[i] + s)
             more["key"] = key.to(self.problem.device)
         if isinstance(correction, Correction):
-            found = correction.gradient(*given, own, self.start.correction, **more)
+            found = correction.gradient(g, x, then, own, self.start.correction, **more)
             sent, own = found if isinstance(found, tuple) else (found, own)
         else:
-            sent = correction(*given, **more)
+            sent = correction(g, x, then, **more)
         return {n: _as(trees[1][n], g) for n, g in sent.items()}, own
 
     def _finished(self, params: Tree, begun: Tree, own: Tree, steps: int) -> tuple[Tree, Tree]:
