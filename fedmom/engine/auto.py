@@ -36,7 +36,8 @@ _SLACK = 1.25
 def bytes_per_client(problem: Problem, start: ClientState) -> int:
     """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
     # Twice the activations: backward adds a gradient to most of them.
-    return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * problem.activation_bytes(start)
+    own = 2 * num_bytes(start.buffers) + 4 * num_bytes(start.correction)
+    return 6 * num_bytes(start.params) + own + 2 * problem.activation_bytes(start)
 
 
 class Said(NamedTuple):

@@ -13,11 +13,16 @@ import torch
 from test_backends import BASE, backend, backends, close, flattened  # noqa: F401  # a fixture
 
 import oracle
+from both_sides import QUADRATIC, by_flower
 from fedmom.engine.engine import Engine
+from fedmom.errors import InputError
 from fedmom.method.algorithms import Correction, Method
 from fedmom.method.schedules import LearningRate
+from fedmom.records.files import read_tensors
 from fedmom.rounds.loop import Plan, beginning, cohort, run_rounds
 from fedmom.tasks.quadratic import Quadratic
+from strategies.prsgdm import PRSGDM
+from strategies.replies import pack
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # for actors too, which have the path of who starts them
 import memory
@@ -120,14 +125,6 @@ def test_the_optimum_is_the_fixed_point_for_every_interval_and_momentum():
         assert abs(end.state.params["x"].item() - optimum(h, c)) < 1e-6
 
 
-def test_without_memory_the_fixed_point_is_beside_the_optimum():
-    """One round is x ← a x + b, so that three points of a run give its fixed point; the figures were derived apart."""
-    h, c = (v[:3] for v in Q)
-    for correct, away in ((memory.proximal, -0.100479987), (None, -0.101011626)):
-        a, b, d = (end.state.params["x"].item() for end in states(correct, h, c, lr=0.05, interval=5))
-        assert a - (b - a) ** 2 / (d - 2 * b + a) - optimum(h, c) == pytest.approx(away, abs=1e-9)
-
-
 class Forgetful(OptionII):
     """c_i⁺ without c_i − c."""
 
@@ -150,11 +147,16 @@ def means_apart(kind, **options):
 
 
 def test_wrong_variants_break_the_laws():
+    """Each ends where it was derived to end, apart from this code."""
     h, c = (v[:3] for v in Q)
     end = states(Forgetful(), h, c, interval=5, lr=0.05, rounds=80, way=PATHS[2])[-1]
     assert end.state.params["x"].item() - optimum(h, c) == pytest.approx(-0.0536, abs=5e-5)
     assert means_apart(memory.Scaffold) < 1e-15
     assert means_apart(Whole) > 0.01
+    # Without memory a round is x ← a x + b, so that three points of a run give its fixed point.
+    for correct, away in ((memory.proximal, -0.100479987), (None, -0.101011626)):
+        a, b, d = (end.state.params["x"].item() for end in states(correct, h, c, lr=0.05, interval=5))
+        assert a - (b - a) ** 2 / (d - 2 * b + a) - optimum(h, c) == pytest.approx(away, abs=1e-9)
     far = states(OptionII(), h, c, interval=5, lr=0.05, beta=0.9, rounds=60, way=PATHS[2])[-1]
     assert abs(far.state.params["x"].item()) > 1e5
 
@@ -221,7 +223,7 @@ def scaffold_round(state, asked, settings, data, own, mean, shares):
     return x, u, own, mean + sum(shares[list(asked.clients)]) * change
 
 
-@backends("loop", "vmap", "flower", "workers", "simulation")
+@backends("vmap", "flower", "workers", "simulation")
 def test_rounds_with_scaffold_are_the_naive_loops(backend):  # noqa: F811
     """Cohorts, weights and numbers of steps that differ; c is the mean of all c_i by the weights of all clients."""
     for weights in ("samples",) if backend.way.workers else ("samples", "uniform"):
@@ -249,3 +251,28 @@ def test_rounds_with_scaffold_are_the_naive_loops(backend):  # noqa: F811
             close(flattened(kept), own)
             close(mean, np.tensordot(weigh / weigh.sum(), own, 1))
             assert all(not v.any() for n, v in new.client_correction.items() if n.startswith("sum "))
+
+
+def test_who_does_not_answer_keeps_its_state_and_c_stays_the_mean_of_all(tmp_path):
+    """On Flower, nodes that hold one client and two; in round 2 the node of clients 0 and 1 fails."""
+    changes = {**QUADRATIC, "algorithm.correction": "memory:Scaffold", "server.on-failure": "proceed"}
+    changes |= {"algorithm.momentum-policy": "local", "run.checkpoint-every": 1}
+
+    def fault(message, node):
+        late = message.metadata.message_type == "train" and message.content["config"]["server-round"] == 2
+        return ValueError("broken") if late and node["partition-id"] == 0 else None
+
+    seen = []
+    for length, options in ((1, {}), (2, {"fault": fault})):
+        folder = tmp_path / str(length)
+        result, _ = by_flower({**changes, "run.num-rounds": length}, 3, options, out=folder)
+        assert result.rounds[-1]["num_clients"] == (5 if length == 1 else 3)
+        rows, checkpoint = (read_tensors(folder / f"{name}.safetensors")[0] for name in ("clients", "checkpoint"))
+        seen.append(rows)
+        close(checkpoint["correction/x"], rows["correction/c x"].mean(0))
+    for name in ("correction/c x", "momentum/x"):
+        assert torch.equal(seen[1][name][:2], seen[0][name][:2])
+        assert not torch.equal(seen[1][name][2:], seen[0][name][2:])
+    # Whoever takes our strategy without the round loop has nobody who gathers: that is said, and not done by halves.
+    with pytest.raises(InputError, match="initial_arrays: a correction with state"):
+        PRSGDM(5).start(None, pack({"params/x": torch.zeros(1), "correction/x": torch.zeros(1)}))

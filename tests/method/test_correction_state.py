@@ -1,5 +1,6 @@
 """A correction with state, by its class: what is refused in one line, what is watched, and a resume to the byte."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -181,7 +182,7 @@ class Remembers(Correction):
         return {n: s + share * mean_message[n] for n, s in server.items()}
 
 
-def test_loop_and_vmap_agree_on_a_network_and_with_plain_torch():
+def test_loop_and_vmap_agree_on_a_network_and_with_plain_torch(monkeypatch):
     """By unequal numbers of steps, chunks that are not full, and two policies."""
     for policy in ("average", "local"):
         problem = image_problem("mlp", 3)
@@ -204,12 +205,7 @@ def test_loop_and_vmap_agree_on_a_network_and_with_plain_torch():
             for name, value in ends[0].client_correction.items():
                 torch.testing.assert_close(end.client_correction[name], value, rtol=1e-10, atol=1e-12)
         assert ends[0].client_correction["steps"].tolist() == (2 * plan.steps_of(problem.sizes)).tolist()
-
-
-def test_the_yardstick_sees_a_state_that_is_wrong(monkeypatch):
-    problem, plan = image_problem("logistic", 3), simple_plan(3)
-    plan = plan._replace(method=plan.method._replace(correction=Remembers()))
-    begin = beginning(problem, plan)
+    # What is wrong in a state or a message alone is seen too.
     right = algorithms.finish_round
 
     def late(correction, state, start, server, num_steps, lrs):
@@ -217,4 +213,4 @@ def test_the_yardstick_sees_a_state_that_is_wrong(monkeypatch):
 
     monkeypatch.setattr("fedmom.engine.engine.finish_round", late)
     found = Yardstick(problem, plan.method, round_job(problem, plan, begin), own_rows=False)
-    assert "the correction's 1.weight differs from plain torch's" in found.differs("vmap")
+    assert re.match(r"the correction's \S+ differs from plain torch's", found.differs("vmap"))
