@@ -1,8 +1,9 @@
 """The ClientApp: unpack a message, make one call into fedmom, pack the answer.
 
 Node p of P (Flower's partition-id and num-partitions) holds the clients c with ⌊c·P/N⌋ = p. Arrays travel in one
-ArrayRecord under the names `params/…`, `momentum/…` and `buffers/…`, so Flower's own strategies average model and
-momentum alike; they weigh by `num-examples`, which is the sum of the clients' weights (algorithm.client-weights).
+ArrayRecord under the names `params/…`, `momentum/…` and `buffers/…` (`correction/…` for what a correction with state
+sends), so Flower's own strategies average model and momentum alike; they weigh by `num-examples`, which is the sum of
+the clients' weights (algorithm.client-weights).
 A message whose arrays came bundled (`fedmom.flower.wire.bundle`) is answered in bundles.
 """
 
@@ -62,13 +63,16 @@ def train(message: Message, context: Context) -> Message:
     clients: list[int] = asked.get("clients", _held(context).tolist())
     if asked.get("rows", False):
         return _train_rows(message, context, clients)
-    arrays, rows = message.content.array_records["arrays"], message.content.array_records.get("rows")
+    records = message.content.array_records
+    arrays = records["arrays"]
+    rows, states = (_tensors(records[name]) if name in records else None for name in ("rows", "states"))
     start = _tensors(arrays)
     trained = _node(context, asked).train(
         clients,
         asked["server-round"] - 1,
         unflatten(start),
-        None if rows is None else _tensors(rows),
+        rows,
+        states,
         path=asked.get("path", ""),
         chunk_size=asked.get("chunk-size", 0),
     )
@@ -85,14 +89,17 @@ def train(message: Message, context: Context) -> Message:
     points = [point.reshape(-1) for point in outcome.trajectory]
     about["path"] = torch.cat(points).tolist() if points else []
     mean = flatten(outcome.mean)
-    # In the order of what came: some of Flower's strategies pair arrays by their places.
+    # In the order of what came: some of Flower's strategies pair arrays by their places. A correction's message is new.
+    names = [*(name for name in start if name in mean), *(name for name in mean if name not in start)]
     content: dict[str, AnyRecord] = {
-        "arrays": _record({name: mean[name] for name in start}, arrays),
+        "arrays": _record({name: mean[name] for name in names}, arrays),
         "metrics": MetricRecord(metrics),
         "clients": about,
     }
     if outcome.momentum is not None:
         content["rows"] = _record(outcome.momentum, arrays)
+    if outcome.correction is not None:
+        content["states"] = _record(outcome.correction, arrays)
     return Message(RecordDict(content), reply_to=message)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedmom.experiments.search.sweep import sweep as sweep
     from fedmom.flower.app import simulate_app as simulate_app
     from fedmom.flower.grid import RayGrid as RayGrid
+    from fedmom.method.algorithms import Correction as Correction
     from fedmom.method.algorithms import local_step as local_step
     from fedmom.method.randomness import normal_like as normal_like
     from fedmom.method.topology import make_topology as make_topology
@@ -51,6 +52,7 @@ _HOME = {
     "ClientsFailedError": "fedmom.errors",
     "Comparison": "fedmom.results.notebook",
     "Config": "fedmom.config.keys",
+    "Correction": "fedmom.method.algorithms",
     "Dataset": "fedmom.data.datasets",
     "DivergedError": "fedmom.errors",
     "EarlyStopping": "fedmom.runs.stopping",

@@ -32,8 +32,9 @@ class AveragingRounds(Backend):
         """I local steps of the cohort on the nodes. Raises ClientsFailedError as the strategy's policy says."""
         ids = job.clients.tolist()
         if job.momentum is not None:
-            rows = {name: u.unbind() for name, u in job.momentum.items()}
-            self.strategy.rows = {client: {n: u[k] for n, u in rows.items()} for k, client in enumerate(ids)}
+            self.strategy.rows = _by_client(ids, job.momentum)
+        if job.correction is not None:
+            self.strategy.states = _by_client(ids, job.correction)
         trained = self.strategy.train_round(
             self.grid,
             job.round_index + 1,
@@ -105,6 +106,12 @@ def _like(arrays: ArrayRecord, tensors: Tree) -> Tree:
     }
 
 
+def _by_client(ids: Sequence[int], rows: Tree) -> dict[int, Tree]:
+    """{client: its row} of rows [C, ...]."""
+    each = {name: value.unbind() for name, value in rows.items()}
+    return {client: {name: values[k] for name, values in each.items()} for k, client in enumerate(ids)}
+
+
 def _tell(progress: Progress | None, update: Update) -> None:
     if progress:
         progress(int(update.about.get("client-steps", 0)))
@@ -127,18 +134,20 @@ def _outcome(
             path = [
                 a + answer.weight / total * b for a, b in zip(path or torch.zeros_like(points), points, strict=True)
             ]
-    momentum = None
-    if job.momentum is not None:
-        own = [(answer.rows, answer.about["clients"]) for answer in answers if answer.rows]
-        order = torch.tensor([place[client] for _, clients in own for client in clients]).argsort()
-        momentum = {n: torch.cat([rows[n] for rows, _ in own])[order] for n in job.momentum}
+    order = torch.tensor([place[client] for answer in answers for client in answer.about["clients"]]).argsort()
+
+    def own(asked: Tree | None, rows: Sequence[Tree | None]) -> Tree | None:
+        found = [tree for tree in rows if tree]
+        return asked and {name: torch.cat([tree[name] for tree in found])[order] for name in asked}
+
     return Outcome(
         mean=to_device(state, problem.device),
         train_loss=metrics["train_loss"],
         consensus_distance=metrics["consensus_distance"],
         momentum_spread=metrics["momentum_spread"],
         trajectory=path,
-        momentum=momentum,
+        momentum=own(job.momentum, [answer.rows for answer in answers]),
+        correction=own(job.correction, [answer.states for answer in answers]),
         losses=losses[answered],
         answered=None if bool(answered.all()) else answered,
     )

@@ -19,7 +19,7 @@ from fedmom.errors import InputError
 from fedmom.flower.private import log
 from fedmom.method.algorithms import MOMENTUM_POLICIES, slow_step
 from fedmom.method.averaging import WeightedMean
-from fedmom.method.state import ClientState, Tree, flatten, unflatten, zeros_like
+from fedmom.method.state import ClientState, Tree, expand, flatten, unflatten, zeros_like
 from fedmom.rounds.loop import cohort
 
 from .fleet import Fleet
@@ -27,6 +27,7 @@ from .replies import (
     ARRAYS,
     CONFIG,
     ROWS,
+    STATES,
     WEIGHT,
     ShouldStop,
     Update,
@@ -49,6 +50,7 @@ class Contribution(NamedTuple):
     weight: float
     about: dict[str, Any]
     rows: Tree | None
+    states: Tree | None = None
 
 
 class TrainedRound(NamedTuple):
@@ -107,6 +109,8 @@ class PRSGDM(Strategy):
         self.evaluate_clients = evaluate_clients
         self.keeps_rows = MOMENTUM_POLICIES[momentum_policy].keeps_rows
         self.rows: dict[int, Tree] = {}  # {client: its own u}, sent along where there are any (policy "local")
+        self.states: dict[int, Tree] = {}  # {client: its own state of a correction}, sent along where there are any
+        self.message: Tree = {}  # of a correction with state, which the replies have in the place of the server's state
         self.needs_losses = False  # whether a reply must tell each client's training loss
         self._expected: Tree = {}  # what the updates of this round must look like
         self._asked: dict[int, list[int]] = {}  # {node: clients} of this round's training
@@ -131,6 +135,7 @@ class PRSGDM(Strategy):
         if not self.fleet.holders:
             self.fleet.learn(grid)
         self._expected, self._asked, bundled = unpack(arrays), {}, is_bundled(arrays)
+        self._expected = flatten(unflatten(self._expected)._replace(correction=self.message))
         if self.keeps_rows and not self.rows:
             zeros = zeros_like(unflatten(self._expected).momentum)
             self.rows = dict.fromkeys(range(self.fleet.num_clients), zeros)
@@ -142,9 +147,10 @@ class PRSGDM(Strategy):
             self._asked[holder.node_id] = clients
             asked = ConfigRecord({**config, "server-round": server_round, "clients": clients})
             content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {ARRAYS: arrays, CONFIG: asked}
-            if self.rows:
-                own = [self.rows[client] for client in clients]
-                content[ROWS] = pack({n: torch.stack([u[n] for u in own]) for n in own[0]}, bundled=bundled)
+            for name, rows in ((ROWS, self.rows), (STATES, self.states)):
+                if rows:
+                    own = [rows[client] for client in clients]
+                    content[name] = pack({n: torch.stack([u[n] for u in own]) for n in own[0]}, bundled=bundled)
             yield Message(RecordDict(content), message_type=MessageType.TRAIN, dst_node_id=holder.node_id)
 
     def aggregate_train(
@@ -197,6 +203,8 @@ class PRSGDM(Strategy):
         """
         result, arrays = Result(), initial_arrays
         result.arrays = arrays
+        if unflatten(unpack(arrays)).correction:
+            raise InputError("initial_arrays: a correction with state is fedmom's round loop's; this strategy has none")
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         self.keeps_rows |= bool(self.rows)
         self.slow = slow or zeros_like(unflatten(unpack(arrays)).params)
@@ -239,10 +247,18 @@ class PRSGDM(Strategy):
         return self._average(server_round, updates, on_update)
 
     def _accept(self, clients: Sequence[int], reply: Message) -> Update:
-        rows = None
-        if self.rows and clients:
-            rows = {name: u.expand(len(clients), *u.shape) for name, u in self.rows[clients[0]].items()}
-        return accept(reply, self._expected, self.weighted_by_key, clients=clients, rows=rows, losses=self.needs_losses)
+        rows, states = (
+            expand(own[clients[0]], len(clients)) if own and clients else None for own in (self.rows, self.states)
+        )
+        return accept(
+            reply,
+            self._expected,
+            self.weighted_by_key,
+            clients=clients,
+            rows=rows,
+            states=states,
+            losses=self.needs_losses,
+        )
 
     def _average(
         self,
@@ -256,7 +272,7 @@ class PRSGDM(Strategy):
             mean.add_one(update.state, update.weight)
             for name, value in update.metrics.items():
                 sums[name] = sums.get(name, 0.0) + update.weight * value
-            answers.append(Contribution(update.weight, update.about, update.rows))
+            answers.append(Contribution(update.weight, update.about, update.rows, update.states))
             if self.keeps_rows and update.rows:
                 for place, client in enumerate(update.about["clients"]):
                     self.rows[client] = {name: u[place].clone() for name, u in update.rows.items()}

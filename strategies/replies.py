@@ -12,6 +12,7 @@ from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy,
 from fedmom.method.state import ClientState, Tree, unflatten
 
 ARRAYS, CONFIG, ROWS, ABOUT = "arrays", "config", "rows", "clients"  # names of the records in a message
+STATES = "states"  # likewise, of the clients' own states of a correction
 WEIGHT = "num-examples"  # the metric by which updates are weighed, here and in Flower's own strategies
 
 # (a round's number, the result so far) -> whether it was the last: as Flower 1.43 asks after every round.
@@ -49,6 +50,7 @@ class Update(NamedTuple):
     metrics: dict[str, float]
     about: dict[str, Any]  # lists of the clients' own: ids, losses
     rows: Tree | None  # [k, ...] its clients' own u, for momentum policy "local"
+    states: Tree | None  # [k, ...] its clients' own states of a correction
     reply: Message
 
 
@@ -59,11 +61,12 @@ def accept(
     *,
     clients: Sequence[int] = (),
     rows: Tree | None = None,
+    states: Tree | None = None,
     losses: bool = False,
 ) -> Update:
     """A reply's content, checked against the tensors that were sent ({} checks no shapes).
 
-    clients: those asked for, if the reply must be theirs; rows: what their own rows [k, ...] must look like;
+    clients: those asked for, if the reply must be theirs; rows, states: what those of their own [k, ...] look like;
     losses: whether each client's training loss must be told.
     Raises ValueError naming the tensor that is missing, misshapen or not finite.
     """
@@ -87,13 +90,17 @@ def accept(
         raise ValueError(f"its reply is of clients {about['clients'][:5]}, which it was not asked for")
     if losses and len(about.get("train-loss", ())) != len(about.get("clients", ())):
         raise ValueError(f"its record {ABOUT!r} must have train-loss, one number for each of its clients")
-    own = unpack(content.array_records[ROWS]) if ROWS in content.array_records else None
+    own, kept = (
+        unpack(content.array_records[name]) if name in content.array_records else None for name in (ROWS, STATES)
+    )
     if rows is not None:
         _check("clients' own momentum", own or {}, rows)
+    if states is not None:
+        _check("clients' own states", kept or {}, states)
     scalars = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
     # In the order of what was sent, which a message need not keep: sums over tensors must not depend on it.
     state = unflatten({name: tensors[name] for name in expected})
-    return Update(state, float(weight), scalars, about, own, reply)
+    return Update(state, float(weight), scalars, about, own, kept, reply)
 
 
 def accept_metrics(

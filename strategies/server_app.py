@@ -26,6 +26,7 @@ from fedmom.machine.output import steady_output
 from fedmom.method.state import num_bytes
 from fedmom.records.files import ENDED
 from fedmom.results.report import finished
+from fedmom.rounds.correction import message_form
 from fedmom.rounds.loop import Plan
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback
@@ -141,6 +142,7 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, problem: Probl
     notes = [f"{counted(len(fleet.holders), 'Flower node')}, at most {counted(blocks, 'client')} each"]
     backend: AveragingRounds | StockRounds
     if keys.strategy == OURS:
+        strategy.message = {name: value.cpu() for name, value in message_form(problem, method).items()}
         backend = AveragingRounds(strategy, grid, problem, asked, keys.timeout_seconds)
         backend.settled, backend.notes = choices, notes
         return backend

@@ -23,6 +23,7 @@ from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, row_of, to_device
+from fedmom.rounds.correction import client_rows, start_of
 from fedmom.rounds.loop import Plan, clients_job
 from fedmom.rounds.round import Outcome
 from fedmom.tasks.problem import Problem
@@ -94,6 +95,7 @@ class Node:
                 held = read_source(Path(local.source), config.data.classes, targets)
                 self.problem = supervised(self.config, device, *one_of(local.common, local.client, held, targets))
             self.plan: Plan = make_plan(self.config)
+            self.begin = start_of(self.problem, self.plan.method)  # as a run begins, and one client's own state
         self._choices: dict[int, tuple[str, int]] = {}
         self.said: dict[int, Said] = {}  # {size of block: what was measured for it, or remembered}
         self._engines: dict[tuple[str, int], Engine] = {}
@@ -105,11 +107,11 @@ class Node:
         """
         wanted, size = self.config.engine, len(clients)
         if size not in self._choices:
-            start = self.problem.start()
+            start, client = self.begin
             rows = None
             if MOMENTUM_POLICIES[self.plan.method.momentum_policy].keeps_rows:
                 rows = {n: u.expand(size, *u.shape) for n, u in start.momentum.items()}
-            job = clients_job(self.problem, self.plan, 0, clients, rows)
+            job = clients_job(self.problem, self.plan, 0, clients, rows, client_rows(client, size))
             path, chunk_size = wanted.path, wanted.chunk_size
             with blamed(self._keys):
                 choice = choose(
@@ -137,21 +139,27 @@ class Node:
         round_index: int,
         start: ClientState,
         momentum: Tree | None = None,
+        correction: Tree | None = None,
         *,
         path: str = "",
         chunk_size: int = 0,
     ) -> TrainedBlock:
         """I local steps of `clients` from `start` in round 0, 1, …, and their weighted mean.
 
-        `momentum`: their own u [k, ...], for policy "local". `path` and `chunk_size` as the server settled them;
-        left out, they are chosen here. Raises InputError for a client that does not exist or a start of another model.
+        `momentum`: their own u [k, ...], for policy "local"; `correction`: their own states [k, ...].
+        `path` and `chunk_size` as the server settled them; left out, they are chosen here. Raises InputError for a
+        client that does not exist or a start of another model.
         """
         ids = self._ids(clients)
         self._check(start)
+        if (own := self.begin[1]).keys() != (correction or {}).keys():
+            raise InputError(
+                f"arrays: the clients' own states must be {', '.join(own) or 'none'}, by algorithm.correction"
+            )
         if not path:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
-        job = clients_job(self.problem, self.plan, round_index, ids, momentum)
+        job = clients_job(self.problem, self.plan, round_index, ids, momentum, correction)
         with blamed(self._keys):
             outcome = engine.run_round(to_device(start, self.problem.device), job)
         return TrainedBlock(
@@ -211,12 +219,13 @@ class Node:
         return {name: sums.tolist() for name, sums in totals.items()}
 
     def _check(self, start: ClientState) -> None:
-        expected = self.problem.start()
+        expected = self.begin[0]
         for part, own in expected._asdict().items():
             got = getattr(start, part)
             for name in {**own, **got}:
                 if name not in got or name not in own or got[name].shape != own[name].shape:
-                    raise InputError(f"arrays: {part}/{name} does not fit model.name = {self.config.model.name!r}")
+                    key = "algorithm.correction" if part == "correction" else "model.name"
+                    raise InputError(f"arrays: {part}/{name} does not fit {key} = {self._keys[key]!r}")
 
 
 @lru_cache(maxsize=1)

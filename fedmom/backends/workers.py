@@ -26,10 +26,23 @@ from fedmom.config.load import replace
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError
 from fedmom.machine.allocator import keep_freed_memory
+from fedmom.method.algorithms import Method
 from fedmom.method.partial_sums import PairwiseSum, Partial, aligned
-from fedmom.method.state import Arrays, ClientState, flatten, from_arrays, num_bytes, to_arrays, to_device, unflatten
+from fedmom.method.state import (
+    Arrays,
+    ClientState,
+    Tree,
+    concatenated,
+    flatten,
+    from_arrays,
+    num_bytes,
+    to_arrays,
+    to_device,
+    unflatten,
+)
+from fedmom.rounds.correction import message_form
 from fedmom.rounds.loop import Plan
-from fedmom.rounds.round import Backend, Job, Outcome, Progress
+from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
 
 _BLOCKS_PER_WORKER = 4  # so that a slower one does not hold up the round for long, unless
@@ -45,6 +58,7 @@ class BlockJob(NamedTuple):
     path: str = ""
     chunk_size: int = 0
     momentum: Arrays | None = None  # [k, ...] their own u, for policy "local"
+    correction: Arrays | None = None  # [k, ...] their own states of a correction
     keeps: bool = False  # whether the mean stays on the actor's node
 
 
@@ -60,6 +74,7 @@ class BlockAnswer(NamedTuple):
     mean: Arrays  # empty where it stays on the actor's node
     trained: TrainedBlock  # its outcome without tensors of the model's size
     momentum: Arrays | None
+    correction: Arrays | None
 
 
 def make_worker(config: Config) -> Callable[..., Any]:
@@ -75,22 +90,27 @@ def make_worker(config: Config) -> Callable[..., Any]:
             return total.result().packed()
         if not shared:
             return *node.choose(job.clients), node.said[len(job.clients)]
-        momentum = None if job.momentum is None else from_arrays(job.momentum)
+        momentum, correction = (None if a is None else from_arrays(a) for a in (job.momentum, job.correction))
         trained = node.train(
             job.clients.tolist(),
             job.round_index,
             unflatten(from_arrays(shared[0])),
             momentum,
+            correction,
             path=job.path,
             chunk_size=job.chunk_size,
         )
         outcome = trained.outcome
-        slim = outcome._replace(mean=ClientState({}, {}, {}), momentum=None)
-        rows = None if outcome.momentum is None else to_arrays(outcome.momentum)
-        mean, said = to_arrays(flatten(outcome.mean)), BlockAnswer({}, trained._replace(outcome=slim), rows)
+        slim = outcome._replace(mean=ClientState({}, {}, {}), momentum=None, correction=None)
+        mean, trained = to_arrays(flatten(outcome.mean)), trained._replace(outcome=slim)
+        said = BlockAnswer({}, trained, _arrays(outcome.momentum), _arrays(outcome.correction))
         return Split(said, mean) if job.keeps else said._replace(mean=mean)
 
     return answer
+
+
+def _arrays(tree: Tree | None) -> Arrays | None:
+    return None if tree is None else to_arrays(tree)
 
 
 def _partial(mean: Arrays, weight: float) -> Partial:
@@ -100,8 +120,9 @@ def _partial(mean: Arrays, weight: float) -> Partial:
 class Workers(Backend):
     """Rounds whose blocks are answered by the actors of a Pool."""
 
-    def __init__(self, pool: Pool, problem: Problem, running_var: str, path: str, chunk_size: int) -> None:
-        self.pool, self.problem, self.running_var = pool, problem, running_var
+    def __init__(self, pool: Pool, problem: Problem, method: Method, path: str, chunk_size: int) -> None:
+        self.pool, self.problem, self.running_var = pool, problem, method.running_var
+        self.message = message_form(problem, method)
         self.path, self.chunk_size = path, chunk_size
 
     def close(self) -> None:
@@ -155,10 +176,9 @@ class Workers(Backend):
         """(number of a block, its answer) as they come. Raises ClientsFailedError or InputError for one without."""
         ids, missing = job.clients.numpy(), set(numbers)
         for number in sorted(missing):
-            rows, momentum = places[number], None
-            if job.momentum is not None:
-                momentum = to_arrays({name: u[torch.from_numpy(rows)] for name, u in job.momentum.items()})
-            block = BlockJob(ids[rows], job.round_index, self.path, self.chunk_size, momentum, keeps)
+            rows, part = places[number], part_of(job, torch.from_numpy(places[number]))
+            own = _arrays(part.momentum), _arrays(part.correction)
+            block = BlockJob(ids[rows], job.round_index, self.path, self.chunk_size, *own, keeps)
             near = homes[number] if homes else ""
             self.pool.submit((job.round_index, number), block, (shared,), near=near, keep=keeps)
         while missing:
@@ -227,17 +247,16 @@ class Workers(Backend):
             return sum(part.trained.weight / total.weight * value for part, value in zip(blocks, values, strict=True))
 
         outcomes = [part.trained.outcome for part in blocks]
-        momentum = None
-        if job.momentum is not None:
-            rows = [from_arrays(part.momentum or {}) for part in blocks]
-            momentum = {name: torch.cat([u[name] for u in rows]) for name in job.momentum}
+        rows = [ClientState({}, *map(from_arrays, (p.momentum or {}, {}, p.correction or {}))) for p in blocks]
+        own = concatenated(rows)
         return Outcome(
-            mean=to_device(total.mean(start, self.running_var), self.problem.device),
+            mean=to_device(total.mean(start._replace(correction=self.message), self.running_var), self.problem.device),
             train_loss=average([outcome.train_loss for outcome in outcomes]),
             consensus_distance=average([o.consensus_distance for o in outcomes]) + total.spread("params"),
             momentum_spread=average([o.momentum_spread for o in outcomes]) + total.spread("momentum"),
             trajectory=[average(list(points)) for points in zip(*(o.trajectory for o in outcomes), strict=True)],
-            momentum=momentum,
+            momentum=own.momentum or None,
+            correction=own.correction or None,
             losses=torch.cat([outcome.losses for outcome in outcomes]),
         )
 
@@ -266,7 +285,7 @@ def make_workers(config: Config, problem: Problem, plan: Plan) -> Workers:
     except BaseException:
         pool.close()
         raise
-    backend = Workers(pool, problem, plan.method.running_var, path, chunk_size)
+    backend = Workers(pool, problem, plan.method, path, chunk_size)
     backend.settled = {
         "engine.device": resolve_device(config).engine.device,
         "engine.path": path,

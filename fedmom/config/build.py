@@ -12,6 +12,7 @@ from fedmom.config.goals import task_of
 from fedmom.config.keys import Config, EngineConfig
 from fedmom.config.load import replace
 from fedmom.config.numbers import parse_numbers, parse_table
+from fedmom.config.strategies import OURS
 from fedmom.data.arrays import channel_axis, check_cast, kind_of
 from fedmom.data.datasets import Dataset
 from fedmom.data.inputs import is_integer, numbers_in
@@ -20,13 +21,14 @@ from fedmom.errors import InputError
 from fedmom.machine.cores import usable_cores
 from fedmom.machine.memory import free_bytes
 from fedmom.machine.precision import allow_tf32
-from fedmom.method.algorithms import ALGORITHMS, Correction, Method, takes_key
+from fedmom.method.algorithms import ALGORITHMS, Correct, Correction, Method, takes_key
 from fedmom.method.graphs import GraphOptions
 from fedmom.method.randomness import CORRECTION, random_bits
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import Tree
 from fedmom.method.topology import Topology, make_topology
 from fedmom.rounds.loop import Plan
+from fedmom.rounds.watched import watched_class
 from fedmom.tasks.models import MODELS, build_model
 from fedmom.tasks.problem import Problem, data_kind
 from fedmom.tasks.quadratic import Quadratic
@@ -149,7 +151,7 @@ def make_plan(config: Config) -> Plan:
             weight_decay=algorithm.weight_decay,
             momentum_policy=algorithm.momentum_policy,
             running_var=algorithm.running_var,
-            correction=_correction(algorithm.correction, config.run.seed),
+            correction=_correction_of(config),
         ),
         rate=rate,
         num_rounds=config.run.num_rounds,
@@ -178,7 +180,21 @@ def _check_numbers(config: Config) -> None:
             raise InputError(f"algorithm.{name} = {value:g}: in run.dtype = {dtype!r} it must be at most {largest:.3g}")
 
 
-def _correction(spec: str, seed: int) -> Correction | None:
+def _correction_of(config: Config) -> Correct | Correction | None:
+    """The user's function or an object of the user's class, watched over."""
+    spec = config.algorithm.correction
+    found = load_object("algorithm.correction", spec) if is_spec(spec) else None
+    if not isinstance(found, type):
+        return _correction(spec, config.run.seed)
+    said, algorithm, strategy = f"algorithm.correction = {spec!r}", config.algorithm.name, config.server.strategy
+    if ALGORITHMS[algorithm].decentralized:
+        raise InputError(f"{said}: a correction with state needs a server, and {algorithm} has none")
+    if strategy != OURS:
+        raise InputError(f"server.strategy = {strategy!r}: a correction with state needs {OURS}; {said}")
+    return watched_class(said, found, config.run.seed)
+
+
+def _correction(spec: str, seed: int) -> Correct | None:
     """The user's function, watched over.
 
     It must give every gradient back, in its shape and dtype, and leave x alone.
@@ -209,7 +225,7 @@ def _correction(spec: str, seed: int) -> Correction | None:
         return found
 
     if keyed:
-        watched: Correction = correction
+        watched: Correct = correction
     else:
         watched = lambda grads, params, start: correction(grads, params, start)  # noqa: E731
     watched.__wrapped__ = inspect.unwrap(function)  # type: ignore[attr-defined]  # for who looks at its file

@@ -147,7 +147,7 @@ class AlgorithmConfig:
         "none",
         "your own change of the gradient",
         {"none": "the gradient as it is"},
-        "module:function",
+        "module:function, or module:Class with a state (fedmom.Correction)",
     )
     client_weights: str = key("uniform", "weights of the clients in the averages of x and u", CLIENT_WEIGHTS)
     running_var: str = key("pooled", "how the running variances of BatchNorm are averaged", RUNNING_VARS)

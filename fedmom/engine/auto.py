@@ -13,7 +13,7 @@ from torch import nn
 
 from fedmom.data.inputs import rows_of_inputs
 from fedmom.engine.calls import mixes_by
-from fedmom.engine.look import look, look_at_correction
+from fedmom.engine.look import look, look_at_any
 from fedmom.engine.paths import AUTO, FACTORS, LOOP, PATHS, STACK, VMAP, is_plain, is_settled
 from fedmom.engine.rates import Rates, Way, rate, replayable, seconds
 from fedmom.engine.stacked.kernels import registry
@@ -37,7 +37,8 @@ _SLACK = 1.25
 def bytes_per_client(problem: Problem, start: ClientState) -> int:
     """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
     # Twice the activations: backward adds a gradient to most of them.
-    return 6 * num_bytes(start.params) + 2 * num_bytes(start.buffers) + 2 * problem.activation_bytes(start)
+    own = 2 * num_bytes(start.buffers) + 4 * num_bytes(start.correction)
+    return 6 * num_bytes(start.params) + own + 2 * problem.activation_bytes(start)
 
 
 class Said(NamedTuple):
@@ -181,11 +182,11 @@ def _look(problem: Problem, method: Method, start: ClientState, job: Job, own_ro
     """
     # On copies: what a step writes into the model itself, or into x, must not hide from the look.
     twin = problem.in_dtype(problem.dtype) if isinstance(problem, Supervised) else problem
-    _try_path(twin, method, twin.start(), job, LOOP)
+    _try_path(twin, method, twin.start()._replace(correction=start.correction), job, LOOP)
     if not isinstance(problem, Supervised):
         if method.correction is not None:
             gradients = {name: torch.ones_like(x) for name, x in start.params.items()}
-            look_at_correction(method.correction, gradients, start.params)
+            look_at_any(method.correction, gradients, start)
         return None
     look(problem, start, job, method.correction)
     try:

@@ -15,18 +15,18 @@ from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.cuda_graphs import Replays
 from fedmom.engine.stacked.means import RoundEnd, RoundSums, distances
 from fedmom.engine.stacked.steps import Stack
-from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, loop_step, takes_key, vmap_step
+from fedmom.method.algorithms import (
+    MOMENTUM_POLICIES,
+    Correction,
+    Method,
+    finish_round,
+    loop_step,
+    takes_key,
+    vmap_step,
+)
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.randomness import random_bits
-from fedmom.method.state import (
-    ClientState,
-    Tree,
-    concatenated,
-    like,
-    row_of,
-    stacked,
-    where,
-)
+from fedmom.method.state import ClientState, Tree, concatenated, like, row_of, stacked, where
 from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
 
@@ -58,6 +58,7 @@ class ChunkOutcome(NamedTuple):
     losses: Tensor  # [K] float64, mean over each client's own steps
     points: Sequence[Tensor] = ()  # Σ w x after every local step, for small problems; else empty
     momentum: Tree | None = None  # [K, ...] the clients' own u at the end, in main memory, for policy "local"
+    correction: Tree | None = None  # [K, ...] likewise their own states of a correction
 
 
 class Runner(Protocol):
@@ -128,9 +129,15 @@ class PlainRunner:
         losses = torch.zeros(len(job.clients), dtype=torch.float64, device=device)
         points: list[Tensor] = []
         start, num_steps, weights = state.params, job.num_steps.to(device), job.weights.to(device)
+        told: dict[str, Any] = {"start": start}
+        correction = self.method.correction
+        if isinstance(correction, Correction):
+            told["server"] = state.correction
+            state = state._replace(correction=job.correction or {})
         for s, batch in enumerate(self.problem.round_batches(job.clients, job.first_steps, most)):
-            key = random_bits(job.clients, job.first_steps + s).to(device) if self.keyed else None
-            after, loss = self._one_step(state, batch, start, job.lrs[s], key)
+            if self.keyed:
+                told["key"] = random_bits(job.clients, job.first_steps + s).to(device)
+            after, loss = self._one_step(state, batch, told, job.lrs[s])
             moved = len(job.clients)
             if s < least:
                 state = after
@@ -146,18 +153,20 @@ class PlainRunner:
             if progress:
                 progress(moved)
         points += [points[-1]] * (len(job.lrs) - most) if points else []
-        return ChunkOutcome(state, job.weights, losses / num_steps, points)
+        own: Tree | None = None
+        if isinstance(correction, Correction):
+            lrs = torch.tensor(job.lrs, dtype=torch.float64, device=device)
+            state, own = finish_round(correction, state, start, told["server"], num_steps, lrs)
+            own = {name: value.to("cpu") for name, value in own.items()} if job.correction is not None else None
+        return ChunkOutcome(state, job.weights, losses / num_steps, points, correction=own)
 
-    def _one_step(
-        self, state: ClientState, batch: Any, start: Tree, lr: float, key: Tensor | None
-    ) -> tuple[ClientState, Tensor]:
+    def _one_step(self, state: ClientState, batch: Any, told: dict[str, Any], lr: float) -> tuple[ClientState, Tensor]:
         method = self.method
         try:
             return self.step(
                 state,
                 batch,
-                start,
-                key,
+                told,
                 gradient=self.gradient,
                 lr=lr,
                 beta=method.beta,
@@ -259,7 +268,8 @@ class Engine(Backend):
                 consensus_distance=found.consensus_distance,
                 momentum_spread=found.momentum_spread,
                 trajectory=[point / total for point in path],
-                momentum={name: torch.cat([u[name] for u in own]) for name in own[0]} if own else None,
+                momentum=own.momentum or None,
+                correction=own.correction or None,
                 losses=found.losses,
                 broken=found.broken,
             )
@@ -290,15 +300,14 @@ class Engine(Backend):
 
     def _add_up(
         self, chunks: Iterator[ChunkOutcome], job: Job, add: Callable[[Any, Tensor], None]
-    ) -> tuple[Tensor, list[Tensor], list[Tree]]:
-        """Every chunk, given to `add` -> losses [C], Σ w x after every step, the own u of each chunk that has them."""
-        losses, own = list[Tensor](), list[Tree]()
+    ) -> tuple[Tensor, list[Tensor], ClientState]:
+        """Every chunk, given to `add` -> losses [C], Σ w x after every step, the clients' own u and states [C, ...]."""
+        losses, own = list[Tensor](), list[ClientState]()
         path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.problem.small else 0)
         for chunk in chunks:
             add(chunk.ended, chunk.weights)
             losses.append(chunk.losses)
             path = [a + b for a, b in zip(path, chunk.points, strict=True)]
-            if chunk.momentum is not None:
-                own.append(chunk.momentum)
+            own.append(ClientState({}, chunk.momentum or {}, {}, chunk.correction or {}))
             del chunk  # its rows, before the next chunk's are made
-        return torch.cat(losses), path, own
+        return torch.cat(losses), path, concatenated(own)

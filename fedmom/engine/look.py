@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fedmom.engine.own_state import attributes, changed, same, shared_by
+from fedmom.engine.own_state import attributes, changed, held_by, same, shared_by
 from fedmom.errors import InputError
-from fedmom.method.algorithms import Correction, takes_key
+from fedmom.method.algorithms import Correct, Correction, takes_key
 from fedmom.method.state import ClientState, Tree
 from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Batch, Supervised, one_of_batch
 from fedmom.user_code import one_line
 
 
-def look(problem: Supervised, start: ClientState, job: Job, correction: Correction | None) -> None:
+def look(problem: Supervised, start: ClientState, job: Job, correction: Correct | Correction | None) -> None:
     """One client's steps from one state on one minibatch, one from elsewhere between them, and evaluations, by a copy.
 
     Raises InputError naming the model (or algorithm.correction) and what makes its step another one each time.
@@ -62,7 +62,7 @@ def look(problem: Supervised, start: ClientState, job: Job, correction: Correcti
     twin.check_state_dict()
     _check_buffers(problem, start, first[1])
     if correction is not None:
-        look_at_correction(correction, first[0], start.params)
+        look_at_any(correction, first[0], start)
 
 
 class _Twin:
@@ -155,7 +155,56 @@ def _check_buffers(problem: Supervised, start: ClientState, after: Tree) -> None
             raise InputError(f"{problem.called}: a training step turns the buffer {name} from {now}; keep its shape")
 
 
-def look_at_correction(correction: Correction, grads: Tree, params: Tree) -> None:
+def look_at_any(correction: Correct | Correction, grads: Tree, start: ClientState) -> None:
+    """A look at a plain function, or at a class with state. Raises InputError that names what breaks its contract."""
+    if isinstance(correction, Correction):
+        look_at_memory(correction, grads, start)
+    else:
+        look_at_correction(correction, grads, start.params)
+
+
+def look_at_memory(correction: Correction, grads: Tree, start: ClientState) -> None:
+    """One client's round of one step twice, and the server's part of it.
+
+    Raises InputError where the answers differ, random numbers were drawn, something beside the states has changed, or
+    what was given is not what it was (through `.data`, which keeps no count of writes).
+    """
+    of = getattr(correction, "of", correction)  # the user's own object, in a wrapper that watches it
+    owner = type(of)
+    said, x = f"algorithm.correction: the class {owner.__name__}", start.params
+    device, dtype = next(iter(x.values())).device, next(iter(x.values())).dtype
+    count, lr = torch.ones((), dtype=torch.int64, device=device), torch.ones((), dtype=dtype, device=device)
+    more = {"key": torch.zeros((), dtype=torch.int64, device=device)} if takes_key(correction) else {}
+    answers, given = list[Tree](), list[tuple[Tree, Tree]]()
+
+    def copied(tree: Tree) -> Tree:
+        given.append((tree, {name: value.clone() for name, value in tree.items()}))
+        return given[-1][1]
+
+    with _random_states() as before:
+        shared = shared_by(owner) | held_by(of)
+        for _ in range(2):
+            client, server = correction.start(copied(x))
+            found = correction.gradient(copied(grads), copied(x), copied(x), copied(client), copied(server), **more)
+            g, own = found if isinstance(found, tuple) else (found, client)
+            after, message = correction.finish(copied(x), copied(x), copied(own), copied(server), count, lr)
+            gathered = correction.gather(copied(server), copied(message), 0.5)
+            trees = {"g": g, "the client's": after, "the message's": message, "the server's": gathered}
+            answers.append({f"{part} {name}": value for part, tree in trees.items() for name, value in tree.items()})
+        if name := _drawn(before):
+            advice = "give `gradient` a parameter `key`, and take fedmom.normal_like(g, key, number of g)"
+            raise InputError(f"{said} draws random numbers of {name}, so that no run can be repeated; {advice}")
+    nothing = torch.zeros(())
+    for old, now in given:
+        if name := _first_that_differs((now, {}, nothing), (old, {}, nothing), ""):
+            raise InputError(f"{said} writes into the tensor {name} that it was given; return other tensors")
+    if name := changed(shared, shared_by(owner) | held_by(of)):
+        raise InputError(f"{said} changes {name} (what it remembers must be in the client's or the server's state)")
+    if name := _first_that_differs((answers[0], {}, nothing), (answers[1], {}, nothing), ""):
+        raise InputError(f"{said} gives two answers in the same place (of {name})")
+
+
+def look_at_correction(correction: Correct, grads: Tree, params: Tree) -> None:
     """The same gradients twice.
 
     Raises InputError where the answers differ, random numbers were drawn, or x is not what it was (through `.data`,

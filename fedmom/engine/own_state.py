@@ -38,6 +38,15 @@ def attributes(model: nn.Module) -> dict[str, Any]:
     return found | shared_by(*{cls for module in model.modules() for cls in type(module).__mro__})
 
 
+def held_by(thing: object) -> dict[str, Any]:
+    """Copies of the attributes of an object of the user's own; of what cannot be copied nothing."""
+    found = {}
+    for key, value in vars(thing).items():
+        with contextlib.suppress(Exception):  # a user's object may refuse
+            found[f"the attribute {key!r} of {type(thing).__name__}"] = _copy(value)
+    return found
+
+
 def shared_by(*owners: type | Callable[..., Any]) -> dict[str, Any]:
     """Copies of what stands on the user's own classes and functions, and in global variables beside these.
 

@@ -6,10 +6,9 @@ buffers, losses and spreads after two steps, to rounding of the whole step.
 """
 
 import copy
-import math
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,16 @@ from fedmom.data.inputs import called_with
 from fedmom.engine.calls import Precision
 from fedmom.engine.engine import Engine
 from fedmom.engine.paths import PATHS, is_plain
+from fedmom.engine.stacked.agreement import Reached, distance, is_all_finite
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS, PLAIN
 from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.errors import InputError
 from fedmom.machine.precision import exactly
-from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, takes_key
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Correction, Method, takes_key
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.randomness import random_bits, uniform
-from fedmom.method.state import ClientState, row_of
+from fedmom.method.state import ClientState, Tree, row_of
+from fedmom.rounds.correction import start_of
 from fedmom.rounds.round import Job
 from fedmom.tasks.places import copied
 from fedmom.tasks.supervised import Batch, Supervised, one_of_batch
@@ -38,14 +39,6 @@ _UNITS = 300  # of rounding, where a model computes in fewer digits than float64
 _LOOSE = 0.02
 _SECONDS, _WAYS = 20.0, 6  # that comparing so many ways may take before it is made smaller
 _FEW_EXAMPLES = 8
-
-
-class _Reached(NamedTuple):
-    """What clients came to: plainly, or by some way."""
-
-    states: list[ClientState]  # by name in `parts`: the mean, or every client's own
-    losses: Tensor  # [C] float64
-    spreads: tuple[float, float]  # of x and of u, where they are means
 
 
 class Yardstick:
@@ -88,16 +81,16 @@ class Yardstick:
             self.job = self._short(job, count)
             self.start, self.rows = self._begin(count, by)
             self.want = self._plain(0.0)
-            if _finite(self.want):
+            if is_all_finite(self.want):
                 break
-        if seen.eps > torch.finfo(F64).eps and _finite(self.want):
+        if seen.eps > torch.finfo(F64).eps and is_all_finite(self.want):
             # In fewer digits: as much as plain torch and itself are apart from starts that float32 cannot tell.
-            natural = self._away(self._plain(8 * torch.finfo(torch.float32).eps), self.want)[0]
+            natural = self._distance(self._plain(8 * torch.finfo(torch.float32).eps), self.want)[0]
             self.tolerance = min(max(_EXACT, 30 * natural), _UNITS * seen.eps, _LOOSE)
 
     def differs(self, path: str) -> str:
         """ "" or how the way `path` of PATHS differs from plain torch, in words."""
-        if not _finite(self.want):  # the run itself will say so; until then the plainest way is taken
+        if not is_all_finite(self.want):  # the run itself will say so; until then the plainest way is taken
             why = "plain torch's first two steps are not finite, so that nothing can be compared"
             return "" if is_plain(path) else why
         ways, way = [""], PATHS[path]
@@ -124,11 +117,11 @@ class Yardstick:
             if convolution in ("", PLAIN) or self.problem.device.type == "cpu":
                 raise
             return ""  # one that cannot run here (no compiler for Triton, no kernel) is never chosen
-        found = self._away(got, self.want)
+        found = self._distance(got, self.want)
         if found[0] <= self.tolerance:
             return ""
         # Some models amplify rounding: as much as between plain torch and itself from a start that is rounded anew.
-        natural = self._away(self._plain(8 * torch.finfo(F64).eps), self.want)
+        natural = self._distance(self._plain(8 * torch.finfo(F64).eps), self.want)
         if found[0] <= 100 * natural[0] < _LOOSE:
             return ""
         return f"{found[1]} differs from plain torch's after two steps, by {found[0]:.1g} of the whole step"
@@ -155,17 +148,19 @@ class Yardstick:
             lrs=list(self.lrs),
             momentum=None,
             rows=None,
+            correction=None,
             following=None,
         )
 
     def _begin(self, count: int, by: float) -> tuple[ClientState, ClientState]:
         """(the common start, every client's own start [C, ...]): x off the model's own, u not zero."""
-        own = self.problem.start()
+        own, client = start_of(self.problem, self.method)
         policy = MOMENTUM_POLICIES[self.method.momentum_policy]
         common = self._moved(own, 0, by)
         rows = [self._moved(own, 1 + i, by) if self.own_rows or policy.keeps_rows else common for i in range(count)]
         if not self.own_rows:  # as a round begins, which the engine does by itself
             rows = [common._replace(momentum=policy.start(common.momentum, row.momentum)) for row in rows]
+            rows = [row._replace(correction=_off(client, i, by)) for i, row in enumerate(rows)]
         trees = zip(*rows, strict=True)
         return common, ClientState(*({n: torch.stack([t[n] for t in tree]) for n in tree[0]} for tree in trees))
 
@@ -176,22 +171,30 @@ class Yardstick:
             away = [(2 * uniform(which, number, part, places) - 1).to(x.dtype) for part in (0, 1)]
             size = x.abs() + (x.square().mean().sqrt() if x.numel() else 0) + 1e-3
             params[name], momentum[name] = x + by * size * away[0], 0.1 * size * away[1]
-        return ClientState(params, momentum, {n: b.clone() for n, b in own.buffers.items()})
+        return ClientState(
+            params, momentum, {n: b.clone() for n, b in own.buffers.items()}, _off(own.correction, 9, by)
+        )
+
+    def _distance(self, got: Reached, want: Reached) -> tuple[float, str]:
+        return distance(
+            got, want, [row_of(self.rows, i) if self.own_rows else self.start for i in range(len(want.states))]
+        )
 
     # --- plainly, and by an engine ---------------------------------------------------------------------------
 
-    def _plain(self, rounding: float) -> _Reached:
+    def _plain(self, rounding: float) -> Reached:
         """rounding: by how much x starts elsewhere, relatively."""
         batches = list(self.problem.round_batches(self.job.clients, self.job.first_steps, len(self.lrs)))
-        ends, losses = [], []
+        ends, memories, losses = [], list[Tree](), []
         for i, steps in enumerate(self.job.num_steps.tolist()):
             own = [one_of_batch(batch, i) for batch in batches[:steps]]
-            state, loss = self._one_client(i, own, rounding)
+            state, kept, loss = self._one_client(i, own, rounding)
             ends.append(state)
+            memories.append(kept)
             losses.append(loss)
         every = torch.tensor(losses, dtype=F64)
         if self.own_rows:
-            return _Reached(ends, every, (0.0, 0.0))
+            return Reached(ends, every, (0.0, 0.0))
         mean = WeightedMean(self.method.running_var)
         for state, weight in zip(ends, self.job.weights.split(1), strict=True):
             mean.add(ClientState(*({n: v[None] for n, v in tree.items()} for tree in state)), weight)
@@ -199,10 +202,12 @@ class Yardstick:
         states = [averages]
         if MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows:
             states += [ClientState({}, state.momentum, {}) for state in ends]
-        return _Reached(states, every, (mean.spread("params"), mean.spread("momentum")))
+        if any(memories):
+            states += [ClientState({}, {}, {}, kept) for kept in memories]
+        return Reached(states, every, (mean.spread("params"), mean.spread("momentum")))
 
-    def _one_client(self, i: int, batches: Sequence[Batch], rounding: float) -> tuple[ClientState, float]:
-        """Client i of the few, from its start."""
+    def _one_client(self, i: int, batches: Sequence[Batch], rounding: float) -> tuple[ClientState, Tree, float]:
+        """Client i of the few, from its start -> (its end with its message, a correction's state of it, its loss)."""
         model, m, start = copied(self.model), self.method, row_of(self.rows, i)
         here = {name: p for name, p in model.named_parameters() if p.requires_grad}
         buffers = dict(model.named_buffers())
@@ -215,7 +220,7 @@ class Yardstick:
                 buffers[name].copy_(b)
         begun = {name: p.detach().clone() for name, p in here.items()}
         momenta = {n: _as(p, start.momentum[n]).clone() for n, p in here.items()}
-        total = 0.0
+        own, total = start.correction, 0.0
         for s, (batch, lr) in enumerate(zip(batches, self.lrs, strict=False)):
             for name in self.problem.dropout_keys:
                 buffers[name].copy_(batch.dropout_key)
@@ -228,13 +233,7 @@ class Yardstick:
                 grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for n, p in here.items()}
                 grads = {n: g + m.weight_decay * here[n] for n, g in grads.items()}
                 if m.correction is not None:
-                    trees = (grads, here, begun)
-                    sent, now, then = ({n: _real(t.detach().clone()) for n, t in tree.items()} for tree in trees)
-                    more = {}
-                    if takes_key(m.correction):
-                        key = random_bits(self.job.clients[i], self.job.first_steps[i] + s)
-                        more["key"] = key.to(self.problem.device)
-                    grads = {n: _as(here[n], g) for n, g in m.correction(sent, now, then, **more).items()}
+                    grads, own = self._corrected(i, s, (grads, here, begun), own)
                 # As torch.optim.SGD(momentum=β, nesterov=…) does, whose first step would take seconds to import
                 # torch._dynamo.
                 for n, p in here.items():
@@ -244,61 +243,64 @@ class Yardstick:
         params = {name: _real(p.detach()) for name, p in here.items()}
         momentum = {n: _real(u) for n, u in momenta.items()}
         after = dict(model.named_buffers())
-        return ClientState(params, momentum, {n: after[n] for n in start.buffers}), total / len(batches)
+        own, message = self._finished(params, begun, own, len(batches))
+        end = ClientState(params, momentum, {n: after[n] for n in start.buffers}, message)
+        return end, own, total / len(batches)
 
-    def _by(self, engine: Engine) -> _Reached:
+    def _corrected(self, i: int, s: int, trees: Sequence[Mapping[str, Tensor]], own: Tree) -> tuple[Tree, Tree]:
+        """Client i's gradient in step s by the correction, and its state; trees: gradient, x and the round's start."""
+        correction, more = self.method.correction, dict[str, Any]()
+        assert correction is not None
+        g, x, then = ({n: _real(t.detach().clone()) for n, t in tree.items()} for tree in trees)
+        if takes_key(correction):
+            key = random_bits(self.job.clients[i], self.job.first_steps[i] + s)
+            more["key"] = key.to(self.problem.device)
+        if isinstance(correction, Correction):
+            found = correction.gradient(g, x, then, own, self.start.correction, **more)
+            sent, own = found if isinstance(found, tuple) else (found, own)
+        else:
+            sent = correction(g, x, then, **more)
+        return {n: _as(trees[1][n], g) for n, g in sent.items()}, own
+
+    def _finished(self, params: Tree, begun: Tree, own: Tree, steps: int) -> tuple[Tree, Tree]:
+        """A client's state of the correction, and its message, after so many steps."""
+        correction, device = self.method.correction, self.problem.device
+        if not isinstance(correction, Correction):
+            return own, {}
+        count = torch.tensor(steps, device=device)
+        total_lr = torch.tensor(sum(self.lrs[:steps]), dtype=self.problem.dtype, device=device)
+        before = {n: _real(x) for n, x in begun.items()}
+        return correction.finish(params, before, own, self.start.correction, count, total_lr)
+
+    def _by(self, engine: Engine) -> Reached:
         if self.own_rows:
             rows, losses, _ = engine.run_rows(self.rows, self.job._replace(rows=None))
-            return _Reached([row_of(rows, i) for i in range(len(losses))], losses.cpu(), (0.0, 0.0))
+            return Reached([row_of(rows, i) for i in range(len(losses))], losses.cpu(), (0.0, 0.0))
         job = self.job
         keeps = MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows
         if keeps:
             job = job._replace(momentum={n: u.cpu() for n, u in self.rows.momentum.items()})
+        if self.rows.correction:
+            job = job._replace(correction={n: value.cpu() for n, value in self.rows.correction.items()})
         outcome = engine.run_round(self.start, job)
         states = [outcome.mean]
         if outcome.momentum is not None:
             own = {n: u.to(self.problem.device) for n, u in outcome.momentum.items()}
             states += [ClientState({}, {n: u[i] for n, u in own.items()}, {}) for i in range(len(job.clients))]
-        return _Reached(states, outcome.losses.cpu(), (outcome.consensus_distance, outcome.momentum_spread))
-
-    # --- how far apart ---------------------------------------------------------------------------------------
-
-    def _away(self, got: _Reached, want: _Reached) -> tuple[float, str]:
-        """(the largest distance, in parts of the whole step, and what is so far)."""
-        begun = [row_of(self.rows, i) if self.own_rows else self.start for i in range(len(want.states))]
-        found: list[tuple[float, str]] = []
-        for part in ("params", "momentum"):
-            away, step, names = 0.0, 0.0, list[tuple[float, str]]()
-            for one, other, before in zip(got.states, want.states, begun, strict=True):
-                for name, value in getattr(other, part).items():
-                    square = float((getattr(one, part)[name] - value).abs().double().square().sum())
-                    names.append((square, name))
-                    away += square
-                    step += float((value - getattr(before, part)[name]).abs().double().square().sum())
-            worst = max(names, key=lambda pair: pair[0])[1] if names else ""
-            found.append((_ratio(away**0.5, step**0.5), f"{'x' if part == 'params' else 'u'} of {worst}"))
-        for one, other, before in zip(got.states, want.states, begun, strict=True):
-            for name, value in other.buffers.items():
-                off = float((one.buffers[name].double() - value.double()).square().sum()) ** 0.5
-                moved = float((value.double() - before.buffers[name].double()).square().sum()) ** 0.5
-                size = float(value.double().square().sum()) ** 0.5
-                found.append((_ratio(off, moved + size), f"the buffer {name}"))
-        off = float((got.losses - want.losses).abs().max())
-        found.append((_ratio(off, 1 + float(want.losses.abs().max())), "the loss"))
-        for name, a, b in zip(("consensus distance", "momentum spread"), got.spreads, want.spreads, strict=True):
-            moved = float(sum(t.double().square().sum() for t in want.states[0].params.values()))
-            found.append((_ratio(abs(a - b), b + 1e-12 * moved), f"the {name}"))
-        return max(found)
+        if outcome.correction is not None:
+            own = {n: value.to(self.problem.device) for n, value in outcome.correction.items()}
+            states += [ClientState({}, {}, {}, {n: v[i] for n, v in own.items()}) for i in range(len(job.clients))]
+        return Reached(states, outcome.losses.cpu(), (outcome.consensus_distance, outcome.momentum_spread))
 
 
-def _ratio(away: float, step: float) -> float:
-    """away / step; infinite for what is not a number."""
-    return 0.0 if away == 0 else away / step if step > 0 and math.isfinite(away) else math.inf
-
-
-def _finite(reached: _Reached) -> bool:
-    tensors = [t for state in reached.states for tree in state for t in tree.values() if t.is_floating_point()]
-    return all(bool(torch.isfinite(t).all()) for t in [*tensors, reached.losses])
+def _off(tree: Tree, which: int, by: float) -> Tree:
+    """A correction's real tensors, moved a little, so that no part of its formula is 0."""
+    moved = {}
+    for number, (name, value) in enumerate(tree.items()):
+        places = torch.arange(value.numel(), device=value.device).reshape(value.shape)
+        away = by * (2 * uniform(7, which, number, places) - 1)
+        moved[name] = value + away.to(value.dtype) if value.is_floating_point() else value.clone()
+    return moved
 
 
 def _as(parameter: Tensor, value: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def _measured(
     replays = replayable(plan.method, job, plan.topology is not None)
     speed = rate(problem, plan.method, begun.state, job, path, size, replays=replays)
     per_round = plan.cohort_size * float(plan.steps_of(problem.sizes).mean())
-    rows = [] if begun.client_momentum is None else [begun.client_momentum]
+    rows = [tree for tree in (begun.client_momentum, begun.client_correction) if tree is not None]
     rows += [] if begun.rows is None else list(begun.rows)
     state = [*begun.state, *([] if begun.slow_momentum is None else [begun.slow_momentum])]
     return {

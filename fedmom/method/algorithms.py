@@ -18,17 +18,78 @@ from fedmom.method.state import ClientState, Tree, zeros_like
 
 # gradient(params, buffers, batch) -> (gradients, buffers after the forward pass, loss)
 Gradient = Callable[[Tree, Tree, Any], tuple[Tree, Tree, Tensor]]
-# correction(gradients, params, params at the start of the round) -> gradients, of one client; with a parameter `key` it
+# correct(gradients, params, params at the start of the round) -> gradients, of one client; with a parameter `key` it
 # is also given the int64 address [] of the client's step, for random numbers
-Correction = Callable[..., Tree]
+Correct = Callable[..., Tree]
 
 
-def takes_key(correction: Correction) -> bool:
+class Correction:
+    """A change of the gradient that remembers: every client has a state of its own between rounds, the server another.
+
+    A class of yours that `algorithm.correction = "module:Class"` names is made without arguments, and may derive from
+    this one, whose methods remember nothing. A state is a dict of tensors, {} where there is none; x, g and the states
+    are given without a client axis, and a method returns new tensors instead of writing into these. SCAFFOLD
+    (Karimireddy et al., ICML 2020) and a FedProx with memory are examples/memory.py.
+    """
+
+    def start(self, params: Tree) -> tuple[Tree, Tree]:
+        """(one client's state, the server's) before the first round, at x⁰ = `params`.
+
+        A client that was never drawn has this state. The tensors' names, shapes and dtypes stay those of the start.
+        """
+        return {}, {}
+
+    def gradient(self, g: Tree, x: Tree, x_start: Tree, client: Tree, server: Tree) -> Tree | tuple[Tree, Tree]:
+        """At every local step: the gradient by which u and x are moved, or (gradient, client's state after the step).
+
+        g: with weight decay; x_start: x at the start of the round; server: its state at the start of the round. A sixth
+        parameter `key` is given the int64 address [] of the client's step, for `fedmom.normal_like`.
+        """
+        return g
+
+    def finish(
+        self, x: Tree, x_start: Tree, client: Tree, server: Tree, num_steps: Tensor, total_lr: Tensor
+    ) -> tuple[Tree, Tree]:
+        """After a client's last local step of a round: (its state, its message to the server).
+
+        num_steps: int64 [], the steps it took. total_lr: [] in the dtype of x, Σγ over them, which is I·γ where γ is
+        constant: with β = 0, (x_start − x) / total_lr is the mean of its gradients by γ. The message is a dict of real
+        tensors, the same names and shapes from every client in every round; its bytes count in bytes_sent.
+        """
+        return client, {}
+
+    def gather(self, server: Tree, mean_message: Tree, share: float) -> Tree:
+        """At the server, once per round: its new state.
+
+        mean_message: Σ p_i message_i over the clients that answered, with the weights p_i of the averages of x and u.
+        share: the part of all clients' weights that those have: |S|/N for client-weights = "uniform", and
+        Σ_S n_i / Σ n_i for "samples". So share · mean_message is the sum over those, divided as for all N clients.
+        """
+        return server
+
+
+def takes_key(correction: Correct | Correction) -> bool:
     """Whether a correction wants the address of the step."""
+    function = correction.gradient if isinstance(correction, Correction) else correction
     try:
-        return "key" in inspect.signature(correction).parameters
+        return "key" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # what has no signature takes what all take
         return False
+
+
+def user_object(correction: Correct | Correction) -> Any:
+    """What the user wrote, within the wrappers that watch it: the function or the class."""
+    outer: Any = correction
+    return inspect.unwrap(outer)
+
+
+def corrected(
+    correction: Correction, grads: Tree, state: ClientState, start: Tree, server: Tree, key: Tensor | None
+) -> tuple[Tree, Tree]:
+    """One client's gradient by a correction with state, and its state after the step."""
+    more = {} if key is None else {"key": key}
+    found = correction.gradient(grads, state.params, start, state.correction, server, **more)
+    return found if isinstance(found, tuple) else (found, state.correction)
 
 
 def momentum_step(state: ClientState, grads: Tree, *, lr: float, beta: float, nesterov: bool) -> ClientState:
@@ -40,7 +101,7 @@ def momentum_step(state: ClientState, grads: Tree, *, lr: float, beta: float, ne
     momentum = {name: beta * u + grads[name] for name, u in state.momentum.items()}
     step = {name: beta * u + grads[name] for name, u in momentum.items()} if nesterov else momentum
     params = {name: x - lr * step[name] for name, x in state.params.items()}
-    return ClientState(params, momentum, state.buffers)
+    return state._replace(params=params, momentum=momentum)
 
 
 def local_step(
@@ -52,45 +113,63 @@ def local_step(
     beta: float,
     nesterov: bool = False,
     weight_decay: float = 0.0,
-    correction: Correction | None = None,
+    correction: Correct | Correction | None = None,
     start: Tree | None = None,
     key: Tensor | None = None,
+    server: Tree | None = None,
 ) -> tuple[ClientState, Tensor]:
     """One client's step on one minibatch -> (state, loss before the step).
 
     L2 weight decay is part of f, so it enters g: g = ∇F(x; ξ) + λx. That is linear and keeps the mean. A `correction`
-    of the user's own comes after it: g ← correction(g, x, x at the `start` of the round), and the `key` of the step.
+    of the user's own comes after it: g ← correction(g, x, x at the `start` of the round), and the `key` of the step;
+    one with state also gets the client's, state.correction, and the `server`'s.
     """
     grads, buffers, loss = gradient(state.params, state.buffers, batch)
     if weight_decay:
         grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}
-    if correction is not None:
+    if isinstance(correction, Correction):
+        grads, own = corrected(correction, grads, state, start or {}, server or {}, key)
+        state = state._replace(correction=own)
+    elif correction is not None:
         assert start is not None
         more = {} if key is None else {"key": key}
         grads = correction(grads, state.params, start, **more)
     return momentum_step(state._replace(buffers=buffers), grads, lr=lr, beta=beta, nesterov=nesterov), loss
 
 
-def vmap_step(
-    state: ClientState, batch: Any, start: Tree, key: Tensor | None, **method: Any
-) -> tuple[ClientState, Tensor]:
-    """One local step of K stacked clients at once."""
+def vmap_step(state: ClientState, batch: Any, told: dict[str, Any], **method: Any) -> tuple[ClientState, Tensor]:
+    """One local step of K stacked clients at once; `told`: what their correction knows, [K, ...] each."""
     if method.get("correction") is None:
         return torch.vmap(partial(local_step, **method))(state, batch)
 
-    def step(state: ClientState, batch: Any, start: Tree, *key: Tensor) -> tuple[ClientState, Tensor]:
-        return local_step(state, batch, start=start, key=key[0] if key else None, **method)
+    def step(state: ClientState, batch: Any, told: dict[str, Any]) -> tuple[ClientState, Tensor]:
+        return local_step(state, batch, **told, **method)
 
-    return torch.vmap(step)(state, batch, start, *([] if key is None else [key]))
+    return torch.vmap(step)(state, batch, told)
 
 
-def loop_step(
-    state: ClientState, batch: Any, start: Tree, key: Tensor | None, **method: Any
-) -> tuple[ClientState, Tensor]:
+def loop_step(state: ClientState, batch: Any, told: dict[str, Any], **method: Any) -> tuple[ClientState, Tensor]:
     """One local step of a stack of one client, in the plain way."""
-    state, batch, start = tree_map(lambda t: t[0], (state, batch, start))
-    own = None if key is None else key[0]
-    return tree_map(lambda t: t[None], local_step(state, batch, start=start, key=own, **method))
+    state, batch, told = tree_map(lambda t: t[0], (state, batch, told))
+    return tree_map(lambda t: t[None], local_step(state, batch, **told, **method))
+
+
+def finish_round(
+    correction: Correction, state: ClientState, start: Tree, server: Tree, num_steps: Tensor, lrs: Tensor
+) -> tuple[ClientState, Tree]:
+    """K stacked clients at the end of a round -> (their states with the messages as `correction`, their own states).
+
+    start: x, server: the server's state, [K, ...] both; num_steps [K]; lrs [I] float64, γ of every step.
+    """
+    x = next(iter(state.params.values()), lrs)
+    total = lrs.cumsum(0)[num_steps - 1].to(x.dtype)
+    given = (state.params, start, state.correction, server, num_steps, total)
+    if len(num_steps) == 1:  # as `loop_step`: what cannot be mapped may be done for one
+        one = correction.finish(*tree_map(lambda t: t[0], given))
+        own, messages = tree_map(lambda t: t[None], one)
+    else:
+        own, messages = torch.vmap(correction.finish)(*given)
+    return state._replace(correction=messages), own
 
 
 def slow_step(before: Tree, mean: Tree, slow: Tree, *, lr: float, alpha: float, eta: float) -> tuple[Tree, Tree]:
@@ -193,7 +272,7 @@ class Method(NamedTuple):
     weight_decay: float = 0.0
     momentum_policy: str = "average"
     running_var: str = "pooled"
-    correction: Correction | None = None  # of the gradient, the user's own
+    correction: Correct | Correction | None = None  # of the gradient, the user's own
 
 
 class Algorithm(NamedTuple):

@@ -141,7 +141,7 @@ def pool(means: dict[tuple[str, str], Tensor], spreads: Mapping[tuple[str, str],
     """Add to a mean of variances the variance of their means: its squared deviation, by its weight."""
     for part, name in means:
         partner = (part, name.removesuffix(VAR) + MEAN)
-        if name.endswith(VAR) and partner in means:
+        if part == "buffers" and name.endswith(VAR) and partner in means:
             deviation, weight = spreads[partner]
             means[part, name] += 0 if deviation is None else deviation / weight
 

@@ -1,4 +1,4 @@
-"""What a client carries, as a value: the model x, the momentum u and the model's buffers."""
+"""What a client carries, as a value: the model x, the momentum u, the model's buffers, a correction's own state."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 
 Tree = dict[str, Tensor]
 Arrays = dict[str, np.ndarray]
+_NOTHING: Tree = {}  # never written into
 
 
 class ClientState(NamedTuple):
@@ -18,6 +19,9 @@ class ClientState(NamedTuple):
     params: Tree  # x, {name: [*shape]} or {name: [K, *shape]}
     momentum: Tree  # u, the same names and shapes
     buffers: Tree  # BatchNorm's statistics and other tensors that no gradient moves
+    # Of a correction with state (`algorithms.Correction`); else empty. A client has its own state here, the common
+    # start of a round the server's, and the mean of a round the mean of the clients' messages.
+    correction: Tree = _NOTHING
 
 
 def initial_state(params: Tree, buffers: Tree) -> ClientState:
@@ -90,18 +94,18 @@ def is_finite(tree: Tree) -> bool:
 
 
 def flatten(state: ClientState) -> Tree:
-    """`params/NAME`, `momentum/NAME`, `buffers/NAME`: the form on the wire and in files."""
+    """`params/NAME`, `momentum/NAME`, `buffers/NAME`, `correction/NAME`: the form on the wire and in files."""
     parts = state._asdict().items()
     return {f"{part}/{name}": value for part, tree in parts for name, value in tree.items()}
 
 
 def unflatten(tensors: Mapping[str, Tensor]) -> ClientState:
-    """The inverse of `flatten`. Raises ValueError for a name without one of the three prefixes."""
-    state = ClientState({}, {}, {})
+    """The inverse of `flatten`. Raises ValueError for a name without one of the four prefixes."""
+    state = ClientState({}, {}, {}, {})
     for key, value in tensors.items():
         part, slash, name = key.partition("/")
         if not slash or part not in ClientState._fields:
-            raise ValueError(f"tensor {key!r}: expected params/…, momentum/… or buffers/…")
+            raise ValueError(f"tensor {key!r}: expected params/…, momentum/…, buffers/… or correction/…")
         getattr(state, part)[name] = value
     return state
 

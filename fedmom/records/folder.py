@@ -49,8 +49,8 @@ def _checkpointed(done: RunState) -> Tree:
 
 def _rows(done: RunState) -> ClientState | None:
     """The tensors of clients.safetensors: what every client has of its own."""
-    if done.client_momentum is not None:
-        return ClientState({}, done.client_momentum, {})
+    if done.client_momentum is not None or done.client_correction is not None:
+        return ClientState({}, done.client_momentum or {}, {}, done.client_correction or {})
     return done.rows
 
 
@@ -212,6 +212,7 @@ class RunFolder:
             state=state,
             client_momentum=rows.momentum if rows and template.client_momentum is not None else None,
             rows=rows if template.rows is not None else None,
+            client_correction=rows.correction if rows and template.client_correction is not None else None,
             slow_momentum=slow,
             **{name: about[name] for name in _COUNTS},
         )

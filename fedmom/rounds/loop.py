@@ -18,6 +18,7 @@ from fedmom.method.randomness import COHORT, random_bits
 from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, stacked, zeros_like
 from fedmom.method.topology import Topology
+from fedmom.rounds.correction import client_rows, gathered, start_of
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
 from fedmom.rounds.round import Backend, Early, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
@@ -56,10 +57,14 @@ class Plan(NamedTuple):
         return round_number % self.eval_every == 0 or round_number == self.num_rounds
 
     def bytes_sent(self, round_index: int, num_clients: int, state: ClientState) -> int:
-        """By all clients in round 0, 1, …; `state`: of one client."""
+        """By all clients in round 0, 1, …; `state`: as one client sends it, with the message of a correction."""
         if self.topology is None:
             return num_clients * bytes_per_exchange(state, self.method)
         return self.topology.at(round_index).num_links() * bytes_per_exchange(state, self.method)
+
+    def weights_of(self, sizes: np.ndarray) -> np.ndarray:
+        """[C] weights of clients with so many examples in the averages, not normalised."""
+        return sizes if self.client_weights == "samples" else np.ones(len(sizes))
 
     def steps_of(self, sizes: np.ndarray) -> np.ndarray:
         """[N] local steps of each client in a round: I, or local_epochs × ⌈n_i / B⌉."""
@@ -77,7 +82,7 @@ class RunState(NamedTuple):
     """A run between two rounds: all that a checkpoint must hold."""
 
     round: int  # rounds done
-    state: ClientState  # x̂, û and the buffers
+    state: ClientState  # x̂, û, the buffers, and the server's state of a correction
     client_momentum: Tree | None  # [N, ...] every client's own u, for policy "local"
     slow_momentum: Tree | None = None  # the server's own, of SlowMo
     rows: ClientState | None = None  # [N, ...] every client's own x, u and buffers, of Algorithm 2
@@ -86,6 +91,7 @@ class RunState(NamedTuple):
     bytes_sent: int = 0  # by all clients so far
     wall_seconds: float = 0.0
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings state and rows from where they are
+    client_correction: Tree | None = None  # [N, ...] every client's own state of a correction, in main memory
 
     def gathered(self) -> "RunState":
         """The same with its state and rows here, where others hold them."""
@@ -97,14 +103,15 @@ class RunState(NamedTuple):
 
 def beginning(problem: Problem, plan: Plan) -> RunState:
     """The state before the first round."""
-    start = problem.start()
+    start, client = start_of(problem, plan.method)
     rows = None
     if plan.topology is not None:
         own = ClientState(*({n: v.clone() for n, v in tree.items()} for tree in stacked(start, len(problem.sizes))))
         return RunState(0, start, None, rows=own)
     if MOMENTUM_POLICIES[plan.method.momentum_policy].keeps_rows:
         rows = {n: torch.zeros(len(problem.sizes), *u.shape, dtype=u.dtype) for n, u in start.momentum.items()}
-    return RunState(0, start, rows, zeros_like(start.params) if plan.slow else None)
+    slow = zeros_like(start.params) if plan.slow else None
+    return RunState(0, start, rows, slow, client_correction=client_rows(client, len(problem.sizes)))
 
 
 def cohort(num_clients: int, cohort_size: int, seed: int, round_index: int) -> np.ndarray:
@@ -116,20 +123,23 @@ def cohort(num_clients: int, cohort_size: int, seed: int, round_index: int) -> n
 
 
 def bytes_per_exchange(state: ClientState, method: Method) -> int:
-    """What one client sends per round (and receives): x, the buffers, and u where the method needs it."""
+    """What one client sends per round: x, the buffers, u where the method needs it, and a correction's message."""
     sends = MOMENTUM_POLICIES[method.momentum_policy].sends_momentum and method.beta > 0
-    return num_bytes(state.params) + num_bytes(state.buffers) + (num_bytes(state.momentum) if sends else 0)
+    return sum(map(num_bytes, (state.params, state.buffers, state.correction, state.momentum if sends else {})))
 
 
 def round_job(problem: Problem, plan: Plan, done: RunState, known: Known = None) -> Job:
     """What the whole cohort must do in the round after `done`."""
     num_clients = len(problem.sizes)
     job = cohort_job(problem, plan, done.round) if known is None else known()
-    rows = done.client_momentum
-    if rows is not None and len(job.clients) < num_clients:
-        rows = {name: u[job.clients] for name, u in rows.items()}
+    momentum, correction = done.client_momentum, done.client_correction
+    if len(job.clients) < num_clients:
+        momentum, correction = (
+            tree and {n: v[job.clients] for n, v in tree.items()} for tree in (momentum, correction)
+        )
     following = cache(partial(cohort_job, problem, plan, done.round + 1)) if done.round + 1 < plan.num_rounds else None
-    return job._replace(momentum=rows, rows=done.rows, evaluates=plan.evaluates(done.round + 1), following=following)
+    job = job._replace(momentum=momentum, correction=correction, rows=done.rows, following=following)
+    return job._replace(evaluates=plan.evaluates(done.round + 1))
 
 
 def cohort_job(problem: Problem, plan: Plan, round_index: int) -> Job:
@@ -137,14 +147,21 @@ def cohort_job(problem: Problem, plan: Plan, round_index: int) -> Job:
     return clients_job(problem, plan, round_index, cohort(len(problem.sizes), plan.cohort_size, plan.seed, round_index))
 
 
-def clients_job(problem: Problem, plan: Plan, round_index: int, ids: np.ndarray, momentum: Tree | None = None) -> Job:
-    """What clients `ids` [C] must do in round 0, 1, …, with their own u [C, ...] for policy "local"."""
+def clients_job(
+    problem: Problem,
+    plan: Plan,
+    round_index: int,
+    ids: np.ndarray,
+    momentum: Tree | None = None,
+    correction: Tree | None = None,
+) -> Job:
+    """What clients `ids` [C] must do in round 0, 1, …, with their own u (policy "local") and states, [C, ...]."""
     sizes = problem.sizes[ids]
     all_steps = plan.steps_of(problem.sizes)
     steps, per_round, horizon = all_steps[ids], float(all_steps.mean()), plan.horizon(problem.sizes)
     first = round_index * per_round  # the schedule's clock; with local-epochs the mean client's
     lrs = [plan.rate.at(math.floor(first + s), horizon) for s in range(int(steps.max()))]
-    weights = torch.from_numpy(sizes if plan.client_weights == "samples" else np.ones(len(ids)))
+    weights = torch.from_numpy(plan.weights_of(sizes))
     return Job(
         clients=torch.from_numpy(ids),
         weights=weights.to(torch.float64),
@@ -153,35 +170,39 @@ def clients_job(problem: Problem, plan: Plan, round_index: int, ids: np.ndarray,
         lrs=lrs,
         momentum=momentum,
         round_index=round_index,
+        correction=correction,
     )
 
 
 def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome: Outcome, seconds: float) -> RunState:
     """The state between this round and the next; `done` stays as it is. `job`: of the clients that answered."""
-    rows = done.client_momentum
-    if rows is not None and outcome.momentum is not None:
-        everybody = len(job.clients) == len(problem.sizes)
-        ids = job.clients
-        rows = (
-            outcome.momentum if everybody else {n: u.index_copy(0, ids, outcome.momentum[n]) for n, u in rows.items()}
-        )
+    everybody, ids = len(job.clients) == len(problem.sizes), job.clients
+
+    def rows(before: Tree | None, after: Tree | None) -> Tree | None:
+        if before is None or after is None:
+            return before
+        return after if everybody else {name: old.index_copy(0, ids, after[name]) for name, old in before.items()}
+
     examples = int(job.num_steps.sum()) * plan.batch_size
-    state, slow = outcome.mean, done.slow_momentum
+    share = float(job.weights.sum()) / float(plan.weights_of(problem.sizes).sum())
+    state, slow = gathered(plan.method, done.state, outcome.mean, share), done.slow_momentum
     if slow is not None:
         alpha, eta = plan.slow_momentum, plan.slow_lr
         params, slow = slow_step(done.state.params, state.params, slow, lr=job.lrs[0], alpha=alpha, eta=eta)
         state = state._replace(params=params)
+    sent = done.state._replace(correction=outcome.mean.correction)
     return RunState(
         round=done.round + 1,
         state=state,
-        client_momentum=rows,
+        client_momentum=rows(done.client_momentum, outcome.momentum),
         slow_momentum=slow,
         steps=done.steps + len(job.lrs),
         examples=done.examples + examples,
-        bytes_sent=done.bytes_sent + plan.bytes_sent(done.round, len(job.clients), done.state),
+        bytes_sent=done.bytes_sent + plan.bytes_sent(done.round, len(job.clients), sent),
         wall_seconds=done.wall_seconds + seconds,
         rows=outcome.rows,
         fetch=outcome.fetch,
+        client_correction=rows(done.client_correction, outcome.correction),
     )
 
 
@@ -201,7 +222,7 @@ def _begun(
     outcome = engine.begin_round(done.state, job, progress)
     asked = len(job.clients)
     if outcome.answered is not None:
-        job = part_of(job._replace(momentum=None), outcome.answered.nonzero()[:, 0])
+        job = part_of(job._replace(momentum=None, correction=None), outcome.answered.nonzero()[:, 0])
     return _Begun(asked, job, outcome, after_round(problem, plan, done, job, outcome, 0.0))
 
 

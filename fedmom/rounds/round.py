@@ -25,6 +25,7 @@ class Job(NamedTuple):
     momentum: Tree | None = None  # [C, ...] the clients' own u, in main memory, for policy "local"
     round_index: int = 0  # rounds before this one
     rows: ClientState | None = None  # [N, ...] the clients' own x, u and buffers, of Algorithm 2
+    correction: Tree | None = None  # [C, ...] the clients' own states of a correction, in main memory
     evaluates: bool = False  # whether the round's result will be measured
     following: Callable[[], "Job"] | None = None  # the next round's, without anything that depends on this one's result
 
@@ -32,7 +33,7 @@ class Job(NamedTuple):
 class Outcome(NamedTuple):
     """What the clients of one round came to."""
 
-    mean: ClientState  # x̂, û and the buffers, everybody's next start
+    mean: ClientState  # x̂, û and the buffers, everybody's next start; the mean of a correction's messages
     train_loss: float  # mean over clients (by weight) and their steps, each before the step
     consensus_distance: float  # Σ p_i ‖x_i − x̂‖² just before the exchange
     momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
@@ -41,6 +42,7 @@ class Outcome(NamedTuple):
     losses: Tensor  # [C] float64, mean over each client's own steps; in main memory when settled
     answered: Tensor | None = None  # [C] bool: whose update is in the means; None: everybody's
     rows: ClientState | None = None  # [N, ...] the clients' next start, of Algorithm 2
+    correction: Tree | None = None  # [C, ...] the clients' own states of a correction at the end, in main memory
     more: Mapping[str, Any] | None = None  # what else goes into the round's record
     measured: dict[str, Any] | None = None  # the evaluation, where whoever ran the round made it
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings mean and rows, where others hold them
@@ -79,11 +81,14 @@ class Backend(Protocol):
 def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
     """The job of some clients of the cohort, given as places in it.
 
-    `device`: where their own u, or own rows, are brought; left out, they stay where they are.
+    `device`: where their own u, states and rows are brought; left out, they stay where they are.
     """
-    momentum = None
-    if job.momentum is not None:
-        momentum = {name: u[rows.to(u.device)].to(device or u.device) for name, u in job.momentum.items()}
+
+    def some(tree: Tree | None) -> Tree | None:
+        if tree is None:
+            return None
+        return {name: value[rows.to(value.device)].to(device or value.device) for name, value in tree.items()}
+
     own = None if job.rows is None else rows_of(job.rows, rows)
     own = to_device(own, device) if own is not None and device is not None else own
     return job._replace(
@@ -91,7 +96,8 @@ def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
         weights=job.weights[rows],
         first_steps=job.first_steps[rows],
         num_steps=job.num_steps[rows],
-        momentum=momentum,
+        momentum=some(job.momentum),
+        correction=some(job.correction),
         rows=own,
     )
 

@@ -1,8 +1,9 @@
 """What a user should know before a run begins."""
 
 from fedmom.config.keys import Config
-from fedmom.method.algorithms import MOMENTUM_POLICIES
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Correction
 from fedmom.method.state import num_bytes
+from fedmom.rounds.correction import start_of
 from fedmom.rounds.loop import Plan
 from fedmom.tasks.problem import Problem
 
@@ -23,6 +24,10 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
             f"momentum-policy {policy!r} keeps u of all {len(problem.sizes)} clients: {size:,.1f} MB, "
             "and several times that while a round is under way"
         )
+    if isinstance(plan.method.correction, Correction):
+        _, client = start_of(problem, plan.method)
+        if (size := len(problem.sizes) * num_bytes(client) / 1e6) > 1:
+            notes.append(f"the correction keeps a state of all {len(problem.sizes)} clients: {size:,.1f} MB")
     if plan.local_epochs and len(set(plan.steps_of(problem.sizes).tolist())) > 1:
         notes.append("local-epochs gives clients unequal steps: the mean is not the paper's (num-local-steps is)")
     return notes

@@ -36,6 +36,7 @@ PARTS = {
     "schedules": ("tests/method/test_schedules.py", "tests/engine/test_engine.py", "tests/laws"),
     "rounds": (
         "tests/laws/test_backends.py",
+        "tests/laws/test_memory.py",
         "tests/engine/test_engine.py",
         "tests/engine/test_gossip.py",
         "tests/runs/test_run.py",
@@ -72,6 +73,13 @@ CONTENT = "tests/records/test_identity.py::test_other_content_of_what_the_config
 
 _DECAY = (
     "    if weight_decay:\n        grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}\n"
+)
+_WITH_STATE = (
+    "    if isinstance(correction, Correction):\n"
+    "        grads, own = corrected(correction, grads, state, start or {}, server or {}, key)\n"
+    "        state = state._replace(correction=own)\n"
+    "    elif correction is not None:\n        assert start is not None\n"
+    '        more = {} if key is None else {"key": key}\n'
 )
 _CORRECTED = "        grads = correction(grads, state.params, start, **more)\n"
 _POLICIES = f"{ALGORITHMS}.MOMENTUM_POLICIES"
@@ -124,10 +132,8 @@ MUTANTS = [
         "λx is added to what the correction made",
         code(
             f"{ALGORITHMS}.local_step",
-            _DECAY + "    if correction is not None:\n        assert start is not None\n"
-            '        more = {} if key is None else {"key": key}\n' + _CORRECTED,
-            "    if correction is not None:\n        assert start is not None\n"
-            '        more = {} if key is None else {"key": key}\n' + _CORRECTED + _DECAY,
+            _DECAY + _WITH_STATE + _CORRECTED,
+            _WITH_STATE + _CORRECTED + _DECAY,
         ),
         "tests/method/test_algorithms.py::test_a_correction_is_of_the_gradient_with_its_weight_decay",
     ),
@@ -187,7 +193,7 @@ MUTANTS = [
         "algorithm 1",
         "a client of a cohort gets the momentum of its place",
         "under `local` row k of the table goes to the k-th of the cohort",
-        code(f"{LOOP}.round_job", "u[job.clients]", "u[: len(job.clients)]"),
+        code(f"{LOOP}.round_job", "v[job.clients]", "v[: len(job.clients)]"),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[loop]",
     ),
     Mutant(
@@ -460,9 +466,9 @@ MUTANTS = [
         "client weights are ignored",
         "client-weights = samples weighs all alike",
         code(
-            f"{LOOP}.clients_job",
-            'sizes if plan.client_weights == "samples" else np.ones(len(ids))',
-            "np.ones(len(ids))",
+            f"{LOOP}.Plan.weights_of",
+            'sizes if self.client_weights == "samples" else np.ones(len(sizes))',
+            "np.ones(len(sizes))",
         ),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
@@ -470,7 +476,7 @@ MUTANTS = [
         "averaging",
         "clients are always weighed by their samples",
         "client-weights = uniform is not the paper's 1/N",
-        code(f"{LOOP}.clients_job", 'sizes if plan.client_weights == "samples" else np.ones(len(ids))', "sizes"),
+        code(f"{LOOP}.Plan.weights_of", 'sizes if self.client_weights == "samples" else np.ones(len(sizes))', "sizes"),
         "tests/laws/test_backends.py::test_rounds_are_the_naive_loops[loop]",
     ),
     Mutant(
@@ -969,12 +975,47 @@ MUTANTS = [
     ),
     Mutant(
         "rounds",
+        "the cohort's mean message counts as everybody's",
+        "a correction's server divides by the cohort's size where it must divide by N",
+        code(f"{LOOP}.after_round", "float(plan.weights_of(problem.sizes).sum())", "float(job.weights.sum())"),
+        "tests/laws/test_memory.py::test_who_was_never_drawn_has_the_state_of_the_start_and_others_keep_theirs",
+    ),
+    Mutant(
+        "rounds",
+        "a correction's states go to their places in the cohort",
+        "a client takes over what another one remembers",
+        code(f"{LOOP}.round_job", "{n: v[job.clients]", "{n: v[: len(job.clients)]"),
+        "tests/laws/test_memory.py::test_rounds_with_scaffold_are_the_naive_loops[vmap]",
+    ),
+    Mutant(
+        "rounds",
+        "a correction's message travels for nothing",
+        "bytes_sent leaves it out",
+        code(f"{LOOP}.after_round", "correction=outcome.mean.correction", "correction={}"),
+        "tests/laws/test_memory.py::test_who_was_never_drawn_has_the_state_of_the_start_and_others_keep_theirs",
+    ),
+    Mutant(
+        "rounds",
+        "the last step's lr for their sum",
+        "a correction divides a displacement by γ of one step",
+        code(f"{ALGORITHMS}.finish_round", "lrs.cumsum(0)[num_steps - 1]", "(num_steps * lrs[num_steps - 1])"),
+        "tests/laws/test_memory.py::test_a_client_is_told_the_sum_of_its_own_learning_rates",
+    ),
+    Mutant(
+        "rounds",
+        "a correction's state is the one before the steps",
+        "what a client remembers in its steps is lost",
+        code(f"{ALGORITHMS}.local_step", "state._replace(correction=own)", "state"),
+        "tests/laws/test_memory.py::test_scaffold_on_the_golden_run_is_exact_on_every_path_in_both_dtypes",
+    ),
+    Mutant(
+        "rounds",
         "buffers travel for nothing",
         "bytes_sent leaves BatchNorm's statistics out",
         code(
             f"{LOOP}.bytes_per_exchange",
-            "num_bytes(state.params) + num_bytes(state.buffers) +",
-            "num_bytes(state.params) +",
+            "state.params, state.buffers,",
+            "state.params,",
         ),
         "tests/engine/test_engine.py::test_bytes_of_an_exchange_by_hand",
     ),
@@ -1258,8 +1299,8 @@ MUTANTS = [
         "under `local` a node that holds every other client mixes them up",
         code(
             "strategies.backends._outcome",
-            "torch.cat([rows[n] for rows, _ in own])[order]",
-            "torch.cat([rows[n] for rows, _ in own])",
+            "torch.cat([tree[name] for tree in found])[order]",
+            "torch.cat([tree[name] for tree in found])",
         ),
         "tests/flower/test_failures.py::test_rows_go_to_their_clients_in_whatever_order_nodes_hold_them",
     ),

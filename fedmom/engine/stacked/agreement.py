@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmom.engine.stacked.means import Distances
+from fedmom.method.state import ClientState
 
 _CLOSE = 0.02  # in parts of each quantity: far more than rounding that is not amplified
 _SHORT = 1e-3  # of one step: all short steps together; in float32 x still moves by more than its last digit
@@ -67,3 +68,55 @@ def _largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         if math.isfinite(size) and not away <= 1e-9:
             most = max(most, away / size if size and math.isfinite(away) else math.inf)
     return most
+
+
+# --- a way of running clients beside plain torch --------------------------------------------------------------------
+
+
+class Reached(NamedTuple):
+    """What clients came to: plainly, or by some way."""
+
+    states: list[ClientState]  # by name in `parts`: the mean, or every client's own
+    losses: Tensor  # [C] float64
+    spreads: tuple[float, float]  # of x and of u, where they are means
+
+
+def distance(got: Reached, want: Reached, begun: Sequence[ClientState]) -> tuple[float, str]:
+    """(the largest distance, in parts of the whole step, and what is so far); begun: where each state came from."""
+    found: list[tuple[float, str]] = []
+    for part in ("params", "momentum"):
+        away, step, names = 0.0, 0.0, list[tuple[float, str]]()
+        for one, other, before in zip(got.states, want.states, begun, strict=True):
+            for name, value in getattr(other, part).items():
+                square = float((getattr(one, part)[name] - value).abs().double().square().sum())
+                names.append((square, name))
+                away += square
+                step += float((value - getattr(before, part)[name]).abs().double().square().sum())
+        worst = max(names, key=lambda pair: pair[0])[1] if names else ""
+        found.append((_ratio(away**0.5, step**0.5), f"{'x' if part == 'params' else 'u'} of {worst}"))
+    for one, other, before in zip(got.states, want.states, begun, strict=True):
+        for name, value in other.buffers.items():
+            off = float((one.buffers[name].double() - value.double()).square().sum()) ** 0.5
+            moved = float((value.double() - before.buffers[name].double()).square().sum()) ** 0.5
+            size = float(value.double().square().sum()) ** 0.5
+            found.append((_ratio(off, moved + size), f"the buffer {name}"))
+        for name, value in other.correction.items():  # a state or a message, by its own size: it may be of any kind
+            off = float((one.correction[name].double() - value.double()).square().sum()) ** 0.5
+            size = float(value.double().square().sum()) ** 0.5
+            found.append((_ratio(off, size + 1e-3), f"the correction's {name}"))
+    off = float((got.losses - want.losses).abs().max())
+    found.append((_ratio(off, 1 + float(want.losses.abs().max())), "the loss"))
+    for name, a, b in zip(("consensus distance", "momentum spread"), got.spreads, want.spreads, strict=True):
+        moved = float(sum(t.double().square().sum() for t in want.states[0].params.values()))
+        found.append((_ratio(abs(a - b), b + 1e-12 * moved), f"the {name}"))
+    return max(found)
+
+
+def _ratio(away: float, step: float) -> float:
+    """away / step; infinite for what is not a number."""
+    return 0.0 if away == 0 else away / step if step > 0 and math.isfinite(away) else math.inf
+
+
+def is_all_finite(reached: Reached) -> bool:
+    tensors = [t for state in reached.states for tree in state for t in tree.values() if t.is_floating_point()]
+    return all(bool(torch.isfinite(t).all()) for t in [*tensors, reached.losses])

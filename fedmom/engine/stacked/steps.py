@@ -100,7 +100,9 @@ class Stack:
         counts = [int((job.num_steps > s).sum()) for s in range(most)]
         weights = job.weights.to(self.problem.device)
         if rows is not None:
-            x, u, buffers = ({n: v.clone(memory_format=torch.contiguous_format) for n, v in t.items()} for t in rows)
+            x, u, buffers = (
+                {n: v.clone(memory_format=torch.contiguous_format) for n, v in t.items()} for t in rows[:3]
+            )
             state = _Rows(x, u, buffers, {}, shared=False)
         else:
             factored = even and momentum is None and self.factors is not False

@@ -24,7 +24,7 @@ from fedmom.machine.cache import Kept, folder
 from fedmom.machine.cores import processor, usable_cores
 from fedmom.machine.graphs import cuda_graph
 from fedmom.machine.precision import tf32_allowed
-from fedmom.method.algorithms import Method
+from fedmom.method.algorithms import Method, user_object
 from fedmom.method.state import ClientState
 from fedmom.rounds.round import Job
 from fedmom.tasks.problem import Problem
@@ -155,7 +155,7 @@ def _situation(problem: Problem, method: Method, start: ClientState, job: Job, a
     if isinstance(problem, Quadratic):
         parts["noise"] = problem.noise_sigma > 0
     if method.correction is not None:  # the user's code: how fast it is, its text must tell
-        parts["correction"] = _source(method.correction)
+        parts["correction"] = _source(user_object(method.correction))
         if not parts["correction"]:
             return ""
     if isinstance(problem, Supervised):
