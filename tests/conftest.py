@@ -41,12 +41,12 @@ def _asked_once():
 
     The digits, the versions and the commit of environment.json, and plotly.js as the page packs it.
     """
-    from fedmom.data import datasets
+    from fedmom.data.sources import small
     from fedmom.records import environment
     from fedmom.results.page import write
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "read_digits", functools.cache(datasets.read_digits))
+        patch.setattr(small, "read_digits", functools.cache(small.read_digits))
         for name in ("version_of", "_commit"):
             patch.setattr(environment, name, functools.cache(getattr(environment, name)))
         patch.setattr(write, "gzip", SimpleNamespace(compress=functools.cache(gzip.compress)))

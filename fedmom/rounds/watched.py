@@ -19,7 +19,7 @@ _METHODS = ("start", "gradient", "finish", "gather")
 
 
 def watched_class(said: str, kind: type, seed: int) -> Correction:
-    """An object of the user's class, watched over. InputError, which begins with `said`, for one that lacks a method."""
+    """An object of the user's class, watched over. InputError, beginning with `said`, for one without a method."""
     if lacking := [name for name in _METHODS if not callable(getattr(kind, name, None))]:
         raise InputError(f"{said}: the class has no method {lacking[0]}; derive it from fedmom.Correction")
     try:

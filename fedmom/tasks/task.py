@@ -31,7 +31,7 @@ from fedmom.tasks.metrics import (
 )
 from fedmom.user_code import is_spec, load_object, one_line
 
-Sums = dict[str, tuple[Tensor, Tensor]]  # {measure: (sum, count)}, [] each
+Sums = dict[str, tuple[Tensor, Tensor | int]]  # {measure: (sum [], count [])}
 
 
 class Task:

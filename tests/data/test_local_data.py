@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from torch import nn
 
 import fedmom
 from both_sides import assert_same, by_engine, by_flower
@@ -33,6 +34,52 @@ def test_rounds_are_those_of_one_machine_that_holds_it_all(tmp_path, num_clients
     changes = {**LOCAL, "data.num-clients": num_clients, "data.data-dir": str(tmp_path)}
     result, _ = by_flower(changes, num_clients)
     assert_same(result, by_engine(changes))
+
+
+class Above(fedmom.Task):
+    """A task of somebody's own, whose measure is no mean over examples."""
+
+    targets, metrics = "numbers", ("above",)
+
+    def loss(self, outputs, targets):
+        return (outputs - targets).abs().sqrt().mean()
+
+    def measure(self, outputs, targets):
+        return {"above": ((outputs > targets).sum(), (targets > 0).sum())}
+
+
+def words(shape, vocabulary):
+    return nn.Sequential(nn.Embedding(vocabulary, 4), nn.Linear(4, vocabulary))
+
+
+def test_every_task_of_clients_own_data_is_one_machines(tmp_path):
+    """Each client has test examples of its own: the measures are those of all together, and no means of means."""
+    rng, own = np.random.default_rng(0), f"{__name__}:"
+    x = rng.normal(size=(40, 3))
+    tasks = {
+        "regression": (x, rng.normal(size=(40, 2)), {"run.metrics": "mae,rmse,r2"}),
+        "multi-label": (x, rng.integers(0, 2, (40, 2)), {"run.metrics": "accuracy,f1,auc"}),
+        "classification": (x, np.arange(40) % 3, {"run.metrics": "accuracy,f1,auc", "model.class-weights": "1,2,3"}),
+        "per-token": (
+            rng.integers(0, 5, (40, 4)),
+            np.where(rng.random((40, 4)) < 0.3, -100, rng.integers(0, 5, (40, 4))),
+            {"model.name": f"{own}words"},
+        ),
+        f"{own}Above": (x, rng.normal(size=40), {}),
+    }
+    for task, (inputs, y, changes) in tasks.items():
+        folder = tmp_path / task.replace(":", "-")
+        folder.mkdir()
+        for client, (train, test) in enumerate([((0, 5), (30, 33)), ((5, 20), (33, 39)), ((20, 30), (39, 40))]):
+            parts = {"train": slice(*train), "test": slice(*test)}
+            arrays = {
+                f"{n}_{part}": value[rows] for part, rows in parts.items() for n, value in (("x", inputs), ("y", y))
+            }
+            np.savez(folder / f"client-{client}.npz", **arrays)
+        keys = {**LOCAL, "data.data-dir": str(folder), "data.task": task, "data.batch-size": 4, **changes}
+        result, _ = by_flower(keys, 3)
+        assert_same(result, by_engine(keys))
+        assert len([name for name in result.rounds[-1] if name.startswith("test_")]) > 1, task
 
 
 @table(
