@@ -290,7 +290,8 @@ def _try_path(
         if is_plain(path) and isinstance(error, InputError):
             raise
         if is_plain(path):
-            raise InputError(f"model.name or data.batch-size: a training step of one client fails ({reason})") from None
+            called = f"{problem.called}, or" if isinstance(problem, Supervised) else "model.name or"
+            raise InputError(f"{called} data.batch-size: a training step of one client fails ({reason})") from None
         if fatal:
             raise InputError(f"engine.path = 'vmap': this model cannot be stacked; use loop ({reason})") from None
         return f"the model cannot be stacked, so clients run one after another ({reason})"

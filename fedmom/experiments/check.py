@@ -18,10 +18,11 @@ from fedmom.backends.local import make_local
 from fedmom.config.build import make_plan, make_problem, resolve_device
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace
+from fedmom.config.numbers import counted
 from fedmom.config.resolve import resolve, with_choices
 from fedmom.data.arrays import kind_of
 from fedmom.data.inputs import num_examples, rows_of_inputs
-from fedmom.data.targets import classes_of
+from fedmom.data.targets import TARGETS, classes_of
 from fedmom.engine.auto import bytes_per_client
 from fedmom.engine.rates import rate, replayable
 from fedmom.errors import InputError
@@ -59,7 +60,7 @@ class Data(NamedTuple):
 
     num_train: int
     num_test: int
-    num_classes: int
+    outputs: str  # how many a model has for its targets, "10 classes"
     example: str  # dtype and shape, "float32 [16]"
     sizes: np.ndarray  # [N] examples of each client
     classes: np.ndarray | None  # [N] classes that each client has; None where examples have no class
@@ -216,7 +217,11 @@ def _data(problem: Supervised) -> Data:
         held = torch.stack([owners, torch.from_numpy(labels)[sampler.indices.cpu()]])
         classes = torch.bincount(torch.unique(held, dim=1)[0], minlength=len(sizes)).numpy()
     train, test = int(sizes.sum()), num_examples(dataset.x_test)
-    return Data(train, test, dataset.num_classes, kind_of(dataset.x_train), sizes.numpy(), classes)
+    grows = TARGETS[problem.task.targets].grows
+    outputs = counted(
+        dataset.num_classes, *(("class", "classes") if grows else ("number to predict", "numbers to predict"))
+    )
+    return Data(train, test, outputs, kind_of(dataset.x_train), sizes.numpy(), classes)
 
 
 def _layers(problem: Supervised, start: ClientState) -> tuple[list[Layer], dict[str, str]]:

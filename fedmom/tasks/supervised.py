@@ -18,7 +18,7 @@ from fedmom.method.state import ClientState, Tree, initial_state
 from fedmom.tasks.evaluation import Evaluation
 from fedmom.tasks.metrics import named
 from fedmom.tasks.places import BoundedGathers, Places, cast, check_model, copied
-from fedmom.tasks.task import Task, make_task
+from fedmom.tasks.task import Named, Task, make_task
 
 
 class Batch(NamedTuple):
@@ -64,6 +64,9 @@ class Supervised:
         self.called = f"model.name = {name or type(model).__name__!r}"
         check_model(model, self.called)
         self.task = task or make_task("classification")
+        if not isinstance(self.task, Named):  # whose code runs with the model's, so that it may be either's fault
+            own = type(self.task)
+            self.called += f" with data.task = '{own.__module__}:{own.__qualname__}'"
         self.task.check_size(dataset.num_classes)
         self.measures = named(self.task.metrics)
         self.device = torch.device(device)

@@ -101,13 +101,13 @@ def _about_run(found: "Checked", path: Path) -> list[tuple[str, str]]:
     if held := found.data:
         split = "every client's own" if data_kind(data.dataset).own_data else data.partition
         split += f", α {data.alpha:g}" if "dirichlet" in split else f", by {data.clients}" if data.clients else ""
-        outputs = "outputs" if held.classes is None else "classes"
+        outputs = held.outputs
         classes = "" if held.classes is None else f"; classes per client {spread_of(held.classes)}"
         lines += [
             (
                 "data",
                 f"{data.dataset}: {held.num_train:,} examples to train on, {held.num_test:,} to test; "
-                f"{held.example}, {held.num_classes:,} {outputs}",
+                f"{held.example}, {outputs}",
             ),
             ("", f"{split}; examples per client {spread_of(held.sizes)}{classes}"),
         ]
