@@ -180,11 +180,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     device: str = key("auto", "device of the tensors", DEVICES)
-    path: str = key(
-        "auto",
-        "how clients are computed side by side",
-        {AUTO: "the fastest that is right, by timing"} | PATHS,
-    )
+    path: str = key(AUTO, "how clients are computed side by side", {AUTO: "the fastest right one, by timing"} | PATHS)
     chunk_size: int = key(0, "K, clients that are stacked at once; 0: chosen by memory", at_least(0))
     remember: bool = key(True, "keep what auto chose by timing in the cache folder, and reuse it")
     matmul: str = key("float32", "precision of float32 products on a GPU", MATMULS)

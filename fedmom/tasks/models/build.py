@@ -46,24 +46,13 @@ def build_model(
     of them; left out, real numbers and one label each. `task`: left out, classification. `start`: a safetensors file
     that the model begins from, before adapters of `lora_rank` are put beside its layers (adapters.py).
     """
-    if norm not in NORMS:
-        raise unknown("model.norm", norm, NORMS)
-    sizes = {"hidden": (hidden, 1), "layers": (layers, 1), "heads": (heads, 1), "lora-rank": (lora_rank, 0)}
-    for key, (size, least) in sizes.items():
-        if size < least:
-            raise InputError(f"model.{key} = {size}: must be at least {least}")
-    if is_spec(name):
-        function = load_object("model.name", name)
-    elif name in MODELS:
-        function = None
-    else:
-        raise unknown("model.name", name, [*MODELS, '"module:function"'])
+    options, function = _options(norm, hidden, layers, heads, lora_rank), _function(name)
     # default_generator, because torch.manual_seed would also reseed the GPUs, which fork_rng leaves out here.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         if function is None:
             assert isinstance(input_shape, tuple), "several inputs are for models of the user's own"
-            model = MODELS[name].build(input_shape, num_classes, ModelOptions(norm, hidden, layers, heads))
+            model = MODELS[name].build(input_shape, num_classes, options)
         else:
             model = _call_user(name, function, input_shape, num_classes)
         check_model(model, f"model.name = {name!r}")
@@ -73,13 +62,50 @@ def build_model(
             begin_from(model, start)
         model = address_dropout(adapted(name, model, lora_rank))
         model.train()  # of which a user's own may forget to give the model back
-        x = _two_like(_examples(name, input_shape) if like is None else like)
-        task = task or make_task("per-token" if name in MODELS and MODELS[name].tokens else "classification")
-        if name in MODELS and MODELS[name].tokens and task.targets != "tokens":
-            raise InputError(f"model.name = {name!r}: tells each token's successor; give data.task = 'per-token'")
-        shape = [2, *_shape_of_targets(task, x, targets)]
-        _check_forward(name, model, x, task, shape, num_classes)
+        _check_task(name, model, task, input_shape, num_classes, like, targets)
     return model
+
+
+def _options(norm: str, hidden: int, layers: int, heads: int, lora_rank: int) -> ModelOptions:
+    if norm not in NORMS:
+        raise unknown("model.norm", norm, NORMS)
+    sizes = {"hidden": (hidden, 1), "layers": (layers, 1), "heads": (heads, 1), "lora-rank": (lora_rank, 0)}
+    for key, (size, least) in sizes.items():
+        if size < least:
+            raise InputError(f"model.{key} = {size}: must be at least {least}")
+    return ModelOptions(norm, hidden, layers, heads)
+
+
+def _function(name: str) -> Callable[..., object] | None:
+    """The user's own; None for one of MODELS."""
+    if is_spec(name):
+        found: Callable[..., object] = load_object("model.name", name)
+        return found
+    if name not in MODELS:
+        raise unknown("model.name", name, [*MODELS, '"module:function"'])
+    return None
+
+
+def _check_task(
+    name: str,
+    model: nn.Module,
+    task: Task | None,
+    input_shape: Shapes,
+    num_classes: int,
+    like: Inputs | None,
+    targets: Tensor | None,
+) -> None:
+    """Whether it takes such examples, and gives what the task asks for."""
+    tokens = name in MODELS and MODELS[name].tokens
+    task = task or make_task("per-token" if tokens else "classification")
+    if tokens and task.targets != "tokens":
+        raise InputError(f"model.name = {name!r}: tells each token's successor; give data.task = 'per-token'")
+    if like is None:
+        like = torch.zeros(2, *input_shape, dtype=torch.int64) if tokens else torch.rand(2, *input_shape)
+    x, shape = _two_like(like), [2]
+    if task.targets == "tokens":  # what is predicted for each of T tokens
+        shape += targets.shape[1:] if targets is not None else x.shape[1:] if isinstance(x, Tensor) else ()
+    _check_forward(name, model, x, task, shape, num_classes)
 
 
 def _call_user(name: str, function: Callable[..., object], input_shape: Shapes, num_classes: int) -> nn.Module:
@@ -101,19 +127,6 @@ def _check_parameters(name: str, model: nn.Module) -> None:
         raise InputError(f"model.name = {name!r}: has lazy layers; give every layer its sizes")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"model.name = {name!r}: has no trainable parameters")
-
-
-def _examples(name: str, input_shape: Shapes) -> Inputs:
-    """Two examples where none are given."""
-    tokens = name in MODELS and MODELS[name].tokens
-    return torch.zeros(2, *input_shape, dtype=torch.int64) if tokens else torch.rand(2, *input_shape)
-
-
-def _shape_of_targets(task: Task, x: Inputs, targets: Tensor | None) -> Sequence[int]:
-    """Of one example: what is predicted for each of its tokens has their shape, T."""
-    if task.targets != "tokens":
-        return ()
-    return targets.shape[1:] if targets is not None else x.shape[1:] if isinstance(x, Tensor) else ()
 
 
 def _two_like(x: Inputs) -> Inputs:
