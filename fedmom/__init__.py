@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from fedmom.runs.trackers import Tracked as Tracked
     from fedmom.runs.trackers import Tracker as Tracker
     from fedmom.runs.trackers import Tracking as Tracking
-    from fedmom.tasks.models import build_model as build_model
+    from fedmom.tasks.models.adapters import lora as lora
+    from fedmom.tasks.models.build import build_model as build_model
     from fedmom.tasks.task import Task as Task
 
 __version__ = "0.1.0"
@@ -66,13 +67,14 @@ _HOME = {
     "Tracker": "fedmom.runs.trackers",
     "Tracking": "fedmom.runs.trackers",
     "all_sheets": "fedmom.results.comparison",
-    "build_model": "fedmom.tasks.models",
+    "build_model": "fedmom.tasks.models.build",
     "collect": "fedmom.results.reading",
     "group_runs": "fedmom.results.groups",
     "compare": "fedmom.results.notebook",
     "load": "fedmom.runs.result",
     "load_config": "fedmom.config.load",
     "local_step": "fedmom.method.algorithms",
+    "lora": "fedmom.tasks.models.adapters",
     "make_topology": "fedmom.method.topology",
     "normal_like": "fedmom.method.randomness",
     "read_status": "fedmom.records.status",

@@ -70,6 +70,10 @@ def supervised(
             seed=run.seed,
             norm=config.model.norm,
             hidden=config.model.hidden,
+            layers=config.model.layers,
+            heads=config.model.heads,
+            lora_rank=config.model.lora_rank,
+            start=config.model.start,
             like=dataset.x_train,
             task=task,
             targets=dataset.y_train,
@@ -106,7 +110,9 @@ def _check_examples(config: Config, dataset: Dataset, augment: str) -> None:
             raise InputError(f"{asks}: takes one input, and {key} has {', '.join(x)}; give a model of your own")
         return
     real = x.is_floating_point()
-    if ours and is_integer(x):
+    if ours and ours.tokens:
+        _check_tokens(config, dataset)
+    elif ours and is_integer(x):
         raise InputError(
             f"{key}: x_train has integers, and model.name = {config.model.name!r} takes real numbers: give float32 "
             "features or uint8 images; a model of your own gets integers as they are"
@@ -116,6 +122,20 @@ def _check_examples(config: Config, dataset: Dataset, augment: str) -> None:
     if real and x.ndim == 4 and channel_axis(x.shape[1:]) == 2 and ((ours and ours.images) or augment != "none"):
         asks = f"data.augment = {augment!r}" if augment != "none" else f"model.name = {config.model.name!r}"
         raise InputError(f"{asks}: {key} has x_train {list(x.shape)}, must be [n, C, H, W]: x.transpose(0, 3, 1, 2)")
+
+
+def _check_tokens(config: Config, dataset: Dataset) -> None:
+    """A model of token ids [T] needs those that it has words for."""
+    key, name = f"data.dataset = {config.data.dataset!r}", config.model.name
+    for split, x in (("x_train", dataset.x_train), ("x_test", dataset.x_test)):
+        assert isinstance(x, Tensor)
+        if not is_integer(x) or x.ndim != 2:
+            what = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+            raise InputError(f"{key}: {split} is {what}, and model.name = {name!r} takes token ids [n, T] of int64")
+        low, top = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+        if low < 0 or top >= dataset.num_classes:
+            right = f"0 to {dataset.num_classes - 1}, as many as there are classes"
+            raise InputError(f"{key}: {split} has a token {low if low < 0 else top}; model.name = {name!r} has {right}")
 
 
 def _check_memory(config: Config, dataset: Dataset, device: str) -> None:

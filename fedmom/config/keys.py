@@ -120,7 +120,11 @@ class DataConfig:
 class ModelConfig:
     name: str = key("cnn", "model; `fedmom models` lists them", MODELS, "module:function")
     norm: str = key("batch", "resnet20 and resnet56: normalisation layers", NORMS)
-    hidden: int = key(200, "mlp: width of its two hidden layers", at_least(1))
+    hidden: int = key(200, "mlp: width of its two hidden layers; gpt: width", at_least(1))
+    layers: int = key(2, "gpt: number of layers", at_least(1))
+    heads: int = key(4, "gpt: number of attention heads, a divisor of model.hidden", at_least(1))
+    lora_rank: int = key(0, "rank of trained adapters beside a frozen model's dense layers; 0: off", at_least(0))
+    start: str = key("", "FILE.safetensors to begin from, such as a run's final.safetensors; empty: drawn by the seed")
     loss: str = key("auto", "loss of the task", {"auto": "the usual one of data.task"} | LOSSES)
     label_smoothing: float = key(0.0, "cross-entropy: share of the target that all classes have alike", within(0, 1))
     class_weights: str = key("", "cross-entropy: weights of classes 0, 1, …, by commas; empty: all alike", holds=",")
@@ -185,11 +189,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     device: str = key("auto", "device of the tensors", DEVICES)
-    path: str = key(
-        "auto",
-        "how clients are computed side by side",
-        {AUTO: "the fastest that is right, by timing"} | PATHS,
-    )
+    path: str = key(AUTO, "how clients are computed side by side", {AUTO: "the fastest right one, by timing"} | PATHS)
     chunk_size: int = key(0, "K, clients that are stacked at once; 0: chosen by memory", at_least(0))
     remember: bool = key(True, "keep what auto chose by timing in the cache folder, and reuse it")
     matmul: str = key("float32", "precision of float32 products on a GPU", MATMULS)

@@ -36,6 +36,8 @@ EXAMPLES: dict[str, Any] = {
     "data.start": "1,1",
     "data.noise-sigma": 0.5,
     "model.name": "resnet20",
+    "model.lora-rank": 4,
+    "model.start": "runs/base/final.safetensors",
     "model.loss": "huber",
     "model.label-smoothing": 0.1,
     "model.class-weights": "1,5",

@@ -16,8 +16,8 @@ from fedmom.engine.calls import mixes_by
 from fedmom.engine.look import look, look_at_any
 from fedmom.engine.paths import AUTO, FACTORS, LOOP, PATHS, STACK, VMAP, is_plain, is_settled
 from fedmom.engine.rates import Rates, Way, rate, replayable, seconds
+from fedmom.engine.stacked.folded.clients import FoldError
 from fedmom.engine.stacked.kernels import registry
-from fedmom.engine.stacked.layers import FoldError
 from fedmom.engine.stacked.steps import Stack
 from fedmom.engine.stacked.timings import KnownWays, Remembered
 from fedmom.engine.yardstick import Yardstick

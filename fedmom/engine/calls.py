@@ -99,6 +99,15 @@ def work_of(model: nn.Module, x: Inputs) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
+def _unasked(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """With is_causal set, nn.TransformerEncoder does not ask whether its mask [T, T] is the causal one: a hint."""
+    return (
+        (args, kwargs)
+        if len(args) > 3 or kwargs.get("is_causal") is not None
+        else (args, kwargs | {"is_causal": False})
+    )
+
+
 def mixes_by(model: nn.Module, x: Inputs, sizes: Collection[int]) -> str:
     """Why a forward pass of `model` cannot take the examples of several clients as one batch, or "".
 
@@ -107,6 +116,9 @@ def mixes_by(model: nn.Module, x: Inputs, sizes: Collection[int]) -> str:
     many clients there are, if it grows at all. Tensors without values (torch's meta device) show it at little cost.
     """
     empty = copied(model).to("meta").train()
+    for layer in empty.modules():
+        if isinstance(layer, nn.TransformerEncoder):
+            layer.register_forward_pre_hook(_unasked, with_kwargs=True)
 
     def calls(K: int) -> list[_Call]:
         return _calls(empty, x, K)

@@ -143,6 +143,9 @@ def _contents(config: Config, problem: Problem | None) -> dict[str, str]:
     if ALGORITHMS[config.algorithm.name].decentralized and topology.endswith(FILES):
         with contextlib.suppress(OSError):  # that it is missing is said by whoever reads W
             found["algorithm.topology"] = _hash_of_file(topology)[:16]
+    if config.model.start and data_kind(config.data.dataset).has_examples:
+        with contextlib.suppress(OSError):  # as above
+            found["model.start"] = _hash_of_file(config.model.start)[:16]
     for key in ("model.name", "algorithm.correction", "data.task"):
         spec = str(flat(config)[key])
         if is_spec(spec) and (key == "algorithm.correction" or data_kind(config.data.dataset).has_examples):

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmom.data.batches import Sampler, crop_flip, moves, normalised
 from fedmom.data.datasets import Dataset
-from fedmom.data.inputs import Inputs, called_with, gathered, rows_of_inputs
+from fedmom.data.inputs import Inputs, called_with, gathered, num_examples, rows_of_inputs
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.method.randomness import DROPOUT, random_bits
@@ -118,6 +118,11 @@ class Supervised:
         if drawn.moves.shape[-1]:
             x = tree_map(lambda t: crop_flip(t, drawn.moves[:, step]), x)
         return Batch(self._normalised(x), self._targets(self.dataset.y_train[examples]), drawn.dropout_keys[:, step])
+
+    def few_examples(self, count: int) -> Inputs:
+        """The first training examples [count, ...] as a model takes them; again from the first where too few."""
+        x = self.dataset.x_train
+        return self._normalised(rows_of_inputs(x, torch.arange(count, device=self.device) % num_examples(x)))
 
     def _normalised(self, x: Inputs) -> Inputs:
         """As the model takes them."""

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from fedmom.engine.stacked.folded.fold import fold
 from fedmom.engine.stacked.fusing.modules import ConvReluPool, DroppedFlat, NormRelu
 from fedmom.engine.stacked.fusing.patterns import fuse
 from fedmom.engine.stacked.kernels import batch_norm, dropout, fused, pool, registry, weights
-from fedmom.engine.stacked.layers import fold
 from fedmom.engine.stacked.steps import Stack
 from fedmom.rounds.loop import beginning, round_job
 from fedmom.tasks.dropout import AddressedDropout, address_dropout, kept

@@ -10,10 +10,12 @@ from fedmom.data.datasets import Dataset
 from fedmom.data.partition import make_partition
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
-from fedmom.engine.stacked import layers, means
+from fedmom.engine.stacked import means
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.engine.stacked.factors import numbers, pays
-from fedmom.engine.stacked.layers import FoldError, fold
+from fedmom.engine.stacked.folded import layers
+from fedmom.engine.stacked.folded.clients import FoldError
+from fedmom.engine.stacked.folded.fold import fold
 from fedmom.engine.stacked.steps import Stack
 from fedmom.rounds.loop import beginning, round_job, run_rounds
 from fedmom.tasks.dropout import address_dropout

@@ -25,7 +25,7 @@ TABLES = {
     "fedmom/engine/paths.py": PATHS,
     "fedmom/engine/stacked/convolutions.py": CONVOLUTIONS,
     "fedmom/method/algorithms.py": {**ALGORITHMS, **MOMENTUM_POLICIES},
-    "fedmom/tasks/models.py": MODELS,
+    "fedmom/tasks/models/table.py": MODELS,
     "fedmom/method/graphs.py": TOPOLOGIES.keys() - {"path"},  # which is also a key of what updates are about
     "fedmom/tasks/task.py": DATA_KINDS,
 }

@@ -6,7 +6,7 @@ trains as plain torch does; elsewhere its entry has words of the reason why not.
 
 from torch import nn
 
-from zoo import gradients, layers, norms, outputs, sequences, state, weights  # noqa: F401
+from zoo import gradients, layers, norms, outputs, sequences, state, transformers, weights  # noqa: F401
 from zoo.parts import CLASSES, GROUPS, LENGTH, PATHS, SHAPE, ZOO, Model
 
 __all__ = ["GROUPS", "PATHS", "ZOO", "Model", "build"]

@@ -44,9 +44,7 @@ def batch_norm_frozen(shape, classes):
     return normed(norm)
 
 
-@model(
-    "a whole backbone with BatchNorm in evaluation mode, frozen", stack="a Conv2d with parameters that are not trained"
-)
+@model("a whole backbone with BatchNorm in evaluation mode, frozen")
 def frozen_backbone(shape, classes):
     class Backbone(nn.Sequential):
         def train(self, mode: bool = True) -> nn.Module:
@@ -125,7 +123,7 @@ def weight_standardised(shape, classes):
     return Fn(forward, weight=weight, rest=seq(nn.GroupNorm(2, 4), nn.ReLU(), head(4)))
 
 
-@model("frozen weights around a BatchNorm whose statistics move", stack="a Conv2d with parameters that are not trained")
+@model("frozen weights around a BatchNorm whose statistics move")
 def frozen_with_statistics(shape, classes):
     body = seq(conv(2, 4), nn.BatchNorm2d(4), nn.ReLU()).requires_grad_(False)
     return seq(body, conv(4, 4), head(4))

@@ -31,6 +31,7 @@ GROUPS = {
     "zoo.layers": "Layers",
     "zoo.norms": "Normalisation and parametrizations",
     "zoo.sequences": "Attention, recurrence, embeddings",
+    "zoo.transformers": "Transformers, positions, weights frozen in part",
     "zoo.weights": "Weights",
     "zoo.gradients": "Autograd",
     "zoo.state": "Random numbers and state",

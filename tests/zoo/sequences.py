@@ -7,7 +7,7 @@ from torch.nn import functional as F  # noqa: N812
 from zoo.parts import LENGTH, WORDS, Fn, embed, flat, model, pooled, seq
 
 
-@model("MultiheadAttention", data="tokens", stack="MultiheadAttention holds in_proj_weight itself")
+@model("MultiheadAttention", data="tokens")
 def attention(shape, classes):
     def forward(m, x):
         h = m.embed(x)
@@ -16,7 +16,7 @@ def attention(shape, classes):
     return Fn(forward, embed=embed(), attend=nn.MultiheadAttention(4, 2, batch_first=True), out=pooled())
 
 
-@model("TransformerEncoder without dropout", data="tokens", stack="MultiheadAttention holds in_proj_weight itself")
+@model("TransformerEncoder without dropout", data="tokens")
 def transformer(shape, classes):
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
     return seq(embed(), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), pooled())
@@ -60,7 +60,7 @@ def sdpa(shape, classes):
     return Fn(forward, embed=embed(), qkv=nn.Linear(4, 12), out=pooled())
 
 
-@model("vision transformer: class token, positions", stack="Fn holds token itself")
+@model("vision transformer: class token, positions")
 def vit(shape, classes):
     def forward(m, x):
         h = m.patch(x).flatten(2).transpose(1, 2)
@@ -140,7 +140,7 @@ def embedding(shape, classes):
     return seq(embed(), pooled())
 
 
-@model("Embedding with padding_idx", data="tokens", stack="an Embedding with padding_idx")
+@model("Embedding with padding_idx", data="tokens")
 def embedding_padding(shape, classes):
     return seq(embed(padding_idx=0), pooled())
 
@@ -154,7 +154,7 @@ def embedding_max_norm(shape, classes):
     "Embedding with sparse gradients",
     data="tokens",
     vmap="cannot be stacked",
-    stack="an Embedding with padding_idx, max_norm or sparse",
+    stack="an Embedding with max_norm, sparse or scale_grad_by_freq",
 )
 def embedding_sparse(shape, classes):
     return seq(embed(sparse=True), pooled())
@@ -196,7 +196,7 @@ def rotary(shape, classes):
     return Fn(forward, embed=embed(), qkv=nn.Linear(4, 12), out=pooled(), angles=None)
 
 
-@model("attention that masks padding", data="tokens", stack="an Embedding with padding_idx")
+@model("attention that masks padding", data="tokens")
 def padding_mask(shape, classes):
     def forward(m, x):
         h, absent = m.embed(x), x == 0
@@ -235,10 +235,6 @@ def packed(shape, classes):
     return Fn(forward, embed=embed(), recurrent=nn.GRU(4, 3, batch_first=True), out=nn.Linear(3, classes))
 
 
-@model(
-    "an embedding that is not trained (word vectors)",
-    data="tokens",
-    stack="Embedding with parameters that are not trained",
-)
+@model("an embedding that is not trained (word vectors)", data="tokens")
 def embedding_frozen(shape, classes):
     return seq(Tensor.long, nn.Embedding.from_pretrained(torch.randn(WORDS, 4)), pooled())

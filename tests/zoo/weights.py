@@ -17,13 +17,13 @@ def tied_transpose(shape, classes):
     return Fn(forward, down=flat(6), out=nn.Linear(6, classes))
 
 
-@model("some layers frozen (fine-tuning)", stack="a Linear with parameters that are not trained")
+@model("some layers frozen (fine-tuning)")
 def frozen(shape, classes):
     body = flat(8).requires_grad_(False)
     return seq(body, nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, classes))
 
 
-@model("low-rank adapters beside frozen weights (LoRA)", stack="a Linear with parameters that are not trained")
+@model("low-rank adapters beside frozen weights (LoRA)")
 def lora(shape, classes):
     def forward(m, x):
         h = torch.relu(m.body(x))

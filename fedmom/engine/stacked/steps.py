@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fedmom.data.inputs import called_with, folded, num_examples, rows_of_inputs
 from fedmom.engine.stacked.factors import Factors, Numbers, coefficients, numbers, pays
+from fedmom.engine.stacked.folded.clients import FoldError
+from fedmom.engine.stacked.folded.dense import FoldedLinear
+from fedmom.engine.stacked.folded.fold import fold
 from fedmom.engine.stacked.fusing.patterns import fuse
-from fedmom.engine.stacked.layers import FoldedLinear, FoldError, fold
 from fedmom.engine.stacked.means import RowsEnded
 from fedmom.engine.stacked.updates import Number, first_update, update
 from fedmom.method.algorithms import Method
@@ -68,9 +70,10 @@ class Stack:
             raise FoldError("algorithm.correction is written for one client")
         self.problem: Supervised = problem
         self.method, self.factors = method, factors
-        self.model, self.clients = fold(problem.model)
+        self.model, self.clients = fold(problem.model, problem.few_examples(3))
         self.model.train()
-        self.model = fuse(self.model) if problem.device.type == "cuda" else self.model
+        # A trace would keep a parameter that stands in a module's own place.
+        self.model = fuse(self.model) if problem.device.type == "cuda" and not self.clients.held else self.model
         self.clients.convolution = convolution
         self.numbers: tuple[tuple[float, ...], Numbers] | None = None  # of the γ that came last
         self.sizes: dict[str, tuple[int, int, int]] | None = None  # {dense weight: (in, out, M)} where seen once
@@ -148,7 +151,7 @@ class Stack:
             losses[: counts[s]] += self._step(start, state, batch, counts[s], lrs[s], first=s == 0)
             if progress:
                 progress(counts[s])
-        self.clients.params, self.clients.buffers, self.clients.factors = {}, {}, {}
+        self.clients.clear()
         return losses
 
     def _begin(self, start: ClientState, job: Job, weights: Tensor, of: Numbers | None, *, fixed: bool) -> "_Rows":
@@ -183,6 +186,8 @@ class Stack:
         def look(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
             assert isinstance(layer, FoldedLinear)
             name, x = layer.names["weight"], inputs[0]
+            if name not in start.params:  # one product for all clients
+                return
             out, size_in = start.params[name].shape
             seen.setdefault(name, []).append((size_in, out, x.numel() // size_in))
             if y.requires_grad:  # a detached branch has no backward pass, a checkpointed one runs forward twice
@@ -202,6 +207,7 @@ class Stack:
                 hook.remove()
         # A weight that other layers use too is theirs as well: its gradient is no outer product.
         names = [name for layer in self.model.modules() for name in set(getattr(layer, "names", {}).values())]
+        names += [*self.clients.sliced, *(name for _, _, name in self.clients.held)]
         return {n: calls[0] for n, calls in seen.items() if len(calls) == back.count(n) == names.count(n) == 1}
 
     def _losses(
@@ -212,6 +218,8 @@ class Stack:
         c.num, c.shared, c.params, c.buffers, c.factors = K, shared, params, buffers, factors
         c.dropout_keys = batch.dropout_key[:K]
         x, y = folded(rows_of_inputs(batch.x, slice(K))), batch.y[:K]
+        c.examples = num_examples(x)
+        c.place()
         outputs = called_with(self.model, x)
         for one in tree_leaves(outputs):
             if not isinstance(one, Tensor) or one.ndim == 0 or len(one) != num_examples(x):

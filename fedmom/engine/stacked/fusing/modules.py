@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedmom.engine.stacked.folded.layers import FoldedBatchNorm, FoldedConv, FoldedDropout, FoldedPool
 from fedmom.engine.stacked.kernels import fused
-from fedmom.engine.stacked.layers import FoldedBatchNorm, FoldedConv, FoldedDropout, FoldedPool
 
 _MOST_PLACES = 16  # of a window: the kernel writes its loop out
 

@@ -11,9 +11,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from fedmom.engine.stacked.folded.layers import FoldedBatchNorm, FoldedConv, FoldedDropout, FoldedPool
 from fedmom.engine.stacked.fusing.modules import ConvReluPool, DroppedFlat, NormRelu, window
 from fedmom.engine.stacked.fusing.tracing import WRITES, traced
-from fedmom.engine.stacked.layers import FoldedBatchNorm, FoldedConv, FoldedDropout, FoldedPool
 
 _RELU = (functional.relu, torch.relu, torch.relu_)
 _ADD = (torch.add, operator.add, operator.iadd)

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn, overrides
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedmom.engine.stacked.layers import FOLDED
+from fedmom.engine.stacked.folded.fold import FOLDED
 
 _LAYERS: Any = tuple(set(FOLDED.values()))
 
