@@ -12,6 +12,7 @@ from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.tasks.problem import data_kind
+from fedmom.user_code import is_spec
 
 
 class Resolved(NamedTuple):
@@ -37,6 +38,10 @@ def resolve(loaded: Loaded) -> Resolved:
     _check_strategy(config, given, notes)
     _check_schedule(config.algorithm)
     _check_goals(config)
+    model = config.model
+    if model.lora_rank and not model.start and not is_spec(model.name) and data_kind(config.data.dataset).has_examples:
+        begun = "the frozen model is drawn by run.seed; model.start begins from a trained one"
+        notes.append(f"model.lora-rank = {model.lora_rank}: {begun}")
     return Resolved(config, tuple(notes))
 
 
