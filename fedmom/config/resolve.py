@@ -14,6 +14,7 @@ from fedmom.data.given.natural import is_natural
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.tasks.problem import data_kind
+from fedmom.user_code import is_spec
 
 
 class Resolved(NamedTuple):
@@ -46,6 +47,10 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     _check_strategy(config, given, notes)
     _check_schedule(config.algorithm)
     _check_goals(config)
+    model = config.model
+    if model.lora_rank and not model.start and not is_spec(model.name) and data_kind(config.data.dataset).has_examples:
+        begun = "the frozen model is drawn by run.seed; model.start begins from a trained one"
+        notes.append(f"model.lora-rank = {model.lora_rank}: {begun}")
     return Resolved(config, tuple(notes))
 
 

@@ -29,7 +29,7 @@ PARTS = {
         "tests/flower/test_relay.py",
     ),
     "averaging": ("tests/method/test_averaging.py", "tests/engine/test_engine.py", "tests/laws"),
-    "stack": ("tests/engine/test_stacked.py",),
+    "stack": ("tests/engine/test_stacked.py", "tests/engine/test_transformers.py", "tests/tasks/test_adapters.py"),
     "replays": ("tests/engine/test_cuda_graphs.py", "tests/engine/test_noise.py"),
     "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_supervised.py"),
     "partitions": ("tests/data/test_partition.py",),
@@ -60,6 +60,7 @@ class Mutant(NamedTuple):
 ALGORITHMS, AVERAGING, MIXING = "fedmom.method.algorithms", "fedmom.method.averaging", "fedmom.method.mixing"
 TOPOLOGY, GRAPHS, SCHEDULES = "fedmom.method.topology", "fedmom.method.graphs", "fedmom.method.schedules"
 LOOP, ENGINE, GOSSIP = "fedmom.rounds.loop", "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
+FOLDED, ADAPTERS = "fedmom.engine.stacked.folded", "fedmom.tasks.models.adapters"
 STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.RoundSums"
 UPDATES, REPLAYS = "fedmom.engine.stacked.updates", "fedmom.engine.stacked.cuda_graphs.Replays"
 RECORDING, AGREEMENT = "fedmom.engine.stacked.cuda_graphs._Recording", "fedmom.engine.stacked.agreement"
@@ -593,6 +594,27 @@ MUTANTS = [
         "how far clients went from x̂, and not from their mean",
         code("fedmom.engine.stacked.means._round_end", " - (away / weight) * (away / weight)", ""),
         "tests/engine/test_stacked.py::test_every_model_is_the_loops[logistic-rows-False]",
+    ),
+    Mutant(
+        "stack",
+        "the padding's row is trained",
+        "an Embedding's padding_idx is a word like others",
+        code(f"{FOLDED}.embeddings.FoldedEmbedding.rows", "if self.padding is None:", "if True:"),
+        "tests/engine/test_transformers.py::test_every_path_is_plain_torch[encoder]",
+    ),
+    Mutant(
+        "stack",
+        "a frozen base of the stack's own",
+        "the folded model has a copy of what is not trained",
+        code(f"{FOLDED}.fold.fold", "{id(p): p for p in model.parameters() if not p.requires_grad}", "{}"),
+        "tests/engine/test_transformers.py::test_what_is_frozen_has_no_copy_per_client",
+    ),
+    Mutant(
+        "stack",
+        "torch's fused evaluation passes adapters by",
+        "a TransformerEncoderLayer with adapters is judged without them",
+        code(f"{ADAPTERS}.lora", "module.activation_relu_or_gelu = 0", "pass"),
+        "tests/tasks/test_adapters.py::test_adapters_change_nothing_at_first_and_are_all_that_is_trained",
     ),
     Mutant(
         "replays",

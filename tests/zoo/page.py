@@ -33,6 +33,39 @@ Where `grad` is None, `torch.optim.SGD` skips the parameter; fedmom does not.
 A model that splits its batch (ghost batch normalisation), or branches on the number of examples, is never stacked by \
 `stack` or `factors`: `auto` takes `vmap` or `loop`.
 
+## Transformers
+
+`model.name = "gpt"` is a small GPT: token ids `[T]` in, a distribution over V tokens at each place out, for \
+`data.task = "per-token"` alone.
+`model.hidden` is its width, `model.layers` and `model.heads` how many layers and heads it has; V is the data set's \
+number of classes.
+
+In a model of your own `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` are stacked \
+with `dropout=0.0` and `batch_first=True`.
+`nn.MultiheadAttention` by itself may have the examples second; `add_bias_kv` and `add_zero_attn` are for `vmap`.
+An `nn.Embedding` of positions is stacked when its index is the same for all examples: `[T]` or `[1, T]`.
+One layer that embeds both words and positions is not.
+A parameter `[1, …]` that a module holds itself (positions, a class token) is stacked; others are for `vmap`.
+
+## Frozen parameters and adapters
+
+`requires_grad_(False)` freezes a parameter: it is not trained, sent, averaged or counted in `bytes_sent`.
+A frozen layer is one product for all stacked clients, so its memory does not grow with their number.
+
+`model.lora-rank = r` freezes the whole model and trains an adapter beside each `nn.Linear` (Hu et al., ICLR 2022): \
+W h + b becomes W h + b + B (A h), with B = 0 at the start and the scale 1.
+A layer whose weight another module has too (a head that is tied to an embedding), and the inside of \
+`nn.MultiheadAttention`, have no adapter.
+In a `module:function` of your own, `fedmom.lora(model, rank)` does the same.
+
+`model.start = "runs/base/final.safetensors"` begins from the x and the buffers of another run, before anything is \
+frozen.
+The names and shapes in the file must be the model's.
+The file's content belongs to the run: a resume with another content is refused.
+Every machine that trains clients needs the file under that name.
+
+## What was tried
+
 A test makes these tables: each of {count} small models runs on every path, for three rounds of three local steps \
 with three unequal clients.
 {loop} train on the loop, and {stacked} of them on a stacked path too.

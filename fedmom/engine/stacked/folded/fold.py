@@ -44,6 +44,7 @@ FOLDED: dict[type[nn.Module], Callable[..., nn.Module]] = {
 
 
 _BY_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # which no two clients may share, trained or not
+_WITH_ATTENTION = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def fold(model: nn.Module, x: Inputs | None = None) -> tuple[nn.Module, Clients]:
@@ -95,7 +96,8 @@ def _held(layer: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises FoldError for others, and for layers of torch's own that have the batch elsewhere.
     """
-    if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and not layer.self_attn.batch_first:
+    trained = any(p.requires_grad for p in layer.parameters())
+    if trained and isinstance(layer, _WITH_ATTENTION) and not layer.self_attn.batch_first:
         raise FoldError(f"a {type(layer).__name__} with batch_first=False has the examples second")
     found = {part: p for part, p in layer._parameters.items() if p is not None and p.requires_grad}
     for part, parameter in found.items():
