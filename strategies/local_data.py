@@ -1,6 +1,7 @@
 """Clients whose data nobody else has: the server learns their sizes, and has them evaluate where it has no test set."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class LocalSupervised(Supervised):
         nodes = [holder.node_id for holder in fleet.holders if common.test_sizes[holder.clients[0]]]
         content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(dict(self.facts))})
         messages = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node) for node in nodes]
-        accept: Callable[..., Any] = accept_metrics if self.task.means else accept_sums
+        accept: Callable[..., Any] = accept_metrics
+        if not self.task.means:
+            accept = partial(accept_sums, names=("loss", *self.task.metrics))
         try:
             answers = [*fleet.exchange(grid, 0, messages, arrays, timeout=timeout, accept=accept)]
         except ClientsFailedError as error:
@@ -51,6 +54,10 @@ class LocalSupervised(Supervised):
         for weight, sums in answers:
             for name, values in sums.items() if weight else ():
                 own = torch.tensor(values, dtype=torch.float64)
+                if name in totals and len(own) != len(totals[name]):
+                    raise ClientsFailedError(
+                        f"the evaluation: clients send {len(totals[name])} and {len(own)} sums of {name}"
+                    )
                 totals[name] = totals[name] + own if name in totals else own
         return {f"test_{name}": value for name, value in self.task.values(totals).items()} if totals else None
 

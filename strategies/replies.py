@@ -116,13 +116,15 @@ def accept_metrics(
     return float(weight), {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
 
 
-def accept_sums(clients: Sequence[int], reply: Message) -> tuple[float, dict[str, Any]]:
-    """(weight, {measure: sums}) of a reply to an evaluation. Raises ValueError where it has no such record."""
+def accept_sums(clients: Sequence[int], reply: Message, *, names: Sequence[str]) -> tuple[float, dict[str, Any]]:
+    """(weight, {measure: sums}) of a reply to an evaluation. Raises ValueError where it has not those of `names`."""
     weight, _ = accept_metrics(clients, reply)
     metrics = dict(next(iter(reply.content.metric_records.values())))
     found = {name.removeprefix("sums-"): value for name, value in metrics.items() if name.startswith("sums-")}
-    if weight and not found:
-        raise ValueError("its reply has no sums of what it measured")
+    for name in names if weight else ():
+        sums = found.get(name)
+        if not isinstance(sums, list) or not all(map(math.isfinite, sums)):
+            raise ValueError(f"its reply has no finite sums of {name!r}")
     return weight, found
 
 

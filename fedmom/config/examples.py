@@ -103,4 +103,4 @@ def is_given(config: Config) -> bool:
 def count_clients(config: Config) -> int:
     """N of a configuration whose data.num-clients = 0 takes all natural clients: the data are looked at for it."""
     data = config.data
-    return len(all_clients(data.dataset, data.data_dir, data.clients, data.classes))
+    return len(all_clients(data.dataset, data.data_dir, data.clients, data.classes, targets=task_of(config).targets))

@@ -35,6 +35,10 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     notes: list[str] = []
     _check_clients(config)
     config = _settle_data(config, given)
+    if not data_kind(config.data.dataset).has_examples:
+        idle = [name for name in _TASK_KEYS if name in given and flat(config)[name] != KEYS[name].default]
+        if idle:
+            notes.append(f"{config.data.dataset} has no examples: {', '.join(idle)} changes nothing")
     if not config.data.num_clients:
         if not here:
             return Resolved(config, ())
@@ -52,6 +56,10 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
         begun = "the frozen model is drawn by run.seed; model.start begins from a trained one"
         notes.append(f"model.lora-rank = {model.lora_rank}: {begun}")
     return Resolved(config, tuple(notes))
+
+
+# Keys of what is asked of a model.
+_TASK_KEYS = ("data.task", "model.loss", "model.label-smoothing", "model.class-weights", "run.metrics")
 
 
 def _settle_data(config: Config, given: frozenset[str]) -> Config:

@@ -101,7 +101,7 @@ def _of_strings(y: np.ndarray) -> bool:
 def kind_of(x: Inputs) -> str:
     """Dtype and shape of one example, as messages show them."""
     if isinstance(x, dict):
-        return ", ".join(f"{name} {kind_of(one)}" for name, one in x.items())
+        return ", ".join(f"{name} {kind_of(one)}" for name, one in sorted(x.items()))
     return f"{dtype_name(x.dtype)} {list(x.shape[1:])}"
 
 

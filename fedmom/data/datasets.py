@@ -179,7 +179,8 @@ def _named_dataset(name: str, source: Source, clients: str) -> Dataset:
 def _user_dataset(name: str, source: Source, clients: str, targets: str) -> Dataset:
     key = f"data.dataset = {name!r}"
     x_train, y_train, x_test, y_test = checked_whole(key, _raw(source), targets=targets)
-    num_classes = source.num_classes or num_outputs(key, targets, (y_train, y_test))
+    known = source.num_classes if TARGETS[targets].grows else 0
+    num_classes = known or num_outputs(key, targets, (y_train, y_test))
     if isinstance(x_train, dict) and (images := [n for n, one in x_train.items() if one.dtype == torch.uint8]):
         raise InputError(f"{key}: x_train[{images[0]!r}] is uint8: among several inputs give images as float features")
     ids = pick_ids(key, clients, source.arrays, source.names, (len(y_train), len(y_test)))
@@ -296,7 +297,8 @@ def _checked_dataset(key: str, dataset: Dataset, clients: str, targets: str) -> 
     how = TARGETS[targets]
     least = max(how.size(y_train), how.size(y_test))
     num_classes = dataset.num_classes.item() if isinstance(dataset.num_classes, np.integer) else dataset.num_classes
-    if type(num_classes) is not int or num_classes < least or num_classes < 1:
+    exact = not how.grows and targets != "anything"  # what is predicted is there, number by number
+    if type(num_classes) is not int or num_classes < max(1, least) or (exact and num_classes != least):
         there = f"there is a label {least - 1}" if how.grows else f"{least} numbers are predicted"
         raise InputError(f"{key}: num_classes = {num_classes!r}, but {there}")
     if dataset.augment not in ("none", "crop-flip"):

@@ -46,6 +46,8 @@ class Facts(NamedTuple):
     pixels: int  # per channel, of all training images; 0 for features
     sums: tuple[int, ...]  # [C] of the pixels' values 0 … 255
     squares: tuple[int, ...]  # [C] of their squares
+    target: tuple[int, ...]  # shape of one target: () of labels
+    labels: int  # how many targets there are in all, of tokens each
 
 
 class Common(NamedTuple):
@@ -138,7 +140,14 @@ def facts_of(examples: Examples, dtype: str = "float64", targets: str = "labels"
             squares.append(int(counts @ values**2))
     dtype = dtype_name(x.dtype)
     shape = tuple(x.shape[1:])
-    return Facts(len(x), len(examples.x_test), needed, shape, dtype, pixels, tuple(sums), tuple(squares))
+    return Facts(
+        len(x), len(examples.x_test), needed, shape, dtype, pixels, tuple(sums), tuple(squares), *_targets_of(labels)
+    )
+
+
+def _targets_of(labels: Sequence[Tensor]) -> tuple[tuple[int, ...], int]:
+    """(shape of one target, how many numbers all of them are)."""
+    return tuple(labels[0].shape[1:]), sum(y.numel() for y in labels)
 
 
 def agreed(facts: Sequence[Facts], server: Examples | None = None, targets: str = "labels") -> Common:
@@ -150,12 +159,12 @@ def agreed(facts: Sequence[Facts], server: Examples | None = None, targets: str 
                 f"{_KEY}: examples of client {client} are {other.dtype} {list(other.shape)}, those of client 0 "
                 f"{first.dtype} {list(first.shape)}"
             )
-    how = TARGETS[targets]
-    for client, other in enumerate(facts):
-        if not how.grows and other.num_classes != first.num_classes:
+        if other.target != first.target:
             raise InputError(
-                f"{_KEY}: client {client} has {other.num_classes} numbers in each target, client 0 {first.num_classes}"
+                f"{_KEY}: targets of client {client} have the shape {list(other.target)}, those of client 0 "
+                f"{list(first.target)}; one for all"
             )
+    how = TARGETS[targets]
     num_classes = max(one.num_classes for one in facts)
     if server is not None:
         needed = how.size(server.y_test)
@@ -173,7 +182,8 @@ def agreed(facts: Sequence[Facts], server: Examples | None = None, targets: str 
     elif not any(one.test_size for one in facts):
         raise InputError(f"{_KEY}: nobody has test examples; give the server a test.npz, or clients x_test and y_test")
     if how.grows:
-        count_classes(_KEY, num_classes - 1, sum(one.size + one.test_size for one in facts))
+        labels = sum(one.labels for one in facts) + (0 if server is None else server.y_test.numel())
+        count_classes(_KEY, num_classes - 1, labels)
     mean, std = list[float](), list[float]()
     pixels = sum(one.pixels for one in facts)
     for channel in range(len(first.sums)):
@@ -258,6 +268,9 @@ def _filled(parts: dict[str, tuple[Tensor, Tensor]]) -> Examples:
     if train[0].shape[1:] != test[0].shape[1:] or train[0].dtype != test[0].dtype:
         kinds = f"{kind_of(train[0])}, those of x_test are {kind_of(test[0])}"
         raise InputError(f"{_KEY}: examples of x_train are {kinds}")
+    if train[1].shape[1:] != test[1].shape[1:]:
+        kinds = f"{list(train[1].shape[1:])}, those of y_test {list(test[1].shape[1:])}"
+        raise InputError(f"{_KEY}: targets of y_train have the shape {kinds}; give both in one shape")
     return Examples(*train, *test)
 
 

@@ -91,7 +91,7 @@ def _name(y: Tensor) -> str:
 
 
 def _highest(y: Tensor) -> int:
-    return int(y.max()) + 1 if y.numel() else 0
+    return max(0, int(y.max()) + 1) if y.numel() else 0
 
 
 def _trailing(y: Tensor) -> int:
@@ -137,6 +137,8 @@ def num_outputs(key: str, kind: str, targets: Sequence[Tensor]) -> int:
     sizes = [how.size(y) for y in targets if len(y)]
     if not how.grows and len(set(sizes)) > 1:
         raise InputError(f"{key}: targets have {sizes[0]} numbers in one part and {max(sizes)} in another")
+    if how.grows and not max(sizes, default=0):
+        raise InputError(f"{key}: has no target that counts; a label is 0, 1, 2, …")
     return count_classes(key, max(sizes) - 1, sum(y.numel() for y in targets)) if how.grows else sizes[0]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedmom.config.numbers import PERCENT
 from fedmom.rounds.loop import Record
-from fedmom.tasks.metrics import METRICS, rises
+from fedmom.tasks.metrics import METRICS, is_share, rises
 
 MISSING = "–"
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -55,14 +55,18 @@ MEASURES = (
 )
 
 _BY_KEY = {measure.key: measure for measure in MEASURES}
-_OF_A_TASK = "test_"  # how the names of what a task of the user's own measures begin
+# How the names begin of what else a task measures, of the user's own or of clients' own models; and where that is.
+_OF_A_TASK = {"test_": " at x̂", "mean_client_": "", "worst_client_": ""}
 
 
 def measure_of(key: str) -> Measure | None:
     """What a number of rounds.jsonl measures; None for one by which nothing is judged."""
     title = key.replace("_", " ")
-    own = Measure(key, title, f"{title[0].upper()}{title[1:]} at x̂", "#.4g") if key.startswith(_OF_A_TASK) else None
-    return _BY_KEY.get(key, own)
+    where = next((where for start, where in _OF_A_TASK.items() if key.startswith(start)), None)
+    if key in _BY_KEY or where is None:
+        return _BY_KEY.get(key)
+    label = f"{title[0].upper()}{title[1:]}{where}"
+    return _share(key, title, f"{label} (%)") if is_share(key) else Measure(key, title, label, "#.4g")
 
 
 def measures_in(runs: Iterable[Sequence[Record]]) -> list[Measure]:

@@ -71,6 +71,7 @@ class Evaluation:
             except Exception as error:  # a user's model may raise anything
                 raise InputError(f"{self.called}: in evaluation the model fails {where}: {one_line(error)}") from error
             shape = [len(rows), *(y.shape[1:] if self.task.targets == "tokens" else ())]
+            assert self.task.targets not in ("numbers", "sets") or y[0].numel() == num_outputs
             if want := self.task.check_outputs(outputs, shape, num_outputs):
                 got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
                 raise InputError(f"{self.called}: in evaluation the model must return {want}, it returned {got}")

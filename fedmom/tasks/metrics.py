@@ -48,7 +48,8 @@ def _right_of_five(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _surprise(outputs: Tensor, labels: Tensor) -> Tensor:
-    total = cross_entropy(outputs, labels, reduction="sum").to(F64)
+    wide = outputs.float() if outputs.dtype.itemsize < 4 else outputs
+    total = cross_entropy(wide, labels, reduction="sum").to(F64)
     return torch.stack([total, total.new_full((), len(labels))])
 
 
@@ -85,11 +86,12 @@ def _label_right(outputs: Tensor, targets: Tensor) -> Tensor:
 # The area under the ROC curve, of scores that are rounded to 16 bits (bfloat16): 2^16 counts of each kind add up.
 
 _BINS = 1 << 16
+MOST_RANKED = 100  # classes or labels, of which each has 2 · 2^16 counts
 
 
 def _ranked(scores: Tensor, positive: Tensor) -> Tensor:
     """[n, L] scores and whether they should be high -> [L · 2 · 2^16] counts, in the order of the scores."""
-    bits = scores.detach().to(torch.bfloat16).view(torch.int16).to(torch.int64) & 0xFFFF
+    bits = (scores.detach().to(torch.bfloat16) + 0).view(torch.int16).to(torch.int64) & 0xFFFF
     place = torch.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000)  # falling bits of negative numbers rise
     labels = torch.arange(scores.shape[1], device=scores.device)
     flat = (2 * labels + positive.to(torch.int64)) * _BINS + place
@@ -120,7 +122,7 @@ def _area(sums: Tensor) -> float:
 
 def _errors(power: int) -> Callable[[Tensor, Tensor], Tensor]:
     def sums(outputs: Tensor, targets: Tensor) -> Tensor:
-        total = ((outputs - targets).to(F64).abs() ** power).sum()
+        total = ((outputs.to(F64) - targets.to(F64)).abs() ** power).sum()
         return torch.stack([total, total.new_full((), targets.numel())])
 
     return sums

@@ -84,7 +84,7 @@ class Supervised:
     def _hold(self, model: nn.Module) -> None:
         self.model, self.places = model, Places(model)
         self.dropout_keys = self.places.dropout_keys
-        self.evaluation = Evaluation(self.places, self.task, self.called, self._normalised, self._targets, self.device)
+        self.evaluation = Evaluation(self.places, self.task, self.called, self._normalised, self._judged, self.device)
 
     def in_dtype(self, dtype: torch.dtype) -> "Supervised":
         """The same problem, its model a copy in another dtype."""
@@ -134,6 +134,10 @@ class Supervised:
         if y.is_floating_point() or self.task.targets == "sets":
             return y.to(self.dtype)
         return y if y.dtype == torch.int64 else y.to(torch.int64)
+
+    def _judged(self, y: Tensor) -> Tensor:
+        """As an evaluation takes them."""
+        return y if self.task.exact else self._targets(y)
 
     def loss(self, params: Tree, buffers: Tree, batch: Batch) -> tuple[Tensor, Tree]:
         """One client's loss on one minibatch, and the buffers after the forward pass."""

@@ -24,6 +24,7 @@ from fedmom.tasks.metrics import (
     CLASS_METRICS,
     F64,
     LABEL_METRICS,
+    MOST_RANKED,
     NUMBER_METRICS,
     TOKEN_METRICS,
     Metric,
@@ -40,6 +41,7 @@ class Task:
     `loss` is all that it must have. Outputs are what the model returns: a tensor [B, ...], or a tuple or dict of such.
     """
 
+    exact: ClassVar[bool] = False  # whether it is judged by targets as they came, in no rounder dtype
     targets: ClassVar[str] = "anything"  # the kind of targets that are taken: one of fedmom's TARGETS
     metrics: tuple[str, ...] = ()  # the names of what `measure` gives besides the loss
 
@@ -131,7 +133,13 @@ class Named(Task):
         for key, value in (("label-smoothing", asked.label_smoothing), ("class-weights", asked.class_weights)):
             if value and named != CROSS_ENTROPY:
                 raise InputError(f"model.{key} = {value}: is for cross-entropy; {said} has the loss {named}")
-        self.metrics, self.function, self.asked = names, self.losses[named], asked
+        self.metrics, self.function, self.asked = tuple(dict.fromkeys(names)), self.losses[named], asked
+
+    def check_size(self, num_outputs: int) -> None:
+        if "auc" in self.metrics and num_outputs > MOST_RANKED:
+            raise InputError(
+                f"run.metrics: auc is for at most {MOST_RANKED} classes or labels, these are {num_outputs}"
+            )
 
     def check_outputs(self, outputs: Any, shape: Sequence[int], num_outputs: int) -> str:
         """Outputs of that shape, with one number for each class, label or number at the end."""
@@ -177,6 +185,7 @@ class ClassificationTask(Named):
         return self.targets == "labels" and self.class_weights is None and {*self.metrics} <= {"accuracy", "top5"}
 
     def check_size(self, num_outputs: int) -> None:
+        super().check_size(num_outputs)
         if self.class_weights is not None and len(self.class_weights) != num_outputs:
             given = f"{len(self.class_weights)} numbers"
             raise InputError(f"model.class-weights: has {given}, and there are {num_outputs} classes")
@@ -242,6 +251,11 @@ class RegressionTask(Named):
 
     name, targets, called = "regression", "numbers", "numbers"
     losses: ClassVar = {"mse": mse_loss, "mae": l1_loss, "huber": huber_loss}
+    exact = True
+
+    def _total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super()._total(outputs.to(F64), targets.to(F64))
+
     known: ClassVar = NUMBER_METRICS
     usual: ClassVar[tuple[str, ...]] = ("mae", "r2")
 
@@ -291,9 +305,10 @@ def make_task(name: str, asked: Asked = Asked()) -> Task:  # noqa: B008 - never 
         raise InputError(f"{said}: {made.__name__}() raised {one_line(error)}") from error
     if made.loss is Task.loss:
         raise InputError(f"{said}: has no method loss(outputs, targets)")
-    if task.targets not in TARGETS:
+    if not isinstance(task.targets, str) or task.targets not in TARGETS:
         raise unknown(f"{said}: targets", str(task.targets), TARGETS)
-    wrong = [n for n in task.metrics if not (isinstance(n, str) and n.isidentifier())]
-    if isinstance(task.metrics, str) or wrong:
-        raise InputError(f'{said}: metrics = {task.metrics!r}: must be names, as in ("error",)')
+    names = task.metrics if isinstance(task.metrics, tuple | list) else (None,)
+    right = all(isinstance(name, str) and name.isidentifier() and name != "loss" for name in names)
+    if not right or len(set(names)) < len(names):
+        raise InputError(f'{said}: metrics = {task.metrics!r}: must be names besides the loss, as in ("error",)')
     return task

@@ -80,7 +80,10 @@ def _checked(what: str, values: object) -> np.ndarray:
         if int(ids.max()) > 2**63 - 1:
             raise InputError(f"{what} has ids of 2^63 and more: at most {2**63 - 1} fits")
         return ids.astype(np.int64)
-    return np.char.decode(ids, "utf-8") if ids.dtype.kind == "S" else ids.astype(str)
+    try:
+        return np.char.decode(ids, "utf-8") if ids.dtype.kind == "S" else ids.astype(str)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} has bytes that are no UTF-8 ({error.reason}): give strings") from None
 
 
 def drawn_clients(num_all: int, num_clients: int, seed: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,10 @@ from fedmom.data.given.natural import owned
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.user_code import load_object, one_line, place_of
+
+
+def _is_number(part: object) -> bool:
+    return isinstance(part, Integral) or getattr(part, "ndim", 1) == 0
 
 
 def own_partition(
@@ -31,7 +36,9 @@ def own_partition(
         raise
     except (Exception, SystemExit) as error:
         raise InputError(f"{key}: the function raised {one_line(error)}{place_of(error)}") from error
-    is_list = isinstance(result, list | tuple) and not all(np.ndim(part) == 0 for part in result)
+    is_list = isinstance(result, list | tuple) and not all(
+        isinstance(part, Integral) or getattr(part, "ndim", 1) == 0 for part in result
+    )
     if is_list:
         owner = _owner_of_parts(
             key, [_whole(f"{key}: client {c}'s part", p) for c, p in enumerate(result)], len(labels)
