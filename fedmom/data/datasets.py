@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.data.arrays import checked_whole, kind_of
+from fedmom.data.arrays import checked_whole, kind_of, statistics
 from fedmom.data.inputs import Inputs, Shapes, is_integer, shape_of
 from fedmom.data.sources.array_files import ARRAYS, idx_files, read_digits, read_idx, read_npz_arrays
 from fedmom.data.targets import TARGETS, num_outputs
@@ -171,22 +171,8 @@ def _user_dataset(name: str, arrays: RawArrays, targets: str) -> Dataset:
     num_classes = num_outputs(key, targets, (y_train, y_test))
     if isinstance(x_train, dict) and (images := [n for n, one in x_train.items() if one.dtype == torch.uint8]):
         raise InputError(f"{key}: x_train[{images[0]!r}] is uint8: among several inputs give images as float features")
-    mean, std = _statistics(x_train) if isinstance(x_train, Tensor) and x_train.dtype == torch.uint8 else ((), ())
+    mean, std = statistics(x_train) if isinstance(x_train, Tensor) and x_train.dtype == torch.uint8 else ((), ())
     return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, "none")
-
-
-def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of images / 255, exactly: from counts of the 256 values."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean, std = [], []
-    for channel in range(images.shape[1]):
-        counts = torch.bincount(images[:, channel].flatten(), minlength=256).to(torch.float64)
-        weights = counts / counts.sum()
-        mean.append(float(weights @ values))
-        variance = float(weights @ (values - mean[-1]) ** 2)
-        # A constant channel would be divided by zero; one keeps it at zero.
-        std.append(math.sqrt(variance) if counts.count_nonzero() > 1 else 1.0)
-    return tuple(mean), tuple(std)
 
 
 # Where the arrays come from.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.data.arrays import check_cast, checked_part, dtype_name, kind_of
+from fedmom.data.arrays import check_cast, checked_part, dtype_as_used, kind_of, pixel_counts
 from fedmom.data.datasets import Dataset
 from fedmom.data.partition import Partition
 from fedmom.data.sources.array_files import read_npz_arrays
@@ -131,12 +131,11 @@ def facts_of(examples: Examples, dtype: str = "float64", targets: str = "labels"
     pixels, sums, squares = 0, list[int](), list[int]()
     if x.dtype == torch.uint8:
         values = torch.arange(256, dtype=torch.int64)
-        for channel in range(x.shape[1]):
-            counts = torch.bincount(x[:, channel].flatten(), minlength=256)
+        for counts in pixel_counts(x):
             pixels = int(counts.sum())
             sums.append(int(counts @ values))
             squares.append(int(counts @ values**2))
-    dtype = dtype_name(x.dtype)
+    dtype = dtype_as_used(x)
     shape = tuple(x.shape[1:])
     return Facts(len(x), len(examples.x_test), needed, shape, dtype, pixels, tuple(sums), tuple(squares))
 
@@ -164,7 +163,7 @@ def agreed(facts: Sequence[Facts], server: Examples | None = None, targets: str 
                 f"{_KEY}: the server's targets have {needed} numbers each, those of client 0 {num_classes}"
             )
         num_classes = max(num_classes, needed)
-        shape, dtype = tuple(server.x_test.shape[1:]), dtype_name(server.x_test.dtype)
+        shape, dtype = tuple(server.x_test.shape[1:]), dtype_as_used(server.x_test)
         if (shape, dtype) != (first.shape, first.dtype):
             raise InputError(
                 f"{_KEY}: the server's test examples are {dtype} {list(shape)}, those of client 0 "
@@ -255,7 +254,7 @@ def _filled(parts: dict[str, tuple[Tensor, Tensor]]) -> Examples:
     x, y = next(iter(parts.values()))
     empty = x[:0], y[:0]
     train, test = parts.get("train", empty), parts.get("test", empty)
-    if train[0].shape[1:] != test[0].shape[1:] or train[0].dtype != test[0].dtype:
+    if train[0].shape[1:] != test[0].shape[1:] or dtype_as_used(train[0]) != dtype_as_used(test[0]):
         kinds = f"{kind_of(train[0])}, those of x_test are {kind_of(test[0])}"
         raise InputError(f"{_KEY}: examples of x_train are {kinds}")
     return Examples(*train, *test)

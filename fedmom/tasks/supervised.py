@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmom.data.batches import Sampler, crop_flip, moves, normalised
 from fedmom.data.datasets import Dataset
-from fedmom.data.inputs import Inputs, called_with, gathered, rows_of_inputs
+from fedmom.data.inputs import Inputs, called_with, gathered
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.method.randomness import DROPOUT, random_bits
@@ -114,7 +114,9 @@ class Supervised:
         x = gathered(self.dataset.x_train, examples)
         if drawn.moves.shape[-1]:
             x = tree_map(lambda t: crop_flip(t, drawn.moves[:, step]), x)
-        return Batch(self._normalised(x), self._targets(self.dataset.y_train[examples]), drawn.dropout_keys[:, step])
+        return Batch(
+            self._normalised(x), self._targets(gathered(self.dataset.y_train, examples)), drawn.dropout_keys[:, step]
+        )
 
     def _normalised(self, x: Inputs) -> Inputs:
         """As the model takes them."""
@@ -222,7 +224,7 @@ class Supervised:
         """The same on the training examples of clients [K], unaugmented: {"loss", "accuracy", …}."""
         offsets, indices = self.sampler.offsets, self.sampler.indices
         rows = torch.cat([indices[offsets[c] : offsets[c + 1]] for c in clients.tolist()]).to(self.device)
-        return self.evaluation.measured(state, rows_of_inputs(self.dataset.x_train, rows), self.dataset.y_train[rows])
+        return self.evaluation.measured(state, self.dataset.x_train, self.dataset.y_train, rows)
 
     def check_evaluation(self, state: ClientState) -> None:
         """Judge a few examples, so that what fails in evaluation fails before the first round.
