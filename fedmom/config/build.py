@@ -38,8 +38,10 @@ def load_data(config: Config) -> tuple[Dataset, Partition]:
     data = config.data
     targets = task_of(config).targets
     if data_kind(data.dataset).own_data:
+        if data.context:
+            raise InputError(f"data.context = {data.context}: cuts the stream of one data set; 'local' has examples")
         return everything(data.data_dir, data.num_clients, data.classes, targets)
-    dataset = load_dataset(data.dataset, data.data_dir, targets)
+    dataset = load_dataset(data.dataset, data.data_dir, targets, context=data.context)
     partition = make_partition(
         data.partition,
         _classes(config, dataset, targets),

@@ -86,10 +86,14 @@ def key(
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str = key(
-        "digits", "data set; `fedmom datasets` lists them", DATASETS | DATA_KINDS, "FILE.npz or module:function"
+        "digits",
+        "data set; `fedmom datasets` lists them",
+        DATASETS | DATA_KINDS,
+        "FILE.npz, FILE.bin, FOLDER/ or module:function",
     )
     data_dir: str = key("data", "folder or .npz file that holds the data set")
     task: str = key("classification", "what is asked of the model", TASKS, "module:Class")
+    context: int = key(0, "T, tokens of the windows into which a stream is cut; 0: no stream", at_least(0))
     classes: str = key("", "dataset local: image folders in the order of their labels, by commas", holds=",")
     num_clients: int = key(20, "N, number of clients", at_least(1))
     partition: str = key("dirichlet-client", "rule that gives the training examples to the clients", PARTITIONS)
@@ -135,10 +139,7 @@ class AlgorithmConfig:
     weight_decay: float = key(0.0, "λ, weight decay, added to the gradient as λx", at_least(0))
     momentum_policy: str = key("average", "what happens to the momentum u between two rounds", MOMENTUM_POLICIES)
     correction: str = key(
-        "none",
-        "your own change of the gradient",
-        {"none": "the gradient as it is"},
-        "module:function",
+        "none", "your own change of the gradient", {"none": "the gradient as it is"}, "module:function"
     )
     client_weights: str = key("uniform", "weights of the clients in the averages of x and u", CLIENT_WEIGHTS)
     running_var: str = key("pooled", "how the running variances of BatchNorm are averaged", RUNNING_VARS)
@@ -177,9 +178,7 @@ class RunConfig:
 class EngineConfig:
     device: str = key("auto", "device of the tensors", DEVICES)
     path: str = key(
-        "auto",
-        "how clients are computed side by side",
-        {AUTO: "the fastest that is right, by timing"} | PATHS,
+        "auto", "how clients are computed side by side", {AUTO: "the fastest that is right, by timing"} | PATHS
     )
     chunk_size: int = key(0, "K, clients that are stacked at once; 0: chosen by memory", at_least(0))
     remember: bool = key(True, "keep what auto chose by timing in the cache folder, and reuse it")
@@ -310,8 +309,9 @@ def checked(name: str, value: Any) -> Scalar:
     if known.choices and value not in known.choices:
         if not known.also:
             raise unknown(name, value, known.choices)
-        files = tuple(word.removeprefix("FILE") for word in known.also.split() if word.startswith("FILE."))
-        if not ("module:" in known.also and is_spec(value)) and not (files and value.endswith(files)):
+        files = tuple(word.strip(",").removeprefix("FILE") for word in known.also.split() if word.startswith("FILE."))
+        path = (files and value.endswith(files)) or ("FOLDER/" in known.also and "/" in value)
+        if not ("module:" in known.also and is_spec(value)) and not path:
             raise unknown(name, value, [*known.choices, known.also])
     if known.check and (wrong := known.check(value)):
         raise InputError(f"{name} = {shown(value)}: {wrong}")

@@ -76,7 +76,7 @@ def checked_whole(
     key: str, arrays: tuple[object, ...], channels: int | None = None, *, targets: str = "labels"
 ) -> tuple[Inputs, Tensor, Inputs, Tensor]:
     """x_train, y_train, x_test and y_test, each split right and both alike. Labels may be words, which are numbered."""
-    if targets == "labels" and all(_is_words(y) for y in (arrays[1], arrays[3])):
+    if targets == "labels" and all(are_words(y) for y in (arrays[1], arrays[3])):
         names = np.unique(np.concatenate([np.asarray(arrays[1]).reshape(-1), np.asarray(arrays[3]).reshape(-1)]))
         numbered = [np.searchsorted(names, np.asarray(y)) for y in (arrays[1], arrays[3])]
         arrays = (arrays[0], numbered[0], arrays[2], numbered[1])
@@ -94,7 +94,8 @@ def checked_whole(
     return x_train, y_train, x_test, y_test
 
 
-def _is_words(y: object) -> bool:
+def are_words(y: object) -> bool:
+    """Whether labels are names, one for each example."""
     return isinstance(y, np.ndarray) and y.ndim == 1 and (y.dtype.kind in "UST" or _of_strings(y))
 
 
@@ -183,10 +184,11 @@ def pixel_counts(images: Tensor) -> Tensor:
 # Arrays, features, labels
 
 
-def plain_tensor(what: str, array: object) -> Tensor:
+def plain_tensor(what: str, array: object, *, narrow: bool = False) -> Tensor:
     """Any array as a strided tensor on the CPU; whole numbers but uint8 as int64.
 
     An array that is mapped from a file stays there, whole numbers as narrow as they are; nobody writes into it.
+    `narrow`: so they stay in memory too.
     """
     if isinstance(array, Tensor):
         if array.layout != torch.strided or array.is_nested or array.is_quantized or array.is_meta:
@@ -211,7 +213,7 @@ def plain_tensor(what: str, array: object) -> Tensor:
     else:
         hint = " (its to_numpy() may be one)" if hasattr(array, "to_numpy") else " (np.asarray may make it one)"
         raise InputError(f"{what} is a {type(array).__name__}, not a numpy array or tensor{hint}")
-    if tensor.dtype not in _INTEGERS or (tensor.dtype != torch.uint64 and is_mapped(array)):
+    if tensor.dtype not in _INTEGERS or (tensor.dtype != torch.uint64 and (narrow or is_mapped(array))):
         return tensor  # of a file that stays on the disk only what a minibatch needs is read, and widened
     whole = tensor.to(torch.int64)
     if tensor.dtype == torch.uint64 and bool((whole < 0).any()):

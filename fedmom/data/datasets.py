@@ -16,6 +16,8 @@ from torch import Tensor
 from fedmom.data.arrays import checked_whole, kind_of, statistics
 from fedmom.data.inputs import Inputs, Shapes, is_integer, shape_of
 from fedmom.data.sources.array_files import ARRAYS, idx_files, read_digits, read_idx, read_npz_arrays
+from fedmom.data.sources.pairs import is_map_style, read_pair
+from fedmom.data.sources.streams import is_stream, is_token_path, read_token_files, windows_of
 from fedmom.data.targets import TARGETS, num_outputs
 from fedmom.errors import InputError, missing_package, unknown
 from fedmom.machine.files import at_home
@@ -120,17 +122,23 @@ DATASETS: dict[str, DatasetEntry] = {
 }  # fmt: skip
 
 
-def load_dataset(name: str, data_dir: str = "data", targets: str = "labels") -> Dataset:
-    """One of DATASETS, the path of an .npz file, or the user's "module:function", for targets of a kind of TARGETS."""
-    if name.lower().endswith(".npz"):
-        path = at_home(name)
-        return _user_dataset(name, _read_npz(f"data.dataset = {name!r}", path), targets)
+def load_dataset(name: str, data_dir: str = "data", targets: str = "labels", *, context: int = 0) -> Dataset:
+    """One of DATASETS, a file's or folder's examples, or what the user's "module:function" gives.
+
+    `targets`: a kind of TARGETS. `context`: T, of the windows into which a stream of tokens is cut.
+    """
+    key, asked = f"data.dataset = {name!r}", Asking(targets, context)
     if is_spec(name):
-        return _call_user(name, data_dir, targets)
+        return _of_user(key, _call_user(name, data_dir), asked)
+    if name.lower().endswith(".npz"):
+        return _of_arrays(key, read_npz_arrays(key, at_home(name)), asked, f": {at_home(name)}")
+    if is_token_path(name):
+        return _of_arrays(key, read_token_files(key, at_home(name)), asked)
     if name not in DATASETS:
-        raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", '"module:function"'])
+        raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", "FILE.bin", "FOLDER/", '"module:function"'])
     if targets != "labels":
-        raise InputError(f"data.dataset = {name!r}: has one label for each example, and data.task asks for {targets}")
+        raise InputError(f"{key}: has one label for each example, and data.task asks for {targets}")
+    _check_no_context(key, asked)
     own = DATASETS[name].own
     arrays = own() if own is not None else _find(name, at_home(data_dir))
     return _named_dataset(name, arrays)
@@ -165,8 +173,30 @@ def _named_dataset(name: str, arrays: RawArrays) -> Dataset:
     return Dataset(x_train, y_train, x_test, y_test, entry.num_classes, entry.mean, entry.std, entry.augment)
 
 
-def _user_dataset(name: str, arrays: RawArrays, targets: str) -> Dataset:
-    key = f"data.dataset = {name!r}"
+class Asking(NamedTuple):
+    """What the keys say of a data set besides its name."""
+
+    targets: str
+    context: int
+
+
+def _check_no_context(key: str, asked: Asking) -> None:
+    if asked.context:
+        raise InputError(
+            f"data.context = {asked.context}: cuts a stream of tokens (x_train of one axis of whole numbers, no "
+            f"y_train), and {key} has examples; leave it 0"
+        )
+
+
+def _of_arrays(key: str, arrays: Mapping[str, object], asked: Asking, where: str = "") -> Dataset:
+    """Examples with targets, or a stream of tokens, whose windows they are."""
+    if is_stream(arrays):
+        return Dataset(*windows_of(key, arrays, asked.context, asked.targets), (), (), "none")
+    _check_no_context(key, asked)
+    return _user_dataset(key, _four(key + where, arrays), asked.targets)
+
+
+def _user_dataset(key: str, arrays: RawArrays, targets: str) -> Dataset:
     x_train, y_train, x_test, y_test = checked_whole(key, arrays, targets=targets)
     num_classes = num_outputs(key, targets, (y_train, y_test))
     if isinstance(x_train, dict) and (images := [n for n, one in x_train.items() if one.dtype == torch.uint8]):
@@ -212,31 +242,39 @@ def _read_npz(key: str, path: Path) -> RawArrays:
     return _four(f"{key}: {path}", read_npz_arrays(key, path))
 
 
-def _call_user(name: str, data_dir: str, targets: str) -> Dataset:
-    """The user's function; it gets `data_dir` if it has such a parameter or one without a default."""
+def _call_user(name: str, data_dir: str) -> object:
+    """What it returns. The user's function; it gets `data_dir` if it has such a parameter or one without a default."""
     key = f"data.dataset = {name!r}"
     function = load_object("data.dataset", name)
     try:
         parameters = inspect.signature(function).parameters
         if "data_dir" in parameters:
-            result = function(data_dir=data_dir)
-        elif any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
-            result = function(data_dir)
-        else:
-            result = function()
+            return function(data_dir=data_dir)
+        if any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
+            return function(data_dir)
+        return function()
     except InputError:
         raise
     except (Exception, SystemExit) as error:
         raise InputError(f"{key}: the function raised {one_line(error)}") from error
+
+
+def _of_user(key: str, result: object, asked: Asking) -> Dataset:
+    """What the user's function returned: a Dataset, four arrays, or two streams or data sets of torch's kind."""
     if isinstance(result, Dataset):
-        return _checked_dataset(key, result, targets)
+        _check_no_context(key, asked)
+        return _checked_dataset(key, result, asked.targets)
     if isinstance(result, Mapping):
-        return _user_dataset(name, _four(key, result), targets)
+        return _of_arrays(key, result, asked)
     if isinstance(result, tuple | list) and len(result) == 4:
-        x_train, y_train, x_test, y_test = result
-        return _user_dataset(name, (x_train, y_train, x_test, y_test), targets)
+        return _of_arrays(key, dict(zip(ARRAYS, result, strict=True)), asked)
+    if isinstance(result, tuple | list) and len(result) == 2:
+        if is_stream(streams := dict(zip(("x_train", "x_test"), result, strict=True))):
+            return _of_arrays(key, streams, asked)
+        if all(map(is_map_style, result)):
+            return _of_arrays(key, read_pair(key, *result), asked)
     got = type(result).__name__ + (f" of {len(result)}" if isinstance(result, tuple | list) else "")
-    wanted = f"a Dataset, or {', '.join(ARRAYS)} as a dict or tuple"
+    wanted = f"a Dataset, {', '.join(ARRAYS)} as a dict or tuple, or two data sets of (x, y) by number"
     raise InputError(f"{key}: must return {wanted}; returned {got}")
 
 

@@ -17,6 +17,7 @@ from fedmom.config.build import make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.data.datasets import ARRAYS, load_dataset
+from fedmom.data.local import read_server, read_source
 from fedmom.data.sources import mapped
 from fedmom.errors import InputError
 from fedmom.records.identity import identity_of
@@ -191,3 +192,151 @@ def test_nothing_copies_an_array_of_gigabytes(tmp_path):
         print(f"{dtype}: {int(done.stdout):,} of {size:,}")
         assert int(done.stdout) < size / 10 + (150 << 20), f"{dtype}: {int(done.stdout):,} of {size:,}"
         path.unlink()
+
+
+# Streams of tokens
+
+
+def test_a_stream_is_cut_into_windows_whose_targets_are_the_next_tokens(mine, tmp_path):
+    """As a loop cuts it, from every source and of every width; x and y share the stream's memory."""
+    for length, T in ((2, 1), (9, 4), (10, 4), (11, 1), (50, 7)):
+        stream = RNG.integers(0, 250, length)
+        starts = [k for k in range(0, length, T) if k + T < length]
+        x, y = (np.array([stream[k + d : k + d + T] for k in starts]) for d in (0, 1))
+        sources = {}
+        for dtype in (np.uint8, np.uint16, np.int32, np.int64):
+            np.savez(tmp_path / f"{dtype.__name__}.npz", x_train=stream.astype(dtype), x_test=stream.astype(dtype))
+            sources[str(tmp_path / f"{dtype.__name__}.npz")] = None
+        for name in ("train.bin", "val.bin"):
+            stream.astype("<u2").tofile(tmp_path / name)
+        sources |= dict.fromkeys([f"{tmp_path}/", str(tmp_path / "train.bin")])
+        given = (stream.astype(np.uint16), torch.from_numpy(stream))
+        for value in (given, {"x_train": given[1], "x_test": given[0]}):
+            sources["my_sources:load"] = value
+            for name, mine.value in sources.items():
+                found = load_dataset(name, targets="tokens", context=T)
+                for part, wanted in zip(found[:4], (x, y, x, y), strict=True):
+                    np.testing.assert_array_equal(part.to(torch.int64), wanted)
+                assert found.num_classes == stream.max() + 1
+                assert found.x_train.untyped_storage().data_ptr() == found.y_train.untyped_storage().data_ptr()
+
+
+def test_a_stream_is_trained_on_as_its_windows_are(mine, tmp_path):
+    """A model learns x -> next token from a file of uint16 as from whole arrays of int64."""
+
+    class Next(torch.nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(size, size)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.table(x)
+
+    mine.model = lambda shape, outputs: Next(outputs)
+    stream = (np.arange(65) * 7) % 50
+    windows = dict(zip(ARRAYS, (stream[:64].reshape(8, 8), stream[1:].reshape(8, 8)) * 2, strict=True))
+    for name in ("train.bin", "val.bin"):
+        stream.astype("<u2").tofile(tmp_path / name)
+    found = []
+    for name, context, mine.value in ((f"{tmp_path}/", 8, None), ("my_sources:load", 0, windows)):
+        keys = {"data.dataset": name, "data.task": "per-token", "data.context": context, "data.num-clients": 2}
+        keys |= {"data.partition": "iid", "model.name": "my_sources:model", "data.batch-size": 2}
+        problem = make_problem(resolve(load(keys)).config, "cpu")
+        start, zeros = problem.start(), torch.zeros(2, dtype=torch.int64)
+        problem.check_evaluation(start)
+        batch = next(iter(problem.round_batches(torch.arange(2), zeros, 1)))
+        found.append(([*batch], problem.evaluate(start), problem.evaluate_clients(start, torch.arange(2))))
+        assert batch.x.dtype == batch.y.dtype == torch.int64
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_what_is_no_stream_or_no_task_for_one_is_refused(mine, tmp_path):
+    stream = np.arange(30) % 7
+    x = stream.reshape(6, 5)
+    whole = dict(zip(ARRAYS, (x, x, x, x), strict=True))
+    for value, context, targets, line in (
+        ({"x_train": stream, "x_test": stream}, 0, "tokens", "data.context = 0"),
+        ({"x_train": stream, "x_test": stream}, 4, "labels", "for data.task = 'per-token'; this task asks for labels"),
+        (whole, 4, "tokens", "data.context = 4: cuts a stream of tokens"),
+        ({"x_train": stream}, 4, "tokens", "has no x_test"),
+        ({"x_train": stream, "x_test": stream[:4]}, 4, "tokens", "x_test of data.dataset = 'my_sources:load' has 4"),
+        ({"x_train": stream - 1, "x_test": stream}, 4, "tokens", "x_train has a negative token, -1"),
+        ({"x_train": stream, "x_test": stream / 2}, 4, "tokens", "a stream of tokens is whole numbers"),
+        ({"x_train": stream, "x_test": x}, 4, "tokens", "a stream of tokens is whole numbers"),
+        ({"x_train": stream * 10**6, "x_test": stream}, 4, "tokens", "renumber them"),
+    ):
+        mine.value = value
+        assert line in said(load_dataset, "my_sources:load", targets=targets, context=context), line
+    assert "data.context = 8: cuts" in said(load_dataset, "digits", context=8)
+    for make, name, line in (
+        (lambda: None, "nowhere/", "is not there: give FILE.npz"),
+        (lambda: None, "", "there is no file"),
+        (lambda: (tmp_path / "train.bin").write_bytes(b"abc"), "train.bin", "there is no file"),
+        (lambda: (tmp_path / "val.bin").write_bytes(b"ab"), "train.bin", "has 3 bytes: it must be raw uint16"),
+        (lambda: (tmp_path / "train.bin").write_bytes(b""), "", "has 0 bytes"),
+        (lambda: None, "val.bin", "holds the test tokens"),
+        (lambda: (tmp_path / "a.csv").write_text("1,2"), "a.csv", "is no folder of tokens"),
+    ):
+        make()
+        assert line in said(load_dataset, f"{tmp_path}/{name}", targets="tokens", context=4), line
+    config = resolve(load({"data.dataset": "local", "data.context": 4, "data.data-dir": str(tmp_path)})).config
+    assert "data.context = 4" in said(make_problem, config, "cpu")
+
+
+# Pairs of data sets of torch's kind
+
+
+class Examples(torch.utils.data.Dataset):
+    def __init__(self, *examples: Any) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.examples[place]
+
+
+def test_a_pair_of_data_sets_is_read_as_its_stacked_arrays(mine):
+    x, y = torch.from_numpy(RNG.normal(size=(6, 3))), torch.from_numpy(Y)
+    tensors = torch.utils.data.TensorDataset(x, y)
+    words = Examples(*((one.numpy(), "abc"[int(label)]) for one, label in zip(x, y, strict=True)))
+    numbers = Examples(*((one, int(label)) for one, label in zip(x, y, strict=True)))
+    for one in (tensors, words, numbers, torch.utils.data.Subset(tensors, range(6))):
+        mine.value = (one, one)
+        found = load_dataset("my_sources:load")
+        for part, wanted in zip(found[:4], (x, y, x, y), strict=True):
+            torch.testing.assert_close(part, wanted)
+    named = Examples(*(({"ids": torch.tensor([k]), "mask": torch.tensor([1])}, k % 2) for k in range(4)))
+    mine.value = [named, named]
+    assert load_dataset("my_sources:load").x_train["ids"].tolist() == [[0], [1], [2], [3]]
+    good, long = (torch.zeros(2), 0), (torch.zeros(3), 0)
+    for wrong, line in (
+        (Examples(good, long), "x of example 1 is float32 [3], that of example 0 is float32 [2]"),
+        (Examples(good, (torch.zeros(2).double(), 0)), "is float64 [2]"),
+        (Examples(good, (torch.zeros(2), 0.5)), "y of example 1 is float64 [], that of example 0 is int64 []"),
+        (Examples(good, (torch.zeros(2), "a")), "y of example 1"),
+        (Examples(good, (torch.zeros(2), None)), "is a NoneType: give a tensor"),
+        (Examples(good, torch.zeros(2)), "example 1 is a Tensor; it must be a pair (x, y)"),
+        (Examples(), "the train set has no examples"),
+        (Examples(*(({"a": good[0], **more}, 0) for more in ({}, {"b": 1}))), "example 1 has a, b, example 0 has a"),
+        (types.SimpleNamespace(), "two data sets of (x, y) by number"),
+        (iter([good]), "two data sets of (x, y) by number"),
+    ):
+        mine.value = (wrong, tensors)
+        assert line in said(load_dataset, "my_sources:load"), line
+
+
+# Words as labels
+
+
+def test_words_are_numbered_by_data_classes_where_no_client_knows_them_all(tmp_path):
+    x, path = np.ones((3, 2)), tmp_path / "client-0.npz"
+    np.savez(path, x_train=x, y_train=np.array(["dog", "cat", "dog"]), x_test=x[:1], y_test=np.array(["bird"]))
+    found = read_source(path, "cat, dog,bird")
+    assert (found.y_train.tolist(), found.y_test.tolist()) == ([1, 0, 1], [2])
+    assert "data.classes must name all" in said(read_source, path)
+    assert "does not name 'dog'" in said(read_source, path, "cat,bird")
+    assert "names 'cat' twice" in said(read_source, path, "cat,cat")
+    np.savez(tmp_path / "test.npz", x_test=x, y_test=np.array(["cat", "dog", "cat"]))
+    assert read_server(str(tmp_path), "cat,dog,bird").y_test.tolist() == [0, 1, 0]
