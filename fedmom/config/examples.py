@@ -35,8 +35,12 @@ def load_data(config: Config) -> Held:
     data, seed = config.data, config.run.seed
     targets = task_of(config).targets
     if data_kind(data.dataset).own_data:
+        if data.context:
+            raise InputError(f"data.context = {data.context}: cuts the stream of one data set; 'local' has examples")
         return Held(*everything(data.data_dir, data.num_clients, data.classes, targets))
-    dataset = load_dataset(data.dataset, data.data_dir, data.clients, data.classes, targets=targets)
+    dataset = load_dataset(
+        data.dataset, data.data_dir, data.clients, data.classes, targets=targets, context=data.context
+    )
     if is_natural(data.partition):
         assert dataset.ids is not None
         found = natural_partition(dataset.ids, data.clients, data.num_clients, min_size=data.min_size, seed=seed)
@@ -103,4 +107,5 @@ def is_given(config: Config) -> bool:
 def count_clients(config: Config) -> int:
     """N of a configuration whose data.num-clients = 0 takes all natural clients: the data are looked at for it."""
     data = config.data
-    return len(all_clients(data.dataset, data.data_dir, data.clients, data.classes, targets=task_of(config).targets))
+    more: dict[str, Any] = {"targets": task_of(config).targets, "context": data.context}
+    return len(all_clients(data.dataset, data.data_dir, data.clients, data.classes, **more))

@@ -87,13 +87,12 @@ class DataConfig:
         "digits",
         "data set; `fedmom datasets` lists them",
         DATASETS | DATA_KINDS,
-        "FILE.npz or FOLDER/ or module:function",
+        "FILE.npz, FILE.bin, FOLDER/ or module:function",
     )
     data_dir: str = key("data", "folder or .npz file that holds the data set")
     task: str = key("classification", "what is asked of the model", TASKS, "module:Class")
-    classes: str = key(
-        "", "image folders in the order of their labels, by commas (dataset local, or FOLDER/)", holds=","
-    )
+    context: int = key(0, "T, tokens of the windows into which a stream is cut; 0: no stream", at_least(0))
+    classes: str = key("", "classes in the order of their labels, by commas (image folders, words)", holds=",")
     clients: str = key("", "partition natural: array of the data set with the id of each example's client")
     num_clients: int = key(20, "N, number of clients; partition natural draws N, 0: all", at_least(0))
     partition: str = key(
@@ -300,7 +299,7 @@ def checked(name: str, value: Any) -> Scalar:
     if known.choices and value not in known.choices:
         if not known.also:
             raise unknown(name, value, known.choices)
-        files = tuple(word.removeprefix("FILE") for word in known.also.split() if word.startswith("FILE."))
+        files = tuple(word.strip(",").removeprefix("FILE") for word in known.also.split() if word.startswith("FILE."))
         forms = ("module:" in known.also and is_spec(value), "FOLDER/" in known.also and is_folder(value))
         if not any(forms) and not (files and value.endswith(files)):
             raise unknown(name, value, [*known.choices, known.also])

@@ -5,13 +5,15 @@ Whatever comes in, from a file, a function or a client's folder, passes `checked
 docs/data.md has the table.
 """
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.data.inputs import Inputs, num_examples
+from fedmom.data.inputs import NARROW, Inputs, num_examples, pieces, readable
 from fedmom.data.targets import TARGETS
 from fedmom.errors import InputError
 
@@ -42,9 +44,11 @@ def checked_part(
     if isinstance(x, Mapping):
         inputs: Inputs = _several(f"{key}: x_{split}", x)
     else:
-        inputs = _inputs(f"{key}: x_{split}", _tensor(f"{key}: x_{split}", x), channels)
+        whole = plain_tensor(f"{key}: x_{split}", x)
+        inputs = _inputs(f"{key}: x_{split}", whole, channels, mapped=is_mapped(x))
     what = f"{key}: y_{split}"
-    found = TARGETS[targets].check(what, _tensor(what, y))
+    given = plain_tensor(what, y)
+    found = TARGETS[targets].check(what, given if targets == "tokens" else readable(given))
     if num_examples(inputs) != len(found):
         raise InputError(f"{key}: x_{split} has {num_examples(inputs)} examples, y_{split} has {len(found)}")
     return inputs, found
@@ -57,10 +61,10 @@ def _several(what: str, x: Mapping[str, object]) -> dict[str, Tensor]:
         raise InputError(f"{what} has the names {names}: inputs are called by names such as ids and mask")
     found = {}
     for name, value in x.items():
-        tensor = _tensor(f"{what}[{name!r}]", value)
+        tensor = plain_tensor(f"{what}[{name!r}]", value)
         tensor = tensor.to(torch.int64) if tensor.dtype == torch.bool else tensor  # a mask
         tensor = tensor[:, None] if tensor.ndim == 1 else tensor
-        found[name] = _inputs(f"{what}[{name!r}]", tensor, None)
+        found[name] = _inputs(f"{what}[{name!r}]", tensor, None, mapped=is_mapped(value))
     counts = {name: len(one) for name, one in found.items()}
     if len(set(counts.values())) > 1:
         given = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -72,7 +76,7 @@ def checked_whole(
     key: str, arrays: tuple[object, ...], channels: int | None = None, *, targets: str = "labels"
 ) -> tuple[Inputs, Tensor, Inputs, Tensor]:
     """x_train, y_train, x_test and y_test, each split right and both alike. Labels may be words, which are numbered."""
-    if targets == "labels" and all(_is_words(y) for y in (arrays[1], arrays[3])):
+    if targets == "labels" and all(are_words(y) for y in (arrays[1], arrays[3])):
         names = np.unique(np.concatenate([np.asarray(arrays[1]).reshape(-1), np.asarray(arrays[3]).reshape(-1)]))
         numbered = [np.searchsorted(names, np.asarray(y)) for y in (arrays[1], arrays[3])]
         arrays = (arrays[0], numbered[0], arrays[2], numbered[1])
@@ -90,7 +94,8 @@ def checked_whole(
     return x_train, y_train, x_test, y_test
 
 
-def _is_words(y: object) -> bool:
+def are_words(y: object) -> bool:
+    """Whether labels are names, one for each example."""
     return isinstance(y, np.ndarray) and y.ndim == 1 and (y.dtype.kind in "UST" or _of_strings(y))
 
 
@@ -102,7 +107,12 @@ def kind_of(x: Inputs) -> str:
     """Dtype and shape of one example, as messages show them."""
     if isinstance(x, dict):
         return ", ".join(f"{name} {kind_of(one)}" for name, one in sorted(x.items()))
-    return f"{dtype_name(x.dtype)} {list(x.shape[1:])}"
+    return f"{dtype_as_used(x)} {list(x.shape[1:])}"
+
+
+def dtype_as_used(x: Tensor) -> str:
+    """That of minibatches: narrow integers, which stay as they are in a file, become int64 there."""
+    return dtype_name(torch.int64 if x.dtype in NARROW else x.dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -129,7 +139,7 @@ def channel_axis(shape: Sequence[int], channels: int | None = None) -> int | Non
     return None if first == last else 0 if first else 2
 
 
-def _images(what: str, x: Tensor, channels: int | None) -> Tensor:
+def _images(what: str, x: Tensor, channels: int | None, *, mapped: bool) -> Tensor:
     """uint8 [n, H, W], [n, C, H, W] or [n, H, W, C] -> [n, C, H, W]."""
     shape = list(x.shape)
     if x.ndim == 3:
@@ -145,14 +155,41 @@ def _images(what: str, x: Tensor, channels: int | None) -> Tensor:
             f"{what} has shape {shape}: its channels could be axis 1 or axis 3; return a fedmom.Dataset from "
             'a "module:function": its mean has one number for each channel'
         )
-    return x if axis == 0 else x.movedim(3, 1).contiguous()
+    if axis == 0:
+        return x
+    return x.movedim(3, 1) if mapped else x.movedim(3, 1).contiguous()
+
+
+def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of images / 255, exactly: from counts of the 256 values."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for counts in pixel_counts(images).to(torch.float64):
+        weights = counts / counts.sum()
+        mean.append(float(weights @ values))
+        variance = float(weights @ (values - mean[-1]) ** 2)
+        # A constant channel would be divided by zero; one keeps it at zero.
+        std.append(math.sqrt(variance) if counts.count_nonzero() > 1 else 1.0)
+    return tuple(mean), tuple(std)
+
+
+def pixel_counts(images: Tensor) -> Tensor:
+    """How often each channel has each of the 256 values: [C, 256] int64."""
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for piece in pieces(images):
+        counts += torch.stack([torch.bincount(one.flatten(), minlength=256) for one in piece.unbind(1)])
+    return counts
 
 
 # Arrays, features, labels
 
 
-def _tensor(what: str, array: object) -> Tensor:
-    """Any array as a strided tensor on the CPU that may be written; whole numbers but uint8 as int64."""
+def plain_tensor(what: str, array: object, *, narrow: bool = False) -> Tensor:
+    """Any array as a strided tensor on the CPU; whole numbers but uint8 as int64.
+
+    An array that is mapped from a file stays there, whole numbers as narrow as they are; nobody writes into it.
+    `narrow`: so they stay in memory too.
+    """
     if isinstance(array, Tensor):
         if array.layout != torch.strided or array.is_nested or array.is_quantized or array.is_meta:
             raise InputError(f"{what} is a tensor without plain values ({array.layout}): give it dense and in memory")
@@ -168,11 +205,15 @@ def _tensor(what: str, array: object) -> Tensor:
             raise InputError(f"{what} has dtype {array.dtype}, not numbers: {_INSTEAD[array.dtype.kind]}")
         # torch reads neither another machine's byte order nor negative strides, and warns where it may not write.
         plain = np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
-        tensor = torch.from_numpy(plain if plain.flags.writeable else plain.copy())
+        if not plain.flags.writeable and is_mapped(plain):
+            with warnings.catch_warnings(action="ignore"):
+                tensor = torch.from_numpy(plain)
+        else:
+            tensor = torch.from_numpy(plain if plain.flags.writeable else plain.copy())
     else:
         hint = " (its to_numpy() may be one)" if hasattr(array, "to_numpy") else " (np.asarray may make it one)"
         raise InputError(f"{what} is a {type(array).__name__}, not a numpy array or tensor{hint}")
-    if tensor.dtype not in _INTEGERS or (tensor.dtype != torch.uint64 and is_mapped(array)):
+    if tensor.dtype not in _INTEGERS or (tensor.dtype != torch.uint64 and (narrow or is_mapped(array))):
         return tensor  # of a file that stays on the disk only what a minibatch needs is read, and widened
     whole = tensor.to(torch.int64)
     if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
@@ -189,18 +230,18 @@ def is_mapped(array: object) -> bool:
     return False
 
 
-def _inputs(what: str, x: Tensor, channels: int | None) -> Tensor:
+def _inputs(what: str, x: Tensor, channels: int | None, *, mapped: bool) -> Tensor:
     """uint8 images as [n, C, H, W]; float and int64 features as they are."""
     shape = list(x.shape)
     if 0 in shape[1:]:
         raise InputError(f"{what} has shape {shape}: its examples are empty")
     if x.dtype == torch.uint8:
-        return _images(what, x, channels)
+        return _images(what, x, channels, mapped=mapped)
     if x.dtype == torch.bool:
         raise InputError(f"{what} has dtype bool: give uint8 images, float features (astype(np.float32)) or int64 ids")
     if x.ndim < 2:
         raise InputError(f"{what} has shape {shape}: features are [n, d] or [n, ...]; x.reshape(-1, 1) for one each")
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+    if x.is_floating_point() and not all(bool(torch.isfinite(piece).all()) for piece in pieces(x)):
         raise InputError(f"{what} has values that are NaN or infinite: fill them, or drop those examples")
     return x
 

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.data.arrays import checked_whole, kind_of
+from fedmom.data.arrays import checked_whole, kind_of, statistics
 from fedmom.data.given.natural import names_of_ids, pick_ids
 from fedmom.data.inputs import Inputs, Shapes, is_integer, shape_of
 from fedmom.data.sources import small
 from fedmom.data.sources.array_files import ARRAYS, Source, idx_files, read_idx, read_npz
 from fedmom.data.sources.folders import is_folder, read_folder
+from fedmom.data.sources.pairs import is_map_style, read_pair
 from fedmom.data.sources.small import RawArrays
+from fedmom.data.sources.streams import is_stream, is_token_path, read_token_files, windows_of
 from fedmom.data.targets import TARGETS, num_outputs
 from fedmom.errors import InputError, missing_package, unknown
 from fedmom.machine.files import at_home
@@ -122,26 +124,46 @@ DATASETS: dict[str, DatasetEntry] = {
 }  # fmt: skip
 
 
+class Asking(NamedTuple):
+    """What the keys say of a data set besides its name."""
+
+    targets: str  # a kind of TARGETS
+    context: int = 0  # T, of the windows into which a stream of tokens is cut
+    clients: str = ""  # the array of ids that the Dataset is to have
+
+
 def load_dataset(
-    name: str, data_dir: str = "data", clients: str = "", classes: str = "", *, targets: str = "labels"
+    name: str,
+    data_dir: str = "data",
+    clients: str = "",
+    classes: str = "",
+    *,
+    targets: str = "labels",
+    context: int = 0,
 ) -> Dataset:
-    """One of DATASETS, the path of an .npz file or of a folder, or the user's "module:function".
+    """One of DATASETS, a file's or folder's examples, or what the user's "module:function" gives.
 
     `clients`: the array of ids that the Dataset is to have. `classes`: labels of a folder of images, by commas.
-    `targets`: the kind of TARGETS that the task asks for.
+    `targets`: the kind of TARGETS that the task asks for. `context`: T, of the windows of a stream of tokens.
     """
-    key = f"data.dataset = {name!r}"
+    key, asked = f"data.dataset = {name!r}", Asking(targets, context, clients)
     if name.lower().endswith(".npz"):
-        return _user_dataset(name, _whole_npz(key, at_home(name), clients), clients, targets)
+        path = at_home(name)
+        return _of_source(key, read_npz(key, path, (*ARRAYS, *names_of_ids(clients))), asked, f": {path}")
     if is_spec(name):
-        return _call_user(name, data_dir, clients, targets)
+        return _of_user(key, _call_user(name, data_dir), asked)
+    if is_token_path(name):
+        arrays = read_token_files(key, at_home(name))
+        return _of_source(key, Source(arrays, [*arrays]), asked)
     if is_folder(name):
-        return _user_dataset(name, read_folder(key, at_home(name), classes), clients, targets)
+        _check_no_context(key, asked)
+        return _user_dataset(key, read_folder(key, at_home(name), classes), asked)
     if name not in DATASETS:
-        raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", "FOLDER/", '"module:function"'])
+        raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", "FILE.bin", "FOLDER/", '"module:function"'])
     own, held = DATASETS[name].own, DATASETS[name].targets
     if targets not in (held, "anything"):
         raise InputError(f"{key}: its targets are {held}, and data.task asks for {targets}")
+    _check_no_context(key, asked)
     source = _four(own()) if own is not None else _find(name, at_home(data_dir), clients)
     return _named_dataset(name, source, clients)
 
@@ -176,35 +198,40 @@ def _named_dataset(name: str, source: Source, clients: str) -> Dataset:
     return Dataset(x_train, y_train, x_test, y_test, entry.num_classes, entry.mean, entry.std, entry.augment, ids)
 
 
-def _user_dataset(name: str, source: Source, clients: str, targets: str) -> Dataset:
-    key = f"data.dataset = {name!r}"
-    x_train, y_train, x_test, y_test = checked_whole(key, _raw(source), targets=targets)
-    known = source.num_classes if TARGETS[targets].grows else 0
-    num_classes = known or num_outputs(key, targets, (y_train, y_test))
-    if isinstance(x_train, dict) and (images := [n for n, one in x_train.items() if one.dtype == torch.uint8]):
-        raise InputError(f"{key}: x_train[{images[0]!r}] is uint8: among several inputs give images as float features")
-    ids = pick_ids(key, clients, source.arrays, source.names, (len(y_train), len(y_test)))
-    mean, std = _statistics(x_train) if isinstance(x_train, Tensor) and x_train.dtype == torch.uint8 else ((), ())
-    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, "none", ids)
-
-
 def _raw(source: Source) -> RawArrays:
     x_train, y_train, x_test, y_test = (source.arrays[name] for name in ARRAYS)
     return x_train, y_train, x_test, y_test
 
 
-def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of images / 255, exactly: from counts of the 256 values."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean, std = [], []
-    for channel in range(images.shape[1]):
-        counts = torch.bincount(images[:, channel].flatten(), minlength=256).to(torch.float64)
-        weights = counts / counts.sum()
-        mean.append(float(weights @ values))
-        variance = float(weights @ (values - mean[-1]) ** 2)
-        # A constant channel would be divided by zero; one keeps it at zero.
-        std.append(math.sqrt(variance) if counts.count_nonzero() > 1 else 1.0)
-    return tuple(mean), tuple(std)
+def _check_no_context(key: str, asked: Asking) -> None:
+    if asked.context:
+        raise InputError(
+            f"data.context = {asked.context}: cuts a stream of tokens (x_train of one axis of whole numbers, no "
+            f"y_train), and {key} has examples; leave it 0"
+        )
+
+
+def _of_source(key: str, source: Source, asked: Asking, where: str = "") -> Dataset:
+    """Examples with targets, or a stream of tokens, whose windows they are."""
+    if not is_stream(source.arrays):
+        _check_no_context(key, asked)
+        return _user_dataset(key, _has_four(key + where, source), asked)
+    *parts, num_classes = windows_of(key, source.arrays, asked.context, asked.targets)
+    x_train, y_train, x_test, y_test = parts
+    ids = pick_ids(key, asked.clients, source.arrays, source.names, (len(y_train), len(y_test)))
+    return Dataset(x_train, y_train, x_test, y_test, num_classes, (), (), "none", ids)
+
+
+def _user_dataset(key: str, source: Source, asked: Asking) -> Dataset:
+    targets = asked.targets
+    x_train, y_train, x_test, y_test = checked_whole(key, _raw(source), targets=targets)
+    known = source.num_classes if TARGETS[targets].grows else 0
+    num_classes = known or num_outputs(key, targets, (y_train, y_test))
+    if isinstance(x_train, dict) and (images := [n for n, one in x_train.items() if one.dtype == torch.uint8]):
+        raise InputError(f"{key}: x_train[{images[0]!r}] is uint8: among several inputs give images as float features")
+    ids = pick_ids(key, asked.clients, source.arrays, source.names, (len(y_train), len(y_test)))
+    mean, std = statistics(x_train) if isinstance(x_train, Tensor) and x_train.dtype == torch.uint8 else ((), ())
+    return Dataset(x_train, y_train, x_test, y_test, num_classes, mean, std, "none", ids)
 
 
 # Where the arrays come from.
@@ -244,30 +271,40 @@ def _whole_npz(key: str, path: Path, clients: str) -> Source:
     return _has_four(f"{key}: {path}", read_npz(key, path, (*ARRAYS, *names_of_ids(clients))))
 
 
-def _call_user(name: str, data_dir: str, clients: str, targets: str) -> Dataset:
-    """The user's function; it gets `data_dir` if it has such a parameter or one without a default."""
+def _call_user(name: str, data_dir: str) -> object:
+    """What it returns. The user's function; it gets `data_dir` if it has such a parameter or one without a default."""
     key = f"data.dataset = {name!r}"
     function = load_object("data.dataset", name)
     try:
         parameters = inspect.signature(function).parameters
         if "data_dir" in parameters:
-            result = function(data_dir=data_dir)
-        elif any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
-            result = function(data_dir)
-        else:
-            result = function()
+            return function(data_dir=data_dir)
+        if any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
+            return function(data_dir)
+        return function()
     except InputError:
         raise
     except (Exception, SystemExit) as error:
         raise InputError(f"{key}: the function raised {one_line(error)}") from error
+
+
+def _of_user(key: str, result: object, asked: Asking) -> Dataset:
+    """What the user's function returned: a Dataset, four arrays, or two streams or data sets of torch's kind."""
     if isinstance(result, Dataset):
-        return _checked_dataset(key, result, clients, targets)
+        _check_no_context(key, asked)
+        return _checked_dataset(key, result, asked.clients, asked.targets)
     if isinstance(result, Mapping):
-        return _user_dataset(name, _has_four(key, Source(result, [*result])), clients, targets)
+        return _of_source(key, Source(result, [*result]), asked)
     if isinstance(result, tuple | list) and len(result) == 4:
-        return _user_dataset(name, _four(result), clients, targets)
+        return _of_source(key, _four(result), asked)
+    if isinstance(result, tuple | list) and len(result) == 2:
+        if is_stream(streams := dict(zip(("x_train", "x_test"), result, strict=True))):
+            return _of_source(key, Source(streams, [*streams]), asked)
+        if all(map(is_map_style, result)):
+            arrays = read_pair(key, *result)
+            return _of_source(key, Source(arrays, [*arrays]), asked)
     got = type(result).__name__ + (f" of {len(result)}" if isinstance(result, tuple | list) else "")
-    wanted = f"a Dataset, or {', '.join(ARRAYS)} as a dict or tuple"
+    wanted = f"a Dataset, {', '.join(ARRAYS)} as a dict or tuple, or two data sets of (x, y) by number"
     raise InputError(f"{key}: must return {wanted}; returned {got}")
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.data.arrays import check_cast, checked_part, dtype_name, kind_of
+from fedmom.data.arrays import are_words, check_cast, checked_part, dtype_as_used, kind_of, pixel_counts
 from fedmom.data.datasets import Dataset
 from fedmom.data.partition import Partition
 from fedmom.data.sources.array_files import read_npz_arrays
-from fedmom.data.sources.images import read_images
+from fedmom.data.sources.images import named_classes, read_images
 from fedmom.data.targets import TARGETS, count_classes
 from fedmom.errors import InputError
 from fedmom.machine.files import at_home
@@ -100,7 +100,7 @@ def read_server(data_dir: str, classes: str = "", targets: str = "labels") -> Ex
         if len(found := files + folders) > 1:
             raise InputError(f"{_KEY}: {place} has {found[0].name} and {found[1].name}; leave the server one test set")
         if files:
-            return _read_npz(files[0], ("x_test", "y_test"), targets)
+            return _read_npz(files[0], ("x_test", "y_test"), targets, classes)
         if folders:
             return _read_folder(place, classes, ("test",), targets)
     return None
@@ -115,7 +115,10 @@ def read_source(place: Path, classes: str = "", targets: str = "labels") -> Exam
             raise InputError(f"{_KEY}: {place}: {what}; it needs one .npz file, or images in train/LABEL/")
         place = files[0]
     folder = place.is_dir()
-    examples = _read_folder(place, classes, ("train", "test"), targets) if folder else _read_npz(place, (), targets)
+    if folder:
+        examples = _read_folder(place, classes, ("train", "test"), targets)
+    else:
+        examples = _read_npz(place, (), targets, classes)
     if not len(examples.y_train):
         raise InputError(f"{_KEY}: {place}: has no training examples")
     return examples
@@ -133,12 +136,11 @@ def facts_of(examples: Examples, dtype: str = "float64", targets: str = "labels"
     pixels, sums, squares = 0, list[int](), list[int]()
     if x.dtype == torch.uint8:
         values = torch.arange(256, dtype=torch.int64)
-        for channel in range(x.shape[1]):
-            counts = torch.bincount(x[:, channel].flatten(), minlength=256)
+        for counts in pixel_counts(x):
             pixels = int(counts.sum())
             sums.append(int(counts @ values))
             squares.append(int(counts @ values**2))
-    dtype = dtype_name(x.dtype)
+    dtype = dtype_as_used(x)
     shape = tuple(x.shape[1:])
     return Facts(
         len(x), len(examples.x_test), needed, shape, dtype, pixels, tuple(sums), tuple(squares), *_targets_of(labels)
@@ -173,7 +175,7 @@ def agreed(facts: Sequence[Facts], server: Examples | None = None, targets: str 
                 f"{_KEY}: the server's targets have {needed} numbers each, those of client 0 {num_classes}"
             )
         num_classes = max(num_classes, needed)
-        shape, dtype = tuple(server.x_test.shape[1:]), dtype_name(server.x_test.dtype)
+        shape, dtype = tuple(server.x_test.shape[1:]), dtype_as_used(server.x_test)
         if (shape, dtype) != (first.shape, first.dtype):
             raise InputError(
                 f"{_KEY}: the server's test examples are {dtype} {list(shape)}, those of client 0 "
@@ -240,7 +242,7 @@ def none_of(common: Common, server: Examples | None, targets: str = "labels") ->
 # Where the arrays come from.
 
 
-def _read_npz(path: Path, required: tuple[str, ...], targets: str) -> Examples:
+def _read_npz(path: Path, required: tuple[str, ...], targets: str, classes: str) -> Examples:
     arrays = read_npz_arrays(_KEY, path)
     required = required or ("x_train", "y_train")
     missing = [name for name in required if name not in arrays]
@@ -252,7 +254,10 @@ def _read_npz(path: Path, required: tuple[str, ...], targets: str) -> Examples:
             if one in arrays and other not in arrays:
                 raise InputError(f"{_KEY}: {path}: has {one} and no {other}")
         if f"x_{split}" in arrays and f"y_{split}" in arrays:
-            pair = arrays[f"x_{split}"], arrays[f"y_{split}"]
+            y_given = arrays[f"y_{split}"]
+            if targets == "labels" and are_words(y_given):
+                y_given = numbered(f"{_KEY}: {path}: y_{split}", y_given, classes)
+            pair = arrays[f"x_{split}"], y_given
             x, y = checked_part(f"{_KEY}: {path}", split, *pair, targets=targets)
             if isinstance(x, dict):
                 raise InputError(f"{_KEY}: {path}: has several inputs; a client's own examples are one array")
@@ -260,12 +265,21 @@ def _read_npz(path: Path, required: tuple[str, ...], targets: str) -> Examples:
     return _filled(parts)
 
 
+def numbered(what: str, words: Any, classes: str) -> np.ndarray:
+    """[n] words as numbers: their places among `classes`, for no client knows the words of all others."""
+    names = named_classes(classes)
+    if unknown := [word for word in np.unique(words).tolist() if word not in names]:
+        right = f"data.classes = {classes!r} does not name" if names else "data.classes must name all, as in 'cat,dog':"
+        raise InputError(f"{what} has words; {right} {unknown[0]!r}")
+    return np.array([names.index(word) for word in words.tolist()], dtype=np.int64)
+
+
 def _filled(parts: dict[str, tuple[Tensor, Tensor]]) -> Examples:
     """Examples of which a split may be missing: it is then empty, in the other's shape."""
     x, y = next(iter(parts.values()))
     empty = x[:0], y[:0]
     train, test = parts.get("train", empty), parts.get("test", empty)
-    if train[0].shape[1:] != test[0].shape[1:] or train[0].dtype != test[0].dtype:
+    if train[0].shape[1:] != test[0].shape[1:] or dtype_as_used(train[0]) != dtype_as_used(test[0]):
         kinds = f"{kind_of(train[0])}, those of x_test are {kind_of(test[0])}"
         raise InputError(f"{_KEY}: examples of x_train are {kinds}")
     if train[1].shape[1:] != test[1].shape[1:]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.data.inputs import ends, pieces
 from fedmom.errors import InputError
 
 IGNORED = -100  # a token's target that counts nowhere, as in torch's cross_entropy
@@ -51,8 +52,8 @@ def _tokens(what: str, y: Tensor) -> Tensor:
         raise InputError(f"{what} has dtype {_name(y)}: tokens' labels are integers (astype(np.int64))")
     if y.ndim < 2:
         raise InputError(f"{what} has shape {list(y.shape)}: tokens' labels are [n, T], one for each token")
-    low = int(y.min()) if y.numel() else 0
-    if low < 0 and bool(((y < 0) & (y != IGNORED)).any()):
+    low = ends(y)[0]
+    if low < 0 and any(bool(((part < 0) & (part != IGNORED)).any()) for part in pieces(y)):
         raise InputError(f"{what} has a negative label, {low}: labels are 0, 1, 2, …, and {IGNORED} where none counts")
     return y
 
@@ -91,7 +92,7 @@ def _name(y: Tensor) -> str:
 
 
 def _highest(y: Tensor) -> int:
-    return max(0, int(y.max()) + 1) if y.numel() else 0
+    return max(0, ends(y)[1] + 1)
 
 
 def _trailing(y: Tensor) -> int:

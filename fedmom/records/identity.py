@@ -26,6 +26,7 @@ from fedmom.config.examples import is_given
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat
 from fedmom.data.datasets import Dataset
+from fedmom.data.inputs import NARROW, pieces
 from fedmom.errors import InputError
 from fedmom.machine.files import at_home
 from fedmom.method.algorithms import ALGORITHMS
@@ -134,7 +135,11 @@ def _contents(config: Config, problem: Problem | None) -> dict[str, str]:
     if isinstance(problem, Supervised):
         data = problem.dataset
         arrays = _tensors_of(data)
-        about = {"arrays": of_tensors(arrays), "classes": data.num_classes, **_known_of_data(config, problem)}
+        about = {
+            "arrays": of_tensors(arrays, as_used=True),
+            "classes": data.num_classes,
+            **_known_of_data(config, problem),
+        }
         found["data.data-dir" if data_kind(config.data.dataset).own_data else "data.dataset"] = fingerprint(about)
         if is_given(config):
             sampler = problem.sampler
@@ -163,13 +168,18 @@ def _hash_of_file(name: str) -> str:
     return hashlib.sha256(at_home(name).read_bytes()).hexdigest()
 
 
-def of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Fingerprint of tensors by name, dtype, shape and bytes."""
+def of_tensors(tensors: Mapping[str, Tensor], *, as_used: bool = False) -> str:
+    """Fingerprint of tensors by name, dtype, shape and bytes; `as_used`: narrow integers are the int64 of minibatches.
+
+    So a file that is mapped has the fingerprint that it has in memory.
+    """
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        value = tensor.detach().cpu().contiguous()
-        total.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        dtype = torch.int64 if as_used and tensor.dtype in NARROW else tensor.dtype
+        total.update(f"{name} {dtype} {list(tensor.shape)} ".encode())
+        for piece in pieces(tensor.detach().reshape(-1) if tensor.ndim == 0 else tensor.detach()):
+            value = piece.to(dtype).cpu().contiguous()
+            total.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()[:16]
 
 

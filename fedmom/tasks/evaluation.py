@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fedmom.data.inputs import Inputs, called_with, in_pieces, num_examples, rows_of_inputs
+from fedmom.data.inputs import NARROW, Inputs, called_with, num_examples, pieces, rows_of_inputs
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes, sizes_made
 from fedmom.method.state import ClientState
@@ -35,18 +35,22 @@ class Evaluation:
         self.normalised, self.targets = normalised, targets
         self._each: int | None = None  # bytes that the evaluation of one example takes, where measured
 
-    def measured(self, state: ClientState, x_all: Inputs, y_all: Tensor) -> dict[str, float]:
-        """{"loss", …} of a model on examples [n, ...]."""
-        totals = self.totals(state, x_all, y_all)
+    def measured(
+        self, state: ClientState, x_all: Inputs, y_all: Tensor, rows: Tensor | None = None
+    ) -> dict[str, float]:
+        """{"loss", …} of a model on examples [n, ...], or on those that `rows` numbers."""
+        totals = self.totals(state, x_all, y_all, rows)
         return self.task.values(totals) if totals else dict.fromkeys(("loss", *self.task.metrics), 0.0)
 
     @torch.no_grad()
-    def totals(self, state: ClientState, x_all: Inputs, y_all: Tensor) -> dict[str, Tensor]:
+    def totals(self, state: ClientState, x_all: Inputs, y_all: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
         """{"loss": sums [s], …} in main memory, which add up over examples; nothing of no example."""
         totals = dict[str, Tensor]()
         state = _copy(state)  # a model may write into its buffers in evaluation too: into those of nobody else
         each = self._piece(state, x_all)
-        for x, y in zip(in_pieces(x_all, each), y_all.split(each), strict=True):
+        for first in range(0, len(y_all if rows is None else rows), each):
+            piece = slice(first, first + each) if rows is None else rows[first : first + each]
+            x, y = rows_of_inputs(x_all, piece), rows_of_inputs(y_all, piece)
             found = self.task.judge(self._outputs(state, self.normalised(x)), self.targets(y))
             totals = {name: totals[name] + sums if name in totals else sums for name, sums in found.items()}
         if not totals:
@@ -76,7 +80,7 @@ class Evaluation:
                 got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
                 raise InputError(f"{self.called}: in evaluation the model must return {want}, it returned {got}")
             try:
-                self.task.judge(outputs, self.targets(y[rows]))
+                self.task.judge(outputs, self.targets(rows_of_inputs(y, rows)))
             except InputError:
                 raise
             except Exception as error:  # of a task of the user's own
@@ -122,10 +126,15 @@ def _ends(x: Inputs) -> list[int]:
     """Where the largest and the smallest numbers are."""
     found = list[int]()
     for one in tree_leaves(x):
-        flat = one.reshape(len(one), -1)
-        if flat.shape[1] and not one.is_complex():
-            flat = flat.to(torch.int64) if flat.dtype in (torch.uint16, torch.uint32) else flat
-            found += [int(flat.amax(1).argmax()), int(flat.amin(1).argmin())]
+        if not one.shape[1:].numel() or one.is_complex():
+            continue
+        high, low = (one.new_empty(len(one), dtype=torch.int64 if one.dtype in NARROW else one.dtype) for _ in "ab")
+        first = 0  # results are written in place: small ones between large pieces would hold the memory of all
+        for piece in pieces(one):
+            rows = piece.reshape(len(piece), -1)
+            high[first : first + len(rows)], low[first : first + len(rows)] = rows.amax(1), rows.amin(1)
+            first += len(rows)
+        found += [int(high.argmax()), int(low.argmin())]
     return found
 
 

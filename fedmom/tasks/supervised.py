@@ -117,7 +117,9 @@ class Supervised:
         x = gathered(self.dataset.x_train, examples)
         if drawn.moves.shape[-1]:
             x = tree_map(lambda t: crop_flip(t, drawn.moves[:, step]), x)
-        return Batch(self._normalised(x), self._targets(self.dataset.y_train[examples]), drawn.dropout_keys[:, step])
+        return Batch(
+            self._normalised(x), self._targets(gathered(self.dataset.y_train, examples)), drawn.dropout_keys[:, step]
+        )
 
     def few_examples(self, count: int) -> Inputs:
         """The first training examples [count, ...] as a model takes them; again from the first where too few."""
@@ -238,7 +240,7 @@ class Supervised:
         """The same on the training examples of clients [K], unaugmented: {"loss", "accuracy", …}."""
         offsets, indices = self.sampler.offsets, self.sampler.indices
         rows = torch.cat([indices[offsets[c] : offsets[c + 1]] for c in clients.tolist()]).to(self.device)
-        return self.evaluation.measured(state, rows_of_inputs(self.dataset.x_train, rows), self.dataset.y_train[rows])
+        return self.evaluation.measured(state, self.dataset.x_train, self.dataset.y_train, rows)
 
     def check_evaluation(self, state: ClientState) -> None:
         """Judge a few examples, so that what fails in evaluation fails before the first round.

@@ -132,7 +132,7 @@ FEATURES = [
     Row("reversed or strided views", lambda: reals(8, 3)[::-2], same, "the same numbers"),
     Row("another byte order", lambda: reals(4, 3).astype(">f4"), same, "the same numbers"),
     Row("read-only", lambda: locked(reals(4, 3)), same, "a copy", why="a model may write into its input"),
-    Row("memory-mapped", lambda: mapped(reals(4, 3)), same, "a copy in memory"),
+    Row("memory-mapped", lambda: mapped(reals(4, 3)), same, "stays in its file"),
     Row("masked, nothing hidden", lambda: np.ma.masked_array(reals(4, 3)), same, "the numbers"),
     Row(
         "masked, something hidden",

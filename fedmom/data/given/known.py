@@ -12,7 +12,9 @@ from fedmom.machine.files import at_home
 from fedmom.user_code import is_spec
 
 
-def all_clients(name: str, data_dir: str, clients: str, classes: str = "", *, targets: str = "labels") -> np.ndarray:
+def all_clients(
+    name: str, data_dir: str, clients: str, classes: str = "", *, targets: str = "labels", context: int = 0
+) -> np.ndarray:
     """[all] the ids of the natural clients that a data set has, ascending; of its examples as little is read as can be.
 
     Raises InputError as `load_dataset` does, naming what the data set has where it has no such ids.
@@ -24,6 +26,6 @@ def all_clients(name: str, data_dir: str, clients: str, classes: str = "", *, ta
     elif is_folder(name) and not is_spec(name):
         return clients_of_folder(key, at_home(name), clients)
     else:
-        ids = load_dataset(name, data_dir, clients, classes, targets=targets).ids
+        ids = load_dataset(name, data_dir, clients, classes, targets=targets, context=context).ids
     assert ids is not None
     return np.unique(ids[clients])

@@ -9,10 +9,11 @@ import zipfile
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedmom.data.sources.mapped import mapped_member
 from fedmom.errors import InputError
 from fedmom.user_code import one_line
 
@@ -44,16 +45,42 @@ def read_npz(key: str, path: Path, names: Collection[str]) -> Source:
 
 
 def read_npz_arrays(key: str, path: Path, names: Collection[str] = ARRAYS) -> dict[str, object]:
-    """Those of `names` that an .npz file has, unchecked; InputError beginning with `key` where it cannot be read."""
+    """Those of `names` that an .npz file has, unchecked, `x_train/ids` and the like as a dict; large ones are mapped.
+
+    Raises InputError beginning with `key` where the file cannot be read.
+    """
     if not path.is_file():
         raise InputError(f"{key}: there is no file {path}")
     if not zipfile.is_zipfile(path):
         raise InputError(f"{key}: {path} is not an .npz file, or truncated")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive}
+            found = {name: _member(path, archive, name) for name in archive.files if name.partition("/")[0] in names}
     except Exception as error:  # zipfile, zlib and numpy's header parser each have their own
         raise InputError(f"{key}: cannot read {path}: {one_line(error)}") from error
+    return _by_name(f"{key}: {path}", found)
+
+
+def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    zipped = archive.zip
+    mapped = mapped_member(path, zipped, f"{name}.npy") if zipped and f"{name}.npy" in zipped.namelist() else None
+    return archive[name] if mapped is None else mapped
+
+
+def _by_name(where: str, found: Mapping[str, np.ndarray]) -> dict[str, object]:
+    """{"x_train/ids": …, "y_train": …} -> {"x_train": {"ids": …}, "y_train": …}."""
+    arrays: dict[str, Any] = {}
+    for name in sorted(found):
+        array, slash, own = name.partition("/")
+        if slash and not isinstance(arrays.setdefault(array, {}), dict):
+            raise InputError(f"{where}: has {array} and {name}; leave the one array, or the inputs by name")
+        if slash and array.startswith("y"):
+            raise InputError(f"{where}: has {name}: inputs may be several, x_train/NAME; targets are one array")
+        if slash:
+            arrays[array][own] = found[name]
+        else:
+            arrays[array] = found[name]
+    return arrays
 
 
 def idx_files(folder: Path) -> list[Path] | None:

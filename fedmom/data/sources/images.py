@@ -25,10 +25,7 @@ def read_images(key: str, folder: Path, classes: str) -> tuple[Tensor, Tensor]:
 
     `classes`: the labels' names in their order, by commas; without them folders are numbers. Raises InputError.
     """
-    names = [name.strip() for name in classes.split(",")] if classes else []
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"data.classes = {classes!r}: names {twice!r} twice; every label needs a name of its own")
+    names = named_classes(classes)
     x, y, first, places = list[np.ndarray](), list[int](), None, dict[int, Path]()
     for place in entries(folder):
         if not place.is_dir():
@@ -58,6 +55,15 @@ def read_images(key: str, folder: Path, classes: str) -> tuple[Tensor, Tensor]:
     )
 
 
+def named_classes(classes: str) -> list[str]:
+    """The names in data.classes, in the order of their labels. InputError where one comes twice."""
+    names = [name.strip() for name in classes.split(",")] if classes else []
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"data.classes = {classes!r}: names {twice!r} twice; every label needs a name of its own")
+    return names
+
+
 def entries(folder: Path) -> Sequence[Path]:
     """What a folder holds, by name, without what is hidden and without the litter of file managers."""
     return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _LITTER)
@@ -82,14 +88,26 @@ def _pixels(key: str, path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             trouble = _trouble(image)
-            if not trouble:
-                # A camera held upright writes a picture that lies, and says so.
-                turned = ImageOps.exif_transpose(image)
-                pixels = np.asarray(turned if turned.mode == "L" else turned.convert("RGB"))
+            # A camera held upright writes a picture that lies, and says so.
+            pixels = _values(ImageOps.exif_transpose(image)) if not trouble else np.empty(0)
     except Exception as error:  # each of Pillow's formats has errors of its own
         raise InputError(f"{key}: cannot read {path}: {one_line(error)}") from None
     if trouble:
         raise InputError(f"{key}: {path}: {trouble}")
+    return pixels
+
+
+def as_pixels(what: str, image: Any) -> np.ndarray:
+    """A picture of Pillow's as uint8 [1, H, W] where it is grey, [3, H, W] else, turned as its EXIF says."""
+    from PIL import ImageOps
+
+    if trouble := _trouble(image):
+        raise InputError(f"{what}: {trouble}")
+    return _values(ImageOps.exif_transpose(image))
+
+
+def _values(image: Any) -> np.ndarray:
+    pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 

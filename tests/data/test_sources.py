@@ -1,0 +1,342 @@
+"""Where examples come from: inputs by name, files that stay on the disk, streams, pairs, Python's own text."""
+
+import io
+import struct
+import subprocess
+import sys
+import types
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedmom.config.build import make_problem
+from fedmom.config.load import load
+from fedmom.config.resolve import resolve
+from fedmom.data.datasets import ARRAYS, load_dataset
+from fedmom.data.local import read_server, read_source
+from fedmom.data.sources import mapped
+from fedmom.errors import InputError
+from fedmom.records.identity import identity_of
+
+RNG = np.random.default_rng(0)
+Y = np.arange(6) % 3
+
+
+@pytest.fixture(autouse=True)
+def mine(monkeypatch):
+    """A module of the user's, `my_sources`, whose function `load` returns `value`."""
+    module: Any = types.ModuleType("my_sources")
+    module.load = lambda: module.value
+    monkeypatch.setitem(sys.modules, "my_sources", module)
+    return module
+
+
+def said(load: Any, *args: Any, **options: Any) -> str:
+    """The one line of refusal."""
+    with pytest.raises(InputError) as caught:
+        load(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_inputs_by_name_of_a_file_are_those_of_a_function(mine, tmp_path):
+    ids, mask = RNG.integers(0, 9, (6, 4)), RNG.integers(0, 2, (6, 4)).astype(bool)
+    mine.value = {
+        "x_train": {"ids": ids, "mask": mask},
+        "y_train": Y,
+        "x_test": {"mask": mask, "ids": ids},
+        "y_test": Y,
+    }
+    flat = {f"{name}/{own}": value for name in ("x_train", "x_test") for own, value in mine.value[name].items()}
+    path = tmp_path / "several.npz"
+    np.savez(path, y_train=Y, y_test=Y, **flat)
+    found = load_dataset(str(path))
+    mine.value["x_test"] = mine.value["x_train"]
+    for part, wanted in zip(found[:4], load_dataset("my_sources:load")[:4], strict=True):
+        torch.testing.assert_close(part, wanted)
+    assert [*found.x_test] == ["ids", "mask"]
+    for more, line in (
+        ({"x_train": ids}, "has x_train and x_train/ids; leave the one array"),
+        ({"y_train/b": Y}, "has y_train and y_train/b"),
+        ({"x_train/a b": ids}, "inputs are called by names"),
+        ({"x_test/more": ids}, "those of x_test are"),
+        ({"x_train/ids": ids[:5]}, "every input needs as many"),
+    ):
+        np.savez(path, **{"y_train": Y, "y_test": Y, **flat, **more})
+        assert line in said(load_dataset, str(path))
+    np.savez(path, **{"y_train/a": Y, "y_test": Y, **flat})
+    assert "targets are one array" in said(load_dataset, str(path))
+
+
+def test_a_file_that_stays_on_the_disk_gives_the_same_run(mine, monkeypatch, tmp_path):
+    """Examples, minibatches, evaluation and identity, whatever the numbers' width and address in the file."""
+    mine.model = lambda shape, outputs: torch.nn.Sequential(Reals(), torch.nn.Linear(int(np.prod(shape)), outputs))
+    for dtype in ("f4", "f8", "f2", "u2", "i2", "i4", "u4", "i8", "u1"):
+        x = np.arange(48).reshape(6, 2, 4).astype(dtype)
+        for name in ("a.npz", "longer.npz"):  # of which the second has its arrays at other addresses
+            path = tmp_path / name
+            arrays = dict(zip(ARRAYS, (x, Y, x[::-1], Y), strict=True))
+            np.savez(path, **({"z" * 3: np.zeros(1)} if name == "longer.npz" else {}), **arrays)
+            keys = {"data.dataset": str(path), "data.num-clients": 2, "data.partition": "iid"}
+            config = resolve(load({**keys, "model.name": "my_sources:model", "data.batch-size": 2})).config
+            found = []
+            for least in (1 << 40, 1):
+                monkeypatch.setattr(mapped, "LEAST", least)
+                problem = make_problem(config, "cpu")
+                start, clients = problem.start(), torch.arange(2)
+                problem.check_evaluation(start)
+                batches = [[*batch] for batch in problem.round_batches(clients, torch.zeros(2, dtype=torch.int64), 3)]
+                judged = problem.evaluate(start), problem.evaluate_clients(start, clients)
+                ids = identity_of(config, problem)
+                found.append((problem.dataset, batches, judged, ids.ids, dict(ids.contents)))
+            whole, kept = found
+            torch.testing.assert_close(whole[1:3], kept[1:3], rtol=0, atol=0)
+            assert whole[3:] == kept[3:]
+            torch.testing.assert_close(whole[0].x_train.to(torch.float64), kept[0].x_train.to(torch.float64))
+            assert kept[0].x_train.element_size() == np.dtype(dtype).itemsize
+
+
+class Reals(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1).to(torch.float32)
+
+
+def write_sparse(path: Path, arrays: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """An .npz file of zeros that are not on the disk, stored as np.savez does, {name: (dtype, shape)}."""
+    directory = b""
+    with path.open("wb") as file:
+        for name, (dtype, shape) in arrays.items():
+            head, start, called = io.BytesIO(), file.tell(), f"{name}.npy".encode()
+            about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(head, about)
+            values = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            size = len(head.getvalue()) + values
+            # Zeros have a checksum too, which is read where the member is small.
+            crc = zlib.crc32(bytes(values), zlib.crc32(head.getvalue())) if values < 1 << 24 else 0
+            about_it = struct.pack("<5H3I2H", 20, 0, 0, 0, 33, crc, size, size, len(called), 0)
+            file.write(b"PK\3\4" + about_it + called + head.getvalue())
+            file.seek(values, 1)
+            directory += b"PK\1\2" + struct.pack("<H", 20) + about_it + struct.pack("<3H2I", 0, 0, 0, 0, start) + called
+        start, count = file.tell(), len(arrays)
+        file.write(directory + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, count, count, len(directory), start, 0))
+
+
+SPARSE = """
+import resource, sys, zipfile
+import numpy as np, torch
+sys.path.insert(0, {folder!r})
+from fedmom.config.build import make_problem
+from fedmom.config.load import load
+from fedmom.config.resolve import resolve
+from fedmom.records.identity import identity_of
+
+keys = {{"data.dataset": {path!r}, "data.num-clients": 50, "data.partition": "iid", "model.name": "big_model:model"}}
+config = resolve(load({{**keys, "data.batch-size": 8}})).config
+anonymous = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) << 10
+torch.zeros(10).sum()
+high, first = [0], anonymous()
+import threading, time
+stop = threading.Event()
+def look():
+    while not stop.is_set():
+        high[0] = max(high[0], anonymous())
+        time.sleep(0.005)
+watcher = threading.Thread(target=look)
+watcher.start()
+problem = make_problem(config, "cpu")
+start, clients = problem.start(), torch.arange(50)
+problem.check_evaluation(start)
+for batch in problem.round_batches(clients, torch.zeros(50, dtype=torch.int64), 2):
+    pass
+problem.evaluate(start)
+problem.evaluate_clients(start, clients)
+identity_of(config, problem)
+stop.set()
+watcher.join()
+print(high[0] - first)
+"""
+BIG_MODEL = """
+import torch
+class Reals(torch.nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :8].to(torch.float32)
+def model(shape, outputs):
+    return torch.nn.Sequential(Reals(), torch.nn.Linear(8, outputs))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_copies_an_array_of_gigabytes(tmp_path):
+    """All that a run does before and between rounds takes a tenth of the array in memory of its own, by any dtype."""
+    (tmp_path / "big_model.py").write_text(BIG_MODEL)
+    for dtype, n in (("f4", 120_000), ("u2", 240_000), ("u1", 480_000)):
+        path = tmp_path / f"{dtype}.npz"
+        write_sparse(
+            path,
+            {
+                "x_train": (dtype, (n, 1, 64, 64)),
+                "y_train": ("i8", (n,)),
+                "x_test": (dtype, (600, 1, 64, 64)),
+                "y_test": ("i8", (600,)),
+            },
+        )
+        code = SPARSE.format(folder=str(tmp_path), path=str(path))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr
+        size = path.stat().st_size
+        print(f"{dtype}: {int(done.stdout):,} of {size:,}")
+        assert int(done.stdout) < size / 10 + (150 << 20), f"{dtype}: {int(done.stdout):,} of {size:,}"
+        path.unlink()
+
+
+# Streams of tokens
+
+
+def test_a_stream_is_cut_into_windows_whose_targets_are_the_next_tokens(mine, tmp_path):
+    """As a loop cuts it, from every source and of every width; x and y share the stream's memory."""
+    for length, T in ((2, 1), (9, 4), (10, 4), (11, 1), (50, 7)):
+        stream = RNG.integers(0, 250, length)
+        starts = [k for k in range(0, length, T) if k + T < length]
+        x, y = (np.array([stream[k + d : k + d + T] for k in starts]) for d in (0, 1))
+        sources = {}
+        for dtype in (np.uint8, np.uint16, np.int32, np.int64):
+            np.savez(tmp_path / f"{dtype.__name__}.npz", x_train=stream.astype(dtype), x_test=stream.astype(dtype))
+            sources[str(tmp_path / f"{dtype.__name__}.npz")] = None
+        for name in ("train.bin", "val.bin"):
+            stream.astype("<u2").tofile(tmp_path / name)
+        sources |= dict.fromkeys([f"{tmp_path}/", str(tmp_path / "train.bin")])
+        given = (stream.astype(np.uint16), torch.from_numpy(stream))
+        for value in (given, {"x_train": given[1], "x_test": given[0]}):
+            sources["my_sources:load"] = value
+            for name, mine.value in sources.items():
+                found = load_dataset(name, targets="tokens", context=T)
+                for part, wanted in zip(found[:4], (x, y, x, y), strict=True):
+                    np.testing.assert_array_equal(part.to(torch.int64), wanted)
+                assert found.num_classes == stream.max() + 1
+                assert found.x_train.untyped_storage().data_ptr() == found.y_train.untyped_storage().data_ptr()
+
+
+def test_a_stream_is_trained_on_as_its_windows_are(mine, tmp_path):
+    """A model learns x -> next token from a file of uint16 as from whole arrays of int64."""
+
+    class Next(torch.nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(size, size)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.table(x)
+
+    mine.model = lambda shape, outputs: Next(outputs)
+    stream = (np.arange(65) * 7) % 50
+    windows = dict(zip(ARRAYS, (stream[:64].reshape(8, 8), stream[1:].reshape(8, 8)) * 2, strict=True))
+    for name in ("train.bin", "val.bin"):
+        stream.astype("<u2").tofile(tmp_path / name)
+    found = []
+    for name, context, mine.value in ((f"{tmp_path}/", 8, None), ("my_sources:load", 0, windows)):
+        keys = {"data.dataset": name, "data.task": "per-token", "data.context": context, "data.num-clients": 2}
+        keys |= {"data.partition": "iid", "model.name": "my_sources:model", "data.batch-size": 2}
+        problem = make_problem(resolve(load(keys)).config, "cpu")
+        start, zeros = problem.start(), torch.zeros(2, dtype=torch.int64)
+        problem.check_evaluation(start)
+        batch = next(iter(problem.round_batches(torch.arange(2), zeros, 1)))
+        found.append(([*batch], problem.evaluate(start), problem.evaluate_clients(start, torch.arange(2))))
+        assert batch.x.dtype == batch.y.dtype == torch.int64
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_what_is_no_stream_or_no_task_for_one_is_refused(mine, tmp_path):
+    stream = np.arange(30) % 7
+    x = stream.reshape(6, 5)
+    whole = dict(zip(ARRAYS, (x, x, x, x), strict=True))
+    for value, context, targets, line in (
+        ({"x_train": stream, "x_test": stream}, 0, "tokens", "data.context = 0"),
+        ({"x_train": stream, "x_test": stream}, 4, "labels", "for data.task = 'per-token'; this task asks for labels"),
+        (whole, 4, "tokens", "data.context = 4: cuts a stream of tokens"),
+        ({"x_train": stream}, 4, "tokens", "has no x_test"),
+        ({"x_train": stream, "x_test": stream[:4]}, 4, "tokens", "x_test of data.dataset = 'my_sources:load' has 4"),
+        ({"x_train": stream - 1, "x_test": stream}, 4, "tokens", "x_train has a negative token, -1"),
+        ({"x_train": stream, "x_test": stream / 2}, 4, "tokens", "a stream of tokens is whole numbers"),
+        ({"x_train": stream, "x_test": x}, 4, "tokens", "a stream of tokens is whole numbers"),
+        ({"x_train": stream * 10**6, "x_test": stream}, 4, "tokens", "renumber them"),
+    ):
+        mine.value = value
+        assert line in said(load_dataset, "my_sources:load", targets=targets, context=context), line
+    assert "data.context = 8: cuts" in said(load_dataset, "digits", context=8)
+    for make, name, line in (
+        (lambda: None, "nowhere/", "is not there: give FILE.npz"),
+        (lambda: None, "", "there is no file"),
+        (lambda: (tmp_path / "train.bin").write_bytes(b"abc"), "train.bin", "there is no file"),
+        (lambda: (tmp_path / "val.bin").write_bytes(b"ab"), "train.bin", "has 3 bytes: it must be raw uint16"),
+        (lambda: (tmp_path / "train.bin").write_bytes(b""), "", "has 0 bytes"),
+        (lambda: None, "val.bin", "holds the test tokens"),
+        (lambda: (tmp_path / "a.csv").write_text("1,2"), "a.csv", "is no folder of tokens"),
+    ):
+        make()
+        assert line in said(load_dataset, f"{tmp_path}/{name}", targets="tokens", context=4), line
+    config = resolve(load({"data.dataset": "local", "data.context": 4, "data.data-dir": str(tmp_path)})).config
+    assert "data.context = 4" in said(make_problem, config, "cpu")
+
+
+# Pairs of data sets of torch's kind
+
+
+class Examples(torch.utils.data.Dataset):
+    def __init__(self, *examples: Any) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.examples[place]
+
+
+def test_a_pair_of_data_sets_is_read_as_its_stacked_arrays(mine):
+    x, y = torch.from_numpy(RNG.normal(size=(6, 3))), torch.from_numpy(Y)
+    tensors = torch.utils.data.TensorDataset(x, y)
+    words = Examples(*((one.numpy(), "abc"[int(label)]) for one, label in zip(x, y, strict=True)))
+    numbers = Examples(*((one, int(label)) for one, label in zip(x, y, strict=True)))
+    for one in (tensors, words, numbers, torch.utils.data.Subset(tensors, range(6))):
+        mine.value = (one, one)
+        found = load_dataset("my_sources:load")
+        for part, wanted in zip(found[:4], (x, y, x, y), strict=True):
+            torch.testing.assert_close(part, wanted)
+    named = Examples(*(({"ids": torch.tensor([k]), "mask": torch.tensor([1])}, k % 2) for k in range(4)))
+    mine.value = [named, named]
+    assert load_dataset("my_sources:load").x_train["ids"].tolist() == [[0], [1], [2], [3]]
+    good, long = (torch.zeros(2), 0), (torch.zeros(3), 0)
+    for wrong, line in (
+        (Examples(good, long), "x of example 1 is float32 [3], that of example 0 is float32 [2]"),
+        (Examples(good, (torch.zeros(2).double(), 0)), "is float64 [2]"),
+        (Examples(good, (torch.zeros(2), 0.5)), "y of example 1 is float64 [], that of example 0 is int64 []"),
+        (Examples(good, (torch.zeros(2), "a")), "y of example 1"),
+        (Examples(good, (torch.zeros(2), None)), "is a NoneType: give a tensor"),
+        (Examples(good, torch.zeros(2)), "example 1 is a Tensor; it must be a pair (x, y)"),
+        (Examples(), "the train set has no examples"),
+        (Examples(*(({"a": good[0], **more}, 0) for more in ({}, {"b": 1}))), "example 1 has a, b, example 0 has a"),
+        (types.SimpleNamespace(), "two data sets of (x, y) by number"),
+        (iter([good]), "two data sets of (x, y) by number"),
+    ):
+        mine.value = (wrong, tensors)
+        assert line in said(load_dataset, "my_sources:load"), line
+
+
+# Words as labels
+
+
+def test_words_are_numbered_by_data_classes_where_no_client_knows_them_all(tmp_path):
+    x, path = np.ones((3, 2)), tmp_path / "client-0.npz"
+    np.savez(path, x_train=x, y_train=np.array(["dog", "cat", "dog"]), x_test=x[:1], y_test=np.array(["bird"]))
+    found = read_source(path, "cat, dog,bird")
+    assert (found.y_train.tolist(), found.y_test.tolist()) == ([1, 0, 1], [2])
+    assert "data.classes must name all" in said(read_source, path)
+    assert "does not name 'dog'" in said(read_source, path, "cat,bird")
+    assert "names 'cat' twice" in said(read_source, path, "cat,cat")
+    np.savez(tmp_path / "test.npz", x_test=x, y_test=np.array(["cat", "dog", "cat"]))
+    assert read_server(str(tmp_path), "cat,dog,bird").y_test.tolist() == [0, 1, 0]
