@@ -194,7 +194,7 @@ def datasets(
 
     fedmom datasets --download cifar10 --data-dir data
     """
-    from fedmom.data.datasets import DATASETS, download
+    from fedmom.data.shipped import DATASETS, download
 
     if fetch is not None:
         download(fetch, data_dir)
@@ -206,7 +206,9 @@ def datasets(
     rows.append(
         ["FOLDER/", "LEAF's train/*.json and test/*.json, or images in train/CLIENT/LABEL/ and test/CLIENT/LABEL/"]
     )
-    rows.append(["module:function", "your own: returns those four arrays"])
+    rows.append(["FILE.bin, FOLDER/", "a stream of tokens: train.bin and val.bin, raw uint16; see data.context"])
+    rows.append(["hf:NAME", "a data set of Hugging Face's, or hf:FOLDER of its save_to_disk; see data.columns"])
+    rows.append(["module:function", "your own: returns those four arrays, or two data sets of torch's kind"])
     _print_list(rows)
     return DONE
 

@@ -107,5 +107,5 @@ def is_given(config: Config) -> bool:
 def count_clients(config: Config) -> int:
     """N of a configuration whose data.num-clients = 0 takes all natural clients: the data are looked at for it."""
     data = config.data
-    more: dict[str, Any] = {"targets": task_of(config).targets, "context": data.context}
+    more: dict[str, Any] = {"targets": task_of(config).targets, "context": data.context, "columns": data.columns}
     return len(all_clients(data.dataset, data.data_dir, data.clients, data.classes, **more))

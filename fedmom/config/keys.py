@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from fedmom.config.numbers import Range, above, as_plain, at_least, shown, summary_of, within
 from fedmom.config.strategies import STRATEGIES
 from fedmom.data.batches import AUGMENTATIONS, SAMPLINGS
-from fedmom.data.datasets import DATASETS
 from fedmom.data.given.natural import NATURAL
 from fedmom.data.partition import PARTITIONS, QUANTITY_LAWS
+from fedmom.data.shipped import DATASETS
 from fedmom.data.sources.folders import is_folder
 from fedmom.engine.paths import AUTO, PATHS
 from fedmom.errors import InputError, unknown
@@ -27,7 +27,7 @@ from fedmom.method.topology import FILES
 from fedmom.tasks.models import MODELS, NORMS
 from fedmom.tasks.problem import DATA_KINDS
 from fedmom.tasks.task import LOSSES, TASKS
-from fedmom.user_code import is_spec
+from fedmom.user_code import HUB, is_spec
 
 Scalar = str | bool | int | float
 BACKENDS = {
@@ -87,10 +87,11 @@ class DataConfig:
         "digits",
         "data set; `fedmom datasets` lists them",
         DATASETS | DATA_KINDS,
-        "FILE.npz, FILE.bin, FOLDER/ or module:function",
+        "FILE.npz, FILE.bin, FOLDER/, hf:NAME or module:function",
     )
     data_dir: str = key("data", "folder or .npz file that holds the data set")
     task: str = key("classification", "what is asked of the model", TASKS, "module:Class")
+    columns: str = key("", "hf:NAME: columns of inputs and, last, the target; empty: found by type", holds=",")
     context: int = key(0, "T, tokens of the windows into which a stream is cut; 0: no stream", at_least(0))
     classes: str = key("", "classes in the order of their labels, by commas (image folders, words)", holds=",")
     clients: str = key("", "partition natural: array of the data set with the id of each example's client")
@@ -300,7 +301,8 @@ def checked(name: str, value: Any) -> Scalar:
         if not known.also:
             raise unknown(name, value, known.choices)
         files = tuple(word.strip(",").removeprefix("FILE") for word in known.also.split() if word.startswith("FILE."))
-        forms = ("module:" in known.also and is_spec(value), "FOLDER/" in known.also and is_folder(value))
+        places = "FOLDER/" in known.also and (is_folder(value) or value.startswith(HUB))
+        forms = ("module:" in known.also and is_spec(value), places)
         if not any(forms) and not (files and value.endswith(files)):
             raise unknown(name, value, [*known.choices, known.also])
     if known.check and (wrong := known.check(value)):

@@ -1,12 +1,8 @@
-"""Data sets by name, as uint8 images (or features) and int64 labels on the CPU, checked on the way in (arrays.py).
-
-torchvision is imported here only, and only by what needs it.
-"""
+"""Data sets by name, file, folder or function, on the CPU, checked on the way in (arrays.py)."""
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,16 +12,17 @@ from torch import Tensor
 from fedmom.data.arrays import checked_whole, kind_of, statistics
 from fedmom.data.given.natural import names_of_ids, pick_ids
 from fedmom.data.inputs import Inputs, Shapes, is_integer, shape_of
-from fedmom.data.sources import small
-from fedmom.data.sources.array_files import ARRAYS, Source, idx_files, read_idx, read_npz
+from fedmom.data.shipped import DATASETS, four_arrays, has_four, read_shipped
+from fedmom.data.sources.array_files import ARRAYS, Source, read_npz
 from fedmom.data.sources.folders import is_folder, read_folder
+from fedmom.data.sources.hugging_face import read_hub
 from fedmom.data.sources.pairs import is_map_style, read_pair
 from fedmom.data.sources.small import RawArrays
 from fedmom.data.sources.streams import is_stream, is_token_path, read_token_files, windows_of
 from fedmom.data.targets import TARGETS, num_outputs
-from fedmom.errors import InputError, missing_package, unknown
+from fedmom.errors import InputError, unknown
 from fedmom.machine.files import at_home
-from fedmom.user_code import is_spec, load_object, one_line
+from fedmom.user_code import HUB, is_spec, load_object, one_line
 
 
 class Dataset(NamedTuple):
@@ -47,83 +44,6 @@ class Dataset(NamedTuple):
         return shape_of(self.x_train)
 
 
-DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
-
-
-class DatasetEntry(NamedTuple):
-    """A named data set. Mean and std are those of the training images, as usually quoted."""
-
-    summary: str
-    shape: tuple[int, ...]
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augment: str = "none"
-    targets: str = "labels"  # a kind of TARGETS
-    own: Callable[[], RawArrays] | None = None  # its arrays, where they come with fedmom
-    torchvision: str = ""  # the class in torchvision.datasets that fetches it, if there is one
-    folders: tuple[str, ...] = ()  # where its files may be, below data.data-dir or anywhere
-    # (name, folder) -> the arrays of the files there; None: there are none.
-    read: Callable[[str, Path], RawArrays | None] | None = None
-    advice: str = ""  # another way to get it
-
-
-def _read_idx_files(name: str, folder: Path) -> RawArrays | None:
-    if (files := idx_files(folder)) is None:
-        return None
-    x_train, y_train, x_test, y_test = (read_idx(f"data.dataset = {name!r}", file) for file in files)
-    return x_train, y_train, x_test, y_test
-
-
-def _read_cifar(name: str, folder: Path) -> RawArrays | None:
-    """By torchvision, which looks for the folder by its name below a root."""
-    if not folder.is_dir():
-        return None
-    dataset_class = _torchvision_class(name)
-    try:
-        train, test = (dataset_class(root=str(folder.parent), train=train, download=False) for train in (True, False))
-    except Exception as error:  # a wrong checksum, a truncated pickle, a missing batch
-        raise InputError(f"data.dataset = {name!r}: cannot read {folder}: {one_line(error)}") from error
-    return train.data, np.array(train.targets), test.data, np.array(test.targets)
-
-
-DATASETS: dict[str, DatasetEntry] = {
-    "digits": DatasetEntry(
-        "1,437 + 360 handwritten digits, 1x8x8, 10 classes: they come with fedmom, nothing to download",
-        (1, 8, 8), 10, (0.3058,), (0.3761,), own=small.digits,
-    ),
-    "digit-traits": DatasetEntry(
-        "the digits' images with three labels each, made of the digit: even, above 4, has a closed loop; multi-label",
-        (1, 8, 8), 3, (0.3058,), (0.3761,), own=small.digit_traits, targets="sets",
-    ),
-    "diabetes": DatasetEntry(
-        "354 + 88 patients, 10 measurements, the disease's progress to predict; regression: needs scikit-learn",
-        (10,), 1, (), (), own=small.diabetes, targets="numbers",
-    ),
-    "fashion-mnist": DatasetEntry(
-        "60,000 + 10,000 photos of clothes, 1x28x28, 10 classes: --download, or apt's dataset-fashion-mnist",
-        (1, 28, 28), 10, (0.2860,), (0.3530,), torchvision="FashionMNIST", read=_read_idx_files,
-        folders=("", "fashion-mnist", "FashionMNIST/raw", DEBIAN_FASHION_MNIST),
-        advice="apt install dataset-fashion-mnist",
-    ),
-    "mnist": DatasetEntry(
-        "60,000 + 10,000 handwritten digits, 1x28x28, 10 classes: --download",
-        (1, 28, 28), 10, (0.1307,), (0.3081,), torchvision="MNIST", read=_read_idx_files,
-        folders=("", "mnist", "MNIST/raw"),
-    ),
-    "cifar10": DatasetEntry(
-        "50,000 + 10,000 photos, 3x32x32, 10 classes: --download",
-        (3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "crop-flip",
-        torchvision="CIFAR10", folders=("cifar-10-batches-py",), read=_read_cifar,
-    ),
-    "cifar100": DatasetEntry(
-        "50,000 + 10,000 photos, 3x32x32, 100 classes: --download",
-        (3, 32, 32), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "crop-flip",
-        torchvision="CIFAR100", folders=("cifar-100-python",), read=_read_cifar,
-    ),
-}  # fmt: skip
-
-
 class Asking(NamedTuple):
     """What the keys say of a data set besides its name."""
 
@@ -140,13 +60,20 @@ def load_dataset(
     *,
     targets: str = "labels",
     context: int = 0,
+    columns: str = "",
 ) -> Dataset:
     """One of DATASETS, a file's or folder's examples, or what the user's "module:function" gives.
 
     `clients`: the array of ids that the Dataset is to have. `classes`: labels of a folder of images, by commas.
     `targets`: the kind of TARGETS that the task asks for. `context`: T, of the windows of a stream of tokens.
+    `columns`: inputs and the target of a table hf:NAME, by commas.
     """
     key, asked = f"data.dataset = {name!r}", Asking(targets, context, clients)
+    if name.startswith(HUB):
+        arrays = read_hub(key, name, columns)
+        return _of_source(key, Source(arrays, [*arrays]), asked)
+    if columns:
+        raise InputError(f"data.columns = {columns!r}: are those of hf:NAME, and {key} has none; leave it ''")
     if name.lower().endswith(".npz"):
         path = at_home(name)
         return _of_source(key, read_npz(key, path, (*ARRAYS, *names_of_ids(clients))), asked, f": {path}")
@@ -159,28 +86,16 @@ def load_dataset(
         _check_no_context(key, asked)
         return _user_dataset(key, read_folder(key, at_home(name), classes), asked)
     if name not in DATASETS:
-        raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", "FILE.bin", "FOLDER/", '"module:function"'])
-    own, held = DATASETS[name].own, DATASETS[name].targets
-    if targets not in (held, "anything"):
-        raise InputError(f"{key}: its targets are {held}, and data.task asks for {targets}")
+        raise unknown(
+            "data.dataset", name, [*DATASETS, "FILE.npz", "FILE.bin", "FOLDER/", "hf:NAME", '"module:function"']
+        )
+    entry = DATASETS[name]
+    if targets not in (entry.targets, "anything"):
+        raise InputError(f"{key}: its targets are {entry.targets}, and data.task asks for {targets}")
+    if entry.text is not None:
+        return _of_text(key, entry.text(key, context), entry.num_classes, clients)
     _check_no_context(key, asked)
-    source = _four(own()) if own is not None else _find(name, at_home(data_dir), clients)
-    return _named_dataset(name, source, clients)
-
-
-def download(name: str, data_dir: str) -> None:
-    """Fetch a named data set into `data_dir` through torchvision, where load_dataset then finds it."""
-    if name not in DATASETS:
-        raise unknown("data.dataset", name, DATASETS)
-    if not DATASETS[name].torchvision:
-        place = "it is there" if DATASETS[name].own else f"write its arrays into {at_home(data_dir) / name}.npz"
-        raise InputError(f"data.dataset = {name!r}: there is nothing to download; {place}")
-    dataset_class = _torchvision_class(name)
-    try:
-        for train in (True, False):
-            dataset_class(root=str(at_home(data_dir)), train=train, download=True)
-    except Exception as error:  # torchvision lets through whatever the network and the disk raise
-        raise InputError(f"data.dataset = {name!r}: the download to {data_dir!r} failed: {one_line(error)}") from error
+    return _named_dataset(name, read_shipped(name, at_home(data_dir), clients), clients)
 
 
 def _named_dataset(name: str, source: Source, clients: str) -> Dataset:
@@ -196,6 +111,13 @@ def _named_dataset(name: str, source: Source, clients: str) -> Dataset:
         raise InputError(f"{key}: has a label {top}, expected 0 to {entry.num_classes - 1}")
     ids = pick_ids(key, clients, source.arrays, source.names, (len(y_train), len(y_test)))
     return Dataset(x_train, y_train, x_test, y_test, entry.num_classes, entry.mean, entry.std, entry.augment, ids)
+
+
+def _of_text(key: str, arrays: Mapping[str, np.ndarray], num_classes: int, clients: str) -> Dataset:
+    """Windows of tokens, as narrow as they came."""
+    x_train, y_train, x_test, y_test = (torch.from_numpy(arrays[name]) for name in ARRAYS)
+    ids = pick_ids(key, clients, arrays, [*arrays], (len(y_train), len(y_test)))
+    return Dataset(x_train, y_train, x_test, y_test, num_classes, (), (), "none", ids)
 
 
 def _raw(source: Source) -> RawArrays:
@@ -215,7 +137,7 @@ def _of_source(key: str, source: Source, asked: Asking, where: str = "") -> Data
     """Examples with targets, or a stream of tokens, whose windows they are."""
     if not is_stream(source.arrays):
         _check_no_context(key, asked)
-        return _user_dataset(key, _has_four(key + where, source), asked)
+        return _user_dataset(key, has_four(key + where, source), asked)
     *parts, num_classes = windows_of(key, source.arrays, asked.context, asked.targets)
     x_train, y_train, x_test, y_test = parts
     ids = pick_ids(key, asked.clients, source.arrays, source.names, (len(y_train), len(y_test)))
@@ -235,40 +157,6 @@ def _user_dataset(key: str, source: Source, asked: Asking) -> Dataset:
 
 
 # Where the arrays come from.
-
-
-def _find(name: str, data_dir: Path, clients: str) -> Source:
-    """The first of the places where a named data set may be."""
-    entry = DATASETS[name]
-    key = f"data.dataset = {name!r}"
-    if data_dir.suffix.lower() == ".npz":
-        return _whole_npz(key, data_dir, clients)
-    looked = [data_dir / f"{name}.npz"]
-    if looked[0].exists():
-        return _whole_npz(key, looked[0], clients)
-    for folder in entry.folders:
-        looked.append(data_dir / folder)
-        if entry.read is not None and (arrays := entry.read(name, looked[-1])) is not None:
-            return _four(arrays)
-    fetch = f"fetch it with: fedmom datasets --download {name} --data-dir {data_dir}" if entry.torchvision else ""
-    advice = ", or: ".join(filter(None, (fetch, entry.advice))) or f"write its arrays into {looked[0]}"
-    places = ", ".join(str(path) for path in looked)
-    raise InputError(f"{key}: not found (looked for {places}); {advice}")
-
-
-def _torchvision_class(name: str) -> Callable:
-    try:
-        import torchvision
-    except ModuleNotFoundError as error:
-        raise missing_package(f"data.dataset = {name!r}", str(error.name), "vision") from error
-    except (ImportError, RuntimeError) as error:  # one that was built for another torch
-        problem = f"torchvision is installed, but cannot be imported: {one_line(error)}"
-        raise InputError(f"data.dataset = {name!r}: {problem}") from error
-    return getattr(torchvision.datasets, DATASETS[name].torchvision)
-
-
-def _whole_npz(key: str, path: Path, clients: str) -> Source:
-    return _has_four(f"{key}: {path}", read_npz(key, path, (*ARRAYS, *names_of_ids(clients))))
 
 
 def _call_user(name: str, data_dir: str) -> object:
@@ -296,7 +184,7 @@ def _of_user(key: str, result: object, asked: Asking) -> Dataset:
     if isinstance(result, Mapping):
         return _of_source(key, Source(result, [*result]), asked)
     if isinstance(result, tuple | list) and len(result) == 4:
-        return _of_source(key, _four(result), asked)
+        return _of_source(key, four_arrays(result), asked)
     if isinstance(result, tuple | list) and len(result) == 2:
         if is_stream(streams := dict(zip(("x_train", "x_test"), result, strict=True))):
             return _of_source(key, Source(streams, [*streams]), asked)
@@ -306,17 +194,6 @@ def _of_user(key: str, result: object, asked: Asking) -> Dataset:
     got = type(result).__name__ + (f" of {len(result)}" if isinstance(result, tuple | list) else "")
     wanted = f"a Dataset, {', '.join(ARRAYS)} as a dict or tuple, or two data sets of (x, y) by number"
     raise InputError(f"{key}: must return {wanted}; returned {got}")
-
-
-def _four(arrays: Sequence[object]) -> Source:
-    return Source(dict(zip(ARRAYS, arrays, strict=True)), ARRAYS)
-
-
-def _has_four(key: str, source: Source) -> Source:
-    missing = [name for name in ARRAYS if name not in source.arrays]
-    if missing:
-        raise InputError(f"{key}: has no {', '.join(missing)} (needs {', '.join(ARRAYS)})")
-    return source
 
 
 # What is checked of a Dataset that the user made.

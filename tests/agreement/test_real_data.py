@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 import fedmom
 from fedmom.data.batches import normalised
-from fedmom.data.datasets import DEBIAN_FASHION_MNIST, load_dataset
+from fedmom.data.datasets import load_dataset
+from fedmom.data.shipped import DEBIAN_FASHION_MNIST
 from fedmom.tasks.models import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -20,7 +20,7 @@ from fedmom.cli.keys import listed, meaning
 from fedmom.config.keys import KEYS, SECTIONS
 from fedmom.config.load import load
 from fedmom.config.schema import FIRST, read_keys
-from fedmom.data.datasets import DATASETS
+from fedmom.data.shipped import DATASETS
 from fedmom.errors import InputError
 from fedmom.experiments.simulation import app_folder
 from fedmom.records.files import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_tensors

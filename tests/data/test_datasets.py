@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from fedmom.data import datasets
-from fedmom.data.datasets import ARRAYS, DATASETS, DEBIAN_FASHION_MNIST, Dataset, download, load_dataset
+from fedmom.data.datasets import ARRAYS, Dataset, load_dataset
+from fedmom.data.shipped import DATASETS, DEBIAN_FASHION_MNIST, download
 from fedmom.data.sources.array_files import DIGITS, read_digits
 from fedmom.errors import InputError
 from laws import table

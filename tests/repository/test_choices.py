@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fedmom.config.strategies import STRATEGIES
-from fedmom.data.datasets import DATASETS
 from fedmom.data.partition import PARTITIONS
+from fedmom.data.shipped import DATASETS
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES

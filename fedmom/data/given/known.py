@@ -1,6 +1,7 @@
 """How many natural clients a data set has, for those who must know it before anything is read."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,10 @@ from fedmom.machine.files import at_home
 from fedmom.user_code import is_spec
 
 
-def all_clients(
-    name: str, data_dir: str, clients: str, classes: str = "", *, targets: str = "labels", context: int = 0
-) -> np.ndarray:
+def all_clients(name: str, data_dir: str, clients: str, classes: str = "", **asked: Any) -> np.ndarray:
     """[all] the ids of the natural clients that a data set has, ascending; of its examples as little is read as can be.
+
+    `asked`: what else `load_dataset` is to know.
 
     Raises InputError as `load_dataset` does, naming what the data set has where it has no such ids.
     """
@@ -26,6 +27,6 @@ def all_clients(
     elif is_folder(name) and not is_spec(name):
         return clients_of_folder(key, at_home(name), clients)
     else:
-        ids = load_dataset(name, data_dir, clients, classes, targets=targets, context=context).ids
+        ids = load_dataset(name, data_dir, clients, classes, **asked).ids
     assert ids is not None
     return np.unique(ids[clients])
