@@ -23,9 +23,12 @@ OWN_KEYS = (
 )  # those that may name the user's own code
 
 
+HUB = "hf:"  # how data.dataset names a data set of Hugging Face's
+
+
 def is_spec(name: str) -> bool:
     """Does a name mean the user's own "module:function" rather than one of ours?"""
-    return ":" in name
+    return ":" in name and not name.startswith(HUB)
 
 
 def load_object(key: str, spec: str) -> Any:

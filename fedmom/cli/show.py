@@ -160,7 +160,9 @@ def datasets(
     rows = [[name, entry.summary] for name, entry in DATASETS.items()]
     rows.append(["quadratic", "f_i(x) = Σ h/2 (x − c)², exact gradients: data.curvatures, centers, start, noise-sigma"])
     rows.append(["FILE.npz", "arrays x_train, y_train, x_test, y_test (uint8 images, float features, integer ids)"])
-    rows.append(["module:function", "your own: returns those four arrays"])
+    rows.append(["FILE.bin, FOLDER/", "a stream of tokens: train.bin and val.bin, raw uint16; see data.context"])
+    rows.append(["hf:NAME", "a data set of Hugging Face's, or hf:FOLDER of its save_to_disk; see data.columns"])
+    rows.append(["module:function", "your own: returns those four arrays, or two data sets of torch's kind"])
     _print_list(rows)
     return DONE
 

@@ -41,7 +41,7 @@ def load_data(config: Config) -> tuple[Dataset, Partition]:
         if data.context:
             raise InputError(f"data.context = {data.context}: cuts the stream of one data set; 'local' has examples")
         return everything(data.data_dir, data.num_clients, data.classes, targets)
-    dataset = load_dataset(data.dataset, data.data_dir, targets, context=data.context)
+    dataset = load_dataset(data.dataset, data.data_dir, targets, context=data.context, columns=data.columns)
     partition = make_partition(
         data.partition,
         _classes(config, dataset, targets),

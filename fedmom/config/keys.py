@@ -29,7 +29,7 @@ from fedmom.method.topology import FILES
 from fedmom.tasks.models import MODELS, NORMS
 from fedmom.tasks.problem import DATA_KINDS
 from fedmom.tasks.task import LOSSES, TASKS
-from fedmom.user_code import is_spec
+from fedmom.user_code import HUB, is_spec
 
 Scalar = str | bool | int | float
 BACKENDS = {
@@ -62,6 +62,7 @@ ON_LINK_FAILURE = {
     "stop": "the run stops, and the error names the link",
     "skip": "both clients keep the weight of that link for themselves (symmetric W only)",
 }
+PLACES = "FILE.npz, FILE.bin, FOLDER/, hf:NAME or module:function"
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
 
 
@@ -85,16 +86,14 @@ def key(
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = key(
-        "digits",
-        "data set; `fedmom datasets` lists them",
-        DATASETS | DATA_KINDS,
-        "FILE.npz, FILE.bin, FOLDER/ or module:function",
-    )
+    dataset: str = key("digits", "data set; `fedmom datasets` lists them", DATASETS | DATA_KINDS, PLACES)
     data_dir: str = key("data", "folder or .npz file that holds the data set")
     task: str = key("classification", "what is asked of the model", TASKS, "module:Class")
+    columns: str = key(
+        "", "hf:NAME: columns of inputs and, last, the target, by commas; empty: found by type", holds=","
+    )
     context: int = key(0, "T, tokens of the windows into which a stream is cut; 0: no stream", at_least(0))
-    classes: str = key("", "dataset local: image folders in the order of their labels, by commas", holds=",")
+    classes: str = key("", "dataset local: names of folders or labels in their order, by commas", holds=",")
     num_clients: int = key(20, "N, number of clients", at_least(1))
     partition: str = key("dirichlet-client", "rule that gives the training examples to the clients", PARTITIONS)
     alpha: float = key(0.3, "α of the Dirichlet partitions; the smaller, the more skewed", above(0))
@@ -310,7 +309,9 @@ def checked(name: str, value: Any) -> Scalar:
         if not known.also:
             raise unknown(name, value, known.choices)
         files = tuple(word.strip(",").removeprefix("FILE") for word in known.also.split() if word.startswith("FILE."))
-        path = (files and value.endswith(files)) or ("FOLDER/" in known.also and "/" in value)
+        path = (files and value.endswith(files)) or (
+            "FOLDER/" in known.also and ("/" in value or value.startswith(HUB))
+        )
         if not ("module:" in known.also and is_spec(value)) and not path:
             raise unknown(name, value, [*known.choices, known.also])
     if known.check and (wrong := known.check(value)):

@@ -31,6 +31,7 @@ EXAMPLES: dict[str, Any] = {
     "data.alpha": 0.1,
     "data.task": "regression",
     "data.context": 256,
+    "data.columns": "image,label",
     "data.curvatures": "1,2;3,4",
     "data.centers": "0,1;2,3",
     "data.start": "1,1",
@@ -193,7 +194,7 @@ def _pattern(also: str) -> str:
     """What other forms of a name look like: module:function, or a file's ending."""
     endings = [word.strip(",").removeprefix("FILE.") for word in also.split() if word.startswith("FILE.")]
     ways = [rf"\.({'|'.join(endings)})$"] if endings else []
-    ways += ["/"] if "FOLDER/" in also else []
+    ways += ["/", "^hf:"] if "FOLDER/" in also else []
     return "|".join([*ways, *([r"^[^:]+:[^:]+$"] if "module:function" in also else [])])
 
 

@@ -3,7 +3,6 @@
 torchvision is imported here only, and only by what needs it.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,13 +14,15 @@ from torch import Tensor
 
 from fedmom.data.arrays import checked_whole, kind_of, statistics
 from fedmom.data.inputs import Inputs, Shapes, is_integer, shape_of
-from fedmom.data.sources.array_files import ARRAYS, idx_files, read_digits, read_idx, read_npz_arrays
-from fedmom.data.sources.pairs import is_map_style, read_pair
+from fedmom.data.sources.array_files import ARRAYS, idx_files, read_idx, read_npz_arrays, split_digits
+from fedmom.data.sources.hugging_face import read_hub
+from fedmom.data.sources.pairs import call_user, is_map_style, read_pair
+from fedmom.data.sources.python_sources import NUM_TOKENS, WINDOW, read_python_sources
 from fedmom.data.sources.streams import is_stream, is_token_path, read_token_files, windows_of
 from fedmom.data.targets import TARGETS, num_outputs
 from fedmom.errors import InputError, missing_package, unknown
 from fedmom.machine.files import at_home
-from fedmom.user_code import is_spec, load_object, one_line
+from fedmom.user_code import HUB, is_spec, one_line
 
 
 class Dataset(NamedTuple):
@@ -49,29 +50,18 @@ class DatasetEntry(NamedTuple):
     """A named data set. Mean and std are those of the training images, as usually quoted."""
 
     summary: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str = "none"
     own: Callable[[], RawArrays] | None = None  # its arrays, where they come with fedmom
+    text: Callable[[str, int], Mapping[str, object]] | None = None  # (key, T) -> windows, where it is a text
     torchvision: str = ""  # the class in torchvision.datasets that fetches it, if there is one
     folders: tuple[str, ...] = ()  # where its files may be, below data.data-dir or anywhere
     # (name, folder) -> the arrays of the files there; None: there are none.
     read: Callable[[str, Path], RawArrays | None] | None = None
     advice: str = ""  # another way to get it
-
-
-def _digits() -> RawArrays:
-    """The digits of digits.json: values 0 to 16 become round(255 v / 16), every fifth example of a class is test.
-
-    The split uses no random generator, so that it is the same for ever: 1,437 + 360 examples.
-    """
-    images, labels = read_digits()
-    images = ((images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]
-    is_test = np.zeros(len(images), dtype=bool)
-    is_test[np.argsort(labels, kind="stable")[::5]] = True
-    return images[~is_test], labels[~is_test], images[is_test], labels[is_test]
 
 
 def _read_idx_files(name: str, folder: Path) -> RawArrays | None:
@@ -96,7 +86,7 @@ def _read_cifar(name: str, folder: Path) -> RawArrays | None:
 DATASETS: dict[str, DatasetEntry] = {
     "digits": DatasetEntry(
         "1,437 + 360 handwritten digits, 1x8x8, 10 classes: they come with fedmom, nothing to download",
-        (1, 8, 8), 10, (0.3058,), (0.3761,), own=_digits,
+        (1, 8, 8), 10, (0.3058,), (0.3761,), own=split_digits,
     ),
     "fashion-mnist": DatasetEntry(
         "60,000 + 10,000 photos of clothes, 1x28x28, 10 classes: --download, or apt's dataset-fashion-mnist",
@@ -119,23 +109,39 @@ DATASETS: dict[str, DatasetEntry] = {
         (3, 32, 32), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "crop-flip",
         torchvision="CIFAR100", folders=("cifar-100-python",), read=_read_cifar,
     ),
+    "python-sources": DatasetEntry(
+        "the .py files of this Python's standard library as bytes, for data.task = per-token: it is another text by "
+        "another version of Python; nothing to download",
+        (WINDOW,), NUM_TOKENS, (), (), text=read_python_sources,
+    ),
 }  # fmt: skip
 
 
-def load_dataset(name: str, data_dir: str = "data", targets: str = "labels", *, context: int = 0) -> Dataset:
+def load_dataset(
+    name: str, data_dir: str = "data", targets: str = "labels", *, context: int = 0, columns: str = ""
+) -> Dataset:
     """One of DATASETS, a file's or folder's examples, or what the user's "module:function" gives.
 
     `targets`: a kind of TARGETS. `context`: T, of the windows into which a stream of tokens is cut.
+    `columns`: inputs and the target of a table hf:NAME, by commas.
     """
     key, asked = f"data.dataset = {name!r}", Asking(targets, context)
+    if name.startswith(HUB):
+        return _of_arrays(key, read_hub(key, name, columns), asked)
+    if columns:
+        raise InputError(f"data.columns = {columns!r}: are those of hf:NAME, and {key} has none; leave it ''")
     if is_spec(name):
-        return _of_user(key, _call_user(name, data_dir), asked)
+        return _of_user(key, call_user(name, data_dir), asked)
     if name.lower().endswith(".npz"):
         return _of_arrays(key, read_npz_arrays(key, at_home(name)), asked, f": {at_home(name)}")
     if is_token_path(name):
         return _of_arrays(key, read_token_files(key, at_home(name)), asked)
     if name not in DATASETS:
-        raise unknown("data.dataset", name, [*DATASETS, "FILE.npz", "FILE.bin", "FOLDER/", '"module:function"'])
+        raise unknown(
+            "data.dataset", name, [*DATASETS, "FILE.npz", "FILE.bin", "FOLDER/", "hf:NAME", '"module:function"']
+        )
+    if (text := DATASETS[name].text) is not None:
+        return _of_text(key, text, asked)
     if targets != "labels":
         raise InputError(f"{key}: has one label for each example, and data.task asks for {targets}")
     _check_no_context(key, asked)
@@ -149,7 +155,11 @@ def download(name: str, data_dir: str) -> None:
     if name not in DATASETS:
         raise unknown("data.dataset", name, DATASETS)
     if not DATASETS[name].torchvision:
-        place = "it is there" if DATASETS[name].own else f"write its arrays into {at_home(data_dir) / name}.npz"
+        place = (
+            "it is there"
+            if DATASETS[name].own or DATASETS[name].text
+            else f"write its arrays into {at_home(data_dir) / name}.npz"
+        )
         raise InputError(f"data.dataset = {name!r}: there is nothing to download; {place}")
     dataset_class = _torchvision_class(name)
     try:
@@ -196,6 +206,14 @@ def _of_arrays(key: str, arrays: Mapping[str, object], asked: Asking, where: str
     return _user_dataset(key, _four(key + where, arrays), asked.targets)
 
 
+def _of_text(key: str, read: Callable[[str, int], Mapping[str, object]], asked: Asking) -> Dataset:
+    if asked.targets != "tokens":
+        raise InputError(f"{key}: is text, for data.task = 'per-token'; this task asks for {asked.targets}")
+    arrays = read(key, asked.context)
+    x_train, y_train, x_test, y_test = (torch.as_tensor(arrays[name]) for name in ARRAYS)
+    return Dataset(x_train, y_train, x_test, y_test, NUM_TOKENS, (), (), "none")
+
+
 def _user_dataset(key: str, arrays: RawArrays, targets: str) -> Dataset:
     x_train, y_train, x_test, y_test = checked_whole(key, arrays, targets=targets)
     num_classes = num_outputs(key, targets, (y_train, y_test))
@@ -240,23 +258,6 @@ def _torchvision_class(name: str) -> Callable:
 
 def _read_npz(key: str, path: Path) -> RawArrays:
     return _four(f"{key}: {path}", read_npz_arrays(key, path))
-
-
-def _call_user(name: str, data_dir: str) -> object:
-    """What it returns. The user's function; it gets `data_dir` if it has such a parameter or one without a default."""
-    key = f"data.dataset = {name!r}"
-    function = load_object("data.dataset", name)
-    try:
-        parameters = inspect.signature(function).parameters
-        if "data_dir" in parameters:
-            return function(data_dir=data_dir)
-        if any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
-            return function(data_dir)
-        return function()
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{key}: the function raised {one_line(error)}") from error
 
 
 def _of_user(key: str, result: object, asked: Asking) -> Dataset:

@@ -50,6 +50,7 @@ EXTRAS = {
     "ray": ("fedmom/actors/cluster.py", "fedmom/backends/peers.py", "fedmom/backends/peer.py"),
     "torchvision": ("fedmom/data/datasets.py",),
     "PIL": ("fedmom/data/sources/images.py",),
+    "datasets": ("fedmom/data/sources/hugging_face.py",),
     "networkx": ("fedmom/method/graphs.py",),
     "matplotlib": ("fedmom/results/pictures/",),
     "plotly": ("fedmom/results/page/write.py",),
