@@ -1314,7 +1314,7 @@ MUTANTS = [
         "identity",
         "labels are no content",
         "a run goes on with other labels",
-        code(f"{IDENTITY}._contents", '("x_train", "y_train", "x_test", "y_test")', '("x_train", "x_test")'),
+        code(f"{IDENTITY}._tensors_of", '("x_train", "y_train", "x_test", "y_test")', '("x_train", "x_test")'),
         f"{CONTENT}[an .npz file]",
     ),
     Mutant(
