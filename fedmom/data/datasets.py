@@ -1,6 +1,5 @@
 """Data sets by name, file, folder or function, on the CPU, checked on the way in (arrays.py)."""
 
-import inspect
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,13 +15,13 @@ from fedmom.data.shipped import DATASETS, four_arrays, has_four, read_shipped
 from fedmom.data.sources.array_files import ARRAYS, Source, read_npz
 from fedmom.data.sources.folders import is_folder, read_folder
 from fedmom.data.sources.hugging_face import read_hub
-from fedmom.data.sources.pairs import is_map_style, read_pair
+from fedmom.data.sources.pairs import call_user, is_map_style, read_pair
 from fedmom.data.sources.small import RawArrays
 from fedmom.data.sources.streams import is_stream, is_token_path, read_token_files, windows_of
 from fedmom.data.targets import TARGETS, num_outputs
 from fedmom.errors import InputError, unknown
 from fedmom.machine.files import at_home
-from fedmom.user_code import HUB, is_spec, load_object, one_line
+from fedmom.user_code import HUB, is_spec, one_line
 
 
 class Dataset(NamedTuple):
@@ -78,7 +77,7 @@ def load_dataset(
         path = at_home(name)
         return _of_source(key, read_npz(key, path, (*ARRAYS, *names_of_ids(clients))), asked, f": {path}")
     if is_spec(name):
-        return _of_user(key, _call_user(name, data_dir), asked)
+        return _of_user(key, call_user(name, data_dir), asked)
     if is_token_path(name):
         arrays = read_token_files(key, at_home(name))
         return _of_source(key, Source(arrays, [*arrays]), asked)
@@ -157,23 +156,6 @@ def _user_dataset(key: str, source: Source, asked: Asking) -> Dataset:
 
 
 # Where the arrays come from.
-
-
-def _call_user(name: str, data_dir: str) -> object:
-    """What it returns. The user's function; it gets `data_dir` if it has such a parameter or one without a default."""
-    key = f"data.dataset = {name!r}"
-    function = load_object("data.dataset", name)
-    try:
-        parameters = inspect.signature(function).parameters
-        if "data_dir" in parameters:
-            return function(data_dir=data_dir)
-        if any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
-            return function(data_dir)
-        return function()
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{key}: the function raised {one_line(error)}") from error
 
 
 def _of_user(key: str, result: object, asked: Asking) -> Dataset:

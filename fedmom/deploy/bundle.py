@@ -92,17 +92,14 @@ def check_travels(config: Config, app: Path) -> Travels:
         text = str(value)
         if text in KEYS[name].choices or text in ("", "none"):
             continue
-        start = f"{name} = {text!r}"
+        start, path = f"{name} = {text!r}", text.removeprefix(HUB)
         if is_spec(text):
             _check_module(start, text.partition(":")[0], app, found)
-        elif (
-            not (place := Path(os.path.normpath(text.removeprefix(HUB)))).is_absolute()
-            or Path(DATA) not in place.parents
-        ):
+        elif not Path(path).is_absolute() or Path(DATA) not in Path(os.path.normpath(path)).parents:
             raise InputError(
                 f"{start}: lies on this machine, and nodes see {DATA} alone; put it into the data folders of the "
                 f"server and of every client (deployment/server/data, client-0/data, …) and write "
-                f"'{DATA}/{Path(text).name}'"
+                f"'{text[: len(text) - len(path)]}{DATA}/{Path(path).name}'"
             )
     return found
 

@@ -1,6 +1,7 @@
 """Where examples come from: inputs by name, files that stay on the disk, streams, pairs, Python's own text."""
 
 import io
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,11 +20,14 @@ from fedmom.config.resolve import resolve
 from fedmom.data.datasets import ARRAYS, load_dataset
 from fedmom.data.local import read_server, read_source
 from fedmom.data.sources import mapped
+from fedmom.data.sources.python_sources import read_python_sources
 from fedmom.errors import InputError
 from fedmom.records.identity import identity_of
+from fedmom.user_code import is_spec
 
 RNG = np.random.default_rng(0)
 Y = np.arange(6) % 3
+Y_LIST = Y.tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +137,7 @@ from fedmom.config.build import make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.records.identity import identity_of
+from fedmom.user_code import is_spec
 
 keys = {{"data.dataset": {path!r}, "data.num-clients": 50, "data.partition": "iid", "model.name": "big_model:model"}}
 config = resolve(load({{**keys, "data.batch-size": 8}})).config
@@ -340,3 +345,82 @@ def test_words_are_numbered_by_data_classes_where_no_client_knows_them_all(tmp_p
     assert "names 'cat' twice" in said(read_source, path, "cat,cat")
     np.savez(tmp_path / "test.npz", x_test=x, y_test=np.array(["cat", "dog", "cat"]))
     assert read_server(str(tmp_path), "cat,dog,bird").y_test.tolist() == [0, 1, 0]
+
+
+# Python's own text
+
+
+def test_pythons_library_is_cut_file_by_file(monkeypatch, tmp_path):
+    texts = {"a.py": 23 * 4 + 1, "b/__init__.py": 4, "b/c.py": 41, "test/d.py": 90, "site-packages/e.py": 90}
+    for name, size in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(RNG.integers(0, 256, size, dtype=np.uint8)))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    found = read_python_sources("data.dataset", 4)
+    assert found["module"].tolist() == ["a"] * 21 + ["b"] * 9  # 23 windows, none, and 10: a tenth is test
+    assert found["module_test"].tolist() == ["a"] * 2 + ["b"]
+    held = load_dataset("python-sources", clients="module", targets="tokens", context=4).ids
+    assert held is not None
+    assert {name: len(ids) for name, ids in held.items()} == {"module": 30, "module_test": 3}
+    text = np.frombuffer((tmp_path / "a.py").read_bytes(), dtype=np.uint8)
+    np.testing.assert_array_equal(np.concatenate([found["x_train"][:21], found["x_test"][:2]]).ravel(), text[:-1])
+    np.testing.assert_array_equal(np.concatenate([found["y_train"][:21], found["y_test"][:2]]).ravel(), text[1:])
+    assert load_dataset("python-sources", targets="tokens", context=4).num_classes == 256
+    assert "its targets are tokens" in said(load_dataset, "python-sources")
+    assert "give a text of your own" in said(load_dataset, "python-sources", targets="tokens", context=50)
+
+
+# Hugging Face's data sets
+
+
+def test_a_table_is_asked_for_by_its_name_and_columns():
+    assert not is_spec("hf:mnist")
+    for name in ("hf:mnist", "hf:glue:sst2", "texts/", "some/texts", "tokens.bin"):
+        assert load({"data.dataset": name}).config.data.dataset == name
+    assert "data.columns = 'a,b': are those of hf:NAME" in said(load_dataset, "digits", columns="a,b")
+
+
+@pytest.mark.slow
+def test_a_saved_table_gives_its_columns(tmp_path):
+    """Numbers to the last bit, images as they were, classes and words as labels; text and doubt are refused."""
+    tables = pytest.importorskip("datasets")
+    tables.disable_progress_bars()
+    path, reals = tmp_path / "table", RNG.normal(size=(6, 3))
+    images = RNG.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
+
+    def save(test: str = "test", **columns: Any) -> str:
+        shutil.rmtree(path, ignore_errors=True)
+        part = tables.Dataset.from_dict(columns)
+        if "image" in columns:
+            part = part.cast_column("image", tables.Image())
+        if "label" in columns and columns["label"] is Y_LIST:
+            part = part.cast_column("label", tables.ClassLabel(names=["a", "b", "c"]))
+        tables.DatasetDict({"train": part, test: part}).save_to_disk(str(path))
+        return f"hf:{path}"
+
+    name = save(x=reals.tolist(), label=Y_LIST)
+    found = load_dataset(name)
+    np.testing.assert_array_equal(found.x_train, reals)
+    assert (found.y_test.tolist(), found.num_classes) == (Y_LIST, 3)
+    assert load_dataset(save("validation", x=reals.tolist(), target=["a", "b", "b", "a", "a", "b"])).num_classes == 2
+    name = save(x=reals.tolist(), y=reals[:, :2].tolist())
+    np.testing.assert_array_equal(load_dataset(name, targets="numbers").y_train, reals[:, :2])
+    from PIL import Image
+
+    name = save(image=[Image.fromarray(one) for one in images], label=Y_LIST)
+    np.testing.assert_array_equal(load_dataset(name).x_train, images.transpose(0, 3, 1, 2))
+    name = save(ids=[[1, 2]] * 6, mask=[[1, 0]] * 6, label=Y_LIST)
+    assert {*load_dataset(name, columns="ids,mask,label").x_train} == {"ids", "mask"}
+    for columns, line in (
+        ("", "say which are inputs and, last, the target"),
+        ("ids,kind", "has no column 'kind'; it has ids, mask, label"),
+        ("label", "must be inputs and, last, the target"),
+    ):
+        assert line in said(load_dataset, name, columns=columns)
+    assert "text is text: tokenise it" in said(load_dataset, save(text=["a"] * 6, label=Y_LIST))
+    assert "text is text: tokenise it" in said(load_dataset, f"hf:{path}", columns="text,label")
+    ragged = said(load_dataset, save(x=[[1]] * 5 + [[1, 2]], label=Y_LIST))
+    assert "x of example 5 is int64 [2], that of example 0 is int64 [1]" in ragged
+    assert "needs train and test" in said(load_dataset, save("other", x=reals.tolist(), label=Y_LIST))
+    tables.Dataset.from_dict({"x": [1]}).save_to_disk(str(tmp_path / "one"))
+    assert "is one split" in said(load_dataset, f"hf:{tmp_path / 'one'}")

@@ -1,8 +1,10 @@
-"""Data sets in torch's map style, objects with __len__ and __getitem__ that give (x, y): read whole and stacked.
+"""What the user's function gives: it is called here, and data sets in torch's map style are read.
 
+Those are objects with __len__ and __getitem__ that give (x, y). They are read whole and stacked.
 Each example is asked for once, so what a random transform makes of it stays the same for the whole run.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +14,24 @@ from torch import Tensor
 
 from fedmom.data.sources.images import as_pixels
 from fedmom.errors import InputError
-from fedmom.user_code import one_line
+from fedmom.user_code import load_object, one_line
+
+
+def call_user(name: str, data_dir: str) -> object:
+    """What it returns. The user's function; it gets `data_dir` if it has such a parameter or one without a default."""
+    key = f"data.dataset = {name!r}"
+    function = load_object("data.dataset", name)
+    try:
+        parameters = inspect.signature(function).parameters
+        if "data_dir" in parameters:
+            return function(data_dir=data_dir)
+        if any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values()):
+            return function(data_dir)
+        return function()
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{key}: the function raised {one_line(error)}") from error
 
 
 def is_map_style(found: object) -> bool:
