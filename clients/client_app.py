@@ -146,10 +146,14 @@ def _is_local(context: Context) -> bool:
 def _node(context: Context, asked: Mapping[str, Any]) -> Node:
     """The warm node; where the data are this node's own, with what the server says of everybody's."""
     if not _is_local(context):
-        return warm_node(context.run_config)
-    with _of_own_data(context):
-        (client,) = _held(context).tolist()
-        return warm_node(context.run_config, Local(str(_own_source(context)), client, from_record(asked)))
+        node = warm_node(context.run_config)
+    else:
+        with _of_own_data(context):
+            (client,) = _held(context).tolist()
+            node = warm_node(context.run_config, Local(str(_own_source(context)), client, from_record(asked)))
+    if asked.get("model-start", node.begun_from) != node.begun_from:
+        raise InputError(f"model.start = {node.config.model.start!r}: is another file here than at the server")
+    return node
 
 
 @contextmanager

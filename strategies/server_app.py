@@ -32,6 +32,7 @@ from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback
 from fedmom.runs.execute import execute, opened
 from fedmom.runs.progress import callbacks
+from fedmom.tasks.models.start import digest_of
 from fedmom.tasks.problem import Problem, data_kind
 
 from .backends import AveragingRounds, StockRounds
@@ -207,4 +208,5 @@ def _choices(grid: Grid, fleet: Fleet, config: Config, timeout: float, facts: di
 def _asked(config: Config, choices: Mapping[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """What every train message says besides the round and the clients."""
     engine = with_choices(config, choices).engine
-    return {"path": engine.path, "chunk-size": engine.chunk_size, **facts}
+    begun = {"model-start": digest_of(config.model.start)} if config.model.start else {}
+    return {"path": engine.path, "chunk-size": engine.chunk_size, **begun, **facts}

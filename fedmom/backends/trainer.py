@@ -26,6 +26,7 @@ from fedmom.method.state import ClientState, Tree, row_of, to_device
 from fedmom.rounds.correction import client_rows, start_of
 from fedmom.rounds.loop import Plan, clients_job
 from fedmom.rounds.round import Outcome
+from fedmom.tasks.models.start import digest_of
 from fedmom.tasks.problem import Problem
 from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import blamed
@@ -96,6 +97,8 @@ class Node:
                 self.problem = supervised(self.config, device, *one_of(local.common, local.client, held, targets))
             self.plan: Plan = make_plan(self.config)
             self.begin = start_of(self.problem, self.plan.method)  # as a run begins, and one client's own state
+        # What is frozen never travels: another file here would be another model.
+        self.begun_from = digest_of(config.model.start)
         self._choices: dict[int, tuple[str, int]] = {}
         self.said: dict[int, Said] = {}  # {size of block: what was measured for it, or remembered}
         self._engines: dict[tuple[str, int], Engine] = {}

@@ -204,6 +204,8 @@ def _correction_of(config: Config) -> Correct | Correction | None:
     """The user's function or an object of the user's class, watched over."""
     spec = config.algorithm.correction
     found = load_object("algorithm.correction", spec) if is_spec(spec) else None
+    if isinstance(found, Correction):
+        raise InputError(f"algorithm.correction = {spec!r}: is an object; name its class, {type(found).__name__}")
     if not isinstance(found, type):
         return _correction(spec, config.run.seed)
     said, algorithm, strategy = f"algorithm.correction = {spec!r}", config.algorithm.name, config.server.strategy

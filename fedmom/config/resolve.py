@@ -58,8 +58,11 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     return Resolved(config, tuple(notes))
 
 
-# Keys of what is asked of a model.
-_TASK_KEYS = ("data.task", "model.loss", "model.label-smoothing", "model.class-weights", "run.metrics")
+# Keys of a model, and of what is asked of it, that none but a problem with examples reads.
+_TASK_KEYS = (
+    *("data.task", "model.start", "model.lora-rank"),
+    *("model.loss", "model.label-smoothing", "model.class-weights", "run.metrics"),
+)
 
 
 def _settle_data(config: Config, given: frozenset[str]) -> Config:

@@ -2,8 +2,10 @@
 
 import torch
 
+from fedmom.errors import DivergedError
 from fedmom.method.algorithms import Correction, Method
-from fedmom.method.state import ClientState, Tree, expand
+from fedmom.method.state import ClientState, Tree, expand, is_finite
+from fedmom.rounds.round import Outcome
 from fedmom.tasks.problem import Problem
 
 
@@ -32,6 +34,15 @@ def message_form(problem: Problem, method: Method) -> Tree:
     device, dtype = problem.device, next((value.dtype for value in x.values()), torch.float32)
     count, total_lr = torch.ones((), dtype=torch.int64, device=device), torch.ones((), dtype=dtype, device=device)
     return correction.finish(x, x, client, start.correction, count, total_lr)[1]
+
+
+def check_states(method: Method, outcome: Outcome, server: Tree, where: str) -> None:
+    """DivergedError where a correction's state, of the server or of a client that took part, is no number."""
+    if isinstance(method.correction, Correction):
+        for whose, tree in (("the server's", server), ("a client's", outcome.correction or {})):
+            if not is_finite(tree):
+                what = f"algorithm.correction: {whose} state became NaN or infinite in {where}"
+                raise DivergedError(f"{what}: try a smaller lr")
 
 
 def gathered(method: Method, before: ClientState, mean: ClientState, share: float) -> ClientState:

@@ -18,7 +18,7 @@ from fedmom.method.randomness import COHORT, random_bits
 from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState, Tree, is_finite, num_bytes, stacked, zeros_like
 from fedmom.method.topology import Topology
-from fedmom.rounds.correction import client_rows, gathered, start_of
+from fedmom.rounds.correction import check_states, client_rows, gathered, start_of
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
 from fedmom.rounds.round import Backend, Early, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
@@ -258,6 +258,7 @@ def run_rounds(
         train_seconds = clock() - begin - _whole(ahead)
         measured = _measured(problem, plan, job, outcome, new)
         _check_finite(new.round, job, outcome, measured)
+        check_states(plan.method, outcome, new.state.correction, f"round {new.round} at lr = {job.lrs[0]:g}")
         end = clock()
         new = new._replace(wall_seconds=done.wall_seconds + end - begin - _whole(ahead))
         record = {

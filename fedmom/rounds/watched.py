@@ -37,7 +37,8 @@ class _Watched(Correction):
     def __init__(self, said: str, of: Correction, kind: type, seed: int) -> None:
         self.of, self.__wrapped__ = of, kind  # for who looks at its file
         self._said, self._seed = said, seed
-        self._message: dict[str, torch.Size] | None = None  # the form of a message, when the first was seen
+        # The form of a message, when the first was seen.
+        self._message: dict[str, tuple[torch.Size, torch.dtype]] | None = None
 
     def start(self, params: Tree) -> tuple[Tree, Tree]:
         client, server = self._pair("start", self._call("start", params), "(client, server)")
@@ -70,11 +71,11 @@ class _Watched(Correction):
         for name, value in self._tree("finish", "message's", message).items():
             if not value.is_floating_point():
                 self._fail(f"finish gives the message's {name} as {value.dtype}; a mean needs real numbers")
-        form = {name: value.shape for name, value in message.items()}
+        form = {name: (value.shape, value.dtype) for name, value in message.items()}
         self._message = self._message if self._message is not None else form
         if form != self._message:
             other = next(n for n in {**form, **self._message} if form.get(n) != self._message.get(n))
-            self._fail(f"finish gives another message than before (of {other}); keep its names and shapes")
+            self._fail(f"finish gives another message than before (of {other}); keep its names, shapes and dtypes")
         return own, message
 
     def gather(self, server: Tree, mean_message: Tree, share: float) -> Tree:
@@ -107,8 +108,10 @@ class _Watched(Correction):
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
             self._fail(f"{method}: the {whose} tensors must be in a dict, by their names")
         for name, value in found.items():
-            if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
-                self._fail(f"{method} gives the {whose} {name} as {type(value).__name__}, must be a dense real tensor")
+            plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
+            if not plain or value.dtype == torch.bfloat16:  # which no message can carry
+                what = f"{method} gives the {whose} {name} as {type(value).__name__}"
+                self._fail(f"{what}, must be a dense real tensor, and not bfloat16")
         return found
 
     def _keeps(self, method: str, whose: str, found: Any, before: Tree) -> None:

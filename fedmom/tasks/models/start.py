@@ -1,5 +1,7 @@
 """Where a model begins: at the model that another run ended with."""
 
+import hashlib
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -10,6 +12,14 @@ from fedmom.machine.files import at_home
 from fedmom.tasks.places import Places
 
 _TRAINED, _BUFFERS = "params/", "buffers/"  # in a run's own files, whose momenta are not read
+
+
+def digest_of(file: str) -> str:
+    """What tells a file of model.start from another, in some digits; "" for no file. InputError for one not there."""
+    try:
+        return hashlib.sha256(at_home(file).read_bytes()).hexdigest()[:16] if file else ""
+    except OSError as error:
+        raise InputError(f"model.start = {file!r}: cannot be read ({error.strerror})") from None
 
 
 def begin_from(model: nn.Module, file: str) -> None:
