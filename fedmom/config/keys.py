@@ -91,7 +91,7 @@ class DataConfig:
     )
     data_dir: str = key("data", "folder or .npz file that holds the data set")
     task: str = key("classification", "what is asked of the model", TASKS, "module:Class")
-    columns: str = key("", "hf:NAME: columns of inputs and, last, the target; empty: found by type", holds=",")
+    columns: str = key("", "hf:NAME: columns of inputs and, last, the target, by commas; empty: by type", holds=",")
     context: int = key(0, "T, tokens of the windows into which a stream is cut; 0: no stream", at_least(0))
     classes: str = key("", "classes in the order of their labels, by commas (image folders, words)", holds=",")
     clients: str = key("", "partition natural: array of the data set with the id of each example's client")

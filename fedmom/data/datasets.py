@@ -78,7 +78,7 @@ def load_dataset(
         return _of_source(key, read_npz(key, path, (*ARRAYS, *names_of_ids(clients))), asked, f": {path}")
     if is_spec(name):
         return _of_user(key, call_user(name, data_dir), asked)
-    if is_token_path(name):
+    if is_token_path(name) or (context and is_folder(name)):
         arrays = read_token_files(key, at_home(name))
         return _of_source(key, Source(arrays, [*arrays]), asked)
     if is_folder(name):

@@ -12,8 +12,7 @@ import numpy as np
 from fedmom.data.given.natural import names_of_ids
 from fedmom.data.sources import small
 from fedmom.data.sources.array_files import ARRAYS, Source, idx_files, read_idx, read_npz
-from fedmom.data.sources.python_sources import NUM_TOKENS, WINDOW, read_python_sources
-from fedmom.data.sources.small import RawArrays
+from fedmom.data.sources.small import NUM_TOKENS, WINDOW, RawArrays, read_python_sources
 from fedmom.errors import InputError, missing_package, unknown
 from fedmom.machine.files import at_home
 from fedmom.user_code import one_line

@@ -109,9 +109,9 @@ class _Watched(Correction):
             self._fail(f"{method}: the {whose} tensors must be in a dict, by their names")
         for name, value in found.items():
             plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
-            if not plain or value.dtype == torch.bfloat16:  # which no message can carry
+            if not plain or value.dtype in (torch.bfloat16, torch.bool):  # NumPy has no bfloat16, and no mean is a bool
                 what = f"{method} gives the {whose} {name} as {type(value).__name__}"
-                self._fail(f"{what}, must be a dense real tensor, and not bfloat16")
+                self._fail(f"{what}, must be a dense tensor of numbers, and not bfloat16")
         return found
 
     def _keeps(self, method: str, whose: str, found: Any, before: Tree) -> None:

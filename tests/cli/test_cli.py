@@ -551,7 +551,7 @@ def test_completion_is_a_script_of_the_shell():
 
 def test_datasets_and_models_are_listed_with_a_line_each(fed):
     for command, names in (
-        ("datasets", [*DATASETS, "quadratic", "FILE.npz", "FILE.bin, FOLDER/", "hf:NAME"]),
+        ("datasets", [*DATASETS, "quadratic", "FILE.npz", "FOLDER/", "FILE.bin, FOLDER/", "hf:NAME"]),
         ("models", list(MODELS)),
     ):
         status, out, err = fed(command)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmom.data import datasets
+from fedmom.data import shipped
 from fedmom.data.datasets import ARRAYS, Dataset, load_dataset
 from fedmom.data.shipped import DATASETS, DEBIAN_FASHION_MNIST, download
 from fedmom.data.sources.array_files import DIGITS, read_digits
@@ -400,7 +400,7 @@ def test_a_missing_set_says_where_it_looked_and_what_to_do(tmp_path, monkeypatch
 
 def test_an_entry_of_its_numbers_alone_is_a_file_by_its_name(tmp_path, monkeypatch):
     """What a contributor adds first: no class of torchvision's, no folder, no reader."""
-    monkeypatch.setitem(DATASETS, "mine", datasets.DatasetEntry("a few, 1x4x4", (1, 4, 4), 3, (0.5,), (0.5,)))
+    monkeypatch.setitem(DATASETS, "mine", shipped.DatasetEntry("a few, 1x4x4", (1, 4, 4), 3, (0.5,), (0.5,)))
     refused("mine", "not found", f"write its arrays into {tmp_path / 'mine.npz'}", data_dir=str(tmp_path))
     refused(
         "mine",

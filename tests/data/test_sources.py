@@ -20,7 +20,7 @@ from fedmom.config.resolve import resolve
 from fedmom.data.datasets import ARRAYS, load_dataset
 from fedmom.data.local import read_server, read_source
 from fedmom.data.sources import mapped
-from fedmom.data.sources.python_sources import read_python_sources
+from fedmom.data.sources.small import read_python_sources
 from fedmom.errors import InputError
 from fedmom.records.identity import identity_of
 from fedmom.user_code import is_spec

@@ -1,9 +1,13 @@
-"""Small real data sets that come with fedmom or with scikit-learn, split without a random generator."""
+"""Small real data that come with fedmom, with scikit-learn or with Python, split without a random generator."""
+
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from fedmom.data.sources.array_files import read_digits
-from fedmom.errors import missing_package
+from fedmom.errors import InputError, missing_package
 
 RawArrays = tuple[object, object, object, object]  # x_train, y_train, x_test, y_test, not yet checked
 
@@ -44,3 +48,45 @@ def diabetes() -> RawArrays:
     x = x * np.sqrt(len(x))  # scikit-learn's columns have the norm 1
     is_test = np.arange(len(x)) % 5 == 4
     return x[~is_test], y[~is_test], x[is_test], y[is_test]
+
+
+# Text that every machine with Python has. Which files there are, and what is in them, depends on the version.
+
+NUM_TOKENS = 256
+WINDOW = 64  # tokens, where data.context says nothing
+_OTHERS = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")  # not Python's, or tests
+_BUILT = "_sysconfigdata"  # names the machine that Python was built on
+
+
+def python_files(root: Path) -> Iterator[tuple[str, bytes]]:
+    """(top-level module or package, content) of every file, by path."""
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root).parts
+        if not set(inside) & {*_OTHERS} and not path.name.startswith(_BUILT) and path.is_file():
+            yield inside[0].removesuffix(".py"), path.read_bytes()
+
+
+def read_python_sources(key: str, context: int) -> dict[str, np.ndarray]:
+    """Windows x_train, y_train, x_test, y_test, int16 [n, T], in the order of the files.
+
+    y is x shifted by one, and the last tenth of each file's windows are test. `module` and
+    `module_test` [n] are the top-level module or package of each window. InputError where there are no files.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    size = context or WINDOW
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("x_train", "y_train", "x_test", "y_test")}
+    modules: dict[str, list[str]] = {"module": [], "module_test": []}
+    for module, content in python_files(root):
+        tokens = np.frombuffer(content, dtype=np.uint8).astype(np.int16)
+        count = max(0, len(tokens) - 1) // size
+        first = count - count // 10  # of the test windows
+        for name, shift in (("x", 0), ("y", 1)):
+            windows = tokens[shift : shift + count * size].reshape(-1, size) if count else tokens[:0].reshape(0, size)
+            parts[f"{name}_train"].append(windows[:first])
+            parts[f"{name}_test"].append(windows[first:])
+        modules["module"] += [module] * first
+        modules["module_test"] += [module] * (count - first)
+    if not sum(map(len, parts["x_test"])):
+        raise InputError(f"{key}: {root} has no .py files with ten windows of {size} bytes; give a text of your own")
+    arrays = {name: np.concatenate(found) for name, found in parts.items()}
+    return arrays | {name: np.array(found) for name, found in modules.items()}
