@@ -38,7 +38,7 @@ class _Watched(Correction):
         self.of, self.__wrapped__ = of, kind  # for who looks at its file
         self._said, self._seed = said, seed
         # The form of a message, when the first was seen.
-        self._message: dict[str, tuple[torch.Size, torch.dtype]] | None = None
+        self._message: dict[str, torch.Size] | None = None
 
     def start(self, params: Tree) -> tuple[Tree, Tree]:
         client, server = self._pair("start", self._call("start", params), "(client, server)")
@@ -71,11 +71,11 @@ class _Watched(Correction):
         for name, value in self._tree("finish", "message's", message).items():
             if not value.is_floating_point():
                 self._fail(f"finish gives the message's {name} as {value.dtype}; a mean needs real numbers")
-        form = {name: (value.shape, value.dtype) for name, value in message.items()}
+        form = {name: value.shape for name, value in message.items()}
         self._message = self._message if self._message is not None else form
         if form != self._message:
             other = next(n for n in {**form, **self._message} if form.get(n) != self._message.get(n))
-            self._fail(f"finish gives another message than before (of {other}); keep its names, shapes and dtypes")
+            self._fail(f"finish gives another message than before (of {other}); keep its names and shapes")
         return own, message
 
     def gather(self, server: Tree, mean_message: Tree, share: float) -> Tree:
@@ -111,7 +111,7 @@ class _Watched(Correction):
             plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
             if not plain or value.dtype in (torch.bfloat16, torch.bool):  # NumPy has no bfloat16, and no mean is a bool
                 what = f"{method} gives the {whose} {name} as {type(value).__name__}"
-                self._fail(f"{what}, must be a dense tensor of numbers, and not bfloat16")
+                self._fail(f"{what}, must be a dense real tensor, not bool or bfloat16")
         return found
 
     def _keeps(self, method: str, whose: str, found: Any, before: Tree) -> None:
