@@ -145,7 +145,8 @@ class Following:
                 look = self.remote.look(self.name, seen)
                 if look is not None and not started and (look.records or look.ended):
                     started = self._tell_start(callbacks, seen + 1)
-                for record in look.records if look else []:
+                # A busy server may have given no config.toml yet: then its rounds are asked for once more.
+                for record in look.records if look and started else []:
                     seen += 1
                     self.records.append(record)
                     for callback in callbacks:

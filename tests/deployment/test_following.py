@@ -18,10 +18,11 @@ from fedmom.deploy import federation, remote_runs
 from fedmom.deploy import following as follow
 from fedmom.deploy.commands import CommandError, Commands
 from fedmom.deploy.deployment import open_deployment
-from fedmom.deploy.following import Following
+from fedmom.deploy.following import Following, RemoteEnded
 from fedmom.deploy.initialise import initialise
 from fedmom.errors import InputError
 from fedmom.records.files import CHECKPOINT, CONFIG, ENDED, ROUNDS, read_about, write_tensors
+from fedmom.runs.callbacks import Callback
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,6 +152,26 @@ def test_a_stopped_run_is_given_time_to_end(following, monkeypatch):
     following.start(Config(), {})
     assert not following.take_up()
     assert next(answers, None) is None
+
+
+def test_a_configuration_that_comes_late_costs_no_round(following, monkeypatch):
+    """A busy server gives the rounds, and config.toml only when it is asked again."""
+    records, texts, told = [{"round": 1}, {"round": 2}], iter([None, None, ""]), []
+
+    class Told(Callback):
+        def on_start(self, start):
+            told.append(("start", start.first_round))
+
+        def on_round(self, record, state):
+            told.append(("round", record["round"]))
+
+    monkeypatch.setattr(following.remote, "look", lambda name, seen: remote_runs.Look(records[seen:], None))
+    monkeypatch.setattr(following.remote, "config", lambda name: next(texts, ""))
+    monkeypatch.setattr(following, "_ask", lambda: ("finished:completed" if len(told) == 3 else "running", ""))
+    monkeypatch.setattr(following, "_ended", lambda status, details: RemoteEnded("done", ""))
+    monkeypatch.setattr(follow, "load", lambda path: SimpleNamespace(config=Config()))
+    assert following.to_the_end([Told()]).status == "done"
+    assert told == [("start", 1), ("round", 1), ("round", 2)]
 
 
 def test_a_deployment_that_was_taken_down_is_not_waited_for(following, monkeypatch):
