@@ -100,7 +100,11 @@ def test_adapters_change_nothing_at_first_and_are_all_that_is_trained():
         moved = found(x)
         with torch.no_grad():
             assert not torch.allclose(moved, before)
-            torch.testing.assert_close(found.eval()(x), moved)
+            try:
+                judged = found.eval()(x)
+            except AttributeError as error:  # it looks for the weights of an nn.Linear
+                pytest.fail(f"torch's fused layer was called: {error}")
+            torch.testing.assert_close(judged, moved)
     for model, rank in ((nn.Linear(1, 1), 0), (nn.Conv1d(1, 1, 1), 1)):
         with pytest.raises(InputError, match=f"rank = {rank}"):
             fedmom.lora(model, rank)
