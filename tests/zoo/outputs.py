@@ -100,7 +100,7 @@ def float64_logits(shape, classes):
     return seq(flat(8), nn.ReLU(), nn.Linear(8, classes), Tensor.double)
 
 
-@model("logits of another shape, [B, 3, 1]", everywhere="logits, made [2, 3, 1]")
+@model("logits of another shape, [B, 3, 1]", everywhere="made [2, 3, 1]")
 def extra_axis(shape, classes):
     return seq(flat(classes), lambda y: y[..., None])
 
