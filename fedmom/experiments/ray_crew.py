@@ -29,8 +29,10 @@ from fedmom.machine.cores import usable_cores
 from fedmom.machine.files import at_home
 from fedmom.method.topology import FILES
 from fedmom.records.status import SLOW_BEAT_SECONDS, read_status
+from fedmom.user_code import HUB
 
 RAY_HERE = "local"  # for an address: a Ray that is started for the sweep
+_FILES = (".npz", ".bin", *FILES)  # how files end that a key names
 _SECONDS_OF_SILENCE, _SECONDS_TO_LEAVE = 3 * SLOW_BEAT_SECONDS, 180.0
 
 
@@ -40,11 +42,14 @@ def premises_of(work: SweepWork, cells: Sequence[Cell]) -> Premises:
     data: dict[str, str] = {}
     for cell in cells:
         loaded = load(work.config, {**parse_sets(work.sets), **cell.sets})
-        values = {"data.dataset": loaded.config.data.dataset, "algorithm.topology": loaded.config.algorithm.topology}
-        named = {key: value for key, value in values.items() if value.endswith((".npz", *FILES)) or "/" in value}
+        config = loaded.config
+        values = {"data.dataset": config.data.dataset, "algorithm.topology": config.algorithm.topology}
+        named = {key: value for key, value in values.items() if value.endswith(_FILES) or "/" in value}
+        named |= {"model.start": config.model.start} if config.model.start else {}
         if "data.data-dir" in loaded.given:
-            named["data.data-dir"] = loaded.config.data.data_dir
-        data |= {f"{key} = {value!r}": value for key, value in named.items() if os.path.exists(at_home(value))}
+            named["data.data-dir"] = config.data.data_dir
+        places = {f"{key} = {value!r}": value.removeprefix(HUB) for key, value in named.items()}
+        data |= {said: place for said, place in places.items() if os.path.exists(at_home(place))}
     files = [work.config, *(str(path) for path in sorted(Path(here).glob("*.py")))]
     digests = {path: digest for path in files if (digest := digest_of(path))}
     return Premises(work.out, str(Path(work.out) / f".sweep-{token[:8]}"), token, here, digests, data)

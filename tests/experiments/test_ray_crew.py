@@ -36,6 +36,19 @@ def of_a_sweep(tmp_path, monkeypatch):
     return found
 
 
+def test_every_file_that_a_key_names_is_among_the_premises(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.npz", "train.bin", "start.safetensors", "w.csv"):
+        Path(name).touch()
+    Path("table").mkdir()
+    Path("mine.toml").write_text('[model]\nstart = "start.safetensors"\n')
+    work = SweepWork(str(tmp_path / "mine.toml"), str(tmp_path), (), ())
+    for dataset, place in (("a.npz", "a.npz"), ("train.bin", "train.bin"), ("hf:table/", "table/"), ("hf:mnist", "")):
+        sets = {"data.dataset": dataset, "algorithm.topology": "w.csv"}
+        found = {*premises_of(work, [Cell("a", sets, "a")]).data.values()}
+        assert found == {"start.safetensors", "w.csv"} | ({place} if place else set()), dataset
+
+
 def test_a_machine_that_sees_everything_has_no_trouble(premises):
     assert trouble_with(premises) == ""
     assert [*premises.data] == ["data.data-dir = 'images'"]  # what is not here either is another check's
