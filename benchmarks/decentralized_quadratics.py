@@ -20,7 +20,8 @@ from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
 from fedmom.method.topology import Topology, make_topology
-from fedmom.rounds.loop import Plan, beginning, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import Plan, beginning
 from fedmom.tasks.quadratic import Quadratic, X
 
 CONFIGURATION = "configs/decentralized/quadratic.toml"

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from fedmom.data.datasets import Dataset
 from fedmom.machine.precision import allow_tf32
-from fedmom.rounds.loop import beginning, round_job
+from fedmom.rounds.plan import beginning, round_job
 
 PLAIN = "resident model, plain PyTorch"
 

@@ -20,7 +20,8 @@ from fedmom.machine.precision import allow_tf32
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState, to_device
-from fedmom.rounds.loop import Plan, beginning, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import Plan, beginning
 from fedmom.tasks.models import GlobalAveragePool, build_model
 from fedmom.tasks.supervised import Supervised
 

@@ -20,7 +20,8 @@ from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.errors import DivergedError
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
-from fedmom.rounds.loop import Plan, RunState, beginning, round_job, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import Plan, RunState, beginning, round_job
 from fedmom.tasks.models import build_model
 from fedmom.tasks.supervised import Supervised
 

@@ -25,7 +25,8 @@ from fedmom.engine.engine import Engine  # noqa: E402
 from fedmom.machine.allocator import keep_freed_memory  # noqa: E402
 from fedmom.method.algorithms import Method  # noqa: E402
 from fedmom.method.schedules import LearningRate  # noqa: E402
-from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds  # noqa: E402
+from fedmom.rounds.loop import run_rounds  # noqa: E402
+from fedmom.rounds.plan import Plan, beginning, round_job  # noqa: E402
 from fedmom.tasks.models import build_model  # noqa: E402
 from fedmom.tasks.supervised import Supervised  # noqa: E402
 

@@ -20,7 +20,7 @@ from fedmom.flower.private import log
 from fedmom.method.algorithms import MOMENTUM_POLICIES, slow_step
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, expand, flatten, unflatten, zeros_like
-from fedmom.rounds.loop import cohort
+from fedmom.rounds.plan import cohort
 
 from .fleet import Fleet
 from .replies import (

@@ -27,7 +27,7 @@ from fedmom.method.state import num_bytes
 from fedmom.records.files import ENDED
 from fedmom.results.report import finished
 from fedmom.rounds.correction import message_form
-from fedmom.rounds.loop import Plan
+from fedmom.rounds.plan import Plan
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback
 from fedmom.runs.execute import execute, opened

@@ -9,7 +9,7 @@ from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.machine.memory import free_bytes
 from fedmom.method.state import ClientState, num_bytes
-from fedmom.rounds.loop import Plan, beginning, round_job
+from fedmom.rounds.plan import Plan, beginning, round_job
 from fedmom.rounds.round import Backend
 from fedmom.tasks.problem import Problem
 

@@ -36,7 +36,7 @@ from fedmom.method.state import (
 )
 from fedmom.method.topology import Mixing
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
-from fedmom.rounds.loop import Plan, beginning, clients_job
+from fedmom.rounds.plan import Plan, beginning, clients_job
 from fedmom.tasks.problem import Problem
 from fedmom.user_code import blamed, one_line
 

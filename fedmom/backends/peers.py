@@ -30,7 +30,7 @@ from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import ClientState, as_tensor, flatten, rows_of, to_arrays, to_device, unflatten
 from fedmom.rounds.evaluation import summarised
-from fedmom.rounds.loop import Plan
+from fedmom.rounds.plan import Plan
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
 from fedmom.tasks.problem import Problem
 from fedmom.user_code import one_line

@@ -24,7 +24,7 @@ from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, row_of, to_device
 from fedmom.rounds.correction import client_rows, start_of
-from fedmom.rounds.loop import Plan, clients_job
+from fedmom.rounds.plan import Plan, clients_job
 from fedmom.rounds.round import Outcome
 from fedmom.tasks.models.start import digest_of
 from fedmom.tasks.problem import Problem

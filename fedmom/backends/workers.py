@@ -41,7 +41,7 @@ from fedmom.method.state import (
     unflatten,
 )
 from fedmom.rounds.correction import message_form
-from fedmom.rounds.loop import Plan
+from fedmom.rounds.plan import Plan
 from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
 

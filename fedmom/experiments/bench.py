@@ -19,7 +19,8 @@ from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.timings import now
 from fedmom.machine.memory import most_bytes
 from fedmom.method.state import ClientState, num_bytes
-from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import Plan, beginning, round_job
 from fedmom.rounds.round import Backend
 from fedmom.tasks.problem import Problem
 from fedmom.tasks.supervised import Supervised, one_of_batch

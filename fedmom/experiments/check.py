@@ -33,7 +33,8 @@ from fedmom.machine.memory import free_bytes, most_bytes
 from fedmom.method.state import ClientState, num_bytes
 from fedmom.records.folder import RunFolder
 from fedmom.rounds.evaluation import chosen_clients
-from fedmom.rounds.loop import Plan, Record, beginning, round_job, run_rounds
+from fedmom.rounds.loop import Record, run_rounds
+from fedmom.rounds.plan import Plan, beginning, round_job
 from fedmom.rounds.round import Backend
 from fedmom.runs.cautions import cautions
 from fedmom.tasks.problem import Problem

@@ -29,7 +29,8 @@ from fedmom.records.files import (
     write_tensors,
 )
 from fedmom.records.identity import Identity
-from fedmom.rounds.loop import Record, RunState
+from fedmom.rounds.loop import Record
+from fedmom.rounds.plan import RunState
 
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint

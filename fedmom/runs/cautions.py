@@ -4,7 +4,7 @@ from fedmom.config.keys import Config
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Correction
 from fedmom.method.state import num_bytes
 from fedmom.rounds.correction import start_of
-from fedmom.rounds.loop import Plan
+from fedmom.rounds.plan import Plan
 from fedmom.tasks.problem import Problem
 
 

@@ -22,7 +22,8 @@ from fedmom.records.identity import identity_of
 from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
 from fedmom.rounds.evaluation import client_measures
-from fedmom.rounds.loop import Plan, Record, RunState, beginning, round_job, run_rounds
+from fedmom.rounds.loop import Record, run_rounds
+from fedmom.rounds.plan import Plan, RunState, beginning, round_job
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback, Interrupts, Start, interrupts_held
 from fedmom.runs.cautions import cautions

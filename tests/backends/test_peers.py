@@ -21,7 +21,8 @@ from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.topology import make_topology
 from fedmom.records.files import read_about, read_tensors
 from fedmom.records.history import read_rounds
-from fedmom.rounds.loop import beginning, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import beginning
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("Ray: rounds")

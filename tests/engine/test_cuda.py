@@ -22,7 +22,8 @@ from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.errors import InputError
 from fedmom.method.topology import make_topology
-from fedmom.rounds.loop import beginning, round_job, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import beginning, round_job
 from laws import table
 from pretend_cuda import CPU, CUDA, clock, pretend
 from runs import image_problem, simple_plan, tiny_images

@@ -15,7 +15,8 @@ from fedmom.engine.stacked.cuda_graphs import Replays
 from fedmom.engine.stacked.steps import Stack
 from fedmom.errors import DivergedError
 from fedmom.machine.graphs import cuda_graph
-from fedmom.rounds.loop import beginning, round_job, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import beginning, round_job
 from laws import table
 from pretend_cuda import pretend
 from runs import F64, image_problem, run_plan, simple_plan, tiny_images

@@ -19,7 +19,8 @@ from fedmom.errors import DivergedError, InputError
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState
-from fedmom.rounds.loop import beginning, bytes_per_exchange, cohort, round_job, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import beginning, bytes_per_exchange, cohort, round_job
 from laws import table
 from runs import image_problem, run_plan, simple_plan, tiny_images
 

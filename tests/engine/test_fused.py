@@ -14,7 +14,7 @@ from fedmom.engine.stacked.fusing.modules import ConvReluPool, DroppedFlat, Norm
 from fedmom.engine.stacked.fusing.patterns import fuse
 from fedmom.engine.stacked.kernels import batch_norm, dropout, fused, pool, registry, weights
 from fedmom.engine.stacked.steps import Stack
-from fedmom.rounds.loop import beginning, round_job
+from fedmom.rounds.plan import beginning, round_job
 from fedmom.tasks.dropout import AddressedDropout, address_dropout, kept
 from laws import table
 from pretend_cuda import pretend

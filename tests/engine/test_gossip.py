@@ -18,7 +18,8 @@ from fedmom.method.topology import Mixing, Topology, make_topology
 from fedmom.records.files import read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
-from fedmom.rounds.loop import Plan, beginning, round_job, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import Plan, beginning, round_job
 from fedmom.tasks.quadratic import Quadratic, X
 from laws import Trajectory, close, sample_problem, table
 from runs import engine_runner, image_problem

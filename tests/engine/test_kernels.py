@@ -17,7 +17,8 @@ from fedmom.engine.engine import Engine
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.engine.stacked.kernels.operators import kernels_for
 from fedmom.engine.stacked.kernels.tiles import MULTIPROCESSORS, activation_launch, sides_after, weight_launch
-from fedmom.rounds.loop import beginning, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import beginning
 from laws import table
 from pretend_cuda import pretend
 from runs import image_problem, simple_plan

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedmom.engine.look import look
 from fedmom.errors import InputError
-from fedmom.rounds.loop import beginning, round_job
+from fedmom.rounds.plan import beginning, round_job
 from laws import table
 from runs import simple_plan
 

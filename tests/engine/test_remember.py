@@ -26,7 +26,7 @@ from fedmom.engine.yardstick import Yardstick
 from fedmom.machine.cache import Kept
 from fedmom.machine.precision import allow_tf32
 from fedmom.records.identity import identity_of
-from fedmom.rounds.loop import beginning, round_job
+from fedmom.rounds.plan import beginning, round_job
 from fedmom.tasks.quadratic import Quadratic
 from laws import table
 from pretend_cuda import pretend

@@ -17,7 +17,8 @@ from fedmom.engine.stacked.folded import layers
 from fedmom.engine.stacked.folded.clients import FoldError
 from fedmom.engine.stacked.folded.fold import fold
 from fedmom.engine.stacked.steps import Stack
-from fedmom.rounds.loop import beginning, round_job, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import beginning, round_job
 from fedmom.tasks.dropout import address_dropout
 from fedmom.tasks.models import build_model
 from fedmom.tasks.places import BoundedGathers

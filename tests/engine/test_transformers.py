@@ -14,7 +14,7 @@ from fedmom.data.partition import make_partition
 from fedmom.engine.stacked.folded.clients import FoldError
 from fedmom.engine.stacked.folded.embeddings import common_indexes
 from fedmom.engine.stacked.steps import Stack
-from fedmom.rounds.loop import beginning, round_job
+from fedmom.rounds.plan import beginning, round_job
 from fedmom.tasks.models.adapters import lora
 from fedmom.tasks.models.gpt import GPT
 from fedmom.tasks.supervised import Supervised

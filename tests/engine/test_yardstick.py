@@ -18,7 +18,7 @@ from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.method import algorithms
 from fedmom.method.state import row_of
-from fedmom.rounds.loop import beginning, round_job
+from fedmom.rounds.plan import beginning, round_job
 from fedmom.tasks.supervised import Batch, Supervised
 from laws import table
 from runs import image_problem, run_plan, simple_plan

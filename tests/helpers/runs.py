@@ -8,7 +8,8 @@ from fedmom.data.partition import make_partition
 from fedmom.engine.engine import Engine
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
-from fedmom.rounds.loop import Plan, RunState, beginning, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import Plan, RunState, beginning
 from fedmom.tasks.models import build_model
 from fedmom.tasks.quadratic import Quadratic
 from fedmom.tasks.supervised import Supervised

@@ -23,7 +23,8 @@ from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError, DivergedError
 from fedmom.flower.grid import RayGrid
 from fedmom.method.algorithms import MOMENTUM_POLICIES
-from fedmom.rounds.loop import Plan, RunState, beginning, cohort, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import Plan, RunState, beginning, cohort
 from fedmom.rounds.round import Backend, Outcome
 from fedmom.tasks.problem import Problem
 from grids import LocalGrid

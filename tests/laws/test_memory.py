@@ -19,7 +19,8 @@ from fedmom.errors import InputError
 from fedmom.method.algorithms import Correction, Method
 from fedmom.method.schedules import LearningRate
 from fedmom.records.files import read_tensors
-from fedmom.rounds.loop import Plan, beginning, cohort, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import Plan, beginning, cohort
 from fedmom.tasks.quadratic import Quadratic
 from strategies.prsgdm import PRSGDM
 from strategies.replies import pack

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import fedmom
-import fedmom.config.build
+import fedmom.config.build.plan
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.algorithms import Method
 from fedmom.method.randomness import random_bits
 from fedmom.method.schedules import LearningRate
-from fedmom.rounds.loop import Plan, beginning, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import Plan, beginning
 from fedmom.tasks.quadratic import Quadratic
 from laws import table
 from runs import F64, image_problem, run_plan, simple_plan
@@ -144,8 +145,8 @@ def test_addressed_noise_is_the_same_on_every_path_and_another_for_every_client_
     for name, x in ends[0].items():
         torch.testing.assert_close(x, ends[1][name], rtol=1e-11, atol=1e-12)
     seen = set()
-    correct = fedmom.config.build._correction("mine:correct", 0)
-    other = fedmom.config.build._correction("mine:correct", 1)
+    correct = fedmom.config.build.plan._correction("mine:correct", 0)
+    other = fedmom.config.build.plan._correction("mine:correct", 1)
     zero = {"x": torch.zeros(2, dtype=F64)}
     for function in (correct, other):
         for client in range(2):

@@ -17,7 +17,8 @@ from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.method import algorithms
 from fedmom.method.algorithms import Correction
-from fedmom.rounds.loop import beginning, round_job, run_rounds
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import beginning, round_job
 from runs import F64, image_problem, simple_plan
 
 CLASS = """

@@ -59,7 +59,8 @@ class Mutant(NamedTuple):
 
 ALGORITHMS, AVERAGING, MIXING = "fedmom.method.algorithms", "fedmom.method.averaging", "fedmom.method.mixing"
 TOPOLOGY, GRAPHS, SCHEDULES = "fedmom.method.topology", "fedmom.method.graphs", "fedmom.method.schedules"
-LOOP, ENGINE, GOSSIP = "fedmom.rounds.loop", "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
+LOOP, PLAN = "fedmom.rounds.loop", "fedmom.rounds.plan"
+ENGINE, GOSSIP = "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 FOLDED, ADAPTERS = "fedmom.engine.stacked.folded", "fedmom.tasks.models.adapters"
 STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.RoundSums"
 UPDATES, REPLAYS = "fedmom.engine.stacked.updates", "fedmom.engine.stacked.cuda_graphs.Replays"
@@ -194,7 +195,7 @@ MUTANTS = [
         "algorithm 1",
         "a client of a cohort gets the momentum of its place",
         "under `local` row k of the table goes to the k-th of the cohort",
-        code(f"{LOOP}.round_job", "v[job.clients]", "v[: len(job.clients)]"),
+        code(f"{PLAN}.round_job", "v[job.clients]", "v[: len(job.clients)]"),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[loop]",
     ),
     Mutant(
@@ -208,14 +209,14 @@ MUTANTS = [
         "algorithm 1",
         "the same cohort every round",
         "cohorts go by the seed alone",
-        code(f"{LOOP}.cohort", "random_bits(COHORT, seed, round_index,", "random_bits(COHORT, seed, 0,"),
+        code(f"{PLAN}.cohort", "random_bits(COHORT, seed, round_index,", "random_bits(COHORT, seed, 0,"),
         "tests/engine/test_engine.py::test_cohorts_are_addressed_sorted_and_fair",
     ),
     Mutant(
         "algorithm 1",
         "the same cohorts for every seed",
         "cohorts go by the round alone",
-        code(f"{LOOP}.cohort", "random_bits(COHORT, seed, round_index,", "random_bits(COHORT, 0, round_index,"),
+        code(f"{PLAN}.cohort", "random_bits(COHORT, seed, round_index,", "random_bits(COHORT, 0, round_index,"),
         "tests/engine/test_engine.py::test_cohorts_are_addressed_sorted_and_fair",
     ),
     Mutant(
@@ -429,7 +430,7 @@ MUTANTS = [
         "algorithm 2",
         "bytes are those of W_0",
         "a round's links are counted on the first matrix of the period",
-        code(f"{LOOP}.Plan.bytes_sent", "self.topology.at(round_index)", "self.topology.at(0)"),
+        code(f"{PLAN}.Plan.bytes_sent", "self.topology.at(round_index)", "self.topology.at(0)"),
         "tests/engine/test_gossip.py::test_bytes_are_those_of_the_rounds_own_links",
     ),
     # --- averaging -----------------------------------------------------------------------------------------
@@ -467,7 +468,7 @@ MUTANTS = [
         "client weights are ignored",
         "client-weights = samples weighs all alike",
         code(
-            f"{LOOP}.Plan.weights_of",
+            f"{PLAN}.Plan.weights_of",
             'sizes if self.client_weights == "samples" else np.ones(len(sizes))',
             "np.ones(len(sizes))",
         ),
@@ -477,7 +478,7 @@ MUTANTS = [
         "averaging",
         "clients are always weighed by their samples",
         "client-weights = uniform is not the paper's 1/N",
-        code(f"{LOOP}.Plan.weights_of", 'sizes if self.client_weights == "samples" else np.ones(len(sizes))', "sizes"),
+        code(f"{PLAN}.Plan.weights_of", 'sizes if self.client_weights == "samples" else np.ones(len(sizes))', "sizes"),
         "tests/laws/test_backends.py::test_rounds_are_the_naive_loops[loop]",
     ),
     Mutant(
@@ -913,21 +914,21 @@ MUTANTS = [
         "schedules",
         "the schedule restarts every round",
         "γ is that of step 0, 1, … in each round",
-        code(f"{LOOP}.clients_job", "first = round_index * per_round", "first = 0.0 * per_round"),
+        code(f"{PLAN}.clients_job", "first = round_index * per_round", "first = 0.0 * per_round"),
         "tests/laws/test_method.py::test_one_client_is_torch_sgd",
     ),
     Mutant(
         "schedules",
         "the schedule is one step ahead",
         "step t takes γ of step t + 1",
-        code(f"{LOOP}.clients_job", "math.floor(first + s)", "math.floor(first + s) + 1"),
+        code(f"{PLAN}.clients_job", "math.floor(first + s)", "math.floor(first + s) + 1"),
         "tests/laws/test_method.py::test_one_client_is_torch_sgd",
     ),
     Mutant(
         "schedules",
         "γ changes between rounds alone",
         "all steps of a round take that of its first",
-        code(f"{LOOP}.clients_job", "math.floor(first + s)", "math.floor(first)"),
+        code(f"{PLAN}.clients_job", "math.floor(first + s)", "math.floor(first)"),
         "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
     ),
     Mutant(
@@ -960,7 +961,7 @@ MUTANTS = [
         "joint epochs are one client's",
         "milestones count passes of one client over all data",
         code(
-            f"{LOOP}.Plan.horizon",
+            f"{PLAN}.Plan.horizon",
             "float(sizes.sum()) / (self.cohort_size * self.batch_size)",
             "float(sizes.sum()) / self.batch_size",
         ),
@@ -970,14 +971,14 @@ MUTANTS = [
         "schedules",
         "the run's length is its rounds",
         "fractions of the run are of R and not of T = R · I steps",
-        code(f"{LOOP}.Plan.horizon", "math.ceil(self.num_rounds * per_round)", "self.num_rounds"),
+        code(f"{PLAN}.Plan.horizon", "math.ceil(self.num_rounds * per_round)", "self.num_rounds"),
         "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
     ),
     Mutant(
         "schedules",
         "theory's N is all clients",
         "with partial participation N is not the cohort's size",
-        code(f"{LOOP}.Plan.horizon", "Horizon(total, self.cohort_size,", "Horizon(total, len(sizes),"),
+        code(f"{PLAN}.Plan.horizon", "Horizon(total, self.cohort_size,", "Horizon(total, len(sizes),"),
         "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
     ),
     # --- the round loop and its records --------------------------------------------------------------------
@@ -985,7 +986,7 @@ MUTANTS = [
         "rounds",
         "the same minibatches each round",
         "a round begins with the client's first examples again",
-        code(f"{LOOP}.clients_job", "torch.from_numpy(round_index * steps)", "torch.from_numpy(0 * steps)"),
+        code(f"{PLAN}.clients_job", "torch.from_numpy(round_index * steps)", "torch.from_numpy(0 * steps)"),
         "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
     ),
     Mutant(
@@ -1006,7 +1007,7 @@ MUTANTS = [
         "rounds",
         "a correction's states go to their places in the cohort",
         "a client takes over what another one remembers",
-        code(f"{LOOP}.round_job", "{n: v[job.clients]", "{n: v[: len(job.clients)]"),
+        code(f"{PLAN}.round_job", "{n: v[job.clients]", "{n: v[: len(job.clients)]"),
         "tests/laws/test_memory.py::test_rounds_with_scaffold_are_the_naive_loops[vmap]",
     ),
     Mutant(
@@ -1035,7 +1036,7 @@ MUTANTS = [
         "buffers travel for nothing",
         "bytes_sent leaves BatchNorm's statistics out",
         code(
-            f"{LOOP}.bytes_per_exchange",
+            f"{PLAN}.bytes_per_exchange",
             "state.params, state.buffers,",
             "state.params,",
         ),
@@ -1045,7 +1046,7 @@ MUTANTS = [
         "rounds",
         "u travels under β = 0",
         "bytes_sent counts momentum that nobody needs",
-        code(f"{LOOP}.bytes_per_exchange", " and method.beta > 0", ""),
+        code(f"{PLAN}.bytes_per_exchange", " and method.beta > 0", ""),
         "tests/engine/test_engine.py::test_bytes_sent_counts_what_travels",
     ),
     Mutant(
@@ -1059,7 +1060,7 @@ MUTANTS = [
         "rounds",
         "the last round is not evaluated",
         "a run of 7 rounds with eval-every = 5 ends without a measure",
-        code(f"{LOOP}.Plan.evaluates", " or round_number == self.num_rounds", ""),
+        code(f"{PLAN}.Plan.evaluates", " or round_number == self.num_rounds", ""),
         "tests/engine/test_engine.py::test_records_say_what_they_should",
     ),
     Mutant(

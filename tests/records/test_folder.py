@@ -5,7 +5,7 @@ import torch
 from fedmom.method.state import ClientState
 from fedmom.records.folder import RunFolder
 from fedmom.records.identity import Identity
-from fedmom.rounds.loop import RunState
+from fedmom.rounds.plan import RunState
 from laws import table
 
 STAMP = {"run_id": "2:a"}

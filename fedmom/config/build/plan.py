@@ -1,0 +1,132 @@
+"""A resolved configuration becomes a plan: the method, its numbers, the user's correction and the topology."""
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from fedmom.config.keys import Config
+from fedmom.config.numbers import parse_numbers
+from fedmom.config.strategies import OURS
+from fedmom.errors import InputError
+from fedmom.method.algorithms import ALGORITHMS, Correct, Correction, Method, takes_key
+from fedmom.method.graphs import GraphOptions
+from fedmom.method.randomness import CORRECTION, random_bits
+from fedmom.method.schedules import LearningRate
+from fedmom.method.state import Tree
+from fedmom.method.topology import Topology, make_topology
+from fedmom.rounds.plan import Plan
+from fedmom.rounds.watched import watched_class
+from fedmom.user_code import is_spec, load_object, one_line
+
+
+def make_plan(config: Config) -> Plan:
+    """The plain numbers of a resolved configuration."""
+    algorithm = config.algorithm
+    _check_numbers(config)
+    rate = LearningRate(
+        lr=algorithm.lr,
+        schedule=algorithm.lr_schedule,
+        milestones=parse_numbers("algorithm.lr-milestones", algorithm.lr_milestones),
+        decay=algorithm.lr_decay,
+        unit=algorithm.lr_unit,
+        warmup=algorithm.lr_warmup,
+        minimum=algorithm.lr_min,
+    )
+    return Plan(
+        method=Method(
+            beta=algorithm.beta,
+            nesterov=algorithm.nesterov,
+            weight_decay=algorithm.weight_decay,
+            momentum_policy=algorithm.momentum_policy,
+            running_var=algorithm.running_var,
+            correction=_correction_of(config),
+        ),
+        rate=rate,
+        num_rounds=config.run.num_rounds,
+        cohort_size=algorithm.cohort_size,
+        batch_size=config.data.batch_size,
+        seed=config.run.seed,
+        num_local_steps=algorithm.num_local_steps,
+        local_epochs=algorithm.local_epochs,
+        client_weights=algorithm.client_weights,
+        eval_every=config.run.eval_every,
+        num_steps=config.run.num_steps,
+        slow_momentum=algorithm.slow_momentum,
+        slow_lr=algorithm.slow_lr,
+        topology=topology_of(config),
+        eval_clients=config.run.eval_clients,
+    )
+
+
+def _check_numbers(config: Config) -> None:
+    """What the method multiplies by must be a number of the dtype in which it is done."""
+    largest = torch.finfo(getattr(torch, config.run.dtype)).max
+    for key in ("lr", "weight_decay", "slow_lr"):
+        value = getattr(config.algorithm, key)
+        if value > largest:
+            name, dtype = key.replace("_", "-"), config.run.dtype
+            raise InputError(f"algorithm.{name} = {value:g}: in run.dtype = {dtype!r} it must be at most {largest:.3g}")
+
+
+def _correction_of(config: Config) -> Correct | Correction | None:
+    """The user's function or an object of the user's class, watched over."""
+    spec = config.algorithm.correction
+    found = load_object("algorithm.correction", spec) if is_spec(spec) else None
+    if isinstance(found, Correction):
+        raise InputError(f"algorithm.correction = {spec!r}: is an object; name its class, {type(found).__name__}")
+    if not isinstance(found, type):
+        return _correction(spec, config.run.seed)
+    said, algorithm, strategy = f"algorithm.correction = {spec!r}", config.algorithm.name, config.server.strategy
+    if ALGORITHMS[algorithm].decentralized:
+        raise InputError(f"{said}: a correction with state needs a server, and {algorithm} has none")
+    if strategy != OURS:
+        raise InputError(f"server.strategy = {strategy!r}: a correction with state needs {OURS}; {said}")
+    return watched_class(said, found, config.run.seed)
+
+
+def _correction(spec: str, seed: int) -> Correct | None:
+    """The user's function, watched over.
+
+    It must give every gradient back, in its shape and dtype, and leave x alone.
+    """
+    if not is_spec(spec):
+        return None
+    function = load_object("algorithm.correction", spec)
+    said, keyed = f"algorithm.correction = {spec!r}", takes_key(function)
+
+    def correction(grads: Tree, params: Tree, start: Tree, key: Tensor | None = None) -> Tree:
+        more = {"key": random_bits(CORRECTION, seed, key)} if keyed and key is not None else {}
+        versions = [t._version for tree in (params, start) for t in tree.values()]
+        try:
+            found = function(dict(grads), dict(params), dict(start), **more)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{said}: the function raised {one_line(error)}") from error
+        if not isinstance(found, dict) or set(found) != set(grads):
+            raise InputError(f"{said}: must return a dict of the gradients it was given")
+        for name, g in grads.items():
+            got, form = found[name], f"its shape {list(g.shape)}, dtype {g.dtype} and device {g.device}"
+            kept = isinstance(got, Tensor) and (got.shape, got.dtype, got.device) == (g.shape, g.dtype, g.device)
+            if not kept:
+                raise InputError(f"{said}: the gradient of {name} must keep {form}")
+        if versions != [t._version for tree in (params, start) for t in tree.values()]:
+            raise InputError(f"{said}: the function writes into the parameters it was given; return other gradients")
+        return found
+
+    if keyed:
+        watched: Correct = correction
+    else:
+        watched = lambda grads, params, start: correction(grads, params, start)  # noqa: E731
+    watched.__wrapped__ = inspect.unwrap(function)  # type: ignore[attr-defined]  # for who looks at its file
+    return watched
+
+
+def topology_of(config: Config) -> Topology | None:
+    """W_t of a resolved configuration; None where the algorithm is not decentralized."""
+    algorithm = config.algorithm
+    if not ALGORITHMS[algorithm.name].decentralized:
+        return None
+    options = GraphOptions(algorithm.topology_degree, algorithm.topology_p, config.run.seed)
+    return make_topology(algorithm.topology, config.data.num_clients, weights=algorithm.mixing_weights, options=options)
