@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedmom.config.keys import ON_FAILURE
+from fedmom.config.names import ON_FAILURE
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError, unknown
 from fedmom.flower.private import error_codes, log

@@ -11,6 +11,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fedmom.config.names import (
+    BACKENDS,
+    CLIENT_WEIGHTS,
+    DEVICES,
+    DTYPES,
+    MATMULS,
+    ON_FAILURE,
+    ON_LINK_FAILURE,
+    RUNNING_VARS,
+)
 from fedmom.config.numbers import Range, above, as_plain, at_least, shown, summary_of, within
 from fedmom.config.strategies import STRATEGIES
 from fedmom.data.batches import AUGMENTATIONS, SAMPLINGS
@@ -30,36 +40,6 @@ from fedmom.tasks.task import LOSSES, TASKS
 from fedmom.user_code import HUB, is_spec
 
 Scalar = str | bool | int | float
-BACKENDS = {
-    "engine": "fedmom's own engine, on one device",
-    "simulation": "Flower's messages, on Ray actors of this machine",
-    "flower": "recorded in a run that `flwr run` started; not to be set",
-}
-DTYPES = {
-    "auto": "float64 for quadratic, else float32",
-    "float32": "single precision",
-    "float64": "double precision, for checks of the mathematics",
-    "bfloat16": "half the memory and the memory traffic; three digits of precision, so small steps are lost",
-}
-MATMULS = {
-    "float32": "exact to rounding",
-    "tf32": "on a GPU, factors rounded to 10 bits, several times as fast; a CPU ignores it",
-}
-DEVICES = {"auto": "a GPU where there is one", "cpu": "the processor", "cuda": "an NVIDIA GPU"}
-CLIENT_WEIGHTS = {"uniform": "1/N each: the paper", "samples": "in proportion to the clients' examples"}
-RUNNING_VARS = {
-    "pooled": "the variance of all clients' activations together",
-    "mean": "the mean of the clients' variances",
-}
-ON_FAILURE = {
-    "stop": "the run stops, and the error names the client",
-    "retry": "the client is asked again (server.retries times), then the run stops",
-    "proceed": "the round averages over the others, at least server.min-clients of them",
-}
-ON_LINK_FAILURE = {
-    "stop": "the run stops, and the error names the link",
-    "skip": "both clients keep the weight of that link for themselves (symmetric W only)",
-}
 LARGEST = 2**31 - 1  # of any count: a position t·B in a client's stream must fit into 64 bits
 
 
@@ -108,6 +88,9 @@ class DataConfig:
     quantity_law: str = key("log-normal", "partition quantity: law of the sizes", QUANTITY_LAWS)
     sigma: float = key(1.0, "quantity-law log-normal: spread of the sizes", at_least(0))
     batch_size: int = key(32, "B, examples per client and local step", at_least(1))
+    client_test_share: float = key(
+        0.0, "share of each client's training examples that it holds out as its own test set; 0: none", within(0, 1)
+    )
     sampling: str = key("shuffle", "order in which a client draws its examples", SAMPLINGS)
     augment: str = key("auto", "augmentation of training images", AUGMENTATIONS)
     curvatures: str = key("1;3", "quadratic: h_ik, clients by semicolons, coordinates by commas", holds=";")
@@ -153,6 +136,9 @@ class AlgorithmConfig:
         {"none": "the gradient as it is"},
         "module:function, or module:Class with a state (fedmom.Correction)",
     )
+    personal: str = key(
+        "", "tensors that stay with each client: norm, head or beginnings of names, by commas; empty: none", holds=","
+    )
     client_weights: str = key("uniform", "weights of the clients in the averages of x and u", CLIENT_WEIGHTS)
     running_var: str = key("pooled", "how the running variances of BatchNorm are averaged", RUNNING_VARS)
     cohort_size: int = key(0, "clients that are sampled in each round; 0: all", at_least(0))
@@ -174,6 +160,12 @@ class RunConfig:
     eval_every: int = key(1, "rounds between two evaluations; the last round is always evaluated", at_least(1))
     metrics: str = key("auto", "measures of an evaluation besides the loss, by commas; auto: by data.task", holds=",")
     eval_clients: int = key(64, "d-sgd-m: clients, evenly spaced, whose own models are evaluated; 0: all", at_least(0))
+    client_eval_every: int = key(
+        0, "rounds between two evaluations on every client's own test examples; 0: none", at_least(0)
+    )
+    personal_steps: int = key(
+        0, "local steps from x̂ after which a client's own evaluation measures its model once more; 0: none", at_least(0)
+    )
     stop_at: str = key("", "value at which the run ends, such as accuracy=0.9 or test_loss=0.5")
     patience: int = key(0, "evaluations without progress after which the run ends; 0: off", at_least(0))
     min_delta: float = key(0.0, "what an evaluation must be better by, to be progress", at_least(0))

@@ -15,6 +15,7 @@ from fedmom.machine.files import whole_file
 from fedmom.method.state import Tree
 
 CONFIG, ENVIRONMENT, ROUNDS = "config.toml", "environment.json", "rounds.jsonl"
+RESULTS = "clients.jsonl"  # every client's own results: a line on the clients, then one per evaluation
 MANIFEST = "sweep.json"  # of a sweep's folder: what runs there are to be, and how each ended
 CHECKPOINT, CLIENTS, FINAL = "checkpoint.safetensors", "clients.safetensors", "final.safetensors"
 BEST = "best.safetensors"  # of the best evaluation so far, where run.keep-best asks for it

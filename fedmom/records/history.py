@@ -7,11 +7,14 @@ import os
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, NamedTuple, overload
+
+import numpy as np
 
 from fedmom.errors import InputError
 from fedmom.machine.files import whole_file
-from fedmom.records.files import ROUNDS
+from fedmom.records.files import RESULTS, ROUNDS
+from fedmom.rounds.clients import ClientResults
 from fedmom.rounds.loop import Record
 
 MOST_KEPT = 10_000  # records of a run that are held in memory, 1.4 kB each; of a longer one its folder is read
@@ -190,3 +193,61 @@ def thinned(rounds: Sequence[Record], most: int = 2 * MOST_KEPT) -> list[Record]
     if best:
         kept[best[1]] = best[2]
     return [kept[place] for place in sorted(kept)]
+
+
+class ClientHistory(NamedTuple):
+    """clients.jsonl: who the clients are, and what each of them got in the rounds that looked at it."""
+
+    examples: np.ndarray  # [N] int64, of training
+    test_examples: np.ndarray  # [N] int64, its own
+    names: list[str] | None  # [N] of natural clients, as the data call them
+    results: list[ClientResults]  # by round
+
+    def about(self) -> str:
+        """The first line of the file."""
+        said: dict[str, Any] = {"examples": self.examples.tolist(), "test_examples": self.test_examples.tolist()}
+        return json.dumps(said | ({} if self.names is None else {"names": self.names})) + "\n"
+
+
+def line_of(results: ClientResults) -> str:
+    """One evaluation in clients.jsonl; null for a client without test examples."""
+    values = {name: [None if math.isnan(v) else v for v in one.tolist()] for name, one in results.values.items()}
+    return json.dumps({"round": results.round, **values}) + "\n"
+
+
+def read_clients(folder: Path) -> ClientHistory | None:
+    """The clients' own results of a run folder, up to a last line that a kill cut short; None where it has none.
+
+    Raises InputError for a file that is none of ours.
+    """
+    file = folder / RESULTS
+    if not file.is_file():
+        return None
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        try:
+            said = json.loads(next(lines, ""))
+            sizes = (np.array(said[name], dtype=np.int64) for name in ("examples", "test_examples"))
+            found = ClientHistory(*sizes, said.get("names"), [])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{file}:1: does not say who the clients are") from None
+        for line in lines:
+            try:
+                values = json.loads(line)
+                number = int(values.pop("round"))
+                of_all = {name: np.array(one, dtype=np.float64) for name, one in values.items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                break
+            found.results.append(ClientResults(number, of_all))
+    return found
+
+
+def cut_back_clients(folder: Path, round_number: int, kept_last: bool) -> None:
+    """Cut clients.jsonl back to the checkpoint's round, and without that one unless it is `kept_last`."""
+    found = read_clients(folder)
+    if found is None:
+        return
+    with whole_file(folder / RESULTS) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
+        file.write(found.about())
+        for results in found.results:
+            if results.round < round_number + kept_last:
+                file.write(line_of(results))

@@ -185,7 +185,7 @@ NUMBER_METRICS = {
 # By name, whatever the task: a name means one thing to a reader.
 METRICS = CLASS_METRICS | LABEL_METRICS | NUMBER_METRICS
 # How the names of what rises end: of ours, and of measures of the user's own.
-_RISING = (*(name for name, one in METRICS.items() if one.rises), "score", "precision", "recall")
+_RISING = (*(name for name, one in METRICS.items() if one.rises), "score", "precision", "recall", "jain")
 
 
 def rises(measure: str) -> bool:
