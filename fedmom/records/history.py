@@ -226,8 +226,8 @@ def read_clients(folder: Path) -> ClientHistory | None:
     with open(file, encoding="utf-8", errors="replace") as lines:
         try:
             said = json.loads(next(lines, ""))
-            sizes = (np.array(said[name], dtype=np.int64) for name in ("examples", "test_examples"))
-            found = ClientHistory(*sizes, said.get("names"), [])
+            train, test = (np.array(said[name], dtype=np.int64) for name in ("examples", "test_examples"))
+            found = ClientHistory(train, test, said.get("names"), [])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{file}:1: does not say who the clients are") from None
         for line in lines:
