@@ -21,8 +21,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from fedmom.backends.trainer import Local, Node, held_clients, settled, warm_node
+from fedmom.config.examples import own_split
 from fedmom.config.goals import task_of
-from fedmom.data.local import client_source, facts_of, from_record, read_source
+from fedmom.data.given.own_files import client_source, read_client
+from fedmom.data.local import facts_of, from_record
 from fedmom.errors import InputError
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 from fedmom.machine.files import at_home
@@ -44,7 +46,9 @@ def query(message: Message, context: Context) -> Message:
         config = settled(context.run_config).config
         with _of_own_data(context):
             targets = task_of(config).targets
-            held = read_source(_own_source(context), config.data.classes, targets)
+            (client,) = _held(context).tolist()
+            keys = config.data.classes, targets, own_split(config)
+            held = read_client(_own_source(context), client, *keys)
             facts = facts_of(held, config.run.dtype, targets)
         for name, value in facts._asdict().items():
             answer[name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value
@@ -63,9 +67,7 @@ def train(message: Message, context: Context) -> Message:
     clients: list[int] = asked.get("clients", _held(context).tolist())
     if asked.get("rows", False):
         return _train_rows(message, context, clients)
-    records = message.content.array_records
-    arrays = records["arrays"]
-    rows, states = (_tensors(records[name]) if name in records else None for name in ("rows", "states"))
+    arrays, rows, states = message.content.array_records["arrays"], _own(message, "rows"), _own(message, "states")
     start = _tensors(arrays)
     trained = _node(context, asked).train(
         clients,
@@ -136,6 +138,9 @@ def evaluate(message: Message, context: Context) -> Message:
     metrics: dict[str, Any] = {"num-examples": num_examples, **measured}
     if _is_local(context):
         metrics |= {f"sums-{name}": sums for name, sums in node.test_totals(state).items()}
+        if asked.get("personal-steps", 0):
+            own = _own(message, "rows"), _own(message, "states")
+            metrics |= node.personal_results(state, asked["server-round"] - 1, asked["lr"], *own)
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
 
@@ -199,6 +204,12 @@ def _held(context: Context) -> np.ndarray:
     """The clients of this node, in ascending order."""
     node, num_nodes = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
     return held_clients(node, num_nodes, settled(context.run_config).config.data.num_clients)
+
+
+def _own(message: Message, name: str) -> Tree | None:
+    """[k, ...] what the clients have of their own, where it came along."""
+    records = message.content.array_records
+    return _tensors(records[name]) if name in records else None
 
 
 def _tensors(record: Mapping[str, Array]) -> Tree:

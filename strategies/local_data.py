@@ -1,54 +1,103 @@
 """Clients whose data nobody else has: the server learns their sizes, and has them evaluate where it has no test set."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedmom.config.build import supervised
+from fedmom.config.build import check_own, supervised
 from fedmom.config.goals import task_of
 from fedmom.config.keys import Config
-from fedmom.data.local import Common, Facts, agreed, as_record, none_of, read_server
+from fedmom.data.given.own_files import read_server
+from fedmom.data.local import Common, Facts, agreed, as_record, none_of
 from fedmom.errors import ClientsFailedError
 from fedmom.method.state import ClientState, flatten
+from fedmom.rounds.results import OWN, PERSONAL
+from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Supervised
 
 from .fleet import Fleet
-from .replies import ARRAYS, CONFIG, accept_metrics, accept_sums, mean_metrics, pack, shares_memory
+from .replies import ARRAYS, CONFIG, ROWS, STATES, accept_metrics, accept_sums, mean_metrics, pack, shares_memory
+
+
+class Told(NamedTuple):
+    """What one client says of a model, from its own test examples."""
+
+    client: int
+    weight: float  # how many they are
+    metrics: dict[str, float]
+    sums: dict[str, list[float]]  # which add up over clients, where means of the metrics do not
 
 
 class LocalSupervised(Supervised):
     """The clients' objectives as the server sees them: sizes, and a test set of its own or the clients'."""
 
     facts: dict[str, Any] = {}  # what every message to a client must say  # noqa: RUF012
-    asks: "tuple[Grid, Fleet, Common, float] | None" = None  # whom to ask for an evaluation, where it must
+    nodes: "tuple[Grid, Fleet, Common, float] | None" = None  # whom to ask for an evaluation, and for how long
+    asks: bool = False  # whether the test examples are the clients' own, and all of them together
+    _told: "tuple[ClientState, list[Told]] | None" = None  # the last model of which clients told what they got
 
     def evaluate(self, state: ClientState) -> dict[str, float]:
         """{"test_loss", "test_accuracy"}: on the server's test examples, else on all clients' together."""
-        if self.asks is None:
+        if not self.asks:
             return super().evaluate(state)
-        grid, fleet, common, timeout = self.asks
-        arrays = pack(flatten(state), bundled=not shares_memory(grid))
-        nodes = [holder.node_id for holder in fleet.holders if common.test_sizes[holder.clients[0]]]
-        content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(dict(self.facts))})
-        messages = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node) for node in nodes]
-        accept: Callable[..., Any] = accept_metrics
-        if not self.task.means:
-            accept = partial(accept_sums, names=("loss", *self.task.metrics))
-        try:
-            answers = [*fleet.exchange(grid, 0, messages, arrays, timeout=timeout, accept=accept)]
-        except ClientsFailedError as error:
-            raise ClientsFailedError(str(error).replace("round 0: ", "the evaluation: ", 1)) from None
-        found = mean_metrics(answers) if self.task.means else self._together(answers)
+        told = self._ask(state)
+        self._told = state, told
+        if self.task.means:
+            found = mean_metrics((one.weight, one.metrics) for one in told)
+        else:
+            found = self._together((one.weight, one.sums) for one in told)
         if found is None:
             raise ClientsFailedError("the evaluation: no client with test examples answered")
         return {name: found[name] for name in self.measures}
 
-    def _together(self, answers: list[tuple[float, dict[str, list[float]]]]) -> dict[str, float] | None:
+    def own_results(self, state: ClientState, job: Job | None) -> dict[str, np.ndarray]:
+        """{"own_loss": [N], …} of x̂ on every client's own test examples, as the clients tell them; NaN of the others.
+
+        job: the steps after which they tell "personal_loss", … of their own models as well.
+        """
+        told, self._told = self._told, None
+        answers = told[1] if told is not None and told[0] is state and job is None else self._ask(state, job)
+        found = dict[str, np.ndarray]()
+        for one in answers:
+            for name, value in one.metrics.items():
+                whose = name if name.startswith(f"{PERSONAL}_") else f"{OWN}_{name.removeprefix('test_')}"
+                found.setdefault(whose, np.full(len(self.sizes), np.nan))[one.client] = value
+        return found
+
+    def _ask(self, state: ClientState, job: Job | None = None) -> "list[Told]":
+        """What every client with test examples says of a model."""
+        assert self.nodes is not None
+        grid, fleet, common, timeout = self.nodes
+        bundled = not shares_memory(grid)
+        arrays, asked = pack(flatten(state), bundled=bundled), dict(self.facts)
+        messages = list[Message]()
+        if job is not None:
+            asked |= {"server-round": job.round_index + 1, "personal-steps": len(job.lrs), "lr": float(job.lrs[0])}
+        for holder in fleet.holders:
+            client = holder.clients[0]
+            if not common.test_sizes[client]:
+                continue
+            content: dict[str, Any] = {ARRAYS: arrays, CONFIG: ConfigRecord(asked)}
+            for name, tree in ((ROWS, job and job.momentum), (STATES, job and job.correction)):
+                if tree:
+                    content[name] = pack({n: v[client : client + 1] for n, v in tree.items()}, bundled=bundled)
+            messages.append(Message(RecordDict(content), message_type=MessageType.EVALUATE, dst_node_id=holder.node_id))
+        try:
+            return [*fleet.exchange(grid, 0, messages, arrays, timeout=timeout, accept=self._accept)]
+        except ClientsFailedError as error:
+            raise ClientsFailedError(str(error).replace("round 0: ", "the evaluation: ", 1)) from None
+
+    def _accept(self, clients: Sequence[int], reply: Message) -> "Told":
+        weight, metrics = accept_metrics(clients, reply)
+        sums = {} if self.task.means else accept_sums(clients, reply, names=("loss", *self.task.metrics))[1]
+        return Told(clients[0], weight, metrics, sums)
+
+    def _together(self, answers: Iterable[tuple[float, dict[str, list[float]]]]) -> dict[str, float] | None:
         """The measures of all clients' examples together, by their sums; None where nobody has any."""
         totals = dict[str, Tensor]()
         for weight, sums in answers:
@@ -78,6 +127,7 @@ def local_problem(grid: Grid, fleet: Fleet, config: Config) -> LocalSupervised:
     problem = supervised(config, config.engine.device, *none_of(common, server, targets), LocalSupervised)
     assert isinstance(problem, LocalSupervised)
     problem.facts = as_record(common)
-    if server is None:
-        problem.asks = (grid, fleet, common, config.server.timeout_seconds)
+    problem.nodes, problem.asks = (grid, fleet, common, config.server.timeout_seconds), server is None
+    problem.own_sizes = np.array(common.test_sizes) if any(common.test_sizes) else None
+    check_own(config, problem.own_sizes)
     return problem

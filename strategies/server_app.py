@@ -13,6 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
+from fedmom.backends.local import stepper_here
 from fedmom.backends.trainer import settled
 from fedmom.config.keys import Config
 from fedmom.config.load import replace
@@ -146,12 +147,21 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, problem: Probl
         strategy.message = {name: value.cpu() for name, value in message_form(problem, method).items()}
         backend = AveragingRounds(strategy, grid, problem, asked, keys.timeout_seconds)
         backend.settled, backend.notes = choices, notes
-        return backend
+        return _with_results(backend, config, problem, plan)
     with flower_logs(logging.ERROR):  # FedAvg warns that clients do not evaluate: the server does
         stock = make_stock(config, problem.start(), fleet.holders)
     notes.append(f"{type(stock).__name__} keeps its own state in memory: this run cannot be resumed")
     backend = StockRounds(stock, fleet, grid, problem, asked, keys.timeout_seconds)
     backend.settled, backend.notes = choices, notes
+    return _with_results(backend, config, problem, plan)
+
+
+def _with_results(backend: Backend, config: Config, problem: Problem, plan: Plan) -> Backend:
+    """The same, which can say what every client gets: by its own word where nobody else has its examples."""
+    if isinstance(problem, LocalSupervised):
+        backend.own_results = problem.own_results
+    else:
+        backend.make_stepper = stepper_here(config, problem, plan, backend.settled)
     return backend
 
 
@@ -187,7 +197,7 @@ def _relay(grid: Grid, known: Fleet | None, config: Config, problem: Problem, pl
         f"{nodes}; Flower has no links between them, so this server relays: it holds x and u of all "
         f"{len(problem.sizes)} clients, {size:,.1f} MB"
     ]
-    return backend
+    return _with_results(backend, config, problem, plan)
 
 
 def _choices(grid: Grid, fleet: Fleet, config: Config, timeout: float, facts: dict[str, Any]) -> dict[str, str | int]:

@@ -13,18 +13,22 @@ import torch
 from torch import Tensor
 
 from fedmom.config.build import make_plan, make_problem, resolve_device, set_up_torch, supervised
+from fedmom.config.examples import own_split
 from fedmom.config.goals import task_of
 from fedmom.config.keys import Config, Scalar
 from fedmom.config.load import flat, load
 from fedmom.config.resolve import Resolved, resolve
-from fedmom.data.local import Common, one_of, read_source
+from fedmom.data.given.own_files import read_client
+from fedmom.data.local import Common, one_of
 from fedmom.engine.auto import Said, choose
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, row_of, to_device
+from fedmom.rounds.clients import after_steps, steps_job
 from fedmom.rounds.correction import client_rows, start_of
 from fedmom.rounds.plan import Plan, clients_job
+from fedmom.rounds.results import PERSONAL
 from fedmom.rounds.round import Outcome
 from fedmom.tasks.models.start import digest_of
 from fedmom.tasks.problem import Problem
@@ -93,8 +97,10 @@ class Node:
                 self.problem: Problem = make_problem(self.config, device)
             else:
                 targets = task_of(config).targets
-                held = read_source(Path(local.source), config.data.classes, targets)
-                self.problem = supervised(self.config, device, *one_of(local.common, local.client, held, targets))
+                keys = self.config.data.classes, targets, own_split(self.config)
+                held = read_client(Path(local.source), local.client, *keys)
+                mine = one_of(local.common, local.client, held, targets)
+                self.problem = supervised(self.config, device, *mine[:2], own=mine[2])
             self.plan: Plan = make_plan(self.config)
             self.begin = start_of(self.problem, self.plan.method)  # as a run begins, and one client's own state
         # What is frozen never travels: another file here would be another model.
@@ -212,6 +218,28 @@ class Node:
         with blamed(self._keys):
             measured = self.problem.evaluate_clients(to_device(start, self.problem.device), ids)
         return measured, int(self.problem.sizes[ids.numpy()].sum())
+
+    def personal_results(
+        self,
+        start: ClientState,
+        round_index: int,
+        lr: float,
+        momentum: Tree | None = None,
+        correction: Tree | None = None,
+    ) -> dict[str, float]:
+        """{"personal_loss", …} on the client's own test examples, after `run.personal-steps` from `start` with γ = lr.
+
+        round_index: of the round that these steps would begin; `momentum` and `correction` as `train` takes them.
+        """
+        assert self.local is not None, "the server has the others' examples"
+        self._check(start)
+        ids, device = self._ids([self.local.client]), self.problem.device
+        job = steps_job(self.problem, self.plan, round_index, ids, momentum, correction, lr=lr)
+        engine = self._engine(*self.choose(ids))
+        with blamed(self._keys):
+            rows = after_steps(self.plan.method, engine, to_device(start, device), job, device)
+            found = self.problem.evaluate_own_rows(rows, job.clients)
+        return {f"{PERSONAL}_{name}": float(values[0]) for name, values in found.items()}
 
     def test_totals(self, start: ClientState) -> dict[str, list[float]]:
         """Of a client's own test examples: sums that add up over clients, where a mean of theirs is not everybody's."""

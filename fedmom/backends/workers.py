@@ -19,6 +19,7 @@ from fedmom.actors.actor import Failure, Split
 from fedmom.actors.pool import Pool
 from fedmom.actors.work import Kept, Shared
 from fedmom.backends.agreement import agreement
+from fedmom.backends.local import stepper_here
 from fedmom.backends.trainer import Node, TrainedBlock
 from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config
@@ -293,6 +294,7 @@ def make_workers(config: Config, problem: Problem, plan: Plan) -> Workers:
         "engine.threads": torch.get_num_threads(),
         "simulation.num-gpus": pool.options.num_gpus,
     }
+    backend.make_stepper = stepper_here(config, problem, plan, backend.settled)
     backend.notes = [f"{counted(pool.num_workers, 'Ray actor')} on {inside.engine.device}, each {path} × {chunk_size}"]
     backend.notes += [f"the first actor: {said.short}"] if said.short else []
     backend.details = [f"the first actor: {said.details}"] if said.details else []

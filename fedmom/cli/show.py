@@ -46,7 +46,7 @@ def partition(
     title = f"{data.dataset}, {data.partition}, N = {data.num_clients:,}"
     title += f", α = {data.alpha:g}" if "dirichlet" in data.partition else ""
     title += f", clients by {data.clients}" if data.clients else ""
-    tests = None if held.test_partition is None else held.test_partition.sizes
+    tests = None if held.own is None else held.own.partition.sizes
     print(tables.fitted([title, ""], _summary(counts, held.partition.sizes, tests), terminal_width()))
     if held.ids is not None and len(held.ids) <= _FEW:
         print("\n" + tables.fitted(*_each_client(held.ids, counts, tests), terminal_width()))

@@ -7,6 +7,7 @@ import numpy as np
 from fedmom.config.goals import task_of
 from fedmom.config.keys import Config
 from fedmom.data.datasets import Dataset, load_dataset
+from fedmom.data.given.held_out import OwnSplit, OwnTests, split
 from fedmom.data.given.known import all_clients
 from fedmom.data.given.natural import is_natural, natural_partition
 from fedmom.data.given.own_rule import own_partition
@@ -23,7 +24,7 @@ class Held(NamedTuple):
 
     dataset: Dataset
     partition: Partition  # of the training examples
-    test_partition: Partition | None = None  # of the test examples, where natural clients hold some
+    own: OwnTests | None = None  # the clients' own test examples, where they have some
     ids: np.ndarray | None = None  # [N] the natural clients' own names
 
 
@@ -37,14 +38,43 @@ def load_data(config: Config) -> Held:
     if data_kind(data.dataset).own_data:
         if data.context:
             raise InputError(f"data.context = {data.context}: cuts the stream of one data set; 'local' has examples")
-        return Held(*everything(data.data_dir, data.num_clients, data.classes, targets))
+        return Held(*everything(data.data_dir, data.num_clients, data.classes, targets, own_split(config)))
     dataset = load_dataset(
         data.dataset, data.data_dir, data.clients, data.classes, targets=targets, context=data.context
     )
     if is_natural(data.partition):
         assert dataset.ids is not None
         found = natural_partition(dataset.ids, data.clients, data.num_clients, min_size=data.min_size, seed=seed)
-        return Held(dataset, *found)
+        tests = found.test_partition
+        if tests is None:
+            return _parted(config, Held(dataset, found.partition, ids=found.ids))
+        if data.client_test_share:
+            raise InputError(
+                f"data.client-test-share = {data.client_test_share:g}: data.clients = {data.clients!r} has test "
+                "examples of each client already; leave it 0"
+            )
+        return Held(dataset, found.partition, OwnTests(dataset.x_test, dataset.y_test, tests, found.ids), found.ids)
+    return _parted(config, Held(dataset, _by_rule(config, dataset, targets)))
+
+
+def own_split(config: Config) -> OwnSplit:
+    """How clients that bring their own data hold some of them out."""
+    return OwnSplit(config.data.client_test_share, config.run.seed)
+
+
+def _parted(config: Config, held: Held) -> Held:
+    """The same, where every client holds a share of its examples out."""
+    share = config.data.client_test_share
+    if not share:
+        return held
+    training, tests = split(held.partition, share, config.run.seed)
+    data = held.dataset
+    return held._replace(partition=training, own=OwnTests(data.x_train, data.y_train, tests, held.ids))
+
+
+def _by_rule(config: Config, dataset: Dataset, targets: str) -> Partition:
+    """Who holds which training example, by data.partition."""
+    data, seed = config.data, config.run.seed
     numbers: dict[str, Any] = {
         "alpha": data.alpha,
         "shards_per_client": data.shards_per_client,
@@ -53,8 +83,7 @@ def load_data(config: Config) -> Held:
     labels, num_clients, min_size = _labels(config, dataset, targets), data.num_clients, data.min_size
     if is_spec(data.partition):
         more = {**numbers, "min_size": min_size, "dataset": dataset}
-        own = own_partition(data.partition, labels, num_clients, seed=seed, min_size=min_size, more=more)
-        return Held(dataset, own)
+        return own_partition(data.partition, labels, num_clients, seed=seed, min_size=min_size, more=more)
     partition = make_partition(
         data.partition,
         labels,
@@ -70,7 +99,7 @@ def load_data(config: Config) -> Held:
             f"data.partition = {data.partition!r}: client {empty[0]} has no examples ({len(empty)} such clients); "
             "raise data.min-size or data.alpha, or lower data.num-clients"
         )
-    return Held(dataset, partition)
+    return partition
 
 
 def _labels(config: Config, dataset: Dataset, targets: str) -> np.ndarray:

@@ -7,9 +7,11 @@ from fedmom.config.numbers import as_number, parse_numbers
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.rounds.evaluation import client_measures
+from fedmom.rounds.results import OWN, PERSONAL, client_names, statistics, summary_names
+from fedmom.tasks.kinds import Asked, make_task
 from fedmom.tasks.metrics import METRICS, is_share, named
 from fedmom.tasks.problem import data_kind
-from fedmom.tasks.task import Asked, Task, make_task
+from fedmom.tasks.task import Task
 
 ALIASES = {name: f"test_{name}" for name in METRICS}
 # The numbers that every record has, and those of Algorithm 2 (docs/method.md).
@@ -39,7 +41,24 @@ def measured_by(config: Config) -> set[str]:
     """The names of all numbers that a run may record."""
     own = measures_of(config)
     mixes = ALGORITHMS[config.algorithm.name].decentralized
-    return {*_ALWAYS, *own, *((*_MIXED, *client_measures(own)) if mixes else ())} - {"optimum"}
+    of_clients = (name for one in clients_numbers(config) for name in statistics(one))
+    return {*_ALWAYS, *own, *((*_MIXED, *client_measures(own)) if mixes else ()), *of_clients} - {"optimum"}
+
+
+def clients_numbers(config: Config) -> tuple[str, ...]:
+    """The names of every client's own results: "own_loss", "own_accuracy", …; none where nobody looks at them."""
+    if not config.run.client_eval_every:
+        return ()
+    mixes, steps = ALGORITHMS[config.algorithm.name].decentralized, config.run.personal_steps
+    personal = [PERSONAL] if mixes or steps or config.algorithm.personal else []
+    return client_names([OWN, *personal], task_of(config).metrics)
+
+
+def of_rounds(config: Config, evaluation: bool, look: bool) -> set[str]:
+    """What an evaluation of x̂ adds to a round's record, and what a look at every client does."""
+    own = measures_of(config)
+    found = {*own, *client_measures(own)} if evaluation else set[str]()
+    return found | ({name for one in clients_numbers(config) for name in summary_names(one)} if look else set())
 
 
 def parse_goal(text: str) -> tuple[str, float] | None:

@@ -34,9 +34,9 @@ from fedmom.method.algorithms import ALGORITHMS, INTERVALS, MOMENTUM_POLICIES
 from fedmom.method.graphs import TOPOLOGIES, WEIGHTS
 from fedmom.method.schedules import SCHEDULES, UNITS
 from fedmom.method.topology import FILES
+from fedmom.tasks.kinds import LOSSES, TASKS
 from fedmom.tasks.models import MODELS, NORMS
 from fedmom.tasks.problem import DATA_KINDS
-from fedmom.tasks.task import LOSSES, TASKS
 from fedmom.user_code import HUB, is_spec
 
 Scalar = str | bool | int | float

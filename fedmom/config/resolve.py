@@ -50,6 +50,7 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     config = _settle_rounds(config, given, notes)
     _check_strategy(config, given, notes)
     _check_schedule(config.algorithm)
+    _check_clients_results(config)
     _check_goals(config)
     model = config.model
     if model.lora_rank and not model.start and not is_spec(model.name) and data_kind(config.data.dataset).has_examples:
@@ -60,7 +61,7 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
 
 # Keys of a model, and of what is asked of it, that none but a problem with examples reads.
 _TASK_KEYS = (
-    *("data.task", "model.start", "model.lora-rank"),
+    *("data.task", "data.client-test-share", "model.start", "model.lora-rank"),
     *("model.loss", "model.label-smoothing", "model.class-weights", "run.metrics"),
 )
 
@@ -214,6 +215,21 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
         notes.append(f"server.strategy = {server.strategy!r} does not read {', '.join(idle)}: it changes nothing")
     if STRATEGIES[server.strategy].adds_noise and not server.noise_multiplier:
         notes.append(f"server.noise-multiplier = 0: {server.strategy} clips, and adds no noise: nothing is private")
+
+
+def _check_clients_results(config: Config) -> None:
+    """The keys of every client's own results go together."""
+    run, every = config.run, config.run.client_eval_every
+    if every and not data_kind(config.data.dataset).has_examples:
+        raise InputError(f"run.client-eval-every = {every}: data.dataset = {config.data.dataset!r} has no examples")
+    if not run.personal_steps:
+        return
+    said = f"run.personal-steps = {run.personal_steps}"
+    if not every:
+        raise InputError(f"{said}: needs run.client-eval-every, the rounds between two evaluations of clients' models")
+    if ALGORITHMS[config.algorithm.name].decentralized:
+        why = "every client has a model of its own already, and that is measured"
+        raise InputError(f"{said}: with {config.algorithm.name} {why}; leave it 0")
 
 
 def _check_goals(config: Config) -> None:

@@ -22,15 +22,18 @@ from fedmom.records.files import (
     ENVIRONMENT,
     FINAL,
     FIXED,
+    RESULTS,
     ROUNDS,
     STATUS,
     read_about,
     read_tensors,
     write_tensors,
 )
+from fedmom.records.history import ClientHistory, line_of
 from fedmom.records.identity import Identity
 from fedmom.rounds.loop import Record
 from fedmom.rounds.plan import RunState
+from fedmom.rounds.results import ClientResults
 
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
@@ -39,7 +42,7 @@ _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
 
 def _leftovers(folder: Path) -> list[str]:
     """Files that `whole_file` began in `folder` and a kill left behind."""
-    names = (CONFIG, ENVIRONMENT, ROUNDS, CHECKPOINT, CLIENTS, FINAL, BEST, FIXED, STATUS, "curves.png")
+    names = (CONFIG, ENVIRONMENT, ROUNDS, RESULTS, CHECKPOINT, CLIENTS, FINAL, BEST, FIXED, STATUS, "curves.png")
     return [p.name for p in folder.iterdir() if p.name.startswith(tuple(f".{name}." for name in names))]
 
 
@@ -134,13 +137,19 @@ class RunFolder:
 
     def append(self, record: Record) -> None:
         """One line of rounds.jsonl, readable at once by whoever watches the run."""
+        self._append(ROUNDS, json.dumps(record) + "\n")
+
+    def append_results(self, clients: ClientHistory, results: ClientResults) -> None:
+        """One line of clients.jsonl, after the one on the clients."""
+        begins = not (self.path / RESULTS).exists()
+        self._append(RESULTS, (clients.about() if begins else "") + line_of(results))
+
+    def _append(self, name: str, lines: str) -> None:
         try:
-            with open(self.path / ROUNDS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(lines)
         except OSError as error:
-            raise InputError(
-                f"{self.path / ROUNDS}: cannot be written ({error.strerror}); --resume continues"
-            ) from None
+            raise InputError(f"{self.path / name}: cannot be written ({error.strerror}); --resume continues") from None
 
     def save(self, done: RunState, stamp: dict[str, Any]) -> None:
         """A checkpoint; `stamp`: the run's own (see `fedmom.records.identity`).

@@ -14,8 +14,10 @@ import numpy as np
 from fedmom.errors import InputError
 from fedmom.machine.files import whole_file
 from fedmom.records.files import RESULTS, ROUNDS
-from fedmom.rounds.clients import ClientResults
 from fedmom.rounds.loop import Record
+from fedmom.rounds.results import HISTOGRAM, ClientResults
+from fedmom.tasks.problem import Problem
+from fedmom.tasks.supervised import Supervised
 
 MOST_KEPT = 10_000  # records of a run that are held in memory, 1.4 kB each; of a longer one its folder is read
 
@@ -149,10 +151,10 @@ class History(Sequence[Record]):
         return f"<{self._count:,} rounds of {self.folder}>"
 
 
-def cut_back(folder: Path, round_number: int, eval_every: int, measures: Collection[str]) -> tuple[History, int]:
+def cut_back(folder: Path, round_number: int, lost: Collection[str]) -> tuple[History, int]:
     """Cut rounds.jsonl back to the checkpoint's round; what stays, and how many lines there were.
 
-    The last round of a run that is now longer loses its evaluation where the long run would not have made it.
+    lost: what the last round of a run that is now longer loses, where the long run would not have measured it.
     """
     kept, count = History(folder), 0
     with whole_file(folder / ROUNDS) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
@@ -163,13 +165,14 @@ def cut_back(folder: Path, round_number: int, eval_every: int, measures: Collect
                 continue
             if number != len(kept) + 1:
                 break
-            if number == round_number and number % eval_every:
-                record = {key: value for key, value in record.items() if key not in measures}
+            if number == round_number and lost:
+                record = {key: value for key, value in record.items() if key not in lost}
                 line = json.dumps(record) + "\n"
             file.write(line if line.endswith("\n") else line + "\n")
             kept.append(record)
         if len(kept) != round_number:
             raise InputError(f"{folder / ROUNDS}: lacks rounds before the checkpoint's, {round_number}")
+    _cut_back_clients(folder, {record["round"] for record in kept if has_clients(record)})
     return kept, count
 
 
@@ -215,6 +218,19 @@ def line_of(results: ClientResults) -> str:
     return json.dumps({"round": results.round, **values}) + "\n"
 
 
+def has_clients(record: Record) -> bool:
+    """Whether a round looked at every client: clients.jsonl then has a line of it."""
+    return any(name.endswith(HISTOGRAM) for name in record)
+
+
+def clients_of(problem: Problem) -> ClientHistory:
+    """Who the clients of a run are, of which nobody got anything yet."""
+    own = problem.own if isinstance(problem, Supervised) else None
+    tests = np.zeros_like(problem.sizes) if problem.own_sizes is None else problem.own_sizes
+    names = None if own is None or own.names is None else [str(one) for one in own.names.tolist()]
+    return ClientHistory(problem.sizes, tests, names, [])
+
+
 def read_clients(folder: Path) -> ClientHistory | None:
     """The clients' own results of a run folder, up to a last line that a kill cut short; None where it has none.
 
@@ -241,13 +257,11 @@ def read_clients(folder: Path) -> ClientHistory | None:
     return found
 
 
-def cut_back_clients(folder: Path, round_number: int, kept_last: bool) -> None:
-    """Cut clients.jsonl back to the checkpoint's round, and without that one unless it is `kept_last`."""
+def _cut_back_clients(folder: Path, rounds: Collection[int]) -> None:
+    """Keep the lines of clients.jsonl that are of these rounds."""
     found = read_clients(folder)
     if found is None:
         return
     with whole_file(folder / RESULTS) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
         file.write(found.about())
-        for results in found.results:
-            if results.round < round_number + kept_last:
-                file.write(line_of(results))
+        file.writelines(line_of(results) for results in found.results if results.round in rounds)

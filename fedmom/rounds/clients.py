@@ -1,78 +1,85 @@
-"""What every single client gets: one number of each measure per client, and how they are spread over all of them.
+"""A look at every client: x̂ and the clients' own models, each judged on its client's own test examples."""
 
-"own": x̂ on each client's own test examples. "personal": each client's own model on them, which has the tensors that
-stay with it (algorithm.personal), or has taken some steps from x̂ (run.personal-steps).
-"""
-
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from fedmom.tasks.metrics import is_share, rises
+from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
+from fedmom.method.state import ClientState, Tree, rows_of, stacked, to_device
+from fedmom.rounds.plan import Plan, RunState, clients_job
+from fedmom.rounds.results import OWN, PERSONAL, ClientResults
+from fedmom.rounds.round import Backend, Job, Stepper, part_of
+from fedmom.tasks.problem import Problem
 
-OWN, PERSONAL = "own", "personal"
-BINS = 20
-# What is said of a measure over all clients, each client counting once.
-STATISTICS = {
-    "mean": "mean over the clients",
-    # q-FFL (Li, Sanjabi, Beirami, Smith, ICLR 2020) judges fairness by it.
-    "worst10": "mean over the worst tenth of the clients",
-    "q25": "first quartile",
-    "median": "median",
-    "q75": "third quartile",
-}
-JAIN, HISTOGRAM = "jain", "histogram"
+_CHUNK = 64  # clients whose rows, which are there already, are measured at a time
 
 
-class ClientResults(NamedTuple):
-    """What every client got in one round."""
+def look(problem: Problem, plan: Plan, backend: Backend, done: RunState, lr: float) -> ClientResults:
+    """What every client gets from the round that `done` ends: from x̂ and, where it has one, from its own model.
 
-    round: int
-    values: Mapping[str, np.ndarray]  # {"own_loss": [N] float64, …}, NaN for a client without test examples
-
-    def record(self) -> dict[str, Any]:
-        """The statistics, as they stand in the record of the round."""
-        found = dict[str, Any]()
-        for name, values in self.values.items():
-            found |= summary(name, values[~np.isnan(values)])
-        return found
-
-
-def client_names(whose: Sequence[str], metrics: Sequence[str]) -> tuple[str, ...]:
-    """The names of a client's own numbers: "own_loss", "own_accuracy", …."""
-    return tuple(f"{one}_{name}" for one in whose for name in ("loss", *metrics))
-
-
-def summary_names(name: str) -> tuple[str, ...]:
-    """The names that `summary` gives of "own_accuracy", those that are no number last."""
-    whose, _, measure = name.partition("_")
-    numbers = [f"{whose}_{statistic}_{measure}" for statistic in STATISTICS]
-    return (*numbers, *([f"{name}_{JAIN}"] if is_share(name) else []), f"{name}_{HISTOGRAM}")
-
-
-def summary(name: str, values: np.ndarray) -> dict[str, Any]:
-    """How one measure, such as "own_accuracy", is spread over the clients that have it: values [n] float64.
-
-    The worst tenth are ⌈n / 10⌉ clients. Jain's index is (Σ a)² / (n Σ a²), of shares alone: 1 where all clients have
-    the same (Jain, Chiu, Hawe, 1984). The histogram has BINS bins: of shares on [0, 1], of others from the least to the
-    largest value. Nothing is said of no client.
+    lr: γ of the steps that make clients' own models, of the round's last step.
     """
-    if not len(values):
-        return {}
-    whose, _, measure = name.partition("_")
-    ordered = np.sort(values) if rises(measure) else np.sort(values)[::-1]  # the worst first
-    quartiles = np.quantile(values, (0.25, 0.5, 0.75))
-    numbers = [values.mean(), ordered[: -(-len(values) // 10)].mean(), *quartiles]
-    found: dict[str, Any] = {
-        f"{whose}_{statistic}_{measure}": float(number) for statistic, number in zip(STATISTICS, numbers, strict=True)
-    }
-    share = is_share(name)
-    if share:
-        squares = float((values**2).sum())
-        found[f"{name}_{JAIN}"] = float(values.sum()) ** 2 / (len(values) * squares) if squares else 1.0
-    low, high = (0.0, 1.0) if share else (float(values.min()), float(values.max()))
-    if np.isfinite(high - low):
-        counts, edges = np.histogram(values, BINS, (low, high))
-        found[f"{name}_{HISTOGRAM}"] = {"low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist()}
-    return found
+    done, everybody = done.gathered(), torch.arange(len(problem.sizes))
+    job = None
+    if plan.personal_steps:
+        momentum, states = done.client_momentum, done.client_correction
+        job = steps_job(problem, plan, done.round, everybody.numpy(), momentum, states, lr=lr)
+    if backend.own_results is not None:
+        return ClientResults(done.round, backend.own_results(done.state, job))
+    values = _named(OWN, problem.evaluate_own(done.state))
+    if done.rows is not None or job is not None:
+        found = dict[str, np.ndarray]()
+        for ids, rows in _own_models(problem, plan, backend, done, job):
+            for name, own in problem.evaluate_own_rows(rows, ids).items():
+                found.setdefault(name, np.full(len(everybody), np.nan))[ids.numpy()] = own
+        values |= _named(PERSONAL, found)
+    return ClientResults(done.round, values)
+
+
+def steps_job(
+    problem: Problem,
+    plan: Plan,
+    round_index: int,
+    ids: np.ndarray,
+    momentum: Tree | None,
+    correction: Tree | None,
+    *,
+    lr: float,
+) -> Job:
+    """`plan.personal_steps` local steps with γ = `lr`, as they would begin round `round_index` of clients `ids` [C].
+
+    So they go from û by the momentum policy, on the minibatches that the clients draw next.
+    """
+    job = clients_job(problem, plan, round_index, ids, momentum, correction)
+    return job._replace(num_steps=torch.full((len(ids),), plan.personal_steps), lrs=[lr] * plan.personal_steps)
+
+
+def after_steps(method: Method, stepper: Stepper, state: ClientState, job: Job, device: torch.device) -> ClientState:
+    """Rows [C, ...] of the job's clients after its steps from `state`."""
+    policy, own, rows = MOMENTUM_POLICIES[method.momentum_policy], job.momentum, stacked(state, len(job.clients))
+    own = own and {name: u.to(device) for name, u in own.items()}
+    return stepper.run_rows(rows._replace(momentum=policy.start(rows.momentum, own)), job)[0]
+
+
+def _own_models(
+    problem: Problem, plan: Plan, backend: Backend, done: RunState, job: Job | None
+) -> Iterator[tuple[Tensor, ClientState]]:
+    """Every client's own model, chunk by chunk: (ids [k], rows [k, ...]); one chunk is held at a time.
+
+    Under Algorithm 2 the client's row; else x̂ after the steps of `job`.
+    """
+    if done.rows is not None:
+        for ids in torch.arange(len(problem.sizes)).split(_CHUNK):
+            yield ids, to_device(rows_of(done.rows, ids), problem.device)
+        return
+    stepper = backend if isinstance(backend, Stepper) else backend.make_stepper and backend.make_stepper()
+    assert stepper, "a backend takes steps on this device, or says who does"
+    assert job is not None
+    for ids in job.clients.split(stepper.chunk_size):
+        yield ids, after_steps(plan.method, stepper, done.state, part_of(job, ids), problem.device)
+
+
+def _named(whose: str, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{whose}_{name}": of_all for name, of_all in values.items()}

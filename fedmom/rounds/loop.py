@@ -14,6 +14,7 @@ import torch
 from fedmom.errors import DivergedError
 from fedmom.method.algorithms import slow_step
 from fedmom.method.state import ClientState, Tree, is_finite
+from fedmom.rounds.clients import look
 from fedmom.rounds.correction import check_states, gathered
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
 from fedmom.rounds.plan import Known, Plan, RunState, round_job
@@ -100,12 +101,15 @@ def run_rounds(
         begin = end - _whole(ahead) if ahead else clock()
         asked, job, outcome, new = ahead.take() if ahead else _begun(problem, plan, engine, done, known, progress)
         known, ahead = job.following, None
-        if outcome.settle is not None and not job.evaluates:
+        if outcome.settle is not None and not (job.evaluates or job.looks_at_clients):
             ahead = Early(partial(_begun, problem, plan, engine, new, known), progress)
         outcome = outcome.settled()
         steps = int(job.num_steps.sum())
         train_seconds = clock() - begin - _whole(ahead)
         measured = _measured(problem, plan, job, outcome, new)
+        if job.looks_at_clients:
+            results = look(problem, plan, engine, new, job.lrs[-1])
+            new, measured = new._replace(results=results), {**measured, **results.record()}
         _check_finite(new.round, job, outcome, measured)
         check_states(plan.method, outcome, new.state.correction, f"round {new.round} at lr = {job.lrs[0]:g}")
         end = clock()

@@ -17,6 +17,7 @@ from fedmom.method.schedules import Horizon, LearningRate
 from fedmom.method.state import ClientState, Tree, num_bytes, stacked, zeros_like
 from fedmom.method.topology import Topology
 from fedmom.rounds.correction import client_rows, start_of
+from fedmom.rounds.results import ClientResults
 from fedmom.rounds.round import Job
 from fedmom.tasks.problem import Problem
 
@@ -40,6 +41,8 @@ class Plan(NamedTuple):
     slow_momentum: float = 0.0  # α of SlowMo
     slow_lr: float = 1.0  # η of SlowMo
     topology: Topology | None = None  # W_t of Algorithm 2
+    client_eval_every: int = 0  # rounds between two evaluations on every client's own test examples; 0: none
+    personal_steps: int = 0  # local steps from x̂ after which a client's own evaluation measures once more
     eval_clients: int = 0  # of Algorithm 2: how many clients' own models are measured; 0: all
     compared: bool = False  # whether the run goes on whose ways were compared with plain torch when it began
 
@@ -51,6 +54,11 @@ class Plan(NamedTuple):
     def evaluates(self, round_number: int) -> bool:
         """Whether round 1, 2, … ends with an evaluation."""
         return round_number % self.eval_every == 0 or round_number == self.num_rounds
+
+    def looks_at_clients(self, round_number: int) -> bool:
+        """Whether round 1, 2, … ends with an evaluation on every client's own test examples."""
+        every = self.client_eval_every
+        return bool(every) and (round_number % every == 0 or round_number == self.num_rounds)
 
     def bytes_sent(self, round_index: int, num_clients: int, state: ClientState) -> int:
         """By all clients in round 0, 1, …; `state`: as one client sends it, with the message of a correction."""
@@ -88,6 +96,7 @@ class RunState(NamedTuple):
     wall_seconds: float = 0.0
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings state and rows from where they are
     client_correction: Tree | None = None  # [N, ...] every client's own state of a correction, in main memory
+    results: ClientResults | None = None  # what every client got in this round; in no checkpoint
 
     def gathered(self) -> "RunState":
         """The same with its state and rows here, where others hold them."""
@@ -135,7 +144,8 @@ def round_job(problem: Problem, plan: Plan, done: RunState, known: Known = None)
         )
     following = cache(partial(cohort_job, problem, plan, done.round + 1)) if done.round + 1 < plan.num_rounds else None
     job = job._replace(momentum=momentum, correction=correction, rows=done.rows, following=following)
-    return job._replace(evaluates=plan.evaluates(done.round + 1))
+    number = done.round + 1
+    return job._replace(evaluates=plan.evaluates(number), looks_at_clients=plan.looks_at_clients(number))
 
 
 def cohort_job(problem: Problem, plan: Plan, round_index: int) -> Job:

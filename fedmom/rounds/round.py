@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class Job(NamedTuple):
     rows: ClientState | None = None  # [N, ...] the clients' own x, u and buffers, of Algorithm 2
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction, in main memory
     evaluates: bool = False  # whether the round's result will be measured
+    looks_at_clients: bool = False  # whether it will be, on every client's own test examples
     following: Callable[[], "Job"] | None = None  # the next round's, without anything that depends on this one's result
 
 
@@ -54,6 +56,19 @@ class Outcome(NamedTuple):
         return self if self.settle is None else self.settle()
 
 
+@runtime_checkable
+class Stepper(Protocol):
+    """Whoever takes local steps on this device, without an exchange."""
+
+    chunk_size: int  # K, clients that are stacked at once
+
+    def run_rows(
+        self, rows: ClientState, job: Job, progress: Progress | None = None
+    ) -> tuple[ClientState, Tensor, list[Tensor]]:
+        """The job's steps of its clients, each from its own row [C, ...] -> rows like them, losses [C], a path."""
+        ...
+
+
 class Backend(Protocol):
     """Whoever can run one round: the engine on this device, Ray actors, or Flower's clients.
 
@@ -64,6 +79,9 @@ class Backend(Protocol):
     settled: Mapping[str, Any] = MappingProxyType({})
     notes: Sequence[str] = ()  # what of that should be known
     details: Sequence[str] = ()  # what of that may be asked for
+    # (x̂, û and the buffers; the steps to own models) -> {"own_loss": [N], …}, where the clients alone can tell.
+    own_results: Callable[[ClientState, Job | None], dict[str, np.ndarray]] | None = None
+    make_stepper: Callable[[], Stepper] | None = None  # of a backend that takes no steps on this device itself
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fedmom.config.build import make_plan, resolve_device
 from fedmom.config.build import make_problem as build_problem
+from fedmom.config.goals import of_rounds
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace, to_toml
 from fedmom.config.resolve import Resolved, resolve, with_choices
@@ -17,11 +18,10 @@ from fedmom.machine.files import write_text
 from fedmom.records.environment import environment
 from fedmom.records.files import CONFIG, ENVIRONMENT, write_fixed
 from fedmom.records.folder import RunFolder
-from fedmom.records.history import History, cut_back
+from fedmom.records.history import History, clients_of, cut_back
 from fedmom.records.identity import identity_of
 from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
-from fedmom.rounds.evaluation import client_measures
 from fedmom.rounds.loop import Record, run_rounds
 from fedmom.rounds.plan import Plan, RunState, beginning, round_job
 from fedmom.rounds.round import Backend
@@ -150,6 +150,8 @@ class _Run:
             for new, record in steps:
                 with interrupts_held():
                     if self.folder:
+                        if new.results is not None:
+                            self.folder.append_results(clients_of(self.problem), new.results)
                         self.folder.append(record)
                     self.rounds.append(record)
                     done = new
@@ -239,12 +241,11 @@ class _Run:
             if before.status not in ("done", "running", "unfinished"):
                 self.notes.append(f"it was {before.text}")
             done, self.stamp = self.folder.load(self.identity, done, self.problem.device)
-            # A finished run keeps its last round's evaluation; in a longer one that round is like any other.
-            every = self.config.run.eval_every if done.round < self.plan.num_rounds else 1
-            self.rounds, recorded = cut_back(
-                self.folder.path, done.round, every, (*self.problem.measures, *client_measures(self.problem.measures))
-            )
-            if recorded and not done.round:
+            # A finished run keeps what its last round measured; in a longer one that round is like any other.
+            last, plan = done.round, self.plan
+            lost = of_rounds(self.config, not plan.evaluates(last), not plan.looks_at_clients(last))
+            self.rounds, recorded = cut_back(self.folder.path, last, lost)
+            if recorded and not last:
                 self.notes.append(f"there is no checkpoint: it starts again from round 1 ({recorded} lines dropped)")
             if self.rounds.last:
                 done = done._replace(wall_seconds=float(self.rounds.last["wall_seconds"]))

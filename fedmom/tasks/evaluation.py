@@ -1,21 +1,35 @@
 """How a model does on examples: a task's measures in evaluation mode, in pieces that fit into the memory."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fedmom.data.inputs import NARROW, Inputs, called_with, num_examples, pieces, rows_of_inputs
+from fedmom.data.given.held_out import OwnTests
+from fedmom.data.inputs import NARROW, Inputs, called_with, gathered, num_examples, pieces, rows_of_inputs
+from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes, sizes_made
-from fedmom.method.state import ClientState
+from fedmom.method.state import ClientState, Tree, row_of, rows_of
 from fedmom.tasks.places import Places
 from fedmom.tasks.task import Task
 from fedmom.user_code import one_line
 
 _PIECE, _FEW = 500, 2  # examples judged at a time: at most, at least
+_WIDE = 8  # clients in a piece, of a measure that makes very many sums of each
+_BLOCK = 32  # examples of each client that go forward together with those of others
+
+
+class _Piece(NamedTuple):
+    """Some neighbouring examples, ordered by client."""
+
+    examples: np.ndarray  # [n] their numbers
+    clients: np.ndarray  # [k] whose they are, ascending
+    lengths: np.ndarray  # [k] how many each has here
+    goes_on: bool  # whether the last client has more in the next piece
 
 
 class Evaluation:
@@ -33,6 +47,7 @@ class Evaluation:
         """normalised, targets: examples as the model takes them, and as the loss does. called: the model, in errors."""
         self.places, self.task, self.called, self.device = places, task, called, device
         self.normalised, self.targets = normalised, targets
+        self.stacks = True  # whether clients' own models may go forward together
         self._each: int | None = None  # bytes that the evaluation of one example takes, where measured
 
     def measured(
@@ -57,6 +72,83 @@ class Evaluation:
             return {}
         together = torch.cat([*totals.values()]).cpu()  # in one wait for the device
         return dict(zip(totals, together.split([len(sums) for sums in totals.values()]), strict=True))
+
+    @torch.no_grad()
+    def by_client(self, state: ClientState, tests: OwnTests) -> dict[str, np.ndarray]:
+        """{"loss": [N], …} of one model on each client's own examples, in one pass; NaN for a client without."""
+        state, partition = _copy(state), tests.partition
+        found = self._nothing(partition.num_clients)
+        most = len(partition.offsets) if self.task.judges_together else _WIDE
+        carried = dict[str, Tensor]()  # the sums of the client that the piece before broke off
+        for piece in _pieces(partition, self._piece(state, tests.x), most):
+            rows = torch.from_numpy(piece.examples).to(self.device)
+            x, y = rows_of_inputs(tests.x, rows), rows_of_inputs(tests.y, rows)
+            outputs = self._outputs(state, self.normalised(x))
+            sums = _to_memory(self.task.judge_each(outputs, self.targets(y), torch.from_numpy(piece.lengths)))
+            for name, one in carried.items():
+                sums[name][0] += one
+            whole = len(piece.clients) - piece.goes_on
+            carried = {name: one[-1] for name, one in sums.items()} if piece.goes_on else {}
+            self._fill(found, piece.clients[:whole], {name: one[:whole] for name, one in sums.items()})
+        return found
+
+    @torch.no_grad()
+    def by_row(self, rows: ClientState, clients: np.ndarray, tests: OwnTests) -> dict[str, np.ndarray]:
+        """{"loss": [K], …} of K clients' own models, rows [K, ...], each on its client's own examples.
+
+        The models go forward together where torch.vmap takes them, by blocks of every client's examples.
+        """
+        places = np.flatnonzero(tests.partition.sizes[clients])
+        found, stacks = self._nothing(len(clients)), self.stacks and self.task.judges_together and len(places) > 1
+        if stacks:
+            try:
+                self._fill(found, places, self._together(rows, clients, places, tests))
+                return found
+            except Exception:  # of a model that cannot be mapped: it is right for one client, too
+                self.stacks = False
+        for place in places.tolist():
+            of_one = torch.from_numpy(tests.partition.of(int(clients[place]))).to(self.device)
+            values = self.measured(row_of(rows, place), tests.x, tests.y, of_one)
+            for name in found:
+                found[name][place] = values[name]
+        return found
+
+    def _together(
+        self, rows: ClientState, clients: np.ndarray, places: np.ndarray, tests: OwnTests
+    ) -> dict[str, Tensor]:
+        """{measure: sums [n, s]} of the clients at `places` [n], each with examples."""
+        sizes = tests.partition.sizes[clients[places]]
+        totals = dict[str, Tensor]()
+        for first in range(0, int(sizes.max()), _BLOCK):
+            still = np.flatnonzero(sizes > first)  # who has examples left
+            held = [tests.partition.of(int(clients[places[k]]))[first : first + _BLOCK] for k in still]
+            lengths = np.array([len(one) for one in held])
+            block = np.stack([np.resize(one, lengths.max()) for one in held])  # filled up by the client's own
+            examples = torch.from_numpy(block).to(self.device)
+            x = self.normalised(gathered(tests.x, examples))
+            own = rows_of(rows, torch.from_numpy(places[still]))
+            outputs = torch.vmap(self._one_client)(own.params, own.buffers, x)
+            kept = torch.from_numpy(np.arange(block.shape[1]) < lengths[:, None]).to(self.device)
+            y = self.targets(gathered(tests.y, examples[kept]))
+            flat = tree_map(lambda t, kept=kept: t[kept], outputs)
+            for name, sums in self.task.judge_each(flat, y, torch.from_numpy(lengths)).items():
+                at = torch.from_numpy(still).to(sums.device)
+                before = totals.get(name, sums.new_zeros(len(places), sums.shape[1]))
+                totals[name] = before.index_add(0, at, sums)
+        return _to_memory(totals)
+
+    def _one_client(self, params: Tree, buffers: Tree, x: Inputs) -> Any:
+        """[B, ...] of one client's model."""
+        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        return self._outputs(ClientState({name: value.clone() for name, value in params.items()}, {}, own), x)
+
+    def _nothing(self, num_clients: int) -> dict[str, np.ndarray]:
+        return {name: np.full(num_clients, np.nan) for name in ("loss", *self.task.metrics)}
+
+    def _fill(self, found: dict[str, np.ndarray], places: np.ndarray, totals: dict[str, Tensor]) -> None:
+        """Write the values of clients whose sums are whole."""
+        for name, values in self.task.values_each(totals).items() if len(places) else ():
+            found[name][places] = values.numpy()
 
     @torch.no_grad()
     def check(self, state: ClientState, parts: Mapping[str, tuple[Inputs, Tensor]], num_outputs: int) -> None:
@@ -120,6 +212,26 @@ class Evaluation:
 
         outputs = self.places.run(state.params, dict(state.buffers), judge)
         return tree_map(lambda t: t[:1] if isinstance(t, Tensor) else t, outputs) if alone else outputs
+
+
+def _pieces(partition: Partition, size: int, most_clients: int) -> Iterator[_Piece]:
+    """All examples in pieces of at most `size`, of at most so many clients."""
+    ends, first = partition.offsets[1:], 0
+    while first < ends[-1]:
+        start = int(np.searchsorted(ends, first, side="right"))  # the client of the first one
+        last = int(min(first + size, ends[min(start + most_clients, len(ends)) - 1]))
+        stop = int(np.searchsorted(ends, last - 1, side="right"))  # and of the last one
+        clients = np.arange(start, stop + 1)
+        inside = np.minimum(ends[clients], last) - np.maximum(partition.offsets[clients], first)
+        some = inside > 0
+        yield _Piece(partition.indices[first:last], clients[some], inside[some], bool(last < ends[stop]))
+        first = last
+
+
+def _to_memory(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """[k, s] each, in one wait for the device; they may be written into."""
+    widths = [one.shape[1] for one in sums.values()]
+    return dict(zip(sums, torch.cat([*sums.values()], 1).cpu().split(widths, 1), strict=True))
 
 
 def _ends(x: Inputs) -> list[int]:

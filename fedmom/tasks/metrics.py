@@ -25,15 +25,23 @@ class Metric(NamedTuple):
     rises: bool = True  # whether larger is better
     share: bool = True  # whether it lies in [0, 1], and is shown in per cent
     short: str = ""  # in tables, where it is not its name
+    # (outputs, targets) -> [n, s], the sums of each example alone; None where that is too many numbers
+    each: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 # Classes: outputs [M, C], labels [M]; of tokens all that count, one after the other.
 
 
-def _shares(sums: Tensor) -> float:
+def share_of(sums: Tensor) -> float:
     """Right ones / all."""
     right, count = sums.tolist()
     return right / count if count else 0.0
+
+
+def _counted(each: Tensor) -> Tensor:
+    """[n] numbers -> [n, 2]: the number, and that it is one."""
+    each = each.to(F64)
+    return torch.stack([each, torch.ones_like(each)], 1)
 
 
 def _right(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -41,16 +49,37 @@ def _right(outputs: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([right.to(F64), right.new_full((), len(labels)).to(F64)])
 
 
-def _right_of_five(outputs: Tensor, labels: Tensor) -> Tensor:
+def _each_right(outputs: Tensor, labels: Tensor) -> Tensor:
+    return _counted(outputs.argmax(1) == labels)
+
+
+def _among_five(outputs: Tensor, labels: Tensor) -> Tensor:
+    """[n] bool."""
     best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
-    right = (best == labels[:, None]).any(1).sum()
+    return (best == labels[:, None]).any(1)
+
+
+def _right_of_five(outputs: Tensor, labels: Tensor) -> Tensor:
+    right = _among_five(outputs, labels).sum()
     return torch.stack([right.to(F64), right.new_full((), len(labels)).to(F64)])
 
 
-def _surprise(outputs: Tensor, labels: Tensor) -> Tensor:
+def _each_of_five(outputs: Tensor, labels: Tensor) -> Tensor:
+    return _counted(_among_five(outputs, labels))
+
+
+def _surprises(outputs: Tensor, labels: Tensor, reduction: str) -> Tensor:
     wide = outputs.float() if outputs.dtype.itemsize < 4 else outputs
-    total = cross_entropy(wide, labels, reduction="sum").to(F64)
+    return cross_entropy(wide, labels, reduction=reduction).to(F64)
+
+
+def _surprise(outputs: Tensor, labels: Tensor) -> Tensor:
+    total = _surprises(outputs, labels, "sum")
     return torch.stack([total, total.new_full((), len(labels))])
+
+
+def _each_surprise(outputs: Tensor, labels: Tensor) -> Tensor:
+    return _counted(_surprises(outputs, labels, "none"))
 
 
 def _perplexity(sums: Tensor) -> float:
@@ -81,6 +110,11 @@ def _macro_f1(sums: Tensor) -> float:
 def _label_right(outputs: Tensor, targets: Tensor) -> Tensor:
     right = ((outputs > 0) == (targets > 0)).sum()
     return torch.stack([right.to(F64), right.new_full((), targets.numel()).to(F64)])
+
+
+def _each_label_right(outputs: Tensor, targets: Tensor) -> Tensor:
+    right = ((outputs > 0) == (targets > 0)).flatten(1)
+    return torch.stack([right.sum(1).to(F64), right.new_full((len(right),), right.shape[1], dtype=F64)], 1)
 
 
 # The area under the ROC curve, of scores that are rounded to 16 bits (bfloat16): 2^16 counts of each kind add up.
@@ -128,6 +162,14 @@ def _errors(power: int) -> Callable[[Tensor, Tensor], Tensor]:
     return sums
 
 
+def _each_error(power: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def each(outputs: Tensor, targets: Tensor) -> Tensor:
+        errors = ((outputs.to(F64) - targets.to(F64)).abs() ** power).flatten(1)
+        return torch.stack([errors.sum(1), errors.new_full((len(errors),), errors.shape[1])], 1)
+
+    return each
+
+
 def _root(sums: Tensor) -> float:
     total, count = sums.tolist()
     return float((total / count) ** 0.5) if count else 0.0
@@ -140,6 +182,11 @@ def _variation(outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([*each, y.new_full((1,), len(y))])
 
 
+def _each_variation(outputs: Tensor, targets: Tensor) -> Tensor:
+    y = targets.to(F64)
+    return torch.cat([(outputs.to(F64) - y) ** 2, y, y**2, y.new_ones(len(y), 1)], 1)
+
+
 def _explained(sums: Tensor) -> float:
     """R²: the mean over the numbers of 1 − Σ (y − ŷ)² / Σ (y − ȳ)²; 0 for a number that never changes."""
     (left, total, squares), count = sums[:-1].reshape(3, -1), float(sums[-1])
@@ -150,12 +197,13 @@ def _explained(sums: Tensor) -> float:
 
 _ACCURACY = "share of the examples whose largest output is the right one"
 CLASS_METRICS = {
-    "accuracy": Metric(_ACCURACY, _right, _shares),
+    "accuracy": Metric(_ACCURACY, _right, share_of, each=_each_right),
     "top5": Metric(
         "share of the examples whose five largest outputs hold the right one",
         _right_of_five,
-        _shares,
+        share_of,
         short="top-5 accuracy",
+        each=_each_of_five,
     ),
     "f1": Metric("mean over classes of the harmonic mean of precision and recall", _confusion, _macro_f1, short="F1"),
     "auc": Metric(
@@ -165,11 +213,13 @@ CLASS_METRICS = {
         share=False,
         short="AUC",
     ),
-    "perplexity": Metric("exponential of the mean cross-entropy", _surprise, _perplexity, rises=False, share=False),
+    "perplexity": Metric(
+        "exponential of the mean cross-entropy", _surprise, _perplexity, rises=False, share=False, each=_each_surprise
+    ),
 }
 TOKEN_METRICS = {name: CLASS_METRICS[name] for name in ("accuracy", "top5", "f1", "perplexity")}
 LABEL_METRICS = {
-    "accuracy": Metric("share of all labels that are right", _label_right, _shares),
+    "accuracy": Metric("share of all labels that are right", _label_right, share_of, each=_each_label_right),
     "f1": Metric(
         "mean over labels of the harmonic mean of precision and recall", _label_confusion, _macro_f1, short="F1"
     ),
@@ -178,9 +228,18 @@ LABEL_METRICS = {
     ),
 }
 NUMBER_METRICS = {
-    "mae": Metric("mean absolute error", _errors(1), _shares, rises=False, share=False, short="MAE"),
-    "rmse": Metric("root of the mean squared error", _errors(2), _root, rises=False, share=False, short="RMSE"),
-    "r2": Metric("R², share of the variance that is explained", _variation, _explained, share=False, short="R²"),
+    "mae": Metric("mean absolute error", _errors(1), share_of, False, False, short="MAE", each=_each_error(1)),
+    "rmse": Metric(
+        "root of the mean squared error", _errors(2), _root, False, False, short="RMSE", each=_each_error(2)
+    ),
+    "r2": Metric(
+        "R², share of the variance that is explained",
+        _variation,
+        _explained,
+        share=False,
+        short="R²",
+        each=_each_variation,
+    ),
 }
 # By name, whatever the task: a name means one thing to a reader.
 METRICS = CLASS_METRICS | LABEL_METRICS | NUMBER_METRICS

@@ -17,6 +17,7 @@ class Problem(Protocol):
     sizes: np.ndarray  # [N] examples of each client
     device: torch.device
     measures: tuple[str, ...]  # the names that `evaluate` gives
+    own_sizes: np.ndarray | None  # [N] test examples that each client has of its own; None where none has any
     small: bool  # whether a round's line also carries x, u and x after every step
 
     def start(self) -> ClientState:
@@ -42,6 +43,12 @@ class Problem(Protocol):
 
     def evaluate_clients(self, state: ClientState, clients: Tensor) -> dict[str, float]:
         """Measurements of `state` on the own data of clients [K], all examples together."""
+
+    def evaluate_own(self, state: ClientState) -> dict[str, np.ndarray]:
+        """{"loss": [N], …} of one model on every client's own test examples; NaN for a client without."""
+
+    def evaluate_own_rows(self, rows: ClientState, clients: Tensor) -> dict[str, np.ndarray]:
+        """The same [K] of the own models of clients [K], rows [K, ...]."""
 
     def state_dict(self, state: ClientState) -> Tree:
         """The mean model as its own load_state_dict takes it."""

@@ -101,5 +101,13 @@ class Quadratic:
         h, c = self.h[places], self.c[places]
         return {"loss": float((h * (state.params[X] - c) ** 2).sum() / 2 / len(clients))}
 
+    own_sizes: np.ndarray | None = None  # there are no examples to hold out
+
+    def evaluate_own(self, state: ClientState) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def evaluate_own_rows(self, rows: ClientState, clients: Tensor) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
     def activation_bytes(self, start: ClientState) -> int:
         return 4 * self.x0.numel() * self.x0.element_size()

@@ -4,21 +4,24 @@ import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmom.data.batches import Sampler, crop_flip, moves, normalised
 from fedmom.data.datasets import Dataset
+from fedmom.data.given.held_out import OwnTests
 from fedmom.data.inputs import Inputs, called_with, gathered, num_examples, rows_of_inputs
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.method.randomness import DROPOUT, random_bits
 from fedmom.method.state import ClientState, Tree, initial_state
 from fedmom.tasks.evaluation import Evaluation
+from fedmom.tasks.kinds import Named, make_task
 from fedmom.tasks.metrics import named
 from fedmom.tasks.places import BoundedGathers, Places, cast, check_model, copied
-from fedmom.tasks.task import Named, Task, make_task
+from fedmom.tasks.task import Task
 
 
 class Batch(NamedTuple):
@@ -56,8 +59,9 @@ class Supervised:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         name: str = "",
+        own: OwnTests | None = None,
     ) -> None:
-        """`task`: left out, classification by cross-entropy. `name`: of the model, for messages.
+        """`task`: left out, classification by cross-entropy. `name`: of the model, for messages. `own`: tests.
 
         Raises InputError, naming the model, where it cannot be trained with tensors of the clients' own.
         """
@@ -65,8 +69,8 @@ class Supervised:
         check_model(model, self.called)
         self.task = task or make_task("classification")
         if not isinstance(self.task, Named):  # whose code runs with the model's, so that it may be either's fault
-            own = type(self.task)
-            self.called += f" with data.task = '{own.__module__}:{own.__qualname__}'"
+            users = type(self.task)
+            self.called += f" with data.task = '{users.__module__}:{users.__qualname__}'"
         self.task.check_size(dataset.num_classes)
         self.measures = named(self.task.metrics)
         self.device = torch.device(device)
@@ -77,9 +81,18 @@ class Supervised:
             }
         )
         self.sizes = partition.sizes
+        self.own = None if own is None else self._own_here(dataset, own)
+        self.own_sizes = None if own is None else own.partition.sizes
         self.sampler = Sampler(partition, batch_size, sampling=sampling, seed=seed)
         self.augment, self.seed, self.dtype = augment, seed, dtype
         self._hold(cast(model, self.device, dtype))
+
+    def _own_here(self, dataset: Dataset, own: OwnTests) -> OwnTests:
+        """The clients' own test examples on the device; those of the data set are there already."""
+        for split in ("train", "test"):
+            if own.x is getattr(dataset, f"x_{split}"):
+                return own._replace(x=getattr(self.dataset, f"x_{split}"), y=getattr(self.dataset, f"y_{split}"))
+        return own._replace(x=tree_map(lambda t: t.to(self.device), own.x), y=own.y.to(self.device))
 
     def _hold(self, model: nn.Module) -> None:
         self.model, self.places = model, Places(model)
@@ -241,6 +254,16 @@ class Supervised:
         offsets, indices = self.sampler.offsets, self.sampler.indices
         rows = torch.cat([indices[offsets[c] : offsets[c + 1]] for c in clients.tolist()]).to(self.device)
         return self.evaluation.measured(state, self.dataset.x_train, self.dataset.y_train, rows)
+
+    def evaluate_own(self, state: ClientState) -> dict[str, np.ndarray]:
+        """{"loss": [N], …} of one model on every client's own test examples, in one pass; NaN for a client without."""
+        assert self.own is not None
+        return self.evaluation.by_client(state, self.own)
+
+    def evaluate_own_rows(self, rows: ClientState, clients: Tensor) -> dict[str, np.ndarray]:
+        """{"loss": [K], …} of the models of clients [K], rows [K, ...], each on its client's own test examples."""
+        assert self.own is not None
+        return self.evaluation.by_row(rows, clients.numpy(), self.own)
 
     def check_evaluation(self, state: ClientState) -> None:
         """Judge a few examples, so that what fails in evaluation fails before the first round.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fedmom
-from fedmom.tasks.task import TASKS
+from fedmom.tasks.kinds import TASKS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.xdist_group("Ray: tasks")]
 

@@ -19,7 +19,8 @@ from fedmom.config.build import make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.data.datasets import ARRAYS, Dataset, load_dataset
-from fedmom.data.local import agreed, client_source, facts_of, read_server, read_source
+from fedmom.data.given.own_files import client_source, read_server, read_source
+from fedmom.data.local import agreed, facts_of
 from fedmom.data.partition import PARTITIONS, make_partition
 from fedmom.errors import InputError
 

@@ -10,18 +10,8 @@ import fedmom
 from both_sides import assert_same, by_engine, by_flower
 from clients.client_app import app as client_app
 from fedmom.backends.trainer import warm_node
-from fedmom.data.local import (
-    agreed,
-    as_record,
-    client_source,
-    everything,
-    facts_of,
-    from_record,
-    none_of,
-    one_of,
-    read_server,
-    read_source,
-)
+from fedmom.data.given.own_files import client_source, read_server, read_source
+from fedmom.data.local import agreed, as_record, everything, facts_of, from_record, none_of, one_of
 from fedmom.errors import InputError
 from grids import LocalGrid, run_config
 from laws import table
@@ -114,7 +104,7 @@ def test_every_option_means_the_same(tmp_path, changes):
 
 def test_the_engine_sees_the_clients_one_after_another(tmp_path):
     data, split = give_digits(tmp_path, 3)
-    dataset, partition = everything(str(tmp_path), 3)
+    dataset, partition, _ = everything(str(tmp_path), 3)
     assert partition.sizes.tolist() == split.sizes.tolist()
     for c in range(3):
         assert torch.equal(dataset.x_train[partition.of(c)], data.x_train[split.of(c)])
@@ -152,7 +142,7 @@ def test_the_server_holds_no_training_example(tmp_path):
     dataset, partition = none_of(common, read_server(str(tmp_path)))
     assert len(dataset.x_train) == 0
     assert partition.sizes.tolist() == [len(one.y_train) for one in held]
-    own, _ = one_of(common, 1, held[1])
+    own, _, _ = one_of(common, 1, held[1])
     assert torch.equal(own.x_train, held[1].x_train)
 
 

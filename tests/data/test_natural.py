@@ -102,12 +102,12 @@ def test_a_draw_holds_the_drawn_clients_examples_alone(tmp_path):
         assert some.partition.num_clients == n
         for c, one in enumerate(some.ids):
             assert some.partition.of(c).tolist() == np.flatnonzero(mine["writer"] == one).tolist()
-            assert some.test_partition.of(c).tolist() == np.flatnonzero(mine["writer_test"] == one).tolist()
+            assert some.own.partition.of(c).tolist() == np.flatnonzero(mine["writer_test"] == one).tolist()
     all_five = held(**keys, num_clients=5)
     assert np.array_equal(all_five.partition.indices, everybody.partition.indices)
     del mine["writer_test"]
     np.savez(tmp_path / "mine.npz", **mine)
-    assert held(**keys, num_clients=0).test_partition is None
+    assert held(**keys, num_clients=0).own is None
 
 
 def test_zero_becomes_the_number_that_there_are_and_stays_it(tmp_path):

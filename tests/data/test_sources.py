@@ -18,7 +18,7 @@ from fedmom.config.build import make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.data.datasets import ARRAYS, load_dataset
-from fedmom.data.local import read_server, read_source
+from fedmom.data.given.own_files import read_server, read_source
 from fedmom.data.sources import mapped
 from fedmom.data.sources.small import read_python_sources
 from fedmom.errors import InputError

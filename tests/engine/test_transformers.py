@@ -15,10 +15,10 @@ from fedmom.engine.stacked.folded.clients import FoldError
 from fedmom.engine.stacked.folded.embeddings import common_indexes
 from fedmom.engine.stacked.steps import Stack
 from fedmom.rounds.plan import beginning, round_job
+from fedmom.tasks.kinds import make_task
 from fedmom.tasks.models.adapters import lora
 from fedmom.tasks.models.gpt import GPT
 from fedmom.tasks.supervised import Supervised
-from fedmom.tasks.task import make_task
 from runs import F64, run_plan, simple_plan
 
 WORDS, LENGTH, BATCH, LR, BETA, ROUNDS, STEPS = 7, 5, 3, 0.1, 0.8, 2, 2

@@ -1416,7 +1416,7 @@ MUTANTS = [
         "history",
         "the short run's last evaluation stays",
         "a longer run has a measure that the long run at once has not",
-        code(f"{HISTORY}.cut_back", "number == round_number and number % eval_every", "False"),
+        code(f"{HISTORY}.cut_back", "number == round_number and lost", "False"),
         "tests/runs/test_resume.py::test_longer_run_is_evaluated_where_the_long_run_is",
     ),
     Mutant(

@@ -61,7 +61,7 @@ def write(folder, count):
 def test_rounds_are_a_sequence_wherever_they_are(tmp_path, monkeypatch, most):
     monkeypatch.setattr(history, "MOST_KEPT", most)
     lines = write(tmp_path, 9)
-    found, count = cut_back(tmp_path, 7, 1, ())
+    found, count = cut_back(tmp_path, 7, ())
     rounds, lines = found.settled(), lines[:7]
     assert (count, isinstance(rounds, list)) == (9, most == 100)
     assert read_rounds(tmp_path) == lines
@@ -88,7 +88,7 @@ def test_memory_does_not_grow_with_the_rounds(tmp_path, monkeypatch):
     monkeypatch.setattr(history, "MOST_KEPT", 100)
     lines = write(tmp_path, 5000)
     tracemalloc.start()
-    rounds, _ = cut_back(tmp_path, 5000, 1, ())
+    rounds, _ = cut_back(tmp_path, 5000, ())
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 3e5  # a list of them takes 2.5 MB
@@ -115,7 +115,7 @@ def test_what_is_missing_or_broken_before_the_end_is_named(tmp_path):
     assert len(read_rounds(tmp_path)) == 5
     (tmp_path / ROUNDS).write_text("".join(lines[:2] + lines[3:]))
     with pytest.raises(InputError, match="lacks rounds before the checkpoint's, 5"):
-        cut_back(tmp_path, 5, 1, ())
+        cut_back(tmp_path, 5, ())
     (tmp_path / ROUNDS).write_text("".join(lines[:2]) + lines[2][:9] + "\n" + "".join(lines[3:]))
     with pytest.raises(InputError, match=":3: is not a round's record"):
         read_rounds(tmp_path)

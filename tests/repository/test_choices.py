@@ -27,7 +27,7 @@ TABLES = {
     "fedmom/method/algorithms.py": {**ALGORITHMS, **MOMENTUM_POLICIES},
     "fedmom/tasks/models/table.py": MODELS,
     "fedmom/method/graphs.py": TOPOLOGIES.keys() - {"path"},  # which is also a key of what updates are about
-    "fedmom/tasks/task.py": DATA_KINDS,
+    "fedmom/tasks/problem.py": DATA_KINDS,
 }
 
 

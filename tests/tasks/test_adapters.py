@@ -11,8 +11,8 @@ from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError
 from fedmom.records.files import FINAL
+from fedmom.tasks.kinds import make_task
 from fedmom.tasks.models import build_model
-from fedmom.tasks.task import make_task
 
 GPT = {
     "data.dataset": "tokens.npz",

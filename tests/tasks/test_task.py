@@ -17,8 +17,9 @@ from fedmom.data.inputs import rows_of_inputs
 from fedmom.data.partition import make_partition
 from fedmom.errors import InputError
 from fedmom.tasks.evaluation import Evaluation
+from fedmom.tasks.kinds import TASKS, Asked, make_task
 from fedmom.tasks.supervised import Supervised
-from fedmom.tasks.task import TASKS, Asked, Task, make_task
+from fedmom.tasks.task import Task
 from runs import F64, run_plan, simple_plan
 
 B, D, T, V = 4, 6, 5, 7

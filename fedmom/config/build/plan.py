@@ -55,6 +55,8 @@ def make_plan(config: Config) -> Plan:
         slow_momentum=algorithm.slow_momentum,
         slow_lr=algorithm.slow_lr,
         topology=topology_of(config),
+        client_eval_every=config.run.client_eval_every,
+        personal_steps=config.run.personal_steps,
         eval_clients=config.run.eval_clients,
     )
 

@@ -1,5 +1,6 @@
 """A resolved configuration becomes a problem: examples, who holds which, a model and a task; or a formula."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from fedmom.config.keys import Config
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.data.arrays import channel_axis, check_cast, kind_of
 from fedmom.data.datasets import Dataset
+from fedmom.data.given.held_out import OwnTests
 from fedmom.data.inputs import is_integer, numbers_in
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
@@ -35,13 +37,29 @@ def make_problem(config: Config, device: str) -> Problem:
             device=device,
         )
     held = load_data(config)
-    return supervised(config, device, held.dataset, held.partition)
+    check_own(config, None if held.own is None else held.own.partition.sizes)
+    return supervised(config, device, held.dataset, held.partition, own=held.own)
+
+
+def check_own(config: Config, own_sizes: np.ndarray | None) -> None:
+    """Raise InputError where every client is to be judged on its own test examples, and none has any."""
+    if config.run.client_eval_every and (own_sizes is None or not own_sizes.any()):
+        raise InputError(
+            f"run.client-eval-every = {config.run.client_eval_every}: no client has test examples of its own; set "
+            "data.client-test-share = 0.2, or bring test examples: natural clients by their ids, local ones as x_test"
+        )
 
 
 def supervised(
-    config: Config, device: str, dataset: Dataset, partition: Partition, kind: type[Supervised] = Supervised
+    config: Config,
+    device: str,
+    dataset: Dataset,
+    partition: Partition,
+    kind: type[Supervised] = Supervised,
+    *,
+    own: OwnTests | None = None,
 ) -> Supervised:
-    """The clients' objectives on these examples."""
+    """The clients' objectives on these examples; `own`: the clients' test examples, where they have some."""
     data, run, task = config.data, config.run, task_of(config)
     augment = dataset.augment if data.augment == "auto" else data.augment
     _check_examples(config, dataset, augment)
@@ -79,6 +97,7 @@ def supervised(
         dtype=getattr(torch, run.dtype),
         device=device,
         name=config.model.name,
+        own=own,
     )
 
 

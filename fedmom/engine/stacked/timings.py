@@ -27,10 +27,10 @@ from fedmom.machine.precision import tf32_allowed
 from fedmom.method.algorithms import Method, user_object
 from fedmom.method.state import ClientState
 from fedmom.rounds.round import Job
+from fedmom.tasks.kinds import Named
 from fedmom.tasks.problem import Problem
 from fedmom.tasks.quadratic import Quadratic
 from fedmom.tasks.supervised import Supervised
-from fedmom.tasks.task import Named
 
 _MOST = 5000  # shapes of one card
 _FORMAT, _MOST_WAYS = 1, 1000  # of what is remembered of whole runs

@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_map
 from fedmom.data.inputs import Inputs, Shapes, called_with, is_integer
 from fedmom.errors import InputError, unknown
 from fedmom.tasks.dropout import address_dropout
+from fedmom.tasks.kinds import make_task
 from fedmom.tasks.models.adapters import adapted
 from fedmom.tasks.models.images import NORMS
 from fedmom.tasks.models.options import ModelOptions
 from fedmom.tasks.models.start import begin_from
 from fedmom.tasks.models.table import MODELS
 from fedmom.tasks.places import cast, check_model, copied
-from fedmom.tasks.task import Task, make_task
+from fedmom.tasks.task import Task
 from fedmom.user_code import is_spec, load_object, one_line
 
 
