@@ -46,9 +46,8 @@ def query(message: Message, context: Context) -> Message:
         config = settled(context.run_config).config
         with _of_own_data(context):
             targets = task_of(config).targets
-            (client,) = _held(context).tolist()
-            keys = config.data.classes, targets, own_split(config)
-            held = read_client(_own_source(context), client, *keys)
+            place, keys = _own_source(context), (config.data.classes, targets, own_split(config))
+            held = read_client(place, int(_held(context)[0]), *keys)
             facts = facts_of(held, config.run.dtype, targets)
         for name, value in facts._asdict().items():
             answer[name.replace("_", "-")] = list(value) if isinstance(value, tuple) else value

@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from fedmom.backends.local import stepper_here
+from fedmom.backends.stepper import stepper_here
 from fedmom.backends.trainer import settled
 from fedmom.config.keys import Config
 from fedmom.config.load import replace

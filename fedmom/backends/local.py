@@ -1,13 +1,9 @@
 """The backend `engine`: the rounds of this process, or of `engine.workers` Ray actors that it starts."""
 
-from collections.abc import Callable, Mapping
-from functools import cache
-
 import torch
 
 from fedmom.config.build import resolve_device, set_up_torch
-from fedmom.config.keys import Config, Scalar
-from fedmom.config.resolve import with_choices
+from fedmom.config.keys import Config
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
@@ -66,16 +62,6 @@ def make_local(config: Config, problem: Problem, plan: Plan) -> Backend:
     backend.notes = notes
     backend.details = [f"engine: {choice.said.details}"] if choice.said.details else []
     return backend
-
-
-def stepper_here(config: Config, problem: Problem, plan: Plan, settled: Mapping[str, Scalar]) -> Callable[[], Engine]:
-    """For a backend whose clients run elsewhere: an engine on this process's device, made when it is first needed.
-
-    settled: the path and the size of a chunk that the clients' engines take.
-    """
-    keys = with_choices(config, settled).engine
-    size = keys.chunk_size or len(problem.sizes)
-    return cache(lambda: Engine(problem, plan.method, path=keys.path, chunk_size=size))
 
 
 def rows_home(problem: Problem, start: ClientState) -> torch.device:

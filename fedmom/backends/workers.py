@@ -19,7 +19,7 @@ from fedmom.actors.actor import Failure, Split
 from fedmom.actors.pool import Pool
 from fedmom.actors.work import Kept, Shared
 from fedmom.backends.agreement import agreement
-from fedmom.backends.local import stepper_here
+from fedmom.backends.stepper import stepper_here
 from fedmom.backends.trainer import Node, TrainedBlock
 from fedmom.config.build import actors_device, pool_options, resolve_device
 from fedmom.config.keys import Config

@@ -135,14 +135,17 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def append(self, record: Record) -> None:
-        """One line of rounds.jsonl, readable at once by whoever watches the run."""
-        self._append(ROUNDS, json.dumps(record) + "\n")
+    def append(
+        self, record: Record, results: ClientResults | None = None, clients: ClientHistory | None = None
+    ) -> None:
+        """One line of rounds.jsonl, readable at once by whoever watches the run; before it that of every client's own.
 
-    def append_results(self, clients: ClientHistory, results: ClientResults) -> None:
-        """One line of clients.jsonl, after the one on the clients."""
-        begins = not (self.path / RESULTS).exists()
-        self._append(RESULTS, (clients.about() if begins else "") + line_of(results))
+        clients: who they are, as the first line of clients.jsonl says it.
+        """
+        if results is not None and clients is not None:
+            begins = not (self.path / RESULTS).exists()
+            self._append(RESULTS, (clients.about() if begins else "") + line_of(results))
+        self._append(ROUNDS, json.dumps(record) + "\n")
 
     def _append(self, name: str, lines: str) -> None:
         try:

@@ -106,10 +106,7 @@ def run_rounds(
         outcome = outcome.settled()
         steps = int(job.num_steps.sum())
         train_seconds = clock() - begin - _whole(ahead)
-        measured = _measured(problem, plan, job, outcome, new)
-        if job.looks_at_clients:
-            results = look(problem, plan, engine, new, job.lrs[-1])
-            new, measured = new._replace(results=results), {**measured, **results.record()}
+        new, measured = _judged(problem, plan, engine, job, outcome, new)
         _check_finite(new.round, job, outcome, measured)
         check_states(plan.method, outcome, new.state.correction, f"round {new.round} at lr = {job.lrs[0]:g}")
         end = clock()
@@ -135,6 +132,17 @@ def run_rounds(
             record |= _coordinates(new.state, outcome.trajectory)
         yield new, record
         done = new
+
+
+def _judged(
+    problem: Problem, plan: Plan, engine: Backend, job: Job, outcome: Outcome, new: RunState
+) -> tuple[RunState, Record]:
+    """What is measured of a round, and the state with every client's own results, where they are looked at."""
+    measured = _measured(problem, plan, job, outcome, new)
+    if not job.looks_at_clients:
+        return new, measured
+    results = look(problem, plan, engine, new, job.lrs[-1])
+    return new._replace(results=results), {**measured, **results.record()}
 
 
 def _measured(problem: Problem, plan: Plan, job: Job, outcome: Outcome, new: RunState) -> Record:

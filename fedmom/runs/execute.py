@@ -150,9 +150,7 @@ class _Run:
             for new, record in steps:
                 with interrupts_held():
                     if self.folder:
-                        if new.results is not None:
-                            self.folder.append_results(clients_of(self.problem), new.results)
-                        self.folder.append(record)
+                        self.folder.append(record, new.results, clients_of(self.problem))
                     self.rounds.append(record)
                     done = new
                 if self.heart:

@@ -108,9 +108,8 @@ class Evaluation:
                 self.stacks = False
         for place in places.tolist():
             of_one = torch.from_numpy(tests.partition.of(int(clients[place]))).to(self.device)
-            values = self.measured(row_of(rows, place), tests.x, tests.y, of_one)
-            for name in found:
-                found[name][place] = values[name]
+            sums = self.totals(row_of(rows, place), tests.x, tests.y, of_one)
+            self._fill(found, np.array([place]), {name: one[None] for name, one in sums.items()})
         return found
 
     def _together(
@@ -146,9 +145,9 @@ class Evaluation:
         return {name: np.full(num_clients, np.nan) for name in ("loss", *self.task.metrics)}
 
     def _fill(self, found: dict[str, np.ndarray], places: np.ndarray, totals: dict[str, Tensor]) -> None:
-        """Write the values of clients whose sums are whole."""
+        """Write the values of clients whose sums are whole; infinity for what is no number, which is not nothing."""
         for name, values in self.task.values_each(totals).items() if len(places) else ():
-            found[name][places] = values.numpy()
+            found[name][places] = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).numpy()
 
     @torch.no_grad()
     def check(self, state: ClientState, parts: Mapping[str, tuple[Inputs, Tensor]], num_outputs: int) -> None:

@@ -318,7 +318,7 @@ def test_leafs_files_are_read_user_by_user(tmp_path):
         own = found.partition.of(client)
         assert found.dataset.x_train[own, 0, 0, 0].tolist() == pytest.approx([p / 255 for p in pixels], abs=1e-7)
         assert found.dataset.y_train[own].tolist() == labels
-    assert found.test_partition.sizes.tolist() == [0, 1, 0]
+    assert found.own.partition.sizes.tolist() == [0, 1, 0]
     assert held(**keys, num_clients=2).partition.num_clients == 2
     assert held(dataset=f"{tmp_path}/", partition="iid", num_clients=3).partition.sizes.tolist() == [2, 2, 2]
 
@@ -386,7 +386,7 @@ def test_folders_of_images_have_a_folder_for_each_client(tmp_path):
         own = found.partition.of(client)
         assert found.dataset.x_train[own, 0, 0, 0].tolist() == values
         assert found.dataset.y_train[own].tolist() == labels
-    assert found.test_partition.sizes.tolist() == [1, 0, 0]
+    assert found.own.partition.sizes.tolist() == [1, 0, 0]
     refused("choose one of folders", do=lambda: held(**{**keys, "clients": "users"}, num_clients=0))
     refused("data.classes must name it", do=lambda: held(**{**keys, "classes": ""}, num_clients=1))
     (tmp_path / "train" / "stray.png").touch()
