@@ -203,10 +203,10 @@ def test_signal_while_a_line_is_written_keeps_line_and_state_together(whole, tmp
     append = folder.RunFolder.append
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    def signalled(self, record):
+    def signalled(self, record, *more):
         if record["round"] == 5:
             os.kill(os.getpid(), number)
-        append(self, record)
+        append(self, record, *more)
 
     monkeypatch.setattr(folder.RunFolder, "append", signalled)
     try:
