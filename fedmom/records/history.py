@@ -14,10 +14,11 @@ import numpy as np
 from fedmom.errors import InputError
 from fedmom.machine.files import whole_file
 from fedmom.records.files import RESULTS, ROUNDS
-from fedmom.rounds.clients import ClientResults
+from fedmom.rounds.clients import OWN, ClientResults
 from fedmom.rounds.loop import Record
 
 MOST_KEPT = 10_000  # records of a run that are held in memory, 1.4 kB each; of a longer one its folder is read
+LOOKED = f"{OWN}_mean_loss"  # in the record of every round that looked at the clients' own results
 
 
 def iterate_rounds(path: Path) -> Iterator[tuple[str, Record]]:
@@ -176,18 +177,21 @@ def cut_back(folder: Path, round_number: int, eval_every: int, measures: Collect
 def thinned(rounds: Sequence[Record], most: int = 2 * MOST_KEPT) -> list[Record]:
     """For a picture and a table: all records or, of a long run, about `most`.
 
-    Every k-th round and every k-th evaluated one are kept, the one of the best accuracy, and the last.
+    Every k-th round is kept, every k-th evaluated one, every k-th that looked at the clients' own results, the one of
+    the best accuracy, and the last.
     """
     step = math.ceil(len(rounds) / most)
     if step <= 1:
         return list(rounds)
-    kept, evaluated = dict[int, Record](), 0
+    kept, evaluated, looked = dict[int, Record](), 0, 0
     best: tuple[float, int, Record] | None = None
     for place, record in enumerate(rounds):
         judged = "test_loss" in record or "loss" in record
-        if place % step == 0 or place == len(rounds) - 1 or (judged and evaluated % step == 0):
+        own = LOOKED in record
+        nth = place % step == 0 or (judged and evaluated % step == 0) or (own and looked % step == 0)
+        if nth or place == len(rounds) - 1:
             kept[place] = record
-        evaluated += judged
+        evaluated, looked = evaluated + judged, looked + own
         if (value := record.get("test_accuracy", -math.inf)) > (best[0] if best else -math.inf):
             best = value, place, record
     if best:
