@@ -212,20 +212,17 @@ def clients(
     looked = looked_at(found, round_number)
     measure, width = looked.judged_by(by), terminal_width()
     header, rows = clients_table(looked, measure, None if everyone else _MOST_CLIENTS)
-    number = len(found.examples)
-    some = f"The {len(rows)} worst of {number:,} clients by {measure.title} (--all shows every one):"
-    said = some if len(rows) < number else f"The worst first, by {measure.title}:"
-    print(wrapped(f"{folder}, {looked.about}", width), fitted(*spread_table(looked), width), sep="\n\n")
-    print(f"\n{wrapped(said, width)}\n")
-    print(fitted(header, rows, width), flush=True)
+    some = f"The {len(rows)} worst of {len(found.examples):,} clients by {measure.title} (--all shows every one):"
+    said = some if len(rows) < len(found.examples) else f"The worst first, by {measure.title}:"
+    parts = [wrapped(f"{folder}, {looked.about}", width), fitted(*spread_table(looked), width), wrapped(said, width)]
+    print("\n\n".join([*parts, fitted(header, rows, width)]), flush=True)
     if table is not None:
         table.parent.mkdir(parents=True, exist_ok=True)
         write_text(table, clients_csv(looked))
         print(f"table: {table}")
     if out is not None:
-        records = [{"round": results.round, **results.record()} for results in found.results]
         metric = measure.key.partition("_")[2]
-        if draw_or_say_why(lambda: draw_clients(records, out, metric, looked.results.round)):
+        if draw_or_say_why(lambda: draw_clients(found.records(), out, metric, looked.results.round)):
             print(f"picture: {out}")
     return DONE
 

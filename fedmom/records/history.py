@@ -207,6 +207,10 @@ class ClientHistory(NamedTuple):
     names: list[str] | None  # [N] of natural clients, as the data call them
     results: list[ClientResults]  # by round
 
+    def records(self) -> list[Record]:
+        """Of each round that looked its number and its statistics, as rounds.jsonl has them."""
+        return [{"round": results.round, **results.record()} for results in self.results]
+
     def about(self) -> str:
         """The first line of the file."""
         said: dict[str, Any] = {"examples": self.examples.tolist(), "test_examples": self.test_examples.tolist()}

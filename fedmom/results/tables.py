@@ -127,7 +127,7 @@ def measures_in(runs: Iterable[Sequence[Record]], *, every: bool = False) -> lis
 
 
 def without_clients(measures: Sequence[Measure]) -> Sequence[Measure]:
-    """For the curves of a single run, whose clients have a picture of their own; all where nothing else was measured."""
+    """For curves of a single run, whose clients have a picture of their own; all where nothing else was measured."""
     return [measure for measure in measures if _of_clients(measure.key) is None] or measures
 
 
@@ -167,18 +167,18 @@ def byte_unit(largest: float) -> tuple[float, str]:
     return 1000.0**power, BYTE_UNITS[power]
 
 
+def is_evaluated(record: Record) -> bool:
+    """Whether a round measured anything but the clients' own results."""
+    return any(
+        measure_of(key) is not None and number(record, key) is not None and _of_clients(key) is None for key in record
+    )
+
+
 def last_evaluated(rounds: Sequence[Record]) -> Record:
     """The last round that was evaluated, with the clients' own results of the last round that looked at them.
 
     The two have a rhythm each (run.eval-every, run.client-eval-every).
     """
-
-    def is_evaluated(record: Record) -> bool:
-        return any(
-            measure_of(key) is not None and number(record, key) is not None and _of_clients(key) is None
-            for key in record
-        )
-
     evaluated = next((record for record in reversed(rounds) if is_evaluated(record)), {})
     looked = next((record for record in reversed(rounds) if LOOKED in record), {})
     if looked is evaluated:

@@ -72,13 +72,13 @@ def clients_of(folder: Path) -> ClientHistory:
         )
     if not found.results:
         raise InputError(f"{folder / RESULTS}: has no evaluation yet; run.client-eval-every says which rounds have one")
-    _check(found, folder / RESULTS)
+    check_clients(found, folder)
     return found
 
 
-def _check(found: ClientHistory, file: Path) -> None:
-    """InputError where not every client has a number."""
-    number = len(found.examples)
+def check_clients(found: ClientHistory, folder: Path) -> None:
+    """InputError where the file of a run folder does not have one number for each client."""
+    file, number = folder / RESULTS, len(found.examples)
     told = {"test_examples": len(found.test_examples)} | ({} if found.names is None else {"names": len(found.names)})
     lengths = [(1, told)]
     for line, results in enumerate(found.results, 2):
@@ -119,17 +119,25 @@ def spread_table(looked: Looked) -> tuple[list[str], list[list[str]]]:
 
 def clients_table(looked: Looked, by: Measure, most: int | None) -> tuple[list[str], list[list[str]]]:
     """(header, a row for each of the `most` worst clients by a measure; of None for all)."""
-    header, columns = _head(looked), looked.measures
-    rows = [
-        [
-            *_who(looked.clients, client),
-            f"{looked.clients.examples[client]:,}",
-            f"{looked.clients.test_examples[client]:,}",
-            *(_cell(one, float(looked.results.values[one.key][client])) for one in columns),
-        ]
-        for client in looked.worst_first(by)[:most].tolist()
-    ]
-    return [*header, *(one.title for one in columns)], rows
+    return clients_header(looked), [[text for text, _ in row] for row in clients_rows(looked, by, most)]
+
+
+def clients_header(looked: Looked) -> list[str]:
+    """The titles of `clients_table`."""
+    return [*_head(looked), *(one.title for one in looked.measures)]
+
+
+def clients_rows(looked: Looked, by: Measure, most: int | None) -> list[list[tuple[str, str]]]:
+    """The rows of `clients_table`: of every cell what it shows, and what it is sorted by ("" comes last)."""
+    rows = []
+    for client in looked.worst_first(by)[:most].tolist():
+        row = [(text, text) for text in _who(looked.clients, client)]
+        row += [(f"{of[client]:,}", str(of[client])) for of in (looked.clients.examples, looked.clients.test_examples)]
+        for one in looked.measures:
+            value = float(looked.results.values[one.key][client])
+            row.append((_cell(one, value), "" if np.isnan(value) else f"{value:.10g}"))
+        rows.append(row)
+    return rows
 
 
 def clients_csv(looked: Looked) -> str:

@@ -115,7 +115,7 @@ def _looks(groups: Sequence[Group]) -> list[dict[str, Any]]:
 def draw_curves(runs: Sequence[Run], path: Path, notes: Sequence[str] = ()) -> None:
     """PNG of runs: every measure against rounds, joint epochs and bytes sent. Pale lines are the train loss.
 
-    notes: small lines below the names of the runs. The clients' own results of a single run have a picture of their own.
+    notes: small lines below the names of the runs. A single run's clients have a picture of their own.
     """
     groups = alone(runs)
     found = without_clients(_found(groups)) if len(runs) == 1 else _found(groups)
