@@ -37,9 +37,10 @@ def history(n, *, rounds=(2, 4), personal=False, named=False, shares=True, witho
     found = ClientHistory(draw.integers(20, 400, n), test, names, [])
     for number in rounds:
         own = np.where(test == 0, np.nan, draw.integers(1, 18, n) / 20)
-        values = {"own_loss": -np.log(own), "own_accuracy": own}
+        loss = np.where(test == 0, np.nan, draw.random(n))  # in an order of its own
+        values = {"own_loss": loss, "own_accuracy": own}
         if personal:
-            values |= {"personal_loss": -np.log(own + 0.05), "personal_accuracy": own + 0.05}
+            values |= {"personal_loss": loss / 2, "personal_accuracy": own + 0.05}
         kept = {name: one for name, one in values.items() if shares or name.endswith("loss")}
         found.results.append(ClientResults(number, kept))
     return found
@@ -61,8 +62,11 @@ def test_the_spread_over_the_clients_is_that_of_plain_numbers(tmp_path):
         header, rows = spread_table(looked)
         assert header == ["measure", "mean", "worst 10 %", "first quartile", "median", "third quartile", "Jain's index"]
         assert [row[0] for row in rows] == ["own accuracy", "own loss"]
-        shares = sorted(value for value in looked.results.values["own_accuracy"].tolist() if not np.isnan(value))
-        losses = sorted((-np.log(shares)).tolist(), reverse=True)
+        shares, losses = (
+            sorted(value for value in looked.results.values[name].tolist() if not np.isnan(value))
+            for name in ("own_accuracy", "own_loss")
+        )
+        losses.reverse()
         assert len(shares) == n - without
         for row, found, factor, form in ((rows[0], shares, 100, "{:.1f} %"), (rows[1], losses, 1, "{:#.4g}")):
             worst = found[: -(-len(found) // 10)]
