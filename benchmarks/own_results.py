@@ -9,7 +9,6 @@ local steps of all clients on the same path. The largest resident set is told fo
 import argparse
 import resource
 import statistics
-import subprocess
 import sys
 import time
 
@@ -75,7 +74,9 @@ def measure(args: argparse.Namespace) -> None:
             judge._outputs(state, judge.normalised(tests.x.index_select(0, piece)))
 
     once, own = timed(forward, args.seconds), timed(lambda: problem.evaluate_own(state), args.seconds)
-    print(f"{args.model}, {args.clients} clients, {len(rows)} test examples of their own, {torch.get_num_threads()} threads")
+    print(
+        f"{args.model}, {args.clients} clients, {len(rows)} test examples of their own, {torch.get_num_threads()} threads"
+    )
     print(f"x̂: {own:.3f} s, one forward pass {once:.3f} s: {own / once:.3f} times")
     engine, done = Engine(problem, plan.method, path=args.path, chunk_size=args.chunk), beginning(problem, plan)
     done = done._replace(round=1)
@@ -92,8 +93,10 @@ def measure(args: argparse.Namespace) -> None:
 
     of_steps = timed(steps, args.seconds)
     whole = timed(lambda: look(problem, plan, engine, done, 0.01), args.seconds)
-    print(f"{args.steps} personal steps, {args.path} × {args.chunk}: {whole - own:.3f} s beside x̂, "
-          f"{args.steps + 1} local steps {of_steps:.3f} s: {(whole - own) / of_steps:.3f} times")
+    print(
+        f"{args.steps} personal steps, {args.path} × {args.chunk}: {whole - own:.3f} s beside x̂, "
+        f"{args.steps + 1} local steps {of_steps:.3f} s: {(whole - own) / of_steps:.3f} times"
+    )
     print(f"largest resident set: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 
 

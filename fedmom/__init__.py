@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedmom.method.algorithms import local_step as local_step
     from fedmom.method.randomness import normal_like as normal_like
     from fedmom.method.topology import make_topology as make_topology
+    from fedmom.records.history import ClientHistory as ClientHistory
     from fedmom.records.status import Status as Status
     from fedmom.records.status import read_status as read_status
     from fedmom.results.comparison import all_sheets as all_sheets
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fedmom.results.notebook import compare as compare
     from fedmom.results.page.write import write_page as write_page
     from fedmom.results.reading import collect as collect
+    from fedmom.rounds.results import ClientResults as ClientResults
     from fedmom.runs.callbacks import Callback as Callback
     from fedmom.runs.callbacks import Start as Start
     from fedmom.runs.result import Result as Result
@@ -50,6 +52,8 @@ __version__ = "0.1.0"
 # The public names and the modules that define them; mypy reads the imports above, which a test holds equal to it.
 _HOME = {
     "Callback": "fedmom.runs.callbacks",
+    "ClientHistory": "fedmom.records.history",
+    "ClientResults": "fedmom.rounds.results",
     "ClientsFailedError": "fedmom.errors",
     "Comparison": "fedmom.results.notebook",
     "Config": "fedmom.config.keys",

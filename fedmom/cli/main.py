@@ -240,6 +240,7 @@ for command in (
     show.topology,
     results.compare,
     results.report,
+    results.clients,
     results.watch,
     show.datasets,
     show.models,

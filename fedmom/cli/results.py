@@ -1,4 +1,4 @@
-"""The commands that look at runs: `fedmom compare`, `fedmom report`, `fedmom watch`."""
+"""The commands that look at runs: `fedmom compare`, `fedmom report`, `fedmom clients`, `fedmom watch`."""
 
 import sys
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedmom.results.groups import Group
     from fedmom.results.reading import Run
 
+_MOST_CLIENTS = 20  # rows, unless all are asked for
 Unfinished = Annotated[bool, typer.Option("--unfinished", help="Also count unfinished runs, as far as they got.")]
 Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders, or folders of sweeps.")]
 
@@ -165,13 +166,65 @@ def _report(
         of_seeds = groups if any(len(group.runs) > 1 for group in groups) else ()
         shown = [run for run in runs if run in counted]  # in the order in which they were named
         draw_or_say_why(lambda: paths.update(draw_report(shown, target, told, of_seeds)))
-        for what, name in (("picture", "curves"), ("tables", "report")):
+        for what, name in (("picture", "curves"), ("clients", "clients"), ("tables", "report")):
             if name in paths:
                 print(f"{what}: {paths[name]}")
     page, targets = target if page_alone else target / "report.html", usual_targets(counted_of(rivals(groups)))
     return draw_or_say_why(
         lambda: print("page:", write_page(groups, targets, page, notes=[*notes, *told])), what="page"
     )
+
+
+def clients(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+    round_number: Annotated[
+        int | None, typer.Option("--round", metavar="R", help="Another evaluation than the last one.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option("--by", metavar="MEASURE", help="Sort by own_loss, own_accuracy, … Default: the first share."),
+    ] = None,
+    everyone: Annotated[bool, typer.Option("--all", help="Print every client, not the 20 worst alone.")] = False,
+    table: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Also write every client, by number, as CSV.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.png", help="Also draw a picture.")] = None,
+) -> int:
+    """Show what every single client got: how it is spread over the clients, and who got the worst.
+
+    fedmom clients runs/quickstart-20260101-120000 --out clients.png
+
+    The run looked at its clients in the rounds that run.client-eval-every says. "own" is the averaged model on a
+    client's own test examples, "personal" the client's own model on them.
+    """
+    from fedmom.machine.files import write_text
+    from fedmom.results.clients.table import clients_csv, clients_of, clients_table, looked_at, spread_table
+    from fedmom.results.pictures.clients import draw_clients
+    from fedmom.results.pictures.style import check_picture
+    from fedmom.results.report import draw_or_say_why
+    from fedmom.results.tables import fitted, wrapped
+
+    if out is not None:
+        check_picture(out)
+    if table is not None and table.is_dir():
+        raise InputError(f"--csv {table}: is a folder; name a file")
+    found = clients_of(folder)
+    looked = looked_at(found, round_number)
+    measure, width = looked.judged_by(by), terminal_width()
+    header, rows = clients_table(looked, measure, None if everyone else _MOST_CLIENTS)
+    some = f"The {len(rows)} worst of {len(found.examples):,} clients by {measure.title} (--all shows every one):"
+    said = some if len(rows) < len(found.examples) else f"The worst first, by {measure.title}:"
+    parts = [wrapped(f"{folder}, {looked.about}", width), fitted(*spread_table(looked), width), wrapped(said, width)]
+    print("\n\n".join([*parts, fitted(header, rows, width)]), flush=True)
+    if table is not None:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        write_text(table, clients_csv(looked))
+        print(f"table: {table}")
+    if out is not None:
+        metric = measure.key.partition("_")[2]
+        if draw_or_say_why(lambda: draw_clients(found.records(), out, metric, looked.results.round)):
+            print(f"picture: {out}")
+    return DONE
 
 
 def watch(

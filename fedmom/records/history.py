@@ -15,11 +15,12 @@ from fedmom.errors import InputError
 from fedmom.machine.files import whole_file
 from fedmom.records.files import RESULTS, ROUNDS
 from fedmom.rounds.loop import Record
-from fedmom.rounds.results import HISTOGRAM, ClientResults
+from fedmom.rounds.results import OWN, ClientResults
 from fedmom.tasks.problem import Problem
 from fedmom.tasks.supervised import Supervised
 
 MOST_KEPT = 10_000  # records of a run that are held in memory, 1.4 kB each; of a longer one its folder is read
+LOOKED = f"{OWN}_mean_loss"  # in the record of every round that looked at the clients' own results
 
 
 def iterate_rounds(path: Path) -> Iterator[tuple[str, Record]]:
@@ -179,18 +180,21 @@ def cut_back(folder: Path, round_number: int, lost: Collection[str]) -> tuple[Hi
 def thinned(rounds: Sequence[Record], most: int = 2 * MOST_KEPT) -> list[Record]:
     """For a picture and a table: all records or, of a long run, about `most`.
 
-    Every k-th round and every k-th evaluated one are kept, the one of the best accuracy, and the last.
+    Every k-th round is kept, every k-th evaluated one, every k-th that looked at the clients' own results, the one of
+    the best accuracy, and the last.
     """
     step = math.ceil(len(rounds) / most)
     if step <= 1:
         return list(rounds)
-    kept, evaluated = dict[int, Record](), 0
+    kept, evaluated, looked = dict[int, Record](), 0, 0
     best: tuple[float, int, Record] | None = None
     for place, record in enumerate(rounds):
         judged = "test_loss" in record or "loss" in record
-        if place % step == 0 or place == len(rounds) - 1 or (judged and evaluated % step == 0):
+        own = LOOKED in record
+        nth = place % step == 0 or (judged and evaluated % step == 0) or (own and looked % step == 0)
+        if nth or place == len(rounds) - 1:
             kept[place] = record
-        evaluated += judged
+        evaluated, looked = evaluated + judged, looked + own
         if (value := record.get("test_accuracy", -math.inf)) > (best[0] if best else -math.inf):
             best = value, place, record
     if best:
@@ -206,6 +210,10 @@ class ClientHistory(NamedTuple):
     names: list[str] | None  # [N] of natural clients, as the data call them
     results: list[ClientResults]  # by round
 
+    def records(self) -> list[Record]:
+        """Of each round that looked its number and its statistics, as rounds.jsonl has them."""
+        return [{"round": results.round, **results.record()} for results in self.results]
+
     def about(self) -> str:
         """The first line of the file."""
         said: dict[str, Any] = {"examples": self.examples.tolist(), "test_examples": self.test_examples.tolist()}
@@ -220,7 +228,7 @@ def line_of(results: ClientResults) -> str:
 
 def has_clients(record: Record) -> bool:
     """Whether a round looked at every client: clients.jsonl then has a line of it."""
-    return any(name.endswith(HISTOGRAM) for name in record)
+    return LOOKED in record
 
 
 def clients_of(problem: Problem) -> ClientHistory:

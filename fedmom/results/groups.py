@@ -293,7 +293,7 @@ def check_fit(groups: Sequence[Group]) -> None:
 
 def names_of(run: Run) -> set[str]:
     """The measures that some round of a run has."""
-    return {measure.key for measure in measures_in([run.rounds])}
+    return {measure.key for measure in measures_in([run.rounds], every=True)}
 
 
 def shared(runs: Sequence[Run]) -> dict[str, Scalar]:

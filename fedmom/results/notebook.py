@@ -16,10 +16,11 @@ from fedmom.records.history import thinned
 from fedmom.records.status import Status
 from fedmom.results.comparison import AXES, Target, all_sheets, end_sheet, measures_of, parse_target, usual_targets
 from fedmom.results.groups import Group, alone, check_counted, check_fit, counted_of, group_runs, of_groups
+from fedmom.results.pictures.clients import clients_figure, has_clients
 from fedmom.results.pictures.curves import draw_grid
 from fedmom.results.reading import Run, collect
 from fedmom.results.sheets import Sheet, sheet_latex, sheet_text, written_out
-from fedmom.results.tables import last_evaluated, number
+from fedmom.results.tables import last_evaluated, number, without_clients
 from fedmom.rounds.loop import Record
 
 _DPI = 110  # of a figure in a notebook
@@ -84,8 +85,8 @@ def _png(figure: Any) -> bytes:
     return file.getvalue()
 
 
-def _figure_html(figure: Any) -> str:
-    return f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(_png(figure)).decode()}">'
+def _figure_html(figure: Any, what: str) -> str:
+    return f'<img alt="{what}" src="data:image/png;base64,{base64.b64encode(_png(figure)).decode()}">'
 
 
 # --- one run ----------------------------------------------------------------------------------------------------
@@ -122,25 +123,30 @@ def run_table(result: Told) -> Table:
     return table_of([end_sheet(alone([run_of(result)]), of_runs=True)])
 
 
-def run_figure(result: Told) -> Any:
-    """Loss and accuracy over the rounds. Raises InputError where there is no round."""
+def run_figure(result: Told, *, clients: bool = False) -> Any:
+    """Loss and accuracy over the rounds, or the clients' own results. Raises InputError where there is none of it."""
     run = run_of(result)
-    return shown(draw_grid(alone([run]), measures_of([run]), ["round"], [run.name], "", train=True))
+    if clients:
+        return shown(clients_figure(run.rounds))
+    measures = without_clients(measures_of([run]))
+    return shown(draw_grid(alone([run]), measures, ["round"], [run.name], "", train=True))
 
 
 def run_html(result: Told) -> str:
-    """Its line, its table and its curves, as far as they can be had."""
+    """Its line, its table, its curves and its clients' own results, as far as they can be had."""
     parts = [f"<p>{escape(said_of(result))}</p>"]
     if result.message:
         parts.append(f"<p>{escape(result.message)}</p>")
     if result.rounds:
         parts += [run_table(result)._repr_html_(), _drawn(partial(run_figure, result))]
+        if has_clients(run_of(result).rounds):
+            parts.append(_drawn(partial(run_figure, result, clients=True), "clients"))
     return "\n".join(parts)
 
 
-def _drawn(figure: Any) -> str:
+def _drawn(figure: Any, what: str = "curves") -> str:
     try:
-        return _figure_html(figure())
+        return _figure_html(figure(), what)
     except ModuleNotFoundError as error:
         return f"<p>no picture: {error.name} is not installed</p>"
 

@@ -13,12 +13,11 @@ from fedmom.records.history import read_rounds
 from fedmom.records.status import CellEnded
 from fedmom.results.groups import Group, data_setting, rivals, said
 from fedmom.results.sheets import stat, written
-from fedmom.results.tables import MEASURES, MISSING, Measure, finite, fitted, measures_in, number
+from fedmom.results.tables import MISSING, Measure, finite, fitted, measure_of, measures_in, number
 
 # Student's t, two-sided 95 %, for 1, 2, … degrees of freedom; beyond them `_t95` has an expansion.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MOST_SETTINGS = 4  # that are told of in sentences
-_BY_KEY = {measure.key: measure for measure in MEASURES}
 
 
 def metric_of(folder: Path) -> str:
@@ -77,7 +76,7 @@ def _table(
     groups: Sequence[tuple[str, list[CellEnded]]], out: Path, metric: str, apart: set[str], *, ranked: bool
 ) -> tuple[list[str], list[list[str]]]:
     """(header, a row per group)."""
-    measure = _BY_KEY.get(metric, Measure(metric, metric.replace("_", " "), "", "#.4g"))
+    measure = measure_of(metric) or Measure(metric, metric.replace("_", " "), "", "#.4g")
     sign = -1 if measure.rises else 1
     found = []
     for name, cells in groups:

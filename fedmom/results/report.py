@@ -11,6 +11,7 @@ from fedmom.records.history import thinned
 from fedmom.results.comparison import all_sheets, end_sheet, run_sheets, usual_targets
 from fedmom.results.groups import Group, alone, counted_of, rivals
 from fedmom.results.pictures import curves as pictures
+from fedmom.results.pictures.clients import draw_clients, has_clients
 from fedmom.results.reading import Run
 from fedmom.results.sheets import Sheet, sheet_markdown, sheet_text, written_out
 from fedmom.results.tables import MISSING, fitted
@@ -21,7 +22,8 @@ from fedmom.user_code import one_line
 def draw_report(
     runs: Sequence[Run], out_dir: Path, notes: Sequence[str] = (), groups: Sequence[Group] = ()
 ) -> dict[str, Path]:
-    """Write curves.png and report.md (the tables, and the picture linked) into `out_dir`.
+    """Write curves.png and report.md (the tables, and the picture linked) into `out_dir`, and clients.png of a single
+    run that looked at its clients' own results.
 
     notes: what was left out, or is not finished; both files say so. groups: of these runs, where some have several
     seeds; the files then show means over seeds, else every run by itself.
@@ -33,6 +35,10 @@ def draw_report(
         parts += [sheet_markdown(sheet) for sheet in all_sheets(groups, usual_targets(counted_of(rivals(groups))))]
     else:
         pictures.draw_curves(runs, paths["curves"], *[list(notes)] * bool(notes))
+        if len(runs) == 1 and has_clients(runs[0].rounds):
+            paths["clients"] = out_dir / "clients.png"
+            draw_clients(runs[0].rounds, paths["clients"])
+            parts.insert(2, "![The clients' own results](clients.png)")
         parts += [sheet_markdown(sheet) for sheet in run_sheets(runs) if sheet.rows]
         parts += [
             "Equal tables: each run's last evaluation at or before the largest value that all runs reached, "
@@ -43,11 +49,11 @@ def draw_report(
 
 
 def finished(folder: Path, rounds: Sequence[Record], width: int | None = None) -> list[str]:
-    """Draw the curves of a run, and give what is to be printed: its table, the picture's path, the folder (last).
+    """Draw a run's curves and its clients, and give what is to be printed: its table, the pictures, the folder (last).
 
     width: of the terminal, in characters; a table that is wider stands upright.
     """
-    lines, curves = list[str](), folder / "curves.png"
+    lines, curves, clients = list[str](), folder / "curves.png", folder / "clients.png"
     if rounds:
         run = Run(folder.name, folder, thinned(rounds))
         draw_or_say_why(lambda: pictures.draw_curves([run], curves))
@@ -55,6 +61,8 @@ def finished(folder: Path, rounds: Sequence[Record], width: int | None = None) -
         lines.append(fitted(header, [row], width))
         if curves.exists():
             lines.append(f"curves: {curves}")
+        if has_clients(run.rounds) and draw_or_say_why(lambda: draw_clients(run.rounds, clients)):
+            lines.append(f"clients: {clients}")
     return [*lines, str(folder)]
 
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fedmom.config.numbers import PERCENT
+from fedmom.records.history import LOOKED
 from fedmom.rounds.loop import Record
+from fedmom.rounds.results import JAIN, OWN, PERSONAL, STATISTICS
 from fedmom.tasks.metrics import METRICS, is_share, rises
 
 MISSING = "–"
@@ -59,8 +61,40 @@ _BY_KEY = {measure.key: measure for measure in MEASURES}
 _OF_A_TASK = {"test_": " at x̂", "mean_client_": "", "worst_client_": ""}
 
 
+def client_measure(name: str) -> Measure:
+    """What every client has a number of its own of, such as "own_accuracy" or "personal_loss"."""
+    whose, _, metric = name.partition("_")
+    short = METRICS[metric].short if metric in METRICS else ""
+    title = f"{whose} {short or metric.replace('_', ' ')}"
+    label = f"Clients' {title}"
+    return _share(name, title, f"{label} (%)") if is_share(name) else Measure(name, title, label, "#.4g")
+
+
+_TITLES = {**STATISTICS, "mean": "mean", "worst10": "worst 10 %"}
+_COMPARED = ("mean", "worst10")
+
+
+def _of_clients(key: str) -> tuple[str, str] | None:
+    """("own_accuracy", "worst10") of "own_worst10_accuracy", which is a statistic over the clients; None of others."""
+    whose, _, rest = key.partition("_")
+    if whose not in (OWN, PERSONAL):
+        return None
+    if rest.endswith(f"_{JAIN}"):
+        return key.removesuffix(f"_{JAIN}"), JAIN
+    statistic, _, metric = rest.partition("_")
+    return (f"{whose}_{metric}", statistic) if metric and statistic in STATISTICS else None
+
+
 def measure_of(key: str) -> Measure | None:
     """What a number of rounds.jsonl measures; None for one by which nothing is judged."""
+    if (clients := _of_clients(key)) is not None:
+        name, statistic = clients
+        one = client_measure(name)
+        if statistic == JAIN:  # itself no share of anything, and never in percent
+            title = f"{one.title}, Jain's index"
+            return Measure(key, title, f"Clients' {one.title},\nJain's index", ".3f")
+        said = _TITLES[statistic]
+        return one._replace(key=key, title=f"{one.title}, {said}", label=f"{one.label},\n{said}")
     title = key.replace("_", " ")
     where = next((where for start, where in _OF_A_TASK.items() if key.startswith(start)), None)
     if key in _BY_KEY or where is None:
@@ -69,13 +103,32 @@ def measure_of(key: str) -> Measure | None:
     return _share(key, title, f"{label} (%)") if is_share(key) else Measure(key, title, label, "#.4g")
 
 
-def measures_in(runs: Iterable[Sequence[Record]]) -> list[Measure]:
-    """What some round of some run measured: ours in the order of MEASURES, then those of tasks of the user's own."""
+def measures_in(runs: Iterable[Sequence[Record]], *, every: bool = False) -> list[Measure]:
+    """What some round of some run measured: ours in the order of MEASURES, then those of tasks of the user's own.
+
+    Of the clients' own results runs are compared by the mean and the worst tenth of each share, or of the loss where
+    no share was measured: all their statistics would drown what else a table or a picture says, and stand in the table
+    of the run's clients. `every`: all of them too.
+    """
     keys = dict.fromkeys(
         key for rounds in runs for record in rounds for key in record if number(record, key) is not None
     )
     own = [measure for key in keys if key not in _BY_KEY and (measure := measure_of(key)) is not None]
+    if not every:
+        clients = {measure.key: found for measure in own if (found := _of_clients(measure.key)) is not None}
+        shares = any(is_share(name) for name, _ in clients.values())
+        told = {
+            key
+            for key, (name, statistic) in clients.items()
+            if statistic in _COMPARED and (is_share(name) if shares else name.endswith("_loss"))
+        }
+        own = [measure for measure in own if measure.key not in clients or measure.key in told]
     return [*(measure for measure in MEASURES if measure.key in keys), *own]
+
+
+def without_clients(measures: Sequence[Measure]) -> Sequence[Measure]:
+    """For curves of a single run, whose clients have a picture of their own; all where nothing else was measured."""
+    return [measure for measure in measures if _of_clients(measure.key) is None] or measures
 
 
 # Drawn where a run has them, but no results by which runs are compared.
@@ -114,9 +167,24 @@ def byte_unit(largest: float) -> tuple[float, str]:
     return 1000.0**power, BYTE_UNITS[power]
 
 
+def is_evaluated(record: Record) -> bool:
+    """Whether a round measured anything but the clients' own results."""
+    return any(
+        measure_of(key) is not None and number(record, key) is not None and _of_clients(key) is None for key in record
+    )
+
+
 def last_evaluated(rounds: Sequence[Record]) -> Record:
-    evaluated = (r for r in reversed(rounds) if any(measure_of(key) and number(r, key) is not None for key in r))
-    return next(evaluated, {})
+    """The last round that was evaluated, with the clients' own results of the last round that looked at them.
+
+    The two have a rhythm each (run.eval-every, run.client-eval-every).
+    """
+    evaluated = next((record for record in reversed(rounds) if is_evaluated(record)), {})
+    looked = next((record for record in reversed(rounds) if LOOKED in record), {})
+    if looked is evaluated:
+        return evaluated
+    own = {key: value for key, value in looked.items() if not evaluated or _of_clients(key) is not None}
+    return {**own, **evaluated}
 
 
 def as_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ from fedmom.errors import InputError
 from fedmom.machine.files import at_home
 from fedmom.method.state import ClientState, Tree, unflatten
 from fedmom.records.files import BEST, CHECKPOINT, CONFIG, FINAL, read_tensors, whole_model
-from fedmom.records.history import read_rounds
+from fedmom.records.history import ClientHistory, read_clients, read_rounds
 from fedmom.records.status import read_status
 from fedmom.results.notebook import Table, run_figure, run_html, run_table, said_of
 from fedmom.rounds.loop import Record
@@ -27,13 +27,24 @@ class Result(NamedTuple):
     folder: Path | None
     message: str = ""  # what went wrong, or why it stopped early, in one line
 
+    @property
+    def clients(self) -> ClientHistory | None:
+        """What every single client got, where run.client-eval-every asked for it: read from the run folder now.
+
+        None where there is no folder, or no clients.jsonl in it. Raises InputError where that file is none of ours.
+        """
+        return None if self.folder is None else read_clients(self.folder)
+
     def table(self) -> Table:
         """Where it ended, as text that a notebook shows as a table. Raises InputError where it has no round."""
         return run_table(self)
 
-    def plot(self) -> Any:
-        """A matplotlib Figure of loss and accuracy over the rounds. Raises InputError where there is no round."""
-        return run_figure(self)
+    def plot(self, *, clients: bool = False) -> Any:
+        """A matplotlib Figure of loss and accuracy over the rounds. Raises InputError where there is no round.
+
+        clients: how the clients' own results are spread instead; InputError where no round looked at them.
+        """
+        return run_figure(self, clients=clients)
 
     def __repr__(self) -> str:
         return f"<Result: {said_of(self)}>"

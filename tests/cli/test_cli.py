@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 RING = ROOT / "configs/decentralized/ring.toml"
 COMMANDS = [
     "run",
+    "clients",
     "deploy",
     "sweep",
     "simulate-app",

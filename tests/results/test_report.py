@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import pixels, where
 
 from fedmom.errors import InputError
 from fedmom.method.graphs import TOPOLOGIES
@@ -26,20 +26,6 @@ from laws import table
 @pytest.fixture(autouse=True)
 def _small_pictures(monkeypatch):
     monkeypatch.setattr(style, "DPI", 70)  # time goes with the number of pixels
-
-
-def pixels(path):
-    """[H, W, 3] of a PNG that is whole."""
-    with Image.open(path) as image:
-        image.load()
-        assert image.format == "PNG"
-        return np.asarray(image.convert("RGB"))
-
-
-def where(image, colour):
-    """[H, W]: the pixels of an exact "#RRGGBB"."""
-    rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return np.abs(image.astype(int) - rgb).max(axis=2) <= 2
 
 
 def num_colours(image):

@@ -14,6 +14,7 @@ from fedmom.data.partition import Partition
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES
 from fedmom.records.files import CONFIG
+from fedmom.records.history import LOOKED
 from fedmom.results.comparison import AXES, Target, all_sheets
 from fedmom.results.groups import SYMBOLS, Group, counted_of, differing, rivals, said, shared
 from fedmom.results.pictures.curves import POLICY, styles
@@ -21,7 +22,7 @@ from fedmom.results.pictures.partition import class_shares
 from fedmom.results.pictures.style import COLOURS, DASHES, MARKERS
 from fedmom.results.reading import environment_of, is_run
 from fedmom.results.sheets import Sheet, Stat, Value, stat, written
-from fedmom.results.tables import SPREADS, TRAIN, finite, measure_of, measures_in, number
+from fedmom.results.tables import SPREADS, TRAIN, finite, is_evaluated, measure_of, measures_in
 from fedmom.tasks.problem import data_kind
 
 POINTS = 20_000  # on the page, over all groups: more would make it slow to open
@@ -161,15 +162,20 @@ def _lines(group: Group, measures: Sequence[str], axes: Sequence[str], most: int
 
 
 def _thinned(group: Group, most: int) -> list[int]:
-    """At most about `most` of the common rounds, evaluated ones first, evenly spaced, first and last included."""
+    """About `most` of the common rounds, evaluated ones first, evenly spaced, first and last included; and as many of
+    those that looked at the clients.
+    """
     common = group.rounds
     if len(common) <= most:
         return common
     rounds = group.runs[0].rounds
-    judged = {r["round"] for r in rounds if any(measure_of(key) and number(r, key) is not None for key in r)}
-    pool = [r for r in common if r in judged] or common
-    places = np.unique(np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(int))
-    return [common[0], *(pool[place] for place in places), common[-1]]
+    judged = {r["round"] for r in rounds if is_evaluated(r)}
+    looked = {r["round"] for r in rounds if LOOKED in r}
+    kept = {common[0], common[-1]}
+    for pool in ([r for r in common if r in judged] or common, [r for r in common if r in looked]):
+        places = np.unique(np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(int))
+        kept |= {pool[place] for place in places}
+    return sorted(kept)
 
 
 def tables(groups: Sequence[Group], targets: Sequence[Target]) -> list[dict[str, Any]]:

@@ -70,8 +70,9 @@ function sortTables() {
   }
 }
 
+// Tables of runs; a client is no run.
 function filterTables(words) {
-  for (const row of document.querySelectorAll("table.sortable tbody tr")) {
+  for (const row of document.querySelectorAll("table.sortable:not(.clients) tbody tr")) {
     row.hidden = !matches(row.cells[0].textContent, words);
   }
 }

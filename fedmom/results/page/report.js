@@ -31,8 +31,8 @@
   makeCharts();
   makeSwept();
   redraw();
-  drawPartitions();
-  DARK.addEventListener("change", () => { redraw(); drawPartitions(); });
+  drawBelow();
+  DARK.addEventListener("change", () => { redraw(); drawBelow(); });
   window.addEventListener("beforeprint", () => print(true));
   window.addEventListener("afterprint", () => print(false));
 
@@ -45,11 +45,16 @@
   function print(begins) {
     printing = begins;
     document.documentElement.classList.toggle("printing", begins);
-    for (const part of document.querySelectorAll("details")) {
+    for (const part of document.querySelectorAll("details:not(.long)")) {
       if (begins) part.dataset.open = part.open ? "yes" : "";
       part.open = begins || part.dataset.open === "yes";
     }
     redraw();
+    drawBelow();
+  }
+
+  function drawBelow() {
+    drawClients();
     drawPartitions();
   }
 
@@ -281,6 +286,15 @@
     const values = groups.flatMap((group) => group.mean[measure.key]).filter((value) => value > 0);
     return values.length && Math.max(...values) > 50 * Math.min(...values) 
       ? { dtick: Math.max(1, Math.ceil(Math.log10(Math.max(...values) / Math.min(...values)) / 6)) } : {};
+  }
+
+  function drawClients() {
+    for (const place of document.querySelectorAll("[data-clients]")) {
+      const one = data.clients[Number(place.dataset.clients)], bars = place.dataset.kind === "histogram";
+      const [lines, more] = (bars ? clientsHistogram : clientsSpread)(one, dark() ? DARK_COLOURS : LIGHT_COLOURS);
+      const legend = { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: css("--ink") } };
+      show(place, lines, { showlegend: true, legend, ...more });
+    }
   }
 
   function drawPartitions() {

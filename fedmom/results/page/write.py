@@ -18,6 +18,7 @@ from fedmom.records.environment import version_of
 from fedmom.results.comparison import Target
 from fedmom.results.groups import Group, counted_of
 from fedmom.results.page import content
+from fedmom.results.page.clients import clients, drawn_of
 from fedmom.results.ranking import results
 
 HERE = Path(__file__).parent
@@ -35,6 +36,8 @@ def write_page(groups: Sequence[Group], targets: Sequence[Target], path: Path, *
     loader = FileSystemLoader(HERE)
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     drawn = {"curves": content.curves(groups), "partitions": content.partitions(groups)}
+    own = clients(groups)
+    drawn["clients"] = [drawn_of(one) for one in own]
     packed = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
     text = env.get_template("report.html").render(
         title=_title(groups),
@@ -44,11 +47,14 @@ def write_page(groups: Sequence[Group], targets: Sequence[Target], path: Path, *
         groups=groups,
         data=Markup(_json(drawn)),
         partitions=drawn["partitions"],
+        clients=own,
         tables=content.tables(groups, targets),
         settings=content.settings(groups),
         provenance=content.provenance(groups),
         style=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in ("pure.js", "report.js"))),
+        script=Markup(
+            "\n".join((HERE / name).read_text(encoding="utf-8") for name in ("pure.js", "clients.js", "report.js"))
+        ),
         plotly=Markup(packed),
         version=version_of("fedmom") or "",
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

@@ -31,7 +31,17 @@ from fedmom.results.pictures.style import (
     whole_ticks,
 )
 from fedmom.results.reading import Run
-from fedmom.results.tables import CONSENSUS, MEASURES, TRAIN, Measure, byte_unit, finite, measure_of, measures_in
+from fedmom.results.tables import (
+    CONSENSUS,
+    MEASURES,
+    TRAIN,
+    Measure,
+    byte_unit,
+    finite,
+    measure_of,
+    measures_in,
+    without_clients,
+)
 
 POLICY = "algorithm.momentum-policy"
 POOLED_LINE = {"color": DARK, "linestyle": (0, (1.2, 1.3)), "marker": "none", "linewidth": 1.3}
@@ -105,10 +115,11 @@ def _looks(groups: Sequence[Group]) -> list[dict[str, Any]]:
 def draw_curves(runs: Sequence[Run], path: Path, notes: Sequence[str] = ()) -> None:
     """PNG of runs: every measure against rounds, joint epochs and bytes sent. Pale lines are the train loss.
 
-    notes: small lines below the names of the runs.
+    notes: small lines below the names of the runs. A single run's clients have a picture of their own.
     """
     groups = alone(runs)
-    measures = [m for m in (*_found(groups), CONSENSUS) if any(_keys(group, m, train=True) for group in groups)]
+    found = without_clients(_found(groups)) if len(runs) == 1 else _found(groups)
+    measures = [m for m in (*found, CONSENSUS) if any(_keys(group, m, train=True) for group in groups)]
     labels = _legend_names([run.name for run in runs])
     save_picture(draw_grid(groups, measures or MEASURES[:1], COSTS, labels, "\n".join(notes), train=True), path)
 
