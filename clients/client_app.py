@@ -65,7 +65,7 @@ def train(message: Message, context: Context) -> Message:
         return _train_rows(message, context, clients)
     records = message.content.array_records
     arrays = records["arrays"]
-    rows, states = (_tensors(records[name]) if name in records else None for name in ("rows", "states"))
+    rows, states, personal = (_tensors(records[n]) if n in records else None for n in ("rows", "states", "personal"))
     start = _tensors(arrays)
     trained = _node(context, asked).train(
         clients,
@@ -73,6 +73,7 @@ def train(message: Message, context: Context) -> Message:
         unflatten(start),
         rows,
         states,
+        None if personal is None else unflatten(personal),
         path=asked.get("path", ""),
         chunk_size=asked.get("chunk-size", 0),
     )
@@ -100,6 +101,8 @@ def train(message: Message, context: Context) -> Message:
         content["rows"] = _record(outcome.momentum, arrays)
     if outcome.correction is not None:
         content["states"] = _record(outcome.correction, arrays)
+    if outcome.personal is not None:
+        content["personal"] = _record(flatten(outcome.personal), arrays)
     return Message(RecordDict(content), reply_to=message)
 
 

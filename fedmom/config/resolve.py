@@ -49,6 +49,7 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     config = _settle_interval(config)
     config = _settle_rounds(config, given, notes)
     _check_strategy(config, given, notes)
+    _check_personal(config)
     _check_schedule(config.algorithm)
     _check_goals(config)
     model = config.model
@@ -214,6 +215,19 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
         notes.append(f"server.strategy = {server.strategy!r} does not read {', '.join(idle)}: it changes nothing")
     if STRATEGIES[server.strategy].adds_noise and not server.noise_multiplier:
         notes.append(f"server.noise-multiplier = 0: {server.strategy} clips, and adds no noise: nothing is private")
+
+
+def _check_personal(config: Config) -> None:
+    """What stays with a client is a model's, and must be left out of what the others average."""
+    said = f"algorithm.personal = {config.algorithm.personal!r}"
+    if not config.algorithm.personal:
+        return
+    if not data_kind(config.data.dataset).has_examples:
+        raise InputError(f"{said}: data.dataset = {config.data.dataset!r} has no model; leave it ''")
+    if ALGORITHMS[config.algorithm.name].decentralized:
+        raise InputError(f"{said}: needs Algorithm 1, and {config.algorithm.name} is Algorithm 2; leave it ''")
+    if config.server.strategy != OURS:
+        raise InputError(f"{said}: needs server.strategy = {OURS!r}, not {config.server.strategy!r}, or leave it ''")
 
 
 def _check_goals(config: Config) -> None:

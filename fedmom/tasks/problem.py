@@ -18,6 +18,7 @@ class Problem(Protocol):
     device: torch.device
     measures: tuple[str, ...]  # the names that `evaluate` gives
     small: bool  # whether a round's line also carries x, u and x after every step
+    personal: frozenset[str] = frozenset()  # names of x and buffers that stay with each client
 
     def start(self) -> ClientState:
         """The common x⁰, u⁰ = 0 and the buffers."""

@@ -17,6 +17,7 @@ from fedmom.method.randomness import DROPOUT, random_bits
 from fedmom.method.state import ClientState, Tree, initial_state
 from fedmom.tasks.evaluation import Evaluation
 from fedmom.tasks.metrics import named
+from fedmom.tasks.personal import personal_names
 from fedmom.tasks.places import BoundedGathers, Places, cast, check_model, copied
 from fedmom.tasks.task import Named, Task, make_task
 
@@ -41,6 +42,7 @@ class Supervised:
     """A task's loss of a model on each client's own examples."""
 
     small = False
+    personal: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -56,9 +58,11 @@ class Supervised:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         name: str = "",
+        personal: str = "",
     ) -> None:
         """`task`: left out, classification by cross-entropy. `name`: of the model, for messages.
 
+        `personal`: what stays with each client, as algorithm.personal says it.
         Raises InputError, naming the model, where it cannot be trained with tensors of the clients' own.
         """
         self.called = f"model.name = {name or type(model).__name__!r}"
@@ -80,6 +84,7 @@ class Supervised:
         self.sampler = Sampler(partition, batch_size, sampling=sampling, seed=seed)
         self.augment, self.seed, self.dtype = augment, seed, dtype
         self._hold(cast(model, self.device, dtype))
+        self.personal = personal_names(self.model, self.places, personal)
 
     def _hold(self, model: nn.Module) -> None:
         self.model, self.places = model, Places(model)

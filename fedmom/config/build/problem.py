@@ -79,6 +79,7 @@ def supervised(
         dtype=getattr(torch, run.dtype),
         device=device,
         name=config.model.name,
+        personal=config.algorithm.personal,
     )
 
 
