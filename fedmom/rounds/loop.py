@@ -114,9 +114,7 @@ def run_rounds(
         train_seconds = clock() - begin - _whole(ahead)
         measured = _measured(problem, plan, job, outcome, new)
         _check_finite(new.round, job, outcome, measured)
-        where = f"round {new.round} at lr = {job.lrs[0]:g}"
-        check_states(plan.method, outcome, new.state.correction, where)
-        check_own(outcome, where)
+        check_states(plan.method, outcome, new.state.correction, f"round {new.round} at lr = {job.lrs[0]:g}")
         end = clock()
         new = new._replace(wall_seconds=done.wall_seconds + end - begin - _whole(ahead))
         record = {
@@ -165,6 +163,7 @@ def _check_finite(round_number: int, job: Job, outcome: Outcome, measured: Recor
         broken = next((part for part, tree in outcome.mean._asdict().items() if not is_finite(tree)), "")
     if broken:
         raise DivergedError(f"the {broken} became NaN or infinite in {where}: try a smaller lr")
+    check_own(outcome, where)
 
 
 def _coordinates(state: ClientState, path: list[torch.Tensor]) -> Record:
