@@ -15,10 +15,13 @@ from torch.nn.functional import cross_entropy
 
 import fedmom
 from both_sides import by_flower
+from fedmom.backends.trainer import Node
+from fedmom.config.load import load
+from fedmom.config.resolve import resolve
 from fedmom.data.partition import make_partition
 from fedmom.engine.auto import _may_factor, choose
 from fedmom.engine.engine import Engine
-from fedmom.errors import DivergedError
+from fedmom.errors import DivergedError, InputError
 from fedmom.method.state import flatten
 from fedmom.records.files import CHECKPOINT, CLIENTS, FINAL, read_tensors
 from fedmom.records.history import read_rounds
@@ -278,6 +281,13 @@ def test_on_flower_who_does_not_answer_keeps_its_own(tmp_path):
     for name, before in seen[0].items():
         assert torch.equal(seen[1][name][:2], before[:2])
         assert not torch.equal(seen[1][name][2:], before[2:])
+    node = Node(resolve(load(keys)).config)
+    for start, words in (
+        (node.sent, "the clients' own params/2.weight does not fit algorithm.personal = '2,4.bias'"),
+        (node.begin[0], "params/2.weight does not fit model.name = "),
+    ):
+        with pytest.raises(InputError, match=f"arrays: {words}"):
+            node.train([0], 0, start)
 
 
 @pytest.mark.slow
