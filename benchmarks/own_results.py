@@ -75,13 +75,14 @@ def measure(args: argparse.Namespace) -> None:
 
     once, own = timed(forward, args.seconds), timed(lambda: problem.evaluate_own(state), args.seconds)
     print(
-        f"{args.model}, {args.clients} clients, {len(rows)} test examples of their own, {torch.get_num_threads()} threads"
+        f"{args.model}, {args.clients} clients, {len(rows)} test examples of their own, "
+        f"{torch.get_num_threads()} threads"
     )
     print(f"x̂: {own:.3f} s, one forward pass {once:.3f} s: {own / once:.3f} times")
     engine, done = Engine(problem, plan.method, path=args.path, chunk_size=args.chunk), beginning(problem, plan)
     done = done._replace(round=1)
     ids = np.arange(args.clients)
-    some = steps_job(problem, plan, 1, ids, None, None, lr=0.01)
+    some = steps_job(problem, plan, 1, ids, None, None, None, lr=0.01)
     more = some._replace(num_steps=some.num_steps + 1, lrs=[*some.lrs, 0.01])
 
     def steps() -> None:

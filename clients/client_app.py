@@ -28,7 +28,7 @@ from fedmom.data.local import facts_of, from_record
 from fedmom.errors import InputError
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 from fedmom.machine.files import at_home
-from fedmom.method.state import Tree, flatten, unflatten
+from fedmom.method.state import ClientState, Tree, flatten, unflatten
 from fedmom.tasks.problem import data_kind
 
 Metric = int | float | list[int] | list[float]
@@ -66,14 +66,13 @@ def train(message: Message, context: Context) -> Message:
     clients: list[int] = asked.get("clients", _held(context).tolist())
     if asked.get("rows", False):
         return _train_rows(message, context, clients)
-    arrays, rows, states = message.content.array_records["arrays"], _own(message, "rows"), _own(message, "states")
+    arrays = message.content.array_records["arrays"]
     start = _tensors(arrays)
     trained = _node(context, asked).train(
         clients,
         asked["server-round"] - 1,
         unflatten(start),
-        rows,
-        states,
+        *_own(message),
         path=asked.get("path", ""),
         chunk_size=asked.get("chunk-size", 0),
     )
@@ -101,6 +100,8 @@ def train(message: Message, context: Context) -> Message:
         content["rows"] = _record(outcome.momentum, arrays)
     if outcome.correction is not None:
         content["states"] = _record(outcome.correction, arrays)
+    if outcome.personal is not None:
+        content["personal"] = _record(flatten(outcome.personal), arrays)
     return Message(RecordDict(content), reply_to=message)
 
 
@@ -137,9 +138,8 @@ def evaluate(message: Message, context: Context) -> Message:
     metrics: dict[str, Any] = {"num-examples": num_examples, **measured}
     if _is_local(context):
         metrics |= {f"sums-{name}": sums for name, sums in node.test_totals(state).items()}
-        if asked.get("personal-steps", 0):
-            own = _own(message, "rows"), _own(message, "states")
-            metrics |= node.personal_results(state, asked["server-round"] - 1, asked["lr"], *own)
+        if asked.get("own-models", False):
+            metrics |= node.personal_results(state, asked["server-round"] - 1, asked["lr"], *_own(message))
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
 
@@ -205,10 +205,11 @@ def _held(context: Context) -> np.ndarray:
     return held_clients(node, num_nodes, settled(context.run_config).config.data.num_clients)
 
 
-def _own(message: Message, name: str) -> Tree | None:
-    """[k, ...] what the clients have of their own, where it came along."""
+def _own(message: Message) -> tuple[Tree | None, Tree | None, ClientState | None]:
+    """[k, ...] what the clients have of their own, where it came along: u, states of a correction, personal tensors."""
     records = message.content.array_records
-    return _tensors(records[name]) if name in records else None
+    rows, states, personal = (_tensors(records[n]) if n in records else None for n in ("rows", "states", "personal"))
+    return rows, states, None if personal is None else unflatten(personal)
 
 
 def _tensors(record: Mapping[str, Array]) -> Tree:

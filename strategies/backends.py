@@ -35,6 +35,8 @@ class AveragingRounds(Backend):
             self.strategy.rows = _by_client(ids, job.momentum)
         if job.correction is not None:
             self.strategy.states = _by_client(ids, job.correction)
+        if job.personal is not None:
+            self.strategy.personal = _by_client(ids, flatten(job.personal))
         trained = self.strategy.train_round(
             self.grid,
             job.round_index + 1,
@@ -140,6 +142,8 @@ def _outcome(
         found = [tree for tree in rows if tree]
         return asked and {name: torch.cat([tree[name] for tree in found])[order] for name in asked}
 
+    asked = None if job.personal is None else flatten(job.personal)
+    personal = own(asked, [answer.personal for answer in answers])
     return Outcome(
         mean=to_device(state, problem.device),
         train_loss=metrics["train_loss"],
@@ -148,6 +152,7 @@ def _outcome(
         trajectory=path,
         momentum=own(job.momentum, [answer.rows for answer in answers]),
         correction=own(job.correction, [answer.states for answer in answers]),
+        personal=None if personal is None else unflatten(personal),
         losses=losses[answered],
         answered=None if bool(answered.all()) else answered,
     )

@@ -15,13 +15,14 @@ from fedmom.config.keys import Config
 from fedmom.data.given.own_files import read_server
 from fedmom.data.local import Common, Facts, agreed, as_record, none_of
 from fedmom.errors import ClientsFailedError
-from fedmom.method.state import ClientState, flatten
+from fedmom.method.state import ClientState, Tree, flatten
 from fedmom.rounds.results import OWN, PERSONAL
 from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Supervised
 
 from .fleet import Fleet
 from .replies import ARRAYS, CONFIG, ROWS, STATES, accept_metrics, accept_sums, mean_metrics, pack, shares_memory
+from .replies import PERSONAL as PERSONAL_ROWS
 
 
 class Told(NamedTuple):
@@ -77,15 +78,14 @@ class LocalSupervised(Supervised):
         arrays, asked = pack(flatten(state), bundled=bundled), dict(self.facts)
         messages = list[Message]()
         if job is not None:
-            asked |= {"server-round": job.round_index + 1, "personal-steps": len(job.lrs), "lr": float(job.lrs[0])}
+            asked |= {"server-round": job.round_index + 1, "own-models": True, "lr": float(next(iter(job.lrs), 0.0))}
         for holder in fleet.holders:
             client = holder.clients[0]
             if not common.test_sizes[client]:
                 continue
             content: dict[str, Any] = {ARRAYS: arrays, CONFIG: ConfigRecord(asked)}
-            for name, tree in ((ROWS, job and job.momentum), (STATES, job and job.correction)):
-                if tree:
-                    content[name] = pack({n: v[client : client + 1] for n, v in tree.items()}, bundled=bundled)
+            for name, tree in _own(job).items():
+                content[name] = pack({n: v[client : client + 1] for n, v in tree.items()}, bundled=bundled)
             messages.append(Message(RecordDict(content), message_type=MessageType.EVALUATE, dst_node_id=holder.node_id))
         try:
             return [*fleet.exchange(grid, 0, messages, arrays, timeout=timeout, accept=self._accept)]
@@ -109,6 +109,15 @@ class LocalSupervised(Supervised):
                     )
                 totals[name] = totals[name] + own if name in totals else own
         return {f"test_{name}": value for name, value in self.task.values(totals).items()} if totals else None
+
+
+def _own(job: Job | None) -> dict[str, Tree]:
+    """{record: [N, ...]} of what clients have of their own, as messages carry it."""
+    if job is None:
+        return {}
+    personal = None if job.personal is None else flatten(job.personal)
+    found = {ROWS: job.momentum, STATES: job.correction, PERSONAL_ROWS: personal}
+    return {name: tree for name, tree in found.items() if tree}
 
 
 def local_problem(grid: Grid, fleet: Fleet, config: Config) -> LocalSupervised:

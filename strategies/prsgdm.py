@@ -26,6 +26,7 @@ from .fleet import Fleet
 from .replies import (
     ARRAYS,
     CONFIG,
+    PERSONAL,
     ROWS,
     STATES,
     WEIGHT,
@@ -51,6 +52,7 @@ class Contribution(NamedTuple):
     about: dict[str, Any]
     rows: Tree | None
     states: Tree | None = None
+    personal: Tree | None = None
 
 
 class TrainedRound(NamedTuple):
@@ -110,6 +112,7 @@ class PRSGDM(Strategy):
         self.keeps_rows = MOMENTUM_POLICIES[momentum_policy].keeps_rows
         self.rows: dict[int, Tree] = {}  # {client: its own u}, sent along where there are any (policy "local")
         self.states: dict[int, Tree] = {}  # {client: its own state of a correction}, sent along where there are any
+        self.personal: dict[int, Tree] = {}  # {client: its own tensors, as `flatten` names them}, likewise
         self.message: Tree = {}  # of a correction with state, which the replies have in the place of the server's state
         self.needs_losses = False  # whether a reply must tell each client's training loss
         self._expected: Tree = {}  # what the updates of this round must look like
@@ -147,7 +150,7 @@ class PRSGDM(Strategy):
             self._asked[holder.node_id] = clients
             asked = ConfigRecord({**config, "server-round": server_round, "clients": clients})
             content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {ARRAYS: arrays, CONFIG: asked}
-            for name, rows in ((ROWS, self.rows), (STATES, self.states)):
+            for name, rows in ((ROWS, self.rows), (STATES, self.states), (PERSONAL, self.personal)):
                 if rows:
                     own = [rows[client] for client in clients]
                     content[name] = pack({n: torch.stack([u[n] for u in own]) for n in own[0]}, bundled=bundled)
@@ -247,8 +250,9 @@ class PRSGDM(Strategy):
         return self._average(server_round, updates, on_update)
 
     def _accept(self, clients: Sequence[int], reply: Message) -> Update:
-        rows, states = (
-            expand(own[clients[0]], len(clients)) if own and clients else None for own in (self.rows, self.states)
+        rows, states, personal = (
+            expand(own[clients[0]], len(clients)) if own and clients else None
+            for own in (self.rows, self.states, self.personal)
         )
         return accept(
             reply,
@@ -257,6 +261,7 @@ class PRSGDM(Strategy):
             clients=clients,
             rows=rows,
             states=states,
+            personal=personal,
             losses=self.needs_losses,
         )
 
@@ -272,7 +277,7 @@ class PRSGDM(Strategy):
             mean.add_one(update.state, update.weight)
             for name, value in update.metrics.items():
                 sums[name] = sums.get(name, 0.0) + update.weight * value
-            answers.append(Contribution(update.weight, update.about, update.rows, update.states))
+            answers.append(Contribution(update.weight, update.about, update.rows, update.states, update.personal))
             if self.keeps_rows and update.rows:
                 for place, client in enumerate(update.about["clients"]):
                     self.rows[client] = {name: u[place].clone() for name, u in update.rows.items()}

@@ -13,6 +13,7 @@ from fedmom.method.state import ClientState, Tree, unflatten
 
 ARRAYS, CONFIG, ROWS, ABOUT = "arrays", "config", "rows", "clients"  # names of the records in a message
 STATES = "states"  # likewise, of the clients' own states of a correction
+PERSONAL = "personal"  # likewise, of the clients' own tensors of algorithm.personal
 WEIGHT = "num-examples"  # the metric by which updates are weighed, here and in Flower's own strategies
 
 # (a round's number, the result so far) -> whether it was the last: as Flower 1.43 asks after every round.
@@ -51,6 +52,7 @@ class Update(NamedTuple):
     about: dict[str, Any]  # lists of the clients' own: ids, losses
     rows: Tree | None  # [k, ...] its clients' own u, for momentum policy "local"
     states: Tree | None  # [k, ...] its clients' own states of a correction
+    personal: Tree | None  # [k, ...] its clients' own tensors, as `flatten` names them
     reply: Message
 
 
@@ -62,11 +64,12 @@ def accept(
     clients: Sequence[int] = (),
     rows: Tree | None = None,
     states: Tree | None = None,
+    personal: Tree | None = None,
     losses: bool = False,
 ) -> Update:
     """A reply's content, checked against the tensors that were sent ({} checks no shapes).
 
-    clients: those asked for, if the reply must be theirs; rows, states: what those of their own [k, ...] look like;
+    clients: those asked for, if the reply must be theirs; rows, states, personal: what their own [k, ...] looks like;
     losses: whether each client's training loss must be told.
     Raises ValueError naming the tensor that is missing, misshapen or not finite.
     """
@@ -90,17 +93,16 @@ def accept(
         raise ValueError(f"its reply is of clients {about['clients'][:5]}, which it was not asked for")
     if losses and len(about.get("train-loss", ())) != len(about.get("clients", ())):
         raise ValueError(f"its record {ABOUT!r} must have train-loss, one number for each of its clients")
-    own, kept = (
-        unpack(content.array_records[name]) if name in content.array_records else None for name in (ROWS, STATES)
-    )
-    if rows is not None:
-        _check("clients' own momentum", own or {}, rows)
-    if states is not None:
-        _check("clients' own states", kept or {}, states)
+    records, own = content.array_records, dict[str, Tree | None]()
+    called = {ROWS: "clients' own momentum", STATES: "clients' own states", PERSONAL: "clients' own tensors"}
+    for name, right in ((ROWS, rows), (STATES, states), (PERSONAL, personal)):
+        own[name] = unpack(records[name]) if name in records else None
+        if right is not None:
+            _check(called[name], own[name] or {}, right)
     scalars = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
     # In the order of what was sent, which a message need not keep: sums over tensors must not depend on it.
     state = unflatten({name: tensors[name] for name in expected})
-    return Update(state, float(weight), scalars, about, own, kept, reply)
+    return Update(state, float(weight), scalars, about, own[ROWS], own[STATES], own[PERSONAL], reply)
 
 
 def accept_metrics(

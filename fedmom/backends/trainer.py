@@ -4,7 +4,7 @@ No Flower here: clients/client_app.py unpacks a message, calls `Node`, and packs
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from fedmom.engine.auto import Said, choose
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.algorithms import MOMENTUM_POLICIES
-from fedmom.method.state import ClientState, Tree, row_of, to_device
+from fedmom.method.state import ClientState, Tree, flatten, parted, row_of, to_device
 from fedmom.rounds.clients import after_steps, steps_job
 from fedmom.rounds.correction import client_rows, start_of
 from fedmom.rounds.plan import Plan, clients_job
@@ -103,6 +103,7 @@ class Node:
                 self.problem = supervised(self.config, device, *mine[:2], own=mine[2])
             self.plan: Plan = make_plan(self.config)
             self.begin = start_of(self.problem, self.plan.method)  # as a run begins, and one client's own state
+        self.sent, self.own = parted(self.begin[0], self.problem.personal)  # what of it travels, and what is personal
         # What is frozen never travels: another file here would be another model.
         self.begun_from = digest_of(config.model.start)
         self._choices: dict[int, tuple[str, int]] = {}
@@ -149,18 +150,21 @@ class Node:
         start: ClientState,
         momentum: Tree | None = None,
         correction: Tree | None = None,
+        personal: ClientState | None = None,
         *,
         path: str = "",
         chunk_size: int = 0,
     ) -> TrainedBlock:
         """I local steps of `clients` from `start` in round 0, 1, …, and their weighted mean.
 
-        `momentum`: their own u [k, ...], for policy "local"; `correction`: their own states [k, ...].
+        `momentum`: their own u [k, ...], for policy "local"; `correction`: their own states [k, ...]; `personal`: their
+        own tensors [k, ...] of algorithm.personal.
         `path` and `chunk_size` as the server settled them; left out, they are chosen here. Raises InputError for a
         client that does not exist or a start of another model.
         """
         ids = self._ids(clients)
-        self._check(start)
+        self._check(start, self.sent)
+        self._check_own(personal, len(ids))
         if (own := self.begin[1]).keys() != (correction or {}).keys():
             raise InputError(
                 f"arrays: the clients' own states must be {', '.join(own) or 'none'}, by algorithm.correction"
@@ -168,7 +172,7 @@ class Node:
         if not path:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
-        job = clients_job(self.problem, self.plan, round_index, ids, momentum, correction)
+        job = clients_job(self.problem, self.plan, round_index, ids, momentum, correction, personal)
         with blamed(self._keys):
             outcome = engine.run_round(to_device(start, self.problem.device), job)
         return TrainedBlock(
@@ -186,7 +190,7 @@ class Node:
         Raises InputError for a client that does not exist or rows of another model.
         """
         ids = self._ids(clients)
-        self._check(row_of(rows, 0))
+        self._check(row_of(rows, 0), self.begin[0])
         if not path:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
@@ -209,7 +213,7 @@ class Node:
 
         With local data: on the client's own test examples.
         """
-        self._check(start)
+        self._check(start, self.begin[0])
         if self.local is not None:
             num_examples = self.local.common.test_sizes[self.local.client]
             with blamed(self._keys):
@@ -226,20 +230,24 @@ class Node:
         lr: float,
         momentum: Tree | None = None,
         correction: Tree | None = None,
+        personal: ClientState | None = None,
     ) -> dict[str, float]:
         """{"personal_loss", …} on the client's own test examples, after `run.personal-steps` from `start` with γ = lr.
 
-        round_index: of the round that these steps would begin; `momentum` and `correction` as `train` takes them.
+        round_index: of the round that these steps would begin; the client's own as `train` takes it.
         """
         assert self.local is not None, "the server has the others' examples"
-        self._check(start)
         ids, device = self._ids([self.local.client]), self.problem.device
-        job = steps_job(self.problem, self.plan, round_index, ids, momentum, correction, lr=lr)
-        engine = self._engine(*self.choose(ids))
+        self._check_own(personal, len(ids))
+        job = steps_job(self.problem, self.plan, round_index, ids, momentum, correction, personal, lr=lr)
+        make = partial(self._stepper, ids)
         with blamed(self._keys):
-            rows = after_steps(self.plan.method, engine, to_device(start, device), job, device)
+            rows = after_steps(self.problem, self.plan.method, make, to_device(start, device), job)
             found = self.problem.evaluate_own_rows(rows, job.clients)
         return {f"{PERSONAL}_{name}": float(values[0]) for name, values in found.items()}
+
+    def _stepper(self, ids: np.ndarray) -> Engine:
+        return self._engine(*self.choose(ids))
 
     def test_totals(self, start: ClientState) -> dict[str, list[float]]:
         """Of a client's own test examples: sums that add up over clients, where a mean of theirs is not everybody's."""
@@ -249,8 +257,14 @@ class Node:
             totals = self.problem.test_totals(to_device(start, self.problem.device))
         return {name: sums.tolist() for name, sums in totals.items()}
 
-    def _check(self, start: ClientState) -> None:
-        expected = self.begin[0]
+    def _check_own(self, personal: ClientState | None, count: int) -> None:
+        got, own = flatten(personal or ClientState({}, {}, {})), flatten(self.own)
+        for name in {**own, **got}:
+            if name not in got or name not in own or got[name].shape != (count, *own[name].shape):
+                keys = self._keys["algorithm.personal"]
+                raise InputError(f"arrays: the clients' own {name} does not fit algorithm.personal = {keys!r}")
+
+    def _check(self, start: ClientState, expected: ClientState) -> None:
         for part, own in expected._asdict().items():
             got = getattr(start, part)
             for name in {**own, **got}:

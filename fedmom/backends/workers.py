@@ -60,6 +60,7 @@ class BlockJob(NamedTuple):
     chunk_size: int = 0
     momentum: Arrays | None = None  # [k, ...] their own u, for policy "local"
     correction: Arrays | None = None  # [k, ...] their own states of a correction
+    personal: Arrays | None = None  # [k, ...] their own tensors of algorithm.personal, as `flatten` names them
     keeps: bool = False  # whether the mean stays on the actor's node
 
 
@@ -76,6 +77,7 @@ class BlockAnswer(NamedTuple):
     trained: TrainedBlock  # its outcome without tensors of the model's size
     momentum: Arrays | None
     correction: Arrays | None
+    personal: Arrays | None
 
 
 def make_worker(config: Config) -> Callable[..., Any]:
@@ -98,13 +100,15 @@ def make_worker(config: Config) -> Callable[..., Any]:
             unflatten(from_arrays(shared[0])),
             momentum,
             correction,
+            None if job.personal is None else unflatten(from_arrays(job.personal)),
             path=job.path,
             chunk_size=job.chunk_size,
         )
         outcome = trained.outcome
-        slim = outcome._replace(mean=ClientState({}, {}, {}), momentum=None, correction=None)
+        slim = outcome._replace(mean=ClientState({}, {}, {}), momentum=None, correction=None, personal=None)
         mean, trained = to_arrays(flatten(outcome.mean)), trained._replace(outcome=slim)
-        said = BlockAnswer({}, trained, _arrays(outcome.momentum), _arrays(outcome.correction))
+        own = _arrays(outcome.momentum), _arrays(outcome.correction), _flat(outcome.personal)
+        said = BlockAnswer({}, trained, *own)
         return Split(said, mean) if job.keeps else said._replace(mean=mean)
 
     return answer
@@ -112,6 +116,10 @@ def make_worker(config: Config) -> Callable[..., Any]:
 
 def _arrays(tree: Tree | None) -> Arrays | None:
     return None if tree is None else to_arrays(tree)
+
+
+def _flat(state: ClientState | None) -> Arrays | None:
+    return None if state is None else to_arrays(flatten(state))
 
 
 def _partial(mean: Arrays, weight: float) -> Partial:
@@ -178,7 +186,7 @@ class Workers(Backend):
         ids, missing = job.clients.numpy(), set(numbers)
         for number in sorted(missing):
             rows, part = places[number], part_of(job, torch.from_numpy(places[number]))
-            own = _arrays(part.momentum), _arrays(part.correction)
+            own = _arrays(part.momentum), _arrays(part.correction), _flat(part.personal)
             block = BlockJob(ids[rows], job.round_index, self.path, self.chunk_size, *own, keeps)
             near = homes[number] if homes else ""
             self.pool.submit((job.round_index, number), block, (shared,), near=near, keep=keeps)
@@ -250,6 +258,7 @@ class Workers(Backend):
         outcomes = [part.trained.outcome for part in blocks]
         rows = [ClientState({}, *map(from_arrays, (p.momentum or {}, {}, p.correction or {}))) for p in blocks]
         own = concatenated(rows)
+        personal = [unflatten(from_arrays(part.personal)) for part in blocks if part.personal is not None]
         return Outcome(
             mean=to_device(total.mean(start._replace(correction=self.message), self.running_var), self.problem.device),
             train_loss=average([outcome.train_loss for outcome in outcomes]),
@@ -258,6 +267,7 @@ class Workers(Backend):
             trajectory=[average(list(points)) for points in zip(*(o.trajectory for o in outcomes), strict=True)],
             momentum=own.momentum or None,
             correction=own.correction or None,
+            personal=concatenated(personal) if personal else None,
             losses=torch.cat([outcome.losses for outcome in outcomes]),
         )
 

@@ -49,6 +49,7 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     config = _settle_interval(config)
     config = _settle_rounds(config, given, notes)
     _check_strategy(config, given, notes)
+    _check_personal(config)
     _check_schedule(config.algorithm)
     _check_clients_results(config)
     _check_goals(config)
@@ -222,14 +223,25 @@ def _check_clients_results(config: Config) -> None:
     run, every = config.run, config.run.client_eval_every
     if every and not data_kind(config.data.dataset).has_examples:
         raise InputError(f"run.client-eval-every = {every}: data.dataset = {config.data.dataset!r} has no examples")
-    if not run.personal_steps:
-        return
     said = f"run.personal-steps = {run.personal_steps}"
-    if not every:
+    if run.personal_steps and not every:
         raise InputError(f"{said}: needs run.client-eval-every, the rounds between two evaluations of clients' models")
-    if ALGORITHMS[config.algorithm.name].decentralized:
+    if run.personal_steps and ALGORITHMS[config.algorithm.name].decentralized:
         why = "every client has a model of its own already, and that is measured"
         raise InputError(f"{said}: with {config.algorithm.name} {why}; leave it 0")
+
+
+def _check_personal(config: Config) -> None:
+    """What stays with a client is a model's, and must be left out of what the others average."""
+    said = f"algorithm.personal = {config.algorithm.personal!r}"
+    if not config.algorithm.personal:
+        return
+    if not data_kind(config.data.dataset).has_examples:
+        raise InputError(f"{said}: data.dataset = {config.data.dataset!r} has no model; leave it ''")
+    if ALGORITHMS[config.algorithm.name].decentralized:
+        raise InputError(f"{said}: needs Algorithm 1, and {config.algorithm.name} is Algorithm 2; leave it ''")
+    if config.server.strategy != OURS:
+        raise InputError(f"{said}: needs server.strategy = {OURS!r}, not {config.server.strategy!r}, or leave it ''")
 
 
 def _check_goals(config: Config) -> None:

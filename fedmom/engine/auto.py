@@ -106,6 +106,7 @@ def choose(
         return Choice(LOOP, 1, {}, trouble, note)
     if is_settled(path, chunk_size):
         return Choice(path, min(chunk_size, cohort), {}, note=note)
+    own_rows |= bool(problem.personal)  # a round has no common start then, in which it could be timed
     replays = replayable(method, job, own_rows)
     sizes = [min(chunk_size, cohort)] if chunk_size else _chunk_sizes(problem, start, wide, cohort)
     # How far memory goes changes a little all the time: by powers of 4 it does not.
@@ -243,7 +244,7 @@ def _way_to_stack(
 
 def _may_factor(problem: Problem, method: Method, start: ClientState, job: Job) -> bool:
     """Whether dense layers in factors would be used: clients share a start, and the layers are wide enough."""
-    shared = not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
+    shared = not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows and not problem.personal
     return shared and bool(Stack(problem, method, factors=True).in_factors(start, job))
 
 

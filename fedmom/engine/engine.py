@@ -6,14 +6,15 @@ stacked/. All see the same addressed minibatches, and tests hold them equal. aut
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.cuda_graphs import Replays
-from fedmom.engine.stacked.means import RoundEnd, RoundSums, distances
+from fedmom.engine.stacked.means import RoundEnd
+from fedmom.engine.stacked.runner import ChunkOutcome, StackRunner, own_momentum
 from fedmom.engine.stacked.steps import Stack
 from fedmom.method.algorithms import (
     MOMENTUM_POLICIES,
@@ -26,7 +27,8 @@ from fedmom.method.algorithms import (
 )
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.randomness import random_bits
-from fedmom.method.state import ClientState, Tree, concatenated, like, row_of, stacked, where
+from fedmom.method.state import ClientState, Tree, concatenated, like, stacked, where
+from fedmom.rounds.personal import order_of, with_own, without_own
 from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
 
@@ -48,17 +50,6 @@ class PlainSums(WeightedMean):
     def finish(self, losses: Tensor) -> tuple[ClientState, Callable[[], RoundEnd]]:
         end = RoundEnd(losses.cpu(), self.spread("params"), self.spread("momentum"), None)
         return self.mean(), lambda: end
-
-
-class ChunkOutcome(NamedTuple):
-    """What the K clients of one chunk came to."""
-
-    ended: Any  # their rows, or how far they went: what the runner's sums take
-    weights: Tensor  # [K] in main memory
-    losses: Tensor  # [K] float64, mean over each client's own steps
-    points: Sequence[Tensor] = ()  # Σ w x after every local step, for small problems; else empty
-    momentum: Tree | None = None  # [K, ...] the clients' own u at the end, in main memory, for policy "local"
-    correction: Tree | None = None  # [K, ...] likewise their own states of a correction
 
 
 class Runner(Protocol):
@@ -83,13 +74,6 @@ class Runner(Protocol):
         ...
 
 
-def own_momentum(job: Job, momentum: Tree, *, copy: bool = False) -> Tree | None:
-    """A chunk's own u [K, ...] where the job keeps all of them; `copy`: also if it is there already."""
-    if job.momentum is None:
-        return None
-    return {name: u.to(job.momentum[name].device, copy=copy) for name, u in momentum.items()}
-
-
 class PlainRunner:
     """Chunks by `local_step`, which is written for one client: mapped over K of them, or a loop over chunks of one."""
 
@@ -97,6 +81,7 @@ class PlainRunner:
         self.problem, self.method = problem, method
         self.step, self.gradient = (vmap_step, problem.gradient) if stacks else (loop_step, problem.gradient_alone)
         self.keyed = method.correction is not None and takes_key(method.correction)
+        self.order = order_of(problem)
 
     def sums(self, start: ClientState) -> PlainSums:
         return PlainSums(self.method.running_var)
@@ -109,8 +94,10 @@ class PlainRunner:
         def run(places: Tensor) -> ChunkOutcome:
             part, state = part_of(job, places, self.problem.device), stacked(start, len(places))
             state = state._replace(momentum=policy.start(state.momentum, part.momentum))
-            found = self._run_chunk(state, part, progress)
-            return found._replace(momentum=own_momentum(job, found.ended.momentum)) if policy.keeps_rows else found
+            found = self._run_chunk(with_own(state, part, self.order), part, progress)
+            ended, own = without_own(found.ended, part)
+            found = found._replace(ended=ended, personal=own)
+            return found._replace(momentum=own_momentum(job, ended.momentum)) if policy.keeps_rows else found
 
         return map(run, chunks)
 
@@ -181,51 +168,6 @@ class PlainRunner:
             raise
 
 
-class StackRunner:
-    """Chunks through the folded model, replayed as CUDA graphs where they can be."""
-
-    def __init__(self, stack: Stack, replays: Replays | None) -> None:
-        self.stack, self.replays = stack, replays
-
-    def sums(self, start: ClientState) -> RoundSums:
-        return RoundSums(self._begun(start), self.stack.method.running_var)
-
-    def _begun(self, start: ClientState) -> ClientState:
-        """Where all clients start: by a policy that gives each a u of its own, x alone."""
-        policy = MOMENTUM_POLICIES[self.stack.method.momentum_policy]
-        return start if policy.keeps_rows else start._replace(momentum=policy.start(start.momentum, None))
-
-    def from_start(
-        self, start: ClientState, job: Job, chunks: Sequence[Tensor], progress: Progress | None
-    ) -> Iterator[ChunkOutcome]:
-        policy = MOMENTUM_POLICIES[self.stack.method.momentum_policy]
-        even = bool((job.num_steps == len(job.lrs)).all())
-        start = self._begun(start)
-        if even and self.replays is not None and not policy.keeps_rows:
-            parts = [part_of(job, places) for places in chunks]
-            replayed = zip(self.replays.run(start, parts, progress), parts, strict=True)
-            return (ChunkOutcome(moved, part.weights, moved.losses.clone()) for moved, part in replayed)
-
-        def run(places: Tensor) -> ChunkOutcome:
-            part = part_of(job, places, self.stack.problem.device)
-            momentum = policy.start(start.momentum, part.momentum) if policy.keeps_rows else None
-            ended = self.stack.run(start, part, momentum=momentum, even=even, progress=progress)
-            # A copy, since `distances` writes over the rows.
-            own = own_momentum(job, ended.momentum, copy=True) if policy.keeps_rows else None
-            return ChunkOutcome(distances(start, ended), part.weights, ended.losses, momentum=own)
-
-        return map(run, chunks)
-
-    def from_rows(self, job: Job, chunks: Sequence[Tensor], progress: Progress | None) -> Iterator[ChunkOutcome]:
-        def run(places: Tensor) -> ChunkOutcome:
-            part = part_of(job, places, self.stack.problem.device)
-            assert part.rows is not None
-            ended = self.stack.run(row_of(part.rows, 0), part, rows=part.rows, progress=progress)
-            return ChunkOutcome(ClientState(*ended[:3]), part.weights, ended.losses)
-
-        return map(run, chunks)
-
-
 class Engine(Backend):
     """Runs rounds of one problem by one method; `path` (of PATHS) and `chunk_size` change the result by rounding alone.
 
@@ -247,7 +189,7 @@ class Engine(Backend):
     @property
     def runner(self) -> Runner:
         """Who runs the chunks, with the stack and the replays that the engine has by now."""
-        return self.plain if self.stack is None else StackRunner(self.stack, self.replays)
+        return self.plain if self.stack is None else StackRunner(self.stack, self.replays, self.plain.order)
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
@@ -257,7 +199,7 @@ class Engine(Backend):
         """The same; a round whose chunks are all replayed is still to settle."""
         runner, chunks, replayed = self.runner, self._chunks(job), self._num_replayed()
         sums = runner.sums(start)
-        losses, path, own = self._add_up(runner.from_start(start, job, chunks, progress), job, sums.add)
+        losses, path, own, personal = self._add_up(runner.from_start(start, job, chunks, progress), job, sums.add)
         (mean, end), total = sums.finish(losses), float(job.weights.sum())
 
         def settle() -> Outcome:
@@ -270,6 +212,7 @@ class Engine(Backend):
                 trajectory=[point / total for point in path],
                 momentum=own.momentum or None,
                 correction=own.correction or None,
+                personal=personal,
                 losses=found.losses,
                 broken=found.broken,
             )
@@ -288,7 +231,7 @@ class Engine(Backend):
         """
         job, parts = job._replace(rows=rows), list[ClientState]()
         chunks = self.runner.from_rows(job, self._chunks(job), progress)
-        losses, path, _ = self._add_up(chunks, job, lambda ended, weights: parts.append(ended))
+        losses, path, _, _ = self._add_up(chunks, job, lambda ended, weights: parts.append(ended))
         return like(concatenated(parts), rows), losses.cpu(), path
 
     def _num_replayed(self) -> int:
@@ -300,14 +243,17 @@ class Engine(Backend):
 
     def _add_up(
         self, chunks: Iterator[ChunkOutcome], job: Job, add: Callable[[Any, Tensor], None]
-    ) -> tuple[Tensor, list[Tensor], ClientState]:
-        """Every chunk, given to `add` -> losses [C], Σ w x after every step, the clients' own u and states [C, ...]."""
-        losses, own = list[Tensor](), list[ClientState]()
+    ) -> tuple[Tensor, list[Tensor], ClientState, ClientState | None]:
+        """Every chunk, given to `add` -> losses [C], Σ w x after every step; of the clients' own [C, ...] u and states,
+        and the tensors that stay with them.
+        """
+        losses, own, personal = list[Tensor](), list[ClientState](), list[ClientState]()
         path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.problem.small else 0)
         for chunk in chunks:
             add(chunk.ended, chunk.weights)
             losses.append(chunk.losses)
             path = [a + b for a, b in zip(path, chunk.points, strict=True)]
             own.append(ClientState({}, chunk.momentum or {}, {}, chunk.correction or {}))
+            personal += [chunk.personal] if chunk.personal is not None else []
             del chunk  # its rows, before the next chunk's are made
-        return torch.cat(losses), path, concatenated(own)
+        return torch.cat(losses), path, concatenated(own), concatenated(personal) if personal else None

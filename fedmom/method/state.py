@@ -1,7 +1,7 @@
 """What a client carries, as a value: the model x, the momentum u, the model's buffers, a correction's own state."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +73,22 @@ def rows_of(state: ClientState, places: Tensor | slice) -> ClientState:
 def row_of(state: ClientState, place: int) -> ClientState:
     """One of stacked clients."""
     return ClientState(*({name: value[place] for name, value in tree.items()} for tree in state))
+
+
+def parted(state: ClientState, names: Collection[str]) -> tuple[ClientState, ClientState]:
+    """(all but these tensors of x, u and the buffers, these alone); a correction's own stay with the first."""
+
+    def some(inside: bool) -> ClientState:
+        return ClientState(*({n: v for n, v in tree.items() if (n in names) == inside} for tree in state[:3]))
+
+    return some(False)._replace(correction=state.correction), some(True)
+
+
+def joined(shared: ClientState, own: ClientState, like: ClientState) -> ClientState:
+    """The inverse of `parted`, in the order of the names of `like`."""
+    trees = zip(shared[:3], own[:3], like[:3], strict=True)
+    whole = ClientState(*({n: b[n] if n in b else a[n] for n in order} for a, b, order in trees))
+    return whole._replace(correction=shared.correction)
 
 
 def like(state: ClientState, right: ClientState) -> ClientState:

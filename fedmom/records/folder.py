@@ -37,6 +37,7 @@ from fedmom.rounds.results import ClientResults
 
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
+_PERSONAL = "personal/"  # how the names of tensors of algorithm.personal begin in clients.safetensors
 _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
 
 
@@ -51,11 +52,11 @@ def _checkpointed(done: RunState) -> Tree:
     return flatten(done.state) | {_SLOW + name: value for name, value in (done.slow_momentum or {}).items()}
 
 
-def _rows(done: RunState) -> ClientState | None:
+def _rows(done: RunState) -> Tree:
     """The tensors of clients.safetensors: what every client has of its own."""
-    if done.client_momentum is not None or done.client_correction is not None:
-        return ClientState({}, done.client_momentum or {}, {}, done.client_correction or {})
-    return done.rows
+    rows = done.rows or ClientState({}, done.client_momentum or {}, {}, done.client_correction or {})
+    own = flatten(done.client_personal) if done.client_personal is not None else {}
+    return flatten(rows) | {_PERSONAL + name: value for name, value in own.items()}
 
 
 def _why(error: OSError | ValueError) -> str:
@@ -163,11 +164,11 @@ class RunFolder:
             os.fsync(file.fileno())
         about = self._about(done, stamp)
         checkpoint, clients, previous = (self.path / name for name in (CHECKPOINT, CLIENTS, _PREVIOUS_CLIENTS))
-        if (rows := _rows(done)) is not None:
+        if rows := _rows(done):
             # Rows of another round than the checkpoint's were left by a kill; the ones it needs are in `previous`.
             if clients.exists() and checkpoint.exists() and read_about(clients) == read_about(checkpoint):
                 os.replace(clients, previous)
-            write_tensors(clients, flatten(rows), about)
+            write_tensors(clients, rows, about)
         write_tensors(checkpoint, _checkpointed(done), about)
         previous.unlink(missing_ok=True)
 
@@ -205,27 +206,30 @@ class RunFolder:
         wrong += [n for n in expected if n in found and found[n].shape != expected[n].shape]
         if wrong:
             raise InputError(f"{path}: does not fit this model (tensor {wrong[0]})")
-        rows, expected_rows = None, _rows(template)
-        if expected_rows is not None:
+        rows, expected_rows = dict[str, torch.Tensor](), _rows(template)
+        if expected_rows:
             candidates = [self.path / name for name in (CLIENTS, _PREVIOUS_CLIENTS)]
             fitting = [c for c in candidates if c.exists() and read_about(c) == about]
             if not fitting:
                 raise InputError(f"{candidates[0]}: the clients' own rows of round {about['round']} are missing")
             found = read_tensors(fitting[0])[0]
-            for name, value in flatten(expected_rows).items():
+            for name, value in expected_rows.items():
                 if name not in found or found[name].shape != value.shape:
                     raise InputError(f"{fitting[0]}: does not fit this run (tensor {name})")
-            rows = unflatten({name: found[name] for name in flatten(expected_rows)})
+            rows = {name: found[name] for name in expected_rows}
         # In the model's order, which a file does not keep: sums over tensors must not depend on it.
         state = to_device(unflatten({name: tensors[name] for name in flatten(template.state)}), device)
+        own = unflatten({name: value for name, value in rows.items() if not name.startswith(_PERSONAL)})
+        personal = unflatten({n.removeprefix(_PERSONAL): v for n, v in rows.items() if n.startswith(_PERSONAL)})
         slow = template.slow_momentum
         if slow is not None:
             slow = {name: tensors[_SLOW + name].to(device) for name in slow}
         done = template._replace(
             state=state,
-            client_momentum=rows.momentum if rows and template.client_momentum is not None else None,
-            rows=rows if template.rows is not None else None,
-            client_correction=rows.correction if rows and template.client_correction is not None else None,
+            client_momentum=own.momentum if template.client_momentum is not None else None,
+            rows=own if template.rows is not None else None,
+            client_correction=own.correction if template.client_correction is not None else None,
+            client_personal=personal if template.client_personal is not None else None,
             slow_momentum=slow,
             **{name: about[name] for name in _COUNTS},
         )

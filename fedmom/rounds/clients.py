@@ -1,6 +1,6 @@
 """A look at every client: x̂ and the clients' own models, each judged on its client's own test examples."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
 from fedmom.method.state import ClientState, Tree, rows_of, stacked, to_device
+from fedmom.rounds.personal import shared_of, with_own
 from fedmom.rounds.plan import Plan, RunState, clients_job
 from fedmom.rounds.results import OWN, PERSONAL, ClientResults
 from fedmom.rounds.round import Backend, Job, Stepper, part_of
@@ -23,17 +24,17 @@ def look(problem: Problem, plan: Plan, backend: Backend, done: RunState, lr: flo
     """
     done, everybody = done.gathered(), torch.arange(len(problem.sizes))
     job = None
-    if plan.personal_steps:
-        momentum, states = done.client_momentum, done.client_correction
-        job = steps_job(problem, plan, done.round, everybody.numpy(), momentum, states, lr=lr)
+    if plan.personal_steps or done.client_personal is not None:
+        own = done.client_momentum, done.client_correction, done.client_personal
+        job = steps_job(problem, plan, done.round, everybody.numpy(), *own, lr=lr)
     if backend.own_results is not None:
         return ClientResults(done.round, backend.own_results(done.state, job))
     values = _named(OWN, problem.evaluate_own(done.state))
     if done.rows is not None or job is not None:
         found = dict[str, np.ndarray]()
         for ids, rows in _own_models(problem, plan, backend, done, job):
-            for name, own in problem.evaluate_own_rows(rows, ids).items():
-                found.setdefault(name, np.full(len(everybody), np.nan))[ids.numpy()] = own
+            for name, own_values in problem.evaluate_own_rows(rows, ids).items():
+                found.setdefault(name, np.full(len(everybody), np.nan))[ids.numpy()] = own_values
         values |= _named(PERSONAL, found)
     return ClientResults(done.round, values)
 
@@ -45,6 +46,7 @@ def steps_job(
     ids: np.ndarray,
     momentum: Tree | None,
     correction: Tree | None,
+    personal: ClientState | None,
     *,
     lr: float,
 ) -> Job:
@@ -52,15 +54,19 @@ def steps_job(
 
     So they go from û by the momentum policy, on the minibatches that the clients draw next.
     """
-    job = clients_job(problem, plan, round_index, ids, momentum, correction)
+    job = clients_job(problem, plan, round_index, ids, momentum, correction, personal)
     return job._replace(num_steps=torch.full((len(ids),), plan.personal_steps), lrs=[lr] * plan.personal_steps)
 
 
-def after_steps(method: Method, stepper: Stepper, state: ClientState, job: Job, device: torch.device) -> ClientState:
-    """Rows [C, ...] of the job's clients after its steps from `state`."""
-    policy, own, rows = MOMENTUM_POLICIES[method.momentum_policy], job.momentum, stacked(state, len(job.clients))
-    own = own and {name: u.to(device) for name, u in own.items()}
-    return stepper.run_rows(rows._replace(momentum=policy.start(rows.momentum, own)), job)[0]
+def after_steps(
+    problem: Problem, method: Method, make_stepper: Callable[[], Stepper], state: ClientState, job: Job
+) -> ClientState:
+    """Rows [C, ...] of the job's clients after its steps, if any, from `state` and their own tensors."""
+    start = stacked(shared_of(problem, state), len(job.clients))
+    job = part_of(job, torch.arange(len(job.clients)), problem.device)
+    policy = MOMENTUM_POLICIES[method.momentum_policy]
+    rows = with_own(start._replace(momentum=policy.start(start.momentum, job.momentum)), job, state)
+    return make_stepper().run_rows(rows, job._replace(personal=None))[0] if len(job.lrs) else rows
 
 
 def _own_models(
@@ -68,17 +74,17 @@ def _own_models(
 ) -> Iterator[tuple[Tensor, ClientState]]:
     """Every client's own model, chunk by chunk: (ids [k], rows [k, ...]); one chunk is held at a time.
 
-    Under Algorithm 2 the client's row; else x̂ after the steps of `job`.
+    Under Algorithm 2 the client's row; else x̂ with the tensors that stay with the client, after the steps of `job`.
     """
     if done.rows is not None:
         for ids in torch.arange(len(problem.sizes)).split(_CHUNK):
             yield ids, to_device(rows_of(done.rows, ids), problem.device)
         return
-    stepper = backend if isinstance(backend, Stepper) else backend.make_stepper and backend.make_stepper()
-    assert stepper, "a backend takes steps on this device, or says who does"
     assert job is not None
-    for ids in job.clients.split(stepper.chunk_size):
-        yield ids, after_steps(plan.method, stepper, done.state, part_of(job, ids), problem.device)
+    make_stepper = (lambda: backend) if isinstance(backend, Stepper) else backend.make_stepper
+    assert make_stepper is not None, "a backend takes steps on this device, or says who does"
+    for ids in job.clients.split(make_stepper().chunk_size if len(job.lrs) else _CHUNK):
+        yield ids, after_steps(problem, plan.method, make_stepper, done.state, part_of(job, ids))
 
 
 def _named(whose: str, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

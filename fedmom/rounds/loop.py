@@ -17,6 +17,7 @@ from fedmom.method.state import ClientState, Tree, is_finite
 from fedmom.rounds.clients import look
 from fedmom.rounds.correction import check_states, gathered
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
+from fedmom.rounds.personal import check_own, shared_of, with_mean
 from fedmom.rounds.plan import Known, Plan, RunState, round_job
 from fedmom.rounds.round import Backend, Early, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
@@ -34,16 +35,21 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         return after if everybody else {name: old.index_copy(0, ids, after[name]) for name, old in before.items()}
 
     examples = int(job.num_steps.sum()) * plan.batch_size
-    share = float(job.weights.sum()) / float(plan.weights_of(problem.sizes).sum())
+    begun, weights = shared_of(problem, done.state), plan.weights_of(problem.sizes)
+    share = float(job.weights.sum()) / float(weights.sum())
     state, slow = gathered(plan.method, done.state, outcome.mean, share), done.slow_momentum
     if slow is not None:
         alpha, eta = plan.slow_momentum, plan.slow_lr
-        params, slow = slow_step(done.state.params, state.params, slow, lr=job.lrs[0], alpha=alpha, eta=eta)
+        params, slow = slow_step(begun.params, state.params, slow, lr=job.lrs[0], alpha=alpha, eta=eta)
         state = state._replace(params=params)
-    sent = done.state._replace(correction=outcome.mean.correction)
+    sent = begun._replace(correction=outcome.mean.correction)
+    personal = done.client_personal
+    if personal is not None and outcome.personal is not None:
+        personal = ClientState(*(rows(old, new) or {} for old, new in zip(personal, outcome.personal, strict=True)))
+    var = plan.method.running_var
     return RunState(
         round=done.round + 1,
-        state=state,
+        state=with_mean(state, personal, torch.from_numpy(weights), done.state, var),
         client_momentum=rows(done.client_momentum, outcome.momentum),
         slow_momentum=slow,
         steps=done.steps + len(job.lrs),
@@ -53,6 +59,7 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         rows=outcome.rows,
         fetch=outcome.fetch,
         client_correction=rows(done.client_correction, outcome.correction),
+        client_personal=personal,
     )
 
 
@@ -69,10 +76,10 @@ def _begun(
     problem: Problem, plan: Plan, engine: Backend, done: RunState, known: Known, progress: Progress | None
 ) -> _Begun:
     job = round_job(problem, plan, done, known)
-    outcome = engine.begin_round(done.state, job, progress)
+    outcome = engine.begin_round(shared_of(problem, done.state), job, progress)
     asked = len(job.clients)
     if outcome.answered is not None:
-        job = part_of(job._replace(momentum=None, correction=None), outcome.answered.nonzero()[:, 0])
+        job = part_of(job._replace(momentum=None, correction=None, personal=None), outcome.answered.nonzero()[:, 0])
     return _Begun(asked, job, outcome, after_round(problem, plan, done, job, outcome, 0.0))
 
 
@@ -168,6 +175,7 @@ def _check_finite(round_number: int, job: Job, outcome: Outcome, measured: Recor
         broken = next((part for part, tree in outcome.mean._asdict().items() if not is_finite(tree)), "")
     if broken:
         raise DivergedError(f"the {broken} became NaN or infinite in {where}: try a smaller lr")
+    check_own(outcome, where)
 
 
 def _coordinates(state: ClientState, path: list[torch.Tensor]) -> Record:

@@ -14,9 +14,10 @@ import torch
 from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
 from fedmom.method.randomness import COHORT, random_bits
 from fedmom.method.schedules import Horizon, LearningRate
-from fedmom.method.state import ClientState, Tree, num_bytes, stacked, zeros_like
+from fedmom.method.state import ClientState, Tree, num_bytes, rows_of, stacked, zeros_like
 from fedmom.method.topology import Topology
 from fedmom.rounds.correction import client_rows, start_of
+from fedmom.rounds.personal import own_rows, shared_of
 from fedmom.rounds.results import ClientResults
 from fedmom.rounds.round import Job
 from fedmom.tasks.problem import Problem
@@ -86,7 +87,7 @@ class RunState(NamedTuple):
     """A run between two rounds: all that a checkpoint must hold."""
 
     round: int  # rounds done
-    state: ClientState  # x̂, û, the buffers, and the server's state of a correction
+    state: ClientState  # x̂, û, the buffers, and the server's state of a correction; of what is personal the mean
     client_momentum: Tree | None  # [N, ...] every client's own u, for policy "local"
     slow_momentum: Tree | None = None  # the server's own, of SlowMo
     rows: ClientState | None = None  # [N, ...] every client's own x, u and buffers, of Algorithm 2
@@ -96,6 +97,7 @@ class RunState(NamedTuple):
     wall_seconds: float = 0.0
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings state and rows from where they are
     client_correction: Tree | None = None  # [N, ...] every client's own state of a correction, in main memory
+    client_personal: ClientState | None = None  # [N, ...] every client's own tensors of algorithm.personal, likewise
     results: ClientResults | None = None  # what every client got in this round; in no checkpoint
 
     def gathered(self) -> "RunState":
@@ -113,10 +115,12 @@ def beginning(problem: Problem, plan: Plan) -> RunState:
     if plan.topology is not None:
         own = ClientState(*({n: v.clone() for n, v in tree.items()} for tree in stacked(start, len(problem.sizes))))
         return RunState(0, start, None, rows=own)
+    shared = shared_of(problem, start)
     if MOMENTUM_POLICIES[plan.method.momentum_policy].keeps_rows:
-        rows = {n: torch.zeros(len(problem.sizes), *u.shape, dtype=u.dtype) for n, u in start.momentum.items()}
-    slow = zeros_like(start.params) if plan.slow else None
-    return RunState(0, start, rows, slow, client_correction=client_rows(client, len(problem.sizes)))
+        rows = {n: torch.zeros(len(problem.sizes), *u.shape, dtype=u.dtype) for n, u in shared.momentum.items()}
+    slow = zeros_like(shared.params) if plan.slow else None
+    states = client_rows(client, len(problem.sizes))
+    return RunState(0, start, rows, slow, client_correction=states, client_personal=own_rows(problem, start))
 
 
 def cohort(num_clients: int, cohort_size: int, seed: int, round_index: int) -> np.ndarray:
@@ -137,13 +141,14 @@ def round_job(problem: Problem, plan: Plan, done: RunState, known: Known = None)
     """What the whole cohort must do in the round after `done`."""
     num_clients = len(problem.sizes)
     job = cohort_job(problem, plan, done.round) if known is None else known()
-    momentum, correction = done.client_momentum, done.client_correction
+    momentum, correction, personal = done.client_momentum, done.client_correction, done.client_personal
     if len(job.clients) < num_clients:
         momentum, correction = (
             tree and {n: v[job.clients] for n, v in tree.items()} for tree in (momentum, correction)
         )
+        personal = personal and rows_of(personal, job.clients)
     following = cache(partial(cohort_job, problem, plan, done.round + 1)) if done.round + 1 < plan.num_rounds else None
-    job = job._replace(momentum=momentum, correction=correction, rows=done.rows, following=following)
+    job = job._replace(momentum=momentum, correction=correction, personal=personal, rows=done.rows, following=following)
     number = done.round + 1
     return job._replace(evaluates=plan.evaluates(number), looks_at_clients=plan.looks_at_clients(number))
 
@@ -160,8 +165,9 @@ def clients_job(
     ids: np.ndarray,
     momentum: Tree | None = None,
     correction: Tree | None = None,
+    personal: ClientState | None = None,
 ) -> Job:
-    """What clients `ids` [C] must do in round 0, 1, …, with their own u (policy "local") and states, [C, ...]."""
+    """What clients `ids` [C] must do in round 0, 1, …; their own u (policy "local"), states and tensors, [C, ...]."""
     sizes = problem.sizes[ids]
     all_steps = plan.steps_of(problem.sizes)
     steps, per_round, horizon = all_steps[ids], float(all_steps.mean()), plan.horizon(problem.sizes)
@@ -177,4 +183,5 @@ def clients_job(
         momentum=momentum,
         round_index=round_index,
         correction=correction,
+        personal=personal,
     )

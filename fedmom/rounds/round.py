@@ -29,13 +29,14 @@ class Job(NamedTuple):
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction, in main memory
     evaluates: bool = False  # whether the round's result will be measured
     looks_at_clients: bool = False  # whether it will be, on every client's own test examples
+    personal: ClientState | None = None  # [C, ...] the clients' own tensors of algorithm.personal, in main memory
     following: Callable[[], "Job"] | None = None  # the next round's, without anything that depends on this one's result
 
 
 class Outcome(NamedTuple):
     """What the clients of one round came to."""
 
-    mean: ClientState  # x̂, û and the buffers, everybody's next start; the mean of a correction's messages
+    mean: ClientState  # x̂, û and the buffers, everybody's next start; a correction's mean message; nothing personal
     train_loss: float  # mean over clients (by weight) and their steps, each before the step
     consensus_distance: float  # Σ p_i ‖x_i − x̂‖² just before the exchange
     momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
@@ -45,6 +46,7 @@ class Outcome(NamedTuple):
     answered: Tensor | None = None  # [C] bool: whose update is in the means; None: everybody's
     rows: ClientState | None = None  # [N, ...] the clients' next start, of Algorithm 2
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction at the end, in main memory
+    personal: ClientState | None = None  # [C, ...] the clients' own tensors at the end, in main memory
     more: Mapping[str, Any] | None = None  # what else goes into the round's record
     measured: dict[str, Any] | None = None  # the evaluation, where whoever ran the round made it
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings mean and rows, where others hold them
@@ -99,7 +101,7 @@ class Backend(Protocol):
 def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
     """The job of some clients of the cohort, given as places in it.
 
-    `device`: where their own u, states and rows are brought; left out, they stay where they are.
+    `device`: where their own u, states, tensors and rows are brought; left out, they stay where they are.
     """
 
     def some(tree: Tree | None) -> Tree | None:
@@ -107,8 +109,10 @@ def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
             return None
         return {name: value[rows.to(value.device)].to(device or value.device) for name, value in tree.items()}
 
-    own = None if job.rows is None else rows_of(job.rows, rows)
-    own = to_device(own, device) if own is not None and device is not None else own
+    def own(state: ClientState | None) -> ClientState | None:
+        chosen = None if state is None else rows_of(state, rows)
+        return to_device(chosen, device) if chosen is not None and device is not None else chosen
+
     return job._replace(
         clients=job.clients[rows],
         weights=job.weights[rows],
@@ -116,7 +120,8 @@ def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
         num_steps=job.num_steps[rows],
         momentum=some(job.momentum),
         correction=some(job.correction),
-        rows=own,
+        rows=own(job.rows),
+        personal=own(job.personal),
     )
 
 

@@ -19,6 +19,7 @@ class Problem(Protocol):
     measures: tuple[str, ...]  # the names that `evaluate` gives
     own_sizes: np.ndarray | None  # [N] test examples that each client has of its own; None where none has any
     small: bool  # whether a round's line also carries x, u and x after every step
+    personal: frozenset[str] = frozenset()  # names of x and buffers that stay with each client
 
     def start(self) -> ClientState:
         """The common x⁰, u⁰ = 0 and the buffers."""

@@ -29,6 +29,7 @@ class Quadratic:
     """N clients with curvatures h [N, d] and centers c [N, d]; exact gradients plus Gaussian noise of deviation σ."""
 
     small = True
+    personal: frozenset[str] = frozenset()
     measures: tuple[str, ...] = ("loss", "optimal_loss", "optimum", "distance")
 
     def __init__(

@@ -20,6 +20,7 @@ from fedmom.method.state import ClientState, Tree, initial_state
 from fedmom.tasks.evaluation import Evaluation
 from fedmom.tasks.kinds import Named, make_task
 from fedmom.tasks.metrics import named
+from fedmom.tasks.models.personal import personal_names
 from fedmom.tasks.places import BoundedGathers, Places, cast, check_model, copied
 from fedmom.tasks.task import Task
 
@@ -44,6 +45,7 @@ class Supervised:
     """A task's loss of a model on each client's own examples."""
 
     small = False
+    personal: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -60,9 +62,11 @@ class Supervised:
         device: torch.device | str = "cpu",
         name: str = "",
         own: OwnTests | None = None,
+        personal: str = "",
     ) -> None:
         """`task`: left out, classification by cross-entropy. `name`: of the model, for messages. `own`: tests.
 
+        `personal`: what stays with each client, as algorithm.personal says it.
         Raises InputError, naming the model, where it cannot be trained with tensors of the clients' own.
         """
         self.called = f"model.name = {name or type(model).__name__!r}"
@@ -86,6 +90,7 @@ class Supervised:
         self.sampler = Sampler(partition, batch_size, sampling=sampling, seed=seed)
         self.augment, self.seed, self.dtype = augment, seed, dtype
         self._hold(cast(model, self.device, dtype))
+        self.personal = personal_names(self.model, self.places, personal)
 
     def _own_here(self, dataset: Dataset, own: OwnTests) -> OwnTests:
         """The clients' own test examples on the device; those of the data set are there already."""

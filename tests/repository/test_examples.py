@@ -25,6 +25,7 @@ LEAST = {
     "own_task": 0.8,  # the share of patients below the 90 % quantile
     "fedprox": 0.0,  # how much nearer clients stay
     "memory": 0.1,  # how much nearer the optimum they end
+    "personal": 0.1,  # by how much a head of their own brings the clients' training loss down
     "own_topology": 0.0,  # how much farther apart two offices stay than a complete graph
 }
 NEEDS = {

@@ -98,6 +98,7 @@ def supervised(
         device=device,
         name=config.model.name,
         own=own,
+        personal=config.algorithm.personal,
     )
 
 
