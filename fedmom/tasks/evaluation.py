@@ -19,6 +19,7 @@ from fedmom.tasks.task import Task
 from fedmom.user_code import one_line
 
 _PIECE, _FEW = 500, 2  # examples judged at a time: at most, at least
+_SMALL = 32e6  # bytes of a piece of examples that are small
 _WIDE = 8  # clients in a piece, of a measure that makes very many sums of each
 _BLOCK = 32  # examples of each client that go forward together with those of others
 
@@ -76,21 +77,38 @@ class Evaluation:
     @torch.no_grad()
     def by_client(self, state: ClientState, tests: OwnTests) -> dict[str, np.ndarray]:
         """{"loss": [N], …} of one model on each client's own examples, in one pass; NaN for a client without."""
-        state, partition = _copy(state), tests.partition
-        found = self._nothing(partition.num_clients)
-        most = len(partition.offsets) if self.task.judges_together else _WIDE
+        state, found = _copy(state), self._nothing(tests.partition.num_clients)
+        if not self.task.judges_together:
+            return self._one_by_one(state, tests, found)
+        totals = dict[str, Tensor]()
+        for piece in _pieces(tests.partition, self._large_piece(state, tests.x), len(tests.partition.sizes)):
+            clients = torch.from_numpy(piece.clients).to(self.device)
+            for name, sums in self._judged(state, tests, piece).items():
+                total = totals.setdefault(name, sums.new_zeros(tests.partition.num_clients, sums.shape[1]))
+                total.index_add_(0, clients, sums)
+        some = np.flatnonzero(tests.partition.sizes)
+        if len(some):
+            self._fill(found, some, {name: total[some] for name, total in _to_memory(totals).items()})
+        return found
+
+    def _one_by_one(self, state: ClientState, tests: OwnTests, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The same where a client's sums are too many numbers to keep those of all."""
         carried = dict[str, Tensor]()  # the sums of the client that the piece before broke off
-        for piece in _pieces(partition, self._piece(state, tests.x), most):
-            rows = torch.from_numpy(piece.examples).to(self.device)
-            x, y = rows_of_inputs(tests.x, rows), rows_of_inputs(tests.y, rows)
-            outputs = self._outputs(state, self.normalised(x))
-            sums = _to_memory(self.task.judge_each(outputs, self.targets(y), torch.from_numpy(piece.lengths)))
+        for piece in _pieces(tests.partition, self._piece(state, tests.x), _WIDE):
+            sums = _to_memory(self._judged(state, tests, piece))
             for name, one in carried.items():
                 sums[name][0] += one
             whole = len(piece.clients) - piece.goes_on
-            carried = {name: one[-1] for name, one in sums.items()} if piece.goes_on else {}
+            carried = {name: one[-1].clone() for name, one in sums.items()} if piece.goes_on else {}
             self._fill(found, piece.clients[:whole], {name: one[:whole] for name, one in sums.items()})
         return found
+
+    def _judged(self, state: ClientState, tests: OwnTests, piece: "_Piece") -> dict[str, Tensor]:
+        """{measure: sums [k, s]} of the clients of a piece."""
+        rows = torch.from_numpy(piece.examples).to(self.device)
+        x, y = rows_of_inputs(tests.x, rows), rows_of_inputs(tests.y, rows)
+        outputs = self._outputs(state, self.normalised(x))
+        return self.task.judge_each(outputs, self.targets(y), torch.from_numpy(piece.lengths))
 
     @torch.no_grad()
     def by_row(self, rows: ClientState, clients: np.ndarray, tests: OwnTests) -> dict[str, np.ndarray]:
@@ -125,21 +143,20 @@ class Evaluation:
             block = np.stack([np.resize(one, lengths.max()) for one in held])  # filled up by the client's own
             examples = torch.from_numpy(block).to(self.device)
             x = self.normalised(gathered(tests.x, examples))
-            own = rows_of(rows, torch.from_numpy(places[still]))
+            at = torch.from_numpy(places[still])
+            own = rows if len(at) == len(clients) else rows_of(rows, at)
             outputs = torch.vmap(self._one_client)(own.params, own.buffers, x)
             kept = torch.from_numpy(np.arange(block.shape[1]) < lengths[:, None]).to(self.device)
             y = self.targets(gathered(tests.y, examples[kept]))
             flat = tree_map(lambda t, kept=kept: t[kept], outputs)
             for name, sums in self.task.judge_each(flat, y, torch.from_numpy(lengths)).items():
-                at = torch.from_numpy(still).to(sums.device)
                 before = totals.get(name, sums.new_zeros(len(places), sums.shape[1]))
-                totals[name] = before.index_add(0, at, sums)
+                totals[name] = before.index_add(0, torch.from_numpy(still).to(sums.device), sums)
         return _to_memory(totals)
 
     def _one_client(self, params: Tree, buffers: Tree, x: Inputs) -> Any:
-        """[B, ...] of one client's model."""
-        own = {name: buffer.clone() for name, buffer in buffers.items()}
-        return self._outputs(ClientState({name: value.clone() for name, value in params.items()}, {}, own), x)
+        """[B, ...] of one client's model; what it writes into its buffers is seen by nobody."""
+        return self._outputs(ClientState(params, {}, {name: buffer.clone() for name, buffer in buffers.items()}), x)
 
     def _nothing(self, num_clients: int) -> dict[str, np.ndarray]:
         return {name: np.full(num_clients, np.nan) for name in ("loss", *self.task.metrics)}
@@ -189,6 +206,11 @@ class Evaluation:
         if self._each is None:
             self._each = self._evaluation_bytes(state, rows_of_inputs(x_all, slice(_FEW)))
         return max(_FEW, min(_PIECE, int(0.3 * free_bytes(self.device) / max(1, self._each))))
+
+    def _large_piece(self, state: ClientState, x_all: Inputs) -> int:
+        """The same, more of small ones: what is done once for a piece then costs less than the model itself."""
+        size = self._piece(state, x_all)
+        return max(size, min(4 * size, int(_SMALL / max(1, self._each)))) if self._each else size
 
     def _evaluation_bytes(self, state: ClientState, x: Inputs) -> int:
         """Of one example: the most that three successive modules give back together; 0 where that cannot be seen."""

@@ -1000,7 +1000,7 @@ MUTANTS = [
         "rounds",
         "the cohort's mean message counts as everybody's",
         "a correction's server divides by the cohort's size where it must divide by N",
-        code(f"{LOOP}.after_round", "float(plan.weights_of(problem.sizes).sum())", "float(job.weights.sum())"),
+        code(f"{LOOP}.after_round", "/ float(weights.sum())", "/ float(job.weights.sum())"),
         "tests/laws/test_memory.py::test_who_was_never_drawn_has_the_state_of_the_start_and_others_keep_theirs",
     ),
     Mutant(
