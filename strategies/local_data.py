@@ -15,7 +15,7 @@ from fedmom.config.keys import Config
 from fedmom.data.given.own_files import read_server
 from fedmom.data.local import Common, Facts, agreed, as_record, none_of
 from fedmom.errors import ClientsFailedError
-from fedmom.method.state import ClientState, Tree, flatten
+from fedmom.method.state import ClientState, Tree, flatten, row_of
 from fedmom.rounds.results import OWN, PERSONAL
 from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Supervised
@@ -56,26 +56,33 @@ class LocalSupervised(Supervised):
             raise ClientsFailedError("the evaluation: no client with test examples answered")
         return {name: found[name] for name in self.measures}
 
-    def own_results(self, state: ClientState, job: Job | None) -> dict[str, np.ndarray]:
+    def own_results(self, state: ClientState, job: Job | None, rows: ClientState | None) -> dict[str, np.ndarray]:
         """{"own_loss": [N], …} of x̂ on every client's own test examples, as the clients tell them; NaN of the others.
 
-        job: the steps after which they tell "personal_loss", … of their own models as well.
+        job: the steps after which they tell "personal_loss", … of their own models as well; rows: [N, ...] these models
+        themselves, of Algorithm 2.
         """
         told, self._told = self._told, None
         answers = told[1] if told is not None and told[0] is state and job is None else self._ask(state, job)
+        found = self._of_all(answers, OWN)
+        return found if rows is None else found | self._of_all(self._ask(rows, each=True), PERSONAL)
+
+    def _of_all(self, answers: "list[Told]", whose: str) -> dict[str, np.ndarray]:
+        """{"own_loss": [N], …} of what clients told of the model that they were sent, and of those that they made."""
         found = dict[str, np.ndarray]()
         for one in answers:
             for name, value in one.metrics.items():
-                whose = name if name.startswith(f"{PERSONAL}_") else f"{OWN}_{name.removeprefix('test_')}"
-                found.setdefault(whose, np.full(len(self.sizes), np.nan))[one.client] = value
+                whole = name if name.startswith(f"{PERSONAL}_") else f"{whose}_{name.removeprefix('test_')}"
+                found.setdefault(whole, np.full(len(self.sizes), np.nan))[one.client] = value
         return found
 
-    def _ask(self, state: ClientState, job: Job | None = None) -> "list[Told]":
-        """What every client with test examples says of a model."""
+    def _ask(self, state: ClientState, job: Job | None = None, *, each: bool = False) -> "list[Told]":
+        """What every client with test examples says of a model; `each`: of its row of state [N, ...]."""
         assert self.nodes is not None
         grid, fleet, common, timeout = self.nodes
         bundled = not shares_memory(grid)
-        arrays, asked = pack(flatten(state), bundled=bundled), dict(self.facts)
+        arrays = pack(flatten(row_of(state, 0) if each else state), bundled=bundled)
+        asked = dict(self.facts)
         messages = list[Message]()
         if job is not None:
             asked |= {"server-round": job.round_index + 1, "own-models": True, "lr": float(next(iter(job.lrs), 0.0))}
@@ -83,7 +90,8 @@ class LocalSupervised(Supervised):
             client = holder.clients[0]
             if not common.test_sizes[client]:
                 continue
-            content: dict[str, Any] = {ARRAYS: arrays, CONFIG: ConfigRecord(asked)}
+            own = pack(flatten(row_of(state, client)), bundled=bundled) if each else arrays
+            content: dict[str, Any] = {ARRAYS: own, CONFIG: ConfigRecord(asked)}
             for name, tree in _own(job).items():
                 content[name] = pack({n: v[client : client + 1] for n, v in tree.items()}, bundled=bundled)
             messages.append(Message(RecordDict(content), message_type=MessageType.EVALUATE, dst_node_id=holder.node_id))

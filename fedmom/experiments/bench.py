@@ -109,7 +109,7 @@ def _endless(problem: Problem, plan: Plan, rounds: Backend) -> Iterator[float]:
     # A run evaluates its last round: here one more would follow, so none is the last. That one may have been begun when
     # it is left, so there are enough of them for it not to count.
     plan = plan._replace(num_rounds=max(plan.num_rounds, _ENOUGH))
-    longer = plan._replace(num_rounds=plan.num_rounds + 1, eval_every=plan.num_rounds + 2)
+    longer = plan._replace(num_rounds=plan.num_rounds + 1, eval_every=plan.num_rounds + 2, client_eval_every=0)
     while True:
         before = 0.0
         for new, record in run_rounds(problem, longer, rounds, beginning(problem, longer)):

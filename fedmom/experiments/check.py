@@ -34,7 +34,7 @@ from fedmom.method.state import ClientState, num_bytes
 from fedmom.records.folder import RunFolder
 from fedmom.rounds.evaluation import chosen_clients
 from fedmom.rounds.loop import Record, run_rounds
-from fedmom.rounds.plan import Plan, beginning, round_job
+from fedmom.rounds.plan import Plan, RunState, beginning, round_job
 from fedmom.rounds.round import Backend
 from fedmom.runs.cautions import cautions
 from fedmom.tasks.problem import Problem
@@ -84,6 +84,8 @@ class Checked(NamedTuple):
     round_seconds: float  # without evaluation
     eval_seconds: float  # of one evaluation
     num_evals: int
+    look_seconds: float  # of one look at every client
+    num_looks: int
     setup_seconds: float
     client_bytes: int  # that one of K clients takes during a step
     memory: int  # the most that the run will use, about
@@ -94,7 +96,8 @@ class Checked(NamedTuple):
     @property
     def seconds(self) -> float:
         """Of the whole run, about."""
-        return self.setup_seconds + self.config.run.num_rounds * self.round_seconds + self.num_evals * self.eval_seconds
+        evaluations = self.num_evals * self.eval_seconds + self.num_looks * self.look_seconds
+        return self.setup_seconds + self.config.run.num_rounds * self.round_seconds + evaluations
 
     @property
     def rounds_bytes(self) -> int:
@@ -176,6 +179,8 @@ def _measured(
         "round_seconds": _round_seconds(problem, plan, backend, per_round / speed),
         "eval_seconds": _eval_seconds(problem, plan, begun.state),
         "num_evals": math.ceil(plan.num_rounds / plan.eval_every),
+        "look_seconds": _look_seconds(problem, plan, begun, speed) if plan.client_eval_every else 0.0,
+        "num_looks": math.ceil(plan.num_rounds / plan.client_eval_every) if plan.client_eval_every else 0,
         "client_bytes": bytes_per_client(problem, begun.state),
         "checkpoint_bytes": sum(map(num_bytes, state)),
         "rows_bytes": sum(map(num_bytes, rows)),
@@ -185,7 +190,7 @@ def _measured(
 def _one_step(problem: Problem, plan: Plan, backend: Backend) -> tuple[int, Record, float]:
     """(how many clients, the line, seconds) of a round in which two clients take one step, or all under Algorithm 2."""
     few = plan.cohort_size if plan.topology is not None else min(2, plan.cohort_size)
-    short = plan._replace(cohort_size=few, num_local_steps=1, local_epochs=0, eval_every=1)
+    short = plan._replace(cohort_size=few, num_local_steps=1, local_epochs=0, eval_every=1, client_eval_every=0)
     _, record = next(run_rounds(problem, short, backend, beginning(problem, short)))
     return few, record, few / record["client_steps_per_second"]
 
@@ -195,6 +200,7 @@ def _round_seconds(problem: Problem, plan: Plan, backend: Backend, expected: flo
     if expected > _SHORT:
         return expected
     blind = plan._replace(num_rounds=max(plan.num_rounds, _ROUNDS) + 1, eval_every=plan.num_rounds + _ROUNDS + 2)
+    blind = blind._replace(client_eval_every=0)
     ends = [0.0]
     for new, _ in islice(run_rounds(problem, blind, backend, beginning(problem, blind)), _ROUNDS):
         ends.append(new.wall_seconds)
@@ -207,6 +213,14 @@ def _eval_seconds(problem: Problem, plan: Plan, start: ClientState) -> float:
     problem.evaluate(start)
     models = 1 if plan.topology is None else 1 + len(chosen_clients(len(problem.sizes), plan.eval_clients))
     return models * (time.perf_counter() - begin)
+
+
+def _look_seconds(problem: Problem, plan: Plan, begun: RunState, speed: float) -> float:
+    """Of x̂ on every client's own test examples; clients' own models take a step's time more than their steps."""
+    begin = time.perf_counter()
+    problem.evaluate_own(begun.state)
+    has_own = bool(plan.personal_steps or problem.personal or plan.topology)
+    return time.perf_counter() - begin + has_own * (plan.personal_steps + 1) * len(problem.sizes) / speed
 
 
 def _data(problem: Supervised) -> Data:

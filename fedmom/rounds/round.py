@@ -81,8 +81,9 @@ class Backend(Protocol):
     settled: Mapping[str, Any] = MappingProxyType({})
     notes: Sequence[str] = ()  # what of that should be known
     details: Sequence[str] = ()  # what of that may be asked for
-    # (x̂, û and the buffers; the steps to own models) -> {"own_loss": [N], …}, where the clients alone can tell.
-    own_results: Callable[[ClientState, Job | None], dict[str, np.ndarray]] | None = None
+    # (x̂, û and the buffers; the steps to own models; own models that are there already, [N, ...]) ->
+    # {"own_loss": [N], …}, where the clients alone can tell.
+    own_results: Callable[[ClientState, Job | None, ClientState | None], dict[str, np.ndarray]] | None = None
     make_stepper: Callable[[], Stepper] | None = None  # of a backend that takes no steps on this device itself
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:

@@ -31,7 +31,13 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
             notes.append(f"the correction keeps a state of all {len(problem.sizes)} clients: {size:,.1f} MB")
     if problem.personal:
         _, own = parted(problem.start(), problem.personal)
-        if (size := len(problem.sizes) * sum(map(num_bytes, own)) / 1e6) > 1:
+        size = len(problem.sizes) * sum(map(num_bytes, own)) / 1e6
+        if config.run.backend == "flower":
+            notes.append(
+                "Flower's clients keep nothing between two messages, so this server holds and relays what algorithm."
+                f"personal names, of all {len(problem.sizes)} clients: {size:,.1f} MB; bytes_sent leaves it out"
+            )
+        elif size > 1:
             notes.append(f"algorithm.personal keeps tensors of all {len(problem.sizes)} clients: {size:,.1f} MB")
     if plan.local_epochs and len(set(plan.steps_of(problem.sizes).tolist())) > 1:
         notes.append("local-epochs gives clients unequal steps: the mean is not the paper's (num-local-steps is)")

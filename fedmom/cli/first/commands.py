@@ -138,6 +138,9 @@ def _about_steps(found: "Checked") -> list[tuple[str, str]]:
     lines = [("one step", f"{took}: train loss {step['train_loss']:.4f}; then {', '.join(shown)}"), ("speed", rate)]
     rounds, evals = keys.run.num_rounds * found.round_seconds, found.num_evals * found.eval_seconds
     parts = f"{duration(rounds)} of rounds, {duration(evals)} of {counted(found.num_evals, 'evaluation')}, "
+    if found.num_looks:
+        looks = counted(found.num_looks, "look at every client", "looks at every client")
+        parts += f"{duration(found.num_looks * found.look_seconds)} of {looks}, "
     lines.append(("time", f"about {duration(found.seconds)}: {parts}{duration(found.setup_seconds)} to begin"))
     if keys.run.backend == "simulation" or engine.workers:
         who = f"engine.workers = {engine.workers}" if engine.workers else f"run.backend = {keys.run.backend!r}"
