@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import fedmom
+from fedmom.backends.local import make_local
 from fedmom.config.build import make_plan, make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
@@ -19,9 +20,12 @@ from fedmom.data.datasets import Dataset
 from fedmom.data.given.held_out import OwnTests, held_out, held_out_sizes, split
 from fedmom.data.partition import Partition, make_partition
 from fedmom.engine.engine import Engine
+from fedmom.engine.gossip import GossipRounds
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState
 from fedmom.records.history import read_clients
+from fedmom.rounds.loop import run_rounds
+from fedmom.rounds.plan import beginning
 from fedmom.rounds.results import STATISTICS, ClientResults, statistics, summary, summary_names
 from fedmom.tasks import evaluation
 from fedmom.tasks.kinds import Asked, make_task
@@ -214,6 +218,29 @@ def test_personal_steps_are_plain_torchs_from_x_and_u(policy, nesterov):
             assert values["personal_loss"][c] == pytest.approx(loss, rel=1e-10), (path, c)
 
 
+@table("more", [{"run__personal_steps": 1}, {"algorithm__personal": "head"}, {"algorithm__name": "d-sgd-m"}])
+def test_no_more_models_are_held_at_a_time_than_are_stacked(more, monkeypatch):
+    """So the memory of a look does not grow with N; each client is judged once."""
+    config = resolve(load(settings(**more, data__num_clients=11, run__num_rounds=1))).config
+    problem, plan = make_problem(config, "cpu"), make_plan(config)
+    monkeypatch.setattr("fedmom.rounds.clients._CHUNK", 4)
+    held, judge = list[list[int]](), problem.evaluate_own_rows
+
+    def watched(rows, ids):
+        assert all(len(value) == len(ids) for tree in rows for value in tree.values())
+        held.append(ids.tolist())
+        return judge(rows, ids)
+
+    problem.evaluate_own_rows = watched
+    if plan.topology is not None:
+        engine = Engine(problem, plan.method, path="stack", chunk_size=4)
+        list(run_rounds(problem, plan, GossipRounds(engine, plan.topology, "cpu"), beginning(problem, plan)))
+    else:
+        run_plan(problem, plan, path="stack", chunk_size=4)
+    assert [c for ids in held for c in ids] == list(range(11))
+    assert max(map(len, held)) == 4
+
+
 def test_statistics_are_those_of_the_clients_that_have_examples():
     for n in (1, 2, 5, 11, 250):
         values = np.random.default_rng(n).random(n)
@@ -330,10 +357,6 @@ def test_a_run_may_aim_at_the_worst_tenth(tmp_path):
 def test_rows_of_algorithm_2_are_the_clients_own_models():
     config = resolve(load(settings(algorithm__name="d-sgd-m", algorithm__topology="ring", run__num_rounds=3))).config
     problem, plan = make_problem(config, "cpu"), make_plan(config)
-    from fedmom.backends.local import make_local
-    from fedmom.rounds.loop import run_rounds
-    from fedmom.rounds.plan import beginning
-
     *_, (done, record) = run_rounds(problem, plan, make_local(config, problem, plan), beginning(problem, plan))
     for c in range(5):
         rows, model = problem.own.partition.of(c), copy.deepcopy(problem.model)
@@ -342,5 +365,4 @@ def test_rows_of_algorithm_2_are_the_clients_own_models():
             loss = functional.cross_entropy(model(as_taken(problem, problem.own.x[rows])), problem.own.y[rows]).item()
         assert done.results.values["personal_loss"][c] == pytest.approx(loss, rel=1e-12)
     assert record["personal_mean_loss"] == pytest.approx(done.results.values["personal_loss"].mean())
-    assert isinstance(make_local(config, problem, plan).engine, Engine)
     assert simple_plan(2).looks_at_clients(1) is False
