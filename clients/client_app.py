@@ -138,6 +138,8 @@ def evaluate(message: Message, context: Context) -> Message:
     metrics: dict[str, Any] = {"num-examples": num_examples, **measured}
     if _is_local(context):
         metrics |= {f"sums-{name}": sums for name, sums in node.test_totals(state).items()}
+        if asked.get("own", False):
+            metrics |= node.own_results(state)
         if asked.get("own-models", False):
             metrics |= node.personal_results(state, asked["server-round"] - 1, asked["lr"], *_own(message))
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)

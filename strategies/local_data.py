@@ -16,7 +16,7 @@ from fedmom.data.given.own_files import read_server
 from fedmom.data.local import Common, Facts, agreed, as_record, none_of
 from fedmom.errors import ClientsFailedError
 from fedmom.method.state import ClientState, Tree, flatten, row_of
-from fedmom.rounds.results import OWN, PERSONAL
+from fedmom.rounds.results import OWN, PERSONAL, client_names
 from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Supervised
 
@@ -69,11 +69,12 @@ class LocalSupervised(Supervised):
 
     def _of_all(self, answers: "list[Told]", whose: str) -> dict[str, np.ndarray]:
         """{"own_loss": [N], …} of what clients told of the model that they were sent, and of those that they made."""
-        found = dict[str, np.ndarray]()
+        found, wanted = dict[str, np.ndarray](), client_names([OWN, PERSONAL], self.task.metrics)
         for one in answers:
             for name, value in one.metrics.items():
-                whole = name if name.startswith(f"{PERSONAL}_") else f"{whose}_{name.removeprefix('test_')}"
-                found.setdefault(whole, np.full(len(self.sizes), np.nan))[one.client] = value
+                whole = name if name.startswith(f"{PERSONAL}_") else f"{whose}_{name.removeprefix(f'{OWN}_')}"
+                if whole in wanted:
+                    found.setdefault(whole, np.full(len(self.sizes), np.nan))[one.client] = value
         return found
 
     def _ask(self, state: ClientState, job: Job | None = None, *, each: bool = False) -> "list[Told]":
@@ -82,7 +83,7 @@ class LocalSupervised(Supervised):
         grid, fleet, common, timeout = self.nodes
         bundled = not shares_memory(grid)
         arrays = pack(flatten(row_of(state, 0) if each else state), bundled=bundled)
-        asked = dict(self.facts)
+        asked = {**self.facts, "own": True}
         messages = list[Message]()
         if job is not None:
             asked |= {"server-round": job.round_index + 1, "own-models": True, "lr": float(next(iter(job.lrs), 0.0))}

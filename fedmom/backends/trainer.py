@@ -28,7 +28,7 @@ from fedmom.method.state import ClientState, Tree, flatten, parted, row_of, to_d
 from fedmom.rounds.clients import after_steps, steps_job
 from fedmom.rounds.correction import client_rows, start_of
 from fedmom.rounds.plan import Plan, clients_job
-from fedmom.rounds.results import PERSONAL
+from fedmom.rounds.results import OWN, PERSONAL
 from fedmom.rounds.round import Outcome
 from fedmom.tasks.models.start import digest_of
 from fedmom.tasks.problem import Problem
@@ -248,6 +248,13 @@ class Node:
 
     def _stepper(self, ids: np.ndarray) -> Engine:
         return self._engine(*self.choose(ids))
+
+    def own_results(self, start: ClientState) -> dict[str, float]:
+        """{"own_loss", …} on the client's own test examples: NaN of what they say nothing of, infinity of no number."""
+        assert self.local is not None, "the server has the others' examples"
+        with blamed(self._keys):
+            found = self.problem.evaluate_own(to_device(start, self.problem.device))
+        return {f"{OWN}_{name}": float(values[self.local.client]) for name, values in found.items()}
 
     def test_totals(self, start: ClientState) -> dict[str, list[float]]:
         """Of a client's own test examples: sums that add up over clients, where a mean of theirs is not everybody's."""

@@ -7,7 +7,7 @@ from fedmom.config.numbers import as_number, parse_numbers
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.rounds.evaluation import client_measures
-from fedmom.rounds.results import OWN, PERSONAL, client_names, statistics, summary_names
+from fedmom.rounds.results import DIVERGED, OWN, PERSONAL, client_names, statistics, summary_names
 from fedmom.tasks.kinds import Asked, make_task
 from fedmom.tasks.metrics import METRICS, is_share, named
 from fedmom.tasks.problem import data_kind
@@ -58,7 +58,8 @@ def of_rounds(config: Config, evaluation: bool, look: bool) -> set[str]:
     """What an evaluation of x̂ adds to a round's record, and what a look at every client does."""
     own = measures_of(config)
     found = {*own, *client_measures(own)} if evaluation else set[str]()
-    return found | ({name for one in clients_numbers(config) for name in summary_names(one)} if look else set())
+    of_clients = {name for one in clients_numbers(config) for name in summary_names(one)}
+    return found | ({*of_clients, f"{PERSONAL}_{DIVERGED}"} if look else set())
 
 
 def parse_goal(text: str) -> tuple[str, float] | None:

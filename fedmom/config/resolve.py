@@ -236,6 +236,8 @@ def _check_personal(config: Config) -> None:
     said = f"algorithm.personal = {config.algorithm.personal!r}"
     if not config.algorithm.personal:
         return
+    if not config.algorithm.personal.replace(",", "").strip():
+        raise InputError(f"{said}: names nothing; name norm, head or beginnings of names by commas, or leave it ''")
     if not data_kind(config.data.dataset).has_examples:
         raise InputError(f"{said}: data.dataset = {config.data.dataset!r} has no model; leave it ''")
     if ALGORITHMS[config.algorithm.name].decentralized:

@@ -166,10 +166,12 @@ def one_of(
     Raises InputError where the examples are no longer those of `common`.
     """
     facts = facts_of(examples, targets=targets)
-    if facts.size != common.sizes[client] or (facts.shape, facts.dtype) != (common.shape, common.dtype):
+    held, right = (facts.shape, facts.dtype, facts.size), (common.shape, common.dtype, common.sizes[client])
+    if (*held, facts.test_size) != (*right, common.test_sizes[client]):
         raise InputError(
-            f"{KEY}: client {client} holds {facts.size} examples {facts.dtype} {list(facts.shape)}; when the run "
-            f"began they were {common.sizes[client]} of {common.dtype} {list(common.shape)}"
+            f"{KEY}: client {client} holds {facts.size} examples {facts.dtype} {list(facts.shape)} and "
+            f"{facts.test_size} to test; when the run began they were {common.sizes[client]} of {common.dtype} "
+            f"{list(common.shape)} and {common.test_sizes[client]} to test"
         )
     offsets = np.concatenate([[0], np.cumsum(common.sizes)])
     indices = np.zeros(offsets[-1], dtype=np.int64)

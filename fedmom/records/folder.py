@@ -29,11 +29,12 @@ from fedmom.records.files import (
     read_tensors,
     write_tensors,
 )
-from fedmom.records.history import ClientHistory, line_of
+from fedmom.records.history import clients_of, line_of
 from fedmom.records.identity import Identity
 from fedmom.rounds.loop import Record
 from fedmom.rounds.plan import RunState
 from fedmom.rounds.results import ClientResults
+from fedmom.tasks.problem import Problem
 
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
@@ -136,16 +137,14 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def append(
-        self, record: Record, results: ClientResults | None = None, clients: ClientHistory | None = None
-    ) -> None:
+    def append(self, record: Record, results: ClientResults | None = None, problem: Problem | None = None) -> None:
         """One line of rounds.jsonl, readable at once by whoever watches the run; before it that of every client's own.
 
-        clients: who they are, as the first line of clients.jsonl says it.
+        problem: whose clients they are, as the first line of clients.jsonl says it.
         """
-        if results is not None and clients is not None:
+        if results is not None and problem is not None:
             begins = not (self.path / RESULTS).exists()
-            self._append(RESULTS, (clients.about() if begins else "") + line_of(results))
+            self._append(RESULTS, (clients_of(problem).about() if begins else "") + line_of(results))
         self._append(ROUNDS, json.dumps(record) + "\n")
 
     def _append(self, name: str, lines: str) -> None:
@@ -160,8 +159,9 @@ class RunFolder:
 
         Rows of clients go first, and the older rows stay until the checkpoint itself is there.
         """
-        with contextlib.suppress(FileNotFoundError), open(self.path / ROUNDS, "rb+") as file:
-            os.fsync(file.fileno())
+        for name in (RESULTS, ROUNDS):
+            with contextlib.suppress(FileNotFoundError), open(self.path / name, "rb+") as file:
+                os.fsync(file.fileno())
         about = self._about(done, stamp)
         checkpoint, clients, previous = (self.path / name for name in (CHECKPOINT, CLIENTS, _PREVIOUS_CLIENTS))
         if rows := _rows(done):

@@ -221,8 +221,8 @@ class ClientHistory(NamedTuple):
 
 
 def line_of(results: ClientResults) -> str:
-    """One evaluation in clients.jsonl; null for a client without test examples."""
-    values = {name: [None if math.isnan(v) else v for v in one.tolist()] for name, one in results.values.items()}
+    """One evaluation in clients.jsonl; null for a client that has no number: without test examples, or diverged."""
+    values = {name: [v if math.isfinite(v) else None for v in one.tolist()] for name, one in results.values.items()}
     return json.dumps({"round": results.round, **values}) + "\n"
 
 
@@ -240,7 +240,7 @@ def clients_of(problem: Problem) -> ClientHistory:
 
 
 def read_clients(folder: Path) -> ClientHistory | None:
-    """The clients' own results of a run folder, up to a last line that a kill cut short; None where it has none.
+    """The clients' own results of a run folder, up to a last line that a kill cut short; None where it has none yet.
 
     Raises InputError for a file that is none of ours.
     """
@@ -248,8 +248,11 @@ def read_clients(folder: Path) -> ClientHistory | None:
     if not file.is_file():
         return None
     with open(file, encoding="utf-8", errors="replace") as lines:
+        first = next(lines, "")
+        if not first.endswith("\n"):
+            return None
         try:
-            said = json.loads(next(lines, ""))
+            said = json.loads(first)
             train, test = (np.array(said[name], dtype=np.int64) for name in ("examples", "test_examples"))
             found = ClientHistory(train, test, said.get("names"), [])
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -269,6 +272,7 @@ def _cut_back_clients(folder: Path, rounds: Collection[int]) -> None:
     """Keep the lines of clients.jsonl that are of these rounds."""
     found = read_clients(folder)
     if found is None:
+        (folder / RESULTS).unlink(missing_ok=True)  # a kill cut its first line short
         return
     with whole_file(folder / RESULTS) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
         file.write(found.about())

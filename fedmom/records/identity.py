@@ -64,6 +64,7 @@ _KEYS_OF_1 = {
 _WHAT = dict.fromkeys(("model.name", "algorithm.correction", "data.task"), "its code") | {
     "data.data-dir": "what the clients hold",
     "data.partition": "which client holds which example",
+    "run.client-eval-every": "the clients' own test examples",
 }
 
 
@@ -141,6 +142,8 @@ def _contents(config: Config, problem: Problem | None) -> dict[str, str]:
             **_known_of_data(config, problem),
         }
         found["data.data-dir" if data_kind(config.data.dataset).own_data else "data.dataset"] = fingerprint(about)
+        if config.run.client_eval_every:
+            found["run.client-eval-every"] = _of_tests(problem)
         if is_given(config):
             sampler = problem.sampler
             found["data.partition"] = of_tensors({"indices": sampler.indices, "offsets": sampler.offsets})
@@ -156,6 +159,16 @@ def _contents(config: Config, problem: Problem | None) -> dict[str, str]:
         if is_spec(spec) and (key == "algorithm.correction" or data_kind(config.data.dataset).has_examples):
             found[key] = of_code(load_object(key, spec))
     return found
+
+
+def _of_tests(problem: Supervised) -> str:
+    """Fingerprint of the clients' own test examples, and of who holds which; of sizes alone where clients hold them."""
+    own = problem.own
+    if own is None:
+        return fingerprint({"sizes": [] if problem.own_sizes is None else problem.own_sizes.tolist()})
+    parts = {"x": own.x, "y": own.y} if isinstance(own.x, Tensor) else {"y": own.y, **own.x}
+    places = {"indices": own.partition.indices, "offsets": own.partition.offsets}
+    return of_tensors(parts | {name: torch.from_numpy(one) for name, one in places.items()}, as_used=True)
 
 
 def _tensors_of(data: Dataset) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from fedmom.rounds.results import OWN, PERSONAL, ClientResults
 from fedmom.rounds.round import Backend, Job, Stepper, part_of
 from fedmom.tasks.problem import Problem
 
-_CHUNK = 64  # clients whose rows, which are there already, are measured at a time
+_CHUNK = 16  # clients whose rows, which are there already, are measured at a time
 
 
 def look(problem: Problem, plan: Plan, backend: Backend, done: RunState, lr: float) -> ClientResults:

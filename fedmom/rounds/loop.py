@@ -17,8 +17,8 @@ from fedmom.method.state import ClientState, Tree, is_finite
 from fedmom.rounds.clients import look
 from fedmom.rounds.correction import check_states, gathered
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
-from fedmom.rounds.personal import check_own, shared_of, with_mean
-from fedmom.rounds.plan import Known, Plan, RunState, round_job
+from fedmom.rounds.personal import check_own, shared_of, whole_state
+from fedmom.rounds.plan import Fetch, Known, Plan, RunState, round_job
 from fedmom.rounds.round import Backend, Early, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
 
@@ -46,10 +46,12 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
     personal = done.client_personal
     if personal is not None and outcome.personal is not None:
         personal = ClientState(*(rows(old, new) or {} for old, new in zip(personal, outcome.personal, strict=True)))
-    var = plan.method.running_var
+    fetch: Fetch = outcome.fetch
+    if personal is not None:  # a mean over all N, which few rounds need
+        fetch = partial(whole_state, problem, plan.method, state, personal, torch.from_numpy(weights))
     return RunState(
         round=done.round + 1,
-        state=with_mean(state, personal, torch.from_numpy(weights), done.state, var),
+        state=state,
         client_momentum=rows(done.client_momentum, outcome.momentum),
         slow_momentum=slow,
         steps=done.steps + len(job.lrs),
@@ -57,7 +59,7 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         bytes_sent=done.bytes_sent + plan.bytes_sent(done.round, len(job.clients), sent),
         wall_seconds=done.wall_seconds + seconds,
         rows=outcome.rows,
-        fetch=outcome.fetch,
+        fetch=fetch,
         client_correction=rows(done.client_correction, outcome.correction),
         client_personal=personal,
     )
@@ -145,6 +147,8 @@ def _judged(
     problem: Problem, plan: Plan, engine: Backend, job: Job, outcome: Outcome, new: RunState
 ) -> tuple[RunState, Record]:
     """What is measured of a round, and the state with every client's own results, where they are looked at."""
+    if new.client_personal is not None and (job.evaluates or job.looks_at_clients):
+        new = new.gathered()
     measured = _measured(problem, plan, job, outcome, new)
     if not job.looks_at_clients:
         return new, measured

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedmom.errors import DivergedError
+from fedmom.method.algorithms import Method
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, is_finite, joined, like, parted, rows_of, stacked, to_device
 from fedmom.rounds.round import Job, Outcome
@@ -46,20 +47,18 @@ def without_own(ended: ClientState, job: Job) -> tuple[ClientState, ClientState 
     return shared, to_device(own, "cpu")
 
 
-def with_mean(
-    mean: ClientState, rows: ClientState | None, weights: Tensor, before: ClientState, running_var: str
-) -> ClientState:
-    """The mean of a round, which has no personal tensors, with the mean of all N clients' own.
+def whole_state(
+    problem: Problem, method: Method, mean: ClientState, rows: ClientState, weights: Tensor
+) -> tuple[ClientState, None]:
+    """(the mean of a round, which has no personal tensors, with the mean of all N clients' own; no rows).
 
-    rows: [N, ...]; weights: [N], of all clients; before: the state at the round's start, for the order of its names.
+    rows: [N, ...]; weights: [N], of all clients.
     """
-    if rows is None:
-        return mean
-    own, weights = WeightedMean(running_var), weights.to(torch.float64)
+    order, own, weights = problem.start(), WeightedMean(method.running_var), weights.to(torch.float64)
     for first in range(0, len(weights), _HELD):
         some = slice(first, first + _HELD)
         own.add(rows_of(rows, some), weights[some])
-    return joined(mean, like(own.mean(), before), before)
+    return joined(mean, like(own.mean(), order), order), None
 
 
 def check_own(outcome: Outcome, where: str) -> None:

@@ -22,6 +22,7 @@ from fedmom.rounds.results import ClientResults
 from fedmom.rounds.round import Job
 from fedmom.tasks.problem import Problem
 
+Fetch = Callable[[], tuple[ClientState, ClientState | None]] | None
 Known = Callable[[], Job] | None  # what the job before said that follows it
 
 
@@ -95,7 +96,7 @@ class RunState(NamedTuple):
     examples: int = 0  # seen by all clients so far, repeats counted
     bytes_sent: int = 0  # by all clients so far
     wall_seconds: float = 0.0
-    fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings state and rows from where they are
+    fetch: Fetch = None  # brings the whole state, and the rows
     client_correction: Tree | None = None  # [N, ...] every client's own state of a correction, in main memory
     client_personal: ClientState | None = None  # [N, ...] every client's own tensors of algorithm.personal, likewise
     results: ClientResults | None = None  # what every client got in this round; in no checkpoint

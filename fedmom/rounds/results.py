@@ -22,7 +22,7 @@ STATISTICS = {
     "median": "median",
     "q75": "third quartile",
 }
-JAIN, HISTOGRAM = "jain", "histogram"
+JAIN, HISTOGRAM, DIVERGED = "jain", "histogram", "num_diverged"
 
 
 class ClientResults(NamedTuple):
@@ -32,10 +32,17 @@ class ClientResults(NamedTuple):
     values: Mapping[str, np.ndarray]  # {"own_loss": [N] float64, …}, NaN for a client without test examples
 
     def record(self) -> dict[str, Any]:
-        """The statistics, as they stand in the record of the round."""
+        """The statistics, as they stand in the record of the round.
+
+        A client whose own model has diverged is counted apart: x̂ has not, and the run goes on.
+        """
         found = dict[str, Any]()
         for name, values in self.values.items():
-            found |= summary(name, values[~np.isnan(values)])
+            there = ~np.isnan(values)
+            if name.startswith(PERSONAL) and (diverged := int(np.isinf(values).sum())):
+                found[f"{PERSONAL}_{DIVERGED}"] = max(diverged, found.get(f"{PERSONAL}_{DIVERGED}", 0))
+                there &= np.isfinite(values)
+            found |= summary(name, values[there])
         return found
 
 
@@ -67,7 +74,8 @@ def summary(name: str, values: np.ndarray) -> dict[str, Any]:
         return {}
     whose, _, measure = name.partition("_")
     ordered = np.sort(values) if rises(measure) else np.sort(values)[::-1]  # the worst first
-    quartiles = np.quantile(values, (0.25, 0.5, 0.75))
+    with np.errstate(invalid="ignore"):  # infinity is told as it is
+        quartiles = np.quantile(values, (0.25, 0.5, 0.75))
     numbers = [values.mean(), ordered[: -(-len(values) // 10)].mean(), *quartiles]
     found: dict[str, Any] = {
         f"{whose}_{statistic}_{measure}": float(number) for statistic, number in zip(STATISTICS, numbers, strict=True)

@@ -119,8 +119,12 @@ class Evaluation:
         places = np.flatnonzero(tests.partition.sizes[clients])
         found, stacks = self._nothing(len(clients)), self.stacks and self.task.judges_together and len(places) > 1
         if stacks:
+            examples = self._large_piece(row_of(rows, 0), tests.x)
+            block = min(_BLOCK, examples, int(tests.partition.sizes[clients].max()))
             try:
-                self._fill(found, places, self._together(rows, clients, places, tests))
+                for first in range(0, len(places), max(1, examples // block)):
+                    some = places[first : first + max(1, examples // block)]
+                    self._fill(found, some, self._together(rows, clients, some, tests, block))
                 return found
             except Exception:  # of a model that cannot be mapped: it is right for one client, too
                 self.stacks = False
@@ -131,14 +135,14 @@ class Evaluation:
         return found
 
     def _together(
-        self, rows: ClientState, clients: np.ndarray, places: np.ndarray, tests: OwnTests
+        self, rows: ClientState, clients: np.ndarray, places: np.ndarray, tests: OwnTests, block_size: int
     ) -> dict[str, Tensor]:
-        """{measure: sums [n, s]} of the clients at `places` [n], each with examples."""
+        """{measure: sums [n, s]} of the clients at `places` [n], each with examples; a block of each at a time."""
         sizes = tests.partition.sizes[clients[places]]
         totals = dict[str, Tensor]()
-        for first in range(0, int(sizes.max()), _BLOCK):
+        for first in range(0, int(sizes.max()), block_size):
             still = np.flatnonzero(sizes > first)  # who has examples left
-            held = [tests.partition.of(int(clients[places[k]]))[first : first + _BLOCK] for k in still]
+            held = [tests.partition.of(int(clients[places[k]]))[first : first + block_size] for k in still]
             lengths = np.array([len(one) for one in held])
             block = np.stack([np.resize(one, lengths.max()) for one in held])  # filled up by the client's own
             examples = torch.from_numpy(block).to(self.device)
@@ -148,7 +152,7 @@ class Evaluation:
             outputs = torch.vmap(self._one_client)(own.params, own.buffers, x)
             kept = torch.from_numpy(np.arange(block.shape[1]) < lengths[:, None]).to(self.device)
             y = self.targets(gathered(tests.y, examples[kept]))
-            flat = tree_map(lambda t, kept=kept: t[kept], outputs)
+            flat = tree_map(lambda t, kept=kept: t[kept] if isinstance(t, Tensor) else t, outputs)
             for name, sums in self.task.judge_each(flat, y, torch.from_numpy(lengths)).items():
                 before = totals.get(name, sums.new_zeros(len(places), sums.shape[1]))
                 totals[name] = before.index_add(0, torch.from_numpy(still).to(sums.device), sums)
@@ -162,9 +166,9 @@ class Evaluation:
         return {name: np.full(num_clients, np.nan) for name in ("loss", *self.task.metrics)}
 
     def _fill(self, found: dict[str, np.ndarray], places: np.ndarray, totals: dict[str, Tensor]) -> None:
-        """Write the values of clients whose sums are whole; infinity for what is no number, which is not nothing."""
+        """Write the values of clients whose sums are whole."""
         for name, values in self.task.values_each(totals).items() if len(places) else ():
-            found[name][places] = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).numpy()
+            found[name][places] = values.numpy()
 
     @torch.no_grad()
     def check(self, state: ClientState, parts: Mapping[str, tuple[Inputs, Tensor]], num_outputs: int) -> None:
@@ -188,7 +192,7 @@ class Evaluation:
                 got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
                 raise InputError(f"{self.called}: in evaluation the model must return {want}, it returned {got}")
             try:
-                self.task.judge(outputs, self.targets(rows_of_inputs(y, rows)))
+                self.task.judge_each(outputs, self.targets(rows_of_inputs(y, rows)), torch.tensor([len(rows)]))
             except InputError:
                 raise
             except Exception as error:  # of a task of the user's own

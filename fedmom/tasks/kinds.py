@@ -26,7 +26,7 @@ from fedmom.tasks.metrics import (
     counted_tokens,
     share_of,
 )
-from fedmom.tasks.task import Task, quotient, quotients
+from fedmom.tasks.task import Task, finite_or_infinite, quotient, quotients
 from fedmom.user_code import is_spec, load_object, one_line
 
 
@@ -124,9 +124,13 @@ class Named(Task):
     def values_each(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {"loss": quotients(totals["loss"])}
         for name in self.metrics:
-            value, sums = self.known[name].value, totals[name]
-            of_all = quotients(sums) if value is share_of else torch.tensor([value(one) for one in sums], dtype=F64)
-            found[name] = of_all
+            metric, sums = self.known[name], totals[name]
+            if metric.value is share_of:
+                found[name] = quotients(sums)
+                continue
+            values = finite_or_infinite(torch.tensor([metric.value(one) for one in sums], dtype=F64))
+            said = torch.tensor([metric.defined(one) for one in sums], dtype=torch.bool)
+            found[name] = torch.where(said, values, torch.nan)
         return found
 
     def values(self, totals: Mapping[str, Tensor]) -> dict[str, float]:

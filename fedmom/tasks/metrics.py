@@ -27,6 +27,7 @@ class Metric(NamedTuple):
     short: str = ""  # in tables, where it is not its name
     # (outputs, targets) -> [n, s], the sums of each example alone; None where that is too many numbers
     each: Callable[[Tensor, Tensor], Tensor] | None = None
+    defined: Callable[[Tensor], bool] = lambda sums: bool(sums[-1] > 0)  # whether totals say anything of one client
 
 
 # Classes: outputs [M, C], labels [M]; of tokens all that count, one after the other.
@@ -100,6 +101,10 @@ def _label_confusion(outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([(found & there).sum(0), found.sum(0), there.sum(0)]).to(F64)
 
 
+def _any(sums: Tensor) -> bool:
+    return bool(sums.any())
+
+
 def _macro_f1(sums: Tensor) -> float:
     """The mean of 2 right / (predicted + there) over the classes that occur or were predicted."""
     right, found, there = sums.reshape(3, -1)
@@ -140,6 +145,12 @@ def _class_ranks(outputs: Tensor, labels: Tensor) -> Tensor:
     # The log-odds: probabilities near 1 would be rounded to one number.
     rest = torch.stack([outputs[:, [j for j in range(classes) if j != c]].logsumexp(1) for c in range(classes)], 1)
     return _ranked(outputs - rest, labels[:, None] == torch.arange(classes, device=labels.device))
+
+
+def _has_both(sums: Tensor) -> bool:
+    """Whether some label has positive and negative examples."""
+    negative, positive = sums.reshape(-1, 2, _BINS).sum(2).unbind(1)
+    return bool(((negative > 0) & (positive > 0)).any())
 
 
 def _area(sums: Tensor) -> float:
@@ -187,11 +198,20 @@ def _each_variation(outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([(outputs.to(F64) - y) ** 2, y, y**2, y.new_ones(len(y), 1)], 1)
 
 
-def _explained(sums: Tensor) -> float:
-    """R²: the mean over the numbers of 1 − Σ (y − ŷ)² / Σ (y − ȳ)²; 0 for a number that never changes."""
+def _around(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ (y − ŷ)², Σ (y − ȳ)², whether it is more than rounding) of each number."""
     (left, total, squares), count = sums[:-1].reshape(3, -1), float(sums[-1])
     around = squares - total**2 / max(1.0, count)
-    moves = around > 1e-12 * squares
+    return left, around, around > 1e-12 * squares
+
+
+def _varies(sums: Tensor) -> bool:
+    return bool(_around(sums)[2].any())
+
+
+def _explained(sums: Tensor) -> float:
+    """R²: the mean over the numbers of 1 − Σ (y − ŷ)² / Σ (y − ȳ)²; 0 for a number that never changes."""
+    left, around, moves = _around(sums)
     return float(torch.where(moves, 1 - left / around.where(moves, torch.ones_like(around)), 0.0).mean())
 
 
@@ -205,13 +225,20 @@ CLASS_METRICS = {
         short="top-5 accuracy",
         each=_each_of_five,
     ),
-    "f1": Metric("mean over classes of the harmonic mean of precision and recall", _confusion, _macro_f1, short="F1"),
+    "f1": Metric(
+        "mean over classes of the harmonic mean of precision and recall",
+        _confusion,
+        _macro_f1,
+        short="F1",
+        defined=_any,
+    ),
     "auc": Metric(
         "area under the ROC curve; of more than two classes the mean of each against all others",
         _class_ranks,
         _area,
         share=False,
         short="AUC",
+        defined=_has_both,
     ),
     "perplexity": Metric(
         "exponential of the mean cross-entropy", _surprise, _perplexity, rises=False, share=False, each=_each_surprise
@@ -221,10 +248,19 @@ TOKEN_METRICS = {name: CLASS_METRICS[name] for name in ("accuracy", "top5", "f1"
 LABEL_METRICS = {
     "accuracy": Metric("share of all labels that are right", _label_right, share_of, each=_each_label_right),
     "f1": Metric(
-        "mean over labels of the harmonic mean of precision and recall", _label_confusion, _macro_f1, short="F1"
+        "mean over labels of the harmonic mean of precision and recall",
+        _label_confusion,
+        _macro_f1,
+        short="F1",
+        defined=_any,
     ),
     "auc": Metric(
-        "area under the ROC curve, mean over labels", lambda o, t: _ranked(o, t > 0), _area, share=False, short="AUC"
+        "area under the ROC curve, mean over labels",
+        lambda o, t: _ranked(o, t > 0),
+        _area,
+        share=False,
+        short="AUC",
+        defined=_has_both,
     ),
 }
 NUMBER_METRICS = {
@@ -238,6 +274,7 @@ NUMBER_METRICS = {
         _explained,
         share=False,
         short="R²",
+        defined=_varies,
         each=_each_variation,
     ),
 }

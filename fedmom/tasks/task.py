@@ -79,15 +79,14 @@ class Task:
         """`judge` of k clients whose examples lie one after another, lengths [k] in main memory: {measure: [k, s]}."""
         ends = lengths.cumsum(0).tolist()
         found = [
-            self.judge(*(tree_map(lambda t, a=first, b=last: t[a:b], part) for part in (outputs, targets)))
+            self.judge(*(tree_map(lambda t, a=first, b=last: _some(t, a, b), part) for part in (outputs, targets)))
             for first, last in zip([0, *ends[:-1]], ends, strict=True)
         ]
         return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
     def values_each(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`values` of each of k clients: totals [k, s] in main memory -> [k] float64."""
-        rows = [self.values({name: sums[k] for name, sums in totals.items()}) for k in range(len(totals["loss"]))]
-        return {name: torch.tensor([row[name] for row in rows], dtype=F64) for name in ("loss", *self.metrics)}
+        """`values` of each of k clients: totals [k, s] in main memory -> [k] float64, NaN where they say nothing."""
+        return {name: quotients(totals[name]) for name in ("loss", *self.metrics)}
 
     def values(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
         """The loss and the measures of the totals of all pieces, which are in main memory."""
@@ -100,7 +99,17 @@ def quotient(total: Tensor) -> float:
     return float(value / count) if count else 0.0
 
 
+def _some(t: Any, first: int, last: int) -> Any:
+    """Some examples of what may be no tensor."""
+    return t[first:last] if isinstance(t, Tensor) else t
+
+
 def quotients(totals: Tensor) -> Tensor:
-    """`quotient` of each of [k, 2]."""
+    """`quotient` of each of [k, 2]; NaN of nothing, which is no number of a client's."""
     value, count = totals.unbind(1)
-    return torch.where(count > 0, value / count, 0.0)
+    return torch.where(count > 0, finite_or_infinite(value / count), torch.nan)
+
+
+def finite_or_infinite(values: Tensor) -> Tensor:
+    """Infinity for what is no number: something was there, and has diverged."""
+    return values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)

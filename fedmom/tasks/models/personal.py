@@ -39,6 +39,11 @@ def personal_names(model: nn.Module, places: Places, wanted: str) -> frozenset[s
         if not own:
             raise InputError(f"{said}: {_nothing(part)}; there are {_some(known.values())}")
         found |= own
+    for name in sorted(found):
+        for one, other in (("running_mean", "running_var"), ("running_var", "running_mean")):
+            partner = name.removesuffix(one) + other
+            if name.endswith(one) and partner in places.buffers and partner not in found:
+                raise InputError(f"{said}: has {name} and not {partner}, and the two are averaged together; name both")
     if found >= set(places.params):
         raise InputError(f"{said}: is every trained parameter, so that nothing would be averaged; name fewer")
     return frozenset(found)
