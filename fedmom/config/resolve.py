@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fedmom.config.examples import count_clients
-from fedmom.config.goals import measured_by, monitored, parse_goal
+from fedmom.config.goals import measured_by, monitored, parse_goal, unmeasured
 from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Scalar
 from fedmom.config.load import Loaded, flat, replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
 from fedmom.data.given.natural import is_natural
-from fedmom.errors import InputError, unknown
+from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.tasks.problem import data_kind
 from fedmom.user_code import is_spec
@@ -254,7 +254,7 @@ def _check_goals(config: Config) -> None:
     named = {"run.monitor": monitored(config, config.run.monitor)}
     for key, name in (named | ({"run.stop-at": goal[0]} if goal else {})).items():
         if name not in measured:
-            raise unknown(key, name, sorted(measured))
+            raise unmeasured(config, key, name)
 
 
 def _settle_interval(config: Config) -> Config:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedmom.backends.local import make_local
 from fedmom.config.build import make_plan, make_problem, resolve_device
+from fedmom.config.goals import clients_numbers
 from fedmom.config.keys import Config
 from fedmom.config.load import flat, load, replace
 from fedmom.config.numbers import counted
@@ -43,6 +44,7 @@ from fedmom.user_code import blamed
 
 _SHORT = 1.0  # seconds: rounds that take longer are estimated from a few of their steps
 _ROUNDS = 3  # of the short ones, which are run
+_NUMBER = 20  # bytes that one takes in clients.jsonl
 _FEW = 2  # examples, by which the layers' outputs are seen
 
 
@@ -65,6 +67,7 @@ class Data(NamedTuple):
     example: str  # dtype and shape, "float32 [16]"
     sizes: np.ndarray  # [N] examples of each client
     classes: np.ndarray | None  # [N] classes that each client has; None where examples have no class
+    own_tests: np.ndarray | None  # [N] test examples of each client's own; None where nobody has any
 
 
 class Checked(NamedTuple):
@@ -84,6 +87,8 @@ class Checked(NamedTuple):
     round_seconds: float  # without evaluation
     eval_seconds: float  # of one evaluation
     num_evals: int
+    look_seconds: float  # of one look at every client, about
+    num_looks: int
     setup_seconds: float
     client_bytes: int  # that one of K clients takes during a step
     memory: int  # the most that the run will use, about
@@ -94,12 +99,18 @@ class Checked(NamedTuple):
     @property
     def seconds(self) -> float:
         """Of the whole run, about."""
-        return self.setup_seconds + self.config.run.num_rounds * self.round_seconds + self.num_evals * self.eval_seconds
+        rounds, looks = self.config.run.num_rounds * self.round_seconds, self.num_looks * self.look_seconds
+        return self.setup_seconds + rounds + self.num_evals * self.eval_seconds + looks
 
     @property
     def rounds_bytes(self) -> int:
         """Of rounds.jsonl, about."""
         return self.config.run.num_rounds * (len(json.dumps(self.step)) + 1)
+
+    @property
+    def results_bytes(self) -> int:
+        """Of clients.jsonl, about; 0 where nobody looks at the clients."""
+        return self.num_looks * self.config.data.num_clients * len(clients_numbers(self.config)) * _NUMBER
 
 
 def check_config(
@@ -176,6 +187,8 @@ def _measured(
         "round_seconds": _round_seconds(problem, plan, backend, per_round / speed),
         "eval_seconds": _eval_seconds(problem, plan, begun.state),
         "num_evals": math.ceil(plan.num_rounds / plan.eval_every),
+        "look_seconds": _look_seconds(problem, plan, begun.state, speed),
+        "num_looks": math.ceil(plan.num_rounds / plan.client_eval_every) if plan.client_eval_every else 0,
         "client_bytes": bytes_per_client(problem, begun.state),
         "checkpoint_bytes": sum(map(num_bytes, state)),
         "rows_bytes": sum(map(num_bytes, rows)),
@@ -185,7 +198,7 @@ def _measured(
 def _one_step(problem: Problem, plan: Plan, backend: Backend) -> tuple[int, Record, float]:
     """(how many clients, the line, seconds) of a round in which two clients take one step, or all under Algorithm 2."""
     few = plan.cohort_size if plan.topology is not None else min(2, plan.cohort_size)
-    short = plan._replace(cohort_size=few, num_local_steps=1, local_epochs=0, eval_every=1)
+    short = plan._replace(cohort_size=few, num_local_steps=1, local_epochs=0, eval_every=1, client_eval_every=0)
     _, record = next(run_rounds(problem, short, backend, beginning(problem, short)))
     return few, record, few / record["client_steps_per_second"]
 
@@ -195,6 +208,7 @@ def _round_seconds(problem: Problem, plan: Plan, backend: Backend, expected: flo
     if expected > _SHORT:
         return expected
     blind = plan._replace(num_rounds=max(plan.num_rounds, _ROUNDS) + 1, eval_every=plan.num_rounds + _ROUNDS + 2)
+    blind = blind._replace(client_eval_every=0)
     ends = [0.0]
     for new, _ in islice(run_rounds(problem, blind, backend, beginning(problem, blind)), _ROUNDS):
         ends.append(new.wall_seconds)
@@ -207,6 +221,16 @@ def _eval_seconds(problem: Problem, plan: Plan, start: ClientState) -> float:
     problem.evaluate(start)
     models = 1 if plan.topology is None else 1 + len(chosen_clients(len(problem.sizes), plan.eval_clients))
     return models * (time.perf_counter() - begin)
+
+
+def _look_seconds(problem: Problem, plan: Plan, start: ClientState, speed: float) -> float:
+    """Of x̂ on every client's own test examples, and of as much for models of their own after their steps."""
+    if not plan.client_eval_every:
+        return 0.0
+    begin = time.perf_counter()
+    problem.evaluate_own(start)
+    models = 2 if plan.topology is not None or plan.personal_steps or problem.personal else 1
+    return models * (time.perf_counter() - begin) + len(problem.sizes) * plan.personal_steps / speed
 
 
 def _data(problem: Supervised) -> Data:
@@ -222,7 +246,7 @@ def _data(problem: Supervised) -> Data:
     outputs = counted(
         dataset.num_classes, *(("class", "classes") if grows else ("number to predict", "numbers to predict"))
     )
-    return Data(train, test, outputs, kind_of(dataset.x_train), sizes.numpy(), classes)
+    return Data(train, test, outputs, kind_of(dataset.x_train), sizes.numpy(), classes, problem.own_sizes)
 
 
 def _layers(problem: Supervised, start: ClientState) -> tuple[list[Layer], dict[str, str]]:
