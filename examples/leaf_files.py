@@ -1,12 +1,14 @@
 """Natural clients: files in the format of LEAF, in which every user is a client.
 
-    python examples/leaf_files.py
+    python examples/leaf_files.py           # trains on them
+    python examples/leaf_files.py writers   # writes them to the folder writers, for configs/tasks/by-writer.toml
 
 The images are real handwritten digits. Who wrote which is not known: the thirty writers are made up here, each with a
 pen of its own. For LEAF's FEMNIST: data.dataset = "leaf/data/femnist/data/", and model.name = "cnn".
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def write(folder: Path) -> None:
             users.append(user)
             parts[user] = {"x": x.round(4).tolist(), "y": labels[own].tolist()}
         counts = [len(parts[user]["y"]) for user in users]
-        (folder / split).mkdir()
+        (folder / split).mkdir(parents=True, exist_ok=True)
         content = {"users": users, "num_samples": counts, "user_data": parts}
         (folder / split / "digits.json").write_text(json.dumps(content))
 
@@ -60,4 +62,8 @@ def main() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        write(Path(sys.argv[1]))
+        print(f"{sys.argv[1]}: {NUM_WRITERS} writers; fedmom run tasks/by-writer")
+    else:
+        main()

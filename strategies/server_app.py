@@ -16,9 +16,8 @@ from rich.console import Console
 from fedmom.backends.stepper import stepper_here
 from fedmom.backends.trainer import settled
 from fedmom.config.keys import Config
-from fedmom.config.load import replace
+from fedmom.config.load import replace, with_choices
 from fedmom.config.numbers import counted
-from fedmom.config.resolve import with_choices
 from fedmom.config.strategies import OURS
 from fedmom.engine.paths import AUTO, is_plain
 from fedmom.errors import InputError, RunStoppedError

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 from fedmom.config.keys import Config, Scalar
-from fedmom.config.resolve import with_choices
+from fedmom.config.load import with_choices
 from fedmom.engine.engine import Engine
 from fedmom.rounds.plan import Plan
 from fedmom.tasks.problem import Problem

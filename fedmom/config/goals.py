@@ -4,7 +4,7 @@ from math import isfinite
 
 from fedmom.config.keys import Config
 from fedmom.config.numbers import as_number, parse_numbers
-from fedmom.errors import InputError
+from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.rounds.evaluation import client_measures
 from fedmom.rounds.results import DIVERGED, OWN, PERSONAL, client_names, statistics, summary_names
@@ -60,6 +60,13 @@ def of_rounds(config: Config, evaluation: bool, look: bool) -> set[str]:
     found = {*own, *client_measures(own)} if evaluation else set[str]()
     of_clients = {name for one in clients_numbers(config) for name in summary_names(one)}
     return found | ({*of_clients, f"{PERSONAL}_{DIVERGED}"} if look else set())
+
+
+def unmeasured(config: Config, key: str, name: str) -> InputError:
+    """The error for a key that aims at what the run does not measure; of clients' own numbers it says who does."""
+    if name.partition("_")[0] in (OWN, PERSONAL) and not config.run.client_eval_every:
+        return InputError(f"{key} = {name!r}: needs run.client-eval-every, the rounds between two looks at the clients")
+    return unknown(key, name, sorted(measured_by(config)))
 
 
 def parse_goal(text: str) -> tuple[str, float] | None:

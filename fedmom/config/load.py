@@ -201,3 +201,11 @@ def toml_scalar(value: Scalar) -> str:
         return str(value).lower()
     # JSON's strings are TOML basic strings, once DEL (which JSON leaves bare) is escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
+
+
+def with_choices(config: Config, choices: Mapping[str, Scalar]) -> Config:
+    """A resolved configuration with what a backend chose: {"engine.path": …}."""
+    for name, value in choices.items():
+        section, _, key = name.partition(".")
+        config = replace(config, section, **{key.replace("-", "_"): value})
+    return config

@@ -1,17 +1,16 @@
 """What several keys, or the algorithm's name, decide together, so that a run folder's config.toml says what ran."""
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from fedmom.config.examples import count_clients
-from fedmom.config.goals import measured_by, monitored, parse_goal
-from fedmom.config.keys import KEYS, AlgorithmConfig, Config, Scalar
+from fedmom.config.goals import measured_by, monitored, parse_goal, unmeasured
+from fedmom.config.keys import KEYS, AlgorithmConfig, Config
 from fedmom.config.load import Loaded, flat, replace
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
 from fedmom.data.given.natural import is_natural
-from fedmom.errors import InputError, unknown
+from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
 from fedmom.tasks.problem import data_kind
 from fedmom.user_code import is_spec
@@ -256,7 +255,7 @@ def _check_goals(config: Config) -> None:
     named = {"run.monitor": monitored(config, config.run.monitor)}
     for key, name in (named | ({"run.stop-at": goal[0]} if goal else {})).items():
         if name not in measured:
-            raise unknown(key, name, sorted(measured))
+            raise unmeasured(config, key, name)
 
 
 def _settle_interval(config: Config) -> Config:
@@ -311,11 +310,3 @@ def _check_schedule(algorithm: AlgorithmConfig) -> None:
         raise InputError(f"algorithm.lr-min = {algorithm.lr_min}: must be at most algorithm.lr = {algorithm.lr}")
     if algorithm.lr_schedule == "theory" and algorithm.local_epochs:
         raise InputError("algorithm.lr-schedule = 'theory': needs num-local-steps, not local-epochs")
-
-
-def with_choices(config: Config, choices: Mapping[str, Scalar]) -> Config:
-    """A resolved configuration with what a backend chose: {"engine.path": …}."""
-    for name, value in choices.items():
-        section, _, key = name.partition(".")
-        config = replace(config, section, **{key.replace("-", "_"): value})
-    return config

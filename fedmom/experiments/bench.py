@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedmom.backends.local import make_backend
 from fedmom.config.build import make_plan, make_problem, resolve_device
 from fedmom.config.keys import Config
-from fedmom.config.load import replace
-from fedmom.config.resolve import with_choices
+from fedmom.config.load import replace, with_choices
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.timings import now

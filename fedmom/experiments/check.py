@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from fedmom.backends.local import make_local
 from fedmom.config.build import make_plan, make_problem, resolve_device
+from fedmom.config.goals import clients_numbers
 from fedmom.config.keys import Config
-from fedmom.config.load import flat, load, replace
+from fedmom.config.load import flat, load, replace, with_choices
 from fedmom.config.numbers import counted
-from fedmom.config.resolve import resolve, with_choices
+from fedmom.config.resolve import resolve
 from fedmom.data.arrays import kind_of
 from fedmom.data.inputs import num_examples, rows_of_inputs
 from fedmom.data.targets import TARGETS, classes_of
@@ -34,7 +35,7 @@ from fedmom.method.state import ClientState, num_bytes
 from fedmom.records.folder import RunFolder
 from fedmom.rounds.evaluation import chosen_clients
 from fedmom.rounds.loop import Record, run_rounds
-from fedmom.rounds.plan import Plan, RunState, beginning, round_job
+from fedmom.rounds.plan import Plan, beginning, round_job
 from fedmom.rounds.round import Backend
 from fedmom.runs.cautions import cautions
 from fedmom.tasks.problem import Problem
@@ -43,6 +44,7 @@ from fedmom.user_code import blamed
 
 _SHORT = 1.0  # seconds: rounds that take longer are estimated from a few of their steps
 _ROUNDS = 3  # of the short ones, which are run
+_NUMBER = 20  # bytes that one takes in clients.jsonl
 _FEW = 2  # examples, by which the layers' outputs are seen
 
 
@@ -65,6 +67,7 @@ class Data(NamedTuple):
     example: str  # dtype and shape, "float32 [16]"
     sizes: np.ndarray  # [N] examples of each client
     classes: np.ndarray | None  # [N] classes that each client has; None where examples have no class
+    own_tests: np.ndarray | None  # [N] test examples of each client's own; None where nobody has any
 
 
 class Checked(NamedTuple):
@@ -84,7 +87,7 @@ class Checked(NamedTuple):
     round_seconds: float  # without evaluation
     eval_seconds: float  # of one evaluation
     num_evals: int
-    look_seconds: float  # of one look at every client
+    look_seconds: float  # of one look at every client, about
     num_looks: int
     setup_seconds: float
     client_bytes: int  # that one of K clients takes during a step
@@ -96,13 +99,18 @@ class Checked(NamedTuple):
     @property
     def seconds(self) -> float:
         """Of the whole run, about."""
-        evaluations = self.num_evals * self.eval_seconds + self.num_looks * self.look_seconds
-        return self.setup_seconds + self.config.run.num_rounds * self.round_seconds + evaluations
+        rounds, looks = self.config.run.num_rounds * self.round_seconds, self.num_looks * self.look_seconds
+        return self.setup_seconds + rounds + self.num_evals * self.eval_seconds + looks
 
     @property
     def rounds_bytes(self) -> int:
         """Of rounds.jsonl, about."""
         return self.config.run.num_rounds * (len(json.dumps(self.step)) + 1)
+
+    @property
+    def results_bytes(self) -> int:
+        """Of clients.jsonl, about; 0 where nobody looks at the clients."""
+        return self.num_looks * self.config.data.num_clients * len(clients_numbers(self.config)) * _NUMBER
 
 
 def check_config(
@@ -179,7 +187,7 @@ def _measured(
         "round_seconds": _round_seconds(problem, plan, backend, per_round / speed),
         "eval_seconds": _eval_seconds(problem, plan, begun.state),
         "num_evals": math.ceil(plan.num_rounds / plan.eval_every),
-        "look_seconds": _look_seconds(problem, plan, begun, speed) if plan.client_eval_every else 0.0,
+        "look_seconds": _look_seconds(problem, plan, begun.state, speed),
         "num_looks": math.ceil(plan.num_rounds / plan.client_eval_every) if plan.client_eval_every else 0,
         "client_bytes": bytes_per_client(problem, begun.state),
         "checkpoint_bytes": sum(map(num_bytes, state)),
@@ -215,12 +223,14 @@ def _eval_seconds(problem: Problem, plan: Plan, start: ClientState) -> float:
     return models * (time.perf_counter() - begin)
 
 
-def _look_seconds(problem: Problem, plan: Plan, begun: RunState, speed: float) -> float:
-    """Of x̂ on every client's own test examples; clients' own models take a step's time more than their steps."""
+def _look_seconds(problem: Problem, plan: Plan, start: ClientState, speed: float) -> float:
+    """Of x̂ on every client's own test examples, and of as much for models of their own after their steps."""
+    if not plan.client_eval_every:
+        return 0.0
     begin = time.perf_counter()
-    problem.evaluate_own(begun.state)
-    has_own = bool(plan.personal_steps or problem.personal or plan.topology)
-    return time.perf_counter() - begin + has_own * (plan.personal_steps + 1) * len(problem.sizes) / speed
+    problem.evaluate_own(start)
+    models = 2 if plan.topology is not None or plan.personal_steps or problem.personal else 1
+    return models * (time.perf_counter() - begin) + len(problem.sizes) * plan.personal_steps / speed
 
 
 def _data(problem: Supervised) -> Data:
@@ -236,7 +246,7 @@ def _data(problem: Supervised) -> Data:
     outputs = counted(
         dataset.num_classes, *(("class", "classes") if grows else ("number to predict", "numbers to predict"))
     )
-    return Data(train, test, outputs, kind_of(dataset.x_train), sizes.numpy(), classes)
+    return Data(train, test, outputs, kind_of(dataset.x_train), sizes.numpy(), classes, problem.own_sizes)
 
 
 def _layers(problem: Supervised, start: ClientState) -> tuple[list[Layer], dict[str, str]]:

@@ -11,8 +11,8 @@ from fedmom.config.build import make_plan, resolve_device
 from fedmom.config.build import make_problem as build_problem
 from fedmom.config.goals import of_rounds
 from fedmom.config.keys import Config
-from fedmom.config.load import flat, load, replace, to_toml
-from fedmom.config.resolve import Resolved, resolve, with_choices
+from fedmom.config.load import flat, load, replace, to_toml, with_choices
+from fedmom.config.resolve import Resolved, resolve
 from fedmom.errors import ClientsFailedError, DivergedError, InputError
 from fedmom.machine.files import write_text
 from fedmom.records.environment import environment

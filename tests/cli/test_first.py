@@ -148,6 +148,24 @@ def test_a_check_says_what_a_run_then_does(fed, in_tmp, change, monkeypatch):
     assert found.data.sizes.sum() == found.data.num_train == 4000
 
 
+def test_a_check_counts_the_looks_at_every_client(in_tmp, monkeypatch):
+    import fedmom
+    from fedmom.experiments.check import check_config
+
+    monkeypatch.setenv("FEDMOM_CACHE", "")
+    data = "[data]\nnum-clients = 5\nclient-test-share = 0.2\n[model]\nname = 'logistic'\n[engine]\npath = 'loop'\n"
+    (in_tmp / "c.toml").write_text(f"{data}[run]\nnum-rounds = 5\nclient-eval-every = 2\npersonal-steps = 1\n")
+    found = check_config("c.toml")
+    fedmom.run("c.toml", out="run", callbacks=[fedmom.Callback()])
+    history = fedmom.load("run").clients
+    assert found.num_looks == len(history.results) == 3
+    assert found.look_seconds > 0
+    assert found.data.own_tests.tolist() == history.test_examples.tolist()
+    assert "own_mean_loss" not in found.step  # two clients' step is no look at all of them
+    size = (in_tmp / "run/clients.jsonl").stat().st_size
+    assert found.results_bytes == pytest.approx(size, rel=0.5)
+
+
 @pytest.mark.slow
 def test_from_nothing_to_a_comparison(fed, in_tmp, monkeypatch):
     fed("new", ".")

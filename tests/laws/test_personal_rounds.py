@@ -36,7 +36,7 @@ OWN = {
     "head": ("last.weight", "last.bias"),
     "first": ("first.weight", "first.bias"),
     " last.bias,norm ": ("last.bias", *NORM),
-    "bn.running_var, first.weight": ("bn.running_var", "first.weight"),
+    "bn.running_mean, bn.running_var, first.weight": ("bn.running_mean", "bn.running_var", "first.weight"),
 }
 
 
@@ -67,7 +67,7 @@ CASES = [
     Case(2, "norm", policy="local", cohort=1, running_var="mean"),
     Case(5, "first", cohort=2, weights="samples", nesterov=True, decay=0.01),
     Case(5, " last.bias,norm ", cohort=3, epochs=1, weights="samples", policy="local"),
-    Case(5, "bn.running_var, first.weight", cohort=4, policy="reset", nesterov=True),
+    Case(5, "bn.running_mean, bn.running_var, first.weight", cohort=4, policy="reset", nesterov=True),
     Case(5, "norm", beta=0.0, slow=(0.5, 0.7)),
 ]
 

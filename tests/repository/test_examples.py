@@ -60,6 +60,19 @@ def test_an_example_comes_to_what_it_says(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_writers_files_are_those_of_the_configuration(tmp_path):
+    for words in (
+        [str(EXAMPLES / "leaf_files.py"), "writers"],
+        ["-m", "fedmom", "run", "tasks/by-writer", "--out", "run"],
+    ):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=1500)
+        assert done.returncode == 0, done.stderr[-2000:]
+    lines = (tmp_path / "run/clients.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(json.loads(lines[0])["names"]) == 30
+    assert len(lines) == 1 + 30 / 5
+
+
+@pytest.mark.slow
 def test_any_flower_app_runs_on_our_grid():
     pytest.importorskip("ray")
     command = [sys.executable, "-m", "fedmom", "simulate-app", "flower_app", "--num-clients", "5", "--num-actors", "1"]

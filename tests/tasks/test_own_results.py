@@ -398,6 +398,10 @@ def test_clients_that_bring_their_data_bring_their_tests(tmp_path):
         ),
         (settings(algorithm__name="d-sgd-m", run__personal_steps=1), r"personal-steps = 1: with d-sgd-m every client"),
         (settings(run__stop_at="personal_mean_accuracy=0.5"), r"run\.stop-at = 'personal_mean_accuracy' is not known"),
+        (
+            settings(run__client_eval_every=0, run__monitor="own_mean_loss"),
+            r"run\.monitor = 'own_mean_loss': needs run\.client-eval-every",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_key(keys, said):

@@ -84,7 +84,7 @@ DEEP = named(a=named(b=nn.Linear(2, 2), b1=nn.Linear(2, 2)), c=nn.BatchNorm1d(2)
         (named(a=nn.Linear(2, 2), b=nn.BatchNorm1d(2, affine=False)), "norm", [f"b.{name}" for name in BATCH[2:]]),
         (DEEP, "head", ["d.weight", "d.bias"]),
         (DEEP, "a.b", ["a.b.weight", "a.b.bias"]),  # and not a.b1
-        (DEEP, "a, c.running_var", ["a.b.weight", "a.b.bias", "a.b1.weight", "a.b1.bias", "c.running_var"]),
+        (DEEP, "a.b, c.running_mean, c.running_var", ["a.b.weight", "a.b.bias", "c.running_mean", "c.running_var"]),
         (DEEP, "d.weight,,head", ["d.weight", "d.bias"]),
         (frozen(copy.deepcopy(DEEP), "d.weight"), "head", ["d.bias"]),
         (frozen(frozen(copy.deepcopy(DEEP), "d.weight"), "d.bias"), "head", [f"c.{name}" for name in BATCH]),
@@ -113,12 +113,22 @@ ALL = "is every trained parameter, so that nothing would be averaged; name fewer
         (
             DEEP,
             "c,layer4",
-            "no parameter or buffer is called 'layer4' or begins with 'layer4.'; there are a.b.w",
+            "no trained parameter or averaged buffer is called 'layer4' or begins with 'layer4.'; there are a.b.w",
         ),
-        (DEEP, "d.wei", "no parameter or buffer is called 'd.wei' or begins with 'd.wei.'; there are "),
-        (DEEP, "relu", "no parameter or buffer is called 'relu'"),
+        (
+            DEEP,
+            "d.wei",
+            "no trained parameter or averaged buffer is called 'd.wei' or begins with 'd.wei.'; there are ",
+        ),
+        (DEEP, "relu", "no trained parameter or averaged buffer is called 'relu'"),
         (spectral_norm(nn.Linear(2, 2)), "norm", "the model has no normalisation layer with tensors that move; there"),
-        (frozen(named(a=nn.Linear(2, 2)), "a.weight"), "a.weight", "no parameter or buffer is called 'a.weight'"),
+        (
+            frozen(named(a=nn.Linear(2, 2)), "a.weight"),
+            "a.weight",
+            "no trained parameter or averaged buffer is called 'a.weight'",
+        ),
+        (DEEP, "a, c.running_var", "has c.running_var and not c.running_mean, and the two are averaged together"),
+        (DEEP, "c.running_mean", "has c.running_mean and not c.running_var, and the two are averaged together"),
         (DEEP, "a,norm,d", ALL),
         (nn.Linear(2, 2), "head", ALL),
     ],
@@ -132,13 +142,16 @@ def test_what_cannot_be_is_refused_in_one_line(model, wanted, words):
 def test_what_has_no_part_for_a_client_is_refused_before_anything_is_read():
     for changes, words in (
         ({"data.dataset": "quadratic"}, "data.dataset = 'quadratic' has no model"),
+        ({"algorithm.personal": " , "}, "names nothing; name norm, head or beginnings of names by commas"),
         ({"algorithm.name": "d-sgd-m"}, "needs Algorithm 1, and d-sgd-m is Algorithm 2"),
         (
             {"server.strategy": "fedavg", "run.backend": "simulation"},
             "needs server.strategy = 'pr-sgd-m', not 'fedavg'",
         ),
     ):
-        with pytest.raises(InputError, match=re.escape(f"algorithm.personal = 'norm': {words}")):
+        with pytest.raises(
+            InputError, match=re.escape(f"algorithm.personal = {changes.get('algorithm.personal', 'norm')!r}: {words}")
+        ):
             resolve(load({"algorithm.personal": "norm", **changes}))
 
 

@@ -103,13 +103,14 @@ def _about_run(found: "Checked", path: Path) -> list[tuple[str, str]]:
         split += f", α {data.alpha:g}" if "dirichlet" in split else f", by {data.clients}" if data.clients else ""
         outputs = held.outputs
         classes = "" if held.classes is None else f"; classes per client {spread_of(held.classes)}"
+        tests = "" if held.own_tests is None else f"; test examples of its own {spread_of(held.own_tests)}"
         lines += [
             (
                 "data",
                 f"{data.dataset}: {held.num_train:,} examples to train on, {held.num_test:,} to test; "
                 f"{held.example}, {outputs}",
             ),
-            ("", f"{split}; examples per client {spread_of(held.sizes)}{classes}"),
+            ("", f"{split}; examples per client {spread_of(held.sizes)}{tests}{classes}"),
         ]
     else:
         lines.append(("data", f"{data.dataset}: no examples, every client holds a formula"))
@@ -139,8 +140,8 @@ def _about_steps(found: "Checked") -> list[tuple[str, str]]:
     rounds, evals = keys.run.num_rounds * found.round_seconds, found.num_evals * found.eval_seconds
     parts = f"{duration(rounds)} of rounds, {duration(evals)} of {counted(found.num_evals, 'evaluation')}, "
     if found.num_looks:
-        looks = counted(found.num_looks, "look at every client", "looks at every client")
-        parts += f"{duration(found.num_looks * found.look_seconds)} of {looks}, "
+        looks = duration(found.num_looks * found.look_seconds)
+        parts += f"{looks} of {counted(found.num_looks, 'look')} at every client, "
     lines.append(("time", f"about {duration(found.seconds)}: {parts}{duration(found.setup_seconds)} to begin"))
     if keys.run.backend == "simulation" or engine.workers:
         who = f"engine.workers = {engine.workers}" if engine.workers else f"run.backend = {keys.run.backend!r}"
@@ -151,6 +152,7 @@ def _about_steps(found: "Checked") -> list[tuple[str, str]]:
     number = keys.run.checkpoint_every
     every = f"{size_of(found.checkpoint_bytes)} every {f'{number:,} rounds' if number > 1 else 'round'} and at the end"
     rows = f", clients.safetensors {size_of(found.rows_bytes)}" if found.rows_bytes else ""
+    rows += f", clients.jsonl about {size_of(found.results_bytes)}" if found.num_looks else ""
     where = keys.run.out or "runs/NAME-TIME"
     lines.append(
         (

@@ -83,7 +83,7 @@ def _begins(name: str, beginning: str) -> bool:
 def _nothing(part: str) -> str:
     if part == NORM:
         return "the model has no normalisation layer with tensors that move"
-    return f"no parameter or buffer is called {part!r} or begins with '{part}.'"
+    return f"no trained parameter or averaged buffer is called {part!r} or begins with '{part}.'"
 
 
 def _some(names: Iterable[str]) -> str:

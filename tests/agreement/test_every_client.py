@@ -1,0 +1,83 @@
+"""What every client gets is the same wherever the rounds are run: on the engine, by Flower's apps, on Ray actors."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from both_sides import by_engine, by_flower
+from fedmom.records.history import read_clients
+from runs import LOCAL, give_digits
+
+RUN = {
+    "data.num-clients": 5,
+    "data.client-test-share": 0.3,
+    "data.batch-size": 4,
+    "model.name": "mlp",
+    "model.hidden": 8,
+    "algorithm.num-local-steps": 3,
+    "run.num-rounds": 2,
+    "run.client-eval-every": 2,
+    "run.dtype": "float64",
+    "engine.path": "loop",
+}
+OF_ALGORITHM_1 = {"algorithm.personal": "head", "run.personal-steps": 2, "algorithm.cohort-size": 3}
+OF_ALGORITHM_2 = {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}
+
+
+def same_for_every_client(folder, other, names):
+    """Both runs looked at the same clients in round 2, and every client got the same of `names`."""
+    mine, theirs = read_clients(folder), read_clients(other)
+    assert mine.about() == theirs.about()
+    assert [one.round for one in mine.results] == [one.round for one in theirs.results] == [2]
+    for a, b in zip(mine.results, theirs.results, strict=True):
+        assert a.values.keys() == b.values.keys() == set(names)
+        for name, value in b.values.items():
+            np.testing.assert_allclose(a.values[name], value, rtol=1e-10, atol=1e-10, err_msg=name)
+            # Clients that all had the same would hide who got whose.
+            assert not name.endswith("_loss") or len(np.unique(value)) == len(value), name
+
+
+ALL = ("own_loss", "own_accuracy", "personal_loss", "personal_accuracy")
+
+
+def test_flowers_apps_tell_what_the_engine_does(tmp_path):
+    """Of five clients on two nodes, with models of their own after steps and by rows, and by a strategy of Flower's."""
+    for name, more in {"1": OF_ALGORITHM_1, "2": OF_ALGORITHM_2, "plain": {}}.items():
+        by_engine(RUN | more, out=tmp_path / f"engine-{name}")
+        by_flower(RUN | more, 2, out=tmp_path / f"flower-{name}")
+        same_for_every_client(tmp_path / f"flower-{name}", tmp_path / f"engine-{name}", ALL if more else ALL[:2])
+
+
+def test_clients_with_data_of_their_own_tell_what_one_machine_measures(tmp_path):
+    """By test examples that they bring, beside a server with some or without, or by those that they hold out."""
+    cases = [(3, False, True), (2, True, True), (1, False, False)]
+    for case, (num_clients, server, clients) in enumerate(cases):
+        data = tmp_path / str(case)
+        data.mkdir()
+        give_digits(data, num_clients, server=server, clients=clients)
+        keys = (
+            RUN
+            | LOCAL
+            | {"run.num-rounds": 2, "data.data-dir": str(data), "data.num-clients": num_clients}
+            | OF_ALGORITHM_1
+        )
+        keys |= {"data.client-test-share": 0.0 if clients else 0.3, "algorithm.cohort-size": min(2, num_clients)}
+        by_engine(keys, out=data / "engine")
+        by_flower(keys, num_clients, out=data / "flower")
+        same_for_every_client(data / "flower", data / "engine", ALL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group("Ray: tasks")
+def test_actors_tell_what_the_engine_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
+    ray = {"simulation.num-actors": 2, "simulation.num-cpus": 0.5}
+    for more in (OF_ALGORITHM_1, OF_ALGORITHM_2):
+        folder = tmp_path / more.get("algorithm.name", "pr-sgd-m")
+        by_engine(RUN | more, out=folder / "engine")
+        for name, where in {"workers": {"engine.workers": 2}, "simulation": {"run.backend": "simulation"}}.items():
+            by_engine(RUN | more | ray | where, out=folder / name)
+            same_for_every_client(folder / name, folder / "engine", ALL)
