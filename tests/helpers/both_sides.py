@@ -55,8 +55,13 @@ def assert_same(one, other, tolerance=1e-10):
     for mine, theirs in zip(one.rounds, other.rounds, strict=True):
         assert mine.keys() == theirs.keys()
         for key in mine.keys() - {"wall_seconds", "client_steps_per_second"}:
-            mine_and_theirs = (np.asarray(record[key], dtype=float) for record in (mine, theirs))
+            mine_and_theirs = (np.asarray(numbers(record[key]), dtype=float) for record in (mine, theirs))
             np.testing.assert_allclose(*mine_and_theirs, rtol=1e-8, atol=1e-10, err_msg=key)
+
+
+def numbers(value):
+    """A record's value as numbers: a histogram is a small table."""
+    return [value["low"], value["high"], *value["counts"]] if isinstance(value, dict) else value
 
 
 def fails(client, what, *, rounds=(2,), tries=99):

@@ -1,0 +1,102 @@
+"""Every client's own results on data that nobody else has: what the clients tell is what one machine finds."""
+
+import json
+
+import numpy as np
+import pytest
+
+from both_sides import assert_same, by_engine, by_flower
+from fedmom.records.history import read_clients
+from laws import table
+from runs import LOCAL, give_digits
+
+KEYS = {
+    **LOCAL,
+    "model.name": "tests.apps.models:normed",
+    "algorithm.personal": "norm",
+    "algorithm.num-local-steps": 2,
+    "algorithm.cohort-size": 2,
+    "run.num-rounds": 2,
+    "run.client-eval-every": 2,
+    "run.personal-steps": 2,
+}
+POLICIES = {
+    "average": {"data.client-test-share": 0.3, "algorithm.lr-schedule": "step", "algorithm.lr-milestones": "0.7"},
+    "local": {"run.metrics": "accuracy,f1"},
+    "reset": {
+        "run.metrics": "f1",
+        "algorithm.personal": "",
+        "run.personal-steps": 0,
+        "run.num-rounds": 4,
+        "run.eval-every": 2,
+        "run.client-eval-every": 3,
+    },
+}
+
+
+def agree(folder, other):
+    """Who the clients are, and what each got, to 1e-10."""
+    one, two = read_clients(folder), read_clients(other)
+    for name in ("examples", "test_examples"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    assert [found.round for found in one.results] == [found.round for found in two.results]
+    for mine, theirs in zip(one.results, two.results, strict=True):
+        assert mine.values.keys() == theirs.values.keys()
+        for name, values in mine.values.items():
+            np.testing.assert_allclose(values, theirs.values[name], rtol=1e-10, atol=1e-12, err_msg=name)
+    return one
+
+
+@table("policy", POLICIES)
+def test_clients_tell_what_the_engine_finds(tmp_path, policy):
+    """On test examples that the clients held out, or brought; with models of their own, and without.
+
+    A model that is evaluated and looked at is sent once: under `reset` those of rounds 2, 3 and 4.
+    """
+    more = POLICIES[policy]
+    shares = "data.client-test-share" in more
+    give_digits(tmp_path, 3, server=policy == "local", clients=not shares)
+    keys = {**KEYS, "algorithm.momentum-policy": policy, "data.data-dir": str(tmp_path), **more}
+    engine = by_engine(keys, out=tmp_path / "engine")
+    result, grid = by_flower(keys, 3, out=tmp_path / "flower")
+    assert_same(result, engine)
+    found = agree(tmp_path / "flower", tmp_path / "engine").results
+    metrics, whose = more.get("run.metrics", "accuracy").split(","), ["own", "personal"][: 1 + (policy != "reset")]
+    assert {*found[-1].values} == {f"{one}_{name}" for one in whose for name in ("loss", *metrics)}
+    for values in found[-1].values.values():
+        assert len({*values}) > 1
+    if policy == "reset":
+        assert [one.round for one in found] == [3, 4]
+        asked = [message for message in grid.pushed if message.metadata.message_type == "evaluate"]
+        assert len(asked) == 3 * 3
+    else:
+        assert all(
+            (found[-1].values[f"own_{n}"] != found[-1].values[f"personal_{n}"]).any() for n in ("loss", *metrics)
+        )
+
+
+def test_a_client_that_is_missing_has_no_numbers(tmp_path):
+    """Client 1 does not judge the model of round 2: null, and the statistics are of the others."""
+    give_digits(tmp_path, 3, server=True, clients=True)
+    keys = {**KEYS, "data.data-dir": str(tmp_path), "server.on-failure": "proceed", "run.client-eval-every": 1}
+    keys["algorithm.cohort-size"] = 3
+
+    def fault(message, node):
+        asked = message.content.config_records.get("config", {})
+        judges = message.metadata.message_type == "evaluate" and asked["server-round"] == 3
+        return ValueError("broken") if judges and node["partition-id"] == 1 else None
+
+    result, _ = by_flower(keys, 3, {"fault": fault}, out=tmp_path / "flower")
+    whole = by_engine(keys, out=tmp_path / "engine")
+    text = [json.loads(line) for line in (tmp_path / "flower" / "clients.jsonl").read_text().splitlines()]
+    right = read_clients(tmp_path / "engine").results
+    assert [line["round"] for line in text[1:]] == [1, 2]
+    for name, values in right[1].values.items():
+        got, want = text[2][name], values.tolist()
+        assert got[1] is None
+        assert [got[0], got[2]] == pytest.approx([want[0], want[2]], rel=1e-10)
+        assert None not in text[1][name]
+        whose, _, measure = name.partition("_")
+        mean = result.rounds[1][f"{whose}_mean_{measure}"]
+        assert mean == pytest.approx((want[0] + want[2]) / 2, rel=1e-10)
+    assert result.rounds[0]["own_mean_loss"] == pytest.approx(whole.rounds[0]["own_mean_loss"], rel=1e-10)
