@@ -2,10 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 
-from both_sides import assert_same, by_engine, by_flower
+from both_sides import assert_same, by_engine, by_flower, same_clients
 from fedmom.records.history import read_clients
 from laws import table
 from runs import LOCAL, give_digits
@@ -34,19 +33,6 @@ POLICIES = {
 }
 
 
-def agree(folder, other):
-    """Who the clients are, and what each got, to 1e-10."""
-    one, two = read_clients(folder), read_clients(other)
-    for name in ("examples", "test_examples"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
-    assert [found.round for found in one.results] == [found.round for found in two.results]
-    for mine, theirs in zip(one.results, two.results, strict=True):
-        assert mine.values.keys() == theirs.values.keys()
-        for name, values in mine.values.items():
-            np.testing.assert_allclose(values, theirs.values[name], rtol=1e-10, atol=1e-12, err_msg=name)
-    return one
-
-
 @table("policy", POLICIES)
 def test_clients_tell_what_the_engine_finds(tmp_path, policy):
     """On test examples that the clients held out, or brought; with models of their own, and without.
@@ -60,7 +46,7 @@ def test_clients_tell_what_the_engine_finds(tmp_path, policy):
     engine = by_engine(keys, out=tmp_path / "engine")
     result, grid = by_flower(keys, 3, out=tmp_path / "flower")
     assert_same(result, engine)
-    found = agree(tmp_path / "flower", tmp_path / "engine").results
+    found = same_clients(tmp_path / "flower", tmp_path / "engine").results
     metrics, whose = more.get("run.metrics", "accuracy").split(","), ["own", "personal"][: 1 + (policy != "reset")]
     assert {*found[-1].values} == {f"{one}_{name}" for one in whose for name in ("loss", *metrics)}
     for values in found[-1].values.values():
