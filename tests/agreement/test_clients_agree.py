@@ -1,15 +1,12 @@
 """Every client's own results on Ray's actors and in a simulation: those of the engine. All slow."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 import fedmom
 from both_sides import same_clients
 from runs import LOCAL, give_digits
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.xdist_group("Ray: tasks")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.xdist_group("Ray: messages")]
 
 BASE = {
     "data.num-clients": 5,
@@ -42,9 +39,8 @@ class Stops(fedmom.Callback):
             raise KeyboardInterrupt
 
 
-def test_actors_and_a_simulation_find_what_the_engine_finds(tmp_path, monkeypatch):
+def test_actors_and_a_simulation_find_what_the_engine_finds(one_ray, tmp_path):
     """And so does, under `local`, each of them when it is stopped after a round that looked, and goes on."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
     for name, changes in RUNS.items():
         keys = {**BASE, **changes}
         if name == "d-sgd-m":
@@ -62,9 +58,8 @@ def test_actors_and_a_simulation_find_what_the_engine_finds(tmp_path, monkeypatc
             assert whose == {"own", "personal"}, (name, way)
 
 
-def test_a_simulation_of_clients_own_data_finds_what_the_engine_finds(tmp_path, monkeypatch):
+def test_a_simulation_of_clients_own_data_finds_what_the_engine_finds(one_ray, tmp_path):
     """Where nobody but a client has its examples: brought test examples, and held-out ones."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
     for share in (0.0, 0.3):
         folder = tmp_path / str(share)
         folder.mkdir()
