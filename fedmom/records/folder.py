@@ -160,8 +160,9 @@ class RunFolder:
 
         Rows of clients go first, and the older rows stay until the checkpoint itself is there.
         """
-        with contextlib.suppress(FileNotFoundError), open(self.path / ROUNDS, "rb+") as file:
-            os.fsync(file.fileno())
+        for name in (RESULTS, ROUNDS):
+            with contextlib.suppress(FileNotFoundError), open(self.path / name, "rb+") as file:
+                os.fsync(file.fileno())
         about = self._about(done, stamp)
         checkpoint, clients, previous = (self.path / name for name in (CHECKPOINT, CLIENTS, _PREVIOUS_CLIENTS))
         if rows := _rows(done):

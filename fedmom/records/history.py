@@ -242,17 +242,20 @@ def clients_of(problem: Problem) -> ClientHistory:
 def read_clients(folder: Path) -> ClientHistory | None:
     """The clients' own results of a run folder, up to a last line that a kill cut short; None where it has none.
 
-    Raises InputError for a file that is none of ours.
+    None also where that line is the first one. Raises InputError for a file that is none of ours.
     """
     file = folder / RESULTS
     if not file.is_file():
         return None
     with open(file, encoding="utf-8", errors="replace") as lines:
+        first = next(lines, "")
         try:
-            said = json.loads(next(lines, ""))
+            said = json.loads(first)
             train, test = (np.array(said[name], dtype=np.int64) for name in ("examples", "test_examples"))
             found = ClientHistory(train, test, said.get("names"), [])
         except (ValueError, KeyError, TypeError, AttributeError):
+            if not first.endswith("\n"):
+                return None
             raise InputError(f"{file}:1: does not say who the clients are") from None
         for line in lines:
             try:
@@ -266,9 +269,14 @@ def read_clients(folder: Path) -> ClientHistory | None:
 
 
 def _cut_back_clients(folder: Path, rounds: Collection[int]) -> None:
-    """Keep the lines of clients.jsonl that are of these rounds."""
+    """Keep the lines of clients.jsonl that are of these rounds. Raises InputError where it lacks one of them."""
     found = read_clients(folder)
+    there = set[int]() if found is None else {results.round for results in found.results}
+    if missing := set(rounds) - there:
+        said = f"lacks round {min(missing)}, in which the clients were looked at (says {ROUNDS})"
+        raise InputError(f"{folder / RESULTS}: {said}; put the file back as it was")
     if found is None:
+        (folder / RESULTS).unlink(missing_ok=True)  # half of its first line at most
         return
     with whole_file(folder / RESULTS) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
         file.write(found.about())

@@ -49,6 +49,7 @@ PARTS = {
     "every client": (
         "tests/tasks/test_own_results.py",
         "tests/flower/test_every_client.py",
+        "tests/records/test_history.py",
         "tests/results/test_clients.py",
     ),
     "personal": ("tests/laws/test_personal_rounds.py", "tests/tasks/test_personal.py"),
@@ -1699,6 +1700,20 @@ MUTANTS = [
         "own results are those of the model that was evaluated last",
         code(f"{OWN_DATA}.own_results", "told[0] is state and job is None", "job is None"),
         "tests/flower/test_every_client.py::test_clients_tell_what_the_engine_finds",
+    ),
+    Mutant(
+        "every client",
+        "half of the first line of clients.jsonl stays",
+        "a run that was killed while it wrote it writes on behind it",
+        code(f"{HISTORY}._cut_back_clients", "(folder / RESULTS).unlink(missing_ok=True)", "pass"),
+        "tests/records/test_history.py::test_a_kill_at_any_byte_of_clients_jsonl_loses_nothing_that_a_checkpoint_covers",
+    ),
+    Mutant(
+        "every client",
+        "what follows a broken line of clients.jsonl is thrown away",
+        "a resume cuts it off without a word",
+        code(f"{HISTORY}._cut_back_clients", "if missing := set(rounds) - there:", "if missing := set():"),
+        "tests/records/test_history.py::test_a_kill_at_any_byte_of_clients_jsonl_loses_nothing_that_a_checkpoint_covers",
     ),
     # --- personal ------------------------------------------------------------------------------------------
     Mutant(
