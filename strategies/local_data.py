@@ -1,6 +1,6 @@
 """Clients whose data nobody else has: the server learns their sizes, and has them evaluate where it has no test set."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from fedmom.config.keys import Config
 from fedmom.data.given.own_files import read_server
 from fedmom.data.local import Common, Facts, agreed, as_record, none_of
 from fedmom.errors import ClientsFailedError
-from fedmom.method.state import ClientState, Tree, flatten
+from fedmom.method.state import ClientState, Tree, flatten, row_of
 from fedmom.rounds.results import OWN, PERSONAL
 from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Supervised
@@ -70,19 +70,35 @@ class LocalSupervised(Supervised):
                 found.setdefault(whose, np.full(len(self.sizes), np.nan))[one.client] = value
         return found
 
-    def _ask(self, state: ClientState, job: Job | None = None) -> "list[Told]":
-        """What every client with test examples says of a model."""
+    def evaluate_own_rows(self, rows: ClientState, clients: Tensor) -> dict[str, np.ndarray]:
+        """{"loss": [K], …} of the clients' own models, rows [K, ...], each as its client tells it, else NaN."""
+        places = {client: place for place, client in enumerate(clients.tolist())}
+        found = dict[str, np.ndarray]()
+        for one in self._ask(rows, places=places):
+            for name, value in one.metrics.items():
+                values = found.setdefault(name.removeprefix("test_"), np.full(len(clients), np.nan))
+                values[places[one.client]] = value
+        return found
+
+    def _ask(self, state: ClientState, job: Job | None = None, places: Mapping[int, int] | None = None) -> "list[Told]":
+        """What every client with test examples says of a model.
+
+        places: of clients that say it of a row each, {client: its place}; `state` then has rows.
+        """
         assert self.nodes is not None
         grid, fleet, common, timeout = self.nodes
         bundled = not shares_memory(grid)
-        arrays, asked = pack(flatten(state), bundled=bundled), dict(self.facts)
+        asked = dict(self.facts)
+        arrays = pack(flatten(state if places is None else row_of(state, 0)), bundled=bundled)
         messages = list[Message]()
         if job is not None:
             asked |= {"server-round": job.round_index + 1, "own-models": True, "lr": float(next(iter(job.lrs), 0.0))}
         for holder in fleet.holders:
             client = holder.clients[0]
-            if not common.test_sizes[client]:
+            if not common.test_sizes[client] or (places is not None and client not in places):
                 continue
+            if places is not None:
+                arrays = pack(flatten(row_of(state, places[client])), bundled=bundled)
             content: dict[str, Any] = {ARRAYS: arrays, CONFIG: ConfigRecord(asked)}
             for name, tree in _own(job).items():
                 content[name] = pack({n: v[client : client + 1] for n, v in tree.items()}, bundled=bundled)

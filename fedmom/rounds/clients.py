@@ -28,7 +28,10 @@ def look(problem: Problem, plan: Plan, backend: Backend, done: RunState, lr: flo
         own = done.client_momentum, done.client_correction, done.client_personal
         job = steps_job(problem, plan, done.round, everybody.numpy(), *own, lr=lr)
     if backend.own_results is not None:
-        return ClientResults(done.round, backend.own_results(done.state, job))
+        told = backend.own_results(done.state, job)
+        if done.rows is not None:
+            told |= _named(PERSONAL, problem.evaluate_own_rows(done.rows, everybody))
+        return ClientResults(done.round, told)
     values = _named(OWN, problem.evaluate_own(done.state))
     if done.rows is not None or job is not None:
         found = dict[str, np.ndarray]()

@@ -19,10 +19,11 @@ KEYS = {
     "run.client-eval-every": 2,
     "run.personal-steps": 2,
 }
-POLICIES = {
+RUNS = {
     "average": {"data.client-test-share": 0.3, "algorithm.lr-schedule": "step", "algorithm.lr-milestones": "0.7"},
-    "local": {"run.metrics": "accuracy,f1"},
+    "local": {"algorithm.momentum-policy": "local", "run.metrics": "accuracy,f1"},
     "reset": {
+        "algorithm.momentum-policy": "reset",
         "run.metrics": "f1",
         "algorithm.personal": "",
         "run.personal-steps": 0,
@@ -30,28 +31,37 @@ POLICIES = {
         "run.eval-every": 2,
         "run.client-eval-every": 3,
     },
+    "algorithm 2": {
+        "algorithm.name": "d-sgd-m",
+        "algorithm.topology": "star",
+        "algorithm.personal": "",
+        "algorithm.cohort-size": 0,
+        "run.personal-steps": 0,
+        "run.num-rounds": 1,
+    },
 }
 
 
-@table("policy", POLICIES)
-def test_clients_tell_what_the_engine_finds(tmp_path, policy):
+@table("run", RUNS)
+def test_clients_tell_what_the_engine_finds(tmp_path, run):
     """On test examples that the clients held out, or brought; with models of their own, and without.
 
-    A model that is evaluated and looked at is sent once: under `reset` those of rounds 2, 3 and 4.
+    A model that is evaluated and looked at is sent once: under `reset` those of rounds 2, 3 and 4. Under Algorithm 2
+    a client's own model is its row, which goes to it alone.
     """
-    more = POLICIES[policy]
+    more = RUNS[run]
     shares = "data.client-test-share" in more
-    give_digits(tmp_path, 3, server=policy == "local", clients=not shares)
-    keys = {**KEYS, "algorithm.momentum-policy": policy, "data.data-dir": str(tmp_path), **more}
+    give_digits(tmp_path, 3, server=run in ("local", "algorithm 2"), clients=not shares)
+    keys = {**KEYS, "data.data-dir": str(tmp_path), **more}
     engine = by_engine(keys, out=tmp_path / "engine")
     result, grid = by_flower(keys, 3, out=tmp_path / "flower")
     assert_same(result, engine)
     found = same_clients(tmp_path / "flower", tmp_path / "engine").results
-    metrics, whose = more.get("run.metrics", "accuracy").split(","), ["own", "personal"][: 1 + (policy != "reset")]
+    metrics, whose = more.get("run.metrics", "accuracy").split(","), ["own", "personal"][: 1 + (run != "reset")]
     assert {*found[-1].values} == {f"{one}_{name}" for one in whose for name in ("loss", *metrics)}
     for values in found[-1].values.values():
         assert len({*values}) > 1
-    if policy == "reset":
+    if run == "reset":
         assert [one.round for one in found] == [3, 4]
         asked = [message for message in grid.pushed if message.metadata.message_type == "evaluate"]
         assert len(asked) == 3 * 3

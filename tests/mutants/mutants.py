@@ -1696,6 +1696,13 @@ MUTANTS = [
     ),
     Mutant(
         "every client",
+        "every client judges the first one's row",
+        "under Algorithm 2 a client is sent another's model as its own",
+        code(f"{OWN_DATA}._ask", "row_of(state, places[client])", "row_of(state, 0)"),
+        "tests/flower/test_every_client.py::test_clients_tell_what_the_engine_finds",
+    ),
+    Mutant(
+        "every client",
         "what clients told once is told for ever",
         "own results are those of the model that was evaluated last",
         code(f"{OWN_DATA}.own_results", "told[0] is state and job is None", "job is None"),
