@@ -1071,7 +1071,11 @@ MUTANTS = [
         "rounds",
         "evaluation before the round",
         "test_loss of round r is that of round r − 1",
-        code(f"{LOOP}.run_rounds", "job, outcome, new)\n", "job, outcome, new._replace(state=done.state))\n"),
+        code(
+            f"{LOOP}.run_rounds",
+            "new, measured = _judged(problem, plan, engine, job, outcome, new)",
+            "_, measured = _judged(problem, plan, engine, job, outcome, new._replace(state=done.state))",
+        ),
         "tests/engine/test_engine.py::test_records_say_what_they_should",
     ),
     Mutant(
