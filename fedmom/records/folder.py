@@ -29,12 +29,11 @@ from fedmom.records.files import (
     read_tensors,
     write_tensors,
 )
-from fedmom.records.history import clients_of, line_of
+from fedmom.records.history import ClientHistory, line_of
 from fedmom.records.identity import Identity
 from fedmom.rounds.loop import Record
 from fedmom.rounds.plan import RunState
 from fedmom.rounds.results import ClientResults
-from fedmom.tasks.problem import Problem
 
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
 _SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
@@ -137,14 +136,16 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def append(self, record: Record, results: ClientResults | None = None, problem: Problem | None = None) -> None:
+    def append(
+        self, record: Record, results: ClientResults | None = None, clients: ClientHistory | None = None
+    ) -> None:
         """One line of rounds.jsonl, readable at once by whoever watches the run; before it that of every client's own.
 
-        problem: whose clients they are, as the first line of clients.jsonl says it.
+        clients: who they are, as the first line of clients.jsonl says it.
         """
-        if results is not None and problem is not None:
+        if results is not None and clients is not None:
             begins = not (self.path / RESULTS).exists()
-            self._append(RESULTS, (clients_of(problem).about() if begins else "") + line_of(results))
+            self._append(RESULTS, (clients.about() if begins else "") + line_of(results))
         self._append(ROUNDS, json.dumps(record) + "\n")
 
     def _append(self, name: str, lines: str) -> None:

@@ -242,20 +242,20 @@ def clients_of(problem: Problem) -> ClientHistory:
 def read_clients(folder: Path) -> ClientHistory | None:
     """The clients' own results of a run folder, up to a last line that a kill cut short; None where it has none yet.
 
-    Raises InputError for a file that is none of ours.
+    None also where that line is the first one. Raises InputError for a file that is none of ours.
     """
     file = folder / RESULTS
     if not file.is_file():
         return None
     with open(file, encoding="utf-8", errors="replace") as lines:
         first = next(lines, "")
-        if not first.endswith("\n"):
-            return None
         try:
             said = json.loads(first)
             train, test = (np.array(said[name], dtype=np.int64) for name in ("examples", "test_examples"))
             found = ClientHistory(train, test, said.get("names"), [])
         except (ValueError, KeyError, TypeError, AttributeError):
+            if not first.endswith("\n"):
+                return None
             raise InputError(f"{file}:1: does not say who the clients are") from None
         for line in lines:
             try:
@@ -269,8 +269,12 @@ def read_clients(folder: Path) -> ClientHistory | None:
 
 
 def _cut_back_clients(folder: Path, rounds: Collection[int]) -> None:
-    """Keep the lines of clients.jsonl that are of these rounds."""
+    """Keep the lines of clients.jsonl that are of these rounds. Raises InputError where it lacks one of them."""
     found = read_clients(folder)
+    there = set[int]() if found is None else {results.round for results in found.results}
+    if missing := set(rounds) - there:
+        said = f"lacks round {min(missing)}, in which the clients were looked at (says {ROUNDS})"
+        raise InputError(f"{folder / RESULTS}: {said}; put the file back as it was")
     if found is None:
         (folder / RESULTS).unlink(missing_ok=True)  # a kill cut its first line short
         return

@@ -18,7 +18,7 @@ from fedmom.machine.files import write_text
 from fedmom.records.environment import environment
 from fedmom.records.files import CONFIG, ENVIRONMENT, write_fixed
 from fedmom.records.folder import RunFolder
-from fedmom.records.history import History, cut_back
+from fedmom.records.history import History, clients_of, cut_back
 from fedmom.records.identity import identity_of
 from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
@@ -150,7 +150,7 @@ class _Run:
             for new, record in steps:
                 with interrupts_held():
                     if self.folder:
-                        self.folder.append(record, new.results, self.problem)
+                        self.folder.append(record, new.results, new.results and clients_of(self.problem))
                     self.rounds.append(record)
                     done = new
                 if self.heart:

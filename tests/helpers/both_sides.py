@@ -7,6 +7,7 @@ from flwr.app import Context, RecordDict
 import fedmom
 from clients.client_app import app as client_app
 from fedmom.errors import RunStoppedError
+from fedmom.records.history import read_clients
 from fedmom.runs.callbacks import Listener
 from grids import LocalGrid, run_config
 from strategies.server_app import app as server_app
@@ -55,8 +56,26 @@ def assert_same(one, other, tolerance=1e-10):
     for mine, theirs in zip(one.rounds, other.rounds, strict=True):
         assert mine.keys() == theirs.keys()
         for key in mine.keys() - {"wall_seconds", "client_steps_per_second"}:
-            mine_and_theirs = (np.asarray(record[key], dtype=float) for record in (mine, theirs))
+            mine_and_theirs = (np.asarray(numbers(record[key]), dtype=float) for record in (mine, theirs))
             np.testing.assert_allclose(*mine_and_theirs, rtol=1e-8, atol=1e-10, err_msg=key)
+
+
+def same_clients(folder, other):
+    """Two run folders say the same of who the clients are, and to 1e-10 of what each got; -> the first's."""
+    one, two = read_clients(folder), read_clients(other)
+    for name in ("examples", "test_examples"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    assert [found.round for found in one.results] == [found.round for found in two.results]
+    for mine, theirs in zip(one.results, two.results, strict=True):
+        assert mine.values.keys() == theirs.values.keys()
+        for name, values in mine.values.items():
+            np.testing.assert_allclose(values, theirs.values[name], rtol=1e-10, atol=1e-12, err_msg=name)
+    return one
+
+
+def numbers(value):
+    """A record's value as numbers: a histogram is a small table."""
+    return [value["low"], value["high"], *value["counts"]] if isinstance(value, dict) else value
 
 
 def fails(client, what, *, rounds=(2,), tries=99):

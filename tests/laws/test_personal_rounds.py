@@ -74,7 +74,8 @@ CASES = [
 
 def begun(case, **options):
     data = tiny_images(40)
-    partition = make_partition("dirichlet-client", data.y_train.numpy(), case.N, alpha=0.5, seed=1)
+    partition = make_partition("dirichlet-class", data.y_train.numpy(), case.N, alpha=0.5, min_size=2, seed=1)
+    assert case.N == 1 or len({*partition.sizes}) > 1
     problem = Supervised(data, small_net(), partition, dtype=F64, batch_size=5, personal=case.personal, **options)
     names = {"momentum_policy": case.policy, "running_var": case.running_var, "weight_decay": case.decay}
     names |= {"slow_momentum": case.slow[0], "slow_lr": case.slow[1], "local_epochs": case.epochs}
@@ -158,7 +159,9 @@ def plain(case, problem, plan, lr=0.05):
 
 
 @pytest.mark.parametrize("path", ["loop", "vmap", "stack", "factors"])
-def test_rounds_are_the_loops_of_plain_torch(path):
+def test_rounds_are_the_loops_of_plain_torch(path, monkeypatch):
+    """By chunks of two clients, and means of what is personal in pieces of two."""
+    monkeypatch.setattr("fedmom.rounds.personal._HELD", 2)
     for case in CASES:
         problem, plan = begun(case)
         assert problem.personal == set(OWN[case.personal])

@@ -46,6 +46,13 @@ PARTS = {
     "identity": ("tests/records/test_identity.py",),
     "history": ("tests/records/test_history.py", "tests/runs/test_resume.py"),
     "records": ("tests/records", "tests/runs/test_run.py"),
+    "every client": (
+        "tests/tasks/test_own_results.py",
+        "tests/flower/test_every_client.py",
+        "tests/records/test_history.py",
+        "tests/results/test_clients.py",
+    ),
+    "personal": ("tests/laws/test_personal_rounds.py", "tests/tasks/test_personal.py"),
 }
 
 
@@ -70,7 +77,18 @@ BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedm
 FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
 RUN, STATUS, FILES = "fedmom.runs.execute._Run", "fedmom.records.status", "fedmom.records.files"
 PRSGDM, DSGDM, CLIENTS = "strategies.prsgdm.PRSGDM", "strategies.dsgdm.DSGDM", "strategies.fleet.Fleet"
+HELD_OUT, EVALUATION = "fedmom.data.given.held_out", "fedmom.tasks.evaluation"
+LOOK, RESULTS, PERSONAL = "fedmom.rounds.clients", "fedmom.rounds.results", "fedmom.rounds.personal"
+OWN_DATA = "strategies.local_data.LocalSupervised"
 
+OWN_TESTS, PERSONAL_ROUNDS = "tests/tasks/test_own_results.py", "tests/laws/test_personal_rounds.py"
+HOLDS_OUT = f"{OWN_TESTS}::test_every_client_holds_out_its_share_and_no_other_client_matters"
+ON_ITS_OWN = f"{OWN_TESTS}::test_x_is_judged_on_every_clients_own_examples"
+EACH_ITS_OWN = f"{OWN_TESTS}::test_clients_own_models_are_judged_each_on_its_own_examples"
+STATISTICS = f"{OWN_TESTS}::test_statistics_are_those_of_the_clients_that_have_examples"
+STEPS = f"{OWN_TESTS}::test_personal_steps_are_plain_torchs_from_x_and_u"
+TOLD = f"{OWN_TESTS}::test_a_run_tells_and_keeps_them_and_a_resumed_one_has_the_same"
+PLAIN_ROUNDS = f"{PERSONAL_ROUNDS}::test_rounds_are_the_loops_of_plain_torch[loop]"
 CONTENT = "tests/records/test_identity.py::test_other_content_of_what_the_configuration_names_is_refused_by_key"
 
 _DECAY = (
@@ -1053,7 +1071,11 @@ MUTANTS = [
         "rounds",
         "evaluation before the round",
         "test_loss of round r is that of round r − 1",
-        code(f"{LOOP}.run_rounds", "job, outcome, new)\n", "job, outcome, new._replace(state=done.state))\n"),
+        code(
+            f"{LOOP}.run_rounds",
+            "new, measured = _judged(problem, plan, engine, job, outcome, new)",
+            "_, measured = _judged(problem, plan, engine, job, outcome, new._replace(state=done.state))",
+        ),
         "tests/engine/test_engine.py::test_records_say_what_they_should",
     ),
     Mutant(
@@ -1154,7 +1176,7 @@ MUTANTS = [
         "under `local` every client starts from u = 0",
         code(
             f"{FOLDER}.load",
-            "rows.momentum if rows and template.client_momentum is not None else None",
+            "own.momentum if template.client_momentum is not None else None",
             "template.client_momentum",
         ),
         "tests/records/test_folder.py::test_what_was_saved_is_loaded",
@@ -1163,7 +1185,7 @@ MUTANTS = [
         "resume",
         "clients' rows are lost",
         "under Algorithm 2 every client starts from x⁰",
-        code(f"{FOLDER}.load", "rows=rows if template.rows is not None else None", "rows=template.rows"),
+        code(f"{FOLDER}.load", "rows=own if template.rows is not None else None", "rows=template.rows"),
         "tests/records/test_folder.py::test_what_was_saved_is_loaded",
     ),
     Mutant(
@@ -1501,5 +1523,299 @@ MUTANTS = [
         "a run on another machine is never given up",
         code(f"{STATUS}._looked_for", "    if silent > SILENT_SECONDS:\n        when", "    if False:\n        when"),
         "tests/records/test_status.py::test_a_run_elsewhere_is_known_by_when_it_was_last_heard_of",
+    ),
+    # --- every client --------------------------------------------------------------------------------------
+    Mutant(
+        "every client",
+        "the share is what a client trains on",
+        "it holds out 1 − share of its examples",
+        code(f"{HELD_OUT}.held_out_sizes", "np.floor(share * sizes + 0.5)", "np.floor((1 - share) * sizes + 0.5)"),
+        HOLDS_OUT,
+    ),
+    Mutant(
+        "every client",
+        "a client's share is rounded down",
+        "⌊share·n⌋ examples are held out",
+        code(f"{HELD_OUT}.held_out_sizes", "share * sizes + 0.5", "share * sizes"),
+        HOLDS_OUT,
+    ),
+    Mutant(
+        "every client",
+        "the same examples are held out for every seed",
+        "the draw goes by client and place alone",
+        code(f"{HELD_OUT}.held_out", "random_bits(HELD_OUT, seed,", "random_bits(HELD_OUT, 0,"),
+        HOLDS_OUT,
+    ),
+    Mutant(
+        "every client",
+        "clients hold out by their place in a list",
+        "a node that knows itself alone draws other examples than a machine that has all",
+        code(f"{HELD_OUT}.held_out", "torch.from_numpy(numbers[owner])", "torch.from_numpy(owner)"),
+        HOLDS_OUT,
+    ),
+    Mutant(
+        "every client",
+        "all clients hold out the same places",
+        "the client's number is not in the address",
+        code(f"{HELD_OUT}.held_out", "torch.from_numpy(numbers[owner])", "torch.from_numpy(0 * numbers[owner])"),
+        HOLDS_OUT,
+    ),
+    Mutant(
+        "every client",
+        "what is held out is trained on too",
+        "the training part keeps all examples",
+        code(f"{HELD_OUT}.split", "return part(~out), part(out)", "return partition, part(out)"),
+        HOLDS_OUT,
+    ),
+    Mutant(
+        "every client",
+        "a client between two pieces loses its first part",
+        "what the piece before had of it is not carried on",
+        code(f"{EVALUATION}.Evaluation._one_by_one", "sums[name][0] += one", "pass"),
+        ON_ITS_OWN,
+    ),
+    Mutant(
+        "every client",
+        "clients of a piece are counted from its start",
+        "the k-th client of a piece gets the sums of client k",
+        code(
+            f"{EVALUATION}.Evaluation.by_client",
+            "total.index_add_(0, clients, sums)",
+            "total.index_add_(0, torch.arange(len(clients)), sums)",
+        ),
+        ON_ITS_OWN,
+    ),
+    Mutant(
+        "every client",
+        "what fills a block up is judged",
+        "a client with fewer examples than others has some of its own counted again",
+        code(
+            f"{EVALUATION}.Evaluation._together",
+            "            kept = torch.from_numpy(np.arange(block.shape[1]) < lengths[:, None]).to(self.device)\n",
+            "            lengths = np.full(len(lengths), block.shape[1])\n"
+            "            kept = torch.ones(block.shape, dtype=torch.bool)\n",
+        ),
+        EACH_ITS_OWN,
+    ),
+    Mutant(
+        "every client",
+        "who has examples left is judged by another's model",
+        "the k-th of these clients gets the k-th model of all",
+        code(
+            f"{EVALUATION}.Evaluation._together", "at = torch.from_numpy(places[still])", "at = torch.from_numpy(still)"
+        ),
+        EACH_ITS_OWN,
+    ),
+    Mutant(
+        "every client",
+        "a model's later examples go to another client",
+        "sums of a later block are added from the first client on",
+        code(
+            f"{EVALUATION}.Evaluation._together",
+            "before.index_add(0, torch.from_numpy(still).to(sums.device), sums)",
+            "before.index_add(0, torch.arange(len(still)), sums)",
+        ),
+        EACH_ITS_OWN,
+    ),
+    Mutant(
+        "every client",
+        "the worst tenth is the best one",
+        "accuracies and losses are taken from the wrong end",
+        code(f"{RESULTS}.summary", "if rises(measure) else", "if not rises(measure) else"),
+        STATISTICS,
+    ),
+    Mutant(
+        "every client",
+        "the worst tenth is rounded down",
+        "of eleven clients one and not two",
+        code(f"{RESULTS}.summary", "ordered[: -(-len(values) // 10)]", "ordered[: max(1, len(values) // 10)]"),
+        STATISTICS,
+    ),
+    Mutant(
+        "every client",
+        "Jain's index is not divided by n",
+        "(Σ a)² / Σ a²: between 1 and n",
+        code(f"{RESULTS}.summary", "(len(values) * squares)", "squares"),
+        STATISTICS,
+    ),
+    Mutant(
+        "every client",
+        "clients without test examples count",
+        "as if they had got 0",
+        code(
+            f"{RESULTS}.ClientResults.record",
+            "there = ~np.isnan(values)",
+            "there, values = values != -1, np.nan_to_num(values)",
+        ),
+        STATISTICS,
+    ),
+    Mutant(
+        "every client",
+        "a client's own model takes û in its stride",
+        "its steps begin with û under every momentum policy",
+        code(f"{LOOK}.after_steps", "policy.start(start.momentum, job.momentum)", "start.momentum"),
+        STEPS,
+    ),
+    Mutant(
+        "every client",
+        "a client's own model sees the last round again",
+        "its steps take the minibatches that x̂ has been trained on",
+        code(
+            f"{LOOK}.steps_job",
+            "clients_job(problem, plan, round_index,",
+            "clients_job(problem, plan, round_index - 1,",
+        ),
+        STEPS,
+    ),
+    Mutant(
+        "every client",
+        "a client's own model takes the round's first lr",
+        "its steps must go on with that of the last",
+        code(f"{LOOP}._judged", "job.lrs[-1]", "job.lrs[0]"),
+        STEPS,
+    ),
+    Mutant(
+        "every client",
+        "the last round is not looked at",
+        "a run ends without its clients' results",
+        code(f"{PLAN}.Plan.looks_at_clients", " or round_number == self.num_rounds", ""),
+        TOLD,
+    ),
+    Mutant(
+        "every client",
+        "clients.jsonl is not cut back",
+        "lines of rounds that a longer run does not look at stay",
+        code(f"{HISTORY}._cut_back_clients", " if results.round in rounds", ""),
+        TOLD,
+    ),
+    Mutant(
+        "every client",
+        "thinning loses the rounds that looked",
+        "a long run's picture of its clients has gaps",
+        code(f"{HISTORY}.thinned", "(own and looked % step == 0)", "False"),
+        "tests/results/test_clients.py::test_a_long_run_keeps_the_rounds_that_looked",
+    ),
+    Mutant(
+        "every client",
+        "every client's own model is made of the first one's tensors",
+        "a node gets another client's u, state and tensors",
+        code(f"{OWN_DATA}._ask", "v[client : client + 1]", "v[:1]"),
+        "tests/flower/test_every_client.py::test_clients_tell_what_the_engine_finds",
+    ),
+    Mutant(
+        "every client",
+        "every client judges the first one's row",
+        "under Algorithm 2 a client is sent another's model as its own",
+        code(f"{OWN_DATA}._ask", "row_of(state, client)", "row_of(state, 0)"),
+        "tests/flower/test_every_client.py::test_clients_tell_what_the_engine_finds",
+    ),
+    Mutant(
+        "every client",
+        "what clients told once is told for ever",
+        "own results are those of the model that was evaluated last",
+        code(f"{OWN_DATA}.own_results", "told[0] is state and job is None", "job is None"),
+        "tests/flower/test_every_client.py::test_clients_tell_what_the_engine_finds",
+    ),
+    Mutant(
+        "every client",
+        "half of the first line of clients.jsonl stays",
+        "a run that was killed while it wrote it writes on behind it",
+        code(f"{HISTORY}._cut_back_clients", "(folder / RESULTS).unlink(missing_ok=True)", "pass"),
+        "tests/records/test_history.py::test_a_kill_at_any_byte_of_clients_jsonl_loses_nothing_that_a_checkpoint_covers",
+    ),
+    Mutant(
+        "every client",
+        "what follows a broken line of clients.jsonl is thrown away",
+        "a resume cuts it off without a word",
+        code(f"{HISTORY}._cut_back_clients", "if missing := set(rounds) - there:", "if missing := set():"),
+        "tests/records/test_history.py::test_a_kill_at_any_byte_of_clients_jsonl_loses_nothing_that_a_checkpoint_covers",
+    ),
+    # --- personal ------------------------------------------------------------------------------------------
+    Mutant(
+        "personal",
+        "the momentum of what is personal restarts",
+        "every round begins a client's own part with u = 0",
+        code(
+            f"{PERSONAL}.with_own",
+            "joined(rows, job.personal, order)",
+            "joined(rows, job.personal._replace(momentum={n: 0 * u for n, u in job.personal.momentum.items()}), order)",
+        ),
+        PLAIN_ROUNDS,
+    ),
+    Mutant(
+        "personal",
+        "what is personal is averaged",
+        "every client goes on from the mean of all",
+        code(
+            f"{LOOP}.after_round",
+            "        client_personal=personal,\n",
+            "        client_personal=personal and ClientState(*({n: v.double().mean(0, keepdim=True).to(v.dtype)"
+            ".expand_as(v) for n, v in tree.items()} for tree in personal)),\n",
+        ),
+        PLAIN_ROUNDS,
+    ),
+    Mutant(
+        "personal",
+        "the mean of what is personal has no weights",
+        "clients with many examples count like others in the model that is shown",
+        code(f"{LOOP}.after_round", "personal, torch.from_numpy(weights))", "personal, torch.ones(len(weights)))"),
+        PLAIN_ROUNDS,
+    ),
+    Mutant(
+        "personal",
+        "the mean of what is personal is the first chunk's",
+        "clients after the first are left out of the model that is shown",
+        code(f"{PERSONAL}.whole_state", "range(0, len(weights), _HELD)", "range(0, 1, _HELD)"),
+        PLAIN_ROUNDS,
+    ),
+    Mutant(
+        "personal",
+        "what stays is counted as sent",
+        "bytes_sent has the personal tensors too",
+        code(f"{LOOP}.after_round", "sent = begun._replace", "sent = done.state._replace"),
+        PLAIN_ROUNDS,
+    ),
+    Mutant(
+        "personal",
+        "clients that were not drawn lose theirs",
+        "their own tensors become 0",
+        code(
+            f"{LOOP}.after_round",
+            "ClientState(*(rows(old, new) or {} for",
+            "ClientState(*({n: (0 * v).index_copy(0, ids, new[n]) for n, v in old.items()} for",
+        ),
+        PLAIN_ROUNDS,
+    ),
+    Mutant(
+        "personal",
+        "a cohort takes the first clients' own tensors",
+        "the k-th client of a cohort begins with those of client k",
+        code(
+            f"{PLAN}.round_job", "rows_of(personal, job.clients)", "rows_of(personal, torch.arange(len(job.clients)))"
+        ),
+        PLAIN_ROUNDS,
+    ),
+    Mutant(
+        "personal",
+        "a resumed run forgets what was personal",
+        "its clients begin with the model's first tensors again",
+        code(
+            f"{FOLDER}.load", "personal if template.client_personal is not None else None", "template.client_personal"
+        ),
+        f"{PERSONAL_ROUNDS}::test_a_resumed_run_has_the_same_bytes",
+    ),
+    Mutant(
+        "personal",
+        "who does not answer loses its own",
+        "clients of a node that failed get another's tensors",
+        code(f"{LOOP}._begun", "outcome.answered.nonzero()[:, 0]", "torch.arange(int(outcome.answered.sum()))"),
+        f"{PERSONAL_ROUNDS}::test_on_flower_who_does_not_answer_keeps_its_own",
+    ),
+    Mutant(
+        "personal",
+        "a name takes what begins likewise",
+        "a.b is a.b1 too",
+        code("fedmom.tasks.models.personal._begins", 'name.startswith(beginning + ".")', "name.startswith(beginning)"),
+        "tests/tasks/test_personal.py::test_names_are_those_of_the_models_tensors",
     ),
 ]

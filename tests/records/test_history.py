@@ -3,14 +3,17 @@
 import json
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 
 import fedmom
 from fedmom.errors import InputError
 from fedmom.records import history
-from fedmom.records.files import CHECKPOINT, CLIENTS, ROUNDS, read_about, read_tensors, write_tensors
-from fedmom.records.history import History, cut_back, read_rounds, thinned
+from fedmom.records.files import CHECKPOINT, CLIENTS, RESULTS, ROUNDS, read_about, read_tensors, write_tensors
+from fedmom.records.folder import RunFolder
+from fedmom.records.history import ClientHistory, History, cut_back, read_clients, read_rounds, thinned
+from fedmom.rounds.results import ClientResults
 from laws import table
 
 QUADRATIC = {
@@ -106,6 +109,39 @@ def test_records_that_were_added_are_read_back(tmp_path, monkeypatch):
         assert list(rounds) == lines[:count]
         assert [rounds[place] for place in range(count)] == lines[:count]
     assert rounds.last == rounds[-1] == read_rounds(tmp_path)[-1]
+
+
+def test_a_kill_at_any_byte_of_clients_jsonl_loses_nothing_that_a_checkpoint_covers(tmp_path):
+    """Cut back to the last whole round and written on, the file is what it would have been; the first line too."""
+    who = ClientHistory(np.array([3, 4]), np.array([0, 1]), None, [])
+    results = [ClientResults(r, {"own_loss": np.array([np.nan, 1 / r])}) for r in (2, 4)]
+    rounds = [{"round": r} | (results[r // 2 - 1].record() if r % 2 == 0 else {}) for r in range(1, 5)]
+    file, folder = tmp_path / RESULTS, RunFolder(tmp_path)
+
+    def write_on(first):
+        for record in rounds[first:]:
+            folder.append(record, next((one for one in results if one.round == record["round"]), None), who)
+        return file.read_text(), (tmp_path / ROUNDS).read_text()
+
+    whole = write_on(0)
+    lines = whole[0].splitlines(keepends=True)
+    ends = np.cumsum([len(line) for line in lines])
+    for at in sorted({*range(0, len(whole[0]), 17), *(int(end) - back for end in ends for back in (0, 1, 2))}):
+        done = (
+            max(1, 2 * whole[0][:at].count("\n") - 1) if at < ends[-1] else 4
+        )  # rounds before the one whose line was being written
+        file.write_text(whole[0][:at])
+        (tmp_path / ROUNDS).write_text("".join(whole[1].splitlines(keepends=True)[:done]))
+        read = read_clients(tmp_path)
+        assert (read is None) == (at < len(lines[0]) - 1)
+        assert cut_back(tmp_path, done, ())[1] == done
+        assert write_on(done) == whole, at
+    for kept in ([0, 2], [0, 1]):
+        (tmp_path / ROUNDS).write_text(whole[1])
+        file.write_text("".join(lines[k] for k in kept) + "{\n")
+        with pytest.raises(InputError, match=rf"clients\.jsonl: lacks round {6 - 2 * kept[1]}, "):
+            cut_back(tmp_path, 4, ())
+        assert len(file.read_text().splitlines()) == 3, "nothing is thrown away"
 
 
 def test_what_is_missing_or_broken_before_the_end_is_named(tmp_path):

@@ -1,6 +1,8 @@
 """A resume goes on only with what began: the configuration, and what it names; and with runs of older versions."""
 
 import contextlib
+import itertools
+import json
 import shutil
 import sys
 import textwrap
@@ -16,7 +18,7 @@ from fedmom.config.load import flat, load
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError
 from fedmom.records import identity
-from fedmom.records.files import CHECKPOINT, FINAL, read_about, read_tensors
+from fedmom.records.files import CHECKPOINT, FINAL, RESULTS, read_about, read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.records.identity import identity_of
 from fedmom.user_code import load_object
@@ -204,18 +206,30 @@ def test_a_key_that_did_not_exist_then_does_not_hinder_a_resume(workplace, monke
 
 
 @table("name", sorted(path.name for path in STORED.iterdir() if path.is_dir()))
-def test_a_run_of_an_older_version_goes_on_to_the_same_bytes(in_tmp, name):
-    """Stopped after round 3 of 6 by the version before identities had numbers, which also ran it to its end."""
+def test_a_run_of_an_older_version_goes_on_to_the_same_bytes(in_tmp, monkeypatch, name):
+    """Stopped after round 3 of 6 by the version before identities had numbers, which also ran it to its end.
+
+    `personal` is by the first version that looks at every client: what each of them got goes on too.
+    """
     shutil.copytree(STORED, in_tmp, dirs_exist_ok=True)
+    monkeypatch.syspath_prepend(in_tmp)
+    monkeypatch.delitem(sys.modules, "normed", raising=False)
     fedmom.run(resume=name, callbacks=QUIET)
     assert [record["round"] for record in read_rounds(Path(name))] == list(range(1, 7))
-    if name != "images":  # sums of a few exact numbers; a matrix product rounds as the machine likes
+    if name not in ("images", "personal"):  # sums of a few exact numbers; a matrix product rounds as the machine likes
         assert Path(name, FINAL).read_bytes() == Path(name, "expected.safetensors").read_bytes()
     found, about = read_tensors(Path(name, FINAL))
     expected, then = read_tensors(Path(name, "expected.safetensors"))
     assert about == then
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-12, atol=1e-14)
+    looked = [path for path in (Path(name, RESULTS), Path(name, "expected.jsonl")) if path.exists()]
+    assert len(looked) == (2 if name == "personal" else 0)
+    for got, want in itertools.zip_longest(*(path.read_text().splitlines() for path in looked)):
+        mine, right = json.loads(got), json.loads(want)
+        assert mine.keys() == right.keys()
+        for key, value in right.items():
+            np.testing.assert_allclose(mine[key], value, rtol=1e-12, err_msg=key)
     longer = fedmom.run(resume=name, sets={"run.num-rounds": 7}, callbacks=QUIET)  # and once more
     assert longer.status == "done"
 
