@@ -1,10 +1,6 @@
-"""What every client gets is the same wherever the rounds are run: on the engine, by Flower's apps, on Ray actors."""
-
-import os
-from pathlib import Path
+"""What every client gets is the same on the engine and by Flower's apps; test_clients_agree has Ray's actors."""
 
 import numpy as np
-import pytest
 
 from both_sides import by_engine, by_flower
 from fedmom.records.history import read_clients
@@ -67,17 +63,3 @@ def test_clients_with_data_of_their_own_tell_what_one_machine_measures(tmp_path)
         by_engine(keys, out=data / "engine")
         by_flower(keys, num_clients, out=data / "flower")
         same_for_every_client(data / "flower", data / "engine", ALL)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.xdist_group("Ray: tasks")
-def test_actors_tell_what_the_engine_does(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
-    ray = {"simulation.num-actors": 2, "simulation.num-cpus": 0.5}
-    for more in (OF_ALGORITHM_1, OF_ALGORITHM_2):
-        folder = tmp_path / more.get("algorithm.name", "pr-sgd-m")
-        by_engine(RUN | more, out=folder / "engine")
-        for name, where in {"workers": {"engine.workers": 2}, "simulation": {"run.backend": "simulation"}}.items():
-            by_engine(RUN | more | ray | where, out=folder / name)
-            same_for_every_client(folder / name, folder / "engine", ALL)
