@@ -1,6 +1,7 @@
 """What every client gets is the same on the engine and by Flower's apps; test_clients_agree has Ray's actors."""
 
 import numpy as np
+import pytest
 
 from both_sides import by_engine, by_flower
 from fedmom.records.history import read_clients
@@ -38,6 +39,7 @@ def same_for_every_client(folder, other, names):
 ALL = ("own_loss", "own_accuracy", "personal_loss", "personal_accuracy")
 
 
+@pytest.mark.slow
 def test_flowers_apps_tell_what_the_engine_does(tmp_path):
     """Of five clients on two nodes, with models of their own after steps and by rows, and by a strategy of Flower's."""
     for name, more in {"1": OF_ALGORITHM_1, "2": OF_ALGORITHM_2, "plain": {}}.items():

@@ -186,6 +186,7 @@ def test_a_long_run_keeps_the_rounds_that_looked():
     assert len(kept) < 130
 
 
+@pytest.mark.slow
 def test_pictures_show_own_and_personal_results(tmp_path, monkeypatch):
     monkeypatch.setattr(style, "DPI", 50)
     for n, personal, shares in ((1, False, True), (2, True, False), (250, True, True)):

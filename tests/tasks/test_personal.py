@@ -209,6 +209,7 @@ def compare(problem, models, own, correction, beta, path):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=name)
 
 
+@pytest.mark.slow
 def test_the_examples_fedrep_is_a_loop_of_head_steps_and_body_steps():
     problem, model = problem_of(example.small, personal="head")
 
