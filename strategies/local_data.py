@@ -1,6 +1,7 @@
 """Clients whose data nobody else has: the server learns their sizes, and has them evaluate where it has no test set."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ class LocalSupervised(Supervised):
 
     facts: dict[str, Any] = {}  # what every message to a client must say  # noqa: RUF012
     nodes: "tuple[Grid, Fleet, Common, float] | None" = None  # whom to ask for an evaluation, and for how long
+    looks: bool = False  # whether they also tell what x̂ is to each of them
     asks: bool = False  # whether the test examples are the clients' own, and all of them together
     _told: "tuple[ClientState, list[Told]] | None" = None  # the last model of which clients told what they got
 
@@ -83,7 +85,7 @@ class LocalSupervised(Supervised):
         grid, fleet, common, timeout = self.nodes
         bundled = not shares_memory(grid)
         arrays = pack(flatten(row_of(state, 0) if each else state), bundled=bundled)
-        asked = {**self.facts, "own": True}
+        asked = {**self.facts, "own": self.looks or each}
         messages = list[Message]()
         if job is not None:
             asked |= {"server-round": job.round_index + 1, "own-models": True, "lr": float(next(iter(job.lrs), 0.0))}
@@ -97,13 +99,19 @@ class LocalSupervised(Supervised):
                 content[name] = pack({n: v[client : client + 1] for n, v in tree.items()}, bundled=bundled)
             messages.append(Message(RecordDict(content), message_type=MessageType.EVALUATE, dst_node_id=holder.node_id))
         try:
-            return [*fleet.exchange(grid, 0, messages, arrays, timeout=timeout, accept=self._accept)]
+            accept = partial(self._accept, adds_up=not each)
+            told = [*fleet.exchange(grid, 0, messages, arrays, timeout=timeout, accept=accept)]
         except ClientsFailedError as error:
             raise ClientsFailedError(str(error).replace("round 0: ", "the evaluation: ", 1)) from None
+        if not told:
+            raise ClientsFailedError("the evaluation: no client with test examples answered")
+        return told
 
-    def _accept(self, clients: Sequence[int], reply: Message) -> "Told":
+    def _accept(self, clients: Sequence[int], reply: Message, *, adds_up: bool) -> "Told":
         weight, metrics = accept_metrics(clients, reply)
-        sums = {} if self.task.means else accept_sums(clients, reply, names=("loss", *self.task.metrics))[1]
+        sums = (
+            {} if self.task.means or not adds_up else accept_sums(clients, reply, names=("loss", *self.task.metrics))[1]
+        )
         return Told(clients[0], weight, metrics, sums)
 
     def _together(self, answers: Iterable[tuple[float, dict[str, list[float]]]]) -> dict[str, float] | None:
@@ -145,6 +153,7 @@ def local_problem(grid: Grid, fleet: Fleet, config: Config) -> LocalSupervised:
     problem = supervised(config, config.engine.device, *none_of(common, server, targets), LocalSupervised)
     assert isinstance(problem, LocalSupervised)
     problem.facts = as_record(common)
+    problem.looks = bool(config.run.client_eval_every)
     problem.nodes, problem.asks = (grid, fleet, common, config.server.timeout_seconds), server is None
     problem.own_sizes = np.array(common.test_sizes) if any(common.test_sizes) else None
     check_own(config, problem.own_sizes)

@@ -7,7 +7,7 @@ from fedmom.config.numbers import as_number, parse_numbers
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.rounds.evaluation import client_measures
-from fedmom.rounds.results import DIVERGED, OWN, PERSONAL, client_names, statistics, summary_names
+from fedmom.rounds.results import COUNT, DIVERGED, OWN, PERSONAL, client_names, statistics, summary_names
 from fedmom.tasks.kinds import Asked, make_task
 from fedmom.tasks.metrics import METRICS, is_share, named
 from fedmom.tasks.problem import data_kind
@@ -59,7 +59,7 @@ def of_rounds(config: Config, evaluation: bool, look: bool) -> set[str]:
     own = measures_of(config)
     found = {*own, *client_measures(own)} if evaluation else set[str]()
     of_clients = {name for one in clients_numbers(config) for name in summary_names(one)}
-    return found | ({*of_clients, f"{PERSONAL}_{DIVERGED}"} if look else set())
+    return found | ({*of_clients, COUNT, f"{PERSONAL}_{DIVERGED}"} if look else set())
 
 
 def unmeasured(config: Config, key: str, name: str) -> InputError:

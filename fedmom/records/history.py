@@ -15,12 +15,12 @@ from fedmom.errors import InputError
 from fedmom.machine.files import whole_file
 from fedmom.records.files import RESULTS, ROUNDS
 from fedmom.rounds.loop import Record
-from fedmom.rounds.results import OWN, ClientResults
+from fedmom.rounds.results import COUNT, ClientResults
 from fedmom.tasks.problem import Problem
 from fedmom.tasks.supervised import Supervised
 
 MOST_KEPT = 10_000  # records of a run that are held in memory, 1.4 kB each; of a longer one its folder is read
-LOOKED = f"{OWN}_mean_loss"  # in the record of every round that looked at the clients' own results
+LOOKED = COUNT  # in the record of every round that looked at the clients' own results
 
 
 def iterate_rounds(path: Path) -> Iterator[tuple[str, Record]]:
@@ -173,7 +173,9 @@ def cut_back(folder: Path, round_number: int, lost: Collection[str]) -> tuple[Hi
             kept.append(record)
         if len(kept) != round_number:
             raise InputError(f"{folder / ROUNDS}: lacks rounds before the checkpoint's, {round_number}")
-    _cut_back_clients(folder, {record["round"] for record in kept if has_clients(record)})
+        # Before the file is changed: this may be refused.
+        results = _results_of(folder, {record["round"] for record in kept if has_clients(record)})
+    _write_results(folder, results)
     return kept, count
 
 
@@ -211,7 +213,7 @@ class ClientHistory(NamedTuple):
     results: list[ClientResults]  # by round
 
     def records(self) -> list[Record]:
-        """Of each round that looked its number and its statistics, as rounds.jsonl has them."""
+        """Of each round that looked its number and its statistics; own models that diverged have no number here."""
         return [{"round": results.round, **results.record()} for results in self.results]
 
     def about(self) -> str:
@@ -268,16 +270,20 @@ def read_clients(folder: Path) -> ClientHistory | None:
     return found
 
 
-def _cut_back_clients(folder: Path, rounds: Collection[int]) -> None:
-    """Keep the lines of clients.jsonl that are of these rounds. Raises InputError where it lacks one of them."""
+def _results_of(folder: Path, rounds: Collection[int]) -> ClientHistory | None:
+    """What clients.jsonl says of these rounds alone. Raises InputError where it lacks one of them."""
     found = read_clients(folder)
     there = set[int]() if found is None else {results.round for results in found.results}
     if missing := set(rounds) - there:
         said = f"lacks round {min(missing)}, in which the clients were looked at (says {ROUNDS})"
         raise InputError(f"{folder / RESULTS}: {said}; put the file back as it was")
-    if found is None:
+    return found and found._replace(results=[results for results in found.results if results.round in rounds])
+
+
+def _write_results(folder: Path, clients: ClientHistory | None) -> None:
+    if clients is None:
         (folder / RESULTS).unlink(missing_ok=True)  # a kill cut its first line short
         return
     with whole_file(folder / RESULTS) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
-        file.write(found.about())
-        file.writelines(line_of(results) for results in found.results if results.round in rounds)
+        file.write(clients.about())
+        file.writelines(map(line_of, clients.results))

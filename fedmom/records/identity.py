@@ -166,7 +166,8 @@ def _of_tests(problem: Supervised) -> str:
     own = problem.own
     if own is None:
         return fingerprint({"sizes": [] if problem.own_sizes is None else problem.own_sizes.tolist()})
-    parts = {"x": own.x, "y": own.y} if isinstance(own.x, Tensor) else {"y": own.y, **own.x}
+    inputs = {"x": own.x} if isinstance(own.x, Tensor) else {f"x {name}": one for name, one in own.x.items()}
+    parts = {"y": own.y, **inputs}
     places = {"indices": own.partition.indices, "offsets": own.partition.offsets}
     return of_tensors(parts | {name: torch.from_numpy(one) for name, one in places.items()}, as_used=True)
 

@@ -10,7 +10,7 @@ from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
 from fedmom.method.state import ClientState, Tree, rows_of, stacked, to_device
 from fedmom.rounds.personal import shared_of, with_own
 from fedmom.rounds.plan import Plan, RunState, clients_job
-from fedmom.rounds.results import OWN, PERSONAL, ClientResults
+from fedmom.rounds.results import OWN, PERSONAL, ClientResults, client_results
 from fedmom.rounds.round import Backend, Job, Stepper, part_of
 from fedmom.tasks.problem import Problem
 
@@ -28,7 +28,7 @@ def look(problem: Problem, plan: Plan, backend: Backend, done: RunState, lr: flo
         own = done.client_momentum, done.client_correction, done.client_personal
         job = steps_job(problem, plan, done.round, everybody.numpy(), *own, lr=lr)
     if backend.own_results is not None:
-        return ClientResults(done.round, backend.own_results(done.state, job, done.rows))
+        return client_results(done.round, backend.own_results(done.state, job, done.rows))
     values = _named(OWN, problem.evaluate_own(done.state))
     if done.rows is not None or job is not None:
         found = dict[str, np.ndarray]()
@@ -36,7 +36,7 @@ def look(problem: Problem, plan: Plan, backend: Backend, done: RunState, lr: flo
             for name, own_values in problem.evaluate_own_rows(rows, ids).items():
                 found.setdefault(name, np.full(len(everybody), np.nan))[ids.numpy()] = own_values
         values |= _named(PERSONAL, found)
-    return ClientResults(done.round, values)
+    return client_results(done.round, values)
 
 
 def steps_job(

@@ -18,7 +18,7 @@ from fedmom.rounds.clients import look
 from fedmom.rounds.correction import check_states, gathered
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
 from fedmom.rounds.personal import check_own, shared_of, whole_state
-from fedmom.rounds.plan import Fetch, Known, Plan, RunState, round_job
+from fedmom.rounds.plan import Known, Plan, RunState, round_job
 from fedmom.rounds.round import Backend, Early, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
 
@@ -46,9 +46,9 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
     personal = done.client_personal
     if personal is not None and outcome.personal is not None:
         personal = ClientState(*(rows(old, new) or {} for old, new in zip(personal, outcome.personal, strict=True)))
-    fetch: Fetch = outcome.fetch
+    whole = None
     if personal is not None:  # a mean over all N, which few rounds need
-        fetch = partial(whole_state, problem, plan.method, state, personal, torch.from_numpy(weights))
+        whole = partial(whole_state, problem, plan.method, state, personal, torch.from_numpy(weights))
     return RunState(
         round=done.round + 1,
         state=state,
@@ -59,7 +59,8 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         bytes_sent=done.bytes_sent + plan.bytes_sent(done.round, len(job.clients), sent),
         wall_seconds=done.wall_seconds + seconds,
         rows=outcome.rows,
-        fetch=fetch,
+        fetch=outcome.fetch,
+        whole=whole,
         client_correction=rows(done.client_correction, outcome.correction),
         client_personal=personal,
     )

@@ -47,10 +47,8 @@ def without_own(ended: ClientState, job: Job) -> tuple[ClientState, ClientState 
     return shared, to_device(own, "cpu")
 
 
-def whole_state(
-    problem: Problem, method: Method, mean: ClientState, rows: ClientState, weights: Tensor
-) -> tuple[ClientState, None]:
-    """(the mean of a round, which has no personal tensors, with the mean of all N clients' own; no rows).
+def whole_state(problem: Problem, method: Method, mean: ClientState, rows: ClientState, weights: Tensor) -> ClientState:
+    """The mean of a round, which has no personal tensors, with the mean of all N clients' own.
 
     rows: [N, ...]; weights: [N], of all clients.
     """
@@ -58,7 +56,7 @@ def whole_state(
     for first in range(0, len(weights), _HELD):
         some = slice(first, first + _HELD)
         own.add(rows_of(rows, some), weights[some])
-    return joined(mean, like(own.mean(), order), order), None
+    return joined(mean, like(own.mean(), order), order)
 
 
 def check_own(outcome: Outcome, where: str) -> None:

@@ -22,7 +22,6 @@ from fedmom.rounds.results import ClientResults
 from fedmom.rounds.round import Job
 from fedmom.tasks.problem import Problem
 
-Fetch = Callable[[], tuple[ClientState, ClientState | None]] | None
 Known = Callable[[], Job] | None  # what the job before said that follows it
 
 
@@ -96,13 +95,16 @@ class RunState(NamedTuple):
     examples: int = 0  # seen by all clients so far, repeats counted
     bytes_sent: int = 0  # by all clients so far
     wall_seconds: float = 0.0
-    fetch: Fetch = None  # brings the whole state, and the rows
+    fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings state and rows from where they are
     client_correction: Tree | None = None  # [N, ...] every client's own state of a correction, in main memory
     client_personal: ClientState | None = None  # [N, ...] every client's own tensors of algorithm.personal, likewise
+    whole: Callable[[], ClientState] | None = None  # makes the whole state, where the tensors that stay are not in it
     results: ClientResults | None = None  # what every client got in this round; in no checkpoint
 
     def gathered(self) -> "RunState":
-        """The same with its state and rows here, where others hold them."""
+        """The same with its whole state and its rows here."""
+        if self.whole is not None:
+            return self._replace(state=self.whole(), whole=None)
         if self.fetch is None:
             return self
         state, rows = self.fetch()

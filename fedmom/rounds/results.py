@@ -23,6 +23,7 @@ STATISTICS = {
     "q75": "third quartile",
 }
 JAIN, HISTOGRAM, DIVERGED = "jain", "histogram", "num_diverged"
+COUNT = f"{OWN}_num_clients"  # in the record of every round that looked: how many clients have a number
 
 
 class ClientResults(NamedTuple):
@@ -36,14 +37,24 @@ class ClientResults(NamedTuple):
 
         A client whose own model has diverged is counted apart: x̂ has not, and the run goes on.
         """
-        found = dict[str, Any]()
+        found: dict[str, Any] = {COUNT: int((~np.isnan(self.values.get(f"{OWN}_loss", np.zeros(0)))).sum())}
+        if diverged := int(np.isinf(self.values.get(f"{PERSONAL}_loss", np.zeros(0))).sum()):
+            found[f"{PERSONAL}_{DIVERGED}"] = diverged
         for name, values in self.values.items():
             there = ~np.isnan(values)
-            if name.startswith(PERSONAL) and (diverged := int(np.isinf(values).sum())):
-                found[f"{PERSONAL}_{DIVERGED}"] = max(diverged, found.get(f"{PERSONAL}_{DIVERGED}", 0))
+            if name.startswith(PERSONAL):
                 there &= np.isfinite(values)
             found |= summary(name, values[there])
         return found
+
+
+def client_results(round_number: int, values: Mapping[str, np.ndarray]) -> ClientResults:
+    """What every client got: a model of its own that has diverged gets nothing of any measure, but infinity."""
+    loss = values.get(f"{PERSONAL}_loss")
+    if loss is None or not np.isinf(loss).any():
+        return ClientResults(round_number, values)
+    apart = {n: np.where(np.isinf(loss), np.inf, of) if n.startswith(PERSONAL) else of for n, of in values.items()}
+    return ClientResults(round_number, apart)
 
 
 def client_names(whose: Sequence[str], metrics: Sequence[str]) -> tuple[str, ...]:

@@ -207,7 +207,7 @@ class _Run:
     @staticmethod
     def _gathered(done: RunState, interrupts: Interrupts) -> RunState:
         if done.fetch is None:
-            return done
+            return done.gathered()
         with interrupts.waiting():
             return done.gathered()
 

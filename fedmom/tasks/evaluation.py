@@ -126,8 +126,8 @@ class Evaluation:
                     some = places[first : first + max(1, examples // block)]
                     self._fill(found, some, self._together(rows, clients, some, tests, block))
                 return found
-            except Exception:  # of a model that cannot be mapped: it is right for one client, too
-                self.stacks = False
+            except Exception as error:  # of a model that cannot be mapped: it is right for one client, too
+                self.stacks = isinstance(error, torch.OutOfMemoryError)  # which may be over the next time
         for place in places.tolist():
             of_one = torch.from_numpy(tests.partition.of(int(clients[place]))).to(self.device)
             sums = self.totals(row_of(rows, place), tests.x, tests.y, of_one)

@@ -1685,7 +1685,7 @@ MUTANTS = [
         "every client",
         "clients.jsonl is not cut back",
         "lines of rounds that a longer run does not look at stay",
-        code(f"{HISTORY}._cut_back_clients", " if results.round in rounds", ""),
+        code(f"{HISTORY}._results_of", " if results.round in rounds]", "]"),
         TOLD,
     ),
     Mutant(
@@ -1720,14 +1720,14 @@ MUTANTS = [
         "every client",
         "half of the first line of clients.jsonl stays",
         "a run that was killed while it wrote it writes on behind it",
-        code(f"{HISTORY}._cut_back_clients", "(folder / RESULTS).unlink(missing_ok=True)", "pass"),
+        code(f"{HISTORY}._write_results", "(folder / RESULTS).unlink(missing_ok=True)", "pass"),
         "tests/records/test_history.py::test_a_kill_at_any_byte_of_clients_jsonl_loses_nothing_that_a_checkpoint_covers",
     ),
     Mutant(
         "every client",
         "what follows a broken line of clients.jsonl is thrown away",
         "a resume cuts it off without a word",
-        code(f"{HISTORY}._cut_back_clients", "if missing := set(rounds) - there:", "if missing := set():"),
+        code(f"{HISTORY}._results_of", "if missing := set(rounds) - there:", "if missing := set():"),
         "tests/records/test_history.py::test_a_kill_at_any_byte_of_clients_jsonl_loses_nothing_that_a_checkpoint_covers",
     ),
     # --- personal ------------------------------------------------------------------------------------------

@@ -140,8 +140,9 @@ def test_a_kill_at_any_byte_of_clients_jsonl_loses_nothing_that_a_checkpoint_cov
         (tmp_path / ROUNDS).write_text(whole[1])
         file.write_text("".join(lines[k] for k in kept) + "{\n")
         with pytest.raises(InputError, match=rf"clients\.jsonl: lacks round {6 - 2 * kept[1]}, "):
-            cut_back(tmp_path, 4, ())
+            cut_back(tmp_path, 4, {"test_loss"})
         assert len(file.read_text().splitlines()) == 3, "nothing is thrown away"
+        assert (tmp_path / ROUNDS).read_text() == whole[1]
 
 
 def test_what_is_missing_or_broken_before_the_end_is_named(tmp_path):

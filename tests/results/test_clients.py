@@ -180,7 +180,10 @@ def test_runs_are_compared_by_the_mean_and_the_worst_tenth(tmp_path):
 
 
 def test_a_long_run_keeps_the_rounds_that_looked():
-    lines = [{"round": r, "test_loss": 1.0} | ({"own_mean_loss": 1.0} if r % 10 == 7 else {}) for r in range(1, 1001)]
+    lines = [
+        {"round": r, "test_loss": 1.0} | ({"own_num_clients": 3, "own_mean_loss": 1.0} if r % 10 == 7 else {})
+        for r in range(1, 1001)
+    ]
     kept = thinned(lines, 100)
     assert sum("own_mean_loss" in record for record in kept) >= 10
     assert len(kept) < 130

@@ -302,3 +302,25 @@ def test_final_file_holds_model_and_momentum(tmp_path):
         assert torch.equal(tensors[f"params/{name}"], value)
     for name, value in result.momentum.items():
         assert torch.equal(tensors[f"momentum/{name}"], value)
+
+
+def test_two_interrupts_at_once_lose_nothing_of_what_is_personal(tmp_path):
+    """The mean of the clients' own tensors is made here and at once: nobody has to wait for it, or give it up."""
+
+    class Twice(fedmom.Callback):
+        def on_round(self, record, state):
+            if record["round"] == 2:
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                finally:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    keys = {"model.name": "mlp", "model.hidden": 4, "data.num-clients": 3, "algorithm.personal": "head"}
+    keys |= {"run.num-rounds": 5, "run.eval-every": 50, "run.checkpoint-every": 50, "algorithm.num-local-steps": 2}
+    found = fedmom.run(keys, out=tmp_path / "run", callbacks=[Twice()])
+    assert found.status == "interrupted"
+    assert (tmp_path / "run/checkpoint.safetensors").exists()
+    kept = fedmom.load(tmp_path / "run")
+    assert kept.state_dict.keys() == found.state_dict.keys()
+    assert all(torch.equal(value, found.state_dict[name]) for name, value in kept.state_dict.items())
+    assert kept.momentum.keys() == found.momentum.keys()

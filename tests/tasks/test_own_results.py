@@ -27,7 +27,7 @@ from fedmom.method.state import ClientState
 from fedmom.records.history import read_clients
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import beginning
-from fedmom.rounds.results import STATISTICS, ClientResults, statistics, summary, summary_names
+from fedmom.rounds.results import STATISTICS, ClientResults, client_results, statistics, summary, summary_names
 from fedmom.tasks import evaluation
 from fedmom.tasks.kinds import Asked, make_task
 from fedmom.tasks.supervised import Supervised
@@ -330,6 +330,10 @@ def test_a_model_of_a_clients_own_that_diverges_ends_no_run():
     said = ClientResults(1, {"personal_loss": values, "own_loss": np.array([0.1, 0.2, 0.3, np.nan])}).record()
     assert (said["personal_num_diverged"], said["personal_mean_loss"]) == (1, 0.6)
     assert ClientResults(1, {"own_loss": values}).record()["own_mean_loss"] == math.inf  # the run diverged
+    both = {"personal_loss": values, "personal_accuracy": np.array([0.9, 0.75, 0.3, np.nan])}  # the argmax of NaN is 0
+    said = client_results(1, both).record()
+    assert (said["personal_num_diverged"], said["personal_mean_accuracy"]) == (1, pytest.approx(0.6))
+    assert ClientResults(1, {"own_loss": np.full(3, np.nan)}).record() == {"own_num_clients": 0}
     grows = {"algorithm__lr": 1.0, "algorithm__weight_decay": 5.0, "algorithm__beta": 0.0, "run__dtype": "float32"}
     run = fedmom.run(settings(**grows, run__client_eval_every=1, run__personal_steps=100, run__num_rounds=1))
     assert run.status == "done"

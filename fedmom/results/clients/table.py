@@ -39,6 +39,9 @@ class Looked(NamedTuple):
         """In a line: the round, how many clients there are, and how many have nothing to be tested on."""
         without = int((self.clients.test_examples == 0).sum())
         said = f", {without:,} without test examples" if without else ""
+        values = next(iter(self.results.values.values()))
+        silent = int((np.isnan(values) & (self.clients.test_examples > 0)).sum())
+        said += f", {silent:,} without a number (nothing to measure, or no answer)" if silent else ""
         return f"round {self.results.round}: {counted(len(self.clients.examples), 'client')}{said}"
 
     def judged_by(self, name: str | None = None) -> Measure:

@@ -43,7 +43,7 @@ def personal_names(model: nn.Module, places: Places, wanted: str) -> frozenset[s
         for one, other in (("running_mean", "running_var"), ("running_var", "running_mean")):
             partner = name.removesuffix(one) + other
             if name.endswith(one) and partner in places.buffers and partner not in found:
-                raise InputError(f"{said}: has {name} and not {partner}, and the two are averaged together; name both")
+                raise InputError(f"{said}: has {name} and not {partner}, and the two are one statistic; name both")
     if found >= set(places.params):
         raise InputError(f"{said}: is every trained parameter, so that nothing would be averaged; name fewer")
     return frozenset(found)
