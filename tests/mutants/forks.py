@@ -5,6 +5,7 @@ pytest collects the right program; then a child per mutant changes it and runs s
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -90,13 +91,13 @@ class _Forks:
         if session.testsfailed:
             raise session.Interrupted(f"{session.testsfailed} errors during collection")
         _warm()
-        waiting, under_way = self.jobs[::-1], {}
+        waiting, under_way, places, again = self.jobs[::-1], {}, itertools.count(), set()
         with tempfile.TemporaryDirectory() as folder:
             while waiting or under_way:
                 while waiting and len(under_way) < self.workers:
                     job = waiting.pop()
                     items = [item for test in job.tests for item in session.items if _wanted(item.nodeid, test)]
-                    place = Path(folder) / str(len(waiting))
+                    place = Path(folder) / str(next(places))
                     place.mkdir()
                     under_way[self._fork(job, items, place)] = job, place, time.monotonic()
                 time.sleep(0.02)
@@ -107,6 +108,11 @@ class _Forks:
                         os.kill(pid, signal.SIGKILL)
                     if os.waitpid(pid, 0 if late else os.WNOHANG)[0]:
                         del under_way[pid]
+                        # A child of a process with threads may hang before its first test, if rarely: it is made once more.
+                        if late and not _lines(place) and job.name not in again:
+                            again.add(job.name)
+                            waiting.append(job)
+                            continue
                         found = self.found[job.name] = _read(place, seconds, late)
                         self.tell(job.name, found)
         return True
