@@ -41,7 +41,9 @@ def measured_by(config: Config) -> set[str]:
     """The names of all numbers that a run may record."""
     own = measures_of(config)
     mixes = ALGORITHMS[config.algorithm.name].decentralized
-    of_clients = (name for one in clients_numbers(config) for name in statistics(one))
+    of_clients = {name for one in clients_numbers(config) for name in statistics(one)}
+    if of_clients:
+        of_clients |= {COUNT, f"{PERSONAL}_{DIVERGED}"}
     return {*_ALWAYS, *own, *((*_MIXED, *client_measures(own)) if mixes else ()), *of_clients} - {"optimum"}
 
 
