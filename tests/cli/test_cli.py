@@ -713,6 +713,7 @@ def test_a_picture_that_overflows_says_nothing_on_standard_error(fed, monkeypatc
 PLAIN_APP = Path(__file__).parents[1] / "apps" / "plain_app"
 
 
+@pytest.mark.slow
 def test_simulate_app_runs_an_app_that_knows_nothing_of_fedmom(fed):
     status, _, err = fed("simulate-app", str(PLAIN_APP), "--num-clients", "3", "--num-actors", "1")
     assert status == 0, err
@@ -737,6 +738,7 @@ def test_a_project_of_another_kind_is_no_flower_app(in_tmp):
     assert app_folder(None) == in_tmp
 
 
+@pytest.mark.slow
 def test_what_cannot_be_simulated_is_one_line(fed):
     def refused(words, *arguments):
         status, out, err = fed("simulate-app", *arguments)

@@ -108,7 +108,7 @@ class _Forks:
                         os.kill(pid, signal.SIGKILL)
                     if os.waitpid(pid, 0 if late else os.WNOHANG)[0]:
                         del under_way[pid]
-                        # A child of a process with threads may hang before its first test, if rarely: it is made once more.
+                        # A child of a process with threads may hang before its first test, if rarely.
                         if late and not _lines(place) and job.name not in again:
                             again.add(job.name)
                             waiting.append(job)

@@ -225,6 +225,7 @@ def test_the_examples_fedrep_is_a_loop_of_head_steps_and_body_steps():
         compare(problem, by_hand(problem, model, beta, cross_entropy, own, change), own, example.FedRep(), beta, path)
 
 
+@pytest.mark.slow
 def test_the_examples_ditto_is_two_loops_with_a_pull():
     """The shared model is what it is without the own one; the own one is pulled to where the shared one began."""
     problem, model = problem_of(example.two, example.Ditto(), "own")
