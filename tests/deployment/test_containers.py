@@ -2,7 +2,9 @@
 
 import pytest
 
-from containers import CHANGES, IMAGE, assert_engines, docker
+import fedmom
+from both_sides import same_clients
+from containers import CHANGES, CONFIG, IMAGE, assert_engines, docker
 from fedmom.records.history import read_rounds
 
 # All modules of this kind in one process: their tests share the containers.
@@ -20,6 +22,24 @@ def test_in_float32_the_model_is_the_engines_to_rounding(deployment, tmp_path):
     changes = {**CHANGES, "run.dtype": "float32", "run.num-rounds": 1}
     deployment.run(tmp_path / "single", changes).end()
     assert_engines(tmp_path / "single", changes, 1e-5)
+
+
+def test_several_labels_and_every_clients_own_results_are_the_engines(deployment, tmp_path):
+    """Each client has a last layer of its own, which the server relays and says so, and is judged after its steps."""
+    changes = CHANGES | {
+        "data.dataset": "digit-traits",
+        "data.task": "multi-label",
+        "data.client-test-share": 0.2,
+        "algorithm.personal": "head",
+        "run.client-eval-every": 2,
+        "run.personal-steps": 2,
+    }
+    said = deployment.run(tmp_path / "labels", changes).end()
+    assert "this server holds and relays what algorithm.personal names, of all 3 clients" in said
+    assert_engines(tmp_path / "labels", changes)
+    fedmom.run(CONFIG, sets=changes, out=tmp_path / "engine", callbacks=[fedmom.Callback()])
+    found = same_clients(tmp_path / "labels", tmp_path / "engine")
+    assert {"own_accuracy", "personal_accuracy"} < set(found.results[-1].values)
 
 
 def test_a_name_that_the_server_knows_is_refused(deployment, trained, tmp_path):
