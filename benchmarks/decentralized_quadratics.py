@@ -17,9 +17,9 @@ import fedmom
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.method.algorithms import Method
+from fedmom.method.decentralized.topology import Topology, make_topology
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
-from fedmom.method.topology import Topology, make_topology
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import Plan, beginning
 from fedmom.tasks.quadratic import Quadratic, X

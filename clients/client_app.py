@@ -96,12 +96,10 @@ def train(message: Message, context: Context) -> Message:
         "metrics": MetricRecord(metrics),
         "clients": about,
     }
-    if outcome.momentum is not None:
-        content["rows"] = _record(outcome.momentum, arrays)
+    if outcome.own is not None:
+        content["own"] = _record(flatten(outcome.own), arrays)
     if outcome.correction is not None:
         content["states"] = _record(outcome.correction, arrays)
-    if outcome.personal is not None:
-        content["personal"] = _record(flatten(outcome.personal), arrays)
     return Message(RecordDict(content), reply_to=message)
 
 
@@ -207,11 +205,11 @@ def _held(context: Context) -> np.ndarray:
     return held_clients(node, num_nodes, settled(context.run_config).config.data.num_clients)
 
 
-def _own(message: Message) -> tuple[Tree | None, Tree | None, ClientState | None]:
-    """[k, ...] what the clients have of their own, where it came along: u, states of a correction, personal tensors."""
+def _own(message: Message) -> tuple[ClientState | None, Tree | None]:
+    """[k, ...] what the clients have of their own, where it came along, and their states of a correction."""
     records = message.content.array_records
-    rows, states, personal = (_tensors(records[n]) if n in records else None for n in ("rows", "states", "personal"))
-    return rows, states, None if personal is None else unflatten(personal)
+    own, states = (_tensors(records[name]) if name in records else None for name in ("own", "states"))
+    return None if own is None else unflatten(own), states
 
 
 def _tensors(record: Mapping[str, Array]) -> Tree:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from fedmom.experiments.search.sweep import sweep as sweep
     from fedmom.flower.app import simulate_app as simulate_app
     from fedmom.flower.grid import RayGrid as RayGrid
-    from fedmom.method.algorithms import Correction as Correction
-    from fedmom.method.algorithms import local_step as local_step
+    from fedmom.method.corrections import Correction as Correction
+    from fedmom.method.decentralized.topology import make_topology as make_topology
     from fedmom.method.randomness import normal_like as normal_like
-    from fedmom.method.topology import make_topology as make_topology
+    from fedmom.method.step import local_step as local_step
     from fedmom.records.history import ClientHistory as ClientHistory
     from fedmom.records.status import Status as Status
     from fedmom.records.status import read_status as read_status
@@ -57,7 +57,7 @@ _HOME = {
     "ClientsFailedError": "fedmom.errors",
     "Comparison": "fedmom.results.notebook",
     "Config": "fedmom.config.keys",
-    "Correction": "fedmom.method.algorithms",
+    "Correction": "fedmom.method.corrections",
     "Dataset": "fedmom.data.datasets",
     "DivergedError": "fedmom.errors",
     "EarlyStopping": "fedmom.runs.stopping",
@@ -77,9 +77,9 @@ _HOME = {
     "compare": "fedmom.results.notebook",
     "load": "fedmom.runs.result",
     "load_config": "fedmom.config.load",
-    "local_step": "fedmom.method.algorithms",
+    "local_step": "fedmom.method.step",
     "lora": "fedmom.tasks.models.adapters",
-    "make_topology": "fedmom.method.topology",
+    "make_topology": "fedmom.method.decentralized.topology",
     "normal_like": "fedmom.method.randomness",
     "read_status": "fedmom.records.status",
     "run": "fedmom.experiments.run",

@@ -1,6 +1,6 @@
 """fedmom's round loop on Flower's clients: each round of `run_rounds` is one exchange over a Grid."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,20 +23,30 @@ from .replies import Update, accept, pack, shares_memory, unpack
 class AveragingRounds(Backend):
     """Rounds of PRSGDM: what the engine does in this process, done by the nodes of a Grid."""
 
-    def __init__(self, strategy: PRSGDM, grid: Grid, problem: Problem, asked: dict[str, Any], timeout: float) -> None:
-        """`asked`: what every train message says besides the round and the clients. `timeout` in seconds, 0: none."""
+    def __init__(
+        self,
+        strategy: PRSGDM,
+        grid: Grid,
+        problem: Problem,
+        asked: dict[str, Any],
+        timeout: float,
+        returns: Callable[[int], ClientState],
+    ) -> None:
+        """`asked`: what every train message says besides the round and the clients. `timeout` in seconds, 0: none.
+
+        returns: the form of what a client goes on with by itself after round 1, 2, …, and gives back.
+        """
         self.strategy, self.grid, self.problem, self.asked, self.timeout = strategy, grid, problem, asked, timeout
         strategy.needs_losses = True
+        self.returns = returns
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of the cohort on the nodes. Raises ClientsFailedError as the strategy's policy says."""
         ids = job.clients.tolist()
-        if job.momentum is not None:
-            self.strategy.rows = _by_client(ids, job.momentum)
+        self.strategy.own = {} if job.own is None else _by_client(ids, flatten(job.own))
+        self.strategy.returns = flatten(to_device(self.returns(job.round_index + 1), "cpu"))
         if job.correction is not None:
             self.strategy.states = _by_client(ids, job.correction)
-        if job.personal is not None:
-            self.strategy.personal = _by_client(ids, flatten(job.personal))
         trained = self.strategy.train_round(
             self.grid,
             job.round_index + 1,
@@ -138,21 +148,19 @@ def _outcome(
             ]
     order = torch.tensor([place[client] for answer in answers for client in answer.about["clients"]]).argsort()
 
-    def own(asked: Tree | None, rows: Sequence[Tree | None]) -> Tree | None:
+    def together(rows: Sequence[Tree | None]) -> Tree | None:
         found = [tree for tree in rows if tree]
-        return asked and {name: torch.cat([tree[name] for tree in found])[order] for name in asked}
+        return {name: torch.cat([tree[name] for tree in found])[order] for name in found[0]} if found else None
 
-    asked = None if job.personal is None else flatten(job.personal)
-    personal = own(asked, [answer.personal for answer in answers])
+    kept = together([answer.own for answer in answers])
     return Outcome(
         mean=to_device(state, problem.device),
         train_loss=metrics["train_loss"],
         consensus_distance=metrics["consensus_distance"],
         momentum_spread=metrics["momentum_spread"],
         trajectory=path,
-        momentum=own(job.momentum, [answer.rows for answer in answers]),
-        correction=own(job.correction, [answer.states for answer in answers]),
-        personal=None if personal is None else unflatten(personal),
+        own=None if kept is None else unflatten(kept),
+        correction=together([answer.states for answer in answers]) if job.correction is not None else None,
         losses=losses[answered],
         answered=None if bool(answered.all()) else answered,
     )

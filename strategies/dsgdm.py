@@ -21,9 +21,9 @@ from fedmom.engine.gossip import exchange, mean_of, outcome_of
 from fedmom.errors import InputError
 from fedmom.flower.private import log
 from fedmom.method.algorithms import Method
-from fedmom.method.mixing import Blocks
+from fedmom.method.decentralized.mixing import Blocks
+from fedmom.method.decentralized.topology import Mixing, Topology
 from fedmom.method.state import ClientState, flatten, rows_of, stacked, unflatten
-from fedmom.method.topology import Mixing, Topology
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
 from fedmom.tasks.problem import Problem
 
@@ -212,7 +212,7 @@ class DSGDM(Strategy):
         absent = (~answered).nonzero()[:, 0]
         if len(absent):
             mixing = mixing.without(_links_of(mixing, set(absent.tolist())))
-        mixed = exchange(after, rows, mixing, self.method, lr, self.blocks if not len(absent) else None)
+        mixed = exchange(after, rows, mixing, self.method, lr, server_round, self.blocks if not len(absent) else None)
         for tree, before in zip(mixed, rows, strict=True):  # also what a policy would make of a row that stood still
             for name, value in tree.items():
                 if len(absent):

@@ -22,8 +22,8 @@ from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Supervised
 
 from .fleet import Fleet
-from .replies import ARRAYS, CONFIG, ROWS, STATES, accept_metrics, accept_sums, mean_metrics, pack, shares_memory
-from .replies import PERSONAL as PERSONAL_ROWS
+from .replies import ARRAYS, CONFIG, STATES, accept_metrics, accept_sums, mean_metrics, pack, shares_memory
+from .replies import OWN as OWN_ROWS
 
 
 class Told(NamedTuple):
@@ -132,8 +132,7 @@ def _own(job: Job | None) -> dict[str, Tree]:
     """{record: [N, ...]} of what clients have of their own, as messages carry it."""
     if job is None:
         return {}
-    personal = None if job.personal is None else flatten(job.personal)
-    found = {ROWS: job.momentum, STATES: job.correction, PERSONAL_ROWS: personal}
+    found = {OWN_ROWS: None if job.own is None else flatten(job.own), STATES: job.correction}
     return {name: tree for name, tree in found.items() if tree}
 
 

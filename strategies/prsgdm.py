@@ -17,17 +17,17 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedmom.errors import InputError
 from fedmom.flower.private import log
-from fedmom.method.algorithms import MOMENTUM_POLICIES, slow_step
 from fedmom.method.averaging import WeightedMean
+from fedmom.method.outer import OuterNumbers, OuterRule
 from fedmom.method.state import ClientState, Tree, expand, flatten, unflatten, zeros_like
+from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.rounds.plan import cohort
 
 from .fleet import Fleet
 from .replies import (
     ARRAYS,
     CONFIG,
-    PERSONAL,
-    ROWS,
+    OWN,
     STATES,
     WEIGHT,
     ShouldStop,
@@ -50,9 +50,8 @@ class Contribution(NamedTuple):
 
     weight: float
     about: dict[str, Any]
-    rows: Tree | None
+    own: Tree | None
     states: Tree | None = None
-    personal: Tree | None = None
 
 
 class TrainedRound(NamedTuple):
@@ -72,7 +71,8 @@ class PRSGDM(Strategy):
     on_failure, min_clients, retries: see `strategies.fleet.Fleet`.
     window: messages between the oldest unanswered one and the newest sent; 0: so many as fit into 48 MB per worker.
     momentum_policy: the clients' (algorithm.momentum-policy); under "local" the server keeps every client's u.
-    slow_momentum, slow_lr: α and η of SlowMo, a server step on top; γ is the clients' metric `lr`, else `lr`.
+    slow_momentum, slow_lr: α and η of SlowMo, a server step on top; outer: another one (`OuterRule`). γ is the clients'
+    metric `lr`, else `lr`.
     evaluate_clients: whether `start` also asks all nodes to evaluate after each round.
 
     The clients' weights are the metric `weighted_by_key` of their replies, the same for x, u and buffers.
@@ -92,6 +92,7 @@ class PRSGDM(Strategy):
         wait_seconds: float = 600.0,
         slow_momentum: float = 0.0,
         slow_lr: float = 1.0,
+        outer: OuterRule | None = None,
         lr: float = 1.0,
         momentum_policy: str = "average",
         evaluate_clients: bool = False,
@@ -106,13 +107,16 @@ class PRSGDM(Strategy):
         self.fleet = Fleet(num_clients, on_failure, min_clients, retries, window, wait_seconds)
         self.cohort = partial(cohort, num_clients, size, seed)
         self.running_var, self.weighted_by_key = running_var, weighted_by_key
-        self.slow_momentum, self.slow_lr, self.lr = slow_momentum, slow_lr, lr
-        self.slow: Tree = {}  # SlowMo's u_s
+        self.lr = lr
+        self.outer = outer or (
+            OuterRule("slowmo", OuterNumbers(slow_lr, slow_momentum)) if slow_momentum or slow_lr != 1 else None
+        )
+        self.memory: dict[str, Tree] = {}  # what the outer step remembers
         self.evaluate_clients = evaluate_clients
         self.keeps_rows = MOMENTUM_POLICIES[momentum_policy].keeps_rows
-        self.rows: dict[int, Tree] = {}  # {client: its own u}, sent along where there are any (policy "local")
+        self.own: dict[int, Tree] = {}  # {client: what it has of its own, as `flatten` names it}, sent along
+        self.returns: Tree | None = None  # what of its own a client must give back; None: what it was sent
         self.states: dict[int, Tree] = {}  # {client: its own state of a correction}, sent along where there are any
-        self.personal: dict[int, Tree] = {}  # {client: its own tensors, as `flatten` names them}, likewise
         self.message: Tree = {}  # of a correction with state, which the replies have in the place of the server's state
         self.needs_losses = False  # whether a reply must tell each client's training loss
         self._expected: Tree = {}  # what the updates of this round must look like
@@ -139,9 +143,9 @@ class PRSGDM(Strategy):
             self.fleet.learn(grid)
         self._expected, self._asked, bundled = unpack(arrays), {}, is_bundled(arrays)
         self._expected = flatten(unflatten(self._expected)._replace(correction=self.message))
-        if self.keeps_rows and not self.rows:
-            zeros = zeros_like(unflatten(self._expected).momentum)
-            self.rows = dict.fromkeys(range(self.fleet.num_clients), zeros)
+        if self.keeps_rows and not self.own:
+            zeros = flatten(ClientState({}, zeros_like(unflatten(self._expected).momentum), {}))
+            self.own = dict.fromkeys(range(self.fleet.num_clients), zeros)
         chosen = set(self.cohort(server_round - 1).tolist())
         for holder in self.fleet.holders:
             clients = [client for client in holder.clients if client in chosen]
@@ -150,10 +154,10 @@ class PRSGDM(Strategy):
             self._asked[holder.node_id] = clients
             asked = ConfigRecord({**config, "server-round": server_round, "clients": clients})
             content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {ARRAYS: arrays, CONFIG: asked}
-            for name, rows in ((ROWS, self.rows), (STATES, self.states), (PERSONAL, self.personal)):
+            for name, rows in ((OWN, self.own), (STATES, self.states)):
                 if rows:
-                    own = [rows[client] for client in clients]
-                    content[name] = pack({n: torch.stack([u[n] for u in own]) for n in own[0]}, bundled=bundled)
+                    each = [rows[client] for client in clients]
+                    content[name] = pack({n: torch.stack([u[n] for u in each]) for n in each[0]}, bundled=bundled)
             yield Message(RecordDict(content), message_type=MessageType.TRAIN, dst_node_id=holder.node_id)
 
     def aggregate_train(
@@ -195,12 +199,12 @@ class PRSGDM(Strategy):
         should_stop: ShouldStop | None = None,
         *,
         first_round: int = 1,
-        slow: Tree | None = None,
+        memory: dict[str, Tree] | None = None,
         on_round: Callable[[int, ArrayRecord, MetricRecord], None] | None = None,
     ) -> Result:
         """Rounds first_round … num_rounds, the numbers that clients and cohorts see; a resumed run gives the later one.
 
-        `slow`: SlowMo's u_s to go on with ({parameter: tensor}); `self.slow` is its last value.
+        `memory`: what the outer step remembers, to go on with; `self.memory` is its last value.
         `on_round(round, arrays, metrics)` is called after each round, then `should_stop(round, result so far)`: where
         it is true, that round was the last. Raises ClientsFailedError by `on_failure`.
         """
@@ -209,14 +213,17 @@ class PRSGDM(Strategy):
         if unflatten(unpack(arrays)).correction:
             raise InputError("initial_arrays: a correction with state is fedmom's round loop's; this strategy has none")
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        self.keeps_rows |= bool(self.rows)
-        self.slow = slow or zeros_like(unflatten(unpack(arrays)).params)
+        self.keeps_rows |= bool(self.own)
+        if self.outer is not None:
+            self.memory = memory or self.outer.start(
+                {f"params/{n}": x for n, x in unflatten(unpack(arrays)).params.items()}
+            )
         if evaluate_fn and first_round == 1 and (measured := evaluate_fn(0, arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = measured
         for number in range(first_round, num_rounds + 1):
             trained = self.train_round(grid, number, arrays, train_config, timeout=timeout)
             metrics = MetricRecord(dict(trained.metrics))
-            arrays = result.arrays = pack(flatten(self._slow_step(arrays, trained)))
+            arrays = result.arrays = pack(flatten(self._outer_step(arrays, trained)))
             result.train_metrics_clientapp[number] = metrics
             log(INFO, "[ROUND %s/%s] %s", number, num_rounds, dict(metrics))
             messages = self.configure_evaluate(number, arrays, evaluate_config, grid)
@@ -250,18 +257,18 @@ class PRSGDM(Strategy):
         return self._average(server_round, updates, on_update)
 
     def _accept(self, clients: Sequence[int], reply: Message) -> Update:
-        rows, states, personal = (
-            expand(own[clients[0]], len(clients)) if own and clients else None
-            for own in (self.rows, self.states, self.personal)
+        own, states = (
+            expand(rows[clients[0]], len(clients)) if rows and clients else None for rows in (self.own, self.states)
         )
+        if self.returns is not None:
+            own = expand(self.returns, len(clients)) if self.returns else None
         return accept(
             reply,
             self._expected,
             self.weighted_by_key,
             clients=clients,
-            rows=rows,
+            own=own,
             states=states,
-            personal=personal,
             losses=self.needs_losses,
         )
 
@@ -277,10 +284,10 @@ class PRSGDM(Strategy):
             mean.add_one(update.state, update.weight)
             for name, value in update.metrics.items():
                 sums[name] = sums.get(name, 0.0) + update.weight * value
-            answers.append(Contribution(update.weight, update.about, update.rows, update.states, update.personal))
-            if self.keeps_rows and update.rows:
+            answers.append(Contribution(update.weight, update.about, update.own, update.states))
+            if self.keeps_rows and update.own:
                 for place, client in enumerate(update.about["clients"]):
-                    self.rows[client] = {name: u[place].clone() for name, u in update.rows.items()}
+                    self.own[client] = {name: u[place].clone() for name, u in update.own.items()}
             num_clients += len(update.about.get("clients", [0]))
             on_update(update)
             del update
@@ -290,11 +297,12 @@ class PRSGDM(Strategy):
             metrics[name] = metrics.get(name, 0.0) + mean.spread(part)
         return TrainedRound(mean.mean(), metrics, answers)
 
-    def _slow_step(self, arrays: ArrayRecord, trained: TrainedRound) -> ClientState:
-        """SlowMo's step from the round's start to its mean; the mean itself with α = 0 and η = 1."""
-        if not self.slow_momentum and self.slow_lr == 1:
+    def _outer_step(self, arrays: ArrayRecord, trained: TrainedRound) -> ClientState:
+        """The outer step from the round's start to its mean; the mean itself where there is none."""
+        if self.outer is None:
             return trained.state
-        before, lr = unflatten(unpack(arrays)).params, trained.metrics.get("lr", self.lr)
-        alpha, eta = self.slow_momentum, self.slow_lr
-        params, self.slow = slow_step(before, trained.state.params, self.slow, lr=lr, alpha=alpha, eta=eta)
-        return trained.state._replace(params=params)
+        before, mean = unpack(arrays), flatten(trained.state)
+        names, lr = next(iter(self.memory.values())), trained.metrics.get("lr", self.lr)
+        here, there = ({n: tree[n] for n in names} for tree in (before, mean))
+        moved, self.memory = self.outer.step(here, there, self.memory, lr)
+        return unflatten(mean | moved)

@@ -11,9 +11,9 @@ from flwr.serverapp.strategy import Result
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 from fedmom.method.state import ClientState, Tree, unflatten
 
-ARRAYS, CONFIG, ROWS, ABOUT = "arrays", "config", "rows", "clients"  # names of the records in a message
+ARRAYS, CONFIG, ABOUT = "arrays", "config", "clients"  # names of the records in a message
+OWN = "own"  # likewise, of what the clients have of their own, as `flatten` names it
 STATES = "states"  # likewise, of the clients' own states of a correction
-PERSONAL = "personal"  # likewise, of the clients' own tensors of algorithm.personal
 WEIGHT = "num-examples"  # the metric by which updates are weighed, here and in Flower's own strategies
 
 # (a round's number, the result so far) -> whether it was the last: as Flower 1.43 asks after every round.
@@ -50,9 +50,8 @@ class Update(NamedTuple):
     weight: float
     metrics: dict[str, float]
     about: dict[str, Any]  # lists of the clients' own: ids, losses
-    rows: Tree | None  # [k, ...] its clients' own u, for momentum policy "local"
+    own: Tree | None  # [k, ...] what its clients go on with by themselves, as `flatten` names it
     states: Tree | None  # [k, ...] its clients' own states of a correction
-    personal: Tree | None  # [k, ...] its clients' own tensors, as `flatten` names them
     reply: Message
 
 
@@ -62,15 +61,14 @@ def accept(
     weighted_by_key: str = WEIGHT,
     *,
     clients: Sequence[int] = (),
-    rows: Tree | None = None,
+    own: Tree | None = None,
     states: Tree | None = None,
-    personal: Tree | None = None,
     losses: bool = False,
 ) -> Update:
     """A reply's content, checked against the tensors that were sent ({} checks no shapes).
 
-    clients: those asked for, if the reply must be theirs; rows, states, personal: what their own [k, ...] looks like;
-    losses: whether each client's training loss must be told.
+    clients: those asked for, if the reply must be theirs; own, states: what of theirs [k, ...] must come back; losses:
+    whether each client's training loss must be told.
     Raises ValueError naming the tensor that is missing, misshapen or not finite.
     """
     content = reply.content
@@ -93,16 +91,16 @@ def accept(
         raise ValueError(f"its reply is of clients {about['clients'][:5]}, which it was not asked for")
     if losses and len(about.get("train-loss", ())) != len(about.get("clients", ())):
         raise ValueError(f"its record {ABOUT!r} must have train-loss, one number for each of its clients")
-    records, own = content.array_records, dict[str, Tree | None]()
-    called = {ROWS: "clients' own momentum", STATES: "clients' own states", PERSONAL: "clients' own tensors"}
-    for name, right in ((ROWS, rows), (STATES, states), (PERSONAL, personal)):
-        own[name] = unpack(records[name]) if name in records else None
+    records, found = content.array_records, dict[str, Tree | None]()
+    called = {OWN: "clients' own tensors", STATES: "clients' own states"}
+    for name, right in ((OWN, own), (STATES, states)):
+        found[name] = unpack(records[name]) if name in records else None
         if right is not None:
-            _check(called[name], own[name] or {}, right)
+            _check(called[name], found[name] or {}, right)
     scalars = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
     # In the order of what was sent, which a message need not keep: sums over tensors must not depend on it.
     state = unflatten({name: tensors[name] for name in expected})
-    return Update(state, float(weight), scalars, about, own[ROWS], own[STATES], own[PERSONAL], reply)
+    return Update(state, float(weight), scalars, about, found[OWN], found[STATES], reply)
 
 
 def accept_metrics(

@@ -26,7 +26,8 @@ from fedmom.machine.output import steady_output
 from fedmom.method.state import num_bytes
 from fedmom.records.files import ENDED
 from fedmom.results.report import finished
-from fedmom.rounds.correction import message_form
+from fedmom.rounds.correction import message_form, start_of
+from fedmom.rounds.own import own_of
 from fedmom.rounds.plan import Plan
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback
@@ -144,7 +145,8 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, problem: Probl
     backend: AveragingRounds | StockRounds
     if keys.strategy == OURS:
         strategy.message = {name: value.cpu() for name, value in message_form(problem, method).items()}
-        backend = AveragingRounds(strategy, grid, problem, asked, keys.timeout_seconds)
+        returns = partial(own_of, problem, method, start_of(problem, method)[0])
+        backend = AveragingRounds(strategy, grid, problem, asked, keys.timeout_seconds, returns)
         backend.settled, backend.notes = choices, notes
         return _with_results(backend, config, problem, plan)
     with flower_logs(logging.ERROR):  # FedAvg warns that clients do not evaluate: the server does
@@ -188,7 +190,7 @@ def _relay(grid: Grid, known: Fleet | None, config: Config, problem: Problem, pl
     )
     facts = _learn(grid, strategy.fleet, known, problem)
     choices = _choices(grid, strategy.fleet, config, keys.timeout_seconds, facts)
-    size = len(problem.sizes) * sum(map(num_bytes, problem.start())) / 1e6
+    size = len(problem.sizes) * sum(map(num_bytes, start_of(problem, plan.method)[0])) / 1e6
     nodes = counted(len(strategy.fleet.holders), "Flower node")
     backend = RelayRounds(strategy, grid, problem, _asked(config, choices, facts), keys.timeout_seconds)
     backend.settled = choices

@@ -36,7 +36,7 @@ def make_local(config: Config, problem: Problem, plan: Plan) -> Backend:
         problem,
         plan.method,
         begin.state,
-        round_job(problem, plan, begin)._replace(rows=None, personal=None),
+        round_job(problem, plan, begin)._replace(rows=None, own=None),
         path=wanted.path,
         chunk_size=wanted.chunk_size,
         remember=wanted.remember,

@@ -20,21 +20,24 @@ from fedmom.engine.auto import Said, choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import mean_of
 from fedmom.machine.allocator import keep_freed_memory
-from fedmom.method.algorithms import MOMENTUM_POLICIES
-from fedmom.method.averaging import WeightedMean
-from fedmom.method.mixing import Block, combine, spread
+from fedmom.method.averaging import WeightedMean, is_measured
+from fedmom.method.decentralized.mixing import Block, combine, spread
+from fedmom.method.decentralized.topology import Mixing
 from fedmom.method.state import (
     Arrays,
     ClientState,
     Tree,
     flatten,
     from_arrays,
+    is_momentum,
     rows_of,
     to_arrays,
     to_device,
     unflatten,
 )
-from fedmom.method.topology import Mixing
+from fedmom.method.states.policies import MOMENTUM_POLICIES
+from fedmom.method.states.rules import state_in
+from fedmom.rounds.correction import start_of
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
 from fedmom.rounds.plan import Plan, beginning, clients_job
 from fedmom.tasks.problem import Problem
@@ -108,7 +111,7 @@ class Peer:
         out, there = dict[int, Any](), dict[bytes, Any]()  # {block: its rows}, {ids of rows: they}
         for other, ids in self._targets(round_index).items():
             if (which := ids.tobytes()) not in there:
-                there[which] = ray.put(to_arrays(self._rows(ids)))
+                there[which] = ray.put(to_arrays(self._rows(ids, round_index)))
             out[other] = there[which]
         return {"losses": losses.tolist(), "out": out, **self._measured(self.after)}
 
@@ -122,7 +125,7 @@ class Peer:
         """Combine the rows by W_t, without the links between the `skipped` pairs of blocks."""
         mixing = without_blocks(self._mixing(round_index), self.blocks, skipped)
         needed = np.unique(np.concatenate([self.ids, mixing.sources[np.isin(mixing.targets, self.ids)]]))
-        own_part = flatten(self._sent(self.after))
+        own_part = flatten(self._sent(self.after, round_index))
         parts, ids = [own_part], [self.ids]
         for other, tensors in self.received.items():
             parts.append({name: value.to(self.problem.device) for name, value in tensors.items()})
@@ -135,7 +138,8 @@ class Peer:
             stack,
             own=self.after,
             before=self.states[round_index],
-            policy=self.plan.method.momentum_policy,
+            rules=self.plan.method.rules,
+            number=round_index + 1,
             lr=self.lr,
             beta=self.plan.method.beta,
             pooled=self.plan.method.running_var == "pooled",
@@ -164,10 +168,11 @@ class Peer:
             parts = [from_arrays(means[first + block]) for block in range(num_blocks)]
             rows = {n: torch.stack([part[n] for part in parts]) for n in parts[0]}
             for part, name in (("params", "consensus_distance"), ("momentum", "momentum_spread")):
-                found[name + when] = _between({n: v for n, v in rows.items() if n.startswith(part)}, sizes)
+                measured = {n: v for n, v in rows.items() if _counts(part, n)}
+                found[name + when] = _between(measured, sizes)
         if evaluate:
             whole = {n: torch.tensordot(sizes / sizes.sum(), v.double(), 1) for n, v in rows.items()}
-            start = self.problem.start()
+            start = start_of(self.problem, self.plan.method)[0]
             state = unflatten({n: whole[n].to(v.dtype) for n, v in flatten(start).items() if n in whole})
             state = state._replace(buffers=self._buffers(rows))
             with blamed(self.keys):
@@ -189,7 +194,7 @@ class Peer:
         mean = to_device(mean_of(rows, self.plan.method.running_var), "cpu")
         return {
             "consensus": spread(rows.params),
-            "momentum": spread(rows.momentum),
+            "momentum": spread(rows.momentum, is_momentum),
             "mean": ray.put(to_arrays(flatten(mean))),
         }
 
@@ -203,14 +208,20 @@ class Peer:
         needed = {b: senders(mixing, self.ids, ids) for b, ids in enumerate(self.blocks) if b != self.me}
         return {block: ids for block, ids in needed.items() if len(ids)}
 
-    def _sent(self, rows: ClientState) -> ClientState:
-        """What travels: x, the real buffers, and u if the policy mixes it."""
-        momentum = rows.momentum if MOMENTUM_POLICIES[self.plan.method.momentum_policy].sends_momentum else {}
-        return ClientState(rows.params, momentum, rows.buffers)
+    def _sent(self, rows: ClientState, round_index: int) -> ClientState:
+        """What travels: of x, the buffers and the states what is exchanged in this round."""
+        rules, parts = self.plan.method.rules, dict[str, Tree]()
+        for part in ("params", "momentum", "buffers"):
+            tree: Tree = getattr(rows, part)
+            sent = {
+                n: v for n, v in tree.items() if MOMENTUM_POLICIES[rules.of(state_in(part, n)).policy].sends_momentum
+            }
+            parts[part] = {n: v for n, v in sent.items() if rules.exchanged(state_in(part, n), round_index + 1)}
+        return ClientState(**parts)
 
-    def _rows(self, ids: np.ndarray) -> Tree:
+    def _rows(self, ids: np.ndarray, round_index: int) -> Tree:
         places = torch.from_numpy(np.searchsorted(self.ids, ids))
-        return flatten(to_device(rows_of(self._sent(self.after), places), "cpu"))
+        return flatten(to_device(rows_of(self._sent(self.after, round_index), places), "cpu"))
 
 
 def fetched(refs: dict[int, Any], seconds: float) -> tuple[dict[int, Arrays], dict[int, str]]:
@@ -245,6 +256,12 @@ def without_blocks(mixing: Mixing, blocks: Sequence[np.ndarray], skipped: Iterab
         forth = np.isin(mixing.sources, blocks[a]) & np.isin(mixing.targets, blocks[b])
         gone |= set(zip(mixing.sources[forth].tolist(), mixing.targets[forth].tolist(), strict=True))
     return mixing.without(gone)
+
+
+def _counts(part: str, flat_name: str) -> bool:
+    """Whether the spread of a part is measured on this tensor."""
+    own, _, name = flat_name.partition("/")
+    return own == part and is_measured(part, name)
 
 
 def _between(rows: Tree, sizes: torch.Tensor) -> float:

@@ -140,7 +140,6 @@ class Peers(Backend):
             consensus_distance=values["consensus_distance"],
             momentum_spread=values["momentum_spread"],
             trajectory=[],
-            momentum=None,
             losses=losses,
             more=more,
             measured=evaluated,

@@ -23,11 +23,10 @@ from fedmom.data.local import Common, one_of
 from fedmom.engine.auto import Said, choose
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
-from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, flatten, parted, row_of, to_device
-from fedmom.rounds.clients import after_steps, steps_job
+from fedmom.rounds.clients import after_steps, own_models_of, steps_job
 from fedmom.rounds.correction import client_rows, start_of
-from fedmom.rounds.plan import Plan, clients_job
+from fedmom.rounds.plan import Plan, clients_job, own_after
 from fedmom.rounds.results import OWN, PERSONAL
 from fedmom.rounds.round import Outcome
 from fedmom.tasks.models.start import digest_of
@@ -103,7 +102,7 @@ class Node:
                 self.problem = supervised(self.config, device, *mine[:2], own=mine[2])
             self.plan: Plan = make_plan(self.config)
             self.begin = start_of(self.problem, self.plan.method)  # as a run begins, and one client's own state
-        self.sent, self.own = parted(self.begin[0], self.problem.personal)  # what of it travels, and what is personal
+        self.sent = parted(self.begin[0], self.problem.personal)[0]  # what of it travels
         # What is frozen never travels: another file here would be another model.
         self.begun_from = digest_of(config.model.start)
         self._choices: dict[int, tuple[str, int]] = {}
@@ -118,10 +117,7 @@ class Node:
         wanted, size = self.config.engine, len(clients)
         if size not in self._choices:
             start, client = self.begin
-            rows = None
-            if MOMENTUM_POLICIES[self.plan.method.momentum_policy].keeps_rows:
-                rows = {n: u.expand(size, *u.shape) for n, u in start.momentum.items()}
-            job = clients_job(self.problem, self.plan, 0, clients, rows, client_rows(client, size))
+            job = clients_job(self.problem, self.plan, 0, clients, None, client_rows(client, size))
             path, chunk_size = wanted.path, wanted.chunk_size
             with blamed(self._keys):
                 choice = choose(
@@ -148,31 +144,28 @@ class Node:
         clients: Sequence[int],
         round_index: int,
         start: ClientState,
-        momentum: Tree | None = None,
+        own: ClientState | None = None,
         correction: Tree | None = None,
-        personal: ClientState | None = None,
         *,
         path: str = "",
         chunk_size: int = 0,
     ) -> TrainedBlock:
         """I local steps of `clients` from `start` in round 0, 1, …, and their weighted mean.
 
-        `momentum`: their own u [k, ...], for policy "local"; `correction`: their own states [k, ...]; `personal`: their
-        own tensors [k, ...] of algorithm.personal.
+        `own`: what they have of their own [k, ...]; `correction`: their own states of one [k, ...].
         `path` and `chunk_size` as the server settled them; left out, they are chosen here. Raises InputError for a
         client that does not exist or a start of another model.
         """
         ids = self._ids(clients)
         self._check(start, self.sent)
-        self._check_own(personal, len(ids))
-        if (own := self.begin[1]).keys() != (correction or {}).keys():
-            raise InputError(
-                f"arrays: the clients' own states must be {', '.join(own) or 'none'}, by algorithm.correction"
-            )
+        self._check_own(own, own_after(self.problem, self.plan, round_index), len(ids))
+        if (states := self.begin[1]).keys() != (correction or {}).keys():
+            right = ", ".join(states) or "none"
+            raise InputError(f"arrays: the clients' own states must be {right}, by algorithm.correction")
         if not path:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
-        job = clients_job(self.problem, self.plan, round_index, ids, momentum, correction, personal)
+        job = clients_job(self.problem, self.plan, round_index, ids, own, correction)
         with blamed(self._keys):
             outcome = engine.run_round(to_device(start, self.problem.device), job)
         return TrainedBlock(
@@ -228,9 +221,8 @@ class Node:
         start: ClientState,
         round_index: int,
         lr: float,
-        momentum: Tree | None = None,
+        own: ClientState | None = None,
         correction: Tree | None = None,
-        personal: ClientState | None = None,
     ) -> dict[str, float]:
         """{"personal_loss", …} on the client's own test examples, after `run.personal-steps` from `start` with γ = lr.
 
@@ -238,8 +230,9 @@ class Node:
         """
         assert self.local is not None, "the server has the others' examples"
         ids, device = self._ids([self.local.client]), self.problem.device
-        self._check_own(personal, len(ids))
-        job = steps_job(self.problem, self.plan, round_index, ids, momentum, correction, personal, lr=lr)
+        form = own_models_of(self.problem, self.plan, own_after(self.problem, self.plan, round_index))
+        self._check_own(own, form, len(ids))
+        job = steps_job(self.problem, self.plan, round_index, ids, own, correction, lr=lr)
         make = partial(self._stepper, ids)
         with blamed(self._keys):
             rows = after_steps(self.problem, self.plan.method, make, to_device(start, device), job)
@@ -264,12 +257,12 @@ class Node:
             totals = self.problem.test_totals(to_device(start, self.problem.device))
         return {name: sums.tolist() for name, sums in totals.items()}
 
-    def _check_own(self, personal: ClientState | None, count: int) -> None:
-        got, own = flatten(personal or ClientState({}, {}, {})), flatten(self.own)
-        for name in {**own, **got}:
-            if name not in got or name not in own or got[name].shape != (count, *own[name].shape):
-                keys = self._keys["algorithm.personal"]
-                raise InputError(f"arrays: the clients' own {name} does not fit algorithm.personal = {keys!r}")
+    def _check_own(self, own: ClientState | None, form: ClientState | None, count: int) -> None:
+        got, right = (flatten(state or ClientState({}, {}, {})) for state in (own, form))
+        for name in {**right, **got}:
+            if name not in got or name not in right or got[name].shape != (count, *right[name].shape[1:]):
+                why = "does not fit algorithm.personal, algorithm.momentum-policy or algorithm.states"
+                raise InputError(f"arrays: the clients' own {name} {why}")
 
     def _check(self, start: ClientState, expected: ClientState) -> None:
         for part, own in expected._asdict().items():

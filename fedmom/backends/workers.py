@@ -58,9 +58,8 @@ class BlockJob(NamedTuple):
     round_index: int = -1
     path: str = ""
     chunk_size: int = 0
-    momentum: Arrays | None = None  # [k, ...] their own u, for policy "local"
+    own: Arrays | None = None  # [k, ...] what they have of their own, as `flatten` names it
     correction: Arrays | None = None  # [k, ...] their own states of a correction
-    personal: Arrays | None = None  # [k, ...] their own tensors of algorithm.personal, as `flatten` names them
     keeps: bool = False  # whether the mean stays on the actor's node
 
 
@@ -75,9 +74,8 @@ class BlockAnswer(NamedTuple):
 
     mean: Arrays  # empty where it stays on the actor's node
     trained: TrainedBlock  # its outcome without tensors of the model's size
-    momentum: Arrays | None
+    own: Arrays | None
     correction: Arrays | None
-    personal: Arrays | None
 
 
 def make_worker(config: Config) -> Callable[..., Any]:
@@ -93,22 +91,19 @@ def make_worker(config: Config) -> Callable[..., Any]:
             return total.result().packed()
         if not shared:
             return *node.choose(job.clients), node.said[len(job.clients)]
-        momentum, correction = (None if a is None else from_arrays(a) for a in (job.momentum, job.correction))
         trained = node.train(
             job.clients.tolist(),
             job.round_index,
             unflatten(from_arrays(shared[0])),
-            momentum,
-            correction,
-            None if job.personal is None else unflatten(from_arrays(job.personal)),
+            None if job.own is None else unflatten(from_arrays(job.own)),
+            None if job.correction is None else from_arrays(job.correction),
             path=job.path,
             chunk_size=job.chunk_size,
         )
         outcome = trained.outcome
-        slim = outcome._replace(mean=ClientState({}, {}, {}), momentum=None, correction=None, personal=None)
+        slim = outcome._replace(mean=ClientState({}, {}, {}), own=None, correction=None)
         mean, trained = to_arrays(flatten(outcome.mean)), trained._replace(outcome=slim)
-        own = _arrays(outcome.momentum), _arrays(outcome.correction), _flat(outcome.personal)
-        said = BlockAnswer({}, trained, *own)
+        said = BlockAnswer({}, trained, _flat(outcome.own), _arrays(outcome.correction))
         return Split(said, mean) if job.keeps else said._replace(mean=mean)
 
     return answer
@@ -186,7 +181,7 @@ class Workers(Backend):
         ids, missing = job.clients.numpy(), set(numbers)
         for number in sorted(missing):
             rows, part = places[number], part_of(job, torch.from_numpy(places[number]))
-            own = _arrays(part.momentum), _arrays(part.correction), _flat(part.personal)
+            own = _flat(part.own), _arrays(part.correction)
             block = BlockJob(ids[rows], job.round_index, self.path, self.chunk_size, *own, keeps)
             near = homes[number] if homes else ""
             self.pool.submit((job.round_index, number), block, (shared,), near=near, keep=keeps)
@@ -256,18 +251,16 @@ class Workers(Backend):
             return sum(part.trained.weight / total.weight * value for part, value in zip(blocks, values, strict=True))
 
         outcomes = [part.trained.outcome for part in blocks]
-        rows = [ClientState({}, *map(from_arrays, (p.momentum or {}, {}, p.correction or {}))) for p in blocks]
-        own = concatenated(rows)
-        personal = [unflatten(from_arrays(part.personal)) for part in blocks if part.personal is not None]
+        own = [unflatten(from_arrays(part.own)) for part in blocks if part.own is not None]
+        memories = [ClientState({}, {}, {}, from_arrays(part.correction)) for part in blocks if part.correction]
         return Outcome(
             mean=to_device(total.mean(start._replace(correction=self.message), self.running_var), self.problem.device),
             train_loss=average([outcome.train_loss for outcome in outcomes]),
             consensus_distance=average([o.consensus_distance for o in outcomes]) + total.spread("params"),
             momentum_spread=average([o.momentum_spread for o in outcomes]) + total.spread("momentum"),
             trajectory=[average(list(points)) for points in zip(*(o.trajectory for o in outcomes), strict=True)],
-            momentum=own.momentum or None,
-            correction=own.correction or None,
-            personal=concatenated(personal) if personal else None,
+            own=concatenated(own) if own else None,
+            correction=concatenated(memories).correction if memories else None,
             losses=torch.cat([outcome.losses for outcome in outcomes]),
         )
 

@@ -149,7 +149,7 @@ def topology(
     from fedmom.config.build import topology_of
     from fedmom.config.load import load, replace
     from fedmom.config.resolve import resolve
-    from fedmom.method.topology import LARGEST_SPECTRUM
+    from fedmom.method.decentralized.topology import LARGEST_SPECTRUM
     from fedmom.results import tables
     from fedmom.results.pictures.style import check_picture
     from fedmom.results.pictures.topology import draw_topology

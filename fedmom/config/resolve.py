@@ -7,11 +7,16 @@ from fedmom.config.examples import count_clients
 from fedmom.config.goals import measured_by, monitored, parse_goal, unmeasured
 from fedmom.config.keys import KEYS, AlgorithmConfig, Config
 from fedmom.config.load import Loaded, flat, replace
+from fedmom.config.method.named import settle_named
+from fedmom.config.method.optimizer import settle_optimizer
+from fedmom.config.method.outer import check_outer, outer_of
+from fedmom.config.method.states import parse_states, settle_states
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
 from fedmom.data.given.natural import is_natural
 from fedmom.errors import InputError
-from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES, theory_interval
+from fedmom.method.algorithms import ALGORITHMS, theory_interval
+from fedmom.method.states.rules import Rules
 from fedmom.tasks.problem import data_kind
 from fedmom.user_code import is_spec
 
@@ -43,9 +48,12 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
             return Resolved(config, ())
         config = replace(config, "data", num_clients=count_clients(config))
     config = _settle_cohort(config)
-    config = _settle_baseline(config, given, notes)
+    config = settle_named(config, given, notes)
+    config = settle_optimizer(config, given, notes)
     _check_decentralized(config, given, notes)
     config = _settle_interval(config)
+    config = settle_states(config)
+    check_outer(config, given, notes)
     config = _settle_rounds(config, given, notes)
     _check_strategy(config, given, notes)
     _check_personal(config)
@@ -138,28 +146,6 @@ def _settle_cohort(config: Config) -> Config:
     return replace(config, "algorithm", cohort_size=size)
 
 
-def _settle_baseline(config: Config, given: frozenset[str], notes: list[str]) -> Config:
-    """A name like parallel-sgd-m fixes I or β, whatever else the configuration says."""
-    algorithm = config.algorithm
-    fixed = ALGORITHMS[algorithm.name]
-    if fixed.interval is not None:
-        overruled = []
-        if algorithm.num_local_steps not in (0, fixed.interval):
-            overruled.append(f"num-local-steps = {algorithm.num_local_steps}")
-        if algorithm.local_epochs:
-            overruled.append(f"local-epochs = {algorithm.local_epochs}")
-        if algorithm.interval != "fixed":
-            overruled.append(f'interval = "{algorithm.interval}"')
-        if overruled:
-            notes.append(f"{algorithm.name} is I = {fixed.interval}: it overrules {', '.join(overruled)}")
-        config = replace(config, "algorithm", interval="fixed", num_local_steps=fixed.interval, local_epochs=0)
-    if fixed.beta is not None:
-        if "algorithm.beta" in given and algorithm.beta != fixed.beta:
-            notes.append(f"{algorithm.name} is β = {fixed.beta:g}: it overrules beta = {algorithm.beta:g}")
-        config = replace(config, "algorithm", beta=fixed.beta)
-    return config
-
-
 # Keys that only Algorithm 2 reads.
 _TOPOLOGY_KEYS = ("topology", "mixing-weights", "topology-degree", "topology-p")
 
@@ -167,10 +153,7 @@ _TOPOLOGY_KEYS = ("topology", "mixing-weights", "topology-degree", "topology-p")
 def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]) -> None:
     """Algorithm 2 has every client in every step, with equal weights; Algorithm 1 has no topology."""
     algorithm = config.algorithm
-    policy, named = MOMENTUM_POLICIES[algorithm.momentum_policy], algorithm.momentum_policy
     if not ALGORITHMS[algorithm.name].decentralized:
-        if policy.gossip_only:
-            raise InputError(f"algorithm.momentum-policy = {named!r}: needs algorithm.name = 'd-sgd-m'")
         idle = [f"algorithm.{name}" for name in _TOPOLOGY_KEYS if f"algorithm.{name}" in given]
         idle = [name for name in idle if flat(config)[name] != KEYS[name].default]
         if idle:
@@ -183,16 +166,12 @@ def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]
         "algorithm.interval": (algorithm.interval, "fixed", "the theorem is Algorithm 1's"),
         "algorithm.slow-momentum": (algorithm.slow_momentum, 0.0, "there is no server"),
         "algorithm.slow-lr": (algorithm.slow_lr, 1.0, "there is no server"),
+        "algorithm.outer": (algorithm.outer, "none", "there is no server"),
         "server.strategy": (config.server.strategy, OURS, "Flower's own strategies average"),
     }
     for name, (value, wanted, why) in right.items():
         if value != wanted:
-            raise InputError(f"{name} = {value!r}: with d-sgd-m {why}; leave it {wanted!r}")
-    if policy.one_step and algorithm.num_local_steps > 1:
-        raise InputError(
-            f"algorithm.num-local-steps = {algorithm.num_local_steps}: momentum-policy {named!r} is published for "
-            "1 step between two exchanges; set 1"
-        )
+            raise InputError(f"{name} = {value!r}: with {algorithm.name} {why}; leave it {wanted!r}")
 
 
 def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> None:
@@ -201,8 +180,8 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
     fewest = server.min_clients if server.on_failure == "proceed" else algorithm.cohort_size
     check_strategy(
         server.strategy,
-        momentum_policy=algorithm.momentum_policy,
-        slow=bool(algorithm.slow_momentum or algorithm.slow_lr != 1),
+        rules=Rules(algorithm.momentum_policy, parse_states(algorithm.states)),
+        outer=outer_of(config) is not None,
         client_weights=algorithm.client_weights,
         on_failure=server.on_failure,
         fewest=min(fewest, algorithm.cohort_size),

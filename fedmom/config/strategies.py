@@ -6,7 +6,7 @@ The one table of them; strategies/flower_strategies.py makes what is named here.
 from typing import NamedTuple
 
 from fedmom.errors import InputError
-from fedmom.method.algorithms import MOMENTUM_POLICIES
+from fedmom.method.states.rules import Rules
 
 OURS = "pr-sgd-m"
 
@@ -47,8 +47,8 @@ STRATEGIES = {
 def check_strategy(
     name: str,
     *,
-    momentum_policy: str,
-    slow: bool,
+    rules: Rules,
+    outer: bool,
     client_weights: str,
     on_failure: str,
     fewest: int,
@@ -63,10 +63,13 @@ def check_strategy(
     if name == OURS:
         return
     rule, named = STRATEGIES[name], f"server.strategy = {name!r}"
-    if MOMENTUM_POLICIES[momentum_policy].keeps_rows:
-        raise InputError(f"{named}: algorithm.momentum-policy = {momentum_policy!r} needs {OURS}")
-    if slow:
-        raise InputError(f"{named}: algorithm.slow-momentum and slow-lr need {OURS}")
+    if rules.has_rows:
+        key = "states" if rules.states else f"momentum-policy = {rules.policy!r}"
+        raise InputError(f"{named}: algorithm.{key} lets clients keep states of their own, which needs {OURS}")
+    if outer:
+        raise InputError(
+            f"{named}: has a server step of its own; algorithm.outer, slow-momentum and slow-lr need {OURS}"
+        )
     if client_weights != "uniform" and not rule.weighs:
         why = "its noise is for equal weights" if rule.needs_all else "it has no weights"
         raise InputError(f"algorithm.client-weights = {client_weights!r}: not with {named}, {why}; take 'uniform'")

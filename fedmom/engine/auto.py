@@ -15,16 +15,17 @@ from fedmom.data.inputs import rows_of_inputs
 from fedmom.engine.calls import mixes_by
 from fedmom.engine.look import look, look_at_any
 from fedmom.engine.paths import AUTO, FACTORS, LOOP, PATHS, STACK, VMAP, is_plain, is_settled
+from fedmom.engine.plain.yardstick import Yardstick
 from fedmom.engine.rates import Rates, Way, rate, replayable, seconds
 from fedmom.engine.stacked.folded.clients import FoldError
 from fedmom.engine.stacked.kernels import registry
 from fedmom.engine.stacked.steps import Stack
 from fedmom.engine.stacked.timings import KnownWays, Remembered
-from fedmom.engine.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.machine.memory import free_bytes
-from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
+from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState, num_bytes
+from fedmom.rounds.correction import start_of
 from fedmom.rounds.round import Job
 from fedmom.tasks.problem import Problem
 from fedmom.tasks.supervised import Supervised
@@ -183,7 +184,7 @@ def _look(problem: Problem, method: Method, start: ClientState, job: Job, own_ro
     """
     # On copies: what a step writes into the model itself, or into x, must not hide from the look.
     twin = problem.in_dtype(problem.dtype) if isinstance(problem, Supervised) else problem
-    _try_path(twin, method, twin.start()._replace(correction=start.correction), job, LOOP)
+    _try_path(twin, method, start_of(twin, method)[0]._replace(correction=start.correction), job, LOOP)
     if not isinstance(problem, Supervised):
         if method.correction is not None:
             gradients = {name: torch.ones_like(x) for name, x in start.params.items()}
@@ -244,7 +245,7 @@ def _way_to_stack(
 
 def _may_factor(problem: Problem, method: Method, start: ClientState, job: Job) -> bool:
     """Whether dense layers in factors would be used: clients share a start, and the layers are wide enough."""
-    shared = not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows and not problem.personal
+    shared = method.by.linear and not method.rules.has_rows and not problem.personal
     return shared and bool(Stack(problem, method, factors=True).in_factors(start, job))
 
 

@@ -14,21 +14,15 @@ from torch import Tensor
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.cuda_graphs import Replays
 from fedmom.engine.stacked.means import RoundEnd
-from fedmom.engine.stacked.runner import ChunkOutcome, StackRunner, own_momentum
+from fedmom.engine.stacked.runner import ChunkOutcome, StackRunner
 from fedmom.engine.stacked.steps import Stack
-from fedmom.method.algorithms import (
-    MOMENTUM_POLICIES,
-    Correction,
-    Method,
-    finish_round,
-    loop_step,
-    takes_key,
-    vmap_step,
-)
+from fedmom.method.algorithms import Method
 from fedmom.method.averaging import WeightedMean
+from fedmom.method.corrections import Correction, finish_round, takes_key
 from fedmom.method.randomness import random_bits
 from fedmom.method.state import ClientState, Tree, concatenated, like, stacked, where
-from fedmom.rounds.personal import order_of, with_own, without_own
+from fedmom.method.step import loop_step, vmap_step
+from fedmom.rounds.own import order_of, with_own, without_own
 from fedmom.rounds.round import Backend, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
 
@@ -81,7 +75,7 @@ class PlainRunner:
         self.problem, self.method = problem, method
         self.step, self.gradient = (vmap_step, problem.gradient) if stacks else (loop_step, problem.gradient_alone)
         self.keyed = method.correction is not None and takes_key(method.correction)
-        self.order = order_of(problem)
+        self.order = order_of(problem, method)
 
     def sums(self, start: ClientState) -> PlainSums:
         return PlainSums(self.method.running_var)
@@ -89,15 +83,11 @@ class PlainRunner:
     def from_start(
         self, start: ClientState, job: Job, chunks: Sequence[Tensor], progress: Progress | None
     ) -> Iterator[ChunkOutcome]:
-        policy = MOMENTUM_POLICIES[self.method.momentum_policy]
-
         def run(places: Tensor) -> ChunkOutcome:
-            part, state = part_of(job, places, self.problem.device), stacked(start, len(places))
-            state = state._replace(momentum=policy.start(state.momentum, part.momentum))
-            found = self._run_chunk(with_own(state, part, self.order), part, progress)
-            ended, own = without_own(found.ended, part)
-            found = found._replace(ended=ended, personal=own)
-            return found._replace(momentum=own_momentum(job, ended.momentum)) if policy.keeps_rows else found
+            part = part_of(job, places, self.problem.device)
+            found = self._run_chunk(with_own(stacked(start, len(places)), part, self.order), part, progress)
+            ended, own = without_own(self.problem, self.method, found.ended, part)
+            return found._replace(ended=ended, own=own)
 
         return map(run, chunks)
 
@@ -156,10 +146,7 @@ class PlainRunner:
                 told,
                 gradient=self.gradient,
                 lr=lr,
-                beta=method.beta,
-                nesterov=method.nesterov,
-                weight_decay=method.weight_decay,
-                correction=method.correction,
+                **method.options,
             )
         except RuntimeError as error:
             # Ctrl-C between two of torch.func's levels makes torch fail an assertion of its own on the way out.
@@ -197,9 +184,10 @@ class Engine(Backend):
 
     def begin_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """The same; a round whose chunks are all replayed is still to settle."""
+        start = start._replace(momentum=self.method.rules.begun(start.momentum, job.round_index))
         runner, chunks, replayed = self.runner, self._chunks(job), self._num_replayed()
         sums = runner.sums(start)
-        losses, path, own, personal = self._add_up(runner.from_start(start, job, chunks, progress), job, sums.add)
+        losses, path, own, memories = self._add_up(runner.from_start(start, job, chunks, progress), job, sums.add)
         (mean, end), total = sums.finish(losses), float(job.weights.sum())
 
         def settle() -> Outcome:
@@ -210,16 +198,15 @@ class Engine(Backend):
                 consensus_distance=found.consensus_distance,
                 momentum_spread=found.momentum_spread,
                 trajectory=[point / total for point in path],
-                momentum=own.momentum or None,
-                correction=own.correction or None,
-                personal=personal,
+                own=own,
+                correction=memories,
                 losses=found.losses,
                 broken=found.broken,
             )
 
         if self._num_replayed() < replayed + len(chunks):
             return settle()
-        return Outcome(mean, math.nan, math.nan, math.nan, [], None, losses, settle=settle)
+        return Outcome(mean, math.nan, math.nan, math.nan, [], losses, settle=settle)
 
     def run_rows(
         self, rows: ClientState, job: Job, progress: Progress | None = None
@@ -243,17 +230,18 @@ class Engine(Backend):
 
     def _add_up(
         self, chunks: Iterator[ChunkOutcome], job: Job, add: Callable[[Any, Tensor], None]
-    ) -> tuple[Tensor, list[Tensor], ClientState, ClientState | None]:
-        """Every chunk, given to `add` -> losses [C], Σ w x after every step; of the clients' own [C, ...] u and states,
-        and the tensors that stay with them.
+    ) -> tuple[Tensor, list[Tensor], ClientState | None, Tree | None]:
+        """Every chunk, given to `add` -> losses [C], Σ w x after every step; of the clients' own [C, ...] what they go
+        on with, and their states of a correction.
         """
-        losses, own, personal = list[Tensor](), list[ClientState](), list[ClientState]()
+        losses, own, memories = list[Tensor](), list[ClientState](), list[ClientState]()
         path = [torch.zeros((), dtype=torch.float64)] * (len(job.lrs) if self.problem.small else 0)
         for chunk in chunks:
             add(chunk.ended, chunk.weights)
             losses.append(chunk.losses)
             path = [a + b for a, b in zip(path, chunk.points, strict=True)]
-            own.append(ClientState({}, chunk.momentum or {}, {}, chunk.correction or {}))
-            personal += [chunk.personal] if chunk.personal is not None else []
+            own += [chunk.own] if chunk.own is not None else []
+            memories += [ClientState({}, {}, {}, chunk.correction)] if chunk.correction else []
             del chunk  # its rows, before the next chunk's are made
-        return torch.cat(losses), path, concatenated(own), concatenated(personal) if personal else None
+        kept = concatenated(memories).correction if memories else None
+        return torch.cat(losses), path, concatenated(own) if own else None, kept

@@ -9,9 +9,9 @@ from torch import Tensor
 from fedmom.engine.engine import Engine
 from fedmom.method.algorithms import Method
 from fedmom.method.averaging import WeightedMean
-from fedmom.method.mixing import Blocks, combine, spread
-from fedmom.method.state import ClientState, to_device
-from fedmom.method.topology import Mixing, Topology
+from fedmom.method.decentralized.mixing import Blocks, combine, spread
+from fedmom.method.decentralized.topology import Mixing, Topology
+from fedmom.method.state import ClientState, is_momentum, to_device
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
 
 
@@ -29,15 +29,24 @@ def mean_of(rows: ClientState, running_var: str = "pooled") -> ClientState:
 
 
 def exchange(
-    after: ClientState, before: ClientState, mixing: Mixing, method: Method, lr: float, blocks: Blocks | None = None
+    after: ClientState,
+    before: ClientState,
+    mixing: Mixing,
+    method: Method,
+    lr: float,
+    number: int,
+    blocks: Blocks | None = None,
 ) -> ClientState:
-    """All clients' rows after the local steps -> their next start: x, and u by the momentum policy, times W."""
+    """All clients' rows after the local steps of round 1, 2, … (`number`) -> their next start, each state by its rule:
+    x, and u by the momentum policy, times W.
+    """
     return combine(
         (blocks or Blocks()).of(mixing),
         after,
         own=after,
         before=before,
-        policy=method.momentum_policy,
+        rules=method.rules,
+        number=number,
         lr=lr,
         beta=method.beta,
         pooled=method.running_var == "pooled",
@@ -59,14 +68,13 @@ def outcome_of(
         mean=to_device(mean_of(mixed, method.running_var), device),
         train_loss=float(job.weights @ losses) / total,
         consensus_distance=spread(after.params),
-        momentum_spread=spread(after.momentum),
+        momentum_spread=spread(after.momentum, is_momentum),
         trajectory=[point / total for point in path],
-        momentum=None,
         losses=losses,
         rows=mixed,
         more={
             "consensus_distance_after": spread(mixed.params),
-            "momentum_spread_after": spread(mixed.momentum),
+            "momentum_spread_after": spread(mixed.momentum, is_momentum),
         },
     )
 
@@ -85,5 +93,5 @@ class GossipRounds(Backend):
         rows, method = to_device(job.rows, self.home), self.engine.method
         after, losses, path = self.engine.run_rows(rows, job, progress)
         mixing = self.topology.at(job.round_index)
-        mixed = exchange(after, rows, mixing, method, job.lrs[0], self.blocks)
+        mixed = exchange(after, rows, mixing, method, job.lrs[0], job.round_index + 1, self.blocks)
         return outcome_of(self.engine.problem.device, job, method, after, mixed, losses, path)

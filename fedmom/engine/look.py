@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmom.engine.own_state import attributes, changed, held_by, same, shared_by
 from fedmom.errors import InputError
-from fedmom.method.algorithms import Correct, Correction, takes_key
+from fedmom.method.corrections import Correct, Correction, takes_key
 from fedmom.method.state import ClientState, Tree
 from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Batch, Supervised, one_of_batch

@@ -12,7 +12,7 @@ from fedmom.engine.paths import AUTO, LOOP, is_plain
 from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.engine.stacked.timings import now
 from fedmom.errors import InputError
-from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
+from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState
 from fedmom.rounds.round import Job, part_of
 from fedmom.tasks.problem import Problem
@@ -88,7 +88,7 @@ class Rates:
 def replayable(method: Method, job: Job, own_rows: bool) -> bool:
     """Whether a GPU may record a round's steps: all clients take equally many, from a common start."""
     even = bool((job.num_steps == len(job.lrs)).all())
-    return even and not own_rows and not MOMENTUM_POLICIES[method.momentum_policy].keeps_rows
+    return even and not own_rows and not method.rules.has_rows
 
 
 def rate(
@@ -135,12 +135,12 @@ def seconds(
 
 
 def _engine(problem: Problem, method: Method, path: str, num_rows: int) -> Engine:
-    return Engine(problem, method._replace(momentum_policy="average"), path=path, chunk_size=num_rows)
+    return Engine(problem, method._replace(momentum_policy="average", states={}), path=path, chunk_size=num_rows)
 
 
 def _seconds_of(engine: Engine, start: ClientState, job: Job, num_rows: int, steps: int) -> float:
     """Time of a round of `steps` local steps of the first `num_rows` clients of `job`."""
-    part = part_of(job._replace(momentum=None), torch.arange(num_rows))
+    part = part_of(job._replace(own=None, keeps=False), torch.arange(num_rows))
     short = part._replace(num_steps=torch.full_like(part.num_steps, steps), lrs=job.lrs[:steps])
     short = short._replace(following=lambda: short)  # as in a run, each round's minibatches are drawn during another
     begin = now(engine.problem.device)

@@ -168,14 +168,14 @@ def _measured(
     begun = beginning(problem, plan)
     clients, step, seconds = _one_step(problem, plan, backend)
     progress("a few steps more")
-    job = round_job(problem, plan, begun)._replace(rows=None, personal=None)
+    job = round_job(problem, plan, begun)._replace(rows=None, own=None, keeps=False)
     path, size = str(backend.settled["engine.path"]), min(int(backend.settled["engine.chunk-size"]), len(job.clients))
     replays = replayable(plan.method, job, plan.topology is not None or bool(problem.personal))
     speed = rate(problem, plan.method, begun.state, job, path, size, replays=replays)
     per_round = plan.cohort_size * float(plan.steps_of(problem.sizes).mean())
-    rows = [tree for tree in (begun.client_momentum, begun.client_correction) if tree is not None]
-    rows += [tree for own in (begun.rows, begun.client_personal) if own is not None for tree in own]
-    state = [*begun.state, *([] if begun.slow_momentum is None else [begun.slow_momentum])]
+    rows = [] if begun.client_correction is None else [begun.client_correction]
+    rows += [tree for own in (begun.rows, begun.own) if own is not None for tree in own]
+    state = [*begun.state, *(begun.outer or {}).values()]
     return {
         "start": begun.state,
         "clients": clients,

@@ -27,7 +27,7 @@ from fedmom.errors import InputError, RayEndedError
 from fedmom.experiments.crew import LOOK_SECONDS, Asked, Cell, CellEnded, Requests, SweepWork, run_cell
 from fedmom.machine.cores import usable_cores
 from fedmom.machine.files import at_home
-from fedmom.method.topology import FILES
+from fedmom.method.decentralized.topology import FILES
 from fedmom.records.status import SLOW_BEAT_SECONDS, read_status
 from fedmom.user_code import HUB
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedmom.machine.graphs import sent
-from fedmom.method.state import ClientState, Tree
+from fedmom.method.state import ClientState, Tree, is_momentum
 
 F64 = torch.float64
 MEAN, VAR = "running_mean", "running_var"  # how the names of BatchNorm's statistics end
@@ -133,8 +133,13 @@ class WeightedMean:
 
     def spread(self, part: str) -> float:
         """Σ p_i ‖·_i − mean‖² of "params" (consensus distance) or "momentum" (momentum spread)."""
-        found = [m.deviation for (p, _), m in self.moments.items() if p == part]
+        found = [m.deviation for (p, n), m in self.moments.items() if p == part and is_measured(p, n)]
         return float(sum(float(d) for d in found if d is not None)) / self.weight
+
+
+def is_measured(part: str, name: str) -> bool:
+    """Whether the spread of a part is measured on this tensor: of the optimizer's states on a momentum alone."""
+    return part != "momentum" or is_momentum(name)
 
 
 def pool(means: dict[tuple[str, str], Tensor], spreads: Mapping[tuple[str, str], tuple[Any, float]]) -> None:

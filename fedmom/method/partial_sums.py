@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.method.averaging import F64, in_parts, pool
+from fedmom.method.averaging import F64, in_parts, is_measured, pool
 from fedmom.method.state import ClientState, Tree, as_tensor, from_arrays, to_arrays
 
 
@@ -66,7 +66,8 @@ class Partial(NamedTuple):
 
     def spread(self, part: str) -> float:
         """Σ p_i ‖·_i − mean‖² of "params" (consensus distance) or "momentum" (momentum spread)."""
-        return float(sum(float(value) for (p, _), value in self.deviations.items() if p == part)) / self.weight
+        found = [value for (p, n), value in self.deviations.items() if p == part and is_measured(p, n)]
+        return float(sum(map(float, found))) / self.weight
 
     def mean(self, like: ClientState, running_var: str) -> ClientState:
         """The weighted mean, in the dtypes of `like`."""

@@ -12,16 +12,50 @@ Tree = dict[str, Tensor]
 Arrays = dict[str, np.ndarray]
 _NOTHING: Tree = {}  # never written into
 
+X = "x"  # the model among the states that have a policy and a period
+CLOCK = ".clock"  # how the name of a state's clock ends
+_PREFIXED = ("m", "v", "y", "g")  # the states whose tensors' names begin with theirs
+
 
 class ClientState(NamedTuple):
     """One client between two steps; stacked, every tensor gains a leading client axis K."""
 
     params: Tree  # x, {name: [*shape]} or {name: [K, *shape]}
-    momentum: Tree  # u, the same names and shapes
+    # What the local optimizer remembers. SGD's momentum u has its parameters' names and shapes. Others' states have
+    # names of their own, m/NAME and v/NAME; beside a state that averages over time lies its clock [], m.clock/NAME.
+    momentum: Tree
     buffers: Tree  # BatchNorm's statistics and other tensors that no gradient moves
     # Of a correction with state (`algorithms.Correction`); else empty. A client has its own state here, the common
     # start of a round the server's, and the mean of a round the mean of the clients' messages.
     correction: Tree = _NOTHING
+
+
+def full_name(state: str, parameter: str) -> str:
+    """Where the state (or the clock) of a parameter lies in ClientState.momentum."""
+    return parameter if state == "u" else f"{state}/{parameter}"
+
+
+def state_of(name: str) -> str:
+    """The state, of which a name in ClientState.momentum is a tensor or the clock."""
+    prefix, slash, _ = name.partition("/")
+    state = prefix.removesuffix(CLOCK)
+    return state if slash and state in _PREFIXED else "u"
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a name in ClientState.momentum belongs to."""
+    return name if state_of(name) == "u" else name.partition("/")[2]
+
+
+def is_momentum(name: str) -> bool:
+    """Whether a name in ClientState.momentum is of a momentum, u, m or y, which momentum_spread is measured on."""
+    state, clock = state_of(name), CLOCK in name.partition("/")[0]
+    return state == "u" or (state in ("m", "y") and not clock)
+
+
+def is_among(name: str, parameters: Collection[str]) -> bool:
+    """Whether a name of x, the buffers or the optimizer's states belongs to one of these parameters and buffers."""
+    return name in parameters or parameter_of(name) in parameters
 
 
 def initial_state(params: Tree, buffers: Tree) -> ClientState:
@@ -79,13 +113,13 @@ def parted(state: ClientState, names: Collection[str]) -> tuple[ClientState, Cli
     """(all but these tensors of x, u and the buffers, these alone); a correction's own stay with the first."""
 
     def some(inside: bool) -> ClientState:
-        return ClientState(*({n: v for n, v in tree.items() if (n in names) == inside} for tree in state[:3]))
+        return ClientState(*({n: v for n, v in tree.items() if is_among(n, names) == inside} for tree in state[:3]))
 
     return some(False)._replace(correction=state.correction), some(True)
 
 
 def joined(shared: ClientState, own: ClientState, like: ClientState) -> ClientState:
-    """The inverse of `parted`, in the order of the names of `like`."""
+    """The inverse of `parted`, in the order of the names of `like`; of what both have, `own` is taken."""
     trees = zip(shared[:3], own[:3], like[:3], strict=True)
     whole = ClientState(*({n: b[n] if n in b else a[n] for n in order} for a, b, order in trees))
     return whole._replace(correction=shared.correction)

@@ -7,6 +7,7 @@ its last checkpoint, and rounds.jsonl is cut back to it.
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,11 @@ from fedmom.rounds.plan import RunState
 from fedmom.rounds.results import ClientResults
 
 _PREVIOUS_CLIENTS = "clients.previous.safetensors"
-_SLOW = "slow_momentum/"  # names of SlowMo's tensors in a checkpoint
-_PERSONAL = "personal/"  # how the names of tensors of algorithm.personal begin in clients.safetensors
+_OUTER = "outer/"  # how the names of what the outer step remembers begin in a checkpoint: outer/SLOT/params/NAME
+_FORMERLY = {  # what names were before: of SlowMo's tensors, and of algorithm.personal's in clients.safetensors
+    f"{_OUTER}b/params/": "slow_momentum/",
+    "": "personal/",
+}
 _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
 
 
@@ -48,15 +52,25 @@ def _leftovers(folder: Path) -> list[str]:
 
 
 def _checkpointed(done: RunState) -> Tree:
-    """The tensors of checkpoint.safetensors: the mean state, and the server's own momentum where there is one."""
-    return flatten(done.state) | {_SLOW + name: value for name, value in (done.slow_momentum or {}).items()}
+    """The tensors of checkpoint.safetensors: the mean state, and what the outer step remembers where there is one."""
+    outer = (done.outer or {}).items()
+    return flatten(done.state) | {f"{_OUTER}{slot}/{name}": v for slot, tree in outer for name, v in tree.items()}
 
 
 def _rows(done: RunState) -> Tree:
     """The tensors of clients.safetensors: what every client has of its own."""
-    rows = done.rows or ClientState({}, done.client_momentum or {}, {}, done.client_correction or {})
-    own = flatten(done.client_personal) if done.client_personal is not None else {}
-    return flatten(rows) | {_PERSONAL + name: value for name, value in own.items()}
+    own = done.rows or done.own or ClientState({}, {}, {})
+    return flatten(own if done.rows else own._replace(correction=done.client_correction or {}))
+
+
+def _by_names(found: Tree, expected: Tree) -> Tree:
+    """What a file holds by the names that are expected of it, some of which were others before."""
+    renamed = dict(found)
+    for name in expected:
+        for now, before in _FORMERLY.items():
+            if name not in found and name.startswith(now) and (old := before + name.removeprefix(now)) in found:
+                renamed[name] = renamed.pop(old)
+    return renamed
 
 
 def _why(error: OSError | ValueError) -> str:
@@ -192,8 +206,16 @@ class RunFolder:
         """No times: the bytes of a resumed run are those of an uninterrupted one."""
         return {**stamp, **{name: getattr(done, name) for name in _COUNTS}}
 
-    def load(self, identity: Identity, template: RunState, device: torch.device) -> tuple[RunState, dict[str, Any]]:
+    def load(
+        self,
+        identity: Identity,
+        template: RunState,
+        device: torch.device,
+        own_after: Callable[[int], ClientState | None] = lambda number: None,
+    ) -> tuple[RunState, dict[str, Any]]:
         """The last checkpoint, checked against this run, and its stamp; `template` (round 0) where there is none yet.
+
+        own_after: the form of what clients have of their own after so many rounds.
 
         Raises InputError for a checkpoint that is truncated, of another run, or without its clients' rows.
         """
@@ -202,7 +224,9 @@ class RunFolder:
             return template, identity.stamp
         tensors, about = read_tensors(path)
         stamp = identity.agreed(about, path)
-        expected, found = _checkpointed(template), tensors
+        template = template._replace(own=own_after(int(about["round"])))
+        expected = _checkpointed(template)
+        tensors = found = _by_names(tensors, expected)
         wrong = [n for n in {**expected, **found} if n not in found or n not in expected]
         wrong += [n for n in expected if n in found and found[n].shape != expected[n].shape]
         if wrong:
@@ -213,25 +237,22 @@ class RunFolder:
             fitting = [c for c in candidates if c.exists() and read_about(c) == about]
             if not fitting:
                 raise InputError(f"{candidates[0]}: the clients' own rows of round {about['round']} are missing")
-            found = read_tensors(fitting[0])[0]
+            found = _by_names(read_tensors(fitting[0])[0], expected_rows)
             for name, value in expected_rows.items():
                 if name not in found or found[name].shape != value.shape:
                     raise InputError(f"{fitting[0]}: does not fit this run (tensor {name})")
             rows = {name: found[name] for name in expected_rows}
         # In the model's order, which a file does not keep: sums over tensors must not depend on it.
         state = to_device(unflatten({name: tensors[name] for name in flatten(template.state)}), device)
-        own = unflatten({name: value for name, value in rows.items() if not name.startswith(_PERSONAL)})
-        personal = unflatten({n.removeprefix(_PERSONAL): v for n, v in rows.items() if n.startswith(_PERSONAL)})
-        slow = template.slow_momentum
-        if slow is not None:
-            slow = {name: tensors[_SLOW + name].to(device) for name in slow}
+        own, outer = unflatten(rows), template.outer
+        if outer is not None:
+            outer = {s: {n: tensors[f"{_OUTER}{s}/{n}"].to(device) for n in tree} for s, tree in outer.items()}
         done = template._replace(
             state=state,
-            client_momentum=own.momentum if template.client_momentum is not None else None,
+            own=own._replace(correction={}) if template.own is not None else None,
             rows=own if template.rows is not None else None,
             client_correction=own.correction if template.client_correction is not None else None,
-            client_personal=personal if template.client_personal is not None else None,
-            slow_momentum=slow,
+            outer=outer,
             **{name: about[name] for name in _COUNTS},
         )
         return done, stamp

@@ -30,7 +30,7 @@ from fedmom.data.inputs import NARROW, pieces
 from fedmom.errors import InputError
 from fedmom.machine.files import at_home
 from fedmom.method.algorithms import ALGORITHMS
-from fedmom.method.topology import FILES
+from fedmom.method.decentralized.topology import FILES
 from fedmom.tasks.problem import Problem, data_kind
 from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import is_own_file, is_spec, load_object

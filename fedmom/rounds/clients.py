@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
-from fedmom.method.state import ClientState, Tree, rows_of, stacked, to_device
-from fedmom.rounds.personal import shared_of, with_own
+from fedmom.method.algorithms import Method
+from fedmom.method.state import ClientState, Tree, is_among, rows_of, stacked, to_device
+from fedmom.rounds.own import shared_of, with_own
 from fedmom.rounds.plan import Plan, RunState, clients_job
 from fedmom.rounds.results import OWN, PERSONAL, ClientResults, client_results
 from fedmom.rounds.round import Backend, Job, Stepper, part_of
@@ -24,9 +24,9 @@ def look(problem: Problem, plan: Plan, backend: Backend, done: RunState, lr: flo
     """
     done, everybody = done.gathered(), torch.arange(len(problem.sizes))
     job = None
-    if plan.personal_steps or done.client_personal is not None:
-        own = done.client_momentum, done.client_correction, done.client_personal
-        job = steps_job(problem, plan, done.round, everybody.numpy(), *own, lr=lr)
+    if plan.personal_steps or problem.personal:
+        own = own_models_of(problem, plan, done.own)
+        job = steps_job(problem, plan, done.round, everybody.numpy(), own, done.client_correction, lr=lr)
     if backend.own_results is not None:
         return client_results(done.round, backend.own_results(done.state, job, done.rows))
     values = _named(OWN, problem.evaluate_own(done.state))
@@ -44,9 +44,8 @@ def steps_job(
     plan: Plan,
     round_index: int,
     ids: np.ndarray,
-    momentum: Tree | None,
+    own: ClientState | None,
     correction: Tree | None,
-    personal: ClientState | None,
     *,
     lr: float,
 ) -> Job:
@@ -54,7 +53,7 @@ def steps_job(
 
     So they go from û by the momentum policy, on the minibatches that the clients draw next.
     """
-    job = clients_job(problem, plan, round_index, ids, momentum, correction, personal)
+    job = clients_job(problem, plan, round_index, ids, own, correction)
     return job._replace(num_steps=torch.full((len(ids),), plan.personal_steps), lrs=[lr] * plan.personal_steps)
 
 
@@ -62,11 +61,22 @@ def after_steps(
     problem: Problem, method: Method, make_stepper: Callable[[], Stepper], state: ClientState, job: Job
 ) -> ClientState:
     """Rows [C, ...] of the job's clients after its steps, if any, from `state` and their own tensors."""
-    start = stacked(shared_of(problem, state), len(job.clients))
+    start = shared_of(problem, state)
+    start = start._replace(momentum=method.rules.begun(start.momentum, job.round_index))
     job = part_of(job, torch.arange(len(job.clients)), problem.device)
-    policy = MOMENTUM_POLICIES[method.momentum_policy]
-    rows = with_own(start._replace(momentum=policy.start(start.momentum, job.momentum)), job, state)
-    return make_stepper().run_rows(rows, job._replace(personal=None))[0] if len(job.lrs) else rows
+    rows = with_own(stacked(start, len(job.clients)), job, state)
+    return make_stepper().run_rows(rows, job._replace(own=None))[0] if len(job.lrs) else rows
+
+
+def own_models_of(problem: Problem, plan: Plan, own: ClientState | None) -> ClientState | None:
+    """Of the clients' own what a model of their own begins with: everything but an x that waits for an exchange.
+
+    A model of a client's own goes from x̂, also where clients are on their way between two exchanges of x.
+    """
+    if own is None or plan.method.rules.moves_x:
+        return own
+    kept = [{n: v for n, v in tree.items() if is_among(n, problem.personal)} for tree in (own.params, own.buffers)]
+    return ClientState(kept[0], own.momentum, kept[1])
 
 
 def _own_models(

@@ -3,7 +3,9 @@
 import torch
 
 from fedmom.errors import DivergedError
-from fedmom.method.algorithms import Correction, Method
+from fedmom.method.algorithms import Method
+from fedmom.method.corrections import Correction
+from fedmom.method.optimizers.optimizer import zeros
 from fedmom.method.state import ClientState, Tree, expand, is_finite
 from fedmom.rounds.round import Outcome
 from fedmom.tasks.problem import Problem
@@ -12,6 +14,8 @@ from fedmom.tasks.problem import Problem
 def start_of(problem: Problem, method: Method) -> tuple[ClientState, Tree]:
     """(the common start, with the server's state of a correction; one client's own state, {} where it has none)."""
     start, correction = problem.start(), method.correction
+    if method.optimizer != "sgd":
+        start = start._replace(momentum=zeros(method.by, start.params))
     if not isinstance(correction, Correction):
         return start, {}
     client, server = correction.start(start.params)

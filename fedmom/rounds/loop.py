@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fedmom.errors import DivergedError
-from fedmom.method.algorithms import slow_step
 from fedmom.method.state import ClientState, Tree, is_finite
 from fedmom.rounds.clients import look
 from fedmom.rounds.correction import check_states, gathered
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
-from fedmom.rounds.personal import check_own, shared_of, whole_state
+from fedmom.rounds.outer import outer_step
+from fedmom.rounds.own import check_own, means_of_all, next_rows, shared_of, whole_state
 from fedmom.rounds.plan import Known, Plan, RunState, round_job
 from fedmom.rounds.round import Backend, Early, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
@@ -37,23 +37,21 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
     examples = int(job.num_steps.sum()) * plan.batch_size
     begun, weights = shared_of(problem, done.state), plan.weights_of(problem.sizes)
     share = float(job.weights.sum()) / float(weights.sum())
-    state, slow = gathered(plan.method, done.state, outcome.mean, share), done.slow_momentum
-    if slow is not None:
-        alpha, eta = plan.slow_momentum, plan.slow_lr
-        params, slow = slow_step(begun.params, state.params, slow, lr=job.lrs[0], alpha=alpha, eta=eta)
-        state = state._replace(params=params)
+    state, outer = gathered(plan.method, done.state, outcome.mean, share), done.outer
+    if plan.outer is not None and outer is not None:
+        state, outer = outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])
     sent = begun._replace(correction=outcome.mean.correction)
-    personal = done.client_personal
-    if personal is not None and outcome.personal is not None:
-        personal = ClientState(*(rows(old, new) or {} for old, new in zip(personal, outcome.personal, strict=True)))
+    own = next_rows(problem, plan.method, done.state, done.own, job, outcome)
     whole = None
-    if personal is not None:  # a mean over all N, which few rounds need
-        whole = partial(whole_state, problem, plan.method, state, personal, torch.from_numpy(weights))
+    if own is not None and any(seen := means_of_all(problem, own, everybody)):
+        whole = partial(whole_state, problem, plan.method, state, seen, torch.from_numpy(weights))
+        if not (everybody or plan.method.rules.moves_x):  # sums are of distances from it: as after a resume
+            state, whole = whole(), None
     return RunState(
         round=done.round + 1,
         state=state,
-        client_momentum=rows(done.client_momentum, outcome.momentum),
-        slow_momentum=slow,
+        own=own,
+        outer=outer,
         steps=done.steps + len(job.lrs),
         examples=done.examples + examples,
         bytes_sent=done.bytes_sent + plan.bytes_sent(done.round, len(job.clients), sent),
@@ -62,7 +60,6 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         fetch=outcome.fetch,
         whole=whole,
         client_correction=rows(done.client_correction, outcome.correction),
-        client_personal=personal,
     )
 
 
@@ -82,7 +79,7 @@ def _begun(
     outcome = engine.begin_round(shared_of(problem, done.state), job, progress)
     asked = len(job.clients)
     if outcome.answered is not None:
-        job = part_of(job._replace(momentum=None, correction=None, personal=None), outcome.answered.nonzero()[:, 0])
+        job = part_of(job._replace(own=None, correction=None), outcome.answered.nonzero()[:, 0])
     return _Begun(asked, job, outcome, after_round(problem, plan, done, job, outcome, 0.0))
 
 
@@ -148,7 +145,7 @@ def _judged(
     problem: Problem, plan: Plan, engine: Backend, job: Job, outcome: Outcome, new: RunState
 ) -> tuple[RunState, Record]:
     """What is measured of a round, and the state with every client's own results, where they are looked at."""
-    if new.client_personal is not None and (job.evaluates or job.looks_at_clients):
+    if new.whole is not None and (job.evaluates or job.looks_at_clients):
         new = new.gathered()
     measured = _measured(problem, plan, job, outcome, new)
     if not job.looks_at_clients:

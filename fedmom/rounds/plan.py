@@ -11,13 +11,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fedmom.method.algorithms import MOMENTUM_POLICIES, Method
+from fedmom.method.algorithms import Method
+from fedmom.method.decentralized.topology import Topology
+from fedmom.method.outer import OuterRule
 from fedmom.method.randomness import COHORT, random_bits
 from fedmom.method.schedules import Horizon, LearningRate
-from fedmom.method.state import ClientState, Tree, num_bytes, rows_of, stacked, zeros_like
-from fedmom.method.topology import Topology
+from fedmom.method.state import ClientState, Tree, num_bytes, rows_of, stacked
 from fedmom.rounds.correction import client_rows, start_of
-from fedmom.rounds.personal import own_rows, shared_of
+from fedmom.rounds.outer import outer_start
+from fedmom.rounds.own import first_rows, rows_after
 from fedmom.rounds.results import ClientResults
 from fedmom.rounds.round import Job
 from fedmom.tasks.problem import Problem
@@ -39,18 +41,12 @@ class Plan(NamedTuple):
     client_weights: str = "uniform"
     eval_every: int = 1
     num_steps: int = 0  # T, if it was given; else R × I
-    slow_momentum: float = 0.0  # α of SlowMo
-    slow_lr: float = 1.0  # η of SlowMo
+    outer: OuterRule | None = None  # the server's own step after a round's averages
     topology: Topology | None = None  # W_t of Algorithm 2
     client_eval_every: int = 0  # rounds between two evaluations on every client's own test examples; 0: none
     personal_steps: int = 0  # local steps from x̂ after which a client's own evaluation measures once more
     eval_clients: int = 0  # of Algorithm 2: how many clients' own models are measured; 0: all
     compared: bool = False  # whether the run goes on whose ways were compared with plain torch when it began
-
-    @property
-    def slow(self) -> bool:
-        """Whether the server takes a step of its own."""
-        return self.slow_momentum > 0 or self.slow_lr != 1
 
     def evaluates(self, round_number: int) -> bool:
         """Whether round 1, 2, … ends with an evaluation."""
@@ -63,9 +59,8 @@ class Plan(NamedTuple):
 
     def bytes_sent(self, round_index: int, num_clients: int, state: ClientState) -> int:
         """By all clients in round 0, 1, …; `state`: as one client sends it, with the message of a correction."""
-        if self.topology is None:
-            return num_clients * bytes_per_exchange(state, self.method)
-        return self.topology.at(round_index).num_links() * bytes_per_exchange(state, self.method)
+        each = bytes_per_exchange(state, self.method, round_index + 1)
+        return each * (num_clients if self.topology is None else self.topology.at(round_index).num_links())
 
     def weights_of(self, sizes: np.ndarray) -> np.ndarray:
         """[C] weights of clients with so many examples in the averages, not normalised."""
@@ -88,8 +83,8 @@ class RunState(NamedTuple):
 
     round: int  # rounds done
     state: ClientState  # x̂, û, the buffers, and the server's state of a correction; of what is personal the mean
-    client_momentum: Tree | None  # [N, ...] every client's own u, for policy "local"
-    slow_momentum: Tree | None = None  # the server's own, of SlowMo
+    own: ClientState | None = None  # [N, ...] what every client has of its own now, in main memory (rounds/own.py)
+    outer: dict[str, Tree] | None = None  # what the outer step remembers, {slot: {part/name: tensor}}
     rows: ClientState | None = None  # [N, ...] every client's own x, u and buffers, of Algorithm 2
     steps: int = 0  # local steps t so far (with local-epochs: of each round's longest client)
     examples: int = 0  # seen by all clients so far, repeats counted
@@ -97,7 +92,6 @@ class RunState(NamedTuple):
     wall_seconds: float = 0.0
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings state and rows from where they are
     client_correction: Tree | None = None  # [N, ...] every client's own state of a correction, in main memory
-    client_personal: ClientState | None = None  # [N, ...] every client's own tensors of algorithm.personal, likewise
     whole: Callable[[], ClientState] | None = None  # makes the whole state, where the tensors that stay are not in it
     results: ClientResults | None = None  # what every client got in this round; in no checkpoint
 
@@ -114,16 +108,19 @@ class RunState(NamedTuple):
 def beginning(problem: Problem, plan: Plan) -> RunState:
     """The state before the first round."""
     start, client = start_of(problem, plan.method)
-    rows = None
     if plan.topology is not None:
         own = ClientState(*({n: v.clone() for n, v in tree.items()} for tree in stacked(start, len(problem.sizes))))
-        return RunState(0, start, None, rows=own)
-    shared = shared_of(problem, start)
-    if MOMENTUM_POLICIES[plan.method.momentum_policy].keeps_rows:
-        rows = {n: torch.zeros(len(problem.sizes), *u.shape, dtype=u.dtype) for n, u in shared.momentum.items()}
-    slow = zeros_like(shared.params) if plan.slow else None
-    states = client_rows(client, len(problem.sizes))
-    return RunState(0, start, rows, slow, client_correction=states, client_personal=own_rows(problem, start))
+        return RunState(0, start, rows=own)
+    rows = first_rows(problem, plan.method, start)
+    outer = None if plan.outer is None else outer_start(problem, plan.method, plan.outer, start)
+    return RunState(0, start, rows, outer, client_correction=client_rows(client, len(problem.sizes)))
+
+
+def own_after(problem: Problem, plan: Plan, number: int) -> ClientState | None:
+    """[N, ...] the form of what clients have of their own after round 1, 2, …, 0: before them; None for nothing."""
+    if plan.topology is not None:
+        return None
+    return rows_after(problem, plan.method, start_of(problem, plan.method)[0], number)
 
 
 def cohort(num_clients: int, cohort_size: int, seed: int, round_index: int) -> np.ndarray:
@@ -134,24 +131,24 @@ def cohort(num_clients: int, cohort_size: int, seed: int, round_index: int) -> n
     return np.sort(np.argpartition(keys, cohort_size)[:cohort_size])
 
 
-def bytes_per_exchange(state: ClientState, method: Method) -> int:
-    """What one client sends per round: x, the buffers, u where the method needs it, and a correction's message."""
-    sends = MOMENTUM_POLICIES[method.momentum_policy].sends_momentum and method.beta > 0
-    return sum(map(num_bytes, (state.params, state.buffers, state.correction, state.momentum if sends else {})))
+def bytes_per_exchange(state: ClientState, method: Method, number: int) -> int:
+    """What one client sends in round 1, 2, …: x and the buffers, states, those that are due, a correction's message."""
+    sent = [num_bytes(state.correction)]
+    for part in ("params", "momentum", "buffers"):
+        sent += [num_bytes({n: t}) for n, t in getattr(state, part).items() if method.rules.sends(part, n, number)]
+    return sum(sent)
 
 
 def round_job(problem: Problem, plan: Plan, done: RunState, known: Known = None) -> Job:
     """What the whole cohort must do in the round after `done`."""
     num_clients = len(problem.sizes)
     job = cohort_job(problem, plan, done.round) if known is None else known()
-    momentum, correction, personal = done.client_momentum, done.client_correction, done.client_personal
+    own, correction = done.own, done.client_correction
     if len(job.clients) < num_clients:
-        momentum, correction = (
-            tree and {n: v[job.clients] for n, v in tree.items()} for tree in (momentum, correction)
-        )
-        personal = personal and rows_of(personal, job.clients)
+        correction = correction and {n: v[job.clients] for n, v in correction.items()}
+        own = own and rows_of(own, job.clients)
     following = cache(partial(cohort_job, problem, plan, done.round + 1)) if done.round + 1 < plan.num_rounds else None
-    job = job._replace(momentum=momentum, correction=correction, personal=personal, rows=done.rows, following=following)
+    job = job._replace(own=own, correction=correction, rows=done.rows, following=following)
     number = done.round + 1
     return job._replace(evaluates=plan.evaluates(number), looks_at_clients=plan.looks_at_clients(number))
 
@@ -166,11 +163,10 @@ def clients_job(
     plan: Plan,
     round_index: int,
     ids: np.ndarray,
-    momentum: Tree | None = None,
+    own: ClientState | None = None,
     correction: Tree | None = None,
-    personal: ClientState | None = None,
 ) -> Job:
-    """What clients `ids` [C] must do in round 0, 1, …; their own u (policy "local"), states and tensors, [C, ...]."""
+    """What clients `ids` [C] must do in round 0, 1, …; what they have of their own and their states, [C, ...]."""
     sizes = problem.sizes[ids]
     all_steps = plan.steps_of(problem.sizes)
     steps, per_round, horizon = all_steps[ids], float(all_steps.mean()), plan.horizon(problem.sizes)
@@ -183,8 +179,8 @@ def clients_job(
         first_steps=torch.from_numpy(round_index * steps),
         num_steps=torch.from_numpy(steps),
         lrs=lrs,
-        momentum=momentum,
+        own=own,
+        keeps=True,
         round_index=round_index,
         correction=correction,
-        personal=personal,
     )

@@ -23,13 +23,13 @@ class Job(NamedTuple):
     first_steps: Tensor  # [C] int64, each client's global step at the start of the round
     num_steps: Tensor  # [C] int64, local steps of each client (all I, but for local-epochs)
     lrs: Sequence[float]  # γ of each local step, as many as the most steps
-    momentum: Tree | None = None  # [C, ...] the clients' own u, in main memory, for policy "local"
+    own: ClientState | None = None  # [C, ...] what the clients have of their own, in main memory (rounds/own.py)
+    keeps: bool = False  # whether what they go on with by themselves is wanted back
     round_index: int = 0  # rounds before this one
     rows: ClientState | None = None  # [N, ...] the clients' own x, u and buffers, of Algorithm 2
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction, in main memory
     evaluates: bool = False  # whether the round's result will be measured
     looks_at_clients: bool = False  # whether it will be, on every client's own test examples
-    personal: ClientState | None = None  # [C, ...] the clients' own tensors of algorithm.personal, in main memory
     following: Callable[[], "Job"] | None = None  # the next round's, without anything that depends on this one's result
 
 
@@ -41,12 +41,11 @@ class Outcome(NamedTuple):
     consensus_distance: float  # Σ p_i ‖x_i − x̂‖² just before the exchange
     momentum_spread: float  # Σ p_i ‖u_i − û‖², likewise
     trajectory: list[Tensor]  # x̄ after every local step, for small problems; else empty
-    momentum: Tree | None  # [C, ...] the clients' own u at the end, in main memory, for policy "local"
     losses: Tensor  # [C] float64, mean over each client's own steps; in main memory when settled
     answered: Tensor | None = None  # [C] bool: whose update is in the means; None: everybody's
     rows: ClientState | None = None  # [N, ...] the clients' next start, of Algorithm 2
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction at the end, in main memory
-    personal: ClientState | None = None  # [C, ...] the clients' own tensors at the end, in main memory
+    own: ClientState | None = None  # [C, ...] what the clients go on with by themselves, in main memory
     more: Mapping[str, Any] | None = None  # what else goes into the round's record
     measured: dict[str, Any] | None = None  # the evaluation, where whoever ran the round made it
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings mean and rows, where others hold them
@@ -110,7 +109,7 @@ def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
             return None
         return {name: value[rows.to(value.device)].to(device or value.device) for name, value in tree.items()}
 
-    def own(state: ClientState | None) -> ClientState | None:
+    def place(state: ClientState | None) -> ClientState | None:
         chosen = None if state is None else rows_of(state, rows)
         return to_device(chosen, device) if chosen is not None and device is not None else chosen
 
@@ -119,10 +118,9 @@ def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
         weights=job.weights[rows],
         first_steps=job.first_steps[rows],
         num_steps=job.num_steps[rows],
-        momentum=some(job.momentum),
         correction=some(job.correction),
-        rows=own(job.rows),
-        personal=own(job.personal),
+        rows=place(job.rows),
+        own=place(job.own),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedmom.errors import InputError
-from fedmom.method.algorithms import Correction, takes_key
+from fedmom.method.corrections import Correction, takes_key
 from fedmom.method.randomness import CORRECTION, random_bits
 from fedmom.method.state import Tree
 from fedmom.user_code import one_line, place_of

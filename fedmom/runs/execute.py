@@ -4,6 +4,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from fedmom.records.identity import identity_of
 from fedmom.records.resume import resume_config
 from fedmom.records.status import Heart, read_status
 from fedmom.rounds.loop import Record, run_rounds
-from fedmom.rounds.plan import Plan, RunState, beginning, round_job
+from fedmom.rounds.plan import Plan, RunState, beginning, own_after, round_job
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback, Interrupts, Start, interrupts_held
 from fedmom.runs.cautions import cautions
@@ -238,7 +239,9 @@ class _Run:
             before = read_status(self.folder.path)
             if before.status not in ("done", "running", "unfinished"):
                 self.notes.append(f"it was {before.text}")
-            done, self.stamp = self.folder.load(self.identity, done, self.problem.device)
+            done, self.stamp = self.folder.load(
+                self.identity, done, self.problem.device, partial(own_after, self.problem, self.plan)
+            )
             # A finished run keeps what its last round measured; in a longer one that round is like any other.
             last, plan = done.round, self.plan
             lost = of_rounds(self.config, not plan.evaluates(last), not plan.looks_at_clients(last))

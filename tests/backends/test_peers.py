@@ -18,7 +18,7 @@ from fedmom.config.build import make_plan, make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError, InputError
-from fedmom.method.topology import make_topology
+from fedmom.method.decentralized.topology import make_topology
 from fedmom.records.files import read_about, read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.rounds.loop import run_rounds
@@ -208,7 +208,7 @@ def test_a_lost_link_can_be_skipped_where_w_is_symmetric(monkeypatch):
     fewer = without_blocks(ring, [np.array([0, 1, 2]), np.array([3, 4])], [(0, 1)])
     from fedmom.engine.engine import Engine
     from fedmom.engine.gossip import GossipRounds
-    from fedmom.method.topology import Topology
+    from fedmom.method.decentralized.topology import Topology
 
     alone = plan._replace(topology=Topology("fewer", [fewer]))
     engine = GossipRounds(Engine(problem, plan.method, path="vmap", chunk_size=5), alone.topology, "cpu")

@@ -21,7 +21,7 @@ from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.errors import InputError
-from fedmom.method.topology import make_topology
+from fedmom.method.decentralized.topology import make_topology
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import beginning, round_job
 from laws import table

@@ -9,12 +9,13 @@ import laws
 from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds, mean_of
 from fedmom.errors import InputError
-from fedmom.method.algorithms import MOMENTUM_POLICIES, Method, exchange_average, start_average
-from fedmom.method.graphs import TOPOLOGIES
-from fedmom.method.mixing import Block, mix_buffers, spread
+from fedmom.method.algorithms import Method
+from fedmom.method.decentralized.graphs import TOPOLOGIES
+from fedmom.method.decentralized.mixing import Block, mix_buffers, spread
+from fedmom.method.decentralized.topology import Mixing, Topology, make_topology
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import ClientState
-from fedmom.method.topology import Mixing, Topology, make_topology
+from fedmom.method.states.policies import MOMENTUM_POLICIES, exchange_average, start_average
 from fedmom.records.files import read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows

@@ -20,9 +20,9 @@ from fedmom.config.resolve import resolve
 from fedmom.engine import auto
 from fedmom.engine.auto import Choice, choose
 from fedmom.engine.paths import PATHS
+from fedmom.engine.plain.yardstick import Yardstick
 from fedmom.engine.stacked import timings
 from fedmom.engine.stacked.timings import KnownWays
-from fedmom.engine.yardstick import Yardstick
 from fedmom.machine.cache import Kept
 from fedmom.machine.precision import allow_tf32
 from fedmom.records.identity import identity_of

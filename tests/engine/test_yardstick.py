@@ -14,7 +14,7 @@ from fedmom.engine import yardstick
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.paths import PATHS
-from fedmom.engine.yardstick import Yardstick
+from fedmom.engine.plain.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.method import algorithms
 from fedmom.method.state import row_of

@@ -15,8 +15,8 @@ from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.flower.private import push_error
 from fedmom.method.algorithms import Method
+from fedmom.method.decentralized.topology import make_topology
 from fedmom.method.state import flatten
-from fedmom.method.topology import make_topology
 from fedmom.runs.callbacks import Callback, Listener
 from grids import LocalGrid, run_config
 from laws import table

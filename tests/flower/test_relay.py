@@ -11,8 +11,8 @@ from clients.client_app import app as client_app
 from fedmom.backends.trainer import warm_node
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.algorithms import Method
+from fedmom.method.decentralized.topology import make_topology
 from fedmom.method.state import flatten
-from fedmom.method.topology import make_topology
 from fedmom.records.history import read_rounds
 from grids import LocalGrid, run_config
 from laws import table

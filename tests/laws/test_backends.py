@@ -22,7 +22,7 @@ from fedmom.config.load import flat, load
 from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError, DivergedError
 from fedmom.flower.grid import RayGrid
-from fedmom.method.algorithms import MOMENTUM_POLICIES
+from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import Plan, RunState, beginning, cohort
 from fedmom.rounds.round import Backend, Outcome

@@ -16,7 +16,8 @@ import oracle
 from both_sides import QUADRATIC, by_flower
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
-from fedmom.method.algorithms import Correction, Method
+from fedmom.method.algorithms import Method
+from fedmom.method.corrections import Correction
 from fedmom.method.schedules import LearningRate
 from fedmom.records.files import read_tensors
 from fedmom.rounds.loop import run_rounds

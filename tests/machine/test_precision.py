@@ -10,7 +10,7 @@ from fedmom.config.build import set_up_torch
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.stacked.convolutions import _described
-from fedmom.engine.stacked.updates import first_update, update
+from fedmom.engine.stacked.updates.sgd import first_update, update
 from fedmom.errors import InputError
 from fedmom.machine.precision import allow_tf32, convolves_in_tf32, multiplies_in_tf32
 from fedmom.method.algorithms import Method, momentum_step

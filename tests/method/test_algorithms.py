@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fedmom.method.algorithms import local_step, slow_step
+from fedmom.method.outer import slow_step
 from fedmom.method.state import ClientState
+from fedmom.method.step import local_step
 from laws import table
 
 F64 = torch.float64

@@ -13,10 +13,10 @@ from fedmom.config.build import make_plan
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.engine import Engine
-from fedmom.engine.yardstick import Yardstick
+from fedmom.engine.plain.yardstick import Yardstick
 from fedmom.errors import InputError
 from fedmom.method import algorithms
-from fedmom.method.algorithms import Correction
+from fedmom.method.corrections import Correction
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import beginning, round_job
 from runs import F64, image_problem, simple_plan

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fedmom.errors import InputError
-from fedmom.method.graphs import TOPOLOGIES, GraphOptions, torus_shape
-from fedmom.method.topology import Mixing, Topology, from_edges, make_topology
+from fedmom.method.decentralized.graphs import TOPOLOGIES, GraphOptions, torus_shape
+from fedmom.method.decentralized.topology import Mixing, Topology, from_edges, make_topology
 from laws import table
 
 SIZES = [1, 2, 3, 4, 9, 16]

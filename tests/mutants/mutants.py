@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from change import Change, both, code, constant, entry
-from fedmom.method.algorithms import start_local
+from fedmom.method.states.policies import start_local
 
 # The fast tests that `python tests/mutants` runs under every mutant of a part: where its laws are stated.
 PARTS = {
@@ -64,13 +64,21 @@ class Mutant(NamedTuple):
     test: str  # the node id of a test that must fail
 
 
-ALGORITHMS, AVERAGING, MIXING = "fedmom.method.algorithms", "fedmom.method.averaging", "fedmom.method.mixing"
-TOPOLOGY, GRAPHS, SCHEDULES = "fedmom.method.topology", "fedmom.method.graphs", "fedmom.method.schedules"
+ALGORITHMS, AVERAGING, MIXING = (
+    "fedmom.method.algorithms",
+    "fedmom.method.averaging",
+    "fedmom.method.decentralized.mixing",
+)
+TOPOLOGY, GRAPHS, SCHEDULES = (
+    "fedmom.method.decentralized.topology",
+    "fedmom.method.decentralized.graphs",
+    "fedmom.method.schedules",
+)
 LOOP, PLAN = "fedmom.rounds.loop", "fedmom.rounds.plan"
 ENGINE, GOSSIP = "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 FOLDED, ADAPTERS = "fedmom.engine.stacked.folded", "fedmom.tasks.models.adapters"
 STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.RoundSums"
-UPDATES, REPLAYS = "fedmom.engine.stacked.updates", "fedmom.engine.stacked.cuda_graphs.Replays"
+UPDATES, REPLAYS = "fedmom.engine.stacked.updates.sgd", "fedmom.engine.stacked.cuda_graphs.Replays"
 RECORDING, AGREEMENT = "fedmom.engine.stacked.cuda_graphs._Recording", "fedmom.engine.stacked.agreement"
 PLAIN = "fedmom.engine.engine.PlainRunner"
 BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.supervised.Supervised"

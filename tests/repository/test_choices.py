@@ -10,8 +10,9 @@ from fedmom.data.partition import PARTITIONS
 from fedmom.data.shipped import DATASETS
 from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
-from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES
-from fedmom.method.graphs import TOPOLOGIES
+from fedmom.method.algorithms import ALGORITHMS
+from fedmom.method.decentralized.graphs import TOPOLOGIES
+from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.tasks.models import MODELS
 from fedmom.tasks.problem import DATA_KINDS
 from sources import tree_of
@@ -26,7 +27,8 @@ TABLES = {
     "fedmom/engine/stacked/convolutions.py": CONVOLUTIONS,
     "fedmom/method/algorithms.py": {**ALGORITHMS, **MOMENTUM_POLICIES},
     "fedmom/tasks/models/table.py": MODELS,
-    "fedmom/method/graphs.py": TOPOLOGIES.keys() - {"path"},  # which is also a key of what updates are about
+    "fedmom/method/decentralized/graphs.py": TOPOLOGIES.keys()
+    - {"path"},  # which is also a key of what updates are about
     "fedmom/tasks/problem.py": DATA_KINDS,
 }
 

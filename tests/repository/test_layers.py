@@ -54,7 +54,7 @@ EXTRAS = {
     "torchvision": ("fedmom/data/shipped.py",),
     "PIL": ("fedmom/data/sources/images.py",),
     "datasets": ("fedmom/data/sources/hugging_face.py",),
-    "networkx": ("fedmom/method/graphs.py",),
+    "networkx": ("fedmom/method/decentralized/graphs.py",),
     "matplotlib": ("fedmom/results/pictures/",),
     "plotly": ("fedmom/results/page/write.py",),
     "jinja2": ("fedmom/results/page/write.py",),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedmom.cli import main
 from fedmom.errors import InputError
-from fedmom.method.algorithms import MOMENTUM_POLICIES
+from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.results.compare import default_out, draw_figures, write_tables
 from fedmom.results.comparison import (
     AXES,

@@ -8,8 +8,8 @@ import pytest
 from pictures import pixels, where
 
 from fedmom.errors import InputError
-from fedmom.method.graphs import TOPOLOGIES
-from fedmom.method.topology import make_topology
+from fedmom.method.decentralized.graphs import TOPOLOGIES
+from fedmom.method.decentralized.topology import make_topology
 from fedmom.results.comparison import run_sheets
 from fedmom.results.pictures import curves, partition, style, topology
 from fedmom.results.pictures.curves import draw_curves

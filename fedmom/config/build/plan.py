@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from fedmom.config.keys import Config
+from fedmom.config.method.outer import outer_of
+from fedmom.config.method.states import parse_states
 from fedmom.config.numbers import parse_numbers
 from fedmom.config.strategies import OURS
 from fedmom.errors import InputError
-from fedmom.method.algorithms import ALGORITHMS, Correct, Correction, Method, takes_key
-from fedmom.method.graphs import GraphOptions
+from fedmom.method.algorithms import ALGORITHMS, Method
+from fedmom.method.corrections import Correct, Correction, takes_key
+from fedmom.method.decentralized.graphs import GraphOptions
+from fedmom.method.decentralized.topology import Topology, make_topology
 from fedmom.method.randomness import CORRECTION, random_bits
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import Tree
-from fedmom.method.topology import Topology, make_topology
 from fedmom.rounds.plan import Plan
 from fedmom.rounds.watched import watched_class
 from fedmom.user_code import is_spec, load_object, one_line
@@ -41,6 +44,10 @@ def make_plan(config: Config) -> Plan:
             momentum_policy=algorithm.momentum_policy,
             running_var=algorithm.running_var,
             correction=_correction_of(config),
+            optimizer=algorithm.optimizer,
+            beta2=algorithm.beta2,
+            eps=algorithm.eps,
+            states=parse_states(algorithm.states),
         ),
         rate=rate,
         num_rounds=config.run.num_rounds,
@@ -52,8 +59,7 @@ def make_plan(config: Config) -> Plan:
         client_weights=algorithm.client_weights,
         eval_every=config.run.eval_every,
         num_steps=config.run.num_steps,
-        slow_momentum=algorithm.slow_momentum,
-        slow_lr=algorithm.slow_lr,
+        outer=outer_of(config),
         topology=topology_of(config),
         client_eval_every=config.run.client_eval_every,
         personal_steps=config.run.personal_steps,
@@ -64,7 +70,7 @@ def make_plan(config: Config) -> Plan:
 def _check_numbers(config: Config) -> None:
     """What the method multiplies by must be a number of the dtype in which it is done."""
     largest = torch.finfo(getattr(torch, config.run.dtype)).max
-    for key in ("lr", "weight_decay", "slow_lr"):
+    for key in ("lr", "weight_decay", "slow_lr", "outer_lr"):
         value = getattr(config.algorithm, key)
         if value > largest:
             name, dtype = key.replace("_", "-"), config.run.dtype

@@ -5,8 +5,8 @@ is an outer product, g_j = δ_jᵀ h_j over the M rows of a minibatch. So after 
 
     x = p x̂ + q û + Σ_j a_j g_j,    u = p' x̂ + q' û + Σ_j b_j g_j,
 
-with numbers p, q, a, p', q', b that are the same for all clients and obey the method's own recursion: they are what
-`momentum_step` makes of them. Then h xᵀ = h (p x̂ + q û)ᵀ + Σ_j a_j (h h_jᵀ) δ_j is one ordinary product with weights
+with numbers p, q, a, p', q', b that are the same for all clients and obey the method's own recursion: what sgd.py
+makes of them. Then h xᵀ = h (p x̂ + q û)ᵀ + Σ_j a_j (h h_jᵀ) δ_j is one ordinary product with weights
 that all clients share and small corrections; so is δ x in the backward pass; and the means of x and u over clients are
 one product over all K·I·M rows. Memory is K·I·M·(in + out) instead of K·in·out, and work is less where I·M is below
 about the layer's width. Exact: any lr schedule, option I or II, and weight decay only change the numbers.
@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedmom.engine.stacked.kernels.registry import Fused, register
-from fedmom.engine.stacked.updates import Number, times
-from fedmom.method.algorithms import momentum_step
-from fedmom.method.state import ClientState
+from fedmom.engine.stacked.updates.sgd import Number, times
+from fedmom.method.optimizers import optimizer, sgd
 
 _FEW, _LONG = 16, 1024  # rows of so many, of such a length: cuBLAS takes one program or two for a client
 
@@ -37,13 +36,12 @@ def numbers(lrs: list[float], *, beta: float, nesterov: bool, weight_decay: floa
     """The method run on coefficients in the place of weights (Yu, Jin, Yang 2019, Algorithm 1)."""
     count = len(lrs)
     unit = torch.eye(2 + count, dtype=torch.float64)
-    state = ClientState({"": unit[0]}, {"": unit[1]}, {})
-    found = [state]
+    x, states, by = unit[0], {"u": unit[1]}, optimizer.Numbers(beta, nesterov=nesterov)
+    found = [(x, states["u"])]
     for s, lr in enumerate(lrs):
-        gradient = unit[2 + s] + weight_decay * state.params[""]
-        state = momentum_step(state, {"": gradient}, lr=lr, beta=beta, nesterov=nesterov)
-        found.append(state)
-    return Numbers(*(torch.stack([getattr(state, part)[""] for state in found]) for part in ("params", "momentum")))
+        x, states = sgd.sgd(x, states, unit[2 + s] + weight_decay * x, lr, by)
+        found.append((x, states["u"]))
+    return Numbers(*(torch.stack(rows) for rows in zip(*found, strict=True)))
 
 
 class Coefficients(NamedTuple):

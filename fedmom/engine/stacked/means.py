@@ -15,7 +15,7 @@ from torch import Tensor
 from fedmom.engine.stacked.factors import Factors
 from fedmom.machine.graphs import coming
 from fedmom.method.averaging import MEAN, VAR, WeightedMean
-from fedmom.method.state import ClientState, Tree
+from fedmom.method.state import ClientState, Tree, is_momentum
 
 F64 = torch.float64
 _SMALL = 1 << 14  # numbers: tensors up to this are taken together, since calls cost more there than passes
@@ -109,13 +109,16 @@ def row_norms(rows: Tensor) -> Tensor:
 
 
 def _together(rows: Tree) -> list[tuple[str, ...]]:
-    """Every large tensor alone, the small ones of a dtype together; whatever the order of the dict, the same order."""
-    alone, small = list[tuple[str, ...]](), dict[torch.dtype, list[str]]()
+    """Every large tensor alone, the small ones of a dtype together; whatever the order of the dict, the same order.
+
+    Of the optimizer's states those that are a momentum stay apart from the others, which the spread leaves out.
+    """
+    alone, small = list[tuple[str, ...]](), dict[tuple[torch.dtype, bool], list[str]]()
     for name in sorted(rows):
         if rows[name][0].numel() > _SMALL:
             alone.append((name,))
         else:
-            small.setdefault(rows[name].dtype, []).append(name)
+            small.setdefault((rows[name].dtype, is_momentum(name)), []).append(name)
     return alone + [tuple(names) for names in small.values()]
 
 
@@ -187,7 +190,8 @@ class RoundSums:
         norms = torch._foreach_norm(list(self.total.split(sizes))) if sizes else []
         facts = coming(torch.cat([losses, *(norm.reshape(1) for norm in norms), self.squares, *looks.values()]))
         counts = [len(losses), len(sizes), len(sizes), len(looks)]
-        known = [part for part, _ in self.layout], self.weight, self.count, list(looks)  # and no sums, which are large
+        spread = [part if part == "params" or is_momentum(names[0]) else "" for part, names in self.layout]
+        known = spread, self.weight, self.count, list(looks)  # and no sums, which are large
         return mean, lambda: _round_end(*known, *facts().split(counts))
 
     def _means(self) -> Tensor:
@@ -223,7 +227,7 @@ def _round_end(
     largest: Tensor,
 ) -> RoundEnd:
     """Of `count` clients' sums: ‖Σ w (· − base)‖ and Σ w ‖· − base‖² of each group, and its part."""
-    spreads = {"params": 0.0, "momentum": 0.0}
+    spreads = {"params": 0.0, "momentum": 0.0, "": 0.0}
     for part, away, square in zip(parts, norms.tolist(), squares.tolist(), strict=True):
         spreads[part] += square / weight - (away / weight) * (away / weight)
     if count == 1:

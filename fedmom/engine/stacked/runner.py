@@ -8,9 +8,8 @@ from torch import Tensor
 from fedmom.engine.stacked.cuda_graphs import Replays
 from fedmom.engine.stacked.means import RoundSums, RowsEnded, distances
 from fedmom.engine.stacked.steps import Stack
-from fedmom.method.algorithms import MOMENTUM_POLICIES
 from fedmom.method.state import ClientState, Tree, row_of, stacked
-from fedmom.rounds.personal import with_own, without_own
+from fedmom.rounds.own import own_of, with_own, without_own
 from fedmom.rounds.round import Job, Progress, part_of
 
 
@@ -21,16 +20,8 @@ class ChunkOutcome(NamedTuple):
     weights: Tensor  # [K] in main memory
     losses: Tensor  # [K] float64, mean over each client's own steps
     points: Sequence[Tensor] = ()  # Σ w x after every local step, for small problems; else empty
-    momentum: Tree | None = None  # [K, ...] the clients' own u at the end, in main memory, for policy "local"
+    own: ClientState | None = None  # [K, ...] what the clients go on with by themselves, in main memory
     correction: Tree | None = None  # [K, ...] likewise their own states of a correction
-    personal: ClientState | None = None  # [K, ...] likewise their own tensors
-
-
-def own_momentum(job: Job, momentum: Tree, *, copy: bool = False) -> Tree | None:
-    """A chunk's own u [K, ...] where the job keeps all of them; `copy`: also if it is there already."""
-    if job.momentum is None:
-        return None
-    return {name: u.to(job.momentum[name].device, copy=copy) for name, u in momentum.items()}
 
 
 class StackRunner:
@@ -41,47 +32,40 @@ class StackRunner:
         self.stack, self.replays, self.order = stack, replays, order
 
     def sums(self, start: ClientState) -> RoundSums:
-        return RoundSums(self._begun(start), self.stack.method.running_var)
-
-    def _begun(self, start: ClientState) -> ClientState:
-        """Where all clients start: by a policy that gives each a u of its own, x alone."""
-        policy = MOMENTUM_POLICIES[self.stack.method.momentum_policy]
-        return start if policy.keeps_rows else start._replace(momentum=policy.start(start.momentum, None))
+        return RoundSums(start, self.stack.method.running_var)
 
     def from_start(
         self, start: ClientState, job: Job, chunks: Sequence[Tensor], progress: Progress | None
     ) -> Iterator[ChunkOutcome]:
-        policy = MOMENTUM_POLICIES[self.stack.method.momentum_policy]
         even = bool((job.num_steps == len(job.lrs)).all())
-        start = self._begun(start)
-        if even and self.replays is not None and not policy.keeps_rows and job.personal is None:
+        if even and self.replays is not None and not self._has_own(start, job):
             parts = [part_of(job, places) for places in chunks]
             replayed = zip(self.replays.run(start, parts, progress), parts, strict=True)
             return (ChunkOutcome(moved, part.weights, moved.losses.clone()) for moved, part in replayed)
 
         def run(places: Tensor) -> ChunkOutcome:
             part = part_of(job, places, self.stack.problem.device)
-            momentum = policy.start(start.momentum, part.momentum) if policy.keeps_rows else None
-            personal: ClientState | None = None
-            if part.personal is None:
-                ended = self.stack.run(start, part, momentum=momentum, even=even, progress=progress)
-            else:
-                ended, personal = self._from_own(start, part, momentum, progress)
-            # A copy, since `distances` writes over the rows.
-            own = own_momentum(job, ended.momentum, copy=True) if policy.keeps_rows else None
-            return ChunkOutcome(distances(start, ended), part.weights, ended.losses, momentum=own, personal=personal)
+            ended = self._run(start, part, even, progress)
+            shared, own = without_own(self.stack.problem, self.stack.method, ClientState(*ended[:3]), part)
+            ended = ended._replace(params=shared.params, momentum=shared.momentum, buffers=shared.buffers)
+            return ChunkOutcome(distances(start, ended), part.weights, ended.losses, own=own)
 
         return map(run, chunks)
 
-    def _from_own(
-        self, start: ClientState, part: Job, momentum: Tree | None, progress: Progress | None
-    ) -> tuple[RowsEnded, ClientState | None]:
-        """All local steps from `start` and the clients' own tensors -> (the rows that are averaged, their own)."""
-        rows = stacked(start, len(part.clients))
-        rows = with_own(rows if momentum is None else rows._replace(momentum=momentum), part, self.order)
-        ended = self.stack.run(row_of(rows, 0), part._replace(personal=None), rows=rows, progress=progress)
-        shared, own = without_own(ClientState(*ended[:3]), part)
-        return ended._replace(params=shared.params, momentum=shared.momentum, buffers=shared.buffers), own
+    def _has_own(self, start: ClientState, job: Job) -> bool:
+        """Whether clients begin with something of their own, or go on with it."""
+        problem, method = self.stack.problem, self.stack.method
+        return job.own is not None or (job.keeps and any(own_of(problem, method, start, job.round_index + 1)))
+
+    def _run(self, start: ClientState, part: Job, even: bool, progress: Progress | None) -> RowsEnded:
+        """All local steps from `start` and what the clients have of their own."""
+        own = part.own
+        if own is None or not (own.params or own.buffers):  # the first step is one for all: they share x
+            momentum = None if own is None else own.momentum
+            even = even and not self._has_own(start, part)  # dense layers in factors have no rows to give back
+            return self.stack.run(start, part, momentum=momentum, even=even, progress=progress)
+        rows = with_own(stacked(start, len(part.clients)), part, self.order)
+        return self.stack.run(row_of(rows, 0), part._replace(own=None), rows=rows, progress=progress)
 
     def from_rows(self, job: Job, chunks: Sequence[Tensor], progress: Progress | None) -> Iterator[ChunkOutcome]:
         def run(places: Tensor) -> ChunkOutcome:

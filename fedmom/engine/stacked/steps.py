@@ -20,7 +20,8 @@ from fedmom.engine.stacked.folded.dense import FoldedLinear
 from fedmom.engine.stacked.folded.fold import fold
 from fedmom.engine.stacked.fusing.patterns import fuse
 from fedmom.engine.stacked.means import RowsEnded
-from fedmom.engine.stacked.updates import Number, first_update, update
+from fedmom.engine.stacked.updates import others
+from fedmom.engine.stacked.updates.sgd import Number, first_update, update
 from fedmom.method.algorithms import Method
 from fedmom.method.state import ClientState, Tree, rows_of
 from fedmom.rounds.round import Job, Progress, part_of
@@ -68,6 +69,8 @@ class Stack:
             raise FoldError(f"{type(problem).__name__} has no layers")
         if method.correction is not None:
             raise FoldError("algorithm.correction is written for one client")
+        if factors is not False and not method.by.linear:
+            raise FoldError(f"dense layers in factors need algorithm.optimizer = 'sgd', not {method.optimizer!r}")
         self.problem: Supervised = problem
         self.method, self.factors = method, factors
         self.model, self.clients = fold(problem.model, problem.few_examples(3))
@@ -243,7 +246,9 @@ class Stack:
             losses.sum().backward()
         with torch.no_grad():
             grads = [torch.zeros_like(x) if x.grad is None else x.grad.contiguous() for x in leaves.values()]
-            if shared:
+            if not self.method.by.linear:
+                self._move(start, state, dict(zip(names, grads, strict=True)), K, lr, shared=shared)
+            elif shared:
                 for n, g in zip(names, grads, strict=True):
                     before = state.momentum.get(n, start.momentum[n])
                     state.params[n], state.momentum[n] = first_update(self.method, start.params[n], before, g, lr)
@@ -253,6 +258,16 @@ class Stack:
         for factors in state.factors.values():
             factors.advance()
         return losses.detach().to(F64)
+
+    def _move(self, start: ClientState, state: "_Rows", grads: Tree, K: int, lr: Number, *, shared: bool) -> None:
+        """The step of another optimizer than SGD."""
+        if shared:
+            x, states = others.first_step(self.method, start.params, start.momentum, state.momentum, grads, lr)
+            state.params |= x
+            state.momentum |= states
+        else:
+            x, states = ({n: v[:K] for n, v in tree.items()} for tree in (state.params, state.momentum))
+            others.step(self.method, x, states, grads, lr)
 
 
 class _Rows:

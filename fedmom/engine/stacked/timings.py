@@ -24,7 +24,8 @@ from fedmom.machine.cache import Kept, folder
 from fedmom.machine.cores import processor, usable_cores
 from fedmom.machine.graphs import cuda_graph
 from fedmom.machine.precision import tf32_allowed
-from fedmom.method.algorithms import Method, user_object
+from fedmom.method.algorithms import Method
+from fedmom.method.corrections import user_object
 from fedmom.method.state import ClientState
 from fedmom.rounds.round import Job
 from fedmom.tasks.kinds import Named
@@ -148,6 +149,7 @@ def _situation(problem: Problem, method: Method, start: ClientState, job: Job, a
         "clients": [len(problem.sizes), int(problem.sizes.sum())],
         "job": [len(job.clients), len(job.lrs), int(job.num_steps.sum())],
         "method": [method.beta == 0, method.nesterov, method.weight_decay == 0, method.momentum_policy],
+        "optimizer": [method.optimizer, method.rules.has_rows],
         "running_var": method.running_var,
         "problem": [type(problem).__qualname__, problem.small],
         "asked": list(asked),

@@ -12,7 +12,8 @@ from fedmom.config.keys import KEYS, Scalar
 from fedmom.config.load import load, toml_scalar
 from fedmom.data.partition import Partition
 from fedmom.errors import InputError
-from fedmom.method.algorithms import ALGORITHMS, MOMENTUM_POLICIES
+from fedmom.method.algorithms import ALGORITHMS
+from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.records.files import CONFIG
 from fedmom.records.history import LOOKED
 from fedmom.results.comparison import AXES, Target, all_sheets

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedmom.method.graphs import Layout, torus_shape
-from fedmom.method.topology import Topology
+from fedmom.method.decentralized.graphs import Layout, torus_shape
+from fedmom.method.decentralized.topology import Topology
 from fedmom.results.pictures.style import COLOURS, DARK, LIGHT, new_figure, plain_axes, save_picture
 
 MAX_ARROWS = 80  # links; more are drawn as plain lines

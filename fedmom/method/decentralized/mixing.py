@@ -5,15 +5,17 @@ Yu, Jin, Yang (ICML 2019), Algorithm 2: u_i <- Σ_j ũ_j W_ji and x_i <- Σ_j x�
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.method.algorithms import MOMENTUM_POLICIES, Rows
 from fedmom.method.averaging import MEAN, VAR
-from fedmom.method.state import ClientState, Tree
-from fedmom.method.topology import Mixing
+from fedmom.method.decentralized.topology import Mixing
+from fedmom.method.state import ClientState, Tree, X, state_of
+from fedmom.method.states.policies import MOMENTUM_POLICIES, Rows
+from fedmom.method.states.rules import Rules
 
 # Above this share of non-zero entries, and for few clients, one dense product is faster (measured: docs/log.md).
 _DENSE_SHARE, _DENSE_CLIENTS = 0.07, 64
@@ -75,33 +77,48 @@ def mix_buffers(apply: Apply, buffers: Tree, own: Tree, pooled: bool) -> Tree:
     return mixed
 
 
+def _mixed(apply: Apply, tree: Tree) -> Tree:
+    return {name: apply(value) for name, value in tree.items()}
+
+
 def combine(
     apply: Apply,
     after: ClientState,
     *,
     own: ClientState,
     before: ClientState,
-    policy: str,
+    rules: Rules,
+    number: int,
     lr: float,
     beta: float,
     pooled: bool,
 ) -> ClientState:
-    """Everybody's rows after the local steps -> the receivers' next start.
+    """Everybody's rows after the local steps of round 1, 2, … (`number`) -> the receivers' next start.
 
-    after: rows of all senders; own: the receivers' part of them; before: the receivers' rows before the round.
+    after: rows of all senders; own: the receivers' part of them; before: the receivers' rows before the round. A state
+    that is not exchanged in this round stays what it is.
     """
-    params = {name: apply(x) for name, x in after.params.items()}
-    rows = Rows(
-        mix=lambda: {name: apply(u) for name, u in after.momentum.items()},
-        own=own.momentum,
-        u_before=before.momentum,
-        x_before=before.params,
-        x_mixed=params,
-        lr=lr,
-        beta=beta,
-    )
-    momentum = MOMENTUM_POLICIES[policy].exchange(rows)
-    return ClientState(params, momentum, mix_buffers(apply, after.buffers, own.buffers, pooled))
+    params, buffers = own.params, own.buffers
+    if rules.exchanged(X, number):
+        params = _mixed(apply, after.params)
+        buffers = mix_buffers(apply, after.buffers, own.buffers, pooled)
+    momentum, groups = dict(own.momentum), dict[str, list[str]]()
+    for name in own.momentum:
+        groups.setdefault(state_of(name), []).append(name)
+    for state, names in groups.items():
+        policy, period = rules.of(state)
+        if number % period == 0:
+            rows = Rows(
+                mix=partial(_mixed, apply, {name: after.momentum[name] for name in names if name in after.momentum}),
+                own={name: own.momentum[name] for name in names},
+                u_before={name: before.momentum[name] for name in names},
+                x_before=before.params,
+                x_mixed=params,
+                lr=lr,
+                beta=beta,
+            )
+            momentum |= MOMENTUM_POLICIES[policy].exchange(rows)
+    return ClientState(params, momentum, buffers)
 
 
 class Blocks:
@@ -117,10 +134,12 @@ class Blocks:
         return found[1]
 
 
-def spread(rows: Tree) -> float:
-    """(1/N) Σ ‖row_i − mean‖² over clients, all tensors together."""
+def spread(rows: Tree, counts: Callable[[str], bool] = lambda name: True) -> float:
+    """(1/N) Σ ‖row_i − mean‖² over clients, all tensors together whose name `counts`."""
     total = 0.0
-    for value in rows.values():
+    for name, value in rows.items():
+        if not counts(name):
+            continue
         away = value - value.mean(0)
         total += float(torch.linalg.vector_norm(away, dtype=torch.float64)) ** 2
     return total / max(1, len(next(iter(rows.values()), torch.empty(1))))

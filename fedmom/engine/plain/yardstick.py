@@ -6,6 +6,7 @@ buffers, losses and spreads after two steps, to rounding of the whole step.
 """
 
 import copy
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,16 +18,19 @@ from fedmom.data.inputs import called_with
 from fedmom.engine.calls import Precision
 from fedmom.engine.engine import Engine
 from fedmom.engine.paths import PATHS, is_plain
+from fedmom.engine.plain.steps import PLAIN_STEPS
 from fedmom.engine.stacked.agreement import Reached, distance, is_all_finite
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS, PLAIN
 from fedmom.engine.stacked.cuda_graphs import COMINGS
 from fedmom.errors import InputError
 from fedmom.machine.precision import exactly
-from fedmom.method.algorithms import MOMENTUM_POLICIES, Correction, Method, takes_key
+from fedmom.method.algorithms import Method
 from fedmom.method.averaging import WeightedMean
+from fedmom.method.corrections import Correction, takes_key
 from fedmom.method.randomness import random_bits, uniform
-from fedmom.method.state import ClientState, Tree, row_of
+from fedmom.method.state import CLOCK, ClientState, Tree, full_name, is_among, joined, row_of, to_device
 from fedmom.rounds.correction import start_of
+from fedmom.rounds.own import PARTS
 from fedmom.rounds.round import Job
 from fedmom.tasks.places import copied
 from fedmom.tasks.supervised import Batch, Supervised, one_of_batch
@@ -63,6 +67,7 @@ class Yardstick:
     def _measure(self, problem: Supervised, job: Job, count: int) -> None:
         """What plain torch comes to, in as much time as there is, from a start at which it is finite."""
         self.problem, self.note, self.tolerance = problem, "", _EXACT
+        self.problem.personal = frozenset()  # of the clients' own there is nothing here, and all is compared
         self.model = copied(problem.model)  # as it was before any step
         with Precision() as seen:
             self._try(job)
@@ -146,7 +151,9 @@ class Yardstick:
             num_steps=steps,
             weights=weights,
             lrs=list(self.lrs),
-            momentum=None,
+            own=None,
+            keeps=True,
+            round_index=0,
             rows=None,
             correction=None,
             following=None,
@@ -155,14 +162,21 @@ class Yardstick:
     def _begin(self, count: int, by: float) -> tuple[ClientState, ClientState]:
         """(the common start, every client's own start [C, ...]): x off the model's own, u not zero."""
         own, client = start_of(self.problem, self.method)
-        policy = MOMENTUM_POLICIES[self.method.momentum_policy]
         common = self._moved(own, 0, by)
-        rows = [self._moved(own, 1 + i, by) if self.own_rows or policy.keeps_rows else common for i in range(count)]
+        has_rows = self.own_rows or self.method.rules.has_rows
+        rows = [self._moved(own, 1 + i, by) if has_rows else common for i in range(count)]
         if not self.own_rows:  # as a round begins, which the engine does by itself
-            rows = [common._replace(momentum=policy.start(common.momentum, row.momentum)) for row in rows]
+            begun = common._replace(momentum=self.method.rules.begun(common.momentum, 0))
+            rows = [joined(begun, self._own(row), begun) for row in rows]
             rows = [row._replace(correction=_off(client, i, by)) for i, row in enumerate(rows)]
         trees = zip(*rows, strict=True)
         return common, ClientState(*({n: torch.stack([t[n] for t in tree]) for n in tree[0]} for tree in trees))
+
+    def _own(self, state: ClientState) -> ClientState:
+        """Of a state, stacked or not, what a client goes on with by itself after a first round."""
+        problem, keeps = self.problem, self.method.rules.keeps
+        parts = [{n: v for n, v in t.items() if keeps(p, n, 1)} for p, t in zip(PARTS, state[:3], strict=True)]
+        return ClientState(*({n: v for n, v in t.items() if not is_among(n, problem.personal)} for t in parts))
 
     def _moved(self, own: ClientState, which: int, by: float) -> ClientState:
         params, momentum = {}, {}
@@ -170,7 +184,12 @@ class Yardstick:
             places = torch.arange(x.numel(), device=x.device).reshape(x.shape)
             away = [(2 * uniform(which, number, part, places) - 1).to(x.dtype) for part in (0, 1)]
             size = x.abs() + (x.square().mean().sqrt() if x.numel() else 0) + 1e-3
-            params[name], momentum[name] = x + by * size * away[0], 0.1 * size * away[1]
+            params[name] = x + by * size * away[0]
+            for state in self.method.by.kept():
+                value = 0.1 * size * away[1]
+                if state.endswith(CLOCK):  # far from 0 and from 1
+                    value = x.new_full((), 0.5 + 0.1 * math.cos(which + number))
+                momentum[full_name(state, name)] = value.square() if state == "v" else value
         return ClientState(
             params, momentum, {n: b.clone() for n, b in own.buffers.items()}, _off(own.correction, 9, by)
         )
@@ -200,8 +219,8 @@ class Yardstick:
             mean.add(ClientState(*({n: v[None] for n, v in tree.items()} for tree in state)), weight)
         averages = mean.mean()
         states = [averages]
-        if MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows:
-            states += [ClientState({}, state.momentum, {}) for state in ends]
+        if any(self._own(ends[0])):
+            states += [self._own(state) for state in ends]
         if any(memories):
             states += [ClientState({}, {}, {}, kept) for kept in memories]
         return Reached(states, every, (mean.spread("params"), mean.spread("momentum")))
@@ -219,7 +238,8 @@ class Yardstick:
             for name, b in start.buffers.items():
                 buffers[name].copy_(b)
         begun = {name: p.detach().clone() for name, p in here.items()}
-        momenta = {n: _as(p, start.momentum[n]).clone() for n, p in here.items()}
+        kept, step = m.by.kept(), PLAIN_STEPS[m.optimizer]
+        memory = {n: {s: self._held(p, start.momentum[full_name(s, n)]) for s in kept} for n, p in here.items()}
         own, total = start.correction, 0.0
         for s, (batch, lr) in enumerate(zip(batches, self.lrs, strict=False)):
             for name in self.problem.dropout_keys:
@@ -231,21 +251,25 @@ class Yardstick:
             loss.backward()
             with torch.no_grad():
                 grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for n, p in here.items()}
-                grads = {n: g + m.weight_decay * here[n] for n, g in grads.items()}
+                decay = m.weight_decay if not m.by.decoupled else 0.0
                 if m.correction is not None:
+                    grads = {n: g + decay * here[n] for n, g in grads.items()}
                     grads, own = self._corrected(i, s, (grads, here, begun), own)
-                # As torch.optim.SGD(momentum=β, nesterov=…) does, whose first step would take seconds to import
-                # torch._dynamo.
+                    grads = {n: g - decay * here[n] for n, g in grads.items()}
                 for n, p in here.items():
-                    momenta[n] = m.beta * momenta[n] + grads[n]
-                    p.sub_(lr * (grads[n] + m.beta * momenta[n] if m.nesterov else momenta[n]))
+                    step(p, memory[n], grads[n], lr, m)
             total += float(loss.detach())
         params = {name: _real(p.detach()) for name, p in here.items()}
-        momentum = {n: _real(u) for n, u in momenta.items()}
+        momentum = {full_name(s, n): _real(memory[n][s]) for n in here for s in kept}
         after = dict(model.named_buffers())
         own, message = self._finished(params, begun, own, len(batches))
         end = ClientState(params, momentum, {n: after[n] for n in start.buffers}, message)
         return end, own, total / len(batches)
+
+    @staticmethod
+    def _held(parameter: Tensor, value: Tensor) -> Tensor:
+        """A state as the parameter itself would hold it; a clock is a number of its own."""
+        return value.clone() if value.ndim == 0 and parameter.ndim else _as(parameter, value).clone()
 
     def _corrected(self, i: int, s: int, trees: Sequence[Mapping[str, Tensor]], own: Tree) -> tuple[Tree, Tree]:
         """Client i's gradient in step s by the correction, and its state; trees: gradient, x and the round's start."""
@@ -277,19 +301,18 @@ class Yardstick:
             rows, losses, _ = engine.run_rows(self.rows, self.job._replace(rows=None))
             return Reached([row_of(rows, i) for i in range(len(losses))], losses.cpu(), (0.0, 0.0))
         job = self.job
-        keeps = MOMENTUM_POLICIES[self.method.momentum_policy].keeps_rows
-        if keeps:
-            job = job._replace(momentum={n: u.cpu() for n, u in self.rows.momentum.items()})
+        if any(own := self._own(self.rows)):
+            job = job._replace(own=to_device(own, "cpu"))
         if self.rows.correction:
             job = job._replace(correction={n: value.cpu() for n, value in self.rows.correction.items()})
         outcome = engine.run_round(self.start, job)
         states = [outcome.mean]
-        if outcome.momentum is not None:
-            own = {n: u.to(self.problem.device) for n, u in outcome.momentum.items()}
-            states += [ClientState({}, {n: u[i] for n, u in own.items()}, {}) for i in range(len(job.clients))]
+        if outcome.own is not None:
+            ended = to_device(self._own(outcome.own), self.problem.device)
+            states += [row_of(ended, i) for i in range(len(job.clients))]
         if outcome.correction is not None:
-            own = {n: value.to(self.problem.device) for n, value in outcome.correction.items()}
-            states += [ClientState({}, {}, {}, {n: v[i] for n, v in own.items()}) for i in range(len(job.clients))]
+            memories = to_device(ClientState({}, {}, {}, outcome.correction), self.problem.device)
+            states += [row_of(memories, i) for i in range(len(job.clients))]
         return Reached(states, outcome.losses.cpu(), (outcome.consensus_distance, outcome.momentum_spread))
 
 

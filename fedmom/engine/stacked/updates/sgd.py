@@ -1,6 +1,6 @@
 """The momentum step of K clients in few passes: u <- βu + g;  x <- x − γu  or  x <- x − γ(βu + g) with the new u.
 
-Algorithm 1 of Yu, Jin, Yang (ICML 2019), as `momentum_step` has it for one client. γ is a number, or a tensor where the
+Algorithm 1 of Yu, Jin, Yang (ICML 2019), as method/optimizers/sgd.py has it. γ is a number, or a tensor where the
 weights are: a CUDA graph that reads it there can be replayed with another γ.
 """
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedmom.errors import InputError, unknown
 from fedmom.machine.files import at_home
-from fedmom.method.graphs import TOPOLOGIES, WEIGHTS, Edges, GraphOptions, Layout
+from fedmom.method.decentralized.graphs import TOPOLOGIES, WEIGHTS, Edges, GraphOptions, Layout
 
 TOLERANCE = 1e-8  # of row and column sums: matrices in files are rounded
 FILES = (".npy", ".csv", ".edges")

@@ -1,0 +1,1 @@
+"""Plain torch, one client after another: what every way of running clients is held to."""

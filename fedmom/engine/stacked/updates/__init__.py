@@ -1,0 +1,1 @@
+"""The optimizers' steps of K stacked clients, in few passes."""

@@ -1,0 +1,1 @@
+"""What becomes of every state between rounds: who averages it, and how often."""
