@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmom.config.load import flat, to_toml
+from fedmom.config.method.said import method_of
 from fedmom.machine.output import nobody_reads
 from fedmom.records.follow import Follower
 from fedmom.records.status import STATUSES, read_status
@@ -98,7 +99,7 @@ def run_view(watched: Watched, width: int) -> RenderableType:
     total = config.run.num_rounds
     done = rounds[-1]["round"] if rounds else 0
     algorithm, data = config.algorithm, config.data
-    what = f"{algorithm.name}, momentum {algorithm.momentum_policy}, N = {data.num_clients}, "
+    what = f"{method_of(config)}, N = {data.num_clients}, "
     what += f"I = {algorithm.num_local_steps}, {data.dataset}, {config.model.name}"
     parts: list[RenderableType] = [Text(what, style="dim")]
     bar = Table.grid(padding=(0, 1))

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.table import Column
 
+from fedmom.config.method.said import method_of
 from fedmom.config.numbers import counted, percent
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.state import ClientState
@@ -179,8 +180,8 @@ class Notes(Callback):
         model = f", {start.config.model.name}" if data_kind(data.dataset).has_examples else ""
         some = f" ({algorithm.cohort_size} per round)" if algorithm.cohort_size < data.num_clients else ""
         some += f", {algorithm.topology}" if ALGORITHMS[algorithm.name].decentralized else ""
-        what = f"{algorithm.name}, option {'II' if algorithm.nesterov else 'I'}, momentum {algorithm.momentum_policy}"
-        self._say(f"{what}: N = {data.num_clients}{some}, {steps}, {run.num_rounds} rounds, {data.dataset}{model}")
+        who = f"N = {data.num_clients}{some}, {steps}, {run.num_rounds} rounds, {data.dataset}{model}"
+        self._say(f"{method_of(start.config)}: {who}")
         if start.folder:  # in one line however long it is, for whoever copies it
             self.console.print(f"run folder: {start.folder}", soft_wrap=True, highlight=False, markup=False)
         if start.first_round > 1:

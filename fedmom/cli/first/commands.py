@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedmom.cli.first.text import age_of, duration, filled, line_width, listed_out, size_of, spread_of
 from fedmom.cli.options import DIVERGED, DONE, NeededConfig, Sets
+from fedmom.config.method.said import method_of
 from fedmom.config.numbers import counted
 from fedmom.errors import DivergedError, InputError
 
@@ -89,13 +90,8 @@ def _about_run(found: "Checked", path: Path) -> list[tuple[str, str]]:
     )
     some += f", exchange over {algorithm.topology}" if ALGORITHMS[algorithm.name].decentralized else ""
     steps = f"{algorithm.local_epochs} local epochs" if algorithm.local_epochs else f"I = {algorithm.num_local_steps}"
-    option = "II" if algorithm.nesterov else "I"
     lines = [
-        (
-            "method",
-            f"{algorithm.name}, option {option}, lr {algorithm.lr:g}, β {algorithm.beta:g}, momentum "
-            f"{algorithm.momentum_policy}",
-        ),
+        ("method", f"{method_of(keys)}, lr {algorithm.lr:g}, β {algorithm.beta:g}"),
         ("clients", f"N = {data.num_clients:,}, {some}"),
     ]
     if held := found.data:
