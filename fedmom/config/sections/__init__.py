@@ -1,0 +1,1 @@
+"""The larger sections of a configuration, and what one key is."""
