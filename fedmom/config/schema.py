@@ -49,6 +49,7 @@ EXAMPLES: dict[str, Any] = {
     "algorithm.states": "x: average every 1; u: average every 4",
     "algorithm.outer-lr": 0.7,
     "algorithm.outer-momentum": 0.5,
+    "algorithm.outer-beta2": 0.999,
     "algorithm.outer-states": "x,u",
     "algorithm.local-epochs": 1,
     "algorithm.beta": 0.95,
