@@ -25,7 +25,10 @@ def test_in_float32_the_model_is_the_engines_to_rounding(deployment, tmp_path):
 
 
 def test_several_labels_and_every_clients_own_results_are_the_engines(deployment, tmp_path):
-    """Each client has a last layer of its own, which the server relays and says so, and is judged after its steps."""
+    """Each client has a last layer of its own, which the server relays and says so, and is judged after its steps.
+
+    So does AdamW's v, which waits for its exchange, while m is averaged in every round and the server steps on.
+    """
     changes = CHANGES | {
         "data.dataset": "digit-traits",
         "data.task": "multi-label",
@@ -33,6 +36,10 @@ def test_several_labels_and_every_clients_own_results_are_the_engines(deployment
         "algorithm.personal": "head",
         "run.client-eval-every": 2,
         "run.personal-steps": 2,
+        "algorithm.optimizer": "adamw",
+        "algorithm.lr": 0.01,
+        "algorithm.states": "m: average; v: average every 2",
+        "algorithm.outer": "nesterov",
     }
     said = deployment.run(tmp_path / "labels", changes).end()
     assert "this server holds and relays what algorithm.personal names, of all 3 clients" in said
