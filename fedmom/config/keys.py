@@ -134,12 +134,8 @@ class AlgorithmConfig:
     lr_unit: str = key("fraction", "unit of lr-milestones and lr-warmup", UNITS)
     lr_warmup: float = key(0.0, "length of the linear warm-up, in lr-unit", at_least(0))
     lr_min: float = key(0.0, "lr-schedule cosine: γ at the end", at_least(0))
-    weight_decay: float = key(
-        0.0, "λ, weight decay: λx is added to the gradient; adamw and lion shrink x by γλx instead", at_least(0)
-    )
-    momentum_policy: str = key(
-        "average", "what happens to the optimizer's states between two rounds", MOMENTUM_POLICIES
-    )
+    weight_decay: float = key(0.0, "λ, weight decay: adds λx to the gradient; adamw, lion shrink x by γλx", at_least(0))
+    momentum_policy: str = key("average", "what becomes of the optimizer's states between rounds", MOMENTUM_POLICIES)
     states: str = key(
         "",
         "policy and period in rounds of each state, as 'x: average every 1; u: average every 4'; empty: x in every "
@@ -161,9 +157,7 @@ class AlgorithmConfig:
     slow_momentum: float = key(0.0, "SlowMo: server momentum α; 0 with slow-lr 1: off", within(0, 1))
     slow_lr: float = key(1.0, "SlowMo: learning rate η of the server", above(0))
     outer: str = key("none", "the server's own step after the averages", OUTERS)
-    outer_lr: float = key(
-        0.0, "η of the outer step; 0: its own (1; nesterov 0.7, fedadam and fedyogi 0.1)", at_least(0)
-    )
+    outer_lr: float = key(0.0, "η of the outer step; 0: its own (1; nesterov 0.7, fedadam, fedyogi 0.1)", at_least(0))
     outer_momentum: float = key(0.9, "α, μ or β₁ of the outer step", within(0, 1))
     outer_beta2: float = key(0.99, "fedadam, fedyogi: β₂ of the outer step", within(0, 1))
     outer_tau: float = key(1e-3, "fedadam, fedyogi: τ, beside the root of v", above(0))

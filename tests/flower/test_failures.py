@@ -159,7 +159,7 @@ def change_rows(change):
             r"momentum/x as \[3, 7\] float64, must be",
         ),
         (lambda rows: {n: u.float() for n, u in rows.items()}, r"momentum/x as \[1, 1\] float32"),
-        (lambda rows: {"momentum/y": u for u in rows.values()}, "lacks momentum/x|unknown momentum/y"),
+        (lambda rows: dict(zip(["momentum/y"], rows.values(), strict=True)), "lacks momentum/x|unknown momentum/y"),
     ],
 )
 def test_a_clients_own_momentum_is_checked(change, reason):

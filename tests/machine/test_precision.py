@@ -15,7 +15,6 @@ from fedmom.errors import InputError
 from fedmom.machine.precision import allow_tf32, convolves_in_tf32, multiplies_in_tf32
 from fedmom.method.algorithms import Method
 from fedmom.method.optimizers.sgd import sgd
-from fedmom.method.state import ClientState
 from laws import table
 from pretend_cuda import pretend
 from runs import F64, image_problem, run_plan, simple_plan

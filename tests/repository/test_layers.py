@@ -28,7 +28,7 @@ LAYERS = {
     "actors": "errors user_code machine",
     "data": "errors user_code machine method",
     "tasks": "errors user_code machine method data",
-    "rounds": "errors user_code method tasks",
+    "rounds": "errors method tasks",
     "engine": "errors user_code machine method data tasks rounds",
     "config": "errors user_code machine method actors data tasks rounds engine",
     "records": "errors user_code machine method data tasks rounds config",

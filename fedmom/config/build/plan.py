@@ -5,6 +5,7 @@ import inspect
 import torch
 from torch import Tensor
 
+from fedmom.config.build.watched import watched_class
 from fedmom.config.keys import Config
 from fedmom.config.method.outer import outer_of
 from fedmom.config.method.states import parse_states
@@ -19,7 +20,6 @@ from fedmom.method.randomness import CORRECTION, random_bits
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import Tree
 from fedmom.rounds.plan import Plan
-from fedmom.rounds.watched import watched_class
 from fedmom.user_code import is_spec, load_object, one_line
 
 
