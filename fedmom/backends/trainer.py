@@ -23,7 +23,7 @@ from fedmom.data.local import Common, one_of
 from fedmom.engine.auto import Said, choose
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
-from fedmom.method.state import ClientState, Tree, flatten, parted, row_of, to_device
+from fedmom.method.state import ClientState, Tree, flatten, is_among, parted, row_of, to_device
 from fedmom.rounds.clients import after_steps, own_models_of, steps_job
 from fedmom.rounds.correction import client_rows, start_of
 from fedmom.rounds.plan import Plan, clients_job, own_after
@@ -261,8 +261,10 @@ class Node:
         got, right = (flatten(state or ClientState({}, {}, {})) for state in (own, form))
         for name in {**right, **got}:
             if name not in got or name not in right or got[name].shape != (count, *right[name].shape[1:]):
-                why = "does not fit algorithm.personal, algorithm.momentum-policy or algorithm.states"
-                raise InputError(f"arrays: the clients' own {name} {why}")
+                key = "algorithm.states" if self.config.algorithm.states else "algorithm.momentum-policy"
+                if is_among(name.partition("/")[2], self.problem.personal):
+                    key = "algorithm.personal"
+                raise InputError(f"arrays: the clients' own {name} does not fit {key} = {self._keys[key]!r}")
 
     def _check(self, start: ClientState, expected: ClientState) -> None:
         for part, own in expected._asdict().items():

@@ -181,6 +181,7 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
     check_strategy(
         server.strategy,
         rules=Rules(algorithm.momentum_policy, parse_states(algorithm.states)),
+        states=algorithm.states,
         outer=outer_of(config) is not None,
         client_weights=algorithm.client_weights,
         on_failure=server.on_failure,

@@ -48,6 +48,7 @@ def check_strategy(
     name: str,
     *,
     rules: Rules,
+    states: str,
     outer: bool,
     client_weights: str,
     on_failure: str,
@@ -64,7 +65,7 @@ def check_strategy(
         return
     rule, named = STRATEGIES[name], f"server.strategy = {name!r}"
     if rules.has_rows:
-        key = "states" if rules.states else f"momentum-policy = {rules.policy!r}"
+        key = f"states = {states!r}" if states else f"momentum-policy = {rules.policy!r}"
         raise InputError(f"{named}: algorithm.{key} lets clients keep states of their own, which needs {OURS}")
     if outer:
         raise InputError(

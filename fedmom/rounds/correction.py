@@ -14,7 +14,7 @@ from fedmom.tasks.problem import Problem
 def start_of(problem: Problem, method: Method) -> tuple[ClientState, Tree]:
     """(the common start, with the server's state of a correction; one client's own state, {} where it has none)."""
     start, correction = problem.start(), method.correction
-    if method.optimizer != "sgd":
+    if method.by.states != ("u",):  # which a problem begins with
         start = start._replace(momentum=zeros(method.by, start.params))
     if not isinstance(correction, Correction):
         return start, {}

@@ -7,6 +7,7 @@ from torch import Tensor
 from fedmom.config.keys import Config
 from fedmom.method.corrections import Correction
 from fedmom.method.state import ClientState, X, num_bytes, parted
+from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.method.states.rules import Rules, state_in
 from fedmom.rounds.correction import start_of
 from fedmom.rounds.own import shared_of
@@ -17,7 +18,7 @@ from fedmom.tasks.problem import Problem
 def _travels_more(rules: Rules, one: str, other: str) -> bool:
     """Whether a state is averaged, and in more rounds than another."""
     (policy, period), (_, longer) = rules.of(one), rules.of(other)
-    return policy == "average" and (not rules.exchanged(other, longer) or period < longer)
+    return MOMENTUM_POLICIES[policy].sends_momentum and (not rules.exchanged(other, longer) or period < longer)
 
 
 def _tensors(state: ClientState) -> Iterator[tuple[str, str, Tensor]]:

@@ -45,7 +45,11 @@ def test_weights_and_absent_clients_are_taken_by_those_alone_that_can(name):
         ("fedtrimmedavg", {"server.trim": 0.09}, "trim = 0.09: cuts off 0.9 clients at each end, which is none"),
         ("fedtrimmedavg", {**PROCEED, "server.min-clients": 4}, "where 4 of 10 clients may make a round; take 0.25"),
         ("fedtrimmedavg", {"algorithm.cohort-size": 2}, "of 2 clients none can be cut off"),
-        ("fedavgm", {"algorithm.momentum-policy": "local"}, "'local' needs pr-sgd-m"),
+        (
+            "fedavgm",
+            {"algorithm.momentum-policy": "local"},
+            "policy = 'local' lets clients keep states of their own, which needs pr-sgd-m",
+        ),
         ("fedadam", {"algorithm.slow-momentum": 0.5}, "need pr-sgd-m"),
     ],
 )

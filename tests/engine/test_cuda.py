@@ -42,7 +42,7 @@ def rounds(plan, device, path, model="cnn"):
 
 WAYS = {
     "loop": ("loop", {}),
-    "vmap": ("vmap", {"slow_momentum": 0.5}),
+    "vmap": ("vmap", {"slow": (0.5, 1.0)}),
     "stack, unequal steps": ("stack", {"local_epochs": 1, "num_rounds": 1}),
     "stack, local momentum": ("stack", {"momentum_policy": "local", "cohort_size": 2}),
     "factors": ("factors", {"client_weights": "samples"}),

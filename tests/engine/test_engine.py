@@ -130,7 +130,7 @@ def test_bytes_of_an_exchange_by_hand():
     x, count = torch.zeros(3, dtype=torch.float64), torch.tensor(1)
     state = ClientState({"x": x}, {"x": x}, {"running_mean": x[:2], "num_batches_tracked": count})
     for method, right in ((Method(0.9), 9), (Method(0.0), 6), (Method(0.9, momentum_policy="local"), 6)):
-        assert bytes_per_exchange(state, method) == 8 * right
+        assert bytes_per_exchange(state, method, 1) == 8 * right
 
 
 def test_a_round_goes_on_where_the_one_before_ended():

@@ -74,7 +74,7 @@ def doubly_stochastic(num_clients: int, period: int) -> list[np.ndarray]:
 def test_a_policy_is_one_row_of_one_table(monkeypatch):
     """Averaging with everybody, one step, is Algorithm 1 under every policy, and under one that nobody knew."""
     halved = MOMENTUM_POLICIES["average"]._replace(
-        start=lambda mean, own: {n: u / 2 for n, u in start_average(mean, own).items()},
+        start=lambda mean: {n: u / 2 for n, u in start_average(mean).items()},
         exchange=lambda rows: {n: u / 2 for n, u in exchange_average(rows).items()},
     )
     monkeypatch.setitem(MOMENTUM_POLICIES, "halved", halved)

@@ -141,8 +141,8 @@ def assert_close(got, want, tolerance):
     """Two (RunState, records): x, u, buffers, own momenta and every measure."""
     (state, records), (state_want, records_want) = got, want
     trees = [*zip(state.state, state_want.state, strict=True)]
-    if state_want.client_momentum is not None:
-        trees.append((state.client_momentum, state_want.client_momentum))
+    if state_want.own is not None:
+        trees += zip(state.own, state_want.own, strict=True)
     for tree, other in trees:
         assert list(tree) == list(other)
         for name, value in other.items():

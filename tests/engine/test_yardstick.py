@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from fedmom.engine import yardstick
 from fedmom.engine.auto import choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.paths import PATHS
+from fedmom.engine.plain import yardstick
 from fedmom.engine.plain.yardstick import Yardstick
 from fedmom.errors import InputError
-from fedmom.method import algorithms
 from fedmom.method.state import row_of
+from fedmom.method.states import policies
 from fedmom.rounds.plan import beginning, round_job
 from fedmom.tasks.supervised import Batch, Supervised
 from laws import table
@@ -77,14 +77,12 @@ def test_right_ways_pass_in_every_dtype(num_clients, policy, dtype):
 
 
 def test_a_policy_of_a_new_row_is_compared_by_its_own_start(monkeypatch):
-    half = algorithms.MOMENTUM_POLICIES["average"]._replace(
-        start=lambda mean, own: {n: 0.5 * u for n, u in mean.items()}
-    )
-    monkeypatch.setitem(algorithms.MOMENTUM_POLICIES, "half", half)
+    half = policies.MOMENTUM_POLICIES["average"]._replace(start=lambda mean: {n: 0.5 * u for n, u in mean.items()})
+    monkeypatch.setitem(policies.MOMENTUM_POLICIES, "half", half)
     problem, plan = image_problem("mlp", 3), simple_plan(3, momentum_policy="half")
     assert [yardstick_of(problem, plan).differs(path) for path in PATHS] == [""] * len(PATHS)
     found = yardstick_of(problem, plan)
-    monkeypatch.setitem(algorithms.MOMENTUM_POLICIES, "half", algorithms.MOMENTUM_POLICIES["average"])
+    monkeypatch.setitem(policies.MOMENTUM_POLICIES, "half", policies.MOMENTUM_POLICIES["average"])
     assert all(found.differs(path) for path in PATHS)
 
 

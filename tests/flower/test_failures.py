@@ -144,7 +144,7 @@ def test_local_by_itself_keeps_every_clients_momentum():
 
 def change_rows(change):
     def change_reply(reply):
-        reply.content["rows"] = pack(change(unpack(reply.content["rows"])))
+        reply.content["own"] = pack(change(unpack(reply.content["own"])))
         return reply
 
     return change_reply
@@ -153,18 +153,18 @@ def change_rows(change):
 @table(
     "change, reason",
     [
-        (lambda rows: {n: u * float("nan") for n, u in rows.items()}, "NaN or infinite numbers in x"),
+        (lambda rows: {n: u * float("nan") for n, u in rows.items()}, "NaN or infinite numbers in momentum/x"),
         (
             lambda rows: {n: torch.zeros(3, 7, dtype=u.dtype) for n, u in rows.items()},
-            r"x as \[3, 7\] float64, must be",
+            r"momentum/x as \[3, 7\] float64, must be",
         ),
-        (lambda rows: {n: u.float() for n, u in rows.items()}, r"x as \[1, 1\] float32"),
-        (lambda rows: dict(zip("y", rows.values(), strict=True)), "lacks x|unknown y"),
+        (lambda rows: {n: u.float() for n, u in rows.items()}, r"momentum/x as \[1, 1\] float32"),
+        (lambda rows: dict(zip(["momentum/y"], rows.values(), strict=True)), "lacks momentum/x|unknown momentum/y"),
     ],
 )
 def test_a_clients_own_momentum_is_checked(change, reason):
     grid, start = of(LOCAL, fails(3, change_rows(change), rounds=(1,)))
-    with pytest.raises(ClientsFailedError, match=f"client 3, .*clients' own momentum.*({reason})"):
+    with pytest.raises(ClientsFailedError, match=f"client 3, .*clients' own tensors.*({reason})"):
         PRSGDM(5, momentum_policy="local").start(grid, start, num_rounds=1)
 
 
@@ -377,7 +377,7 @@ nan = float("nan")
 
 
 def spoil_all(reply):
-    for record in ("arrays", "rows"):
+    for record in ("arrays", "own"):
         if record in reply.content:
             reply.content[record] = pack({n: t * nan for n, t in unpack(reply.content[record]).items()})
     return reply

@@ -7,6 +7,7 @@ from fedmom.data.datasets import Dataset, load_dataset
 from fedmom.data.partition import make_partition
 from fedmom.engine.engine import Engine
 from fedmom.method.algorithms import Method
+from fedmom.method.outer import OuterNumbers, OuterRule
 from fedmom.method.schedules import LearningRate
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import Plan, RunState, beginning
@@ -101,6 +102,9 @@ def run_plan(problem, plan: Plan, *, path: str = "loop", chunk_size: int = 64, d
 def simple_plan(num_clients: int, *, num_rounds=3, lr=0.05, beta=0.9, batch_size=5, **options) -> Plan:
     names = ("nesterov", "weight_decay", "momentum_policy", "running_var")
     method = Method(beta, **{name: options.pop(name) for name in names if name in options})
+    alpha, eta = options.pop("slow", (0.0, 1.0))  # SlowMo's α and η
+    if (alpha, eta) != (0.0, 1.0):
+        options["outer"] = OuterRule("slowmo", OuterNumbers(eta, alpha))
     options.setdefault("cohort_size", num_clients)
     options.setdefault("num_local_steps", 3)
     return Plan(method, LearningRate(lr), num_rounds, batch_size=batch_size, **options)

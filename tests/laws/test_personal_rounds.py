@@ -78,7 +78,7 @@ def begun(case, **options):
     assert case.N == 1 or len({*partition.sizes}) > 1
     problem = Supervised(data, small_net(), partition, dtype=F64, batch_size=5, personal=case.personal, **options)
     names = {"momentum_policy": case.policy, "running_var": case.running_var, "weight_decay": case.decay}
-    names |= {"slow_momentum": case.slow[0], "slow_lr": case.slow[1], "local_epochs": case.epochs}
+    names |= {"slow": case.slow, "local_epochs": case.epochs}
     names |= {"client_weights": case.weights, "nesterov": case.nesterov, "beta": case.beta, "seed": 2}
     return problem, simple_plan(case.N, cohort_size=case.cohort or case.N, num_rounds=3, **names)
 
@@ -155,19 +155,20 @@ def plain(case, problem, plan, lr=0.05):
             slow[n] = case.slow[0] * slow[n] + (state[n] - mean[n]) / lr
             mean[n] = state[n] - case.slow[1] * lr * slow[n]  # which is the mean itself with α = 0 and η = 1
         state = mean | mean_of(own, weigh / weigh.sum(), case.running_var)
-        yield state, own, {"train_loss": float(p @ torch.tensor(losses)), "spreads": spreads}
+        rows = [one | more for one, more in zip(own, kept, strict=True)] if case.policy == "local" else own
+        yield state, rows, {"train_loss": float(p @ torch.tensor(losses)), "spreads": spreads}
 
 
 @pytest.mark.parametrize("path", ["loop", "vmap", "stack", "factors"])
 def test_rounds_are_the_loops_of_plain_torch(path, monkeypatch):
     """By chunks of two clients, and means of what is personal in pieces of two."""
-    monkeypatch.setattr("fedmom.rounds.personal._HELD", 2)
+    monkeypatch.setattr("fedmom.rounds.own._HELD", 2)
     for case in CASES:
         problem, plan = begun(case)
         assert problem.personal == set(OWN[case.personal])
         done, records = run_plan(problem, plan, path=path, chunk_size=2)
         *_, (state, own, numbers) = every = [*plain(case, problem, plan)]
-        got, rows = flatten(done.state), flatten(done.client_personal)
+        got, rows = flatten(done.state), flatten(done.own)
         assert [*got] == [*flatten(problem.start())], "the model's order"
         assert rows.keys() == own[0].keys()
         for name, want in state.items():
@@ -184,7 +185,6 @@ def test_rounds_are_the_loops_of_plain_torch(path, monkeypatch):
         sent = [n for n in sent if not n.startswith("momentum/") or (case.beta and case.policy == "average")]
         each = sum(8 * state[n].numel() for n in sent)
         assert done.bytes_sent == plan.num_rounds * plan.cohort_size * each
-        assert not done.client_momentum or not done.client_momentum.keys() & {*OWN[case.personal]}
 
 
 def test_the_choice_has_no_common_start_to_count_on():
@@ -197,7 +197,7 @@ def test_the_choice_has_no_common_start_to_count_on():
         problem = Supervised(data, net, partition, batch_size=2, personal=personal)
         plan = simple_plan(4, num_local_steps=2)
         begin = beginning(problem, plan)
-        job = round_job(problem, plan, begin)._replace(personal=None)
+        job = round_job(problem, plan, begin)._replace(own=None)
         chosen[personal] = _may_factor(problem, plan.method, begin.state, job)
     assert chosen == {"": True, "3": False}
     found = choose(problem, plan.method, begin.state, job, path="stack", chunk_size=2)
@@ -261,9 +261,9 @@ def test_a_resumed_run_has_the_same_bytes(tmp_path):
     for name in (CLIENTS, FINAL, CHECKPOINT):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     names = read_tensors(tmp_path / "whole" / CLIENTS)[0]
-    assert {"personal/params/4.bias", "personal/momentum/2.weight", "personal/buffers/2.running_var"} < {*names}
-    assert "momentum/4.weight" in names
-    assert "momentum/4.bias" not in names
+    u = {f"momentum/{place}.{kind}" for place in (1, 2, 4) for kind in ("weight", "bias")}
+    statistics = {f"buffers/2.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert {*names} == {*u, *statistics, "params/2.weight", "params/2.bias", "params/4.bias"}
 
 
 def test_on_flower_who_does_not_answer_keeps_its_own(tmp_path):

@@ -13,8 +13,8 @@ from fedmom.engine.stacked.convolutions import _described
 from fedmom.engine.stacked.updates.sgd import first_update, update
 from fedmom.errors import InputError
 from fedmom.machine.precision import allow_tf32, convolves_in_tf32, multiplies_in_tf32
-from fedmom.method.algorithms import Method, momentum_step
-from fedmom.method.state import ClientState
+from fedmom.method.algorithms import Method
+from fedmom.method.optimizers.sgd import sgd
 from laws import table
 from pretend_cuda import pretend
 from runs import F64, image_problem, run_plan, simple_plan
@@ -91,13 +91,13 @@ def test_the_updates_are_the_methods_in_every_dtype(monkeypatch, dtype):
     for lr, (beta, nesterov, weight_decay) in cases:
         method = Method(beta, nesterov, weight_decay)
         x, u, g = (torch.linspace(-1, 1, 40).roll(place).to(dtype) for place in (0, 7, 20))
-        exact, grads = ClientState({"": x.double()}, {"": u.double()}, {}), g.double() + weight_decay * x.double()
-        want = momentum_step(exact, {"": grads}, lr=0.1, beta=beta, nesterov=nesterov)
+        grads = g.double() + weight_decay * x.double()
+        want_x, after = sgd(x.double(), {"u": u.double()}, grads, 0.1, method.numbers)
         rows = first_update(method, x, u, g.expand(2, -1).clone(), lr)
         update(method, [x], [u], [g], lr)
-        for own, right in zip((x, u), (want.params[""], want.momentum[""]), strict=True):
+        for own, right in zip((x, u), (want_x, after["u"]), strict=True):
             torch.testing.assert_close(own.double(), right, rtol=bound, atol=bound)
-        for own, right in zip(rows, (want.params[""], want.momentum[""]), strict=True):
+        for own, right in zip(rows, (want_x, after["u"]), strict=True):
             torch.testing.assert_close(own.double(), right.expand(2, -1), rtol=bound, atol=bound)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedmom.method.outer import slow_step
+from fedmom.method.outer import OuterNumbers, slowmo
 from fedmom.method.state import ClientState
 from fedmom.method.step import local_step
 from laws import table
@@ -48,6 +48,6 @@ def test_a_correction_is_of_the_gradient_with_its_weight_decay():
 def test_slow_momentum_by_hand():
     """u_s = ½ · 3 + (2 − 1)/½ = 3.5 and x = 2 − ¼ · ½ · 3.5 = 1.5625."""
     before, mean, slow = ({"x": torch.tensor([v], dtype=F64)} for v in (2.0, 1.0, 3.0))
-    x, slow = slow_step(before, mean, slow, lr=0.5, alpha=0.5, eta=0.25)
-    assert slow["x"].item() == pytest.approx(3.5)
+    x, memory = slowmo(before, mean, {"b": slow}, 0.5, OuterNumbers(lr=0.25, momentum=0.5))
+    assert memory["b"]["x"].item() == pytest.approx(3.5)
     assert x["x"].item() == pytest.approx(1.5625)

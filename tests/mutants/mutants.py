@@ -64,16 +64,10 @@ class Mutant(NamedTuple):
     test: str  # the node id of a test that must fail
 
 
-ALGORITHMS, AVERAGING, MIXING = (
-    "fedmom.method.algorithms",
-    "fedmom.method.averaging",
-    "fedmom.method.decentralized.mixing",
-)
-TOPOLOGY, GRAPHS, SCHEDULES = (
-    "fedmom.method.decentralized.topology",
-    "fedmom.method.decentralized.graphs",
-    "fedmom.method.schedules",
-)
+ALGORITHMS, AVERAGING, SCHEDULES = "fedmom.method.algorithms", "fedmom.method.averaging", "fedmom.method.schedules"
+STEP, CORRECTIONS, OUTER = "fedmom.method.step", "fedmom.method.corrections", "fedmom.method.outer"
+SGD, STATES, GOSSIPED = "fedmom.method.optimizers.sgd", "fedmom.method.states", "fedmom.method.decentralized"
+TOPOLOGY, GRAPHS, MIXING = f"{GOSSIPED}.topology", f"{GOSSIPED}.graphs", f"{GOSSIPED}.mixing"
 LOOP, PLAN = "fedmom.rounds.loop", "fedmom.rounds.plan"
 ENGINE, GOSSIP = "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 FOLDED, ADAPTERS = "fedmom.engine.stacked.folded", "fedmom.tasks.models.adapters"
@@ -86,7 +80,7 @@ FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.h
 RUN, STATUS, FILES = "fedmom.runs.execute._Run", "fedmom.records.status", "fedmom.records.files"
 PRSGDM, DSGDM, CLIENTS = "strategies.prsgdm.PRSGDM", "strategies.dsgdm.DSGDM", "strategies.fleet.Fleet"
 HELD_OUT, EVALUATION = "fedmom.data.given.held_out", "fedmom.tasks.evaluation"
-LOOK, RESULTS, PERSONAL = "fedmom.rounds.clients", "fedmom.rounds.results", "fedmom.rounds.personal"
+LOOK, RESULTS, OWN = "fedmom.rounds.clients", "fedmom.rounds.results", "fedmom.rounds.own"
 OWN_DATA = "strategies.local_data.LocalSupervised"
 
 OWN_TESTS, PERSONAL_ROUNDS = "tests/tasks/test_own_results.py", "tests/laws/test_personal_rounds.py"
@@ -100,7 +94,8 @@ PLAIN_ROUNDS = f"{PERSONAL_ROUNDS}::test_rounds_are_the_loops_of_plain_torch[loo
 CONTENT = "tests/records/test_identity.py::test_other_content_of_what_the_configuration_names_is_refused_by_key"
 
 _DECAY = (
-    "    if weight_decay:\n        grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}\n"
+    "    if weight_decay and not by.decoupled:\n"
+    "        grads = {name: g + weight_decay * state.params[name] for name, g in grads.items()}\n"
 )
 _WITH_STATE = (
     "    if isinstance(correction, Correction):\n"
@@ -110,7 +105,7 @@ _WITH_STATE = (
     '        more = {} if key is None else {"key": key}\n'
 )
 _CORRECTED = "        grads = correction(grads, state.params, start, **more)\n"
-_POLICIES = f"{ALGORITHMS}.MOMENTUM_POLICIES"
+_POLICIES = f"{STATES}.policies.MOMENTUM_POLICIES"
 
 MUTANTS = [
     # --- algorithm 1 ---------------------------------------------------------------------------------------
@@ -127,10 +122,9 @@ MUTANTS = [
         "u ← βu + γg: a schedule changes the memory too",
         both(
             code(
-                f"{ALGORITHMS}.momentum_step",
-                "    momentum = {name: beta * u + grads[name] for name, u in state.momentum.items()}\n",
-                "    grads = {name: lr * g for name, g in grads.items()}\n"
-                "    momentum = {name: beta * u + grads[name] for name, u in state.momentum.items()}\n    lr = 1.0\n",
+                f"{SGD}.sgd",
+                '    u = by.beta * states["u"] + g\n',
+                '    g = lr * g\n    u = by.beta * states["u"] + g\n    lr = 1.0\n',
             ),
         ),
         "tests/laws/test_method.py::test_interval_one_is_large_batch_momentum_sgd",
@@ -139,7 +133,7 @@ MUTANTS = [
         "algorithm 1",
         "option II takes the old u",
         "v = βu + g with u before the step",
-        code(f"{ALGORITHMS}.momentum_step", "u in momentum.items()}", "u in state.momentum.items()}"),
+        code(f"{SGD}.sgd", "by.beta * u + g if", 'by.beta * states["u"] + g if'),
         "tests/laws/test_method.py::test_interval_one_is_large_batch_momentum_sgd",
     ),
     Mutant(
@@ -147,7 +141,7 @@ MUTANTS = [
         "weight decay is not multiplied by the lr's share",
         "decoupled decay (x ← x − λx) in place of λx inside g",
         code(
-            f"{ALGORITHMS}.local_step",
+            f"{STEP}.local_step",
             _DECAY,
             "    if weight_decay:\n        state = state._replace(params={n: x - lr * weight_decay * x "
             "for n, x in state.params.items()})\n",
@@ -159,7 +153,7 @@ MUTANTS = [
         "the correction comes before weight decay",
         "λx is added to what the correction made",
         code(
-            f"{ALGORITHMS}.local_step",
+            f"{STEP}.local_step",
             _DECAY + _WITH_STATE + _CORRECTED,
             _WITH_STATE + _CORRECTED + _DECAY,
         ),
@@ -170,7 +164,7 @@ MUTANTS = [
         "the correction sees x twice",
         "it is given x where it must be given x at the start of the round",
         code(
-            f"{ALGORITHMS}.local_step",
+            f"{STEP}.local_step",
             "correction(grads, state.params, start,",
             "correction(grads, state.params, state.params,",
         ),
@@ -191,7 +185,7 @@ MUTANTS = [
         "algorithm 1",
         "slow momentum forgets",
         "u_s ← (x − x̂)/γ: α is ignored",
-        code(f"{ALGORITHMS}.slow_step", "alpha * slow[name] + (x - mean[name]) / lr", "(x - mean[name]) / lr"),
+        code(f"{OUTER}.slowmo", 'by.momentum * memory["b"][name] + (x - mean[name]) / lr', "(x - mean[name]) / lr"),
         "tests/method/test_algorithms.py::test_slow_momentum_by_hand",
     ),
     Mutant(
@@ -212,23 +206,21 @@ MUTANTS = [
         "algorithm 1",
         "average resets",
         "policy `average` starts rounds from u = 0",
-        entry(
-            _POLICIES, "average", lambda row: row._replace(start=lambda mean, own: {n: u * 0 for n, u in mean.items()})
-        ),
+        entry(_POLICIES, "average", lambda row: row._replace(start=lambda mean: {n: u * 0 for n, u in mean.items()})),
         "tests/laws/test_method.py::test_interval_one_is_large_batch_momentum_sgd",
     ),
     Mutant(
         "algorithm 1",
         "a client of a cohort gets the momentum of its place",
         "under `local` row k of the table goes to the k-th of the cohort",
-        code(f"{PLAN}.round_job", "v[job.clients]", "v[: len(job.clients)]"),
+        code(f"{PLAN}.round_job", "rows_of(own, job.clients)", "rows_of(own, torch.arange(len(job.clients)))"),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[loop]",
     ),
     Mutant(
         "algorithm 1",
         "a cohort's momenta are put back by place",
         "under `local` the k-th of the cohort writes row k",
-        code(f"{LOOP}.after_round", "index_copy(0, ids,", "index_copy(0, torch.arange(len(ids)),"),
+        code(f"{OWN}.next_rows", "index_copy(0, job.clients,", "index_copy(0, torch.arange(len(job.clients)),"),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[loop]",
     ),
     Mutant(
@@ -302,8 +294,8 @@ MUTANTS = [
         "u times W times W",
         code(
             f"{MIXING}.combine",
-            "{name: apply(u) for name, u in after.momentum.items()}",
-            "{name: apply(apply(u)) for name, u in after.momentum.items()}",
+            "mix=partial(_mixed, apply, {",
+            "mix=partial(_mixed, lambda u: apply(apply(u)), {",
         ),
         "tests/engine/test_gossip.py::test_the_engine_is_algorithm_2_step_by_step",
     ),
@@ -313,7 +305,7 @@ MUTANTS = [
         "x before the step is mixed, and each client adds its own step to it",
         code(
             f"{MIXING}.combine",
-            "{name: apply(x) for name, x in after.params.items()}",
+            "_mixed(apply, after.params)",
             "{name: apply(before.params[name]) + x - before.params[name] for name, x in after.params.items()}",
         ),
         "tests/engine/test_gossip.py::test_a_directed_ring_tells_w_from_its_transpose_and_the_order",
@@ -336,7 +328,7 @@ MUTANTS = [
         "algorithm 2",
         "quasi-global momentum without its share",
         "(x − x⁺)/γ enters with weight 1 and not 1 − β",
-        code(f"{ALGORITHMS}.exchange_quasi_global", "(1 - rows.beta) / rows.lr", "1 / rows.lr"),
+        code(f"{STATES}.policies.exchange_quasi_global", "(1 - rows.beta) / rows.lr", "1 / rows.lr"),
         "tests/engine/test_gossip.py::test_quasi_global_momentum_is_the_published_recursion",
     ),
     Mutant(
@@ -513,8 +505,8 @@ MUTANTS = [
         "a chunk's clients are weighed by those of the first",
         code(
             f"{PLAIN}.from_start",
-            "part, state = part_of(job, places, self.problem.device), ",
-            "part, state = part_of(job, places, self.problem.device)._replace(weights=job.weights[: len(places)]), ",
+            "part = part_of(job, places, self.problem.device)\n",
+            "part = part_of(job, places, self.problem.device)._replace(weights=job.weights[: len(places)])\n",
         ),
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
@@ -1047,14 +1039,14 @@ MUTANTS = [
         "rounds",
         "the last step's lr for their sum",
         "a correction divides a displacement by γ of one step",
-        code(f"{ALGORITHMS}.finish_round", "lrs.cumsum(0)[num_steps - 1]", "(num_steps * lrs[num_steps - 1])"),
+        code(f"{CORRECTIONS}.finish_round", "lrs.cumsum(0)[num_steps - 1]", "(num_steps * lrs[num_steps - 1])"),
         "tests/laws/test_memory.py::test_a_client_is_told_the_sum_of_its_own_learning_rates",
     ),
     Mutant(
         "rounds",
         "a correction's state is the one before the steps",
         "what a client remembers in its steps is lost",
-        code(f"{ALGORITHMS}.local_step", "state._replace(correction=own)", "state"),
+        code(f"{STEP}.local_step", "state._replace(correction=own)", "state"),
         "tests/laws/test_memory.py::test_scaffold_on_the_golden_run_is_exact_on_every_path_in_both_dtypes",
     ),
     Mutant(
@@ -1063,8 +1055,8 @@ MUTANTS = [
         "bytes_sent leaves BatchNorm's statistics out",
         code(
             f"{PLAN}.bytes_per_exchange",
-            "state.params, state.buffers,",
-            "state.params,",
+            '("params", "momentum", "buffers")',
+            '("params", "momentum")',
         ),
         "tests/engine/test_engine.py::test_bytes_of_an_exchange_by_hand",
     ),
@@ -1072,7 +1064,7 @@ MUTANTS = [
         "rounds",
         "u travels under β = 0",
         "bytes_sent counts momentum that nobody needs",
-        code(f"{PLAN}.bytes_per_exchange", " and method.beta > 0", ""),
+        code(f"{STATES}.rules.Rules.sends", "and self.empty:", "and False:"),
         "tests/engine/test_engine.py::test_bytes_sent_counts_what_travels",
     ),
     Mutant(
@@ -1184,8 +1176,8 @@ MUTANTS = [
         "under `local` every client starts from u = 0",
         code(
             f"{FOLDER}.load",
-            "own.momentum if template.client_momentum is not None else None",
-            "template.client_momentum",
+            "own=own._replace(correction={}) if template.own is not None else None",
+            "own=template.own",
         ),
         "tests/records/test_folder.py::test_what_was_saved_is_loaded",
     ),
@@ -1200,7 +1192,7 @@ MUTANTS = [
         "resume",
         "slow momentum is lost",
         "SlowMo's u_s starts from 0",
-        code(f"{FOLDER}.load", "slow = {name: tensors[_SLOW + name].to(device) for name in slow}", "slow = dict(slow)"),
+        code(f"{FOLDER}.load", "outer=outer,", "outer=template.outer,"),
         "tests/records/test_folder.py::test_what_was_saved_is_loaded",
     ),
     Mutant(
@@ -1343,7 +1335,7 @@ MUTANTS = [
         "failures",
         "a client's row goes to its place",
         "under `local` the server keeps u of the k-th of a reply as client k's",
-        code(f"{PRSGDM}._average", "self.rows[client] = {name", "self.rows[place] = {name"),
+        code(f"{PRSGDM}._average", "self.own[client] = {name", "self.own[place] = {name"),
         "tests/flower/test_failures.py::test_local_by_itself_keeps_every_clients_momentum",
     ),
     Mutant(
@@ -1388,7 +1380,7 @@ MUTANTS = [
         "failures",
         "the Flower server's slow step takes its own lr",
         "SlowMo divides by the strategy's lr where clients say theirs",
-        code(f"{PRSGDM}._slow_step", 'trained.metrics.get("lr", self.lr)', "self.lr"),
+        code(f"{PRSGDM}._outer_step", 'trained.metrics.get("lr", self.lr)', "self.lr"),
         "tests/flower/test_flower.py::test_slow_momentum_divides_by_the_clients_lr",
     ),
     # --- identity ------------------------------------------------------------------------------------------
@@ -1661,7 +1653,7 @@ MUTANTS = [
         "every client",
         "a client's own model takes û in its stride",
         "its steps begin with û under every momentum policy",
-        code(f"{LOOK}.after_steps", "policy.start(start.momentum, job.momentum)", "start.momentum"),
+        code(f"{LOOK}.after_steps", "method.rules.begun(start.momentum, job.round_index)", "start.momentum"),
         STEPS,
     ),
     Mutant(
@@ -1744,9 +1736,10 @@ MUTANTS = [
         "the momentum of what is personal restarts",
         "every round begins a client's own part with u = 0",
         code(
-            f"{PERSONAL}.with_own",
-            "joined(rows, job.personal, order)",
-            "joined(rows, job.personal._replace(momentum={n: 0 * u for n, u in job.personal.momentum.items()}), order)",
+            f"{OWN}.with_own",
+            "joined(rows, job.own, rows if order is None else order)",
+            "joined(rows, job.own._replace(momentum={n: 0 * u for n, u in job.own.momentum.items()}),"
+            " rows if order is None else order)",
         ),
         PLAIN_ROUNDS,
     ),
@@ -1756,9 +1749,9 @@ MUTANTS = [
         "every client goes on from the mean of all",
         code(
             f"{LOOP}.after_round",
-            "        client_personal=personal,\n",
-            "        client_personal=personal and ClientState(*({n: v.double().mean(0, keepdim=True).to(v.dtype)"
-            ".expand_as(v) for n, v in tree.items()} for tree in personal)),\n",
+            "        own=own,\n",
+            "        own=own and ClientState(*({n: v.double().mean(0, keepdim=True).to(v.dtype)"
+            ".expand_as(v) for n, v in tree.items()} for tree in own)),\n",
         ),
         PLAIN_ROUNDS,
     ),
@@ -1766,14 +1759,14 @@ MUTANTS = [
         "personal",
         "the mean of what is personal has no weights",
         "clients with many examples count like others in the model that is shown",
-        code(f"{LOOP}.after_round", "personal, torch.from_numpy(weights))", "personal, torch.ones(len(weights)))"),
+        code(f"{LOOP}.after_round", "seen, torch.from_numpy(weights))", "seen, torch.ones(len(weights)))"),
         PLAIN_ROUNDS,
     ),
     Mutant(
         "personal",
         "the mean of what is personal is the first chunk's",
         "clients after the first are left out of the model that is shown",
-        code(f"{PERSONAL}.whole_state", "range(0, len(weights), _HELD)", "range(0, 1, _HELD)"),
+        code(f"{OWN}.whole_state", "range(0, len(weights), _HELD)", "range(0, 1, _HELD)"),
         PLAIN_ROUNDS,
     ),
     Mutant(
@@ -1788,9 +1781,9 @@ MUTANTS = [
         "clients that were not drawn lose theirs",
         "their own tensors become 0",
         code(
-            f"{LOOP}.after_round",
-            "ClientState(*(rows(old, new) or {} for",
-            "ClientState(*({n: (0 * v).index_copy(0, ids, new[n]) for n, v in old.items()} for",
+            f"{OWN}.next_rows",
+            "rows.index_copy(0, job.clients, value)",
+            "(0 * rows).index_copy(0, job.clients, value)",
         ),
         PLAIN_ROUNDS,
     ),
@@ -1798,9 +1791,7 @@ MUTANTS = [
         "personal",
         "a cohort takes the first clients' own tensors",
         "the k-th client of a cohort begins with those of client k",
-        code(
-            f"{PLAN}.round_job", "rows_of(personal, job.clients)", "rows_of(personal, torch.arange(len(job.clients)))"
-        ),
+        code(f"{PLAN}.round_job", "rows_of(own, job.clients)", "rows_of(own, torch.arange(len(job.clients)))"),
         PLAIN_ROUNDS,
     ),
     Mutant(
@@ -1808,7 +1799,9 @@ MUTANTS = [
         "a resumed run forgets what was personal",
         "its clients begin with the model's first tensors again",
         code(
-            f"{FOLDER}.load", "personal if template.client_personal is not None else None", "template.client_personal"
+            f"{FOLDER}.load",
+            "own=own._replace(correction={}) if template.own is not None else None",
+            "own=template.own",
         ),
         f"{PERSONAL_ROUNDS}::test_a_resumed_run_has_the_same_bytes",
     ),

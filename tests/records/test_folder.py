@@ -1,6 +1,7 @@
 """A checkpoint gives back all that a run between two rounds is."""
 
 import torch
+from torch.utils._pytree import tree_map
 
 from fedmom.method.state import ClientState
 from fedmom.records.folder import RunFolder
@@ -21,22 +22,19 @@ def state(value, rows=()):
     return ClientState(tree(value, rows), tree(value + 0.5, rows), {"mean": tree(value)["w"], "count": torch.tensor(7)})
 
 
-@table("own", [{}, {"client_momentum": tree(3.0, (4,))}, {"rows": state(4.0, (4,))}, {"slow_momentum": tree(5.0)}])
+OWN = ClientState({}, tree(3.0, (4,)), {})
+OUTER = {"m": {f"params/{name}": value for name, value in tree(5.0).items()}, "v": {"momentum/w": tree(6.0)["w"]}}
+
+
+@table("own", [{}, {"own": OWN}, {"rows": state(4.0, (4,))}, {"outer": OUTER}])
 def test_what_was_saved_is_loaded(tmp_path, own):
     """State, buffers, counts, the server's own momentum and the clients' own; as the zeros of a new run had them."""
     folder = RunFolder.create(tmp_path / "-".join(["run", *own]))
     try:
         done = RunState(3, state(1.0), None, steps=12, examples=240, bytes_sent=960)._replace(**own)
         folder.save(done, STAMP)
-        blank = RunState(0, state(0.0), None)._replace(
-            **{
-                name: ClientState(*({n: v * 0 for n, v in part.items()} for part in value))
-                if isinstance(value, ClientState)
-                else {n: v * 0 for n, v in value.items()}
-                for name, value in own.items()
-            }
-        )
-        found, stamp = folder.load(WHO, blank, torch.device("cpu"))
+        blank = RunState(0, state(0.0), None)._replace(**tree_map(lambda v: v * 0, own))
+        found, stamp = folder.load(WHO, blank, torch.device("cpu"), lambda number: blank.own)
     finally:
         folder.close()
     assert stamp == STAMP
@@ -50,6 +48,9 @@ def same(found, right):
             same(part, other)
     elif isinstance(right, dict):
         assert list(found) == list(right)
-        assert all(torch.equal(found[name], value) for name, value in right.items())
+        for name, value in right.items():
+            same(found[name], value)
+    elif isinstance(right, torch.Tensor):
+        assert torch.equal(found, right)
     else:
         assert found == right

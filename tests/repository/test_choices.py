@@ -12,6 +12,8 @@ from fedmom.engine.paths import PATHS
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.decentralized.graphs import TOPOLOGIES
+from fedmom.method.optimizers.table import OPTIMIZERS
+from fedmom.method.outer import OUTERS
 from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.tasks.models import MODELS
 from fedmom.tasks.problem import DATA_KINDS
@@ -25,7 +27,10 @@ TABLES = {
     "fedmom/data/partition.py": PARTITIONS,
     "fedmom/engine/paths.py": PATHS,
     "fedmom/engine/stacked/convolutions.py": CONVOLUTIONS,
-    "fedmom/method/algorithms.py": {**ALGORITHMS, **MOMENTUM_POLICIES},
+    "fedmom/method/algorithms.py": ALGORITHMS,
+    "fedmom/method/states/policies.py": MOMENTUM_POLICIES,
+    "fedmom/method/optimizers/table.py": OPTIMIZERS,
+    "fedmom/method/outer.py": OUTERS.keys() - {"none", "nesterov"},  # which are also a choice and a key of others
     "fedmom/tasks/models/table.py": MODELS,
     "fedmom/method/decentralized/graphs.py": TOPOLOGIES.keys()
     - {"path"},  # which is also a key of what updates are about

@@ -221,7 +221,7 @@ def test_personal_steps_are_plain_torchs_from_x_and_u(policy, nesterov):
         model = copy.deepcopy(problem.model)
         model.load_state_dict(state.params)
         sgd = torch.optim.SGD(model.parameters(), 0.005, 0.9, nesterov=nesterov)
-        own = {"average": state.momentum, "reset": {}, "local": done.client_momentum or {}}[policy]
+        own = {"average": state.momentum, "reset": {}, "local": done.own and done.own.momentum}[policy]
         for name, p in model.named_parameters():
             begin = own[name][c] if policy == "local" else own.get(name, torch.zeros_like(p))
             sgd.state[p]["momentum_buffer"] = begin.clone()

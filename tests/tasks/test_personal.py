@@ -200,7 +200,7 @@ def compare(problem, models, own, correction, beta, path):
     plan = simple_plan(3, num_local_steps=6, beta=beta, running_var="mean")
     plan = plan._replace(method=plan.method._replace(correction=correction))
     done, _ = run_plan(problem, plan, path=path, chunk_size=2)
-    states, mine = [one.state_dict() for one in models], done.client_personal
+    states, mine = [one.state_dict() for one in models], done.own
     for tree, rows in ((done.state.params, mine.params), (done.state.buffers, mine.buffers)):
         assert {*rows} == {name for name in tree if own(name)}
         for name in tree:

@@ -51,7 +51,7 @@ def _settle_preset(config: Config, given: frozenset[str], notes: list[str]) -> C
     policy, has = config.algorithm.momentum_policy, (X, *OPTIMIZERS[config.algorithm.optimizer].states)
     if preset:
         rules = {X: preset.get(X, StateRule())} | {s: preset.get(s, StateRule(policy)) for s in has[1:]}
-        if "algorithm.momentum-policy" in given or policy != "average":
+        if "algorithm.momentum-policy" in given or policy != KEYS["algorithm.momentum-policy"].default:
             rules |= {state: StateRule(policy) for state in has if state != X}
         rules |= own
         wins += [f"{written({s: r})} over {written({s: preset[s]})}" for s, r in rules.items() if preset.get(s, r) != r]

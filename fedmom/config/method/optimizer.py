@@ -20,7 +20,7 @@ def settle_optimizer(config: Config, given: frozenset[str], notes: list[str]) ->
         )
     if optimizer.gossip_only and not ALGORITHMS[algorithm.name].decentralized:
         raise InputError(f"algorithm.optimizer = {name!r}: needs algorithm.name = 'd-sgd-m', whose W mixes its y")
-    if config.server.strategy != OURS and name != "sgd":
+    if config.server.strategy != OURS and name != KEYS["algorithm.optimizer"].default:
         raise InputError(
             f"server.strategy = {config.server.strategy!r}: its step would move what {name} remembers too, and v must "
             f"stay positive; take {OURS}, or algorithm.optimizer = 'sgd'"

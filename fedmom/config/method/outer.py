@@ -7,6 +7,7 @@ from fedmom.errors import InputError
 from fedmom.method.optimizers.table import OPTIMIZERS
 from fedmom.method.outer import OUTERS, OuterNumbers, OuterRule
 from fedmom.method.state import X
+from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.method.states.rules import Rules
 
 _KEYS = ("outer-lr", "outer-momentum", "outer-beta2", "outer-tau", "outer-states")
@@ -45,7 +46,7 @@ def check_outer(config: Config, given: frozenset[str], notes: list[str]) -> None
             raise InputError(f"{key}: v must stay positive, which no outer step sees to; name {', '.join(has)}")
         if state not in has:
             raise InputError(f"{key}: optimizer {keys.optimizer!r} has no state {state!r}; name {', '.join(has)}")
-        if rules.of(state).policy != "average":
+        if not MOMENTUM_POLICIES[rules.of(state).policy].sends_momentum:
             raise InputError(f"{key}: {state} is {rules.of(state).policy}, and an outer step moves an average")
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from fedmom.config.keys import Config
+from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import replace
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS
@@ -62,10 +62,10 @@ def settle_states(config: Config) -> Config:
         if state not in (X, *optimizer.states):
             has = ", ".join((X, *optimizer.states))
             raise InputError(f"{said}: optimizer {algorithm.optimizer!r} has no state {state!r}; it has {has}")
-        if state == X and rule.policy != "average":
+        if state == X and not MOMENTUM_POLICIES[rule.policy].sends_momentum:
             raise InputError(f"{said}: x is {rule.policy}; x can be averaged alone, as in 'x: average every 2'")
         # A default says nothing: momentum-policy = "average" may be written out beside other rules.
-        if state != X and policy not in ("average", rule.policy):
+        if state != X and policy not in (KEYS["algorithm.momentum-policy"].default, rule.policy):
             raise InputError(
                 f"{said}: {state} is {rule.policy}, and algorithm.momentum-policy = {policy!r} says otherwise; give one"
             )

@@ -32,12 +32,8 @@ class AlgorithmConfig:
     lr_unit: str = key("fraction", "unit of lr-milestones and lr-warmup", UNITS)
     lr_warmup: float = key(0.0, "length of the linear warm-up, in lr-unit", at_least(0))
     lr_min: float = key(0.0, "lr-schedule cosine: γ at the end", at_least(0))
-    weight_decay: float = key(
-        0.0, "λ, weight decay: λx is added to the gradient; adamw and lion shrink x by γλx instead", at_least(0)
-    )
-    momentum_policy: str = key(
-        "average", "what happens to the optimizer's states between two rounds", MOMENTUM_POLICIES
-    )
+    weight_decay: float = key(0.0, "λ, weight decay: adds λx to the gradient; adamw, lion shrink x by γλx", at_least(0))
+    momentum_policy: str = key("average", "what becomes of the optimizer's states between rounds", MOMENTUM_POLICIES)
     states: str = key(
         "",
         "policy and period in rounds of each state, as 'x: average every 1; u: average every 4'; empty: x in every "
