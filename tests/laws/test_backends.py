@@ -210,8 +210,8 @@ def assert_naive(begun: Begun, rounds=None) -> None:
         if new.rows is not None:
             close(flattened(new.rows.params), want.state.own_x)
             close(flattened(new.rows.momentum), want.state.own_u)
-        if new.client_momentum is not None:
-            close(flattened(new.client_momentum), want.state.own_u)
+        if new.own is not None and new.own.momentum:
+            close(flattened(new.own.momentum), want.state.own_u)
         close(outcome.losses, want.losses)
         assert record["num_clients"] == len(ids)
         close(record["joint_epochs"], epochs)
