@@ -80,9 +80,8 @@ def rounds(world: World, cohorts: Sequence[Sequence[int]]) -> Iterator[Came]:
                 for client in cohort:
                     own[client][at] = rows[client][at]
             elif world.W is not None:
-                mixed = [_value(world, at, rows, dict(enumerate(world.W(number)[:, i])), rule, i) for i in rows]
-                for client in rows:
-                    own[client][at] = mixed[client]
+                for i in rows:
+                    own[i][at] = _value(world, at, rows, dict(enumerate(world.W(number)[:, i])), rule, i)
             else:
                 found = _value(world, at, rows, p, rule)
                 if world.outer is not None and at[0] in world.outer_states:
