@@ -39,7 +39,8 @@ def outer_step(
     moved, after = rule.step(before, due, slots, lr)
     memory = {slot: tree | after.get(slot, {}) for slot, tree in memory.items()}
     if rare:
-        memory[_BEFORE] = rare | {n: t for n, t in moved.items() if n in rare}
+        # In memory of their own: a checkpoint refuses tensors that share theirs.
+        memory[_BEFORE] = rare | {n: t.clone() for n, t in moved.items() if n in rare}
     return unflatten(flatten(mean) | moved), memory
 
 
