@@ -21,6 +21,7 @@ from fedmom.method.averaging import WeightedMean
 from fedmom.method.outer import OuterNumbers, OuterRule
 from fedmom.method.state import ClientState, Tree, expand, flatten, unflatten, zeros_like
 from fedmom.method.states.policies import MOMENTUM_POLICIES
+from fedmom.rounds.outer import stepped_of
 from fedmom.rounds.plan import cohort
 
 from .fleet import Fleet
@@ -215,9 +216,7 @@ class PRSGDM(Strategy):
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         self.keeps_rows |= bool(self.own)
         if self.outer is not None:
-            self.memory = memory or self.outer.start(
-                {f"params/{n}": x for n, x in unflatten(unpack(arrays)).params.items()}
-            )
+            self.memory = memory or self.outer.start(stepped_of(self.outer, unflatten(unpack(arrays))))
         if evaluate_fn and first_round == 1 and (measured := evaluate_fn(0, arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = measured
         for number in range(first_round, num_rounds + 1):

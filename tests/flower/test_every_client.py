@@ -31,6 +31,12 @@ RUNS = {
         "run.eval-every": 2,
         "run.client-eval-every": 3,
     },
+    "between two exchanges": {
+        "algorithm.optimizer": "adamw",
+        "algorithm.states": "x: average every 2; m: average every 2; v: local",
+        "run.client-eval-every": 1,
+        "run.num-rounds": 3,
+    },
     "algorithm 2": {
         "algorithm.name": "d-sgd-m",
         "algorithm.topology": "star",
