@@ -46,6 +46,8 @@ def _settle_preset(config: Config, given: frozenset[str], notes: list[str]) -> C
         told = (full in given or bool(set(own) - {X})) if key == "optimizer" else now != default
         if not told:
             config = replace(config, "algorithm", **{KEYS[full].name: value})
+            if full in given and now != value:
+                notes.append(f"{name} has {key} = {value!r}: {key} = {now!r} is the key's default, and reads as none")
         elif now != value:
             wins.append(f"{key} = {now!r} over {value!r}")
     policy, has = config.algorithm.momentum_policy, (X, *OPTIMIZERS[config.algorithm.optimizer].states)
