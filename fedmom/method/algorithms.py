@@ -106,7 +106,7 @@ ALGORITHMS = {
         equation="g <- g + μ(x − x_start)",
     ),
     "scaffold": Algorithm(
-        "SCAFFOLD: local SGD whose clients' gradients are corrected by what they and all others had in the round before",
+        "SCAFFOLD: local SGD, each client's gradients corrected by how they differed from all clients' before",
         sets={"beta": 0.0},
         equation="g <- g − c_i + c;  c_i⁺ = c_i − c + (x − y_i)/(Iγ);  c <- c + Σ_cohort (c_i⁺ − c_i)/N",
     ),

@@ -15,7 +15,7 @@ from fedmom.config.resolve import resolve
 from fedmom.engine.engine import Engine
 from fedmom.engine.plain.yardstick import Yardstick
 from fedmom.errors import InputError
-from fedmom.method import algorithms
+from fedmom.method import corrections
 from fedmom.method.corrections import Correction
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import beginning, round_job
@@ -207,7 +207,7 @@ def test_loop_and_vmap_agree_on_a_network_and_with_plain_torch(monkeypatch):
                 torch.testing.assert_close(end.client_correction[name], value, rtol=1e-10, atol=1e-12)
         assert ends[0].client_correction["steps"].tolist() == (2 * plan.steps_of(problem.sizes)).tolist()
     # What is wrong in a state or a message alone is seen too.
-    right = algorithms.finish_round
+    right = corrections.finish_round
 
     def late(correction, state, start, server, num_steps, lrs):
         return right(correction, state, start, server, num_steps, 1.01 * lrs)

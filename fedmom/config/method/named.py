@@ -42,8 +42,11 @@ def _settle_preset(config: Config, given: frozenset[str], notes: list[str]) -> C
     for key, value in sets.items():
         full = f"algorithm.{key}"
         now, default = flat(config)[full], KEYS[full].default
-        # An optimizer that was given its default is told by its states, which come out written.
-        told = (full in given or bool(set(own) - {X})) if key == "optimizer" else now != default
+        if key == "optimizer":
+            # One that was given its default is told by its states, which come out written, and are not the preset's.
+            told = full in given or not set(own) <= {X, *OPTIMIZERS[str(value)].states}
+        else:
+            told = now != default
         if not told:
             config = replace(config, "algorithm", **{KEYS[full].name: value})
             if full in given and now != value:
