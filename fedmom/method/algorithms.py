@@ -112,7 +112,7 @@ ALGORITHMS = {
     ),
     "fednova": Algorithm(
         "FedNova: local SGD with unequal numbers of steps (algorithm.local-epochs), averaged per step",
-        sets={"beta": 0.0, "momentum-policy": "reset"},
+        sets={"beta": 0.0, "states": "x: average; u: reset"},
         equation="x <- x − τ_eff Σ p_i (x − y_i)/a_i;  a_i = Σ_{k≤τ_i} (1−β^k)/(1−β);  τ_eff = Σ p_i a_i",
         normalised=True,
     ),

@@ -23,6 +23,7 @@ from fedmom.config.schema import FIRST, read_keys
 from fedmom.data.shipped import DATASETS
 from fedmom.errors import InputError
 from fedmom.experiments.simulation import app_folder
+from fedmom.method.algorithms import ALGORITHMS
 from fedmom.records.files import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.results.pictures import curves
@@ -572,7 +573,8 @@ def test_algorithms_are_listed_with_their_equations_and_what_they_set(fed):
     for entry in ALGORITHMS.values():
         assert " ".join(entry.equation.split()) in text
         assert all(f"{key} = {value!r}" in text for key, value in entry.sets.items())
-    assert "beta = 0.0" in text and "num-local-steps = 1" in text
+    assert "beta = 0.0" in text
+    assert "num-local-steps = 1" in text
 
 
 def test_keys_are_explained_all_or_by_word(fed):

@@ -1,7 +1,6 @@
 """Named methods: where they end, what a naive loop comes to, what they send, and what of a configuration wins."""
 
 from fractions import Fraction
-from pathlib import Path
 
 import named_rounds
 import numpy as np
@@ -9,20 +8,15 @@ import pytest
 import torch
 from test_backends import BASE, backend, backends, close, flattened  # noqa: F401  # a fixture
 
-import fedmom
 import oracle
 from fedmom.backends.local import make_backend
-from fedmom.backends.trainer import settled
 from fedmom.config.build import make_plan, make_problem
-from fedmom.config.load import flat, load
+from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.engine import Engine
-from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
-from fedmom.method.corrections import Correction
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import beginning, cohort
-from fedmom.rounds.watched import watched_class
 from laws import table
 
 H, C = np.array([0.5, 2.0, 1.0]), np.array([-1.0, 3.0, 0.0])
@@ -276,143 +270,3 @@ def check_on_examples(run, name, numbers, size, weights):
             assert new.client_correction is None
         p = weigh[ids] / weigh[ids].sum()
         assert record["train_loss"] == pytest.approx(float(p @ [np.mean(one) for one in losses]), rel=1e-10)
-
-
-def resolved(changes):
-    return resolve(load({**Q, **changes}))
-
-
-def test_a_resolved_preset_stays_as_it_is_also_through_flowers_run_config():
-    for name in ALGORITHMS:
-        for more in ({}, {"algorithm.beta": 0.5}, {"algorithm.momentum-policy": "reset"}, {"algorithm.cohort-size": 2}):
-            changes = {"algorithm.name": name, "algorithm.num-local-steps": 1, **more}
-            if ALGORITHMS[name].decentralized and more:
-                continue
-            once = resolved(changes).config
-            assert resolve(load(once)).config == once, (name, more)
-            assert settled(flat(once)).config == once, (name, more)
-
-
-def test_what_wins_over_a_name_is_told():
-    rows = [
-        ("fedprox", {}, {"beta": 0.0, "prox_mu": 0.01}, ""),
-        ("fedprox", {"algorithm.beta": 0.5}, {"beta": 0.5}, "the configuration's beta = 0.5 over 0.0 wins"),
-        (
-            "scaffold",
-            {"algorithm.beta": 0.9},
-            {"beta": 0.0},
-            "scaffold has beta = 0.0: beta = 0.9 is the key's default",
-        ),
-        ("fedcm", {"algorithm.beta": 0.5}, {"beta": 0.0}, "fedcm is β = 0: it overrules beta = 0.5"),
-        ("mime-lite", {"algorithm.beta": 0.5}, {"beta": 0.5}, ""),
-        ("fednova", {}, {"beta": 0.0, "momentum_policy": "reset"}, ""),
-        ("local-adam", {"algorithm.optimizer": "adam"}, {"optimizer": "adam"}, "optimizer = 'adam' over 'adamw' wins"),
-        ("des-loc", {"algorithm.states": "v: average every 4"}, {"optimizer": "adamw"}, "v: average every 4 over"),
-        ("local-sgd", {"algorithm.prox-mu": 1.0}, {}, "local-sgd does not read algorithm.prox-mu: it changes nothing"),
-        ("fedprox", {"algorithm.fedcm-alpha": 1.0}, {}, "fedprox does not read algorithm.fedcm-alpha"),
-        (
-            "gradient-tracking",
-            {"algorithm.beta": 0.5},
-            {"optimizer": "gradient-tracking"},
-            "does not read algorithm.beta",
-        ),
-    ]
-    for name, changes, keys, words in rows:
-        found = resolved({"algorithm.name": name, "algorithm.num-local-steps": 1, **changes})
-        assert all(getattr(found.config.algorithm, key) == value for key, value in keys.items()), name
-        assert any(words in note for note in found.notes) if words else not found.notes, (name, found.notes)
-
-
-SIMULATED = {"run.backend": "simulation", "server.strategy": "fedavg"}
-REFUSED = [
-    ("scaffold", {"algorithm.correction": "memory:Scaffold"}, "scaffold is a correction itself"),
-    ("fedprox", {"algorithm.correction": "memory:proximal"}, "fedprox is a correction itself"),
-    ("fedprox", {"algorithm.prox-mu": 0}, "algorithm.prox-mu = 0.*must be a number > 0"),
-    ("fedcm", {"algorithm.fedcm-alpha": 0}, r"algorithm.fedcm-alpha = 0.*must be in \(0, 1\]"),
-    ("scaffold", {"algorithm.states": "x: average every 2"}, "x every 2: scaffold"),
-    ("fednova", {"algorithm.states": "x: average every 2"}, "x every 2: fednova"),
-    ("fedcm", {"algorithm.optimizer": "adamw"}, "algorithm.optimizer = 'adamw': fedcm needs 'sgd'"),
-    ("mime-lite", {"algorithm.optimizer": "lion"}, "algorithm.optimizer = 'lion': mime-lite needs 'sgd'"),
-    ("mime-lite", {"algorithm.nesterov": True}, "algorithm.nesterov = True: mime-lite"),
-    ("fednova", {"algorithm.optimizer": "adam"}, "algorithm.optimizer = 'adam': fednova needs 'sgd'"),
-    ("fednova", {"algorithm.beta": 0.5, "algorithm.momentum-policy": "local"}, "fednova counts steps from u = 0"),
-    ("fednova", {"algorithm.beta": 0.5, "algorithm.states": "u: average every 1"}, "fednova counts steps from u = 0"),
-    ("fedcm", SIMULATED, "server.strategy = 'fedavg': fedcm has a state at the server"),
-    ("fednova", SIMULATED, "server.strategy = 'fedavg': fednova is an average of its own"),
-    ("gradient-tracking", {"algorithm.optimizer": "adamw"}, "gradient-tracking is an optimizer itself"),
-    ("gradient-tracking", {"algorithm.outer": "fedavgm"}, "there is no server"),
-]
-
-
-@table("name, changes, words", REFUSED)
-def test_what_has_no_meaning_is_one_line(name, changes, words):
-    with pytest.raises(InputError, match=words) as error:
-        make_plan(resolved({"algorithm.name": name, "algorithm.num-local-steps": 1, **changes}).config)
-    assert "\n" not in str(error.value)
-
-
-def test_a_resumed_run_has_the_bytes_of_a_whole_one(in_tmp):
-    """With a cohort, and an outer step on top."""
-    keys = Q | {"algorithm.cohort-size": 2, "engine.path": "loop", "run.num-rounds": 5, "algorithm.outer": "fedavgm"}
-    for name, files in (("scaffold", 3), ("fedcm", 2), ("mime-lite", 2)):
-        sets = keys | {"algorithm.name": name}
-        fedmom.run(sets, out=f"{name}-whole")
-        fedmom.run({**sets, "run.num-rounds": 2}, out=f"{name}-parts")
-        fedmom.run(resume=f"{name}-parts", sets={"run.num-rounds": 5})
-        names = {path.name for path in Path(f"{name}-whole").glob("*.safetensors")}
-        assert len(names) == files  # clients.safetensors where clients keep a state
-        for file in names:
-            assert Path(f"{name}-whole", file).read_bytes() == Path(f"{name}-parts", file).read_bytes(), file
-
-
-class Short(Correction):
-    """Counts its client's steps of a round, and how many rounds it saw; told x before and after by the server's hand."""
-
-    def start(self, params):
-        return {"steps": torch.zeros(()), "rounds": torch.zeros(())}, {n: 0 * x for n, x in params.items()}
-
-    def gradient(self, g, x, x_start, client, server):
-        return g, {"steps": client["steps"] + 1, "rounds": client["rounds"]}
-
-    def finish(self, x, x_start, client, server, num_steps, total_lr):
-        return {"steps": client["steps"], "rounds": client["rounds"] + 1}, {"steps": client["steps"].double()}
-
-    def gather(self, server, mean_message, share, x_mean, total_lr, x_start):
-        assert mean_message["steps"].item() == 5
-        return {n: (x_start[n] - x_mean[n]) / total_lr for n in server}
-
-    def forgets(self, name):
-        return name == "steps"
-
-
-def test_a_correction_of_ones_own_may_forget_and_be_told_of_the_round():
-    for path in ("loop", "vmap"):
-        problem, plan, _ = begun({"algorithm.name": "local-sgd", "algorithm.outer": "fedavgm"})
-        watched = watched_class("algorithm.correction", Short, 0)
-        plan = plan._replace(method=plan.method._replace(correction=watched))
-        engine = Engine(problem, plan.method, path=path, chunk_size=2)
-        done = beginning(problem, plan)
-        for new, _ in run_rounds(problem, plan, engine, done):
-            assert set(new.client_correction) == {"rounds"}
-            assert new.client_correction["rounds"].tolist() == [new.round] * 3
-            # Of x̂ before the outer step: the mean of the clients' own ways from where they began.
-            x, ys = done.state.params["x"].item(), []
-            for h, c in zip(H, C, strict=True):
-                ys.append(c + (1 - 0.05 * h) ** 5 * (x - c))
-            assert new.state.correction["x"].item() == pytest.approx((x - np.mean(ys)) / 0.25, rel=1e-12)
-            done = new
-
-
-def test_what_stays_with_a_client_is_corrected_by_nobody():
-    """The last layer is each client's own: the server's states and the messages are of the rest alone."""
-    keys = {"data.num-clients": 3, "model.name": "mlp", "model.hidden": 4, "run.num-rounds": 2}
-    keys |= {"data.dataset": "digits", "data.batch-size": 4, "algorithm.personal": "head", "engine.path": "loop"}
-    for name in ("scaffold", "fedcm", "mime-lite"):
-        config = resolve(load({**keys, "algorithm.name": name, "algorithm.num-local-steps": 2})).config
-        problem, plan = make_problem(config, "cpu"), make_plan(config)
-        engine = Engine(problem, plan.method, path="loop", chunk_size=1)
-        *_, (end, _) = run_rounds(problem, plan, engine, beginning(problem, plan))
-        shared = set(end.state.params) - problem.personal
-        assert set(end.state.correction) == shared
-        sent = sum(end.state.params[n].numel() for n in shared) * 4 * (1 if name == "fedcm" else 2)
-        assert end.bytes_sent == 2 * 3 * sent

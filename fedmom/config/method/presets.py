@@ -66,8 +66,7 @@ def _check_normalised(config: Config) -> None:
     _needs_sgd(config, "its a_i are the lengths of SGD's steps")
     rule = Rules(keys.momentum_policy, parse_states(keys.states)).of("u")
     if keys.beta and rule != StateRule("reset"):
-        said = f"states = {keys.states!r}" if keys.states else f"momentum-policy = {keys.momentum_policy!r}"
-        raise InputError(f"algorithm.{said}: {name} counts steps from u = 0; leave it out, or set u to reset")
+        raise InputError(f"algorithm.states = {keys.states!r}: {name} counts steps from u = 0; take 'u: reset every 1'")
     _check_every_round(config, f"{name} divides a round's way by its steps")
 
 
