@@ -244,6 +244,7 @@ for command in (
     results.watch,
     show.datasets,
     show.models,
+    show.algorithms,
     keys.keys,
 ):
     app.command()(command)

@@ -226,6 +226,23 @@ def models() -> int:
     return DONE
 
 
+def algorithms() -> int:
+    """List the algorithms that a config can name: what each is, its equation, and the keys that it sets.
+
+    fedmom run quickstart --set algorithm.name=scaffold
+    """
+    from fedmom.method.algorithms import ALGORITHMS
+
+    rows = []
+    for name, entry in ALGORITHMS.items():
+        fixed = {"num-local-steps": entry.interval, "beta": entry.beta}
+        sets = {key: value for key, value in fixed.items() if value is not None} | dict(entry.sets)
+        said = [entry.summary, entry.equation, ", ".join(f"{key} = {value!r}" for key, value in sets.items())]
+        rows.append([name, ". ".join(part for part in said if part)])
+    _print_list(rows)
+    return DONE
+
+
 def _print_list(rows: Sequence[Sequence[str]]) -> None:
     """Names, so to the left; beside each a sentence, which a narrow terminal breaks between words."""
     from fedmom.cli.first.text import filled, line_width

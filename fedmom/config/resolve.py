@@ -10,6 +10,7 @@ from fedmom.config.load import Loaded, flat, replace
 from fedmom.config.method.named import settle_named
 from fedmom.config.method.optimizer import settle_optimizer
 from fedmom.config.method.outer import check_outer, outer_of
+from fedmom.config.method.presets import check_presets
 from fedmom.config.method.states import parse_states, settle_states
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
@@ -53,6 +54,7 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     _check_decentralized(config, given, notes)
     config = _settle_interval(config)
     config = settle_states(config)
+    check_presets(config, given, notes)
     check_outer(config, given, notes)
     config = _settle_rounds(config, given, notes)
     _check_strategy(config, given, notes)

@@ -61,6 +61,8 @@ EXAMPLES: dict[str, Any] = {
     "algorithm.weight-decay": 0.0001,
     "algorithm.momentum-policy": "reset",
     "algorithm.correction": "mine:proximal",
+    "algorithm.prox-mu": 0.1,
+    "algorithm.fedcm-alpha": 0.2,
     "algorithm.personal": "norm",
     "algorithm.cohort-size": 10,
     "algorithm.slow-momentum": 0.5,

@@ -18,7 +18,8 @@ from fedmom.engine.stacked.runner import ChunkOutcome, StackRunner
 from fedmom.engine.stacked.steps import Stack
 from fedmom.method.algorithms import Method
 from fedmom.method.averaging import WeightedMean
-from fedmom.method.corrections import Correction, finish_round, takes_key
+from fedmom.method.corrections import Correction, begun_round, finish_round, lasting, takes_key
+from fedmom.method.named.fednova import scaled
 from fedmom.method.randomness import random_bits
 from fedmom.method.state import ClientState, Tree, concatenated, like, stacked, where
 from fedmom.method.step import loop_step, vmap_step
@@ -87,6 +88,8 @@ class PlainRunner:
             part = part_of(job, places, self.problem.device)
             found = self._run_chunk(with_own(stacked(start, len(places)), part, self.order), part, progress)
             ended, own = without_own(self.problem, self.method, found.ended, part)
+            if part.scales is not None:
+                ended = ended._replace(params=scaled(start.params, ended.params, part.scales))
             return found._replace(ended=ended, own=own)
 
         return map(run, chunks)
@@ -109,8 +112,8 @@ class PlainRunner:
         told: dict[str, Any] = {"start": start}
         correction = self.method.correction
         if isinstance(correction, Correction):
-            told["server"] = state.correction
-            state = state._replace(correction=job.correction or {})
+            told["server"], personal = state.correction, self.problem.personal
+            state = state._replace(correction=begun_round(correction, job.correction or {}, start, personal))
         for s, batch in enumerate(self.problem.round_batches(job.clients, job.first_steps, most)):
             if self.keyed:
                 told["key"] = random_bits(job.clients, job.first_steps + s).to(device)
@@ -134,7 +137,8 @@ class PlainRunner:
         if isinstance(correction, Correction):
             lrs = torch.tensor(job.lrs, dtype=torch.float64, device=device)
             state, own = finish_round(correction, state, start, told["server"], num_steps, lrs)
-            own = {name: value.to("cpu") for name, value in own.items()} if job.correction is not None else None
+            kept = lasting(correction, own)
+            own = {name: value.to("cpu") for name, value in kept.items()} if job.correction is not None else None
         return ChunkOutcome(state, job.weights, losses / num_steps, points, correction=own)
 
     def _one_step(self, state: ClientState, batch: Any, told: dict[str, Any], lr: float) -> tuple[ClientState, Tensor]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmom.engine.own_state import attributes, changed, held_by, same, shared_by
 from fedmom.errors import InputError
-from fedmom.method.corrections import Correct, Correction, takes_key
+from fedmom.method.corrections import Correct, Correction, takes_key, takes_of_the_round
 from fedmom.method.state import ClientState, Tree
 from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Batch, Supervised, one_of_batch
@@ -188,7 +188,9 @@ def look_at_memory(correction: Correction, grads: Tree, start: ClientState) -> N
             found = correction.gradient(copied(grads), copied(x), copied(x), copied(client), copied(server), **more)
             g, own = found if isinstance(found, tuple) else (found, client)
             after, message = correction.finish(copied(x), copied(x), copied(own), copied(server), count, lr)
-            gathered = correction.gather(copied(server), copied(message), 0.5)
+            told = {"x_start": copied(x), "x_mean": copied(x), "total_lr": 1.0}
+            wanted = {name: told[name] for name in takes_of_the_round(correction)}
+            gathered = correction.gather(copied(server), copied(message), 0.5, **wanted)
             trees = {"g": g, "the client's": after, "the message's": message, "the server's": gathered}
             answers.append({f"{part} {name}": value for part, tree in trees.items() for name, value in tree.items()})
         if name := _drawn(before):

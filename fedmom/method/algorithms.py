@@ -58,6 +58,7 @@ class Algorithm(NamedTuple):
     # these a value that is the key's default cannot be told from none; "states" fills up what is not given of it.
     sets: Mapping[str, str | float] = MappingProxyType({})
     equation: str = ""  # of a preset, as its paper has it
+    normalised: bool = False  # whether every client's way is divided by the length of its steps: FedNova
 
 
 ALGORITHMS = {
@@ -98,6 +99,38 @@ ALGORITHMS = {
         beta=0.0,
         sets={"outer": "fedadam"},
         equation="m <- β₁m − (1−β₁)Δ;  v <- β₂v + (1−β₂)Δ²;  x <- x + ηm/(√v + τ)",
+    ),
+    "fedprox": Algorithm(
+        "FedProx: local SGD whose clients are held to x̂ by μ = algorithm.prox-mu",
+        sets={"beta": 0.0},
+        equation="g <- g + μ(x − x_start)",
+    ),
+    "scaffold": Algorithm(
+        "SCAFFOLD: local SGD, each client's gradients corrected by how they differed from all clients' before",
+        sets={"beta": 0.0},
+        equation="g <- g − c_i + c;  c_i⁺ = c_i − c + (x − y_i)/(Iγ);  c <- c + Σ_cohort (c_i⁺ − c_i)/N",
+    ),
+    "fednova": Algorithm(
+        "FedNova: local SGD with unequal numbers of steps (algorithm.local-epochs), averaged per step",
+        sets={"beta": 0.0, "states": "x: average; u: reset"},
+        equation="x <- x − τ_eff Σ p_i (x − y_i)/a_i;  a_i = Σ_{k≤τ_i} (1−β^k)/(1−β);  τ_eff = Σ p_i a_i",
+        normalised=True,
+    ),
+    "fedcm": Algorithm(
+        "FedCM: local steps by α g and 1 − α the mean step of the last round, α = algorithm.fedcm-alpha",
+        beta=0.0,
+        equation="g <- αg + (1−α)D;  D <- (x − x̂)/(Iγ)",
+    ),
+    "mime-lite": Algorithm(
+        "MimeLite: local steps by the server's momentum, which moves once in a round",
+        equation="g <- g + βm, m fixed in the round;  m <- βm + Σ p_i ∇f_i(x_start)",
+    ),
+    "gradient-tracking": Algorithm(
+        "Algorithm 2 with gradient tracking: y follows the mean gradient of all clients, and is mixed as x is",
+        1,
+        decentralized=True,
+        sets={"optimizer": "gradient-tracking"},
+        equation="y_i <- y_i + g_i − g_i^before;  x_i <- x_i − γy_i;  then x_i, y_i <- Σ_j W_ji (x_j, y_j)",
     ),
     "d-sgd-m-qg": Algorithm(
         "Algorithm 2 with quasi-global momentum: u follows how far x moved, and does not travel",

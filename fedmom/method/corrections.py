@@ -1,7 +1,7 @@
 """A change of the gradient by code of the user's own, or of a named method: plain, or with a state that remembers."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,8 +21,13 @@ class Correction:
     A class of yours that `algorithm.correction = "module:Class"` names is made without arguments, and may derive from
     this one, whose methods remember nothing. A state is a dict of tensors, {} where there is none; x, g and the states
     are given without a client axis, and a method returns new tensors instead of writing into these. SCAFFOLD
-    (Karimireddy et al., ICML 2020) and a FedProx with memory are examples/memory.py.
+    (Karimireddy et al., ICML 2020) and a FedProx with memory are examples/memory.py; fedmom's own are in
+    fedmom/method/named.
     """
+
+    # Of fedmom's own, whose states are of what travels alone: `start` is not shown what algorithm.personal keeps at
+    # home, where no server corrects anything. A class of yours is shown all of x.
+    shared_alone = False
 
     def start(self, params: Tree) -> tuple[Tree, Tree]:
         """(one client's state, the server's) before the first round, at x⁰ = `params`.
@@ -56,8 +61,18 @@ class Correction:
         mean_message: Σ p_i message_i over the clients that answered, with the weights p_i of the averages of x and u.
         share: the part of all clients' weights that those have: |S|/N for client-weights = "uniform", and
         Σ_S n_i / Σ n_i for "samples". So share · mean_message is the sum over those, divided as for all N clients.
+        Further parameters of these names are given too, of what travels, so that no message need carry them:
+        `x_start`, x before the round; `x_mean`, x̂, the mean of the clients' x before any outer step; `total_lr`, a
+        float, Σ p_i Σγ over each client's own steps.
         """
         return server
+
+    def forgets(self, name: str) -> bool:
+        """Whether the client's tensor of this name lives within a round alone.
+
+        It begins every round as `start` makes it at the round's x, and nobody keeps it for N clients between rounds.
+        """
+        return False
 
 
 def takes_key(correction: Correct | Correction) -> bool:
@@ -67,6 +82,56 @@ def takes_key(correction: Correct | Correction) -> bool:
         return "key" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # what has no signature takes what all take
         return False
+
+
+_OF_THE_ROUND = ("x_start", "x_mean", "total_lr")  # what `gather` may be given beside its three
+
+
+def takes_of_the_round(correction: Correction) -> frozenset[str]:
+    """The further parameters that `gather` wants."""
+    function = getattr(correction, "of", correction).gather  # the user's own, within what watches it
+    try:
+        names = list(inspect.signature(function).parameters)[3:]
+    except (TypeError, ValueError):
+        return frozenset()
+    return frozenset(names) & frozenset(_OF_THE_ROUND)
+
+
+def has_short_states(correction: Correct | Correction | None) -> bool:
+    """Whether a client may have states that live within a round."""
+    return isinstance(correction, Correction) and _forgets(correction) is not Correction.forgets
+
+
+def _forgets(correction: Correction) -> Any:
+    return getattr(type(getattr(correction, "of", correction)), "forgets", Correction.forgets)
+
+
+def started(correction: Correction, params: Tree, personal: Collection[str] = ()) -> tuple[Tree, Tree]:
+    """(one client's whole state, the server's) at x = `params`; personal: names of what stays with each client."""
+    if correction.shared_alone:
+        params = {name: x for name, x in params.items() if name not in personal}
+    return correction.start(params)
+
+
+def lasting(correction: Correction, client: Tree) -> Tree:
+    """Of a client's state, stacked or not, what is kept between rounds."""
+    if not has_short_states(correction):
+        return client
+    return {name: value for name, value in client.items() if not correction.forgets(name)}
+
+
+def begun_round(correction: Correction, kept: Tree, x_start: Tree, personal: Collection[str] = ()) -> Tree:
+    """K stacked clients' whole states at the start of a round: what was kept, and what lives within it anew."""
+    if not has_short_states(correction):
+        return kept
+
+    def short(params: Tree) -> Tree:
+        client = started(correction, params, personal)[0]
+        return {name: value for name, value in client.items() if correction.forgets(name)}
+
+    if next((len(x) for x in x_start.values()), 1) == 1:  # as `loop_step`: what cannot be mapped may be done for one
+        return kept | tree_map(lambda t: t[None], short(tree_map(lambda t: t[0], x_start)))
+    return kept | torch.vmap(short)(x_start)
 
 
 def user_object(correction: Correct | Correction) -> Any:

@@ -4,22 +4,22 @@ import torch
 
 from fedmom.errors import DivergedError
 from fedmom.method.algorithms import Method
-from fedmom.method.corrections import Correction
+from fedmom.method.corrections import Correction, lasting, started, takes_of_the_round
 from fedmom.method.optimizers.optimizer import zeros
 from fedmom.method.state import ClientState, Tree, expand, is_finite
-from fedmom.rounds.round import Outcome
+from fedmom.rounds.round import Job, Outcome
 from fedmom.tasks.problem import Problem
 
 
 def start_of(problem: Problem, method: Method) -> tuple[ClientState, Tree]:
-    """(the common start, with the server's state of a correction; one client's own state, {} where it has none)."""
+    """(the common start, with the server's state of a correction; what one client keeps of its own, {} for nothing)."""
     start, correction = problem.start(), method.correction
     if method.by.states != ("u",):  # which a problem begins with
         start = start._replace(momentum=zeros(method.by, start.params))
     if not isinstance(correction, Correction):
         return start, {}
-    client, server = correction.start(start.params)
-    return start._replace(correction=server), client
+    client, server = started(correction, start.params, problem.personal)
+    return start._replace(correction=server), lasting(correction, client)
 
 
 def client_rows(client: Tree, num_clients: int) -> Tree | None:
@@ -31,13 +31,13 @@ def client_rows(client: Tree, num_clients: int) -> Tree | None:
 
 def message_form(problem: Problem, method: Method) -> Tree:
     """A message as every client sends it: names, shapes and dtypes; {} where none is sent."""
-    (start, client), correction = start_of(problem, method), method.correction
+    correction, x = method.correction, problem.start().params
     if not isinstance(correction, Correction):
         return {}
-    x = start.params
+    client, server = started(correction, x, problem.personal)
     device, dtype = problem.device, next((value.dtype for value in x.values()), torch.float32)
     count, total_lr = torch.ones((), dtype=torch.int64, device=device), torch.ones((), dtype=dtype, device=device)
-    return correction.finish(x, x, client, start.correction, count, total_lr)[1]
+    return correction.finish(x, x, client, server, count, total_lr)[1]
 
 
 def check_states(method: Method, outcome: Outcome, server: Tree, where: str) -> None:
@@ -49,12 +49,23 @@ def check_states(method: Method, outcome: Outcome, server: Tree, where: str) -> 
                 raise DivergedError(f"{what}: try a smaller lr")
 
 
-def gathered(method: Method, before: ClientState, mean: ClientState, share: float) -> ClientState:
+def gathered(
+    method: Method, before: ClientState, mean: ClientState, share: float, job: Job, shared: Tree
+) -> ClientState:
     """The mean of a round with the server's next state in place of the mean message.
 
-    before: the start of the round, with the server's state; share: the cohort's part of all clients' weights.
+    before: the start of the round, with the server's state; share: the cohort's part of all clients' weights; job: of
+    the clients that answered; shared: x before the round, of what travels.
     """
     correction = method.correction
     if not isinstance(correction, Correction):
         return mean
-    return mean._replace(correction=correction.gather(before.correction, mean.correction, share))
+    told = {"x_start": shared, "x_mean": mean.params, "total_lr": _mean_lr(job)}
+    more = {name: told[name] for name in takes_of_the_round(correction)}
+    return mean._replace(correction=correction.gather(before.correction, mean.correction, share, **more))
+
+
+def _mean_lr(job: Job) -> float:
+    """Σ p_i Σγ over each client's own steps."""
+    totals = torch.tensor(job.lrs, dtype=torch.float64).cumsum(0)[job.num_steps - 1]
+    return float(job.weights @ totals / job.weights.sum())

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedmom.errors import DivergedError
+from fedmom.method.named.fednova import of_a_cohort
 from fedmom.method.state import ClientState, Tree, is_finite
 from fedmom.rounds.clients import look
 from fedmom.rounds.correction import check_states, gathered
@@ -37,7 +38,10 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
     examples = int(job.num_steps.sum()) * plan.batch_size
     begun, weights = shared_of(problem, done.state), plan.weights_of(problem.sizes)
     share = float(job.weights.sum()) / float(weights.sum())
-    state, outer = gathered(plan.method, done.state, outcome.mean, share), done.outer
+    mean, outer = outcome.mean, done.outer
+    if job.scales is not None and not everybody:
+        mean = mean._replace(params=of_a_cohort(begun.params, mean.params, job.weights, job.scales))
+    state = gathered(plan.method, done.state, mean, share, job, begun.params)
     if plan.outer is not None and outer is not None:
         state, outer = outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])
     sent = begun._replace(correction=outcome.mean.correction)

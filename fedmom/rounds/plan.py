@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedmom.method.algorithms import Method
 from fedmom.method.decentralized.topology import Topology
+from fedmom.method.named.fednova import scales
 from fedmom.method.outer import OuterRule
 from fedmom.method.randomness import COHORT, random_bits
 from fedmom.method.schedules import Horizon, LearningRate
@@ -46,6 +48,7 @@ class Plan(NamedTuple):
     client_eval_every: int = 0  # rounds between two evaluations on every client's own test examples; 0: none
     personal_steps: int = 0  # local steps from x̂ after which a client's own evaluation measures once more
     eval_clients: int = 0  # of Algorithm 2: how many clients' own models are measured; 0: all
+    normalised: bool = False  # whether clients' ways are averaged per step: FedNova
     compared: bool = False  # whether the run goes on whose ways were compared with plain torch when it began
 
     def evaluates(self, round_number: int) -> bool:
@@ -171,16 +174,25 @@ def clients_job(
     all_steps = plan.steps_of(problem.sizes)
     steps, per_round, horizon = all_steps[ids], float(all_steps.mean()), plan.horizon(problem.sizes)
     first = round_index * per_round  # the schedule's clock; with local-epochs the mean client's
-    lrs = [plan.rate.at(math.floor(first + s), horizon) for s in range(int(steps.max()))]
+    lrs = [plan.rate.at(math.floor(first + s), horizon) for s in range(int(all_steps.max()))]
     weights = torch.from_numpy(plan.weights_of(sizes))
     return Job(
         clients=torch.from_numpy(ids),
         weights=weights.to(torch.float64),
         first_steps=torch.from_numpy(round_index * steps),
         num_steps=torch.from_numpy(steps),
-        lrs=lrs,
+        lrs=lrs[: int(steps.max())],
         own=own,
         keeps=True,
+        scales=_scales(plan, problem.sizes, all_steps, lrs, ids),
         round_index=round_index,
         correction=correction,
     )
+
+
+def _scales(plan: Plan, sizes: np.ndarray, steps: np.ndarray, lrs: list[float], ids: np.ndarray) -> Tensor | None:
+    """[C] what FedNova multiplies the ways of clients `ids` by, with sizes and steps [N] of all; None for nothing."""
+    if not plan.normalised or len(set(steps.tolist())) == 1:
+        return None
+    weights = torch.from_numpy(plan.weights_of(sizes)).to(torch.float64)
+    return scales(torch.from_numpy(steps), weights, lrs, plan.method.beta, plan.method.nesterov)[torch.from_numpy(ids)]

@@ -25,6 +25,7 @@ class Job(NamedTuple):
     lrs: Sequence[float]  # γ of each local step, as many as the most steps
     own: ClientState | None = None  # [C, ...] what the clients have of their own, in main memory (rounds/own.py)
     keeps: bool = False  # whether what they go on with by themselves is wanted back
+    scales: Tensor | None = None  # [C] float64, by which clients' ways are multiplied before the averages (FedNova)
     round_index: int = 0  # rounds before this one
     rows: ClientState | None = None  # [N, ...] the clients' own x, u and buffers, of Algorithm 2
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction, in main memory
@@ -118,6 +119,7 @@ def part_of(job: Job, rows: Tensor, device: torch.device | None = None) -> Job:
         weights=job.weights[rows],
         first_steps=job.first_steps[rows],
         num_steps=job.num_steps[rows],
+        scales=None if job.scales is None else job.scales[rows],
         correction=some(job.correction),
         rows=place(job.rows),
         own=place(job.own),

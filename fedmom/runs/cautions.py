@@ -64,6 +64,12 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
             )
         elif size > 1:
             notes.append(f"algorithm.personal keeps tensors of all {len(problem.sizes)} clients: {size:,.1f} MB")
-    if plan.local_epochs and len(set(plan.steps_of(problem.sizes).tolist())) > 1:
+    uneven = plan.local_epochs and len(set(plan.steps_of(problem.sizes).tolist())) > 1
+    if plan.normalised and not uneven:
+        notes.append(
+            f"{config.algorithm.name}: all clients take equally many steps, so this is the plain mean "
+            "(algorithm.local-epochs gives them their own)"
+        )
+    elif uneven and not plan.normalised:
         notes.append("local-epochs gives clients unequal steps: the mean is not the paper's (num-local-steps is)")
     return notes

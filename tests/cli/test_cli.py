@@ -23,6 +23,7 @@ from fedmom.config.schema import FIRST, read_keys
 from fedmom.data.shipped import DATASETS
 from fedmom.errors import InputError
 from fedmom.experiments.simulation import app_folder
+from fedmom.method.algorithms import ALGORITHMS
 from fedmom.records.files import CHECKPOINT, CONFIG, ENVIRONMENT, FINAL, ROUNDS, STATUS, read_about, read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.results.pictures import curves
@@ -47,6 +48,7 @@ COMMANDS = [
     "watch",
     "datasets",
     "models",
+    "algorithms",
     "keys",
     "new",
     "check",
@@ -560,6 +562,19 @@ def test_datasets_and_models_are_listed_with_a_line_each(fed):
         listed = [line.split("  ")[0] for line in out]
         assert listed == [*names, "module:function"]
         assert all(len(line.split("  ", 1)[1].strip()) > 10 for line in out)
+
+
+def test_algorithms_are_listed_with_their_equations_and_what_they_set(fed):
+    status, out, err = fed("algorithms")
+    assert (status, err) == (0, [])
+    heads = [line.split("  ")[0] for line in out if line[:1] != " "]
+    assert heads == list(ALGORITHMS)
+    text = " ".join(" ".join(out).split())
+    for entry in ALGORITHMS.values():
+        assert " ".join(entry.equation.split()) in text
+        assert all(f"{key} = {value!r}" in text for key, value in entry.sets.items())
+    assert "beta = 0.0" in text
+    assert "num-local-steps = 1" in text
 
 
 def test_keys_are_explained_all_or_by_word(fed):

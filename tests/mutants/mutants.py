@@ -34,6 +34,7 @@ PARTS = {
     "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_supervised.py"),
     "partitions": ("tests/data/test_partition.py",),
     "schedules": ("tests/method/test_schedules.py", "tests/engine/test_engine.py", "tests/laws"),
+    "named": ("tests/laws/test_presets.py", "tests/method/test_named_corrections.py", "tests/config/test_named.py"),
     "rounds": (
         "tests/laws/test_backends.py",
         "tests/laws/test_memory.py",
@@ -82,6 +83,9 @@ PRSGDM, DSGDM, CLIENTS = "strategies.prsgdm.PRSGDM", "strategies.dsgdm.DSGDM", "
 HELD_OUT, EVALUATION = "fedmom.data.given.held_out", "fedmom.tasks.evaluation"
 LOOK, RESULTS, OWN = "fedmom.rounds.clients", "fedmom.rounds.results", "fedmom.rounds.own"
 OWN_DATA = "strategies.local_data.LocalSupervised"
+
+NAMED, PRESETS = "fedmom.method.named", "tests/laws/test_presets.py"
+_FIXED_STATES = "fedmom.config.method.states._FIXED"
 
 OWN_TESTS, PERSONAL_ROUNDS = "tests/tasks/test_own_results.py", "tests/laws/test_personal_rounds.py"
 HOLDS_OUT = f"{OWN_TESTS}::test_every_client_holds_out_its_share_and_no_other_client_matters"
@@ -243,6 +247,127 @@ MUTANTS = [
         "with unequal numbers of steps a client that is done takes one more",
         code(f"{PLAIN}._run_chunk", "active = s < num_steps", "active = s <= num_steps"),
         "tests/laws/test_backends.py::test_clients_take_as_many_steps_as_their_epochs_have[vmap]",
+    ),
+    # --- named methods ---------------------------------------------------------------------------------------
+    Mutant(
+        "named",
+        "half of FedProx's pull",
+        "μ/2 (x − x_start) for the gradient of μ/2 ‖x − x_start‖²",
+        code(f"{NAMED}.fedprox.FedProx.__call__", "self.mu *", "self.mu / 2 *"),
+        f"{PRESETS}::test_where_nothing_moves_any_more",
+    ),
+    Mutant(
+        "named",
+        "SCAFFOLD forgets c_i − c",
+        "c_i⁺ = (x − y_i)/(Iγ), which is the corrected gradient's mean and not the gradient's",
+        code(
+            f"{NAMED}.scaffold.Scaffold.finish",
+            'client[f"c {name}"] + change',
+            "server[name] + change",
+        ),
+        f"{PRESETS}::test_where_nothing_moves_any_more",
+    ),
+    Mutant(
+        "named",
+        "SCAFFOLD divides by the cohort",
+        "c moves by the cohort's mean change, so that it is not the mean of all c_i",
+        code(f"{NAMED}.scaffold.Scaffold.gather", "share *", "1 *"),
+        f"{PRESETS}::test_rounds_of_examples_are_the_naive_loops[loop]",
+    ),
+    Mutant(
+        "named",
+        "SCAFFOLD's displacement with momentum",
+        "(x − y_i)/(Iγ) with β > 0 grows with what u remembers, and diverges",
+        code(f"{NAMED}.table._scaffold", "and by.beta == 0", ""),
+        f"{PRESETS}::test_where_nothing_moves_any_more",
+    ),
+    Mutant(
+        "named",
+        "FedNova counts τ_i with momentum",
+        "a_i = τ_i, as if u had no memory",
+        code(f"{NAMED}.fednova.lengths", "(1 - beta**k) / (1 - beta)", "1"),
+        f"{PRESETS}::test_fednova_counts_the_steps_that_momentum_makes_longer",
+    ),
+    Mutant(
+        "named",
+        "FedNova has all clients' τ_eff in a cohort",
+        "x moves by the mean way per step, times everybody's steps",
+        code(f"{NAMED}.fednova.of_a_cohort", "factor = ", "factor = 1.0 or "),
+        f"{PRESETS}::test_rounds_of_examples_are_the_naive_loops[loop]",
+    ),
+    Mutant(
+        "named",
+        "FedNova's ways are left as they are",
+        "the plain mean, which favours clients that take more steps",
+        code("fedmom.rounds.plan._scales", "not plan.normalised", "True"),
+        f"{PRESETS}::test_where_nothing_moves_any_more",
+    ),
+    Mutant(
+        "named",
+        "FedCM's α and 1 − α swapped",
+        "a step of (1−α)g + αD",
+        code(
+            f"{NAMED}.fedcm.FedCM.gradient",
+            "self.alpha * g[name] + (1 - self.alpha) * d",
+            "(1 - self.alpha) * g[name] + self.alpha * d",
+        ),
+        f"{PRESETS}::test_where_nothing_moves_any_more",
+    ),
+    Mutant(
+        "named",
+        "D of x after the outer step",
+        "FedCM's D follows what the server made of x̂, and not what clients stepped by",
+        code(
+            f"{LOOP}.after_round",
+            "outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])\n",
+            "outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])\n"
+            "        state = gathered(\n"
+            "            plan.method, done.state, state._replace(correction=mean.correction), share, job, begun.params\n"
+            "        )\n",
+        ),
+        "tests/method/test_named_corrections.py::test_a_correction_of_ones_own_may_forget_and_be_told_of_the_round",
+    ),
+    Mutant(
+        "named",
+        "FedCM is told of no round",
+        "D stays 0: local SGD at αγ, which ends at the same x, later",
+        code("fedmom.rounds.correction.gathered", '"x_mean": mean.params', '"x_mean": shared'),
+        f"{PRESETS}::test_golden_rounds",
+    ),
+    Mutant(
+        "named",
+        "MimeLite takes the last gradient",
+        "the gradient where the client ended, and not at x before the round",
+        code(f"{NAMED}.mime.MimeLite.gradient", "torch.zeros_like(client[_FIRST])", "client[_FIRST]"),
+        f"{PRESETS}::test_where_nothing_moves_any_more",
+    ),
+    Mutant(
+        "named",
+        "MimeLite keeps what lives within a round",
+        "the first gradient of the round before counts as this one's",
+        code("fedmom.method.corrections.lasting", "if not correction.forgets(name)", ""),
+        "tests/method/test_named_corrections.py::test_a_correction_of_ones_own_may_forget_and_be_told_of_the_round",
+    ),
+    Mutant(
+        "named",
+        "gradient tracking leaves y at home",
+        "x alone is mixed by W, so that clients end beside the optimum",
+        entry(f"{_FIXED_STATES}", "gradient-tracking", lambda row: row | {"y": row["g"]}),
+        f"{PRESETS}::test_algorithm_2s_presets_are_the_naive_loops",
+    ),
+    Mutant(
+        "named",
+        "a preset overrules the configuration",
+        "algorithm.beta = 0.5 is lost beside algorithm.name = 'fedprox'",
+        code("fedmom.config.method.named._settle_preset", "told = now != default", "told = False"),
+        "tests/config/test_named.py::test_what_wins_over_a_name_is_told",
+    ),
+    Mutant(
+        "named",
+        "SCAFFOLD corrects what is personal",
+        "other clients' gradients move a layer that is a client's own, and travel",
+        code("fedmom.method.corrections.started", "if correction.shared_alone", "if False"),
+        "tests/method/test_named_corrections.py::test_what_stays_with_a_client_is_corrected_by_nobody",
     ),
     # --- algorithm 2 ---------------------------------------------------------------------------------------
     Mutant(

@@ -55,7 +55,7 @@ def test_the_base_alone_trains_draws_and_compares(tmp_path):
         ("compare", "sweep"),
         ("partition", CONFIG, "--out", "partition.png"),
         ("topology", CONFIG, "--set", "algorithm.name=d-sgd-m", "--set", "algorithm.topology=erdos-renyi"),
-        *((name,) for name in ("keys", "datasets", "models")),
+        *((name,) for name in ("keys", "datasets", "models", "algorithms")),
     ]
     for (status, error), words in zip(called(ABSENT, commands, tmp_path), commands, strict=True):
         assert status == 0, (words, error)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fedmom.config.build.watched import watched_class
 from fedmom.config.keys import Config
 from fedmom.config.method.outer import outer_of
+from fedmom.config.method.presets import correction_numbers
 from fedmom.config.method.states import parse_states
 from fedmom.config.numbers import parse_numbers
 from fedmom.config.strategies import OURS
@@ -16,16 +17,18 @@ from fedmom.method.algorithms import ALGORITHMS, Method
 from fedmom.method.corrections import Correct, Correction, takes_key
 from fedmom.method.decentralized.graphs import GraphOptions
 from fedmom.method.decentralized.topology import Topology, make_topology
+from fedmom.method.named.table import NAMED_CORRECTIONS
 from fedmom.method.randomness import CORRECTION, random_bits
 from fedmom.method.schedules import LearningRate
-from fedmom.method.state import Tree
+from fedmom.method.state import Tree, X
+from fedmom.method.states.rules import StateRule
 from fedmom.rounds.plan import Plan
 from fedmom.user_code import is_spec, load_object, one_line
 
 
 def make_plan(config: Config) -> Plan:
     """The plain numbers of a resolved configuration."""
-    algorithm = config.algorithm
+    algorithm, named = config.algorithm, NAMED_CORRECTIONS.get(config.algorithm.name)
     _check_numbers(config)
     rate = LearningRate(
         lr=algorithm.lr,
@@ -38,7 +41,7 @@ def make_plan(config: Config) -> Plan:
     )
     return Plan(
         method=Method(
-            beta=algorithm.beta,
+            beta=0.0 if named is not None and named.beta_is_own else algorithm.beta,
             nesterov=algorithm.nesterov,
             weight_decay=algorithm.weight_decay,
             momentum_policy=algorithm.momentum_policy,
@@ -64,13 +67,14 @@ def make_plan(config: Config) -> Plan:
         client_eval_every=config.run.client_eval_every,
         personal_steps=config.run.personal_steps,
         eval_clients=config.run.eval_clients,
+        normalised=ALGORITHMS[algorithm.name].normalised,
     )
 
 
 def _check_numbers(config: Config) -> None:
     """What the method multiplies by must be a number of the dtype in which it is done."""
     largest = torch.finfo(getattr(torch, config.run.dtype)).max
-    for key in ("lr", "weight_decay", "slow_lr", "outer_lr"):
+    for key in ("lr", "weight_decay", "slow_lr", "outer_lr", "prox_mu"):
         value = getattr(config.algorithm, key)
         if value > largest:
             name, dtype = key.replace("_", "-"), config.run.dtype
@@ -78,7 +82,9 @@ def _check_numbers(config: Config) -> None:
 
 
 def _correction_of(config: Config) -> Correct | Correction | None:
-    """The user's function or an object of the user's class, watched over."""
+    """The named one, or the user's function or an object of the user's class, watched over."""
+    if (named := NAMED_CORRECTIONS.get(config.algorithm.name)) is not None:
+        return named.make(correction_numbers(config))
     spec = config.algorithm.correction
     found = load_object("algorithm.correction", spec) if is_spec(spec) else None
     if isinstance(found, Correction):
@@ -90,6 +96,10 @@ def _correction_of(config: Config) -> Correct | Correction | None:
         raise InputError(f"{said}: a correction with state needs a server, and {algorithm} has none")
     if strategy != OURS:
         raise InputError(f"server.strategy = {strategy!r}: a correction with state needs {OURS}; {said}")
+    if (period := parse_states(config.algorithm.states).get(X, StateRule()).period) > 1:
+        raise InputError(
+            f"{said}: a correction with state needs x in every round, not every {period}; set 'x: average'"
+        )
     return watched_class(said, found, config.run.seed)
 
 

@@ -78,14 +78,17 @@ class _Watched(Correction):
             self._fail(f"finish gives another message than before (of {other}); keep its names and shapes")
         return own, message
 
-    def gather(self, server: Tree, mean_message: Tree, share: float) -> Tree:
-        found: Tree = self._call("gather", server, mean_message, share)
+    def gather(self, server: Tree, mean_message: Tree, share: float, **more: Any) -> Tree:
+        found: Tree = self._call("gather", server, mean_message, share, **more)
         self._keeps("gather", "server's", found, server)
         return found
 
+    def forgets(self, name: str) -> bool:
+        return bool(getattr(self.of, "forgets", super().forgets)(name))
+
     def _call(self, method: str, *given: Any, **more: Any) -> Any:
         """What the user's method gives for copies of these dicts, whose tensors must not have been written into."""
-        trees = [tree for tree in given if isinstance(tree, dict)]
+        trees = [tree for tree in (*given, *more.values()) if isinstance(tree, dict)]
         versions = [t._version for tree in trees for t in tree.values()]
         function: Callable[..., Any] = getattr(self.of, method)
         try:

@@ -42,10 +42,15 @@ def _settle_preset(config: Config, given: frozenset[str], notes: list[str]) -> C
     for key, value in sets.items():
         full = f"algorithm.{key}"
         now, default = flat(config)[full], KEYS[full].default
-        # An optimizer that was given its default is told by its states, which come out written.
-        told = (full in given or bool(set(own) - {X})) if key == "optimizer" else now != default
+        if key == "optimizer":
+            # One that was given its default is told by its states, which come out written, and are not the preset's.
+            told = full in given or not set(own) <= {X, *OPTIMIZERS[str(value)].states}
+        else:
+            told = now != default
         if not told:
             config = replace(config, "algorithm", **{KEYS[full].name: value})
+            if full in given and now != value:
+                notes.append(f"{name} has {key} = {value!r}: {key} = {now!r} is the key's default, and reads as none")
         elif now != value:
             wins.append(f"{key} = {now!r} over {value!r}")
     policy, has = config.algorithm.momentum_policy, (X, *OPTIMIZERS[config.algorithm.optimizer].states)

@@ -46,6 +46,10 @@ class AlgorithmConfig:
         {"none": "the gradient as it is"},
         "module:function, or module:Class with a state (fedmom.Correction)",
     )
+    prox_mu: float = key(0.01, "fedprox: μ, by which every client is held to where the round began", above(0))
+    fedcm_alpha: float = key(
+        0.1, "fedcm: α, the share of a client's own gradient in its steps", Range(0, 1, with_low=False, with_high=True)
+    )
     personal: str = key(
         "", "tensors that stay with each client: norm, head or beginnings of names, by commas; empty: none", holds=","
     )

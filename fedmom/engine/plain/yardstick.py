@@ -26,7 +26,7 @@ from fedmom.errors import InputError
 from fedmom.machine.precision import exactly
 from fedmom.method.algorithms import Method
 from fedmom.method.averaging import WeightedMean
-from fedmom.method.corrections import Correction, takes_key
+from fedmom.method.corrections import Correction, lasting, takes_key
 from fedmom.method.randomness import random_bits, uniform
 from fedmom.method.state import CLOCK, ClientState, Tree, full_name, is_among, joined, row_of, to_device
 from fedmom.rounds.correction import start_of
@@ -149,6 +149,7 @@ class Yardstick:
             clients=job.clients[:count],
             first_steps=job.first_steps[:count],
             num_steps=steps,
+            scales=None if job.scales is None else 2 / weights,
             weights=weights,
             lrs=list(self.lrs),
             own=None,
@@ -214,13 +215,17 @@ class Yardstick:
         every = torch.tensor(losses, dtype=F64)
         if self.own_rows:
             return Reached(ends, every, (0.0, 0.0))
-        mean = WeightedMean(self.method.running_var)
+        mean, kept_rows = WeightedMean(self.method.running_var), [self._own(state) for state in ends]
+        if self.job.scales is not None:
+            x = self.start.params
+            for i, by in enumerate(self.job.scales.tolist()):
+                ends[i] = ends[i]._replace(params={n: x[n] + by * (y - x[n]) for n, y in ends[i].params.items()})
         for state, weight in zip(ends, self.job.weights.split(1), strict=True):
             mean.add(ClientState(*({n: v[None] for n, v in tree.items()} for tree in state)), weight)
         averages = mean.mean()
         states = [averages]
-        if any(self._own(ends[0])):
-            states += [self._own(state) for state in ends]
+        if any(kept_rows[0]):
+            states += kept_rows
         if any(memories):
             states += [ClientState({}, {}, {}, kept) for kept in memories]
         return Reached(states, every, (mean.spread("params"), mean.spread("momentum")))
@@ -240,7 +245,7 @@ class Yardstick:
         begun = {name: p.detach().clone() for name, p in here.items()}
         kept, step = m.by.kept(), PLAIN_STEPS[m.optimizer]
         memory = {n: {s: self._held(p, start.momentum[full_name(s, n)]) for s in kept} for n, p in here.items()}
-        own, total = start.correction, 0.0
+        own, total = self._remembered(start.correction, begun), 0.0
         for s, (batch, lr) in enumerate(zip(batches, self.lrs, strict=False)):
             for name in self.problem.dropout_keys:
                 buffers[name].copy_(batch.dropout_key)
@@ -263,6 +268,7 @@ class Yardstick:
         momentum = {full_name(s, n): _real(memory[n][s]) for n in here for s in kept}
         after = dict(model.named_buffers())
         own, message = self._finished(params, begun, own, len(batches))
+        own = lasting(m.correction, own) if isinstance(m.correction, Correction) else own
         end = ClientState(params, momentum, {n: after[n] for n in start.buffers}, message)
         return end, own, total / len(batches)
 
@@ -285,6 +291,14 @@ class Yardstick:
         else:
             sent = correction(g, x, then, **more)
         return {n: _as(trees[1][n], g) for n, g in sent.items()}, own
+
+    def _remembered(self, kept: Tree, begun: Tree) -> Tree:
+        """A client's state of the correction as it begins a round at x = `begun`."""
+        correction = self.method.correction
+        if not isinstance(correction, Correction):
+            return kept
+        before = {n: _real(x) for n, x in begun.items()}
+        return {n: kept.get(n, value) for n, value in correction.start(before)[0].items()}
 
     def _finished(self, params: Tree, begun: Tree, own: Tree, steps: int) -> tuple[Tree, Tree]:
         """A client's state of the correction, and its message, after so many steps."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from fedmom.engine.stacked.cuda_graphs import Replays
 from fedmom.engine.stacked.means import RoundSums, RowsEnded, distances
 from fedmom.engine.stacked.steps import Stack
+from fedmom.method.named.fednova import scaled
 from fedmom.method.state import ClientState, Tree, row_of, stacked
 from fedmom.rounds.own import own_of, with_own, without_own
 from fedmom.rounds.round import Job, Progress, part_of
@@ -37,7 +38,7 @@ class StackRunner:
     def from_start(
         self, start: ClientState, job: Job, chunks: Sequence[Tensor], progress: Progress | None
     ) -> Iterator[ChunkOutcome]:
-        even = bool((job.num_steps == len(job.lrs)).all())
+        even = bool((job.num_steps == len(job.lrs)).all()) and job.scales is None
         if even and self.replays is not None and not self._has_own(start, job):
             parts = [part_of(job, places) for places in chunks]
             replayed = zip(self.replays.run(start, parts, progress), parts, strict=True)
@@ -47,7 +48,8 @@ class StackRunner:
             part = part_of(job, places, self.stack.problem.device)
             ended = self._run(start, part, even, progress)
             shared, own = without_own(self.stack.problem, self.stack.method, ClientState(*ended[:3]), part)
-            ended = ended._replace(params=shared.params, momentum=shared.momentum, buffers=shared.buffers)
+            params = shared.params if part.scales is None else scaled(start.params, shared.params, part.scales)
+            ended = ended._replace(params=params, momentum=shared.momentum, buffers=shared.buffers)
             return ChunkOutcome(distances(start, ended), part.weights, ended.losses, own=own)
 
         return map(run, chunks)

@@ -157,7 +157,7 @@ def _situation(problem: Problem, method: Method, start: ClientState, job: Job, a
     if isinstance(problem, Quadratic):
         parts["noise"] = problem.noise_sigma > 0
     if method.correction is not None:  # the user's code: how fast it is, its text must tell
-        parts["correction"] = _source(user_object(method.correction))
+        parts["correction"] = _source(user_object(method.correction)) or _source(type(method.correction))
         if not parts["correction"]:
             return ""
     if isinstance(problem, Supervised):

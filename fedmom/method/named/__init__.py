@@ -1,0 +1,1 @@
+"""Named methods that change the gradient or the average: a page each, after its paper."""
