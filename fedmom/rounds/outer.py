@@ -13,7 +13,7 @@ _BEFORE = "before"  # the slot of what was exchanged last, of states that are no
 def outer_start(problem: Problem, method: Method, rule: OuterRule, start: ClientState) -> dict[str, Tree]:
     """The memory before the first round, {slot: {part/name: tensor}}."""
     tensors = _moved(rule, shared_of(problem, start))
-    rare = {n: t for n, t in tensors.items() if method.rules.of(_state(n)).period > 1}
+    rare = {n: t.clone() for n, t in tensors.items() if not method.rules.always(_state(n))}
     return rule.start(tensors) | ({_BEFORE: rare} if rare else {})
 
 
@@ -30,7 +30,7 @@ def outer_step(
 
     begun: where the round began; mean: what it came to; lr: γ of its first step.
     """
-    due = {n: t for n, t in _moved(rule, mean).items() if method.rules.exchanged(_state(n), number)}
+    due = {n: t for n, t in _moved(rule, mean).items() if method.rules.exchanged(*n.split("/", 1), number)}
     if not due:
         return mean, memory
     rare, common = memory.get(_BEFORE, {}), flatten(begun)
@@ -39,7 +39,8 @@ def outer_step(
     moved, after = rule.step(before, due, slots, lr)
     memory = {slot: tree | after.get(slot, {}) for slot, tree in memory.items()}
     if rare:
-        memory[_BEFORE] = rare | {n: t for n, t in moved.items() if n in rare}
+        # Copies: a file's tensors may not share memory, and the state holds these.
+        memory[_BEFORE] = rare | {n: t.clone() for n, t in moved.items() if n in rare}
     return unflatten(flatten(mean) | moved), memory
 
 
