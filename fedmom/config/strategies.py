@@ -65,7 +65,7 @@ def check_strategy(
     rule, named = STRATEGIES[name], f"server.strategy = {name!r}"
     if rules.has_rows:
         key = "states" if rules.states else f"momentum-policy = {rules.policy!r}"
-        key = key if (count := rules.fragments.count) == 1 else f"fragments = {count}"
+        key = key if (count := rules.fragments.num_parts) == 1 else f"fragments = {count}"
         raise InputError(f"{named}: algorithm.{key} lets clients keep states of their own, which needs {OURS}")
     if outer:
         raise InputError(

@@ -30,7 +30,7 @@ def outer_step(
 
     begun: where the round began; mean: what it came to; lr: γ of its first step.
     """
-    due = {n: t for n, t in _moved(rule, mean).items() if method.rules.exchanged(*n.split("/", 1), number)}
+    due = {n: t for n, t in _moved(rule, mean).items() if _due(method, n, number)}
     if not due:
         return mean, memory
     rare, common = memory.get(_BEFORE, {}), flatten(begun)
@@ -56,3 +56,8 @@ def _moved(rule: OuterRule, state: ClientState) -> Tree:
 def _state(flat_name: str) -> str:
     part, _, name = flat_name.partition("/")
     return state_in(part, name)
+
+
+def _due(method: Method, flat_name: str, number: int) -> bool:
+    part, _, name = flat_name.partition("/")
+    return method.rules.exchanged(part, name, number)

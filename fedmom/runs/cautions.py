@@ -28,10 +28,11 @@ def _tensors(state: ClientState) -> Iterator[tuple[str, str, Tensor]]:
 
 def _largest_part(problem: Problem, plan: Plan) -> str:
     """What of the model a round exchanges at most."""
-    state, count = shared_of(problem, start_of(problem, plan.method)[0]), plan.method.fragments.count
+    state, count = shared_of(problem, start_of(problem, plan.method)[0]), plan.method.fragments.num_parts
     each = [bytes_per_exchange(state, plan.method, number + 1) for number in range(count)]
     largest = f"part {each.index(max(each)) + 1} of {count}, {max(each) / 1e6:,.3g} MB per client"
-    return f"algorithm.fragments: the largest part of the model is {largest}; the mean of all is {sum(each) / count / 1e6:,.3g} MB"
+    mean = f"the mean of all is {sum(each) / count / 1e6:,.3g} MB"
+    return f"algorithm.fragments: the largest part of the model is {largest}; {mean}"
 
 
 def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
@@ -53,7 +54,7 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
             f"{', '.join(kept)} of all {len(problem.sizes)} clients is kept between rounds: {size:,.1f} MB, "
             "and several times that while a round is under way"
         )
-    if plan.method.fragments.count > 1:
+    if plan.method.fragments.num_parts > 1:
         notes.append(_largest_part(problem, plan))
     if {"m", "v"} <= {*plan.method.by.states} and _travels_more(rules, "m", "v"):
         notes.append(

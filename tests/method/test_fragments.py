@@ -40,7 +40,7 @@ def parts(params: dict[str, int], buffers: tuple[str, ...], count: int, order: t
     found = fragments_of(
         {name: torch.zeros(size) for name, size in params.items()}, {n: torch.zeros(1) for n in buffers}, count, order
     )
-    assert found.count == count
+    assert found.num_parts == count
     return dict(found.parts)
 
 
@@ -175,7 +175,7 @@ CASES = [
     Case(2, personal="last.bias", outer=True),
     Case(3, optimizer="adamw", path="stack"),
 ]
-N, I, LR = 4, 2, 0.05
+N, STEPS, LR = 4, 2, 0.05
 
 
 def step(case, x, kept, grads):
@@ -204,7 +204,7 @@ def by_hand(case, problem, rounds):
         ids, ends = cohort(N, case.cohort, 2, r - 1), []
         for c in ids:
             x, kept = {**common, **own[c]}, {n: dict(own_states[c].get(n, states[n])) for n in params}
-            batches = problem.sampler.draw(torch.tensor([c]), torch.tensor([(r - 1) * I]), I)[0]
+            batches = problem.sampler.draw(torch.tensor([c]), torch.tensor([(r - 1) * STEPS]), STEPS)[0]
             for rows in batches:
                 x = {n: v.clone().requires_grad_(n in names) for n, v in x.items()}
                 images = (problem.dataset.x_train[rows].double() / 255 - 0.4) / 0.3
@@ -252,7 +252,7 @@ def small(case, num_rounds=5):
     rest = {"optimizer": "adamw", "beta2": 0.99, "eps": 1e-3} if case.optimizer == "adamw" else {}
     method = Method(0.9, momentum_policy=case.policy, fragments=fragments, **rest)
     outer = OuterRule("nesterov", OuterNumbers(0.7, 0.5)) if case.outer else None
-    plan = Plan(method, LearningRate(LR), num_rounds, case.cohort, 5, seed=2, num_local_steps=I, outer=outer)
+    plan = Plan(method, LearningRate(LR), num_rounds, case.cohort, 5, seed=2, num_local_steps=STEPS, outer=outer)
     return problem, plan
 
 
@@ -312,14 +312,15 @@ RUN = {
 ALONE = ("algorithm.cohort-size", "algorithm.num-local-steps")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_resumed_run_has_the_bytes_of_one_that_went_through(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     with pytest.warns(
-        UserWarning, match=r"algorithm.fragments: the largest part of the model is part 1 of 3, 0.0041 MB"
+        UserWarning, match="algorithm.fragments: the largest part of the model is part 1 of 3, 0.0041 MB"
     ):
         fedmom.run(RUN, out=whole)
-        fedmom.run({**RUN, "run.num-rounds": 2}, out=cut)
-        fedmom.run(resume=cut, sets={"run.num-rounds": 5})
+    fedmom.run({**RUN, "run.num-rounds": 2}, out=cut)
+    fedmom.run(resume=cut, sets={"run.num-rounds": 5})
     for name in (CHECKPOINT, CLIENTS, FINAL):
         assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
 

@@ -17,12 +17,17 @@ from fedmom.method.state import Tree
 class Fragments(NamedTuple):
     """How the model is parted."""
 
-    count: int = 1  # F; 1: everything is exchanged in every round
+    num_parts: int = 1  # F; 1: everything is exchanged in every round
     parts: Mapping[str, int] = MappingProxyType({})  # {name of x or of a buffer: 1 … F}; what is personal has none
 
     def due(self, name: str, number: int) -> bool:
         """Whether it is the turn of a parameter or a buffer at the end of round 1, 2, …; 0: before the first, all."""
-        return number == 0 or self.count == 1 or name not in self.parts or (number - self.parts[name]) % self.count == 0
+        return (
+            number == 0
+            or self.num_parts == 1
+            or name not in self.parts
+            or (number - self.parts[name]) % self.num_parts == 0
+        )
 
 
 def fragments_of(params: Tree, buffers: Tree, count: int, order: Sequence[str]) -> Fragments:

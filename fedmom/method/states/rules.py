@@ -61,13 +61,13 @@ class Rules(NamedTuple):
     def always(self, state: str) -> bool:
         """Whether clients agree on a state at the end of every round."""
         policy, period = self.of(state)
-        return not MOMENTUM_POLICIES[policy].keeps_rows and period == 1 and self.fragments.count == 1
+        return not MOMENTUM_POLICIES[policy].keeps_rows and period == 1 and self.fragments.num_parts == 1
 
     @property
     def has_rows(self) -> bool:
         """Whether clients ever begin a round from a state of their own."""
         rules = (StateRule(self.policy), *self.states.values())
-        return self.fragments.count > 1 or any(MOMENTUM_POLICIES[p].keeps_rows or k > 1 for p, k in rules)
+        return self.fragments.num_parts > 1 or any(MOMENTUM_POLICIES[p].keeps_rows or k > 1 for p, k in rules)
 
     @property
     def moves_x(self) -> bool:
