@@ -67,7 +67,7 @@ class Peer:
         keep_freed_memory()
         with blamed(self.keys):
             self.problem: Problem = make_problem(self.config, self.config.engine.device)
-            self.plan: Plan = make_plan(self.config)
+            self.plan: Plan = make_plan(self.config, self.problem)
         return socket.gethostname(), held(self.config, self.problem) if compare else {}
 
     def choose(self) -> tuple[str, int, Said]:
@@ -216,7 +216,7 @@ class Peer:
             sent = {
                 n: v for n, v in tree.items() if MOMENTUM_POLICIES[rules.of(state_in(part, n)).policy].sends_momentum
             }
-            parts[part] = {n: v for n, v in sent.items() if rules.exchanged(state_in(part, n), round_index + 1)}
+            parts[part] = {n: v for n, v in sent.items() if rules.exchanged(part, n, round_index + 1)}
         return ClientState(**parts)
 
     def _rows(self, ids: np.ndarray, round_index: int) -> Tree:

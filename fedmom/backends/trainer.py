@@ -100,7 +100,7 @@ class Node:
                 held = read_client(Path(local.source), local.client, *keys)
                 mine = one_of(local.common, local.client, held, targets)
                 self.problem = supervised(self.config, device, *mine[:2], own=mine[2])
-            self.plan: Plan = make_plan(self.config)
+            self.plan: Plan = make_plan(self.config, self.problem)
             self.begin = start_of(self.problem, self.plan.method)  # as a run begins, and one client's own state
         self.sent = parted(self.begin[0], self.problem.personal)[0]  # what of it travels
         # What is frozen never travels: another file here would be another model.

@@ -11,13 +11,12 @@ from fedmom.config.method.named import settle_named
 from fedmom.config.method.optimizer import settle_optimizer
 from fedmom.config.method.outer import check_outer, outer_of
 from fedmom.config.method.presets import check_presets
-from fedmom.config.method.states import parse_states, settle_states
+from fedmom.config.method.states import rules_of, settle_states
 from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
 from fedmom.data.given.natural import is_natural
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS, theory_interval
-from fedmom.method.states.rules import Rules
 from fedmom.tasks.problem import data_kind
 from fedmom.user_code import is_spec
 
@@ -182,7 +181,7 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
     fewest = server.min_clients if server.on_failure == "proceed" else algorithm.cohort_size
     check_strategy(
         server.strategy,
-        rules=Rules(algorithm.momentum_policy, parse_states(algorithm.states)),
+        rules=rules_of(algorithm),
         states=algorithm.states,
         outer=outer_of(config) is not None,
         client_weights=algorithm.client_weights,

@@ -67,6 +67,7 @@ EXAMPLES: dict[str, Any] = {
     "algorithm.cohort-size": 10,
     "algorithm.slow-momentum": 0.5,
     "algorithm.slow-lr": 0.7,
+    "algorithm.fragments": 4,
     "algorithm.topology": "ring",
     "algorithm.topology-p": 0.2,
     "run.num-steps": 10000,

@@ -66,6 +66,7 @@ def check_strategy(
     rule, named = STRATEGIES[name], f"server.strategy = {name!r}"
     if rules.has_rows:
         key = f"states = {states!r}" if states else f"momentum-policy = {rules.policy!r}"
+        key = key if (count := rules.fragments.num_parts) == 1 else f"fragments = {count}"
         raise InputError(f"{named}: algorithm.{key} lets clients keep states of their own, which needs {OURS}")
     if outer:
         raise InputError(

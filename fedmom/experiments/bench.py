@@ -70,7 +70,8 @@ def bench(
     config = replace(config, "engine", remember=remember and config.engine.remember)
     device = torch.device(config.engine.device)
     progress("data and model")
-    problem, plan = make_problem(config, config.engine.device), make_plan(config)
+    problem = make_problem(config, config.engine.device)
+    plan = make_plan(config, problem)
     progress("timing the ways to run it")
     backend = make_backend(config, problem, plan)
     try:

@@ -129,7 +129,8 @@ def check_config(
         progress("data and model")
         device = torch.device(config.engine.device)
         free = free_bytes(device)
-        problem, plan = make_problem(config, config.engine.device), make_plan(config)
+        problem = make_problem(config, config.engine.device)
+        plan = make_plan(config, problem)
         progress("comparing with plain torch, timing the ways to run it")
         backend = make_local(replace(config, "engine", workers=0), problem, plan)
         setup = time.monotonic() - begin

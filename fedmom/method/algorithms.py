@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from fedmom.method.corrections import Correct, Correction
 from fedmom.method.optimizers.optimizer import Numbers, Optimizer
 from fedmom.method.optimizers.table import OPTIMIZERS
+from fedmom.method.states.fragments import Fragments
 from fedmom.method.states.rules import Rules, StateRule
 
 
@@ -24,11 +25,12 @@ class Method(NamedTuple):
     beta2: float = 0.0
     eps: float = 1e-8
     states: Mapping[str, StateRule] = MappingProxyType({})  # of x and of the optimizer's states, by name
+    fragments: Fragments = Fragments()  # the parts of the model that take turns at the exchange
 
     @property
     def rules(self) -> Rules:
         """What becomes of every state between rounds."""
-        return Rules(self.momentum_policy, self.states, empty=self.beta == 0)
+        return Rules(self.momentum_policy, self.states, self.beta == 0, self.fragments)
 
     @property
     def by(self) -> Optimizer:
@@ -93,6 +95,11 @@ ALGORITHMS = {
         beta=0.0,
         sets={"outer": "fedavgm"},
         equation="b <- μb + Δ;  x <- x − ηb, Δ = x − x̂",
+    ),
+    "streaming-diloco": Algorithm(
+        "Streaming DiLoCo without delay or blending: DiLoCo by parts of the model, one in a round",
+        sets={"optimizer": "adamw", "states": "m: local; v: local; u: local", "outer": "nesterov", "fragments": 4},
+        equation="as diloco, for part f of x after rounds f, f + F, f + 2F, …; F = 4 is ours",
     ),
     "fedadam": Algorithm(
         "FedAdam: SGD on the clients, an outer Adam step on x",

@@ -13,7 +13,7 @@ _BEFORE = "before"  # the slot of what was exchanged last, of states that are no
 def outer_start(problem: Problem, method: Method, rule: OuterRule, start: ClientState) -> dict[str, Tree]:
     """The memory before the first round, {slot: {part/name: tensor}}."""
     tensors = stepped_of(rule, shared_of(problem, start))
-    rare = {n: t for n, t in tensors.items() if method.rules.of(_state(n)).period > 1}
+    rare = {n: t.clone() for n, t in tensors.items() if not method.rules.always(_state(n))}
     return rule.start(tensors) | ({_BEFORE: rare} if rare else {})
 
 
@@ -30,7 +30,7 @@ def outer_step(
 
     begun: where the round began; mean: what it came to; lr: γ of its first step.
     """
-    due = {n: t for n, t in stepped_of(rule, mean).items() if method.rules.exchanged(_state(n), number)}
+    due = {n: t for n, t in stepped_of(rule, mean).items() if _due(method, n, number)}
     if not due:
         return mean, memory
     rare, common = memory.get(_BEFORE, {}), flatten(begun)
@@ -56,3 +56,8 @@ def stepped_of(rule: OuterRule, state: ClientState) -> Tree:
 def _state(flat_name: str) -> str:
     part, _, name = flat_name.partition("/")
     return state_in(part, name)
+
+
+def _due(method: Method, flat_name: str, number: int) -> bool:
+    part, _, name = flat_name.partition("/")
+    return method.rules.exchanged(part, name, number)

@@ -11,19 +11,29 @@ from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.method.states.rules import Rules, state_in
 from fedmom.rounds.correction import start_of
 from fedmom.rounds.own import shared_of
-from fedmom.rounds.plan import Plan
+from fedmom.rounds.plan import Plan, bytes_per_exchange
 from fedmom.tasks.problem import Problem
 
 
 def _travels_more(rules: Rules, one: str, other: str) -> bool:
     """Whether a state is averaged, and in more rounds than another."""
     (policy, period), (_, longer) = rules.of(one), rules.of(other)
-    return MOMENTUM_POLICIES[policy].sends_momentum and (not rules.exchanged(other, longer) or period < longer)
+    keeps = MOMENTUM_POLICIES[rules.of(other).policy].keeps_rows
+    return MOMENTUM_POLICIES[policy].sends_momentum and (keeps or period < longer)
 
 
 def _tensors(state: ClientState) -> Iterator[tuple[str, str, Tensor]]:
     for part, tree in state._asdict().items():
         yield from ((part, name, tensor) for name, tensor in tree.items())
+
+
+def _largest_part(problem: Problem, plan: Plan) -> str:
+    """What of the model a round exchanges at most."""
+    state, count = shared_of(problem, start_of(problem, plan.method)[0]), plan.method.fragments.num_parts
+    each = [bytes_per_exchange(state, plan.method, number + 1) for number in range(count)]
+    largest = f"part {each.index(max(each)) + 1} of {count}, {max(each) / 1e6:,.3g} MB per client"
+    mean = f"the mean of all is {sum(each) / count / 1e6:,.3g} MB"
+    return f"algorithm.fragments: the largest part of the model is {largest}; {mean}"
 
 
 def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
@@ -38,13 +48,15 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
             )
     elif rules.has_rows:
         shared = shared_of(problem, start_of(problem, plan.method)[0])
-        kept = [s for s in (X, *plan.method.by.states) if rules.of(s).period > 1 or not rules.exchanged(s, 1)]
+        kept = [s for s in (X, *plan.method.by.states) if not rules.always(s)]
         tensors = {f"{p}/{n}": t for p, n, t in _tensors(shared) if state_in(p, n) in kept}
         size = len(problem.sizes) * num_bytes(tensors) / 1e6
         notes.append(
             f"{', '.join(kept)} of all {len(problem.sizes)} clients is kept between rounds: {size:,.1f} MB, "
             "and several times that while a round is under way"
         )
+    if plan.method.fragments.num_parts > 1:
+        notes.append(_largest_part(problem, plan))
     if {"m", "v"} <= {*plan.method.by.states} and _travels_more(rules, "m", "v"):
         notes.append(
             "m travels more often than v: a client that never sees a coordinate (a rare word) has v = 0 there and "

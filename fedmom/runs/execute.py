@@ -83,7 +83,7 @@ def execute(
         with blamed(flat(config), but=_prepare.__code__):
             _prepare(callbacks, "reading the data")
             problem = make_problem(here) if make_problem else build_problem(here, here.engine.device)
-            plan = make_plan(config)._replace(compared=resumed)
+            plan = make_plan(config, problem)._replace(compared=resumed)
             _prepare(callbacks, "choosing how to run")
             backend = make_backend(config, problem, plan)
         if run.out is not None:

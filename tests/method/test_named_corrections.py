@@ -9,13 +9,13 @@ from test_presets import C, H, Q, begun
 
 import fedmom
 from fedmom.config.build import make_plan, make_problem
+from fedmom.config.build.watched import watched_class
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.engine import Engine
 from fedmom.method.corrections import Correction
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import beginning
-from fedmom.config.build.watched import watched_class
 
 
 def test_a_resumed_run_has_the_bytes_of_a_whole_one(in_tmp):

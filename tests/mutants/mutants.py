@@ -54,6 +54,7 @@ PARTS = {
         "tests/results/test_clients.py",
     ),
     "personal": ("tests/laws/test_personal_rounds.py", "tests/tasks/test_personal.py"),
+    "fragments": ("tests/method/test_fragments.py",),
 }
 
 
@@ -69,6 +70,7 @@ ALGORITHMS, AVERAGING, SCHEDULES = "fedmom.method.algorithms", "fedmom.method.av
 STEP, CORRECTIONS, OUTER = "fedmom.method.step", "fedmom.method.corrections", "fedmom.method.outer"
 SGD, STATES, GOSSIPED = "fedmom.method.optimizers.sgd", "fedmom.method.states", "fedmom.method.decentralized"
 TOPOLOGY, GRAPHS, MIXING = f"{GOSSIPED}.topology", f"{GOSSIPED}.graphs", f"{GOSSIPED}.mixing"
+FRAGMENTS = "tests/method/test_fragments.py"
 LOOP, PLAN = "fedmom.rounds.loop", "fedmom.rounds.plan"
 ENGINE, GOSSIP = "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 FOLDED, ADAPTERS = "fedmom.engine.stacked.folded", "fedmom.tasks.models.adapters"
@@ -1944,5 +1946,56 @@ MUTANTS = [
         "a.b is a.b1 too",
         code("fedmom.tasks.models.personal._begins", 'name.startswith(beginning + ".")', "name.startswith(beginning)"),
         "tests/tasks/test_personal.py::test_names_are_those_of_the_models_tensors",
+    ),
+    # --- fragments -----------------------------------------------------------------------------------------
+    Mutant(
+        "fragments",
+        "turns are counted from round 0",
+        "part f is exchanged after rounds f − 1, f − 1 + F, …",
+        code("fedmom.method.states.fragments.Fragments.due", "(number - self", "(number + 1 - self"),
+        f"{FRAGMENTS}::test_the_last_part_of_a_separable_problem_is_algorithm_1_with_as_many_steps_more",
+    ),
+    Mutant(
+        "fragments",
+        "u does not wait for its part",
+        "the momentum is averaged in every round, and x by parts",
+        code(
+            "fedmom.method.states.rules.Rules.due",
+            "self.fragments.due(parameter, number)",
+            "(part == 'momentum' or self.fragments.due(parameter, number))",
+        ),
+        f"{FRAGMENTS}::test_the_last_part_of_a_separable_problem_is_algorithm_1_with_as_many_steps_more",
+    ),
+    Mutant(
+        "fragments",
+        "the outer step goes from the round's start",
+        "Δ leaves out what a part moved in the rounds since its last exchange",
+        code("fedmom.rounds.outer.outer_step", "rare[n] if n in rare else common[n]", "common[n]"),
+        f"{FRAGMENTS}::test_rounds_are_those_of_a_loop_over_clients",
+    ),
+    Mutant(
+        "fragments",
+        "everything is counted as sent",
+        "bytes_sent knows no parts",
+        code(
+            "fedmom.method.states.rules.Rules.sends",
+            "sends_momentum and self.due(part, name, number)",
+            "sends_momentum",
+        ),
+        f"{FRAGMENTS}::test_algorithm_2_mixes_by_w_part_by_part",
+    ),
+    Mutant(
+        "fragments",
+        "Algorithm 2 mixes all of x",
+        "W is applied to every part in every round",
+        code(f"{MIXING}.combine", "if rules.exchanged(part, n, number)}", "if n}"),
+        f"{FRAGMENTS}::test_algorithm_2_mixes_by_w_part_by_part",
+    ),
+    Mutant(
+        "fragments",
+        "a buffer goes with the parameter before it",
+        "BatchNorm's statistics are in another part than its weight",
+        code("fedmom.method.states.fragments.fragments_of", 'firsts.get(name.rpartition(".")[0], before)', "before"),
+        f"{FRAGMENTS}::test_a_buffer_is_where_the_parameters_of_its_module_are_or_the_one_before_it",
     ),
 ]

@@ -21,13 +21,20 @@ from fedmom.method.named.table import NAMED_CORRECTIONS
 from fedmom.method.randomness import CORRECTION, random_bits
 from fedmom.method.schedules import LearningRate
 from fedmom.method.state import Tree, X
+from fedmom.method.states.fragments import Fragments, fragments_of
 from fedmom.method.states.rules import StateRule
+from fedmom.rounds.own import shared_of
 from fedmom.rounds.plan import Plan
+from fedmom.tasks.problem import Problem
+from fedmom.tasks.supervised import Supervised
 from fedmom.user_code import is_spec, load_object, one_line
 
 
-def make_plan(config: Config) -> Plan:
-    """The plain numbers of a resolved configuration."""
+def make_plan(config: Config, problem: Problem | None = None) -> Plan:
+    """The plain numbers of a resolved configuration; `problem`: of which algorithm.fragments makes parts.
+
+    Raises InputError for numbers that do not fit together.
+    """
     algorithm, named = config.algorithm, NAMED_CORRECTIONS.get(config.algorithm.name)
     _check_numbers(config)
     rate = LearningRate(
@@ -51,6 +58,7 @@ def make_plan(config: Config) -> Plan:
             beta2=algorithm.beta2,
             eps=algorithm.eps,
             states=parse_states(algorithm.states),
+            fragments=_fragments_of(config, problem),
         ),
         rate=rate,
         num_rounds=config.run.num_rounds,
@@ -69,6 +77,20 @@ def make_plan(config: Config) -> Plan:
         eval_clients=config.run.eval_clients,
         normalised=ALGORITHMS[algorithm.name].normalised,
     )
+
+
+def _fragments_of(config: Config, problem: Problem | None) -> Fragments:
+    count = config.algorithm.fragments
+    if count == 1:
+        return Fragments()
+    assert problem is not None, "the parts are of a model"
+    start = shared_of(problem, problem.start())
+    order = [*problem.places.names] if isinstance(problem, Supervised) else []
+    try:
+        return fragments_of(start.params, start.buffers, count, order)
+    except ValueError as error:
+        right = "a part is whole tensors, so it must be at most that"
+        raise InputError(f"algorithm.fragments = {count}: {error} that are averaged; {right}") from None
 
 
 def _check_numbers(config: Config) -> None:

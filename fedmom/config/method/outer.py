@@ -2,13 +2,12 @@
 
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat
-from fedmom.config.method.states import parse_states
+from fedmom.config.method.states import rules_of
 from fedmom.errors import InputError
 from fedmom.method.optimizers.table import OPTIMIZERS
 from fedmom.method.outer import OUTERS, OuterNumbers, OuterRule
 from fedmom.method.state import X
 from fedmom.method.states.policies import MOMENTUM_POLICIES
-from fedmom.method.states.rules import Rules
 
 _KEYS = ("outer-lr", "outer-momentum", "outer-beta2", "outer-tau", "outer-states")
 
@@ -38,7 +37,7 @@ def check_outer(config: Config, given: frozenset[str], notes: list[str]) -> None
         return
     if keys.slow_momentum or keys.slow_lr != 1:
         raise InputError(f"{said}: slow-momentum and slow-lr are SlowMo's, another outer step; give one")
-    rules = Rules(keys.momentum_policy, parse_states(keys.states))
+    rules = rules_of(keys)
     has = [X, *(state for state in OPTIMIZERS[keys.optimizer].states if state != "v")]
     for state in _states(keys.outer_states):
         key = f"algorithm.outer-states = {keys.outer_states!r}"

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Mapping
 
-from fedmom.config.keys import KEYS, Config
+from fedmom.config.keys import KEYS, AlgorithmConfig, Config
 from fedmom.config.load import replace
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.optimizers.table import OPTIMIZERS
 from fedmom.method.state import X
+from fedmom.method.states.fragments import Fragments
 from fedmom.method.states.policies import MOMENTUM_POLICIES
-from fedmom.method.states.rules import StateRule
+from fedmom.method.states.rules import Rules, StateRule
 
 _ENTRY = re.compile(r"\s*([a-z]+)\s*:\s*([a-z-]+)(?:\s+every\s+(\d+))?\s*", re.ASCII)
 _FORM = 'must be "STATE: POLICY every ROUNDS" by semicolons, as in "x: average every 1; u: average every 4"'
@@ -47,6 +48,12 @@ def written(rules: Mapping[str, StateRule]) -> str:
         )
 
     return "; ".join(one(state, rule) for state, rule in rules.items())
+
+
+def rules_of(algorithm: AlgorithmConfig) -> Rules:
+    """What becomes of every state between rounds, but for the tensors that each part of the model has."""
+    fragments = Fragments(algorithm.fragments)
+    return Rules(algorithm.momentum_policy, parse_states(algorithm.states), fragments=fragments)
 
 
 def settle_states(config: Config) -> Config:
@@ -100,3 +107,13 @@ def _check_policies(config: Config, rules: Mapping[str, StateRule]) -> None:
             )
         if policy.one_step and rules.get(X, StateRule()).period > 1:
             raise InputError(f"{said}: {rule.policy} follows x, which must be mixed in every round; x: average every 1")
+        parted = algorithm.fragments > 1
+        if parted and policy.one_step:
+            raise InputError(
+                f"{said}: {rule.policy} follows x, all of which must be mixed; set algorithm.fragments = 1"
+            )
+        if parted and rule.period > 1:
+            raise InputError(
+                f"algorithm.fragments = {algorithm.fragments}: its parts have their turns, and {state} is exchanged "
+                f"every {rule.period} rounds; take 'every 1', or fragments = 1"
+            )

@@ -66,6 +66,7 @@ class AlgorithmConfig:
     outer_beta2: float = key(0.99, "fedadam, fedyogi: β₂ of the outer step", within(0, 1))
     outer_tau: float = key(1e-3, "fedadam, fedyogi: τ, beside the root of v", above(0))
     outer_states: str = key("x", "states that the outer step moves, by commas", holds=",")
+    fragments: int = key(1, "F, parts of the model, one of which is exchanged in a round; 1: all of it", at_least(1))
     topology: str = key(
         "complete", "d-sgd-m: communication graph of the clients", TOPOLOGIES, " or ".join(f"FILE{e}" for e in FILES)
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmom.method.averaging import MEAN, VAR
 from fedmom.method.decentralized.topology import Mixing
-from fedmom.method.state import ClientState, Tree, X, state_of
+from fedmom.method.state import ClientState, Tree, state_of
 from fedmom.method.states.policies import MOMENTUM_POLICIES, Rows
 from fedmom.method.states.rules import Rules
 
@@ -98,27 +98,29 @@ def combine(
     after: rows of all senders; own: the receivers' part of them; before: the receivers' rows before the round. A state
     that is not exchanged in this round stays what it is.
     """
-    params, buffers = own.params, own.buffers
-    if rules.exchanged(X, number):
-        params = _mixed(apply, after.params)
-        buffers = mix_buffers(apply, after.buffers, own.buffers, pooled)
+    x, held = ({n: v for n, v in t.items() if rules.exchanged(part, n, number)} for part, t in _x_of(after))
+    params = own.params | _mixed(apply, x)
+    buffers = own.buffers | mix_buffers(apply, held, own.buffers, pooled)
     momentum, groups = dict(own.momentum), dict[str, list[str]]()
     for name in own.momentum:
-        groups.setdefault(state_of(name), []).append(name)
+        if rules.due("momentum", name, number):
+            groups.setdefault(state_of(name), []).append(name)
     for state, names in groups.items():
-        policy, period = rules.of(state)
-        if number % period == 0:
-            rows = Rows(
-                mix=partial(_mixed, apply, {name: after.momentum[name] for name in names if name in after.momentum}),
-                own={name: own.momentum[name] for name in names},
-                u_before={name: before.momentum[name] for name in names},
-                x_before=before.params,
-                x_mixed=params,
-                lr=lr,
-                beta=beta,
-            )
-            momentum |= MOMENTUM_POLICIES[policy].exchange(rows)
+        rows = Rows(
+            mix=partial(_mixed, apply, {name: after.momentum[name] for name in names if name in after.momentum}),
+            own={name: own.momentum[name] for name in names},
+            u_before={name: before.momentum[name] for name in names},
+            x_before=before.params,
+            x_mixed=params,
+            lr=lr,
+            beta=beta,
+        )
+        momentum |= MOMENTUM_POLICIES[rules.of(state).policy].exchange(rows)
     return ClientState(params, momentum, buffers)
+
+
+def _x_of(state: ClientState) -> tuple[tuple[str, Tree], ...]:
+    return ("params", state.params), ("buffers", state.buffers)
 
 
 class Blocks:

@@ -2,13 +2,15 @@
 
 A period counts rounds of I local steps: a state of period k is exchanged at the end of rounds k, 2k, …, counted from 1.
 Between two exchanges every client goes on with its own value, and an exchange ends all of these: everybody, absent
-clients too, has the result from then on. x is a state too, and the buffers go with it.
+clients too, has the result from then on. x is a state too, and the buffers go with it. Where the model is exchanged by
+parts, a round is the turn of one of them, and of the optimizer's states of its parameters.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fedmom.method.state import Tree, X, state_of
+from fedmom.method.state import Tree, X, parameter_of, state_of
+from fedmom.method.states.fragments import Fragments
 from fedmom.method.states.policies import MOMENTUM_POLICIES
 
 
@@ -30,44 +32,54 @@ class Rules(NamedTuple):
     policy: str  # of the optimizer's states that `states` says nothing of
     states: Mapping[str, StateRule]
     empty: bool = False  # whether β is 0, so that u, or m, says nothing and need not travel
+    fragments: Fragments = Fragments()
 
     def of(self, state: str) -> StateRule:
         return self.states.get(state) or StateRule("average" if state == X else self.policy)
 
-    def exchanged(self, state: str, number: int) -> bool:
-        """Whether clients agree on a state at the end of round 1, 2, …"""
-        policy, period = self.of(state)
-        return not MOMENTUM_POLICIES[policy].keeps_rows and number % period == 0
+    def due(self, part: str, name: str, number: int) -> bool:
+        """Whether a tensor's policy acts at the end of round 1, 2, …; 0: before the first, all do."""
+        parameter = parameter_of(name) if part == "momentum" else name
+        return number % self.of(state_in(part, name)).period == 0 and self.fragments.due(parameter, number)
+
+    def exchanged(self, part: str, name: str, number: int) -> bool:
+        """Whether clients agree on a tensor at the end of round 1, 2, …"""
+        keeps_rows = MOMENTUM_POLICIES[self.of(state_in(part, name)).policy].keeps_rows
+        return not keeps_rows and self.due(part, name, number)
 
     def keeps(self, part: str, name: str, number: int) -> bool:
         """Whether every client goes on with its own tensor after round 1, 2, …"""
-        return part in ("params", "momentum", "buffers") and not self.exchanged(state_in(part, name), number)
+        return part in ("params", "momentum", "buffers") and not self.exchanged(part, name, number)
 
     def sends(self, part: str, name: str, number: int) -> bool:
         """Whether the tensor is sent at the end of round 1, 2, …, and counts in bytes_sent."""
         state = state_in(part, name)
-        policy, period = self.of(state)
         if state in ("u", "m") and self.empty:
             return False
-        return MOMENTUM_POLICIES[policy].sends_momentum and number % period == 0
+        return MOMENTUM_POLICIES[self.of(state).policy].sends_momentum and self.due(part, name, number)
+
+    def always(self, state: str) -> bool:
+        """Whether clients agree on a state at the end of every round."""
+        policy, period = self.of(state)
+        return not MOMENTUM_POLICIES[policy].keeps_rows and period == 1 and self.fragments.num_parts == 1
 
     @property
     def has_rows(self) -> bool:
         """Whether clients ever begin a round from a state of their own."""
-        return any(MOMENTUM_POLICIES[p].keeps_rows or k > 1 for p, k in (StateRule(self.policy), *self.states.values()))
+        rules = (StateRule(self.policy), *self.states.values())
+        return self.fragments.num_parts > 1 or any(MOMENTUM_POLICIES[p].keeps_rows or k > 1 for p, k in rules)
 
     @property
     def moves_x(self) -> bool:
         """Whether all clients begin every round at one x."""
-        return self.of(X).period == 1
+        return self.always(X)
 
     def begun(self, momentum: Tree, round_index: int) -> Tree:
         """The optimizer's common states at the start of round 0, 1, …, by the policies of those just exchanged."""
         found, groups = dict(momentum), dict[str, Tree]()
         for name, value in momentum.items():
-            groups.setdefault(state_of(name), {})[name] = value
+            if self.due("momentum", name, round_index):
+                groups.setdefault(state_of(name), {})[name] = value
         for state, tree in groups.items():
-            policy, period = self.of(state)
-            if round_index % period == 0:
-                found |= MOMENTUM_POLICIES[policy].start(tree)
+            found |= MOMENTUM_POLICIES[self.of(state).policy].start(tree)
         return found
