@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmom.config.load import flat, to_toml
-from fedmom.config.method.said import method_of
 from fedmom.machine.output import nobody_reads
 from fedmom.records.follow import Follower
 from fedmom.records.status import STATUSES, read_status
@@ -94,6 +93,8 @@ class Watched:
 
 def run_view(watched: Watched, width: int) -> RenderableType:
     """One run: progress, the last numbers and the best, and curves."""
+    from fedmom.config.method.said import method_of  # which needs torch
+
     follower = watched.follower
     config, rounds = follower.config, follower.rounds
     total = config.run.num_rounds

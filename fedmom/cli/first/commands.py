@@ -12,7 +12,6 @@ from rich.console import Console
 
 from fedmom.cli.first.text import age_of, duration, filled, line_width, listed_out, size_of, spread_of
 from fedmom.cli.options import DIVERGED, DONE, NeededConfig, Sets
-from fedmom.config.method.said import method_of
 from fedmom.config.numbers import counted
 from fedmom.errors import DivergedError, InputError
 
@@ -78,6 +77,7 @@ def check(
 
 def _about_run(found: "Checked", path: Path) -> list[tuple[str, str]]:
     """(label, text) of what there is before a step: method, data, clients, model."""
+    from fedmom.config.method.said import method_of
     from fedmom.method.algorithms import ALGORITHMS
     from fedmom.tasks.problem import data_kind
 

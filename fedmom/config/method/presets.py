@@ -7,6 +7,7 @@ from fedmom.config.strategies import OURS
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.named.table import NAMED_CORRECTIONS, CorrectionNumbers
+from fedmom.method.optimizers.table import OPTIMIZERS
 from fedmom.method.state import X
 from fedmom.method.states.rules import Rules, StateRule
 from fedmom.user_code import is_spec
@@ -72,7 +73,7 @@ def _check_normalised(config: Config) -> None:
 
 def _needs_sgd(config: Config, why: str) -> None:
     keys = config.algorithm
-    if keys.optimizer != "sgd":
+    if not OPTIMIZERS[keys.optimizer].linear:
         raise InputError(f"algorithm.optimizer = {keys.optimizer!r}: {keys.name} needs 'sgd', for {why}")
 
 
@@ -80,3 +81,5 @@ def _check_every_round(config: Config, why: str) -> None:
     period = parse_states(config.algorithm.states).get(X, StateRule()).period
     if period > 1:
         raise InputError(f"algorithm.states: x every {period}: {why}; take 'x: average every 1'")
+    if (parts := config.algorithm.fragments) > 1:
+        raise InputError(f"algorithm.fragments = {parts}: {why}; take 1, the whole model in every round")
