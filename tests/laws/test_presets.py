@@ -173,7 +173,8 @@ ADAM = ("local-adam", "des-loc", "diloco")
 
 def test_every_preset_is_the_naive_loops():
     of_several_tensors = "streaming-diloco"  # in method/test_fragments.py
-    assert {*LOOPS, "d-sgd-m-qg", "gradient-tracking", of_several_tensors} == {n for n, a in ALGORITHMS.items() if a.equation}
+    here = {*LOOPS, "d-sgd-m-qg", "gradient-tracking", of_several_tensors}
+    assert here == {n for n, a in ALGORITHMS.items() if a.equation}
     for name, numbers in LOOPS.items():
         state, want = named_rounds.start(np.zeros(()), 3), []
         one_round = named_rounds.adam_round if name in ADAM else named_rounds.one_round

@@ -433,8 +433,8 @@ MUTANTS = [
         "x before the step is mixed, and each client adds its own step to it",
         code(
             f"{MIXING}.combine",
-            "_mixed(apply, after.params)",
-            "{name: apply(before.params[name]) + x - before.params[name] for name, x in after.params.items()}",
+            "_mixed(apply, x)",
+            "{name: apply(before.params[name]) + one - before.params[name] for name, one in x.items()}",
         ),
         "tests/engine/test_gossip.py::test_a_directed_ring_tells_w_from_its_transpose_and_the_order",
     ),

@@ -8,6 +8,7 @@ from fedmom.method.named.fedcm import FedCM
 from fedmom.method.named.fedprox import FedProx
 from fedmom.method.named.mime import MimeLite
 from fedmom.method.named.scaffold import Scaffold, ScaffoldOfGradients
+from fedmom.method.optimizers.table import OPTIMIZERS
 
 
 class CorrectionNumbers(NamedTuple):
@@ -29,7 +30,7 @@ class NamedCorrection(NamedTuple):
 
 
 def _scaffold(by: CorrectionNumbers) -> Correction:
-    return Scaffold() if by.optimizer == "sgd" and by.beta == 0 else ScaffoldOfGradients()
+    return Scaffold() if OPTIMIZERS[by.optimizer].linear and by.beta == 0 else ScaffoldOfGradients()
 
 
 NAMED_CORRECTIONS = {
