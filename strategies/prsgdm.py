@@ -215,9 +215,8 @@ class PRSGDM(Strategy):
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         self.keeps_rows |= bool(self.own)
         if self.outer is not None:
-            self.memory = memory or self.outer.start(
-                {f"params/{n}": x for n, x in unflatten(unpack(arrays)).params.items()}
-            )
+            params = ClientState(unflatten(unpack(arrays)).params, {}, {})
+            self.memory = memory or self.outer.start(flatten(params))
         if evaluate_fn and first_round == 1 and (measured := evaluate_fn(0, arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = measured
         for number in range(first_round, num_rounds + 1):
