@@ -239,9 +239,8 @@ class _Run:
             before = read_status(self.folder.path)
             if before.status not in ("done", "running", "unfinished"):
                 self.notes.append(f"it was {before.text}")
-            done, self.stamp = self.folder.load(
-                self.identity, done, self.problem.device, partial(own_after, self.problem, self.plan)
-            )
+            own = partial(own_after, self.problem, self.plan)
+            done, self.stamp = self.folder.load(self.identity, done, self.problem.device, own)
             # A finished run keeps what its last round measured; in a longer one that round is like any other.
             last, plan = done.round, self.plan
             lost = of_rounds(self.config, not plan.evaluates(last), not plan.looks_at_clients(last))

@@ -19,6 +19,7 @@ from fedmom.engine.calls import Precision
 from fedmom.engine.engine import Engine
 from fedmom.engine.paths import PATHS, is_plain
 from fedmom.engine.plain.steps import PLAIN_STEPS
+from fedmom.engine.plain.tensors import as_held, off, real
 from fedmom.engine.stacked.agreement import Reached, distance, is_all_finite
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS, PLAIN
 from fedmom.engine.stacked.cuda_graphs import COMINGS
@@ -169,7 +170,7 @@ class Yardstick:
         if not self.own_rows:  # as a round begins, which the engine does by itself
             begun = common._replace(momentum=self.method.rules.begun(common.momentum, 0))
             rows = [joined(begun, self._own(row), begun) for row in rows]
-            rows = [row._replace(correction=_off(client, i, by)) for i, row in enumerate(rows)]
+            rows = [row._replace(correction=off(client, i, by)) for i, row in enumerate(rows)]
         trees = zip(*rows, strict=True)
         return common, ClientState(*({n: torch.stack([t[n] for t in tree]) for n in tree[0]} for tree in trees))
 
@@ -191,9 +192,7 @@ class Yardstick:
                 if state.endswith(CLOCK):  # far from 0 and from 1
                     value = x.new_full((), 0.5 + 0.1 * math.cos(which + number))
                 momentum[full_name(state, name)] = value.square() if state == "v" else value
-        return ClientState(
-            params, momentum, {n: b.clone() for n, b in own.buffers.items()}, _off(own.correction, 9, by)
-        )
+        return ClientState(params, momentum, {n: b.clone() for n, b in own.buffers.items()}, off(own.correction, 9, by))
 
     def _distance(self, got: Reached, want: Reached) -> tuple[float, str]:
         return distance(
@@ -239,7 +238,7 @@ class Yardstick:
             for number, (name, x) in enumerate(start.params.items()):
                 places = torch.arange(x.numel(), device=x.device).reshape(x.shape)
                 x = x * (1 + rounding * (2 * uniform(9, number, places) - 1)).to(x.dtype) if rounding else x
-                here[name].copy_(_as(here[name], x))
+                here[name].copy_(as_held(here[name], x))
             for name, b in start.buffers.items():
                 buffers[name].copy_(b)
         begun = {name: p.detach().clone() for name, p in here.items()}
@@ -264,8 +263,8 @@ class Yardstick:
                 for n, p in here.items():
                     step(p, memory[n], grads[n], lr, m)
             total += float(loss.detach())
-        params = {name: _real(p.detach()) for name, p in here.items()}
-        momentum = {full_name(s, n): _real(memory[n][s]) for n in here for s in kept}
+        params = {name: real(p.detach()) for name, p in here.items()}
+        momentum = {full_name(s, n): real(memory[n][s]) for n in here for s in kept}
         after = dict(model.named_buffers())
         own, message = self._finished(params, begun, own, len(batches))
         own = lasting(m.correction, own) if isinstance(m.correction, Correction) else own
@@ -275,13 +274,13 @@ class Yardstick:
     @staticmethod
     def _held(parameter: Tensor, value: Tensor) -> Tensor:
         """A state as the parameter itself would hold it; a clock is a number of its own."""
-        return value.clone() if value.ndim == 0 and parameter.ndim else _as(parameter, value).clone()
+        return value.clone() if value.ndim == 0 and parameter.ndim else as_held(parameter, value).clone()
 
     def _corrected(self, i: int, s: int, trees: Sequence[Mapping[str, Tensor]], own: Tree) -> tuple[Tree, Tree]:
         """Client i's gradient in step s by the correction, and its state; trees: gradient, x and the round's start."""
         correction, more = self.method.correction, dict[str, Any]()
         assert correction is not None
-        g, x, then = ({n: _real(t.detach().clone()) for n, t in tree.items()} for tree in trees)
+        g, x, then = ({n: real(t.detach().clone()) for n, t in tree.items()} for tree in trees)
         if takes_key(correction):
             key = random_bits(self.job.clients[i], self.job.first_steps[i] + s)
             more["key"] = key.to(self.problem.device)
@@ -290,7 +289,7 @@ class Yardstick:
             sent, own = found if isinstance(found, tuple) else (found, own)
         else:
             sent = correction(g, x, then, **more)
-        return {n: _as(trees[1][n], g) for n, g in sent.items()}, own
+        return {n: as_held(trees[1][n], g) for n, g in sent.items()}, own
 
     def _remembered(self, kept: Tree, begun: Tree) -> Tree:
         """A client's state of the correction as it begins a round at x = `begun`."""
@@ -307,7 +306,7 @@ class Yardstick:
             return own, {}
         count = torch.tensor(steps, device=device)
         total_lr = torch.tensor(sum(self.lrs[:steps]), dtype=self.problem.dtype, device=device)
-        before = {n: _real(x) for n, x in begun.items()}
+        before = {n: real(x) for n, x in begun.items()}
         return correction.finish(params, before, own, self.start.correction, count, total_lr)
 
     def _by(self, engine: Engine) -> Reached:
@@ -328,22 +327,3 @@ class Yardstick:
             memories = to_device(ClientState({}, {}, {}, outcome.correction), self.problem.device)
             states += [row_of(memories, i) for i in range(len(job.clients))]
         return Reached(states, outcome.losses.cpu(), (outcome.consensus_distance, outcome.momentum_spread))
-
-
-def _off(tree: Tree, which: int, by: float) -> Tree:
-    """A correction's real tensors, moved a little, so that no part of its formula is 0."""
-    moved = {}
-    for number, (name, value) in enumerate(tree.items()):
-        places = torch.arange(value.numel(), device=value.device).reshape(value.shape)
-        away = by * (2 * uniform(7, which, number, places) - 1)
-        moved[name] = value + away.to(value.dtype) if value.is_floating_point() else value.clone()
-    return moved
-
-
-def _as(parameter: Tensor, value: Tensor) -> Tensor:
-    """A value of x or u as the parameter itself holds it: complex ones travel as real numbers."""
-    return torch.view_as_complex(value) if parameter.is_complex() else value
-
-
-def _real(value: Tensor) -> Tensor:
-    return torch.view_as_real(value) if value.is_complex() else value
