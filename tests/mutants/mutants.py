@@ -330,8 +330,8 @@ MUTANTS = [
             "outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])\n",
             "outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])\n"
             "        state = gathered(\n"
-            "            plan.method, done.state, state._replace(correction=mean.correction), share, job, begun.params\n"
-            "        )\n",
+            "            plan.method, done.state, state._replace(correction=mean.correction), share, job,\n"
+            "            begun.params)\n",
         ),
         "tests/method/test_named_corrections.py::test_a_correction_of_ones_own_may_forget_and_be_told_of_the_round",
     ),

@@ -7,6 +7,7 @@ from fedmom.config.strategies import OURS
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.named.table import NAMED_CORRECTIONS, CorrectionNumbers
+from fedmom.method.optimizers.table import OPTIMIZERS
 from fedmom.method.state import X
 from fedmom.method.states.rules import Rules, StateRule
 from fedmom.user_code import is_spec
@@ -18,7 +19,7 @@ _KEYS = {"prox-mu": "fedprox", "fedcm-alpha": "fedcm"}
 def correction_numbers(config: Config) -> CorrectionNumbers:
     """What the named corrections are made of, of a resolved configuration."""
     keys = config.algorithm
-    return CorrectionNumbers(keys.prox_mu, keys.fedcm_alpha, keys.beta, keys.optimizer)
+    return CorrectionNumbers(keys.prox_mu, keys.fedcm_alpha, keys.beta, OPTIMIZERS[keys.optimizer].linear)
 
 
 def check_presets(config: Config, given: frozenset[str], notes: list[str]) -> None:
@@ -72,7 +73,7 @@ def _check_normalised(config: Config) -> None:
 
 def _needs_sgd(config: Config, why: str) -> None:
     keys = config.algorithm
-    if keys.optimizer != "sgd":
+    if not OPTIMIZERS[keys.optimizer].linear:
         raise InputError(f"algorithm.optimizer = {keys.optimizer!r}: {keys.name} needs 'sgd', for {why}")
 
 

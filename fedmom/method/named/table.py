@@ -16,7 +16,7 @@ class CorrectionNumbers(NamedTuple):
     mu: float  # of FedProx
     alpha: float  # of FedCM
     beta: float  # β
-    optimizer: str = "sgd"
+    linear: bool = True  # whether the clients' steps are SGD's
 
 
 class NamedCorrection(NamedTuple):
@@ -29,7 +29,7 @@ class NamedCorrection(NamedTuple):
 
 
 def _scaffold(by: CorrectionNumbers) -> Correction:
-    return Scaffold() if by.optimizer == "sgd" and by.beta == 0 else ScaffoldOfGradients()
+    return Scaffold() if by.linear and by.beta == 0 else ScaffoldOfGradients()
 
 
 NAMED_CORRECTIONS = {
