@@ -231,7 +231,7 @@ def test_rounds_of_examples_are_the_naive_loops(backend):  # noqa: F811
     """One, two and five clients, a cohort, weights, and unequal numbers of steps."""
     here = backend.way.changes["engine.path"]
     few = backend.way.workers or here in ("vmap", "stack")
-    for name in ("fednova",) if here == "stack" else PRESETS_ON_DATA:
+    for name in ("fednova", "fedprox") if here == "stack" else PRESETS_ON_DATA:
         for clients, size, rounds in ((5, 3, 3),) if few else ((1, 1, 2), (2, 2, 2), (5, 3, 3)):
             weights = "uniform" if clients == 2 else "samples"
             keys, numbers = PRESETS_ON_DATA[name]

@@ -266,6 +266,13 @@ MUTANTS = [
     ),
     Mutant(
         "named",
+        "the folded FedProx has no pull",
+        "stacked clients take plain steps",
+        code(f"{STACK}._held", "alpha=self.pull.mu", "alpha=0"),
+        f"{PRESETS}::test_rounds_of_examples_are_the_naive_loops[stack]",
+    ),
+    Mutant(
+        "named",
         "SCAFFOLD forgets c_i − c",
         "c_i⁺ = (x − y_i)/(Iγ), which is the corrected gradient's mean and not the gradient's",
         code(
