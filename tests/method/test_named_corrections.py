@@ -114,3 +114,23 @@ def test_a_resume_with_another_number_of_the_method_is_refused(in_tmp):
     fedmom.run(keys, out="run")
     with pytest.raises(InputError, match=r"algorithm\.prox-mu"):
         fedmom.run(resume="run", sets={"run.num-rounds": 2, "algorithm.prox-mu": 0.5})
+
+
+def test_fedprox_holds_what_stays_with_a_client_to_its_own_start():
+    """Rows of the clients' own, through the folded model as one after another, in a cohort of unequal steps."""
+    keys = {"data.num-clients": 3, "data.partition": "quantity", "run.num-rounds": 3, "run.seed": 4}
+    keys |= {"data.dataset": "oracle:examples", "data.batch-size": 8}
+    keys |= {"algorithm.name": "fedprox", "algorithm.prox-mu": 2.0, "algorithm.local-epochs": 2}
+    keys |= {"model.name": "oracle:squares", "algorithm.personal": "linear.bias", "run.dtype": "float64"}
+    config = resolve(load({**keys, "algorithm.cohort-size": 2})).config
+    problem, plan, ends = make_problem(config, "cpu"), make_plan(config), []
+    for path in ("loop", "stack"):
+        engine = Engine(problem, plan.method, path=path, chunk_size=2)
+        *_, (end, _) = run_rounds(problem, plan, engine, beginning(problem, plan))
+        ends.append(end.own.params["linear.bias"])
+    assert len({*plan.steps_of(problem.sizes).tolist()}) > 1
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-10, atol=1e-12)
+    free = plan._replace(method=plan.method._replace(correction=None))
+    engine = Engine(problem, free.method, path="loop", chunk_size=1)
+    *_, (end, _) = run_rounds(problem, free, engine, beginning(problem, free))
+    assert (end.own.params["linear.bias"] - ends[0]).abs().max() > 1e-3
