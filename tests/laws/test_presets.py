@@ -257,7 +257,7 @@ def check_on_examples(run, name, numbers, size, weights):
             losses[place].append(loss)
             return g
 
-        asked = named_rounds.Asked(number + 1, ids, [steps[c] for c in ids], weigh / weigh.sum(), gradient, 0.1)
+        asked = named_rounds.Asked(number + 1, ids, [steps[c] for c in ids], weigh / weigh.sum(), gradient, 0.1, steps)
         state = named_rounds.one_round(name, state, asked, numbers)
         close(flattened(new.state.params), state["x"])
         told = {"scaffold": state["c"], "fedcm": state["D"], "mime-lite": state["m"]}
@@ -268,5 +268,6 @@ def check_on_examples(run, name, numbers, size, weights):
             assert set(new.client_correction) == {f"c {n}" for n in new.state.params}
         else:
             assert new.client_correction is None
+        assert record["consensus_distance"] == pytest.approx(float(state["spread"]), rel=1e-9, abs=1e-15)
         p = weigh[ids] / weigh[ids].sum()
         assert record["train_loss"] == pytest.approx(float(p @ [np.mean(one) for one in losses]), rel=1e-10)
