@@ -18,6 +18,7 @@ class Asked(NamedTuple):
     weights: np.ndarray  # [N], of all clients, with the sum 1
     gradient: Callable[[int, int, Any], Any]  # (place in the cohort, step, x) -> g
     lr: float
+    all_steps: Sequence[int] = ()  # [N], of all clients
 
 
 NUMBERS = {"mu": 0.01, "alpha": 0.1, "beta": 0.0, "b1": 0.9, "b2": 0.999, "eta": 1.0, "outer": 0.9, "nesterov": False}
@@ -62,7 +63,10 @@ def one_round(name: str, s: dict, asked: Asked, numbers: dict) -> dict:
     def mean(rows):
         return sum(w * row for w, row in zip(p, rows, strict=True))
 
-    new = s | {"x": mean(ys), "u": mean(us)}
+    def spread(rows):
+        return mean([np.square(row - mean(rows)).sum() for row in rows])
+
+    new = s | {"x": mean(ys), "u": mean(us), "spread": spread(ys)}
     if name == "scaffold":
         c_i = list(s["c_i"])
         for place, client in enumerate(asked.clients):
@@ -71,9 +75,15 @@ def one_round(name: str, s: dict, asked: Asked, numbers: dict) -> dict:
         change = [c_i[client] - s["c_i"][client] for client in asked.clients]
         new |= {"c_i": c_i, "c": s["c"] + sum(w * d for w, d in zip(shares, change, strict=True))}
     if name == "fednova":
-        shift = 1 if by["nesterov"] else 0
-        a = [sum((1 - by["beta"] ** (k + shift)) / (1 - by["beta"]) for k in range(1, t + 1)) for t in steps]
-        new |= {"x": x0 - mean(a) * mean([(x0 - y) / length for y, length in zip(ys, a, strict=True)])}
+
+        def length(count):
+            shift = 1 if by["nesterov"] else 0
+            return sum((1 - by["beta"] ** (k + shift)) / (1 - by["beta"]) for k in range(1, count + 1))
+
+        a = [length(count) for count in steps]
+        each = [(x0 - y) / one for y, one in zip(ys, a, strict=True)]
+        everybodys = asked.weights @ [length(count) for count in asked.all_steps or steps]
+        new |= {"x": x0 - mean(a) * mean(each), "spread": spread([x0 - everybodys * way for way in each])}
     if name == "fedcm":
         new |= {"D": (x0 - new["x"]) / (lr * (p @ steps))}
     if name == "mime-lite":

@@ -13,9 +13,13 @@ from fedmom.config.build.watched import watched_class
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.engine.engine import Engine
+from fedmom.engine.plain.yardstick import Yardstick
+from fedmom.errors import InputError
 from fedmom.method.corrections import Correction
+from fedmom.method.named.table import NAMED_CORRECTIONS, CorrectionNumbers
 from fedmom.rounds.loop import run_rounds
-from fedmom.rounds.plan import beginning
+from fedmom.rounds.plan import beginning, round_job
+from runs import image_problem, simple_plan
 
 
 def test_a_resumed_run_has_the_bytes_of_a_whole_one(in_tmp):
@@ -84,3 +88,49 @@ def test_what_stays_with_a_client_is_corrected_by_nobody():
         assert set(end.state.correction) == shared
         sent = sum(end.state.params[n].numel() for n in shared) * 4 * (1 if name == "fedcm" else 2)
         assert end.bytes_sent == 2 * 3 * sent
+
+
+def test_every_way_of_running_them_is_compared_with_plain_torch(monkeypatch):
+    """By clients of unequal steps: states within a round, and FedNova's scaled ways on the folded paths too."""
+    numbers = CorrectionNumbers(mu=0.3, alpha=0.2, beta=0.9)
+    for name in ("scaffold", "mime-lite", "fedprox", "fednova"):
+        problem = image_problem("mlp", 3)
+        problem.sizes = np.array([5, 11, 18])
+        plan = simple_plan(3, momentum_policy="reset", local_epochs=1, beta=0.9)._replace(normalised=name == "fednova")
+        made = None if name == "fednova" else NAMED_CORRECTIONS[name].make(numbers)
+        plan = plan._replace(method=plan.method._replace(correction=made))
+        job = round_job(problem, plan, beginning(problem, plan))
+        yardstick = Yardstick(problem, plan.method, job, own_rows=False)
+        for path in {"fedprox": ("stack",), "fednova": ("vmap", "stack")}.get(name, ("vmap",)):
+            assert yardstick.differs(path) == "", (name, path)
+    for runner in ("fedmom.engine.engine", "fedmom.engine.stacked.runner"):
+        monkeypatch.setattr(f"{runner}.scaled", lambda x_start, rows, by: rows)
+    yardstick = Yardstick(problem, plan.method, job, own_rows=False)
+    assert all("differs from plain torch's" in yardstick.differs(path) for path in ("vmap", "stack"))
+
+
+def test_a_resume_with_another_number_of_the_method_is_refused(in_tmp):
+    keys = Q | {"algorithm.name": "fedprox", "engine.path": "loop", "run.num-rounds": 1}
+    fedmom.run(keys, out="run")
+    with pytest.raises(InputError, match=r"algorithm\.prox-mu"):
+        fedmom.run(resume="run", sets={"run.num-rounds": 2, "algorithm.prox-mu": 0.5})
+
+
+def test_fedprox_holds_what_stays_with_a_client_to_its_own_start():
+    """Rows of the clients' own, through the folded model as one after another, in a cohort of unequal steps."""
+    keys = {"data.num-clients": 3, "data.partition": "quantity", "run.num-rounds": 3, "run.seed": 4}
+    keys |= {"data.dataset": "oracle:examples", "data.batch-size": 8}
+    keys |= {"algorithm.name": "fedprox", "algorithm.prox-mu": 2.0, "algorithm.local-epochs": 2}
+    keys |= {"model.name": "oracle:squares", "algorithm.personal": "linear.bias", "run.dtype": "float64"}
+    config = resolve(load({**keys, "algorithm.cohort-size": 2})).config
+    problem, plan, ends = make_problem(config, "cpu"), make_plan(config), []
+    for path in ("loop", "stack"):
+        engine = Engine(problem, plan.method, path=path, chunk_size=2)
+        *_, (end, _) = run_rounds(problem, plan, engine, beginning(problem, plan))
+        ends.append(end.own.params["linear.bias"])
+    assert len({*plan.steps_of(problem.sizes).tolist()}) > 1
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-10, atol=1e-12)
+    free = plan._replace(method=plan.method._replace(correction=None))
+    engine = Engine(problem, free.method, path="loop", chunk_size=1)
+    *_, (end, _) = run_rounds(problem, free, engine, beginning(problem, free))
+    assert (end.own.params["linear.bias"] - ends[0]).abs().max() > 1e-3

@@ -260,6 +260,13 @@ MUTANTS = [
     ),
     Mutant(
         "named",
+        "the folded FedProx has no pull",
+        "stacked clients take plain steps",
+        code(f"{STACK}._held", "alpha=self.pull.mu", "alpha=0"),
+        f"{PRESETS}::test_rounds_of_examples_are_the_naive_loops[stack]",
+    ),
+    Mutant(
+        "named",
         "SCAFFOLD forgets c_i − c",
         "c_i⁺ = (x − y_i)/(Iγ), which is the corrected gradient's mean and not the gradient's",
         code(
@@ -324,9 +331,8 @@ MUTANTS = [
             "outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])\n",
             "outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])\n"
             "        state = gathered(\n"
-            "            plan.method, done.state, state._replace(correction=mean.correction), share, job, "
-            "begun.params\n"
-            "        )\n",
+            "            plan.method, done.state, state._replace(correction=mean.correction), share, job,\n"
+            "            begun.params)\n",
         ),
         "tests/method/test_named_corrections.py::test_a_correction_of_ones_own_may_forget_and_be_told_of_the_round",
     ),

@@ -19,7 +19,7 @@ _KEYS = {"prox-mu": "fedprox", "fedcm-alpha": "fedcm"}
 def correction_numbers(config: Config) -> CorrectionNumbers:
     """What the named corrections are made of, of a resolved configuration."""
     keys = config.algorithm
-    return CorrectionNumbers(keys.prox_mu, keys.fedcm_alpha, keys.beta, keys.optimizer)
+    return CorrectionNumbers(keys.prox_mu, keys.fedcm_alpha, keys.beta, OPTIMIZERS[keys.optimizer].linear)
 
 
 def check_presets(config: Config, given: frozenset[str], notes: list[str]) -> None:

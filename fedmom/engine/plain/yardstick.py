@@ -296,7 +296,7 @@ class Yardstick:
         correction = self.method.correction
         if not isinstance(correction, Correction):
             return kept
-        before = {n: _real(x) for n, x in begun.items()}
+        before = {n: real(x) for n, x in begun.items()}
         return {n: kept.get(n, value) for n, value in correction.start(before)[0].items()}
 
     def _finished(self, params: Tree, begun: Tree, own: Tree, steps: int) -> tuple[Tree, Tree]:

@@ -23,6 +23,7 @@ from fedmom.engine.stacked.means import RowsEnded
 from fedmom.engine.stacked.updates import others
 from fedmom.engine.stacked.updates.sgd import Number, first_update, update
 from fedmom.method.algorithms import Method
+from fedmom.method.named.fedprox import FedProx
 from fedmom.method.state import ClientState, Tree, rows_of
 from fedmom.rounds.round import Job, Progress, part_of
 from fedmom.tasks.supervised import Batch, Draws, Supervised
@@ -67,8 +68,11 @@ class Stack:
         """
         if not isinstance(problem, Supervised):
             raise FoldError(f"{type(problem).__name__} has no layers")
-        if method.correction is not None:
+        self.pull = method.correction if isinstance(method.correction, FedProx) else None
+        if method.correction is not None and self.pull is None:
             raise FoldError("algorithm.correction is written for one client")
+        if factors is not False and self.pull is not None:
+            raise FoldError("dense layers in factors have no rows that could be held to the round's start")
         if factors is not False and not method.by.linear:
             raise FoldError(f"dense layers in factors need algorithm.optimizer = 'sgd', not {method.optimizer!r}")
         self.problem: Supervised = problem
@@ -110,6 +114,7 @@ class Stack:
                 {n: v.clone(memory_format=torch.contiguous_format) for n, v in t.items()} for t in rows[:3]
             )
             state = _Rows(x, u, buffers, {}, shared=False)
+            state.began = rows.params
         else:
             factored = even and momentum is None and self.factors is not False
             of = self._numbers(tuple(job.lrs)) if factored else None
@@ -246,6 +251,8 @@ class Stack:
             losses.sum().backward()
         with torch.no_grad():
             grads = [torch.zeros_like(x) if x.grad is None else x.grad.contiguous() for x in leaves.values()]
+            if self.pull is not None and not shared:  # in the first step everybody stands where the round began
+                self._held(start, state, dict(zip(names, grads, strict=True)), K)
             if not self.method.by.linear:
                 self._move(start, state, dict(zip(names, grads, strict=True)), K, lr, shared=shared)
             elif shared:
@@ -258,6 +265,13 @@ class Stack:
         for factors in state.factors.values():
             factors.advance()
         return losses.detach().to(F64)
+
+    def _held(self, start: ClientState, state: "_Rows", grads: Tree, K: int) -> None:
+        """Adds FedProx's μ (x − x_start) to the gradients [K, ...] of the first K clients."""
+        assert self.pull is not None
+        for name, g in grads.items():
+            began = start.params[name] if state.began is None else state.began[name][:K]
+            g.add_(state.params[name][:K] - began, alpha=self.pull.mu)
 
     def _move(self, start: ClientState, state: "_Rows", grads: Tree, K: int, lr: Number, *, shared: bool) -> None:
         """The step of another optimizer than SGD."""
@@ -277,6 +291,7 @@ class _Rows:
         self, params: Tree, momentum: Tree, buffers: Tree, factors: dict[str, Factors], *, shared: bool
     ) -> None:
         self.params, self.momentum, self.buffers, self.factors, self.shared = params, momentum, buffers, factors, shared
+        self.began: Tree | None = None  # [K, ...] x at the start of the round, where it is each client's own
 
 
 def _in_order(ended: RowsEnded, order: Tensor) -> RowsEnded:

@@ -8,7 +8,6 @@ from fedmom.method.named.fedcm import FedCM
 from fedmom.method.named.fedprox import FedProx
 from fedmom.method.named.mime import MimeLite
 from fedmom.method.named.scaffold import Scaffold, ScaffoldOfGradients
-from fedmom.method.optimizers.table import OPTIMIZERS
 
 
 class CorrectionNumbers(NamedTuple):
@@ -17,7 +16,7 @@ class CorrectionNumbers(NamedTuple):
     mu: float  # of FedProx
     alpha: float  # of FedCM
     beta: float  # β
-    optimizer: str = "sgd"
+    linear: bool = True  # whether the clients' steps are SGD's
 
 
 class NamedCorrection(NamedTuple):
@@ -30,7 +29,7 @@ class NamedCorrection(NamedTuple):
 
 
 def _scaffold(by: CorrectionNumbers) -> Correction:
-    return Scaffold() if OPTIMIZERS[by.optimizer].linear and by.beta == 0 else ScaffoldOfGradients()
+    return Scaffold() if by.linear and by.beta == 0 else ScaffoldOfGradients()
 
 
 NAMED_CORRECTIONS = {
