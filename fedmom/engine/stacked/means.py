@@ -51,7 +51,7 @@ class Distances(NamedTuple):
 
 
 def distances(start: ClientState, ended: RowsEnded) -> Distances:
-    """From `start` to where K clients ended. Their rows are used up: they hold differences afterwards."""
+    """From `start` to where K clients ended. Their rows are used up: most hold differences afterwards."""
     groups = dict[At, int]()
     for part in ("params", "momentum"):
         for names in [*_together(getattr(ended, part)), *((name,) for name in ended.factors)]:
@@ -62,8 +62,13 @@ def distances(start: ClientState, ended: RowsEnded) -> Distances:
     for part in ("params", "momentum"):
         rows = getattr(ended, part)
         for names in _together(rows):
-            away = _side_by_side(rows, names, 1)
-            away.sub_(_side_by_side(getattr(start, part), names, 0))
+            away, base = _side_by_side(rows, names, 1), _side_by_side(getattr(start, part), names, 0)
+            if part == "momentum" and not is_momentum(names[0]):  # of which no spread is wanted: one pass is enough
+                into[part, names].copy_(_weighed(ended.weights.to(away.dtype), away))
+                into[part, names].sub_(base.reshape(-1) * ended.weights.sum())
+                squares[part, names] = torch.zeros_like(ended.weights[0])
+                continue
+            away.sub_(base)
             into[part, names].copy_(_weighed(ended.weights.to(away.dtype), away))
             squares[part, names] = ended.weights @ row_norms(away) ** 2
     for name, factors in ended.factors.items():
