@@ -3,6 +3,7 @@
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat, replace
 from fedmom.config.strategies import OURS
+from fedmom.engine.paths import AUTO, PATHS
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.optimizers.table import OPTIMIZERS
@@ -20,6 +21,12 @@ def settle_optimizer(config: Config, given: frozenset[str], notes: list[str]) ->
         )
     if optimizer.gossip_only and not ALGORITHMS[algorithm.name].decentralized:
         raise InputError(f"algorithm.optimizer = {name!r}: needs algorithm.name = 'd-sgd-m', whose W mixes its y")
+    path = config.engine.path
+    if path != AUTO and PATHS[path].factors and not optimizer.linear:
+        raise InputError(
+            f"engine.path = {path!r}: its dense layers without rows are for algorithm.optimizer = 'sgd', not {name!r}; "
+            "take auto or stack"
+        )
     if config.server.strategy != OURS and name != "sgd":
         raise InputError(
             f"server.strategy = {config.server.strategy!r}: its step would move what {name} remembers too, and v must "
