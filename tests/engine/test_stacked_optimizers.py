@@ -14,12 +14,13 @@ from fedmom.data.partition import make_partition
 from fedmom.engine.auto import bytes_per_client, choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.plain.yardstick import Yardstick
+from fedmom.engine.stacked import means
 from fedmom.engine.stacked.updates import fused, others
 from fedmom.errors import InputError
 from fedmom.experiments.bench import _bytes
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import LearningRate
-from fedmom.method.state import CLOCK, full_name, num_bytes
+from fedmom.method.state import CLOCK, ClientState, full_name, num_bytes
 from fedmom.method.states.rules import StateRule
 from fedmom.rounds.correction import start_of
 from fedmom.rounds.plan import Plan, beginning, cohort, round_job
@@ -357,6 +358,23 @@ def test_who_trains_v_in_too_few_digits_is_told():
     assert notes(torch.bfloat16, plan._replace(method=plan.method._replace(beta2=0.9))) == []
     for other in ("sgd", "lion", "adagrad"):
         assert notes(torch.bfloat16, planned(other)) == []
+
+
+def test_the_mean_of_small_v_is_none_below_zero():
+    """In float32: what v was at the start of the round says nothing about its last digits at the end."""
+    start = {"v/x": torch.rand(64, generator=torch.Generator().manual_seed(0)) + 1, "v.clock/x": torch.ones(())}
+    rows = {"v/x": torch.full((3, 64), 1e-9), "v.clock/x": torch.full((3,), 0.5)}
+    weights = torch.tensor([60.0, 7.0, 11.0], dtype=F64)
+    begun = ClientState({}, start, {})
+    sums = means.RoundSums(begun, "pooled")
+    for some in (slice(0, 2), slice(2, 3)):
+        own = {n: v[some].clone() for n, v in rows.items()}
+        ended = means.RowsEnded({}, own, {}, {}, torch.zeros(len(weights[some])), weights[some])
+        sums.add(means.distances(begun, ended), weights[some])
+    mean, end = sums.finish(torch.zeros(3, dtype=F64))
+    torch.testing.assert_close(mean.momentum["v/x"], rows["v/x"][0], rtol=1e-6, atol=0)
+    assert float(mean.momentum["v.clock/x"]) == pytest.approx(0.5)
+    assert end().momentum_spread == 0
 
 
 def test_simple_plans_are_sgds():

@@ -62,15 +62,15 @@ def distances(start: ClientState, ended: RowsEnded) -> Distances:
     for part in ("params", "momentum"):
         rows = getattr(ended, part)
         for names in _together(rows):
-            away, base = _side_by_side(rows, names, 1), _side_by_side(getattr(start, part), names, 0)
-            if part == "momentum" and not is_momentum(names[0]):  # of which no spread is wanted: one pass is enough
-                into[part, names].copy_(_weighed(ended.weights.to(away.dtype), away))
-                into[part, names].sub_(base.reshape(-1) * ended.weights.sum())
-                squares[part, names] = torch.zeros_like(ended.weights[0])
-                continue
-            away.sub_(base)
+            away = _side_by_side(rows, names, 1)
+            if part == "momentum" and not is_momentum(names[0]):
+                # No spread is wanted of them, and a sum from 0 keeps v positive, whatever is rounded.
+                bases[part, names] = total.new_zeros(()).expand(groups[part, names])
+                squares[part, names] = total.new_zeros(())
+            else:
+                away.sub_(_side_by_side(getattr(start, part), names, 0))
+                squares[part, names] = ended.weights @ row_norms(away) ** 2
             into[part, names].copy_(_weighed(ended.weights.to(away.dtype), away))
-            squares[part, names] = ended.weights @ row_norms(away) ** 2
     for name, factors in ended.factors.items():
         for part, found, base in zip(("params", "momentum"), factors.sums(), factors.base(), strict=True):
             at: At = (part, (name,))

@@ -7,7 +7,7 @@ is on the device, nothing may be asked of a clock.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ Move = Callable[[Method, float, Clocks, list[Tensor], list[Tensor], list[list[Te
 
 def is_fast(method: Method, grads: Tree, lr: Number) -> bool:
     """Whether there is a fast step for such tensors that is right. In 16 bits these kernels round elsewhere."""
-    every = all(g.is_cpu and g.dtype.itemsize >= 4 for g in grads.values())
+    every = bool(grads) and all(g.is_cpu and g.dtype.itemsize >= 4 for g in grads.values())
     return every and method.optimizer in MOVES and not isinstance(lr, Tensor)
 
 
@@ -111,16 +111,15 @@ def _parts(method: Method, momentum: Tree, grads: Tree) -> Iterator[_Part]:
             yield from (_Part(name, slice(row, row + 1), Clocks(*pair)) for row, pair in enumerate(pairs))
 
 
-def _adam(
-    method: Method, lr: float, z: Clocks, x: list[Tensor], g: list[Tensor], states: Sequence[list[Tensor]]
-) -> None:
+def _adam(method: Method, lr: float, z: Clocks, x: list[Tensor], g: list[Tensor], states: list[list[Tensor]]) -> None:
     decay, root = method.weight_decay, math.sqrt(z.v)
-    decoupled = method.by.decoupled
+    decoupled, (m, v) = method.by.decoupled, states
     fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
     fused(
         x,
         g,
-        *states,
+        m,
+        v,
         [],
         [torch.tensor(_FOREVER)] * len(x),
         lr=lr * root / z.m,
@@ -134,16 +133,14 @@ def _adam(
 
 
 def _adagrad(
-    method: Method, lr: float, z: Clocks, x: list[Tensor], g: list[Tensor], states: Sequence[list[Tensor]]
+    method: Method, lr: float, z: Clocks, x: list[Tensor], g: list[Tensor], states: list[list[Tensor]]
 ) -> None:
     steps = [torch.tensor(1.0)] * len(x)  # which no γ that falls with them reads
     decay, eps = method.weight_decay, method.eps
-    torch._fused_adagrad_(x, g, *states, steps, lr=lr, lr_decay=0.0, weight_decay=decay, eps=eps, maximize=False)
+    torch._fused_adagrad_(x, g, states[0], steps, lr=lr, lr_decay=0.0, weight_decay=decay, eps=eps, maximize=False)
 
 
-def _lion(
-    method: Method, lr: float, z: Clocks, x: list[Tensor], g: list[Tensor], states: Sequence[list[Tensor]]
-) -> None:
+def _lion(method: Method, lr: float, z: Clocks, x: list[Tensor], g: list[Tensor], states: list[list[Tensor]]) -> None:
     keep = 1 - lr * method.weight_decay
     for one, grad, m in zip(x, g, states[0], strict=True):
         count = max(1, _BLOCK // max(1, one[0].numel()))
