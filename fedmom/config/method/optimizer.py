@@ -15,18 +15,18 @@ def settle_optimizer(config: Config, given: frozenset[str], notes: list[str]) ->
     """β₂ where none was given. Raises InputError for what the optimizer cannot do."""
     algorithm, name = config.algorithm, config.algorithm.optimizer
     optimizer = OPTIMIZERS[name]
-    if algorithm.nesterov and "nesterov" not in optimizer.reads:
-        raise InputError(
-            f"algorithm.nesterov = True: is option II of SGD, and optimizer = {name!r} has none; set false"
-        )
-    if optimizer.gossip_only and not ALGORITHMS[algorithm.name].decentralized:
-        raise InputError(f"algorithm.optimizer = {name!r}: needs algorithm.name = 'd-sgd-m', whose W mixes its y")
     path = config.engine.path
     if path != AUTO and PATHS[path].factors and not optimizer.linear:
         raise InputError(
             f"engine.path = {path!r}: its dense layers without rows are for algorithm.optimizer = 'sgd', not {name!r}; "
             "take auto or stack"
         )
+    if algorithm.nesterov and "nesterov" not in optimizer.reads:
+        raise InputError(
+            f"algorithm.nesterov = True: is option II of SGD, and optimizer = {name!r} has none; set false"
+        )
+    if optimizer.gossip_only and not ALGORITHMS[algorithm.name].decentralized:
+        raise InputError(f"algorithm.optimizer = {name!r}: needs algorithm.name = 'd-sgd-m', whose W mixes its y")
     if config.server.strategy != OURS and name != "sgd":
         raise InputError(
             f"server.strategy = {config.server.strategy!r}: its step would move what {name} remembers too, and v must "
