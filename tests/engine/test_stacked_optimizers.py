@@ -15,6 +15,7 @@ from fedmom.engine.auto import bytes_per_client, choose
 from fedmom.engine.engine import Engine
 from fedmom.engine.plain.yardstick import Yardstick
 from fedmom.engine.stacked import means
+from fedmom.engine.stacked.timings import _situation
 from fedmom.engine.stacked.updates import fused, others
 from fedmom.errors import InputError
 from fedmom.experiments.bench import _bytes
@@ -29,7 +30,7 @@ from fedmom.tasks.models.adapters import lora
 from fedmom.tasks.supervised import Supervised
 from laws import table
 from pretend_cuda import pretend
-from runs import F64, image_problem, run_plan, simple_plan, tiny_images
+from runs import F64, image_problem, run_plan, tiny_images
 from test_cuda_graphs import replayed
 
 NAMES = ("adamw", "adam", "lion", "adagrad")
@@ -377,7 +378,11 @@ def test_the_mean_of_small_v_is_none_below_zero():
     assert end().momentum_spread == 0
 
 
-def test_simple_plans_are_sgds():
-    """That nothing here compares SGD with itself."""
-    assert simple_plan(3).method.by.linear
-    assert not any(planned(name).method.by.linear for name in NAMES)
+def test_what_is_remembered_is_of_one_optimizer():
+    problem, names = image_problem("mlp", 3), set()
+    for optimizer in ("sgd", *NAMES):
+        plan = planned(optimizer)
+        begin = beginning(problem, plan)
+        names.add(_situation(problem, plan.method, begin.state, round_job(problem, plan, begin), ["auto", 0]))
+    assert len(names) == 1 + len(NAMES)
+    assert "" not in names
