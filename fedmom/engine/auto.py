@@ -36,10 +36,10 @@ _SLACK = 1.25
 
 
 def bytes_per_client(problem: Problem, start: ClientState) -> int:
-    """Memory that one stacked client takes during a step: x, u, g, the new x and u, and what backward keeps."""
+    """Memory of one stacked client in a step: x, g, the optimizer's states, the new x and states, backward's own."""
     # Twice the activations: backward adds a gradient to most of them.
     own = 2 * num_bytes(start.buffers) + 4 * num_bytes(start.correction)
-    return 6 * num_bytes(start.params) + own + 2 * problem.activation_bytes(start)
+    return 4 * num_bytes(start.params) + 2 * num_bytes(start.momentum) + own + 2 * problem.activation_bytes(start)
 
 
 class Said(NamedTuple):

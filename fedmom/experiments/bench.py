@@ -17,7 +17,7 @@ from fedmom.engine.engine import Engine
 from fedmom.engine.gossip import GossipRounds
 from fedmom.engine.stacked.timings import now
 from fedmom.machine.memory import most_bytes
-from fedmom.method.state import ClientState, num_bytes
+from fedmom.method.state import ClientState, num_bytes, parameter_of
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import Plan, beginning, round_job
 from fedmom.rounds.round import Backend
@@ -27,7 +27,7 @@ from fedmom.tasks.supervised import Supervised, one_of_batch
 KINDS = {  # of torch's operators, by a part of the name; the first that fits
     "convolution": ("conv",),
     "matrix products": ("mm", "matmul", "linear", "einsum", "dot"),
-    "update of x and u": ("sgd", "foreach"),
+    "update of x and u": ("sgd", "_fused_ad", "foreach", "lerp", "sign"),
     "pooling, norms": ("pool", "norm"),
     "loss": ("softmax", "nll", "cross_entropy"),
     "gathering minibatches": ("index", "gather", "sort", "embedding", "repeat_interleave", "cumsum"),
@@ -149,10 +149,10 @@ def _flops(problem: Problem, start: ClientState) -> float:
 
 
 def _bytes(problem: Problem, rounds: Backend, start: ClientState, job: Any) -> float:
-    """Eight passes over a client's weights and five over what backward keeps.
+    """Six passes over a client's weights, two over every state of its optimizer, five over what backward keeps.
 
-    Two passes use the weights, g is written and read, u and x are read and written. Weights in factors are read and
-    written by nobody, their layers' inputs and outputs twice more.
+    Two passes use the weights, g is written and read, x and the states (SGD's u) are read and written. Weights in
+    factors are read and written by nobody, their layers' inputs and outputs twice more.
     """
     engine = rounds.engine if isinstance(rounds, GossipRounds) else rounds
     weights, extra = dict(start.params), 0.0
@@ -163,7 +163,8 @@ def _bytes(problem: Problem, rounds: Backend, start: ClientState, job: Any) -> f
             extra += 2 * rows * (size_in + size_out) * weights.pop(name).dtype.itemsize
     # What is kept for backward includes the weights themselves.
     kept = max(0, problem.activation_bytes(start) - num_bytes(start.params))
-    return 8 * num_bytes(weights) + 5 * kept + extra
+    states = {name: t for name, t in start.momentum.items() if parameter_of(name) in weights}
+    return 6 * num_bytes(weights) + 2 * num_bytes(states) + 5 * kept + extra
 
 
 def _shares(run: Callable[[], Any], device: torch.device) -> dict[str, float]:

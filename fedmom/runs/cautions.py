@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from fedmom.config.keys import Config
+from fedmom.method.algorithms import Method
 from fedmom.method.corrections import Correction
 from fedmom.method.state import ClientState, X, num_bytes, parted
 from fedmom.method.states.policies import MOMENTUM_POLICIES
@@ -36,6 +38,19 @@ def _largest_part(problem: Problem, plan: Plan) -> str:
     return f"algorithm.fragments: the largest part of the model is {largest}; {mean}"
 
 
+def _few_digits(problem: Problem, method: Method) -> Iterator[str]:
+    """Where v, and the clock beside it, cannot follow the gradients in the run's own number format."""
+    for x in start_of(problem, method)[0].params.values():
+        digit = torch.finfo(x.dtype).eps
+        if "v" in method.by.states and method.by.clocks and 1 - method.beta2 < digit:
+            yield (
+                f"run.dtype = {str(x.dtype).removeprefix('torch.')!r}: β₂ = {method.beta2:g} moves v by "
+                f"{1 - method.beta2:.2g} of itself in a step, less than its last digit ({digit:.2g}), so that v stands "
+                "still; take float32, or a smaller beta2"
+            )
+            return
+
+
 def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
     """What a user should know before a run: memory that grows with N, a mean that is not the paper's."""
     notes = list(plan.topology.warnings) if plan.topology else []
@@ -62,6 +77,7 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
             "m travels more often than v: a client that never sees a coordinate (a rare word) has v = 0 there and "
             "divides the others' m by ε; let v travel as often, or compare"
         )
+    notes += _few_digits(problem, plan.method)
     if isinstance(plan.method.correction, Correction):
         _, client = start_of(problem, plan.method)
         if (size := len(problem.sizes) * num_bytes(client) / 1e6) > 1:

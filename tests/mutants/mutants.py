@@ -30,6 +30,7 @@ PARTS = {
     ),
     "averaging": ("tests/method/test_averaging.py", "tests/engine/test_engine.py", "tests/laws"),
     "stack": ("tests/engine/test_stacked.py", "tests/engine/test_transformers.py", "tests/tasks/test_adapters.py"),
+    "optimizers": ("tests/method/test_optimizers.py", "tests/engine/test_stacked_optimizers.py"),
     "replays": ("tests/engine/test_cuda_graphs.py", "tests/engine/test_noise.py"),
     "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_supervised.py"),
     "partitions": ("tests/data/test_partition.py",),
@@ -89,6 +90,9 @@ OWN_DATA = "strategies.local_data.LocalSupervised"
 NAMED, PRESETS = "fedmom.method.named", "tests/laws/test_presets.py"
 _FIXED_STATES = "fedmom.config.method.states._FIXED"
 
+OPTIMIZERS, OTHERS = "fedmom.method.optimizers", "fedmom.engine.stacked.updates.fused"
+
+LAWS, STACKED = "tests/method/test_optimizers.py", "tests/engine/test_stacked_optimizers.py"
 OWN_TESTS, PERSONAL_ROUNDS = "tests/tasks/test_own_results.py", "tests/laws/test_personal_rounds.py"
 HOLDS_OUT = f"{OWN_TESTS}::test_every_client_holds_out_its_share_and_no_other_client_matters"
 ON_ITS_OWN = f"{OWN_TESTS}::test_x_is_judged_on_every_clients_own_examples"
@@ -713,6 +717,145 @@ MUTANTS = [
         "tests/laws/test_backends.py::test_a_cohort_alone_trains_is_weighed_and_keeps_its_momentum[vmap]",
     ),
     # --- the folded model ----------------------------------------------------------------------------------
+    Mutant(
+        "optimizers",
+        "no bias correction",
+        "Adam divides by no clock",
+        code(f"{OPTIMIZERS}.adam.adam", "(m / z_m) / ((v / z_v).sqrt() + by.eps)", "m / (v.sqrt() + by.eps)"),
+        f"{LAWS}::test_golden_numbers",
+    ),
+    Mutant(
+        "optimizers",
+        "a clock by another β",
+        "z_v goes with β₁",
+        code(f"{OPTIMIZERS}.adam.adam", 'by.beta2 * states["v.clock"]', 'by.beta * states["v.clock"]'),
+        f"{LAWS}::test_one_client_is_torch_optim",
+    ),
+    Mutant(
+        "optimizers",
+        "a reset leaves the clocks on",
+        "m and v begin at 0 with the corrections of old ones",
+        code(
+            "fedmom.method.states.policies.start_reset",
+            "zeros_like(mean)",
+            "{n: v if '.clock/' in n else 0 * v for n, v in mean.items()}",
+        ),
+        f"{LAWS}::test_every_step_is_the_sign_of_a_constant_gradient",
+    ),
+    Mutant(
+        "optimizers",
+        "an exchange under Algorithm 2 resets no clock",
+        "m and v begin at 0 with the corrections of old ones",
+        code(
+            "fedmom.method.states.policies.exchange_reset",
+            "zeros_like(rows.own)",
+            "{n: v if '.clock/' in n else 0 * v for n, v in rows.own.items()}",
+        ),
+        f"{LAWS}::test_every_step_is_the_sign_of_a_constant_gradient_under_algorithm_2",
+    ),
+    Mutant(
+        "optimizers",
+        "roots of v are averaged",
+        "v̂ is the square of the mean of √v",
+        both(
+            code(
+                f"{AVERAGING}.WeightedMean.add",
+                "moments.add(value, weights, chunk)",
+                "moments.add(value.sqrt() if name.startswith('v/') else value, weights, chunk)",
+            ),
+            code(
+                f"{AVERAGING}.WeightedMean.mean",
+                "in_parts({at: value.to",
+                "in_parts({at: value.square() if at[1].startswith('v/') else value.to",
+            ),
+        ),
+        f"{LAWS}::test_golden_numbers",
+    ),
+    Mutant(
+        "optimizers",
+        "v is summed",
+        "v̂ is N times the mean",
+        code(
+            f"{AVERAGING}.WeightedMean.mean",
+            "at: m.total / m.weight for",
+            "at: m.total / (1 if at[1].startswith('v/') else m.weight) for",
+        ),
+        f"{LAWS}::test_golden_numbers",
+    ),
+    Mutant(
+        "optimizers",
+        "Lion's step by the new m",
+        "the sign is of m after its own step",
+        code(
+            f"{OPTIMIZERS}.lion.lion",
+            "(by.beta * m +",
+            "(by.beta * (by.beta2 * m + (1 - by.beta2) * g) +",
+        ),
+        f"{LAWS}::test_golden_numbers",
+    ),
+    Mutant(
+        "optimizers",
+        "AdamW with L2",
+        "λx enters m and v too",
+        entry(f"{OPTIMIZERS}.table.OPTIMIZERS", "adamw", lambda right: right._replace(decoupled=False)),
+        f"{LAWS}::test_one_client_is_torch_optim",
+    ),
+    Mutant(
+        "optimizers",
+        "Adagrad's old v",
+        "the first step divides by ε",
+        code(f"{OPTIMIZERS}.adagrad.adagrad", "g / (v.sqrt()", 'g / (states["v"].sqrt()'),
+        f"{LAWS}::test_one_client_is_torch_optim",
+    ),
+    Mutant(
+        "optimizers",
+        "what a personal tensor remembers is averaged",
+        "m, v and clocks are no part of algorithm.personal",
+        code("fedmom.method.state.is_among", " or parameter_of(name) in parameters", ""),
+        f"{STACKED}::test_a_personal_head_keeps_its_states_and_clocks",
+    ),
+    Mutant(
+        "optimizers",
+        "few passes with the first client's clocks",
+        "whoever took part in other rounds is corrected as client 0",
+        code(f"{OTHERS}._parts", "bool((every == every[:, :1]).all())", "True"),
+        f"{STACKED}::test_every_policy_period_cohort_and_chunk",
+    ),
+    Mutant(
+        "optimizers",
+        "few passes decay by γ'λ",
+        "the decay follows the clocks",
+        code(f"{OTHERS}._adam", "decay * z.m / root if decoupled else decay", "decay"),
+        f"{STACKED}::test_few_passes_are_the_plain_step",
+    ),
+    Mutant(
+        "optimizers",
+        "few passes with ε beside the root of v itself",
+        "ε is larger in the first steps",
+        code(f"{OTHERS}._adam", "method.eps * root", "method.eps"),
+        f"{STACKED}::test_few_passes_are_the_plain_step",
+    ),
+    Mutant(
+        "optimizers",
+        "a first step forgets the clients' own states",
+        "under local everybody begins with the common m",
+        code(f"{OTHERS}.fast_first_step", "own[known][rows][some] if known in own else common[known]", "common[known]"),
+        f"{STACKED}::test_every_policy_period_cohort_and_chunk",
+    ),
+    Mutant(
+        "optimizers",
+        "v is summed about the round's start",
+        "in float32 its mean is rounded below 0, and has no root",
+        code("fedmom.engine.stacked.means.distances", "not is_momentum(names[0])", "False"),
+        f"{STACKED}::test_the_mean_of_small_v_is_none_below_zero",
+    ),
+    Mutant(
+        "optimizers",
+        "all states are compared as one",
+        "a wrong v is lost beside m, which is larger",
+        code(f"{AGREEMENT}._kind", 'name.partition("/")[0]', '"m"'),
+        f"{STACKED}::test_a_wrong_step_is_told",
+    ),
     Mutant(
         "stack",
         "the stack forgets option II",

@@ -62,6 +62,22 @@ def test_a_seed_that_diverged_is_no_zero_in_a_mean():
     assert momentum_policies.cell({0.1: [{5: 50.0}, {}, {5: 70.0}]}, 5) == "60.0 ± 14.1 [2 of 3] (0.1*)"
 
 
+def test_an_optimizer_stands_beside_sgd_in_its_fastest_chunks():
+    import optimizers
+
+    runs = {name: iter(range(9)) for name in ("sgd × 4", "sgd × 16")}
+    found = optimizers.measure(runs, 0.0, clock=iter(range(100)).__next__)
+    assert found == {"sgd × 4": [1], "sgd × 16": [1]}  # after the first two turns
+    found = {
+        f"{name} × {size}": [2.0 * k, k, 3.0 * k] for k, name in enumerate(optimizers.OPTIMIZERS, 1) for size in (4,)
+    }
+    found |= {"sgd × 16": [4.0, 0.5, 9.0], "adamw × 16": [4.0, 1.0, 9.0]}
+    text = optimizers.table({"mlp": found})
+    assert "| sgd | 300 (1.00, × 4) |" in text
+    assert "| adamw | 150 (0.50, × 4) |" in text
+    assert "| adagrad | 60 (0.20, × 4) |" in text
+
+
 # --- the paper's experiment -----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat, replace
 from fedmom.config.strategies import OURS
+from fedmom.engine.paths import AUTO, PATHS
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.optimizers.table import OPTIMIZERS
@@ -14,6 +15,12 @@ def settle_optimizer(config: Config, given: frozenset[str], notes: list[str]) ->
     """β₂ where none was given. Raises InputError for what the optimizer cannot do."""
     algorithm, name = config.algorithm, config.algorithm.optimizer
     optimizer = OPTIMIZERS[name]
+    path = config.engine.path
+    if path != AUTO and PATHS[path].factors and not optimizer.linear:
+        raise InputError(
+            f"engine.path = {path!r}: its dense layers without rows are for algorithm.optimizer = 'sgd', not {name!r}; "
+            "take auto or stack"
+        )
     if algorithm.nesterov and "nesterov" not in optimizer.reads:
         raise InputError(
             f"algorithm.nesterov = True: is option II of SGD, and optimizer = {name!r} has none; set false"

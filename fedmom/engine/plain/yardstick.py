@@ -1,6 +1,6 @@
 """What every way of running clients is held to before it is trusted: plain torch, one client after another.
 
-Deep copies of the model, `loss.backward()` and the steps of torch.optim.SGD, in float64, from an x and a u that are not
+Deep copies of the model, `loss.backward()` and the steps of torch.optim, in float64, from an x and a u that are not
 the model's own. A way that stacks clients, or puts their tensors in a module's places, must come to the same x, u,
 buffers, losses and spreads after two steps, to rounding of the whole step.
 """

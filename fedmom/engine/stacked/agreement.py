@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedmom.engine.stacked.means import Distances
-from fedmom.method.state import ClientState
+from fedmom.method.state import ClientState, parameter_of, state_of
 
 _CLOSE = 0.02  # in parts of each quantity: far more than rounding that is not amplified
 _SHORT = 1e-3  # of one step: all short steps together; in float32 x still moves by more than its last digit
@@ -84,16 +84,18 @@ class Reached(NamedTuple):
 def distance(got: Reached, want: Reached, begun: Sequence[ClientState]) -> tuple[float, str]:
     """(the largest distance, in parts of the whole step, and what is so far); begun: where each state came from."""
     found: list[tuple[float, str]] = []
-    for part in ("params", "momentum"):
-        away, step, names = 0.0, 0.0, list[tuple[float, str]]()
-        for one, other, before in zip(got.states, want.states, begun, strict=True):
+    squares: dict[str, list[tuple[float, float, str]]] = {}  # of x, and of every state, which has a size of its own
+    for one, other, before in zip(got.states, want.states, begun, strict=True):
+        for part in ("params", "momentum"):
             for name, value in getattr(other, part).items():
-                square = float((getattr(one, part)[name] - value).abs().double().square().sum())
-                names.append((square, name))
-                away += square
-                step += float((value - getattr(before, part)[name]).abs().double().square().sum())
-        worst = max(names, key=lambda pair: pair[0])[1] if names else ""
-        found.append((_ratio(away**0.5, step**0.5), f"{'x' if part == 'params' else 'u'} of {worst}"))
+                away = float((getattr(one, part)[name] - value).abs().double().square().sum())
+                step = float((value - getattr(before, part)[name]).abs().double().square().sum())
+                squares.setdefault(_kind(part, name), []).append((away, step, name))
+    for kind, each in squares.items():
+        aways, steps, names = zip(*each, strict=True)
+        worst = names[aways.index(max(aways))]
+        where = worst if kind == "x" else parameter_of(worst)
+        found.append((_ratio(sum(aways) ** 0.5, sum(steps) ** 0.5), f"{kind} of {where}"))
     for one, other, before in zip(got.states, want.states, begun, strict=True):
         for name, value in other.buffers.items():
             off = float((one.buffers[name].double() - value.double()).square().sum()) ** 0.5
@@ -110,6 +112,11 @@ def distance(got: Reached, want: Reached, begun: Sequence[ClientState]) -> tuple
         moved = float(sum(t.double().square().sum() for t in want.states[0].params.values()))
         found.append((_ratio(abs(a - b), b + 1e-12 * moved), f"the {name}"))
     return max(found)
+
+
+def _kind(part: str, name: str) -> str:
+    """x, u, m, m.clock, …"""
+    return "x" if part == "params" else "u" if state_of(name) == "u" else name.partition("/")[0]
 
 
 def _ratio(away: float, step: float) -> float:

@@ -51,7 +51,7 @@ class Distances(NamedTuple):
 
 
 def distances(start: ClientState, ended: RowsEnded) -> Distances:
-    """From `start` to where K clients ended. Their rows are used up: they hold differences afterwards."""
+    """From `start` to where K clients ended. Their rows are used up: most hold differences afterwards."""
     groups = dict[At, int]()
     for part in ("params", "momentum"):
         for names in [*_together(getattr(ended, part)), *((name,) for name in ended.factors)]:
@@ -63,9 +63,14 @@ def distances(start: ClientState, ended: RowsEnded) -> Distances:
         rows = getattr(ended, part)
         for names in _together(rows):
             away = _side_by_side(rows, names, 1)
-            away.sub_(_side_by_side(getattr(start, part), names, 0))
+            if part == "momentum" and not is_momentum(names[0]):
+                # No spread is wanted of them, and a sum from 0 keeps v positive, whatever is rounded.
+                bases[part, names] = total.new_zeros(()).expand(groups[part, names])
+                squares[part, names] = total.new_zeros(())
+            else:
+                away.sub_(_side_by_side(getattr(start, part), names, 0))
+                squares[part, names] = ended.weights @ row_norms(away) ** 2
             into[part, names].copy_(_weighed(ended.weights.to(away.dtype), away))
-            squares[part, names] = ended.weights @ row_norms(away) ** 2
     for name, factors in ended.factors.items():
         for part, found, base in zip(("params", "momentum"), factors.sums(), factors.base(), strict=True):
             at: At = (part, (name,))

@@ -1,8 +1,12 @@
-"""The steps of K clients by the other optimizers: the page of each, with the client axis before its tensors."""
+"""The steps of K clients by the other optimizers: the page of each, with the client axis before its tensors.
+
+Where torch has the step in few passes (fused.py), it is taken, and tests hold the two equal.
+"""
 
 import torch
 from torch import Tensor
 
+from fedmom.engine.stacked.updates.fused import fast_first_step, fast_step, is_fast
 from fedmom.engine.stacked.updates.sgd import Number
 from fedmom.method.algorithms import Method
 from fedmom.method.state import CLOCK, Tree, full_name
@@ -13,6 +17,8 @@ def first_step(method: Method, start: Tree, common: Tree, own: Tree, grads: Tree
 
     grads: [K, ...] by parameter. Gives x and the states of these parameters.
     """
+    if is_fast(method, grads, lr):
+        return fast_first_step(method, start, common, own, grads, lr)  # type: ignore[arg-type]  # γ is a number
     params, momentum = dict[str, Tensor](), dict[str, Tensor]()
     for name, g in grads.items():
         states = {s: own.get(full_name(s, name), common[full_name(s, name)]) for s in method.by.kept()}
@@ -24,6 +30,9 @@ def first_step(method: Method, start: Tree, common: Tree, own: Tree, grads: Tree
 
 def step(method: Method, params: Tree, momentum: Tree, grads: Tree, lr: Number) -> None:
     """In place, of rows [K, ...]: x and the states of the parameters that have gradients."""
+    if is_fast(method, grads, lr):
+        fast_step(method, params, momentum, grads, lr)  # type: ignore[arg-type]  # γ is a number
+        return
     for name, g in grads.items():
         states = {s: momentum[full_name(s, name)] for s in method.by.kept()}
         x, after = _stepped(method, params[name], states, g, lr)
