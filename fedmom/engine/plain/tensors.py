@@ -1,8 +1,11 @@
 """A model's tensors as the yardstick begins with them and holds them."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from fedmom.method.corrections import Correct, Correction
 from fedmom.method.randomness import uniform
 from fedmom.method.state import Tree
 
@@ -24,3 +27,15 @@ def as_held(parameter: Tensor, value: Tensor) -> Tensor:
 
 def real(value: Tensor) -> Tensor:
     return torch.view_as_real(value) if value.is_complex() else value
+
+
+def held(parameter: Tensor, value: Tensor) -> Tensor:
+    """A state as the parameter itself would hold it; a clock is a number of its own."""
+    return value.clone() if value.ndim == 0 and parameter.ndim else as_held(parameter, value).clone()
+
+
+def remembered(correction: Correct | Correction | None, kept: Tree, begun: Mapping[str, Tensor]) -> Tree:
+    """A client's state of the correction as it begins a round at x = `begun`."""
+    if not isinstance(correction, Correction):
+        return kept
+    return {n: kept.get(n, value) for n, value in correction.start({n: real(x) for n, x in begun.items()})[0].items()}

@@ -19,7 +19,7 @@ from fedmom.engine.calls import Precision
 from fedmom.engine.engine import Engine
 from fedmom.engine.paths import PATHS, is_plain
 from fedmom.engine.plain.steps import PLAIN_STEPS
-from fedmom.engine.plain.tensors import as_held, off, real
+from fedmom.engine.plain.tensors import as_held, held, off, real, remembered
 from fedmom.engine.stacked.agreement import Reached, distance, is_all_finite
 from fedmom.engine.stacked.convolutions import CONVOLUTIONS, PLAIN
 from fedmom.engine.stacked.cuda_graphs import COMINGS
@@ -243,8 +243,8 @@ class Yardstick:
                 buffers[name].copy_(b)
         begun = {name: p.detach().clone() for name, p in here.items()}
         kept, step = m.by.kept(), PLAIN_STEPS[m.optimizer]
-        memory = {n: {s: self._held(p, start.momentum[full_name(s, n)]) for s in kept} for n, p in here.items()}
-        own, total = self._remembered(start.correction, begun), 0.0
+        memory = {n: {s: held(p, start.momentum[full_name(s, n)]) for s in kept} for n, p in here.items()}
+        own, total = remembered(m.correction, start.correction, begun), 0.0
         for s, (batch, lr) in enumerate(zip(batches, self.lrs, strict=False)):
             for name in self.problem.dropout_keys:
                 buffers[name].copy_(batch.dropout_key)
@@ -271,11 +271,6 @@ class Yardstick:
         end = ClientState(params, momentum, {n: after[n] for n in start.buffers}, message)
         return end, own, total / len(batches)
 
-    @staticmethod
-    def _held(parameter: Tensor, value: Tensor) -> Tensor:
-        """A state as the parameter itself would hold it; a clock is a number of its own."""
-        return value.clone() if value.ndim == 0 and parameter.ndim else as_held(parameter, value).clone()
-
     def _corrected(self, i: int, s: int, trees: Sequence[Mapping[str, Tensor]], own: Tree) -> tuple[Tree, Tree]:
         """Client i's gradient in step s by the correction, and its state; trees: gradient, x and the round's start."""
         correction, more = self.method.correction, dict[str, Any]()
@@ -290,14 +285,6 @@ class Yardstick:
         else:
             sent = correction(g, x, then, **more)
         return {n: as_held(trees[1][n], g) for n, g in sent.items()}, own
-
-    def _remembered(self, kept: Tree, begun: Tree) -> Tree:
-        """A client's state of the correction as it begins a round at x = `begun`."""
-        correction = self.method.correction
-        if not isinstance(correction, Correction):
-            return kept
-        before = {n: real(x) for n, x in begun.items()}
-        return {n: kept.get(n, value) for n, value in correction.start(before)[0].items()}
 
     def _finished(self, params: Tree, begun: Tree, own: Tree, steps: int) -> tuple[Tree, Tree]:
         """A client's state of the correction, and its message, after so many steps."""
