@@ -260,7 +260,7 @@ class PRSGDM(Strategy):
             expand(rows[clients[0]], len(clients)) if rows and clients else None for rows in (self.own, self.states)
         )
         if self.returns is not None:
-            own = expand(self.returns, len(clients)) if self.returns else None
+            own = expand(self.returns, len(clients))  # {} refuses what nobody has asked for
         return accept(
             reply,
             self._expected,
