@@ -1978,4 +1978,22 @@ MUTANTS = [
         ),
         "tests/laws/test_states_of_backends.py::test_the_strategy_alone_takes_the_outer_step",
     ),
+    Mutant(
+        "periods",
+        "the last exchanged x shares memory with x",
+        "no checkpoint can be written after an exchange",
+        code(f"{OUTER_ROUNDS}.outer_step", "n: t.clone()", "n: t"),
+        "tests/runs/test_resume_states.py::test_a_run_goes_on_from_every_round_to_the_same_bytes",
+    ),
+    Mutant(
+        "periods",
+        "a client's own is taken from whoever sends it",
+        "it goes on from a row where all go on from the average",
+        code(
+            "strategies.prsgdm.PRSGDM._accept",
+            "own = expand(self.returns, len(clients))",
+            "own = expand(self.returns, len(clients)) if self.returns else None",
+        ),
+        "tests/laws/test_states_of_backends.py::test_what_a_client_has_of_its_own_is_refused_where_nobody_asked_for_it",
+    ),
 ]
