@@ -118,6 +118,7 @@ AVERAGED = [
     {"algorithm.states": "x: average every 2; u: average every 3", **SOME},
     {**ADAMW, "run.num-rounds": 3, "algorithm.states": "m: average every 2; v: local", "data.num-clients": 2},
     {**ADAMW, **SOME, "algorithm.momentum-policy": "local"},
+    {**ADAMW, **SOME, "run.num-rounds": 2, "algorithm.beta2": 0.99},  # all averaged
     {"algorithm.states": "x: average every 2; u: reset every 2", **SOME, "algorithm.outer": "fedadam"},
     {"algorithm.outer": "nesterov", "algorithm.outer-states": "x, u", "run.num-rounds": 3},
 ]
