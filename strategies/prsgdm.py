@@ -74,6 +74,7 @@ class PRSGDM(Strategy):
     momentum_policy: the clients' (algorithm.momentum-policy); under "local" the server keeps every client's u.
     slow_momentum, slow_lr: α and η of SlowMo, a server step on top; outer: another one (`OuterRule`). γ is the clients'
     metric `lr`, else `lr`.
+    Periods (algorithm.states) are fedmom's round loop's: alone this averages every state in every round.
     evaluate_clients: whether `start` also asks all nodes to evaluate after each round.
 
     The clients' weights are the metric `weighted_by_key` of their replies, the same for x, u and buffers.
@@ -260,7 +261,7 @@ class PRSGDM(Strategy):
             expand(rows[clients[0]], len(clients)) if rows and clients else None for rows in (self.own, self.states)
         )
         if self.returns is not None:
-            own = expand(self.returns, len(clients)) if self.returns else None
+            own = expand(self.returns, len(clients))  # {} refuses what nobody has asked for
         return accept(
             reply,
             self._expected,

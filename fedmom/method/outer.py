@@ -86,8 +86,10 @@ class Outer(NamedTuple):
     summary: str
     slots: tuple[str, ...] = ()  # what it remembers of every tensor
     lr: float = 1.0  # η where none is given
+    reads: tuple[str, ...] = ()  # the keys of [algorithm] that it reads, and others do not
 
 
+_ADAPTIVE = ("outer-beta2", "outer-tau")
 OUTERS = {
     "none": Outer(None, "everybody goes on from x̂: the paper"),
     "slowmo": Outer(slowmo, "SlowMo: u_s <- α u_s + (x − x̂)/γ, x <- x − ηγ u_s (Wang et al. 2020)", ("b",)),
@@ -98,12 +100,14 @@ OUTERS = {
         "FedAdam: m <- β₁m − (1−β₁)Δ, v <- β₂v + (1−β₂)Δ², x <- x + ηm/(√v + τ) (Reddi et al. 2021)",
         ("m", "v"),
         lr=0.1,
+        reads=_ADAPTIVE,
     ),
     "fedyogi": Outer(
         _adaptive(yogi=True),
         "FedYogi: as FedAdam, with v <- v − (1−β₂)Δ² sign(v − Δ²) (Reddi et al. 2021)",
         ("m", "v"),
         lr=0.1,
+        reads=_ADAPTIVE,
     ),
 }
 

@@ -39,7 +39,7 @@ def outer_step(
     moved, after = rule.step(before, due, slots, lr)
     memory = {slot: tree | after.get(slot, {}) for slot, tree in memory.items()}
     if rare:
-        # In memory of their own: a checkpoint refuses tensors that share theirs.
+        # Copies: a file's tensors may not share memory, and the state holds these.
         memory[_BEFORE] = rare | {n: t.clone() for n, t in moved.items() if n in rare}
     return unflatten(flatten(mean) | moved), memory
 

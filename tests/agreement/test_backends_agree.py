@@ -28,6 +28,8 @@ DIGITS = {
 FLOAT64 = {**DIGITS, "run.dtype": "float64", "run.num-rounds": 4, "run.eval-every": 3}
 GOSSIP = {"algorithm.name": "d-sgd-m", "algorithm.topology": "exponential"}
 NESTEROV = {"algorithm.nesterov": True}
+PERIODS = {"algorithm.states": "x: average every 2; u: average every 2", "algorithm.outer": "nesterov"}
+ADAMW = {"algorithm.optimizer": "adamw", "algorithm.states": "m: average every 2; v: local", "algorithm.lr": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,8 @@ def assert_the_engines(changes, folder, tolerance):
 
 
 def test_flower_run_trains_resumes_and_fails_by_name(simulated, tmp_path):
-    """On Flower's Simulation Engine, by option II, on nodes that hold blocks."""
-    changes = {**FLOAT64, **NESTEROV, "engine.path": "stack", "engine.chunk-size": 3}
+    """On Flower's Simulation Engine, by option II, on nodes that hold blocks; resumed between two exchanges of u."""
+    changes = {**FLOAT64, **NESTEROV, **PERIODS, "engine.path": "stack", "engine.chunk-size": 3}
     ran = simulated.run({**changes, "run.num-rounds": 3}, 2)
     assert ran.status == "finished:completed", ran.text
     # What a user sees: the rounds as they end, and where the folder is of a run that has named none.
@@ -92,8 +94,8 @@ def test_flower_run_trains_resumes_and_fails_by_name(simulated, tmp_path):
 
 
 def test_a_superlink_with_tls_and_two_supernodes_gives_the_engines_result(deployed, tmp_path):
-    """Algorithm 2, which no container runs, on nodes that hold blocks."""
-    changes = {**FLOAT64, **GOSSIP, "run.num-rounds": 2, "engine.path": "loop"}
+    """Algorithm 2, which no container runs, with AdamW, on nodes that hold blocks."""
+    changes = {**FLOAT64, **GOSSIP, **ADAMW, "run.num-rounds": 2, "engine.path": "loop"}
     ran = deployed.run({**changes, "run.out": str(tmp_path / "run")})
     assert ran.status == "finished:completed", ran.text + deployed.logs()
     assert f"round 1/{changes['run.num-rounds']} · train loss" in ran.text

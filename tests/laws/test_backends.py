@@ -210,7 +210,7 @@ def assert_naive(begun: Begun, rounds=None) -> None:
         if new.rows is not None:
             close(flattened(new.rows.params), want.state.own_x)
             close(flattened(new.rows.momentum), want.state.own_u)
-        if new.own is not None and new.own.momentum:
+        if new.own is not None:
             close(flattened(new.own.momentum), want.state.own_u)
         close(outcome.losses, want.losses)
         assert record["num_clients"] == len(ids)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 from test_backends import (  # noqa: F401  # a fixture
@@ -23,10 +24,12 @@ from clients.client_app import app as client_app
 from fedmom.config.build import make_plan, make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
+from fedmom.errors import ClientsFailedError
 from fedmom.method.outer import OuterNumbers, OuterRule
 from fedmom.rounds.plan import cohort
 from grids import LocalGrid, run_config
 from strategies.prsgdm import PRSGDM
+from strategies.replies import pack
 
 GOSSIP = [name for name, way in WAYS.items() if way.gossip]
 OUTERS = {
@@ -115,6 +118,7 @@ AVERAGED = [
     {"algorithm.states": "x: average every 2; u: average every 3", **SOME},
     {**ADAMW, "run.num-rounds": 3, "algorithm.states": "m: average every 2; v: local", "data.num-clients": 2},
     {**ADAMW, **SOME, "algorithm.momentum-policy": "local"},
+    {**ADAMW, **SOME, "run.num-rounds": 2, "algorithm.beta2": 0.99},  # all averaged
     {"algorithm.states": "x: average every 2; u: reset every 2", **SOME, "algorithm.outer": "fedadam"},
     {"algorithm.outer": "nesterov", "algorithm.outer-states": "x, u", "run.num-rounds": 3},
 ]
@@ -143,7 +147,11 @@ def test_mixing_by_policy_and_period(backend):  # noqa: F811
 def test_who_does_not_answer_goes_on_from_where_it_was():
     """Under `proceed`, between two exchanges of x and of u, in one and after it; likewise when the server relays."""
     for name, changes, absent in (
-        ("flower", {**AVERAGED[1], "algorithm.cohort-size": 5, "run.num-rounds": 6}, [(1, 2), (3, 2), (4, 0), (6, 1)]),
+        (
+            "flower",
+            {**AVERAGED[1], "algorithm.cohort-size": 5, "run.num-rounds": 6},
+            [(1, 2), (2, 4), (3, 2), (4, 0), (6, 1)],
+        ),
         ("flower", {**AVERAGED[4], "algorithm.cohort-size": 5}, [(1, 0), (2, 1), (3, 1)]),
         ("relay", {**MIXED[2], "algorithm.topology": "ring"}, [(2, 3), (3, 3)]),
     ):
@@ -174,6 +182,29 @@ def test_who_does_not_answer_goes_on_from_where_it_was():
         assert [record.get("num_failed", 0) for _, record in rounds] == [
             sum(when == number for when, _ in absent) for number in range(1, plan.num_rounds + 1)
         ]
+
+
+def test_what_a_client_has_of_its_own_is_refused_where_nobody_asked_for_it():
+    """In round 2 all is exchanged: whose reply has a row all the same would go on from it."""
+    keys = {**BASE, **WAYS["flower"].changes, "algorithm.states": "x: average every 2; u: average every 2"}
+    config = resolve(load(keys)).config
+    problem, plan = make_problem(config, "cpu"), make_plan(config)
+    made = on_flower(config, problem, plan, 5)
+
+    def fault(message, node):
+        second = message.metadata.message_type == "train" and message.content["config"]["server-round"] == 2
+
+        def stray(reply):
+            reply.content["own"] = pack({"momentum/linear.bias": torch.zeros(1, 3, dtype=torch.float64)})
+            return reply
+
+        return stray if second and node["partition-id"] == 3 else None
+
+    made.grid.fault = fault
+    rounds = Begun(config, problem, plan, made).rounds()
+    next(rounds)
+    with pytest.raises(ClientsFailedError, match=r"client 3, .*own tensors has an unknown momentum/linear\.bias"):
+        next(rounds)
 
 
 def test_the_strategy_alone_takes_the_outer_step():

@@ -56,6 +56,12 @@ PARTS = {
     ),
     "personal": ("tests/laws/test_personal_rounds.py", "tests/tasks/test_personal.py"),
     "fragments": ("tests/method/test_fragments.py",),
+    "periods": (
+        "tests/laws/test_states.py",
+        "tests/laws/test_outer.py",
+        "tests/laws/test_states_of_backends.py",
+        "tests/runs/test_resume_states.py",
+    ),
 }
 
 
@@ -116,6 +122,10 @@ _WITH_STATE = (
 )
 _CORRECTED = "        grads = correction(grads, state.params, start, **more)\n"
 _POLICIES = f"{STATES}.policies.MOMENTUM_POLICIES"
+RULES, OWN_ROWS = "fedmom.method.states.rules.Rules", "fedmom.rounds.own"
+STATE_LAWS, OUTER_LAWS = "tests/laws/test_states.py", "tests/laws/test_outer.py"
+
+OUTER_ROUNDS = "fedmom.rounds.outer"
 
 MUTANTS = [
     # --- algorithm 1 ---------------------------------------------------------------------------------------
@@ -2146,5 +2156,165 @@ MUTANTS = [
         "BatchNorm's statistics are in another part than its weight",
         code("fedmom.method.states.fragments.fragments_of", 'firsts.get(name.rpartition(".")[0], before)', "before"),
         f"{FRAGMENTS}::test_a_buffer_is_where_the_parameters_of_its_module_are_or_the_one_before_it",
+    ),
+    # --- periods -------------------------------------------------------------------------------------------
+    Mutant(
+        "periods",
+        "rounds are counted from 0",
+        "a state of period 2 is exchanged after rounds 1, 3, …",
+        code(f"{RULES}.exchanged", "number % period == 0", "(number - 1) % period == 0"),
+        f"{STATE_LAWS}::test_the_golden_run_bit_for_bit",
+    ),
+    Mutant(
+        "periods",
+        "a drawn client always goes on from its own u",
+        "an exchange that it was not drawn for does not end its row",
+        code(f"{OWN_ROWS}.next_rows", "        return None\n    num_clients", "        return old\n    num_clients"),
+        f"{STATE_LAWS}::test_a_drawn_client_goes_on_from_its_own_u_or_from_a_newer_average",
+    ),
+    Mutant(
+        "periods",
+        "a drawn client always goes on from û",
+        "also where it has trained since û was made",
+        code(f"{PLAN}.round_job", "job._replace(own=own,", "job._replace(own=None,"),
+        f"{STATE_LAWS}::test_a_drawn_client_goes_on_from_its_own_u_or_from_a_newer_average",
+    ),
+    Mutant(
+        "periods",
+        "clients that were not drawn lose theirs",
+        "they stand at the mean that is looked at",
+        code(f"{OWN_ROWS}.next_rows", "known[name] if name in known else expand", "expand"),
+        f"{STATE_LAWS}::test_where_x_is_not_exchanged_the_mean_of_all_clients_is_evaluated",
+    ),
+    Mutant(
+        "periods",
+        "the cohort's mean is evaluated",
+        "clients that were absent are left out where x was not exchanged",
+        code(f"{OWN_ROWS}.means_of_all", 'or (part != "momentum" and not everybody)', ""),
+        f"{STATE_LAWS}::test_where_x_is_not_exchanged_the_mean_of_all_clients_is_evaluated",
+    ),
+    Mutant(
+        "periods",
+        "what is not sent is counted",
+        "bytes_sent has a state in every round, whatever its period",
+        code(f"{RULES}.sends", " and number % period == 0", ""),
+        f"{STATE_LAWS}::test_what_is_sent_is_counted_in_the_round_that_sends_it",
+    ),
+    Mutant(
+        "periods",
+        "buffers are averaged in every round",
+        "also where x, which they belong to, is not",
+        code(f"{RULES}.keeps", '("params", "momentum", "buffers")', '("params", "momentum")'),
+        f"{STATE_LAWS}::test_small_nets_are_the_plain_loops",
+    ),
+    Mutant(
+        "periods",
+        "W mixes u in every round",
+        "under Algorithm 2 the optimizer's states have no period",
+        code(f"{MIXING}.combine", "if number % period == 0:", "if True:"),
+        f"{STATE_LAWS}::test_fixed_points_of_algorithm_2_on_the_path_of_3",
+    ),
+    Mutant(
+        "periods",
+        "W mixes x in every round",
+        "under Algorithm 2 x has no period",
+        code(f"{MIXING}.combine", "if rules.exchanged(X, number):", "if True:"),
+        "tests/laws/test_states_of_backends.py::test_mixing_by_policy_and_period",
+    ),
+    Mutant(
+        "periods",
+        "the outer step takes Δ from where the round began",
+        "where x is exchanged every other round, half of the change is lost",
+        code(f"{OUTER_ROUNDS}.outer_step", "rare[n] if n in rare else common[n]", "common[n]"),
+        f"{STATE_LAWS}::test_small_nets_are_the_plain_loops",
+    ),
+    Mutant(
+        "periods",
+        "the outer step takes Δ from the first x for ever",
+        "what was exchanged last is not remembered",
+        code(
+            f"{OUTER_ROUNDS}.outer_step",
+            "for n, t in moved.items() if n in rare",
+            "for n, t in moved.items() if not rare",
+        ),
+        f"{STATE_LAWS}::test_small_nets_are_the_plain_loops",
+    ),
+    Mutant(
+        "periods",
+        "the outer step moves clocks",
+        "a bias correction that no state has",
+        code(f"{OUTER_ROUNDS}.stepped_of", ' and CLOCK not in name.partition("/")[0]', ""),
+        f"{OUTER_LAWS}::test_neither_buffers_nor_clocks_are_stepped",
+    ),
+    Mutant(
+        "periods",
+        "Nesterov's outer step takes the old b",
+        "x − η(Δ + μb) with b before the step",
+        code(
+            f"{OUTER}.nesterov",
+            "(delta[name] + by.momentum * b[name])",
+            '(delta[name] + by.momentum * memory["b"][name])',
+        ),
+        f"{OUTER_LAWS}::test_golden_rounds",
+    ),
+    Mutant(
+        "periods",
+        "SlowMo's memory is of changes",
+        "Δ is not divided by γ: another γ changes what is remembered",
+        both(
+            code(f"{OUTER}.slowmo", "(x - mean[name]) / lr", "(x - mean[name])"),
+            code(f"{OUTER}.slowmo", "by.lr * lr * slow[name]", "by.lr * slow[name]"),
+        ),
+        f"{OUTER_LAWS}::test_a_new_lr_tells_slowmo_from_fedavgm",
+    ),
+    Mutant(
+        "periods",
+        "the adaptive steps begin with v = 0",
+        "v⁰ is τ²",
+        code(f"{OUTER}.OuterRule.start", "self.numbers.tau**2", "0.0"),
+        f"{OUTER_LAWS}::test_golden_rounds",
+    ),
+    Mutant(
+        "periods",
+        "a resumed run begins its outer step anew",
+        "what it remembered is the first round's",
+        code("fedmom.records.folder.RunFolder.load", "outer=outer,", "outer=template.outer,"),
+        "tests/runs/test_resume_states.py::test_a_run_goes_on_from_every_round_to_the_same_bytes",
+    ),
+    Mutant(
+        "periods",
+        "who does not answer loses its own row",
+        "under `proceed` it goes on from the mean of the others",
+        code(f"{OWN_ROWS}.next_rows", "known[name] if name in known else expand", "expand"),
+        "tests/laws/test_states_of_backends.py::test_who_does_not_answer_goes_on_from_where_it_was",
+    ),
+    Mutant(
+        "periods",
+        "PRSGDM alone steps x and nothing else",
+        "outer-states = 'x, u' is not heard",
+        code(
+            "strategies.prsgdm.PRSGDM.start",
+            "stepped_of(self.outer, unflatten(unpack(arrays)))",
+            '{n: t for n, t in stepped_of(self.outer, unflatten(unpack(arrays))).items() if n.startswith("params/")}',
+        ),
+        "tests/laws/test_states_of_backends.py::test_the_strategy_alone_takes_the_outer_step",
+    ),
+    Mutant(
+        "periods",
+        "the last exchanged x shares memory with x",
+        "no checkpoint can be written after an exchange",
+        code(f"{OUTER_ROUNDS}.outer_step", "n: t.clone()", "n: t"),
+        "tests/runs/test_resume_states.py::test_a_run_goes_on_from_every_round_to_the_same_bytes",
+    ),
+    Mutant(
+        "periods",
+        "a client's own is taken from whoever sends it",
+        "it goes on from a row where all go on from the average",
+        code(
+            "strategies.prsgdm.PRSGDM._accept",
+            "own = expand(self.returns, len(clients))",
+            "own = expand(self.returns, len(clients)) if self.returns else None",
+        ),
+        "tests/laws/test_states_of_backends.py::test_what_a_client_has_of_its_own_is_refused_where_nobody_asked_for_it",
     ),
 ]

@@ -210,6 +210,7 @@ def test_a_run_of_an_older_version_goes_on_to_the_same_bytes(in_tmp, monkeypatch
     """Stopped after round 3 of 6 by the version before identities had numbers, which also ran it to its end.
 
     `personal` is by the first version that looks at every client: what each of them got goes on too.
+    `periods` and `d-sgd-m-periods` are by the first whose states have a period each, stopped between two exchanges.
     """
     shutil.copytree(STORED, in_tmp, dirs_exist_ok=True)
     monkeypatch.syspath_prepend(in_tmp)

@@ -83,7 +83,7 @@ def test_a_longer_run_keeps_what_its_clients_had_at_the_end(tmp_path):
 @pytest.mark.slow
 def test_a_run_killed_between_two_exchanges_goes_on_from_its_last_checkpoint(tmp_path):
     """In round 4, after a checkpoint of round 3: x is exchanged after rounds 2, 4, …"""
-    config = {**X, "run.num-rounds": 6, "run.checkpoint-every": 3}
+    config = {**X, "data.dataset": "digits", "run.num-rounds": 6, "run.checkpoint-every": 3}
     child = start_child(config, tmp_path / "killed", stays=4)
     try:
         wait_for_round(tmp_path / "killed", 4, child)

@@ -29,12 +29,16 @@ def check_outer(config: Config, given: frozenset[str], notes: list[str]) -> None
     """Raises InputError for two outer steps, and for states that none can move."""
     keys = config.algorithm
     said = f"algorithm.outer = {keys.outer!r}"
+    some = {key for outer in OUTERS.values() for key in outer.reads}
+    unread = _KEYS if keys.outer == "none" else sorted(some - {*OUTERS[keys.outer].reads})
+    idle = [f"algorithm.{key}" for key in unread if f"algorithm.{key}" in given]
+    idle = [key for key in idle if flat(config)[key] != KEYS[key].default]
     if keys.outer == "none":
-        idle = [f"algorithm.{key}" for key in _KEYS if f"algorithm.{key}" in given]
-        idle = [key for key in idle if flat(config)[key] != KEYS[key].default]
         if idle:
             notes.append(f"{said}: there is no outer step, so {', '.join(idle)} changes nothing")
         return
+    if idle:
+        notes.append(f"{said} does not read {', '.join(idle)}: it changes nothing")
     if keys.slow_momentum or keys.slow_lr != 1:
         raise InputError(f"{said}: slow-momentum and slow-lr are SlowMo's, another outer step; give one")
     rules = rules_of(keys)

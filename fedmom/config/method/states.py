@@ -14,6 +14,7 @@ from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.method.states.rules import Rules, StateRule
 
 _ENTRY = re.compile(r"\s*([a-z]+)\s*:\s*([a-z-]+)(?:\s+every\s+(\d+))?\s*", re.ASCII)
+_LONGEST = 2**31 - 1  # rounds of a period
 _FORM = 'must be "STATE: POLICY every ROUNDS" by semicolons, as in "x: average every 1; u: average every 4"'
 # What an optimizer is defined by, where it leaves no choice.
 _FIXED = {"gradient-tracking": {"y": StateRule("average"), "g": StateRule("local")}}
@@ -21,22 +22,30 @@ _FIXED = {"gradient-tracking": {"y": StateRule("average"), "g": StateRule("local
 
 def parse_states(text: str) -> dict[str, StateRule]:
     """{state: its rule} of algorithm.states, in the order of the text. InputError names the entry that is wrong."""
-    said, found = f"algorithm.states = {text!r}", dict[str, StateRule]()
+    said, found = f"algorithm.states = {_short(text)!r}", dict[str, StateRule]()
     for entry in filter(str.strip, text.split(";")):
         match = _ENTRY.fullmatch(entry)
         if match is None:
-            raise InputError(f"{said}: {entry.strip()!r} {_FORM}")
-        state, policy, period = match[1], match[2], match[3]
+            raise InputError(f"{said}: {_short(entry.strip())!r} {_FORM}")
+        state, policy, period = match[1], match[2], match[3] or "1"
         if policy not in MOMENTUM_POLICIES:
             raise unknown(f"algorithm.states: the policy of {state}", policy, MOMENTUM_POLICIES)
         if state in found:
             raise InputError(f"{said}: names {state} twice; name it once")
-        if period is not None and not 0 < int(period) < 2**31:
-            raise InputError(f"{said}: {state} every {period}: a period must be a number of rounds >= 1")
-        if MOMENTUM_POLICIES[policy].keeps_rows and int(period or 1) != 1:
+        digits = period.lstrip("0")  # of which int takes no more than some thousand
+        if not 0 < int(digits[:11] or 0) <= _LONGEST:
+            right = f"a period must be a number of rounds from 1 to {_LONGEST}"
+            raise InputError(f"{said}: {state} every {_short(period, 10)}: {right}")
+        if MOMENTUM_POLICIES[policy].keeps_rows and int(digits) != 1:
             raise InputError(f"{said}: {state}: {policy} is never exchanged, so it has no period; leave 'every' out")
-        found[state] = StateRule(policy, int(period or 1))
+        found[state] = StateRule(policy, int(digits))
+    if text.strip() and not found:
+        raise InputError(f"{said}: names no state; name some, as in 'u: average every 4', or leave it ''")
     return found
+
+
+def _short(text: str, most: int = 120) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def written(rules: Mapping[str, StateRule]) -> str:
@@ -84,18 +93,16 @@ def settle_states(config: Config) -> Config:
         rules = {X: given.get(X, StateRule())}
         rules |= {s: fixed.get(s) or given.get(s) or StateRule(policy) for s in optimizer.states}
         config = replace(config, "algorithm", states=written(rules))
-    _check_policies(config, rules)
+    _check_policies(config, rules, said if given else f"algorithm.momentum-policy = {policy!r}")
     return config
 
 
-def _check_policies(config: Config, rules: Mapping[str, StateRule]) -> None:
-    """A policy must mean something for the state, and under the algorithm."""
+def _check_policies(config: Config, rules: Mapping[str, StateRule], said: str) -> None:
+    """A policy must mean something for the state, and under the algorithm; `said`: by the key that names it."""
     algorithm = config.algorithm
     decentralized = ALGORITHMS[algorithm.name].decentralized
     for state, rule in rules.items():
         policy = MOMENTUM_POLICIES[rule.policy]
-        key = "states" if algorithm.states else "momentum-policy"
-        said = f"algorithm.{key} = {getattr(algorithm, key.replace('-', '_'))!r}"
         if policy.gossip_only and not decentralized:
             raise InputError(f"{said}: needs algorithm.name = 'd-sgd-m'")
         if policy.gossip_only and state != "u":
