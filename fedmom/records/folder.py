@@ -204,7 +204,8 @@ class RunFolder:
     @staticmethod
     def _about(done: RunState, stamp: dict[str, Any]) -> dict[str, Any]:
         """No times: the bytes of a resumed run are those of an uninterrupted one."""
-        return {**stamp, **{name: getattr(done, name) for name in _COUNTS}}
+        changes = {"interval": done.interval} if done.interval else {}
+        return {**stamp, **{name: getattr(done, name) for name in _COUNTS}, **changes}
 
     def load(
         self,
@@ -253,6 +254,7 @@ class RunFolder:
             rows=own if template.rows is not None else None,
             client_correction=own.correction if template.client_correction is not None else None,
             outer=outer,
+            interval=int(about["interval"]) if template.interval else 0,
             **{name: about[name] for name in _COUNTS},
         )
         return done, stamp
