@@ -54,6 +54,7 @@ PARTS = {
     ),
     "personal": ("tests/laws/test_personal_rounds.py", "tests/tasks/test_personal.py"),
     "fragments": ("tests/method/test_fragments.py",),
+    "intervals": ("tests/method/test_intervals.py",),
 }
 
 
@@ -75,6 +76,7 @@ TOPOLOGY, GRAPHS, SCHEDULES = (
     "fedmom.method.decentralized.graphs",
     "fedmom.method.schedules",
 )
+INTERVALS = "tests/method/test_intervals.py"
 FRAGMENTS = "tests/method/test_fragments.py"
 LOOP, PLAN = "fedmom.rounds.loop", "fedmom.rounds.plan"
 ENGINE, GOSSIP = "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
@@ -1878,5 +1880,50 @@ MUTANTS = [
         "BatchNorm's statistics are in another part than its weight",
         code("fedmom.method.states.fragments.fragments_of", 'firsts.get(name.rpartition(".")[0], before)', "before"),
         f"{FRAGMENTS}::test_a_buffer_is_where_the_parameters_of_its_module_are_or_the_one_before_it",
+    ),
+    # --- intervals -----------------------------------------------------------------------------------------
+    Mutant(
+        "intervals",
+        "minibatches go by rounds of the first I",
+        "a round that takes fewer steps begins at round × I₀",
+        code(f"{PLAN}.Plan.span", "Span(done.steps,", "Span(done.round * self.num_local_steps,"),
+        f"{INTERVALS}::test_minibatches_and_learning_rates_go_by_the_steps_that_were_taken",
+    ),
+    Mutant(
+        "intervals",
+        "T is R times the first I",
+        "a schedule by fractions of the run counts steps that are never taken",
+        code(f"{PLAN}.Plan.horizon", "if self.changes_steps:", "if False:"),
+        f"{INTERVALS}::test_minibatches_and_learning_rates_go_by_the_steps_that_were_taken",
+    ),
+    Mutant(
+        "intervals",
+        "ρ counts clients, whatever they weigh",
+        "N − 1 in the place of 1/Σp² − 1",
+        code(f"{LOOP}._next_interval", "job.weights.sum() ** 2 / (job.weights**2).sum()", "len(job.weights)"),
+        f"{INTERVALS}::test_minibatches_and_learning_rates_go_by_the_steps_that_were_taken",
+    ),
+    Mutant(
+        "intervals",
+        "ρ forgets N − 1",
+        "Σ p_i ‖x_i − x̂‖² is compared with how far x̂ moved itself",
+        code(f"{SCHEDULES}.adaptive", "(came.clients - 1) * came.moved", "came.moved"),
+        f"{INTERVALS}::test_a_rule_looks_at_more_than_noise_and_at_more_clients_than_one",
+    ),
+    Mutant(
+        "intervals",
+        "a resume begins with the first I again",
+        "the checkpoint's interval is not read",
+        code(f"{FOLDER}.load", 'int(about["interval"])', "template.interval"),
+        f"{INTERVALS}::test_a_resumed_run_goes_on_with_its_interval_and_flower_is_told_it",
+    ),
+    Mutant(
+        "intervals",
+        "clients under Flower take the first I",
+        "the message does not say how many steps a round has",
+        code(
+            "clients.client_app._span", 'Span(asked["first-step"], asked["num-steps"])', "Span(asked['first-step'], 8)"
+        ),
+        f"{INTERVALS}::test_a_resumed_run_goes_on_with_its_interval_and_flower_is_told_it",
     ),
 ]
