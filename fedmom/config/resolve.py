@@ -16,7 +16,7 @@ from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
 from fedmom.data.given.natural import is_natural
 from fedmom.errors import InputError
-from fedmom.method.algorithms import ALGORITHMS
+from fedmom.method.algorithms import ALGORITHMS, INTERVALS
 from fedmom.tasks.problem import data_kind
 from fedmom.user_code import is_spec
 
@@ -164,7 +164,7 @@ def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]
         "algorithm.cohort-size": (algorithm.cohort_size, config.data.num_clients, "every client takes part"),
         "algorithm.local-epochs": (algorithm.local_epochs, 0, "all clients take equally many steps"),
         "algorithm.client-weights": (algorithm.client_weights, "uniform", "W decides; its mean is the plain one"),
-        "algorithm.interval": (algorithm.interval, "fixed", "theorems and x̂ are Algorithm 1's"),
+        "algorithm.interval": (algorithm.interval, "fixed", _interval_is_of(algorithm.interval)),
         "algorithm.slow-momentum": (algorithm.slow_momentum, 0.0, "there is no server"),
         "algorithm.slow-lr": (algorithm.slow_lr, 1.0, "there is no server"),
         "algorithm.outer": (algorithm.outer, "none", "there is no server"),
@@ -173,6 +173,11 @@ def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]
     for name, (value, wanted, why) in right.items():
         if value != wanted:
             raise InputError(f"{name} = {value!r}: with {algorithm.name} {why}; leave it {wanted!r}")
+
+
+def _interval_is_of(rule: str) -> str:
+    """Why Algorithm 2 takes no other I than the given one."""
+    return "the theorem is Algorithm 1's" if INTERVALS[rule].follow is None else "there is no x̂ that a rule looks at"
 
 
 def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> None:

@@ -233,7 +233,7 @@ DECAYING = {"algorithm.interval": "decaying"}
             "run.num-steps = 100: with algorithm.interval = 'decaying' give run.num-r",
         ),
         ({**ADAPTIVE, "server.strategy": "fedavg"}, "'adaptive': needs server.strategy = 'pr-sgd-m', not 'fedavg'"),
-        ({**ADAPTIVE, "algorithm.name": "d-sgd-m"}, "algorithm.interval = 'adaptive': with d-sgd-m theorems and x̂ are"),
+        ({**ADAPTIVE, "algorithm.name": "d-sgd-m"}, "algorithm.interval = 'adaptive': with d-sgd-m there is no x̂"),
         ({**ADAPTIVE, "algorithm.fragments": 2}, "how far x moves in a round, and by fragments = 2 not all of it does"),
         (
             {**ADAPTIVE, "algorithm.states": "x: average every 2"},
