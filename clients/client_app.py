@@ -28,6 +28,7 @@ from fedmom.data.local import facts_of, from_record
 from fedmom.errors import InputError
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 from fedmom.machine.files import at_home
+from fedmom.method.schedules import Span
 from fedmom.method.state import ClientState, Tree, flatten, unflatten
 from fedmom.tasks.problem import data_kind
 
@@ -73,6 +74,7 @@ def train(message: Message, context: Context) -> Message:
         asked["server-round"] - 1,
         unflatten(start),
         *_own(message),
+        span=_span(asked),
         path=asked.get("path", ""),
         chunk_size=asked.get("chunk-size", 0),
     )
@@ -139,7 +141,9 @@ def evaluate(message: Message, context: Context) -> Message:
         if asked.get("own", False):
             metrics |= node.own_results(state)
         if asked.get("own-models", False):
-            metrics |= node.personal_results(state, asked["server-round"] - 1, asked["lr"], *_own(message))
+            metrics |= node.personal_results(
+                state, asked["server-round"] - 1, asked["lr"], *_own(message), _span(asked)
+            )
     return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
 
 
@@ -210,6 +214,11 @@ def _own(message: Message) -> tuple[ClientState | None, Tree | None]:
     records = message.content.array_records
     own, states = (_tensors(records[name]) if name in records else None for name in ("own", "states"))
     return None if own is None else unflatten(own), states
+
+
+def _span(asked: Mapping[str, Any]) -> Span | None:
+    """The round's steps, which the server tells where I changes in the run."""
+    return Span(asked["first-step"], asked["num-steps"]) if "first-step" in asked else None
 
 
 def _tensors(record: Mapping[str, Array]) -> Tree:

@@ -17,7 +17,7 @@ from fedmom.tasks.problem import Problem
 from .fleet import Fleet
 from .flower_strategies import CohortGrid
 from .prsgdm import PRSGDM, SPREADS, Contribution
-from .replies import Update, accept, pack, shares_memory, unpack
+from .replies import Update, accept, pack, shares_memory, span_of, unpack
 
 
 class AveragingRounds(Backend):
@@ -51,7 +51,7 @@ class AveragingRounds(Backend):
             self.grid,
             job.round_index + 1,
             pack(flatten(start), bundled=not shares_memory(self.grid)),
-            ConfigRecord(self.asked),
+            ConfigRecord({**self.asked, **span_of(job)}),
             timeout=self.timeout,
             on_update=lambda update: _tell(progress, update),
         )

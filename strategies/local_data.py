@@ -22,7 +22,7 @@ from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Supervised
 
 from .fleet import Fleet
-from .replies import ARRAYS, CONFIG, STATES, accept_metrics, accept_sums, mean_metrics, pack, shares_memory
+from .replies import ARRAYS, CONFIG, STATES, accept_metrics, accept_sums, mean_metrics, pack, shares_memory, span_of
 from .replies import OWN as OWN_ROWS
 
 
@@ -89,6 +89,7 @@ class LocalSupervised(Supervised):
         messages = list[Message]()
         if job is not None:
             asked |= {"server-round": job.round_index + 1, "own-models": True, "lr": float(next(iter(job.lrs), 0.0))}
+            asked |= span_of(job)
         for holder in fleet.holders:
             client = holder.clients[0]
             if not common.test_sizes[client]:

@@ -10,6 +10,7 @@ from flwr.serverapp.strategy import Result
 
 from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
 from fedmom.method.state import ClientState, Tree, unflatten
+from fedmom.rounds.round import Job
 
 ARRAYS, CONFIG, ABOUT = "arrays", "config", "clients"  # names of the records in a message
 OWN = "own"  # likewise, of what the clients have of their own, as `flatten` names it
@@ -41,6 +42,12 @@ def is_bundled(record: Mapping[str, Array]) -> bool:
 def shares_memory(grid: Grid) -> bool:
     """Whether arrays pass this Grid without being sent: then they travel under their own names, one by one."""
     return bool(getattr(grid, "shares_memory", False))
+
+
+def span_of(job: Job | None) -> dict[str, int]:
+    """What a message says of the round's steps, which clients know by themselves but where I changes in the run."""
+    span = None if job is None else job.span
+    return {} if span is None else {"first-step": span.first, "num-steps": span.steps}
 
 
 class Update(NamedTuple):

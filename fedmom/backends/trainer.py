@@ -23,6 +23,7 @@ from fedmom.data.local import Common, one_of
 from fedmom.engine.auto import Said, choose
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
+from fedmom.method.schedules import Span
 from fedmom.method.state import ClientState, Tree, flatten, is_among, parted, row_of, to_device
 from fedmom.rounds.clients import after_steps, own_models_of, steps_job
 from fedmom.rounds.correction import client_rows, start_of
@@ -147,12 +148,14 @@ class Node:
         own: ClientState | None = None,
         correction: Tree | None = None,
         *,
+        span: Span | None = None,
         path: str = "",
         chunk_size: int = 0,
     ) -> TrainedBlock:
         """I local steps of `clients` from `start` in round 0, 1, …, and their weighted mean.
 
-        `own`: what they have of their own [k, ...]; `correction`: their own states of one [k, ...].
+        `own`: what they have of their own [k, ...]; `correction`: their own states of one [k, ...]; `span`: the round's
+        steps, where I changes in the run.
         `path` and `chunk_size` as the server settled them; left out, they are chosen here. Raises InputError for a
         client that does not exist or a start of another model.
         """
@@ -165,7 +168,7 @@ class Node:
         if not path:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
-        job = clients_job(self.problem, self.plan, round_index, ids, own, correction)
+        job = clients_job(self.problem, self.plan, round_index, ids, own, correction, self._checked(span))
         with blamed(self._keys):
             outcome = engine.run_round(to_device(start, self.problem.device), job)
         return TrainedBlock(
@@ -191,6 +194,14 @@ class Node:
         with blamed(self._keys):
             after, losses, points = engine.run_rows(to_device(rows, self.problem.device), job)
         return TrainedRows(to_device(after, "cpu"), losses.cpu(), int(job.num_steps.sum()), job.lrs[0], points)
+
+    def _checked(self, span: Span | None) -> Span | None:
+        """InputError unless whoever asks tells the steps where they change from round to round, and only there."""
+        if (span is not None) != self.plan.changes_steps:
+            said = f"algorithm.interval = {self._keys['algorithm.interval']!r}"
+            told = "must be told" if span is None else "need not be told"
+            raise InputError(f"{said}: a round's first-step and num-steps {told}; take this fedmom on both sides")
+        return span
 
     def _ids(self, clients: Sequence[int]) -> np.ndarray:
         ids = np.asarray(sorted(clients), dtype=np.int64)
@@ -223,16 +234,17 @@ class Node:
         lr: float,
         own: ClientState | None = None,
         correction: Tree | None = None,
+        span: Span | None = None,
     ) -> dict[str, float]:
         """{"personal_loss", …} on the client's own test examples, after `run.personal-steps` from `start` with γ = lr.
 
-        round_index: of the round that these steps would begin; the client's own as `train` takes it.
+        round_index: of the round that these steps would begin; the client's own and the span as `train` takes them.
         """
         assert self.local is not None, "the server has the others' examples"
         ids, device = self._ids([self.local.client]), self.problem.device
         form = own_models_of(self.problem, self.plan, own_after(self.problem, self.plan, round_index))
         self._check_own(own, form, len(ids))
-        job = steps_job(self.problem, self.plan, round_index, ids, own, correction, lr=lr)
+        job = steps_job(self.problem, self.plan, round_index, ids, own, correction, lr=lr, span=self._checked(span))
         make = partial(self._stepper, ids)
         with blamed(self._keys):
             rows = after_steps(self.problem, self.plan.method, make, to_device(start, device), job)

@@ -29,6 +29,7 @@ from fedmom.errors import ClientsFailedError, InputError, RayEndedError
 from fedmom.machine.allocator import keep_freed_memory
 from fedmom.method.algorithms import Method
 from fedmom.method.partial_sums import PairwiseSum, Partial, aligned
+from fedmom.method.schedules import Span
 from fedmom.method.state import (
     Arrays,
     ClientState,
@@ -60,6 +61,7 @@ class BlockJob(NamedTuple):
     chunk_size: int = 0
     own: Arrays | None = None  # [k, ...] what they have of their own, as `flatten` names it
     correction: Arrays | None = None  # [k, ...] their own states of a correction
+    span: Span | None = None  # the round's steps, where I changes in the run
     keeps: bool = False  # whether the mean stays on the actor's node
 
 
@@ -97,6 +99,7 @@ def make_worker(config: Config) -> Callable[..., Any]:
             unflatten(from_arrays(shared[0])),
             None if job.own is None else unflatten(from_arrays(job.own)),
             None if job.correction is None else from_arrays(job.correction),
+            span=job.span,
             path=job.path,
             chunk_size=job.chunk_size,
         )
@@ -182,7 +185,7 @@ class Workers(Backend):
         for number in sorted(missing):
             rows, part = places[number], part_of(job, torch.from_numpy(places[number]))
             own = _flat(part.own), _arrays(part.correction)
-            block = BlockJob(ids[rows], job.round_index, self.path, self.chunk_size, *own, keeps)
+            block = BlockJob(ids[rows], job.round_index, self.path, self.chunk_size, *own, job.span, keeps)
             near = homes[number] if homes else ""
             self.pool.submit((job.round_index, number), block, (shared,), near=near, keep=keeps)
         while missing:

@@ -7,6 +7,7 @@ from fedmom.config.examples import count_clients
 from fedmom.config.goals import measured_by, monitored, parse_goal, unmeasured
 from fedmom.config.keys import KEYS, AlgorithmConfig, Config
 from fedmom.config.load import Loaded, flat, replace
+from fedmom.config.method.interval import check_interval, settle_interval
 from fedmom.config.method.named import settle_named
 from fedmom.config.method.optimizer import settle_optimizer
 from fedmom.config.method.outer import check_outer, outer_of
@@ -16,7 +17,7 @@ from fedmom.config.numbers import parse_numbers, parse_table
 from fedmom.config.strategies import OURS, STRATEGIES, check_strategy, idle_keys
 from fedmom.data.given.natural import is_natural
 from fedmom.errors import InputError
-from fedmom.method.algorithms import ALGORITHMS, theory_interval
+from fedmom.method.algorithms import ALGORITHMS, INTERVALS
 from fedmom.tasks.problem import data_kind
 from fedmom.user_code import is_spec
 
@@ -51,9 +52,10 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     config = settle_named(config, given, notes)
     config = settle_optimizer(config, given, notes)
     _check_decentralized(config, given, notes)
-    config = _settle_interval(config)
+    config = settle_interval(config, given, notes)
     config = settle_states(config)
     check_presets(config, given, notes)
+    check_interval(config)
     check_outer(config, given, notes)
     config = _settle_rounds(config, given, notes)
     _check_strategy(config, given, notes)
@@ -164,7 +166,7 @@ def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]
         "algorithm.cohort-size": (algorithm.cohort_size, config.data.num_clients, "every client takes part"),
         "algorithm.local-epochs": (algorithm.local_epochs, 0, "all clients take equally many steps"),
         "algorithm.client-weights": (algorithm.client_weights, "uniform", "W decides; its mean is the plain one"),
-        "algorithm.interval": (algorithm.interval, "fixed", "the theorem is Algorithm 1's"),
+        "algorithm.interval": (algorithm.interval, "fixed", _interval_is_of(algorithm.interval)),
         "algorithm.slow-momentum": (algorithm.slow_momentum, 0.0, "there is no server"),
         "algorithm.slow-lr": (algorithm.slow_lr, 1.0, "there is no server"),
         "algorithm.outer": (algorithm.outer, "none", "there is no server"),
@@ -173,6 +175,11 @@ def _check_decentralized(config: Config, given: frozenset[str], notes: list[str]
     for name, (value, wanted, why) in right.items():
         if value != wanted:
             raise InputError(f"{name} = {value!r}: with {algorithm.name} {why}; leave it {wanted!r}")
+
+
+def _interval_is_of(rule: str) -> str:
+    """Why Algorithm 2 takes no other I than the given one."""
+    return "the theorem is Algorithm 1's" if INTERVALS[rule].follow is None else "there is no x̂ that a rule looks at"
 
 
 def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> None:
@@ -237,31 +244,6 @@ def _check_goals(config: Config) -> None:
     for key, name in (named | ({"run.stop-at": goal[0]} if goal else {})).items():
         if name not in measured:
             raise unmeasured(config, key, name)
-
-
-def _settle_interval(config: Config) -> Config:
-    """I from the number, from local epochs (then it stays 0), from a theorem, or the algorithm's own."""
-    algorithm, num_steps = config.algorithm, config.run.num_steps
-    interval, steps, epochs = algorithm.interval, algorithm.num_local_steps, algorithm.local_epochs
-    if epochs:
-        if steps:
-            raise InputError(f"algorithm.local-epochs = {epochs}: give it or num-local-steps = {steps}, not both")
-        if interval != "fixed":
-            raise InputError(f"algorithm.interval = {interval!r}: needs num-local-steps, not local-epochs = {epochs}")
-        if num_steps:
-            raise InputError(f"run.num-steps = {num_steps}: give run.num-rounds with local-epochs = {epochs}")
-        return config
-    if interval == "fixed":
-        return replace(config, "algorithm", num_local_steps=steps or ALGORITHMS[algorithm.name].default_interval)
-    if not num_steps:
-        raise InputError(f"algorithm.interval = {interval!r}: needs run.num-steps = T, the steps in all")
-    wanted = theory_interval(interval, num_steps, algorithm.cohort_size)
-    if steps not in (0, wanted):
-        raise InputError(
-            f"algorithm.num-local-steps = {steps}: interval = {interval!r} gives I = {wanted} for T = {num_steps}, "
-            f"N = {algorithm.cohort_size}; leave it 0"
-        )
-    return replace(config, "algorithm", num_local_steps=wanted)
 
 
 def _settle_rounds(config: Config, given: frozenset[str], notes: list[str]) -> Config:

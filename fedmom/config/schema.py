@@ -68,6 +68,7 @@ EXAMPLES: dict[str, Any] = {
     "algorithm.slow-momentum": 0.5,
     "algorithm.slow-lr": 0.7,
     "algorithm.fragments": 4,
+    "algorithm.interval-milestones": "0.25,0.5,0.75",
     "algorithm.topology": "ring",
     "algorithm.topology-p": 0.2,
     "run.num-steps": 10000,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from fedmom.method.corrections import Correct, Correction
 from fedmom.method.optimizers.optimizer import Numbers, Optimizer
 from fedmom.method.optimizers.table import OPTIMIZERS
+from fedmom.method.schedules import Follow, adaptive, decaying
 from fedmom.method.states.fragments import Fragments
 from fedmom.method.states.rules import Rules, StateRule
 
@@ -160,8 +161,24 @@ def theory_interval(kind: str, num_steps: int, num_clients: int) -> int:
     return max(1, {"theory-iid": root, "theory-non-iid": math.isqrt(root)}[kind])
 
 
+class Interval(NamedTuple):
+    """How I is determined."""
+
+    summary: str
+    needs_length: bool = True  # whether I depends on how long the run will be
+    follow: Follow | None = None  # of a rule by which I changes in a run
+    sums: bool = True  # whether all steps can be counted before the run
+
+
 INTERVALS = {
-    "fixed": "I = num-local-steps",
-    "theory-iid": "I = max(1, ⌊T^(1/2) / N^(3/2)⌋), for identical data; needs run.num-steps = T",
-    "theory-non-iid": "I = max(1, ⌊T^(1/4) / N^(3/4)⌋), for distinct data; needs run.num-steps = T",
+    "fixed": Interval("I = num-local-steps", needs_length=False),
+    "theory-iid": Interval("I = max(1, ⌊T^(1/2) / N^(3/2)⌋), for identical data; needs run.num-steps = T"),
+    "theory-non-iid": Interval("I = max(1, ⌊T^(1/4) / N^(3/4)⌋), for distinct data; needs run.num-steps = T"),
+    "decaying": Interval("I = num-local-steps at first, halved at each of interval-milestones", follow=decaying),
+    "adaptive": Interval(
+        "ours: I = num-local-steps at first, halved after a round in which clients part more than x̂ moves (ρ > 4)",
+        needs_length=False,
+        follow=adaptive,
+        sums=False,
+    ),
 }

@@ -7,7 +7,7 @@ its last checkpoint, and rounds.jsonl is cut back to it.
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,8 @@ class RunFolder:
     @staticmethod
     def _about(done: RunState, stamp: dict[str, Any]) -> dict[str, Any]:
         """No times: the bytes of a resumed run are those of an uninterrupted one."""
-        return {**stamp, **{name: getattr(done, name) for name in _COUNTS}}
+        changes = {"interval": done.interval} if done.interval else {}
+        return {**stamp, **{name: getattr(done, name) for name in _COUNTS}, **changes}
 
     def load(
         self,
@@ -231,17 +232,7 @@ class RunFolder:
         wrong += [n for n in expected if n in found and found[n].shape != expected[n].shape]
         if wrong:
             raise InputError(f"{path}: does not fit this model (tensor {wrong[0]})")
-        rows, expected_rows = dict[str, torch.Tensor](), _rows(template)
-        if expected_rows:
-            candidates = [self.path / name for name in (CLIENTS, _PREVIOUS_CLIENTS)]
-            fitting = [c for c in candidates if c.exists() and read_about(c) == about]
-            if not fitting:
-                raise InputError(f"{candidates[0]}: the clients' own rows of round {about['round']} are missing")
-            found = _by_names(read_tensors(fitting[0])[0], expected_rows)
-            for name, value in expected_rows.items():
-                if name not in found or found[name].shape != value.shape:
-                    raise InputError(f"{fitting[0]}: does not fit this run (tensor {name})")
-            rows = {name: found[name] for name in expected_rows}
+        rows = self._load_rows(_rows(template), about)
         # In the model's order, which a file does not keep: sums over tensors must not depend on it.
         state = to_device(unflatten({name: tensors[name] for name in flatten(template.state)}), device)
         own, outer = unflatten(rows), template.outer
@@ -253,6 +244,21 @@ class RunFolder:
             rows=own if template.rows is not None else None,
             client_correction=own.correction if template.client_correction is not None else None,
             outer=outer,
+            interval=int(about["interval"]) if template.interval else 0,
             **{name: about[name] for name in _COUNTS},
         )
         return done, stamp
+
+    def _load_rows(self, expected: Tree, about: Mapping[str, Any]) -> Tree:
+        """What the clients of a checkpoint have of their own; about: what that file says of itself."""
+        if not expected:
+            return {}
+        candidates = [self.path / name for name in (CLIENTS, _PREVIOUS_CLIENTS)]
+        fitting = [c for c in candidates if c.exists() and read_about(c) == about]
+        if not fitting:
+            raise InputError(f"{candidates[0]}: the clients' own rows of round {about['round']} are missing")
+        found = _by_names(read_tensors(fitting[0])[0], expected)
+        for name, value in expected.items():
+            if name not in found or found[name].shape != value.shape:
+                raise InputError(f"{fitting[0]}: does not fit this run (tensor {name})")
+        return {name: found[name] for name in expected}

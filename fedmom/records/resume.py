@@ -8,6 +8,7 @@ from fedmom.config.keys import Config, Scalar
 from fedmom.config.load import Loaded, flat, load
 from fedmom.config.resolve import Resolved, resolve
 from fedmom.errors import InputError
+from fedmom.method.algorithms import INTERVALS
 from fedmom.method.schedules import SCHEDULES
 from fedmom.records.files import CONFIG
 from fedmom.records.identity import LENGTH, PLACE
@@ -19,11 +20,11 @@ _OPEN: dict[str, Scalar] = {"engine.device": "auto", "engine.path": "auto", "eng
 def length_keys(config: Config) -> list[str]:
     """The keys because of which lr or I depend on how long the run is; such a run cannot be made longer."""
     algorithm = config.algorithm
-    uses_unit = algorithm.lr_schedule == "step" or algorithm.lr_warmup > 0
+    uses_unit = SCHEDULES[algorithm.lr_schedule].uses_unit or algorithm.lr_warmup > 0
     reasons = {
         "algorithm.lr-schedule": SCHEDULES[algorithm.lr_schedule].needs_length,
         "algorithm.lr-unit": algorithm.lr_unit == "fraction" and uses_unit,
-        "algorithm.interval": algorithm.interval != "fixed",
+        "algorithm.interval": INTERVALS[algorithm.interval].needs_length,
     }
     return [name for name, holds in reasons.items() if holds]
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedmom.method.algorithms import Method
+from fedmom.method.schedules import Span
 from fedmom.method.state import ClientState, Tree, is_among, rows_of, stacked, to_device
 from fedmom.rounds.own import shared_of, with_own
 from fedmom.rounds.plan import Plan, RunState, clients_job
@@ -26,7 +27,9 @@ def look(problem: Problem, plan: Plan, backend: Backend, done: RunState, lr: flo
     job = None
     if plan.personal_steps or problem.personal:
         own = own_models_of(problem, plan, done.own)
-        job = steps_job(problem, plan, done.round, everybody.numpy(), own, done.client_correction, lr=lr)
+        job = steps_job(
+            problem, plan, done.round, everybody.numpy(), own, done.client_correction, lr=lr, span=plan.span(done)
+        )
     if backend.own_results is not None:
         return client_results(done.round, backend.own_results(done.state, job, done.rows))
     values = _named(OWN, problem.evaluate_own(done.state))
@@ -48,12 +51,13 @@ def steps_job(
     correction: Tree | None,
     *,
     lr: float,
+    span: Span | None = None,
 ) -> Job:
     """`plan.personal_steps` local steps with γ = `lr`, as they would begin round `round_index` of clients `ids` [C].
 
     So they go from û by the momentum policy, on the minibatches that the clients draw next.
     """
-    job = clients_job(problem, plan, round_index, ids, own, correction)
+    job = clients_job(problem, plan, round_index, ids, own, correction, span)
     return job._replace(num_steps=torch.full((len(ids),), plan.personal_steps), lrs=[lr] * plan.personal_steps)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from fedmom.errors import DivergedError
 from fedmom.method.named.fednova import of_a_cohort
+from fedmom.method.schedules import Came
 from fedmom.method.state import ClientState, Tree, is_finite
 from fedmom.rounds.clients import look
 from fedmom.rounds.correction import check_states, gathered
@@ -112,9 +113,11 @@ def run_rounds(
         begin = end - _whole(ahead) if ahead else clock()
         asked, job, outcome, new = ahead.take() if ahead else _begun(problem, plan, engine, done, known, progress)
         known, ahead = job.following, None
-        if outcome.settle is not None and not (job.evaluates or job.looks_at_clients):
+        if outcome.settle is not None and not (job.evaluates or job.looks_at_clients or plan.changes_steps):
             ahead = Early(partial(_begun, problem, plan, engine, new, known), progress)
         outcome = outcome.settled()
+        if plan.changes_steps:
+            new = new._replace(interval=_next_interval(problem, plan, done, job, outcome))
         steps = int(job.num_steps.sum())
         train_seconds = clock() - begin - _whole(ahead)
         new, measured = _judged(problem, plan, engine, job, outcome, new)
@@ -126,6 +129,7 @@ def run_rounds(
             "round": new.round,
             "steps": new.steps,
             "joint_epochs": new.examples / int(problem.sizes.sum()),
+            **({"interval": len(job.lrs)} if plan.changes_steps else {}),
             "lr": job.lrs[0],
             "train_loss": outcome.train_loss,
             **measured,
@@ -143,6 +147,15 @@ def run_rounds(
             record |= _coordinates(new.state, outcome.trajectory)
         yield new, record
         done = new
+
+
+def _next_interval(problem: Problem, plan: Plan, done: RunState, job: Job, outcome: Outcome) -> int:
+    """I of the round after that of `job`, which began at `done`."""
+    start, mean = shared_of(problem, done.state).params, outcome.mean.params
+    away = [torch.linalg.vector_norm((mean[n] - x).to(torch.float64)) ** 2 for n, x in start.items()]
+    clients = float(job.weights.sum() ** 2 / (job.weights**2).sum())
+    came = Came(done.round + 1, outcome.consensus_distance, float(sum(away)), clients)
+    return plan.next_interval(done.interval, came)
 
 
 def _judged(

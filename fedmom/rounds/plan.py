@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmom.method.algorithms import Method
+from fedmom.method.algorithms import INTERVALS, Method
 from fedmom.method.decentralized.topology import Topology
 from fedmom.method.named.fednova import scales
 from fedmom.method.outer import OuterRule
 from fedmom.method.randomness import COHORT, random_bits
-from fedmom.method.schedules import Horizon, LearningRate
+from fedmom.method.schedules import Came, Horizon, LearningRate, Pacing, Span
 from fedmom.method.state import ClientState, Tree, num_bytes, rows_of, stacked
 from fedmom.rounds.correction import client_rows, start_of
 from fedmom.rounds.outer import outer_start
@@ -40,6 +40,8 @@ class Plan(NamedTuple):
     seed: int = 0
     num_local_steps: int = 8  # I
     local_epochs: int = 0  # instead of I, if positive
+    interval: str = "fixed"  # how I, which is I₀ above, changes in the run: of INTERVALS
+    milestones: tuple[float, ...] = ()  # fractions of R at which `decaying` halves I
     client_weights: str = "uniform"
     eval_every: int = 1
     num_steps: int = 0  # T, if it was given; else R × I
@@ -75,9 +77,29 @@ class Plan(NamedTuple):
             return self.local_epochs * -(-sizes // self.batch_size)
         return np.full(len(sizes), self.num_local_steps, dtype=np.int64)
 
+    @property
+    def pacing(self) -> Pacing:
+        return Pacing(self.num_local_steps, self.num_rounds, self.milestones)
+
+    @property
+    def changes_steps(self) -> bool:
+        """Whether I is not that of every round."""
+        return INTERVALS[self.interval].follow is not None
+
+    def next_interval(self, interval: int, came: Came) -> int:
+        """I of the round after one that took `interval` steps and came to this."""
+        follow = INTERVALS[self.interval].follow
+        return interval if follow is None else follow(interval, came, self.pacing)
+
+    def span(self, done: "RunState") -> Span | None:
+        """The steps of the round after `done`, where I changes in the run."""
+        return Span(done.steps, done.interval) if self.changes_steps else None
+
     def horizon(self, sizes: np.ndarray) -> Horizon:
         per_round = float(self.steps_of(sizes).mean())
         total = self.num_steps or math.ceil(self.num_rounds * per_round)
+        if self.changes_steps:
+            total = self.pacing.num_steps()  # `adaptive`, which has no milestones, asks for no such number
         return Horizon(total, self.cohort_size, float(sizes.sum()) / (self.cohort_size * self.batch_size))
 
 
@@ -90,6 +112,7 @@ class RunState(NamedTuple):
     outer: dict[str, Tree] | None = None  # what the outer step remembers, {slot: {part/name: tensor}}
     rows: ClientState | None = None  # [N, ...] every client's own x, u and buffers, of Algorithm 2
     steps: int = 0  # local steps t so far (with local-epochs: of each round's longest client)
+    interval: int = 0  # I of the next round, where it changes in the run; else 0
     examples: int = 0  # seen by all clients so far, repeats counted
     bytes_sent: int = 0  # by all clients so far
     wall_seconds: float = 0.0
@@ -116,7 +139,9 @@ def beginning(problem: Problem, plan: Plan) -> RunState:
         return RunState(0, start, rows=own)
     rows = first_rows(problem, plan.method, start)
     outer = None if plan.outer is None else outer_start(problem, plan.method, plan.outer, start)
-    return RunState(0, start, rows, outer, client_correction=client_rows(client, len(problem.sizes)))
+    interval = plan.num_local_steps if plan.changes_steps else 0
+    done = RunState(0, start, rows, outer, interval=interval)
+    return done._replace(client_correction=client_rows(client, len(problem.sizes)))
 
 
 def own_after(problem: Problem, plan: Plan, number: int) -> ClientState | None:
@@ -145,20 +170,24 @@ def bytes_per_exchange(state: ClientState, method: Method, number: int) -> int:
 def round_job(problem: Problem, plan: Plan, done: RunState, known: Known = None) -> Job:
     """What the whole cohort must do in the round after `done`."""
     num_clients = len(problem.sizes)
-    job = cohort_job(problem, plan, done.round) if known is None else known()
+    span = plan.span(done)
+    job = cohort_job(problem, plan, done.round, span) if known is None else known()
     own, correction = done.own, done.client_correction
     if len(job.clients) < num_clients:
         correction = correction and {n: v[job.clients] for n, v in correction.items()}
         own = own and rows_of(own, job.clients)
-    following = cache(partial(cohort_job, problem, plan, done.round + 1)) if done.round + 1 < plan.num_rounds else None
+    following = None
+    if done.round + 1 < plan.num_rounds and span is None:
+        following = cache(partial(cohort_job, problem, plan, done.round + 1))
     job = job._replace(own=own, correction=correction, rows=done.rows, following=following)
     number = done.round + 1
     return job._replace(evaluates=plan.evaluates(number), looks_at_clients=plan.looks_at_clients(number))
 
 
-def cohort_job(problem: Problem, plan: Plan, round_index: int) -> Job:
-    """What of round 0, 1, … can be known before the rounds before it are done."""
-    return clients_job(problem, plan, round_index, cohort(len(problem.sizes), plan.cohort_size, plan.seed, round_index))
+def cohort_job(problem: Problem, plan: Plan, round_index: int, span: Span | None = None) -> Job:
+    """What of round 0, 1, … can be known before the rounds before it are done; its steps, where they change."""
+    ids = cohort(len(problem.sizes), plan.cohort_size, plan.seed, round_index)
+    return clients_job(problem, plan, round_index, ids, span=span)
 
 
 def clients_job(
@@ -168,18 +197,26 @@ def clients_job(
     ids: np.ndarray,
     own: ClientState | None = None,
     correction: Tree | None = None,
+    span: Span | None = None,
 ) -> Job:
-    """What clients `ids` [C] must do in round 0, 1, …; what they have of their own and their states, [C, ...]."""
+    """What clients `ids` [C] must do in round 0, 1, …; what they have of their own and their states, [C, ...].
+
+    span: the round's steps, which a plan by which I changes does not tell.
+    """
     sizes = problem.sizes[ids]
     all_steps = plan.steps_of(problem.sizes)
     steps, per_round, horizon = all_steps[ids], float(all_steps.mean()), plan.horizon(problem.sizes)
     first = round_index * per_round  # the schedule's clock; with local-epochs the mean client's
+    first_steps = round_index * steps
+    if span is not None:
+        all_steps = np.full_like(all_steps, span.steps)
+        first, first_steps, steps = span.first, np.full_like(steps, span.first), all_steps[ids]
     lrs = [plan.rate.at(math.floor(first + s), horizon) for s in range(int(all_steps.max()))]
     weights = torch.from_numpy(plan.weights_of(sizes))
     return Job(
         clients=torch.from_numpy(ids),
         weights=weights.to(torch.float64),
-        first_steps=torch.from_numpy(round_index * steps),
+        first_steps=torch.from_numpy(first_steps),
         num_steps=torch.from_numpy(steps),
         lrs=lrs[: int(steps.max())],
         own=own,
@@ -187,6 +224,7 @@ def clients_job(
         scales=_scales(plan, problem.sizes, all_steps, lrs, ids),
         round_index=round_index,
         correction=correction,
+        span=span,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.method.schedules import Span
 from fedmom.method.state import ClientState, Tree, rows_of, to_device
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class Job(NamedTuple):
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction, in main memory
     evaluates: bool = False  # whether the round's result will be measured
     looks_at_clients: bool = False  # whether it will be, on every client's own test examples
+    span: Span | None = None  # the steps, where I changes in the run: whoever makes this job anew must be told them
     following: Callable[[], "Job"] | None = None  # the next round's, without anything that depends on this one's result
 
 

@@ -11,7 +11,7 @@ from rich.table import Column
 
 from fedmom.config.method.said import method_of
 from fedmom.config.numbers import counted, percent
-from fedmom.method.algorithms import ALGORITHMS
+from fedmom.method.algorithms import ALGORITHMS, INTERVALS
 from fedmom.method.state import ClientState
 from fedmom.rounds.loop import Record
 from fedmom.runs.callbacks import Callback, Start
@@ -177,6 +177,7 @@ class Notes(Callback):
         data, algorithm, run = start.config.data, start.config.algorithm, start.config.run
         epochs = algorithm.local_epochs
         steps = f"{epochs} local epochs" if epochs else f"I = {algorithm.num_local_steps}"
+        steps += f" at first ({algorithm.interval})" if INTERVALS[algorithm.interval].follow is not None else ""
         model = f", {start.config.model.name}" if data_kind(data.dataset).has_examples else ""
         some = f" ({algorithm.cohort_size} per round)" if algorithm.cohort_size < data.num_clients else ""
         some += f", {algorithm.topology}" if ALGORITHMS[algorithm.name].decentralized else ""

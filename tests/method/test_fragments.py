@@ -172,8 +172,7 @@ CASES = [
     Case(4, path="stack"),
     Case(2, "reset", path="vmap"),
     Case(3, "local", outer=True, path="stack"),
-    Case(2, personal="last.bias", outer=True),
-    Case(3, optimizer="adamw", path="stack"),
+    Case(3, optimizer="adamw", personal="last.bias", outer=True),
 ]
 N, STEPS, LR = 4, 2, 0.05
 

@@ -62,6 +62,7 @@ PARTS = {
         "tests/laws/test_states_of_backends.py",
         "tests/runs/test_resume_states.py",
     ),
+    "intervals": ("tests/method/test_intervals.py",),
 }
 
 
@@ -77,6 +78,17 @@ ALGORITHMS, AVERAGING, SCHEDULES = "fedmom.method.algorithms", "fedmom.method.av
 STEP, CORRECTIONS, OUTER = "fedmom.method.step", "fedmom.method.corrections", "fedmom.method.outer"
 SGD, STATES, GOSSIPED = "fedmom.method.optimizers.sgd", "fedmom.method.states", "fedmom.method.decentralized"
 TOPOLOGY, GRAPHS, MIXING = f"{GOSSIPED}.topology", f"{GOSSIPED}.graphs", f"{GOSSIPED}.mixing"
+ALGORITHMS, AVERAGING, MIXING = (
+    "fedmom.method.algorithms",
+    "fedmom.method.averaging",
+    "fedmom.method.decentralized.mixing",
+)
+TOPOLOGY, GRAPHS, SCHEDULES = (
+    "fedmom.method.decentralized.topology",
+    "fedmom.method.decentralized.graphs",
+    "fedmom.method.schedules",
+)
+INTERVALS = "tests/method/test_intervals.py"
 FRAGMENTS = "tests/method/test_fragments.py"
 LOOP, PLAN = "fedmom.rounds.loop", "fedmom.rounds.plan"
 ENGINE, GOSSIP = "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
@@ -2162,7 +2174,7 @@ MUTANTS = [
         "periods",
         "rounds are counted from 0",
         "a state of period 2 is exchanged after rounds 1, 3, …",
-        code(f"{RULES}.exchanged", "number % period == 0", "(number - 1) % period == 0"),
+        code(f"{RULES}.due", "return number % self", "return (number - 1) % self"),
         f"{STATE_LAWS}::test_the_golden_run_bit_for_bit",
     ),
     Mutant(
@@ -2218,7 +2230,7 @@ MUTANTS = [
         "periods",
         "W mixes x in every round",
         "under Algorithm 2 x has no period",
-        code(f"{MIXING}.combine", "if rules.exchanged(X, number):", "if True:"),
+        code(f"{MIXING}.combine", "if rules.exchanged(part, n, number)}", "if part}"),
         "tests/laws/test_states_of_backends.py::test_mixing_by_policy_and_period",
     ),
     Mutant(
@@ -2316,5 +2328,50 @@ MUTANTS = [
             "own = expand(self.returns, len(clients)) if self.returns else None",
         ),
         "tests/laws/test_states_of_backends.py::test_what_a_client_has_of_its_own_is_refused_where_nobody_asked_for_it",
+    ),
+    # --- intervals -----------------------------------------------------------------------------------------
+    Mutant(
+        "intervals",
+        "minibatches go by rounds of the first I",
+        "a round that takes fewer steps begins at round × I₀",
+        code(f"{PLAN}.Plan.span", "Span(done.steps,", "Span(done.round * self.num_local_steps,"),
+        f"{INTERVALS}::test_minibatches_and_learning_rates_go_by_the_steps_that_were_taken",
+    ),
+    Mutant(
+        "intervals",
+        "T is R times the first I",
+        "a schedule by fractions of the run counts steps that are never taken",
+        code(f"{PLAN}.Plan.horizon", "if self.changes_steps:", "if False:"),
+        f"{INTERVALS}::test_minibatches_and_learning_rates_go_by_the_steps_that_were_taken",
+    ),
+    Mutant(
+        "intervals",
+        "ρ counts clients, whatever they weigh",
+        "N − 1 in the place of 1/Σp² − 1",
+        code(f"{LOOP}._next_interval", "job.weights.sum() ** 2 / (job.weights**2).sum()", "len(job.weights)"),
+        f"{INTERVALS}::test_minibatches_and_learning_rates_go_by_the_steps_that_were_taken",
+    ),
+    Mutant(
+        "intervals",
+        "ρ forgets N − 1",
+        "Σ p_i ‖x_i − x̂‖² is compared with how far x̂ moved itself",
+        code(f"{SCHEDULES}.adaptive", "(came.clients - 1) * came.moved", "came.moved"),
+        f"{INTERVALS}::test_a_rule_looks_at_more_than_noise_and_at_more_clients_than_one",
+    ),
+    Mutant(
+        "intervals",
+        "a resume begins with the first I again",
+        "the checkpoint's interval is not read",
+        code(f"{FOLDER}.load", 'int(about["interval"])', "template.interval"),
+        f"{INTERVALS}::test_a_resumed_run_goes_on_with_its_interval_and_flower_is_told_it",
+    ),
+    Mutant(
+        "intervals",
+        "clients under Flower take the first I",
+        "the message does not say how many steps a round has",
+        code(
+            "clients.client_app._span", 'Span(asked["first-step"], asked["num-steps"])', "Span(asked['first-step'], 8)"
+        ),
+        f"{INTERVALS}::test_a_resumed_run_goes_on_with_its_interval_and_flower_is_told_it",
     ),
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedmom.config.build.watched import watched_class
 from fedmom.config.keys import Config
+from fedmom.config.method.interval import interval_milestones
 from fedmom.config.method.outer import outer_of
 from fedmom.config.method.presets import correction_numbers
 from fedmom.config.method.states import parse_states
@@ -67,6 +68,8 @@ def make_plan(config: Config, problem: Problem | None = None) -> Plan:
         seed=config.run.seed,
         num_local_steps=algorithm.num_local_steps,
         local_epochs=algorithm.local_epochs,
+        interval=algorithm.interval,
+        milestones=interval_milestones(algorithm),
         client_weights=algorithm.client_weights,
         eval_every=config.run.eval_every,
         num_steps=config.run.num_steps,

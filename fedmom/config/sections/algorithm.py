@@ -21,6 +21,9 @@ class AlgorithmConfig:
     num_local_steps: int = key(0, "I, local steps between two exchanges; 0: the algorithm's own", at_least(0))
     local_epochs: int = key(0, "passes over the client's data per round, instead of I steps; 0: off", at_least(0))
     interval: str = key("fixed", "how I is determined", INTERVALS)
+    interval_milestones: str = key(
+        "0.5,0.75", "interval decaying: fractions of the rounds at which I is halved, by commas", holds=","
+    )
     optimizer: str = key("sgd", "local optimizer of every client", OPTIMIZERS)
     beta: float = key(0.9, "β, momentum coefficient; of adamw, adam and lion β₁", within(0, 1))
     beta2: float = key(0.0, "β₂ of adamw, adam and lion; 0: the optimizer's own (0.999, of lion 0.99)", within(0, 1))
