@@ -2209,7 +2209,7 @@ MUTANTS = [
         "periods",
         "what is not sent is counted",
         "bytes_sent has a state in every round, whatever its period",
-        code(f"{RULES}.sends", " and number % period == 0", ""),
+        code(f"{RULES}.sends", " and self.due(part, name, number)", ""),
         f"{STATE_LAWS}::test_what_is_sent_is_counted_in_the_round_that_sends_it",
     ),
     Mutant(
@@ -2223,7 +2223,7 @@ MUTANTS = [
         "periods",
         "W mixes u in every round",
         "under Algorithm 2 the optimizer's states have no period",
-        code(f"{MIXING}.combine", "if number % period == 0:", "if True:"),
+        code(f"{MIXING}.combine", 'if rules.due("momentum", name, number):', "if True:"),
         f"{STATE_LAWS}::test_fixed_points_of_algorithm_2_on_the_path_of_3",
     ),
     Mutant(
