@@ -113,13 +113,15 @@ def assert_periods(begun, absent=()):
 
 ADAMW = {"algorithm.optimizer": "adamw", "algorithm.beta2": 0.9, "algorithm.weight-decay": 0.1, "algorithm.eps": 1e-3}
 SOME = {"algorithm.cohort-size": 3, "algorithm.client-weights": "samples", "run.num-rounds": 4}
+PERIODS = {"algorithm.states": "x: average every 2; u: average every 3", **SOME}
+STEPPED = {"algorithm.states": "x: average every 2; u: reset every 2", **SOME, "algorithm.outer": "fedadam"}
 AVERAGED = [
     {"algorithm.states": "u: average every 2", **SOME},
-    {"algorithm.states": "x: average every 2; u: average every 3", **SOME},
+    PERIODS,
     {**ADAMW, "run.num-rounds": 3, "algorithm.states": "m: average every 2; v: local", "data.num-clients": 2},
     {**ADAMW, **SOME, "algorithm.momentum-policy": "local"},
     {**ADAMW, **SOME, "run.num-rounds": 2, "algorithm.beta2": 0.99},  # all averaged
-    {"algorithm.states": "x: average every 2; u: reset every 2", **SOME, "algorithm.outer": "fedadam"},
+    STEPPED,
     {"algorithm.outer": "nesterov", "algorithm.outer-states": "x, u", "run.num-rounds": 3},
 ]
 MIXED = [
@@ -149,10 +151,10 @@ def test_who_does_not_answer_goes_on_from_where_it_was():
     for name, changes, absent in (
         (
             "flower",
-            {**AVERAGED[1], "algorithm.cohort-size": 5, "run.num-rounds": 6},
+            {**PERIODS, "algorithm.cohort-size": 5, "run.num-rounds": 6},
             [(1, 2), (2, 4), (3, 2), (4, 0), (6, 1)],
         ),
-        ("flower", {**AVERAGED[4], "algorithm.cohort-size": 5}, [(1, 0), (2, 1), (3, 1)]),
+        ("flower", {**STEPPED, "algorithm.cohort-size": 5}, [(1, 0), (2, 1), (3, 1)]),
         ("relay", {**MIXED[2], "algorithm.topology": "ring"}, [(2, 3), (3, 3)]),
     ):
         keys = {**BASE, **WAYS[name].changes, **changes, "server.on-failure": "proceed"}
