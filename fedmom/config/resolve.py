@@ -7,6 +7,7 @@ from fedmom.config.examples import count_clients
 from fedmom.config.goals import measured_by, monitored, parse_goal, unmeasured
 from fedmom.config.keys import KEYS, AlgorithmConfig, Config
 from fedmom.config.load import Loaded, flat, replace
+from fedmom.config.method.codecs import check_codecs
 from fedmom.config.method.named import settle_named
 from fedmom.config.method.optimizer import settle_optimizer
 from fedmom.config.method.outer import check_outer, outer_of
@@ -54,6 +55,7 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     config = _settle_interval(config)
     config = settle_states(config)
     check_outer(config, given, notes)
+    check_codecs(config)
     config = _settle_rounds(config, given, notes)
     _check_strategy(config, given, notes)
     _check_personal(config)

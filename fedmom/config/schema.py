@@ -54,6 +54,7 @@ EXAMPLES: dict[str, Any] = {
     "algorithm.lr-min": 0.001,
     "algorithm.weight-decay": 0.0001,
     "algorithm.momentum-policy": "reset",
+    "algorithm.codecs": "x: int8; u: topk 0.1",
     "algorithm.correction": "mine:proximal",
     "algorithm.personal": "norm",
     "algorithm.cohort-size": 10,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fedmom.method.corrections import Correct, Correction
 from fedmom.method.optimizers.optimizer import Numbers, Optimizer
 from fedmom.method.optimizers.table import OPTIMIZERS
-from fedmom.method.states.rules import Rules, StateRule
+from fedmom.method.states.rules import CodecRule, Rules, StateRule
 
 
 class Method(NamedTuple):
@@ -24,6 +24,7 @@ class Method(NamedTuple):
     beta2: float = 0.0
     eps: float = 1e-8
     states: Mapping[str, StateRule] = MappingProxyType({})  # of x and of the optimizer's states, by name
+    codecs: Mapping[str, CodecRule] = MappingProxyType({})  # of what clients send of them, where it is encoded
 
     @property
     def rules(self) -> Rules:

@@ -23,6 +23,7 @@ from fedmom.rounds.own import first_rows, rows_after
 from fedmom.rounds.results import ClientResults
 from fedmom.rounds.round import Job
 from fedmom.tasks.problem import Problem
+from fedmom.travel.feedback import bytes_of
 
 Known = Callable[[], Job] | None  # what the job before said that follows it
 
@@ -135,7 +136,8 @@ def bytes_per_exchange(state: ClientState, method: Method, number: int) -> int:
     """What one client sends in round 1, 2, …: x and the buffers, states, those that are due, a correction's message."""
     sent = [num_bytes(state.correction)]
     for part in ("params", "momentum", "buffers"):
-        sent += [num_bytes({n: t}) for n, t in getattr(state, part).items() if method.rules.sends(part, n, number)]
+        tensors = getattr(state, part).items()
+        sent += [bytes_of(method.codecs, part, n, t) for n, t in tensors if method.rules.sends(part, n, number)]
     return sum(sent)
 
 
@@ -182,5 +184,6 @@ def clients_job(
         own=own,
         keeps=True,
         round_index=round_index,
+        seed=plan.seed,
         correction=correction,
     )

@@ -26,6 +26,7 @@ class Job(NamedTuple):
     own: ClientState | None = None  # [C, ...] what the clients have of their own, in main memory (rounds/own.py)
     keeps: bool = False  # whether what they go on with by themselves is wanted back
     round_index: int = 0  # rounds before this one
+    seed: int = 0  # of the addresses of what the clients send
     rows: ClientState | None = None  # [N, ...] the clients' own x, u and buffers, of Algorithm 2
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction, in main memory
     evaluates: bool = False  # whether the round's result will be measured

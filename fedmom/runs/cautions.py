@@ -12,6 +12,7 @@ from fedmom.rounds.correction import start_of
 from fedmom.rounds.own import shared_of
 from fedmom.rounds.plan import Plan
 from fedmom.tasks.problem import Problem
+from fedmom.travel.feedback import kept_before
 
 
 def _travels_more(rules: Rules, one: str, other: str) -> bool:
@@ -49,6 +50,11 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
             "m travels more often than v: a client that never sees a coordinate (a rare word) has v = 0 there and "
             "divides the others' m by ε; let v travel as often, or compare"
         )
+    if plan.method.codecs:
+        shared = shared_of(problem, start_of(problem, plan.method)[0])
+        size = num_bytes(kept_before(plan.method.codecs, shared, len(problem.sizes))) / 1e6
+        if size > 1:
+            notes.append(f"the codecs keep what they left behind of all {len(problem.sizes)} clients: {size:,.1f} MB")
     if isinstance(plan.method.correction, Correction):
         _, client = start_of(problem, plan.method)
         if (size := len(problem.sizes) * num_bytes(client) / 1e6) > 1:

@@ -16,6 +16,8 @@ from fedmom.travel.codec import Address, Codec, Payload
 class Cast(Codec):
     """C(v): v in the format `to`; None: v itself, in the run's dtype."""
 
+    alone = True
+
     def __init__(self, to: torch.dtype | None, *, fine: bool) -> None:
         self.to, self.fine = to, fine
 

@@ -47,6 +47,7 @@ class Codec:
     """
 
     unbiased = False  # whether E C(v) = v over the addresses
+    alone = False  # whether it may go without feedback: it is unbiased, or errs by a small part of every number
     fine = False  # whether every number keeps its sign and its digits, up to a relative error; what v needs
     keeps = False  # whether clients keep more than e between rounds
 

@@ -51,13 +51,16 @@ def bytes_of(rules: CodecRules, part: str, name: str, value: Tensor) -> int:
     return value.numel() * value.element_size() if rule is None else codec_of(rule).num_bytes(value.shape, value.dtype)
 
 
-def kept_before(rules: CodecRules, start: ClientState, senders: Senders) -> Tree:
-    """[K, ...] what clients keep before the first round, by the names of their own tensors; `start`: one client's."""
+def kept_before(rules: CodecRules, start: ClientState, count: int) -> Tree:
+    """[count, ...] what clients keep before the first round, by the names of their own tensors.
+
+    start: one client's. All rows are one copy in memory.
+    """
     found = dict[str, Tensor]()
     for part in _PARTS:
         for name, value in getattr(start, part).items():
             if (rule := rule_of(rules, part, name, value)) is not None:
-                found |= _named(part, name, _first(rule, value, senders._replace(round_index=0).address(part, name)))
+                found |= _named(part, name, _first(rule, part, name, value, count))
     return found
 
 
@@ -82,7 +85,7 @@ def sent(
             if rule is None:
                 continue
             address, begun = senders.address(part, name), getattr(start, part)[name]
-            own = _own(kept, part, name) or _first(rule, begun, address._replace(round_index=0))
+            own = _own(kept, part, name) or _first(rule, part, name, begun, len(value))
             rows[name], own = _one(codec_of(rule), rule, value, begun, own, address, state_in(part, name))
             after |= _named(part, name, own)
         parts[part] = rows
@@ -105,10 +108,10 @@ def _one(
     return (arrived if whole else begun + arrived), more
 
 
-def _first(rule: CodecRule, value: Tensor, address: Address) -> Tree:
-    """[K, ...] of one tensor [*shape], e = 0."""
-    codec, count = codec_of(rule), len(address.clients)
-    found = codec.start(value.shape, value.dtype, address._replace(clients=address.clients.to(value.device)))
+def _first(rule: CodecRule, part: str, name: str, value: Tensor, count: int) -> Tree:
+    """[count, ...] of one tensor [*shape], e = 0."""
+    address = Senders(0, torch.arange(count, device=value.device), 0).address(part, name)
+    found = codec_of(rule).start(value.shape, value.dtype, address)
     return found if rule.plain else found | {ERROR: value.new_zeros(()).expand(count, *value.shape)}
 
 

@@ -18,7 +18,7 @@ from fedmom.travel.codec import Address, Codec, Payload, flat_rows, working
 class Integers(Codec):
     """C(v) = q s."""
 
-    unbiased = True
+    unbiased = alone = True
 
     def __init__(self, bits: int, block: int) -> None:
         self.bits, self.block = bits, block

@@ -19,7 +19,8 @@ class RandomK(Codec):
 
     def __init__(self, share: float, *, scaled: bool) -> None:
         """share: k/d of every tensor."""
-        self.share, self.scaled, self.unbiased = share, scaled, scaled
+        self.share, self.scaled = share, scaled
+        self.unbiased = self.alone = scaled
 
     def encode(self, rows: Tensor, address: Address, state: Tree) -> tuple[Payload, Tree]:
         flat = flat_rows(rows)

@@ -38,7 +38,7 @@ def test_what_is_common_and_what_is_kept_move_together_by_the_mean_change(name):
     N, p = 3, torch.tensor([0.5, 0.2, 0.3], dtype=F64)
     rules, generator = {"x": LAW[name], "u": LAW[name]}, torch.Generator().manual_seed(1)
     common = {n: torch.randn(5, 4, generator=generator, dtype=F64) for n in ("w", "u_w")}
-    kept = kept_before(rules, state(**common), senders(N, 0))
+    kept = kept_before(rules, state(**common), N)
     assert {"e/params/w", "e/momentum/w"} <= {*kept}
     assert all(map(is_kept, kept))
     for round_index in range(4):
@@ -112,7 +112,7 @@ def test_v_stays_positive_and_keeps_its_small_numbers():
     ended = torch.tensor([[1e-6, 2.0, 1.1e-6], [0.9, 1e-3, 0.0]], dtype=F64)
     change = (ended - begun).bfloat16().double()
     assert (begun + change)[ended > 0].min() < 1e-7  # the trap
-    kept, common = kept_before(rules, state(v_w=begun), senders(2, 0)), begun
+    kept, common = kept_before(rules, state(v_w=begun), 2), begun
     for round_index in range(3):
         e = kept["e/momentum/v/w"]
         arrived, kept = sent(rules, state(v_w=ended), state(v_w=common), kept, senders(2, round_index))
@@ -131,7 +131,7 @@ def test_what_is_no_real_tensor_of_a_named_state_travels_as_it_is():
     one = ClientState({"w": torch.ones(4), "none": empty}, {"m/w": torch.ones(4), "m.clock/w": clock}, {"n": count})
     rules = {"x": CodecRule("topk", 0.25), "m": CodecRule("int8", 4)}
     rows = ClientState(*({n: v[None] for n, v in tree.items()} for tree in one))
-    assert {*kept_before(rules, one, senders(1, 0))} == {"e/params/w", "e/momentum/m/w"}
+    assert {*kept_before(rules, one, 1)} == {"e/params/w", "e/momentum/m/w"}
     arrived, _ = sent(rules, rows, one, {}, senders(1, 0))
     assert [*arrived.momentum] == ["m/w", "m.clock/w"]
     assert torch.equal(arrived.momentum["m.clock/w"], clock[None])

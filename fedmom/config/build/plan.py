@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedmom.config.keys import Config
+from fedmom.config.method.codecs import UP, parse_codecs
 from fedmom.config.method.outer import outer_of
 from fedmom.config.method.states import parse_states
 from fedmom.config.numbers import parse_numbers
@@ -48,6 +49,7 @@ def make_plan(config: Config) -> Plan:
             beta2=algorithm.beta2,
             eps=algorithm.eps,
             states=parse_states(algorithm.states),
+            codecs=parse_codecs(UP, algorithm.codecs),
         ),
         rate=rate,
         num_rounds=config.run.num_rounds,
