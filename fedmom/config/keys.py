@@ -153,6 +153,11 @@ class AlgorithmConfig:
         "the error; empty: as it is",
         holds="",
     )
+    codecs_down: str = key(
+        "",
+        "how the change of each state is encoded that the server sends, written as algorithm.codecs; empty: as it is",
+        holds="",
+    )
     correction: str = key(
         "none",
         "your own change of the gradient",

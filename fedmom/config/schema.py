@@ -55,6 +55,7 @@ EXAMPLES: dict[str, Any] = {
     "algorithm.weight-decay": 0.0001,
     "algorithm.momentum-policy": "reset",
     "algorithm.codecs": "x: int8; u: topk 0.1",
+    "algorithm.codecs-down": "x: int8",
     "algorithm.correction": "mine:proximal",
     "algorithm.personal": "norm",
     "algorithm.cohort-size": 10,

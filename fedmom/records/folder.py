@@ -42,7 +42,9 @@ _FORMERLY = {  # what names were before: of SlowMo's tensors, and of algorithm.p
     f"{_OUTER}b/params/": "slow_momentum/",
     "": "personal/",
 }
+_REFERENCE = "reference/"  # likewise of what clients begin at: reference/params/NAME
 _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
+_RECEIVED = "bytes_received"  # likewise, where it is counted
 
 
 def _leftovers(folder: Path) -> list[str]:
@@ -54,7 +56,8 @@ def _leftovers(folder: Path) -> list[str]:
 def _checkpointed(done: RunState) -> Tree:
     """The tensors of checkpoint.safetensors: the mean state, and what the outer step remembers where there is one."""
     outer = (done.outer or {}).items()
-    return flatten(done.state) | {f"{_OUTER}{slot}/{name}": v for slot, tree in outer for name, v in tree.items()}
+    found = flatten(done.state) | {f"{_OUTER}{slot}/{name}": v for slot, tree in outer for name, v in tree.items()}
+    return found | {f"{_REFERENCE}{name}": v for name, v in (done.reference or {}).items()}
 
 
 def _rows(done: RunState) -> Tree:
@@ -204,7 +207,8 @@ class RunFolder:
     @staticmethod
     def _about(done: RunState, stamp: dict[str, Any]) -> dict[str, Any]:
         """No times: the bytes of a resumed run are those of an uninterrupted one."""
-        return {**stamp, **{name: getattr(done, name) for name in _COUNTS}}
+        received = {} if done.bytes_received is None else {_RECEIVED: done.bytes_received}
+        return {**stamp, **{name: getattr(done, name) for name in _COUNTS}, **received}
 
     def load(
         self,
@@ -244,7 +248,9 @@ class RunFolder:
             rows = {name: found[name] for name in expected_rows}
         # In the model's order, which a file does not keep: sums over tensors must not depend on it.
         state = to_device(unflatten({name: tensors[name] for name in flatten(template.state)}), device)
-        own, outer = unflatten(rows), template.outer
+        own, outer, reference = unflatten(rows), template.outer, template.reference
+        if reference is not None:
+            reference = {name: tensors[_REFERENCE + name].to(device) for name in reference}
         if outer is not None:
             outer = {s: {n: tensors[f"{_OUTER}{s}/{n}"].to(device) for n in tree} for s, tree in outer.items()}
         done = template._replace(
@@ -253,6 +259,8 @@ class RunFolder:
             rows=own if template.rows is not None else None,
             client_correction=own.correction if template.client_correction is not None else None,
             outer=outer,
+            reference=reference,
+            bytes_received=about.get(_RECEIVED),
             **{name: about[name] for name in _COUNTS},
         )
         return done, stamp

@@ -11,6 +11,7 @@ from fedmom.config.resolve import resolve
 from fedmom.data.partition import make_partition
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
+from fedmom.method.outer import OuterNumbers, OuterRule
 from fedmom.records import folder
 from fedmom.records.history import read_rounds
 from fedmom.rounds.loop import run_rounds
@@ -41,34 +42,43 @@ def top(v, k):
     return out
 
 
-def by_hand(h, c, cohorts, weights, *, k, lr, beta, interval):
-    """Algorithm 1 with top-k of the change of x and of u, by loops over clients and steps -> (x, u, e, bytes)."""
+def by_hand(h, c, cohorts, weights, *, k, lr, beta, interval, down=0):
+    """Algorithm 1 with top-k of the change of x and of u, by loops over clients and steps -> (x, u, e, bytes).
+
+    down: of the change of x that goes down; 0: x itself. bytes: sent, received.
+    """
     N, d = h.shape
-    x, u, e, sent = np.zeros(d), np.zeros(d), np.zeros((2, N, d)), 0
-    for cohort in cohorts:
+    x, u, e, sent, received, ref = np.zeros(d), np.zeros(d), np.zeros((2, N, d)), 0, 0, np.zeros(d)
+    for number, cohort in enumerate(cohorts):
+        if number:
+            ref = ref + top(x - ref, down) if down else x
+        knows = cohorts[number - 1] if number else []
+        received += sum(8 * d + (down * 12 if i in knows else 8 * d) for i in cohort)
         messages, p = np.zeros((2, d)), weights[cohort] / weights[cohort].sum()
         for i, share in zip(cohort, p, strict=True):
-            y, w = x.copy(), u.copy()
+            y, w = ref.copy(), u.copy()
             for _ in range(interval):
                 w = beta * w + h[i] * (y - c[i])
                 y = y - lr * w
-            for s, (end, begin) in enumerate(((y, x), (w, u))):
+            for s, (end, begin) in enumerate(((y, ref), (w, u))):
                 wanted = e[s, i] + end - begin
                 message = top(wanted, k)
                 e[s, i] = wanted - message
                 messages[s] += share * message
                 sent += k * (8 + 4)  # float64, and the place
         x, u = x + messages[0], u + messages[1]
-    return x, u, e, sent
+    return x, u, e, (sent, received)
 
 
-@table("path, chunk, cohort_size", [("loop", 1, 4), ("vmap", 64, 4), ("vmap", 2, 3)])
-def test_a_run_with_top_k_is_the_one_by_hand(path, chunk, cohort_size):
-    """Clients that are not drawn keep e as it is."""
+@table("path, chunk, cohort_size, down", [("loop", 1, 4, 0), ("vmap", 64, 4, 1), ("vmap", 2, 3, 0), ("vmap", 1, 2, 3)])
+def test_a_run_with_top_k_is_the_one_by_hand(path, chunk, cohort_size, down):
+    """Clients that are not drawn keep e as it is, and who missed what went down gets it whole."""
     rng = np.random.default_rng(0)
     h, c = rng.uniform(0.2, 2, (4, 5)), rng.normal(0, 3, (4, 5))
     problem = Quadratic(h.tolist(), c.tolist(), [0.0] * 5)
     plan = coded(simple_plan(4, num_rounds=6, cohort_size=cohort_size, seed=3), "x: topk 0.4; u: topk 0.4")
+    rules = parse_codecs("algorithm.codecs-down", f"x: topk {down / 5}" if down else "")
+    plan = plan._replace(codecs_down=rules)
     engine, cohorts = Engine(problem, plan.method, path=path, chunk_size=chunk), list[np.ndarray]()
     begin_round = engine.begin_round
 
@@ -78,16 +88,17 @@ def test_a_run_with_top_k_is_the_one_by_hand(path, chunk, cohort_size):
 
     engine.begin_round = watched
     *_, (done, record) = run_rounds(problem, plan, engine, beginning(problem, plan))
-    x, u, e, sent = by_hand(h, c, cohorts, np.ones(4), k=2, lr=0.05, beta=0.9, interval=3)
+    x, u, e, sent = by_hand(h, c, cohorts, np.ones(4), k=2, lr=0.05, beta=0.9, interval=3, down=down)
     for got, want in ((done.state.params, x), (done.state.momentum, u)):
         np.testing.assert_allclose(got["x"].numpy(), want, rtol=1e-10)
     for got, want in zip(("e/params/x", "e/momentum/x"), e, strict=True):
         np.testing.assert_allclose(done.own.momentum[got].numpy(), want, rtol=1e-10, atol=1e-12)
-    assert record["bytes_sent"] == sent
+    assert (record["bytes_sent"], record.get("bytes_received", sent[1])) == sent
+    assert ("bytes_received" in record) == bool(down)
     assert len(cohorts[0]) == cohort_size
 
 
-TEXTS = ("x: int8; u: lowrank 1", "x: topk 0.1; u: int4 plain")
+TEXTS = ("x: int8; u: randomk 0.3", "x: topk 0.1; u: int4 plain")
 
 
 @table("text", TEXTS)
@@ -161,10 +172,10 @@ def test_int4_alone_ends_where_algorithm_1_does_in_the_mean_and_nearest_would_no
     keep = (1 - lr * h) ** 2
     fixed = ((1 - keep) * c).mean(0) / (1 - keep).mean(0)
     problem = Quadratic(h.tolist(), c.tolist(), [0.0] * 6)
-    plan = coded(simple_plan(3, num_rounds=300, lr=lr, beta=0.0, num_local_steps=2), "x: int4 8 plain")
+    plan = coded(simple_plan(3, num_rounds=200, lr=lr, beta=0.0, num_local_steps=2), "x: int4 8 plain")
     path = [record["x"] for _, record in run_rounds(problem, plan, engine(problem, plan), beginning(problem, plan))]
     x, nearest = np.zeros(6), []
-    for _ in range(300):
+    for _ in range(200):
         moved = (keep - 1) * (x - c)
         step = abs(moved).max(1, keepdims=True) / 7
         x = x + (step * np.round(moved / step)).mean(0)
@@ -186,6 +197,8 @@ CONFIG = {
     "algorithm.num-local-steps": 2,
     "algorithm.cohort-size": 2,
     "algorithm.codecs": "x: int8 2; u: topk 0.34",
+    "algorithm.codecs-down": "x: int4 2; u: lowrank 1",
+    "algorithm.outer": "nesterov",
     "run.num-rounds": 6,
     "run.checkpoint-every": 2,
     "engine.path": "vmap",
@@ -201,15 +214,33 @@ class _StopAfter(fedmom.Callback):
             raise KeyboardInterrupt
 
 
-def test_a_resumed_run_ends_with_the_same_bytes(tmp_path):
-    fedmom.run({}, sets=CONFIG, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
-    fedmom.run({}, sets=CONFIG, out=tmp_path / "parts", callbacks=[_StopAfter(3)])
+DIGITS = {
+    "data.num-clients": 4,
+    "data.batch-size": 4,
+    "model.name": "mlp",
+    "model.hidden": 4,
+    "algorithm.num-local-steps": 1,
+    "algorithm.cohort-size": 2,
+    "algorithm.codecs": "x: lowrank 1; u: int4",
+    "algorithm.codecs-down": "x: lowrank 1",
+    "run.num-rounds": 6,
+    "run.eval-every": 6,
+    "run.checkpoint-every": 2,
+    "engine.path": "vmap",
+}
+
+
+@table("config", [CONFIG, DIGITS])
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, config):
+    fedmom.run({}, sets=config, out=tmp_path / "whole", callbacks=[fedmom.Callback()])
+    fedmom.run({}, sets=config, out=tmp_path / "parts", callbacks=[_StopAfter(3)])
     fedmom.run(resume=tmp_path / "parts", callbacks=[fedmom.Callback()])
     for name in (folder.FINAL, folder.CHECKPOINT, folder.CLIENTS):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
     sent = [[r["bytes_sent"] for r in read_rounds(tmp_path / name)] for name in ("whole", "parts")]
     assert sent[0] == sent[1]
-    assert sent[0][0] == 2 * ((3 + 8) + 2 * 12)
+    if config is CONFIG:
+        assert sent[0][0] == 2 * ((3 + 8) + 2 * 12)
 
 
 @table(
@@ -239,6 +270,10 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path):
         ({"codecs": "x: int8", "name": "d-sgd-m"}, "Algorithm 2"),
         ({"codecs": "x: int8", "run.backend": "simulation"}, "run.backend = 'engine'"),
         ({"codecs": "x: int8", "engine.workers": 2}, "engine.workers = 0"),
+        ({"codecs-down": "x: int8 plain"}, "leave plain out"),
+        ({"codecs-down": "v: bfloat16", "optimizer": "adamw"}, "would not stay positive"),
+        ({"codecs-down": "x: int8", "states": "u: average every 2"}, "u is not"),
+        ({"codecs-down": "x: int8", "name": "d-sgd-m"}, "Algorithm 2"),
     ],
 )
 def test_what_cannot_be_encoded_is_refused_in_one_line(sets, words):
@@ -254,6 +289,8 @@ def test_flower_carries_tensors_as_they_are():
     with pytest.raises(InputError, match="Flower's messages"):
         refuse_codecs(config)
     refuse_codecs(resolve(load({"algorithm.codecs": "x: float32"})).config)
+    with pytest.raises(InputError, match=r"algorithm\.codecs-down"):
+        refuse_codecs(resolve(load({"algorithm.codecs-down": "x: int8"})).config)
     for text in ("x: int4 195; u: int8 100000 plain", "x: randomk 0.1 scaled plain", " x : topk 1 ;u:float16 plain;"):
         resolve(load({"algorithm.codecs": text}))
 
@@ -266,3 +303,33 @@ def test_a_state_without_rows_of_its_own_begins_with_none():
     assert isinstance(ends[0], RunState)
     assert same(ends[0].state, ends[1].state)
     assert all(v.dtype == F64 for v in ends[0].own.momentum.values())
+
+
+def test_what_goes_down_exactly_changes_nothing():
+    """k = d both ways, with an outer step and personal tensors: the run without codecs."""
+    problem = image_problem("mlp", 3, hidden=4, personal="head")
+    plan = simple_plan(3, outer=OuterRule("fedavgm", OuterNumbers(0.7, 0.5)))
+    one, _ = run_plan(problem, plan, path="vmap")
+    down = parse_codecs("algorithm.codecs-down", "x: topk 1; u: topk 1")
+    other, records = run_plan(problem, coded(plan, "x: topk 1; u: topk 1")._replace(codecs_down=down), path="vmap")
+    for a, b in zip(one.gathered().state, other.gathered().state, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    assert {name.partition("/")[2] for name in other.reference} == {*one.state.params} - problem.personal
+    assert records[-1]["bytes_sent"] == 1.5 * one.bytes_sent  # 12 bytes a number for 8
+
+
+def test_the_server_keeps_what_its_message_leaves_behind():
+    """x + Σ p_i e_i moves by Σ p_i (s_i − ref), and the reference comes as near to x as its codec does."""
+    rng = np.random.default_rng(1)
+    h, c = rng.uniform(0.2, 2, (3, 12)), rng.normal(0, 3, (3, 12))
+    problem = Quadratic(h.tolist(), c.tolist(), [0.0] * 12)
+    plan = coded(simple_plan(3, num_rounds=100, lr=0.1, beta=0.0, num_local_steps=1), "x: int8 12")
+    plan = plan._replace(codecs_down=parse_codecs("algorithm.codecs-down", "x: int4 12"))
+    done = beginning(problem, plan)
+    for new, _ in run_rounds(problem, plan, engine(problem, plan), done):
+        ref = done.reference["params/x"].numpy()
+        moved = [s.state.params["x"].numpy() + s.own.momentum["e/params/x"].numpy().mean(0) for s in (done, new)]
+        np.testing.assert_allclose(moved[1] - moved[0], (-0.1 * h * (ref - c)).mean(0), rtol=1e-10, atol=1e-12)
+        done = new
+    assert not np.array_equal(done.reference["params/x"].numpy(), done.state.params["x"].numpy())
+    np.testing.assert_allclose(done.state.params["x"].numpy(), (h * c).sum(0) / h.sum(0), atol=0.05)

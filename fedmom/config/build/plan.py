@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedmom.config.keys import Config
-from fedmom.config.method.codecs import UP, parse_codecs
+from fedmom.config.method.codecs import DOWN, UP, parse_codecs
 from fedmom.config.method.outer import outer_of
 from fedmom.config.method.states import parse_states
 from fedmom.config.numbers import parse_numbers
@@ -63,6 +63,7 @@ def make_plan(config: Config) -> Plan:
         num_steps=config.run.num_steps,
         outer=outer_of(config),
         topology=topology_of(config),
+        codecs_down=parse_codecs(DOWN, algorithm.codecs_down),
         client_eval_every=config.run.client_eval_every,
         personal_steps=config.run.personal_steps,
         eval_clients=config.run.eval_clients,

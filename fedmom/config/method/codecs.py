@@ -13,7 +13,7 @@ from fedmom.method.states.rules import CodecRule, Rules
 from fedmom.travel.feedback import POSITIVE
 from fedmom.travel.table import CODECS, codec_of
 
-UP = "algorithm.codecs"
+UP, DOWN = "algorithm.codecs", "algorithm.codecs-down"
 _FORM = (
     'must be "STATE: CODEC NUMBER" by semicolons, and perhaps plain, as in "x: int8; u: topk 0.1; m: int8 256 plain"'
 )
@@ -87,12 +87,29 @@ def _number(said: str, name: str, word: str) -> float:
 
 def check_codecs(config: Config) -> None:
     """Raises InputError for a state that cannot be encoded, and where nobody encodes."""
-    algorithm = config.algorithm
-    rules, said = parse_codecs(UP, algorithm.codecs), f"{UP} = {algorithm.codecs!r}"
-    if not rules:
-        return
-    check_place(config, said)
-    _check_states(config, said, rules)
+    for key, text in _texts(config).items():
+        said = f"{key} = {text!r}"
+        if codecs := parse_codecs(key, text):
+            check_place(config, said)
+            _check_states(config, said, codecs)
+            if key == DOWN:
+                _check_down(config, said, codecs)
+
+
+def _texts(config: Config) -> dict[str, str]:
+    return {UP: config.algorithm.codecs, DOWN: config.algorithm.codecs_down}
+
+
+def _check_down(config: Config, said: str, codecs: dict[str, CodecRule]) -> None:
+    """The reference is the memory of what is left behind, and both ends know when it moves."""
+    for state, rule in codecs.items():
+        if rule.plain:
+            raise InputError(f"{said}: {state}: what goes down has a reference and no feedback; leave plain out")
+        if state in POSITIVE:
+            raise InputError(f"{said}: {state} would not stay positive under changes in few bits; leave it out")
+    rare = [state for state, (_, period) in parse_states(config.algorithm.states).items() if period > 1]
+    if rare:
+        raise InputError(f"{said}: needs every state in every round, and {rare[0]} is not; leave 'every' out of states")
 
 
 def check_place(config: Config, said: str) -> None:
@@ -107,8 +124,9 @@ def check_place(config: Config, said: str) -> None:
 
 def refuse_codecs(config: Config) -> None:
     """Raises InputError under Flower, where nobody encodes; run.backend need not say that it is Flower's."""
-    if parse_codecs(UP, config.algorithm.codecs):
-        raise InputError(f"{UP} = {config.algorithm.codecs!r}: {_CARRIES}; leave it ''")
+    for key, text in _texts(config).items():
+        if parse_codecs(key, text):
+            raise InputError(f"{key} = {text!r}: {_CARRIES}; leave it ''")
 
 
 def _check_states(config: Config, said: str, codecs: dict[str, CodecRule]) -> None:
