@@ -139,6 +139,17 @@ def test_float32_is_no_codec_at_all():
     assert records[-1]["bytes_sent"] == again[-1]["bytes_sent"]
 
 
+def test_without_feedback_nobody_keeps_anything():
+    """Every way comes to the same, that without rows too, which must have some for a codec."""
+    problem = image_problem("mlp", 3, hidden=4)
+    plan = coded(simple_plan(3, num_rounds=2), "x: int8 plain; u: bfloat16 plain")
+    ends = [run_plan(problem, plan, path=path, chunk_size=chunk)[0] for path, chunk in [*WAYS, ("factors", 64)]]
+    for end in ends:
+        assert end.own is None
+        for a, b in zip(ends[0].state, end.state, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_steps_that_are_not_equally_many_and_other_states_are_encoded_too():
     """local-epochs, AdamW's m and v, personal tensors: every way comes to the same, and what is personal has no e."""
     data = tiny_images()
