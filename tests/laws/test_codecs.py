@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fedmom
+from fedmom.backends.trainer import settled
 from fedmom.config.load import load
 from fedmom.config.method.codecs import parse_codecs, refuse_codecs
 from fedmom.config.resolve import resolve
@@ -13,6 +14,7 @@ from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
 from fedmom.method.outer import OuterNumbers, OuterRule
 from fedmom.records import folder
+from fedmom.records.files import read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import RunState, beginning
@@ -254,6 +256,22 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, config):
         assert sent[0][0] == 2 * ((3 + 8) + 2 * 12)
 
 
+@pytest.mark.slow
+def test_workers_come_to_the_same(tmp_path):
+    """Blocks of clients in other processes: the messages, and what clients keep of them, are those of one process."""
+    sets = DIGITS | {"algorithm.codecs": "x: int8; u: topk 0.2", "run.dtype": "float64", "engine.chunk-size": 2}
+    sets |= {"algorithm.cohort-size": 3, "algorithm.codecs-down": "x: topk 0.5"}
+    runs = []
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        result = fedmom.run({}, sets=sets | {"engine.workers": workers}, out=out, callbacks=[fedmom.Callback()])
+        tensors = [read_tensors(out / name)[0] for name in (folder.CHECKPOINT, folder.CLIENTS)]
+        runs.append(([(r["bytes_sent"], r["bytes_received"]) for r in result.rounds], tensors))
+    assert runs[0][0] == runs[1][0]
+    for a, b in zip(runs[0][1], runs[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
 @table(
     "sets, words",
     [
@@ -280,7 +298,6 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, config):
         ({"codecs": "u: int8", "beta": 0.0}, "beta = 0"),
         ({"codecs": "x: int8", "name": "d-sgd-m"}, "Algorithm 2"),
         ({"codecs": "x: int8", "run.backend": "simulation"}, "run.backend = 'engine'"),
-        ({"codecs": "x: int8", "engine.workers": 2}, "engine.workers = 0"),
         ({"codecs-down": "x: int8 plain"}, "leave plain out"),
         ({"codecs-down": "v: bfloat16", "optimizer": "adamw"}, "would not stay positive"),
         ({"codecs-down": "x: int8", "states": "u: average every 2"}, "u is not"),
@@ -300,6 +317,8 @@ def test_flower_carries_tensors_as_they_are():
     with pytest.raises(InputError, match="Flower's messages"):
         refuse_codecs(config)
     refuse_codecs(resolve(load({"algorithm.codecs": "x: float32"})).config)
+    with pytest.raises(InputError, match="Flower's messages"):
+        settled({"algorithm.codecs": "x: int8"})
     with pytest.raises(InputError, match=r"algorithm\.codecs-down"):
         refuse_codecs(resolve(load({"algorithm.codecs-down": "x: int8"})).config)
     for text in ("x: int4 195; u: int8 100000 plain", "x: randomk 0.1 scaled plain", " x : topk 1 ;u:float16 plain;"):

@@ -118,8 +118,6 @@ def check_place(config: Config, said: str) -> None:
         raise InputError(f"{said}: needs Algorithm 1, and {config.algorithm.name} is Algorithm 2; leave it ''")
     if config.run.backend != _ENGINE:
         raise InputError(f"{said}: needs run.backend = {_ENGINE!r}; {_CARRIES}")
-    if config.engine.workers:
-        raise InputError(f"{said}: needs engine.workers = 0, not {config.engine.workers}")
 
 
 def refuse_codecs(config: Config) -> None:
