@@ -7,18 +7,24 @@ from torch import Tensor
 from fedmom.config.keys import Config
 from fedmom.method.corrections import Correction
 from fedmom.method.state import ClientState, X, num_bytes, parted
-from fedmom.method.states.rules import Rules, state_in
+from fedmom.method.states.rules import CodecRule, Rules, state_in
 from fedmom.rounds.correction import start_of
 from fedmom.rounds.own import shared_of
 from fedmom.rounds.plan import Plan
 from fedmom.tasks.problem import Problem
 from fedmom.travel.feedback import kept_before
+from fedmom.travel.table import codec_of
 
 
 def _travels_more(rules: Rules, one: str, other: str) -> bool:
     """Whether a state is averaged, and in more rounds than another."""
     (policy, period), (_, longer) = rules.of(one), rules.of(other)
     return policy == "average" and (not rules.exchanged(other, longer) or period < longer)
+
+
+def _steps_by_block(rule: CodecRule) -> bool:
+    """Whether a number's error is of its block's size: integers, and nothing else that is unbiased, are so."""
+    return codec_of(rule).unbiased and not rule.scaled
 
 
 def _tensors(state: ClientState) -> Iterator[tuple[str, str, Tensor]]:
@@ -49,6 +55,11 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
         notes.append(
             "m travels more often than v: a client that never sees a coordinate (a rare word) has v = 0 there and "
             "divides the others' m by ε; let v travel as often, or compare"
+        )
+    if "v" in plan.method.by.states and (rule := plan.method.codecs.get("m")) and _steps_by_block(rule):
+        notes.append(
+            f"algorithm.codecs: m by {rule.name} errs by its block's largest number, and is divided by the root of v: "
+            "where gradients are far smaller than their block's, steps are too long; compare with bfloat16"
         )
     if plan.method.codecs:
         shared = shared_of(problem, start_of(problem, plan.method)[0])

@@ -49,6 +49,7 @@ class Codec:
     unbiased = False  # whether E C(v) = v over the addresses
     alone = False  # whether it may go without feedback: it is unbiased, or errs by a small part of every number
     fine = False  # whether every number keeps its sign and its digits, up to a relative error; what v needs
+    fills = False  # whether a number that is 0 may arrive as another
     keeps = False  # whether clients keep more than e between rounds
 
     def encode(self, rows: Tensor, address: Address, state: Tree) -> tuple[Payload, Tree]:

@@ -40,7 +40,9 @@ class Senders(NamedTuple):
 
 def rule_of(rules: CodecRules, part: str, name: str, value: Tensor) -> CodecRule | None:
     """How a tensor is encoded; None for one that travels as it is: a buffer, a clock, whole numbers."""
-    if part not in _PARTS or CLOCK in name.partition("/")[0] or not value.is_floating_point() or not value.numel():
+    state, slash, _ = name.partition("/")
+    is_clock = part == "momentum" and slash and state.endswith(CLOCK)
+    if part not in _PARTS or is_clock or not value.is_floating_point() or not value.numel():
         return None
     return rules.get(state_in(part, name))
 

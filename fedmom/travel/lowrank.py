@@ -19,7 +19,7 @@ from fedmom.travel.codec import SERVER, Address, Codec, Payload, working
 class LowRank(Codec):
     """C(M) = PQᵀ."""
 
-    keeps = True
+    fills = keeps = True
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

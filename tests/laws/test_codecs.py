@@ -292,6 +292,7 @@ def test_workers_come_to_the_same(tmp_path):
         ({"codecs": "v: bfloat16"}, "has no state 'v'"),
         ({"codecs": "v: int8", "optimizer": "adamw"}, "take float32 or bfloat16"),
         ({"codecs": "v: float16", "optimizer": "adamw"}, "take float32 or bfloat16"),
+        ({"codecs": "m: lowrank", "optimizer": "adamw"}, "divides them by ε"),
         ({"codecs": "u: int8", "momentum-policy": "local"}, "u is local and does not travel"),
         ({"codecs": "u: int8", "momentum-policy": "reset"}, "u is reset and does not travel"),
         ({"codecs": "u: int8", "states": "u: average every 2"}, "every 2 rounds"),

@@ -128,6 +128,15 @@ def test_v_stays_positive_and_keeps_its_small_numbers():
 
 def test_what_is_no_real_tensor_of_a_named_state_travels_as_it_is():
     clock, count, empty = torch.ones(()), torch.ones((), dtype=torch.int64), torch.zeros(0)
+    assert [
+        *sent(
+            {"x": CodecRule("topk", 0.25)},
+            state(**{"a.clock/b": torch.ones(1, 4)}),
+            state(**{"a.clock/b": torch.zeros(4)}),
+            {},
+            senders(1, 0),
+        )[1]
+    ] == ["e/params/a.clock/b"]
     one = ClientState({"w": torch.ones(4), "none": empty}, {"m/w": torch.ones(4), "m.clock/w": clock}, {"n": count})
     rules = {"x": CodecRule("topk", 0.25), "m": CodecRule("int8", 4)}
     rows = ClientState(*({n: v[None] for n, v in tree.items()} for tree in one))

@@ -145,6 +145,11 @@ def _check_states(config: Config, said: str, codecs: dict[str, CodecRule]) -> No
             raise InputError(f"{said}: {state} is exchanged every {period} rounds; codecs need every round")
         if state != X and not rules.sends("momentum", "" if state == "u" else f"{state}/", 1):
             raise InputError(f"{said}: with beta = 0 {state} is the gradient and does not travel; leave it out")
+        if state != X and codec_of(rule).fills and any(one in POSITIVE for one in optimizer.states):
+            raise InputError(
+                f"{said}: {rule.name} gives {state} numbers where it is 0, and {algorithm.optimizer} divides them by "
+                "ε; take another codec"
+            )
         if state in POSITIVE and not codec_of(rule).fine:
             right = " or ".join(name for name, kind in CODECS.items() if codec_of(CodecRule(name, kind.default)).fine)
             raise InputError(f"{said}: {state} must keep its smallest numbers, which x divides by; take {right}")
