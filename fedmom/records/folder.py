@@ -66,6 +66,16 @@ def _rows(done: RunState) -> Tree:
     return flatten(own if done.rows else own._replace(correction=done.client_correction or {}))
 
 
+def _memories(template: RunState, tensors: Tree, device: torch.device) -> dict[str, Any]:
+    """What the server remembers besides the mean state, of a checkpoint's tensors; None for what there is not."""
+    outer, reference = template.outer, template.reference
+    if outer is not None:
+        outer = {s: {n: tensors[f"{_OUTER}{s}/{n}"].to(device) for n in tree} for s, tree in outer.items()}
+    if reference is not None:
+        reference = {name: tensors[_REFERENCE + name].to(device) for name in reference}
+    return {"outer": outer, "reference": reference}
+
+
 def _by_names(found: Tree, expected: Tree) -> Tree:
     """What a file holds by the names that are expected of it, some of which were others before."""
     renamed = dict(found)
@@ -248,18 +258,13 @@ class RunFolder:
             rows = {name: found[name] for name in expected_rows}
         # In the model's order, which a file does not keep: sums over tensors must not depend on it.
         state = to_device(unflatten({name: tensors[name] for name in flatten(template.state)}), device)
-        own, outer, reference = unflatten(rows), template.outer, template.reference
-        if reference is not None:
-            reference = {name: tensors[_REFERENCE + name].to(device) for name in reference}
-        if outer is not None:
-            outer = {s: {n: tensors[f"{_OUTER}{s}/{n}"].to(device) for n in tree} for s, tree in outer.items()}
+        own = unflatten(rows)
         done = template._replace(
             state=state,
             own=own._replace(correction={}) if template.own is not None else None,
             rows=own if template.rows is not None else None,
             client_correction=own.correction if template.client_correction is not None else None,
-            outer=outer,
-            reference=reference,
+            **_memories(template, tensors, device),
             bytes_received=about.get(_RECEIVED),
             **{name: about[name] for name in _COUNTS},
         )

@@ -138,8 +138,7 @@ def run_rounds(
             "consensus_distance": outcome.consensus_distance,
             "momentum_spread": outcome.momentum_spread,
             **(outcome.more or {}),
-            "bytes_sent": new.bytes_sent,
-            **({} if new.bytes_received is None else {"bytes_received": new.bytes_received}),
+            **_travelled(new),
             "wall_seconds": new.wall_seconds,
             "client_steps_per_second": steps / train_seconds,
             "num_clients": len(job.clients),
@@ -150,6 +149,12 @@ def run_rounds(
             record |= _coordinates(new.state, outcome.trajectory)
         yield new, record
         done = new
+
+
+def _travelled(new: RunState) -> Record:
+    """The bytes so far, of both ways where what goes down is counted."""
+    sent = {"bytes_sent": new.bytes_sent}
+    return sent if new.bytes_received is None else sent | {"bytes_received": new.bytes_received}
 
 
 def _judged(

@@ -27,6 +27,22 @@ def _steps_by_block(rule: CodecRule) -> bool:
     return codec_of(rule).unbiased and not rule.scaled
 
 
+def _of_codecs(problem: Problem, plan: Plan) -> list[str]:
+    """What a user should know of algorithm.codecs."""
+    notes = []
+    if "v" in plan.method.by.states and (rule := plan.method.codecs.get("m")) and _steps_by_block(rule):
+        notes.append(
+            f"algorithm.codecs: m by {rule.name} errs by its block's largest number, and is divided by the root of v: "
+            "where gradients are far smaller than their block's, steps are too long; compare with bfloat16"
+        )
+    if plan.method.codecs:
+        shared = shared_of(problem, start_of(problem, plan.method)[0])
+        size = num_bytes(kept_before(plan.method.codecs, shared, len(problem.sizes))) / 1e6
+        if size > 1:
+            notes.append(f"the codecs keep what they left behind of all {len(problem.sizes)} clients: {size:,.1f} MB")
+    return notes
+
+
 def _tensors(state: ClientState) -> Iterator[tuple[str, str, Tensor]]:
     for part, tree in state._asdict().items():
         yield from ((part, name, tensor) for name, tensor in tree.items())
@@ -56,16 +72,7 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
             "m travels more often than v: a client that never sees a coordinate (a rare word) has v = 0 there and "
             "divides the others' m by ε; let v travel as often, or compare"
         )
-    if "v" in plan.method.by.states and (rule := plan.method.codecs.get("m")) and _steps_by_block(rule):
-        notes.append(
-            f"algorithm.codecs: m by {rule.name} errs by its block's largest number, and is divided by the root of v: "
-            "where gradients are far smaller than their block's, steps are too long; compare with bfloat16"
-        )
-    if plan.method.codecs:
-        shared = shared_of(problem, start_of(problem, plan.method)[0])
-        size = num_bytes(kept_before(plan.method.codecs, shared, len(problem.sizes))) / 1e6
-        if size > 1:
-            notes.append(f"the codecs keep what they left behind of all {len(problem.sizes)} clients: {size:,.1f} MB")
+    notes += _of_codecs(problem, plan)
     if isinstance(plan.method.correction, Correction):
         _, client = start_of(problem, plan.method)
         if (size := len(problem.sizes) * num_bytes(client) / 1e6) > 1:

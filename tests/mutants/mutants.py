@@ -1945,7 +1945,7 @@ MUTANTS = [
         "codecs",
         "a resumed run begins with another reference",
         "clients begin at x⁰ again",
-        code(f"{FOLDER}.load", "tensors[_REFERENCE + name].to(device)", "reference[name]"),
+        code("fedmom.records.folder._memories", "tensors[_REFERENCE + name].to(device)", "reference[name]"),
         f"{CODED}::test_a_resumed_run_ends_with_the_same_bytes",
     ),
 ]
