@@ -19,6 +19,7 @@ _ALWAYS = (
     *("round", "steps", "joint_epochs", "lr", "train_loss", "consensus_distance", "momentum_spread"),
     *("bytes_sent", "wall_seconds", "client_steps_per_second", "num_clients", "num_failed"),
 )
+_DOWN = "bytes_received"  # where what goes down is encoded
 _MIXED = ("consensus_distance_after", "momentum_spread_after")
 
 
@@ -44,7 +45,8 @@ def measured_by(config: Config) -> set[str]:
     of_clients = {name for one in clients_numbers(config) for name in statistics(one)}
     if of_clients:
         of_clients |= {COUNT, f"{PERSONAL}_{DIVERGED}"}
-    return {*_ALWAYS, *own, *((*_MIXED, *client_measures(own)) if mixes else ()), *of_clients} - {"optimum"}
+    down = {_DOWN} if config.algorithm.codecs_down else set()
+    return {*_ALWAYS, *down, *own, *((*_MIXED, *client_measures(own)) if mixes else ()), *of_clients} - {"optimum"}
 
 
 def clients_numbers(config: Config) -> tuple[str, ...]:

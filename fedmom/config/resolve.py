@@ -7,6 +7,7 @@ from fedmom.config.examples import count_clients
 from fedmom.config.goals import measured_by, monitored, parse_goal, unmeasured
 from fedmom.config.keys import KEYS, AlgorithmConfig, Config
 from fedmom.config.load import Loaded, flat, replace
+from fedmom.config.method.codecs import check_codecs
 from fedmom.config.method.interval import check_interval, settle_interval
 from fedmom.config.method.named import settle_named
 from fedmom.config.method.optimizer import settle_optimizer
@@ -57,6 +58,7 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     check_presets(config, given, notes)
     check_interval(config)
     check_outer(config, given, notes)
+    check_codecs(config)
     config = _settle_rounds(config, given, notes)
     _check_strategy(config, given, notes)
     _check_personal(config)

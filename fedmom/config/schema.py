@@ -60,6 +60,8 @@ EXAMPLES: dict[str, Any] = {
     "algorithm.lr-min": 0.001,
     "algorithm.weight-decay": 0.0001,
     "algorithm.momentum-policy": "reset",
+    "algorithm.codecs": "x: int8; u: topk 0.1",
+    "algorithm.codecs-down": "x: int8",
     "algorithm.correction": "mine:proximal",
     "algorithm.prox-mu": 0.1,
     "algorithm.fedcm-alpha": 0.2,

@@ -245,7 +245,8 @@ def _way_to_stack(
 
 def _may_factor(problem: Problem, method: Method, start: ClientState, job: Job) -> bool:
     """Whether dense layers in factors would be used: clients share a start, and the layers are wide enough."""
-    shared = method.by.linear and not method.rules.has_rows and not problem.personal and method.correction is None
+    own = method.rules.has_rows or problem.personal or method.codecs
+    shared = method.by.linear and not own and method.correction is None
     return shared and bool(Stack(problem, method, factors=True).in_factors(start, job))
 
 

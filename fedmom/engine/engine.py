@@ -87,7 +87,7 @@ class PlainRunner:
         def run(places: Tensor) -> ChunkOutcome:
             part = part_of(job, places, self.problem.device)
             found = self._run_chunk(with_own(stacked(start, len(places)), part, self.order), part, progress)
-            ended, own = without_own(self.problem, self.method, found.ended, part)
+            ended, own = without_own(self.problem, self.method, start, found.ended, part)
             if part.scales is not None:
                 ended = ended._replace(params=scaled(start.params, ended.params, part.scales))
             return found._replace(ended=ended, own=own)

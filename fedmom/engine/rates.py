@@ -88,7 +88,7 @@ class Rates:
 def replayable(method: Method, job: Job, own_rows: bool) -> bool:
     """Whether a GPU may record a round's steps: all clients take equally many, from a common start."""
     even = bool((job.num_steps == len(job.lrs)).all())
-    return even and not own_rows and not method.rules.has_rows
+    return even and not (own_rows or method.rules.has_rows or method.codecs)
 
 
 def rate(
@@ -135,7 +135,9 @@ def seconds(
 
 
 def _engine(problem: Problem, method: Method, path: str, num_rows: int) -> Engine:
-    return Engine(problem, method._replace(momentum_policy="average", states={}), path=path, chunk_size=num_rows)
+    return Engine(
+        problem, method._replace(momentum_policy="average", states={}, codecs={}), path=path, chunk_size=num_rows
+    )
 
 
 def _seconds_of(engine: Engine, start: ClientState, job: Job, num_rows: int, steps: int) -> float:

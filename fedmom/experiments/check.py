@@ -176,7 +176,7 @@ def _measured(
     per_round = plan.cohort_size * float(plan.steps_of(problem.sizes).mean())
     rows = [] if begun.client_correction is None else [begun.client_correction]
     rows += [tree for own in (begun.rows, begun.own) if own is not None for tree in own]
-    state = [*begun.state, *(begun.outer or {}).values()]
+    state = [*begun.state, *(begun.outer or {}).values(), begun.reference or {}]
     return {
         "start": begun.state,
         "clients": clients,

@@ -10,7 +10,7 @@ from fedmom.method.optimizers.optimizer import Numbers, Optimizer
 from fedmom.method.optimizers.table import OPTIMIZERS
 from fedmom.method.schedules import Follow, adaptive, decaying
 from fedmom.method.states.fragments import Fragments
-from fedmom.method.states.rules import Rules, StateRule
+from fedmom.method.states.rules import CodecRule, Rules, StateRule
 
 
 class Method(NamedTuple):
@@ -27,6 +27,7 @@ class Method(NamedTuple):
     eps: float = 1e-8
     states: Mapping[str, StateRule] = MappingProxyType({})  # of x and of the optimizer's states, by name
     fragments: Fragments = Fragments()  # the parts of the model that take turns at the exchange
+    codecs: Mapping[str, CodecRule] = MappingProxyType({})  # of what clients send of them, where it is encoded
 
     @property
     def rules(self) -> Rules:

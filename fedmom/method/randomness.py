@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # The first word of an address says what the numbers are for, so that no two purposes share a stream.
-COHORT, SHUFFLE, REPLACEMENT, CROP, FLIP, DROPOUT, NOISE, CORRECTION, CLIENTS, HELD_OUT = range(1, 11)
+COHORT, SHUFFLE, REPLACEMENT, CROP, FLIP, DROPOUT, NOISE, CORRECTION, CLIENTS, HELD_OUT, CODEC = range(1, 12)
 
 
 def _signed(word: int) -> int:

@@ -42,7 +42,9 @@ _FORMERLY = {  # what names were before: of SlowMo's tensors, and of algorithm.p
     f"{_OUTER}b/params/": "slow_momentum/",
     "": "personal/",
 }
+_REFERENCE = "reference/"  # likewise of what clients begin at: reference/params/NAME
 _COUNTS = ("round", "steps", "examples", "bytes_sent")  # of a checkpoint
+_RECEIVED = "bytes_received"  # likewise, where it is counted
 
 
 def _leftovers(folder: Path) -> list[str]:
@@ -54,13 +56,24 @@ def _leftovers(folder: Path) -> list[str]:
 def _checkpointed(done: RunState) -> Tree:
     """The tensors of checkpoint.safetensors: the mean state, and what the outer step remembers where there is one."""
     outer = (done.outer or {}).items()
-    return flatten(done.state) | {f"{_OUTER}{slot}/{name}": v for slot, tree in outer for name, v in tree.items()}
+    found = flatten(done.state) | {f"{_OUTER}{slot}/{name}": v for slot, tree in outer for name, v in tree.items()}
+    return found | {f"{_REFERENCE}{name}": v for name, v in (done.reference or {}).items()}
 
 
 def _rows(done: RunState) -> Tree:
     """The tensors of clients.safetensors: what every client has of its own."""
     own = done.rows or done.own or ClientState({}, {}, {})
     return flatten(own if done.rows else own._replace(correction=done.client_correction or {}))
+
+
+def _memories(template: RunState, tensors: Tree, device: torch.device) -> dict[str, Any]:
+    """What the server remembers besides the mean state, of a checkpoint's tensors; None for what there is not."""
+    outer, reference = template.outer, template.reference
+    if outer is not None:
+        outer = {s: {n: tensors[f"{_OUTER}{s}/{n}"].to(device) for n in tree} for s, tree in outer.items()}
+    if reference is not None:
+        reference = {name: tensors[_REFERENCE + name].to(device) for name in reference}
+    return {"outer": outer, "reference": reference}
 
 
 def _by_names(found: Tree, expected: Tree) -> Tree:
@@ -204,8 +217,9 @@ class RunFolder:
     @staticmethod
     def _about(done: RunState, stamp: dict[str, Any]) -> dict[str, Any]:
         """No times: the bytes of a resumed run are those of an uninterrupted one."""
-        changes = {"interval": done.interval} if done.interval else {}
-        return {**stamp, **{name: getattr(done, name) for name in _COUNTS}, **changes}
+        more = {"interval": done.interval} if done.interval else {}
+        more |= {} if done.bytes_received is None else {_RECEIVED: done.bytes_received}
+        return {**stamp, **{name: getattr(done, name) for name in _COUNTS}, **more}
 
     def load(
         self,
@@ -235,16 +249,15 @@ class RunFolder:
         rows = self._load_rows(_rows(template), about)
         # In the model's order, which a file does not keep: sums over tensors must not depend on it.
         state = to_device(unflatten({name: tensors[name] for name in flatten(template.state)}), device)
-        own, outer = unflatten(rows), template.outer
-        if outer is not None:
-            outer = {s: {n: tensors[f"{_OUTER}{s}/{n}"].to(device) for n in tree} for s, tree in outer.items()}
+        own = unflatten(rows)
         done = template._replace(
             state=state,
             own=own._replace(correction={}) if template.own is not None else None,
             rows=own if template.rows is not None else None,
             client_correction=own.correction if template.client_correction is not None else None,
-            outer=outer,
             interval=int(about["interval"]) if template.interval else 0,
+            **_memories(template, tensors, device),
+            bytes_received=about.get(_RECEIVED),
             **{name: about[name] for name in _COUNTS},
         )
         return done, stamp

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedmom.method.algorithms import Method
 from fedmom.method.schedules import Span
 from fedmom.method.state import ClientState, Tree, is_among, rows_of, stacked, to_device
-from fedmom.rounds.own import shared_of, with_own
+from fedmom.rounds.own import shared_of, trained, with_own
 from fedmom.rounds.plan import Plan, RunState, clients_job
 from fedmom.rounds.results import OWN, PERSONAL, ClientResults, client_results
 from fedmom.rounds.round import Backend, Job, Stepper, part_of
@@ -78,9 +78,9 @@ def own_models_of(problem: Problem, plan: Plan, own: ClientState | None) -> Clie
     A model of a client's own goes from x̂, also where clients are on their way between two exchanges of x.
     """
     if own is None or plan.method.rules.moves_x:
-        return own
+        return own and trained(own)
     kept = [{n: v for n, v in tree.items() if is_among(n, problem.personal)} for tree in (own.params, own.buffers)]
-    return ClientState(kept[0], own.momentum, kept[1])
+    return ClientState(kept[0], trained(own).momentum, kept[1])
 
 
 def _own_models(

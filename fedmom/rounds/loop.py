@@ -23,6 +23,7 @@ from fedmom.rounds.own import check_own, means_of_all, next_rows, shared_of, who
 from fedmom.rounds.plan import Known, Plan, RunState, round_job
 from fedmom.rounds.round import Backend, Early, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
+from fedmom.travel.reference import after_mean, clients_start, next_reference
 
 Record = dict[str, Any]
 
@@ -43,8 +44,13 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
     if job.scales is not None and not everybody:
         mean = mean._replace(params=of_a_cohort(begun.params, mean.params, job.weights, job.scales))
     state = gathered(plan.method, done.state, mean, share, job, begun.params)
+    state = state if done.reference is None else after_mean(begun, state, done.reference)
     if plan.outer is not None and outer is not None:
         state, outer = outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])
+    received, reference = done.bytes_received, done.reference
+    if received is not None and reference is not None:
+        received += plan.bytes_received(done.round, len(problem.sizes), begun)
+        reference = next_reference(plan.codecs_down, reference, state, plan.seed, done.round + 1)
     sent = begun._replace(correction=outcome.mean.correction)
     own = next_rows(problem, plan.method, done.state, done.own, job, outcome)
     whole = None
@@ -60,6 +66,8 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         steps=done.steps + len(job.lrs),
         examples=done.examples + examples,
         bytes_sent=done.bytes_sent + plan.bytes_sent(done.round, len(job.clients), sent),
+        bytes_received=received,
+        reference=reference,
         wall_seconds=done.wall_seconds + seconds,
         rows=outcome.rows,
         fetch=outcome.fetch,
@@ -81,7 +89,9 @@ def _begun(
     problem: Problem, plan: Plan, engine: Backend, done: RunState, known: Known, progress: Progress | None
 ) -> _Begun:
     job = round_job(problem, plan, done, known)
-    outcome = engine.begin_round(shared_of(problem, done.state), job, progress)
+    start = shared_of(problem, done.state)
+    start = start if done.reference is None else clients_start(start, done.reference)
+    outcome = engine.begin_round(start, job, progress)
     asked = len(job.clients)
     if outcome.answered is not None:
         job = part_of(job._replace(own=None, correction=None), outcome.answered.nonzero()[:, 0])
@@ -136,7 +146,7 @@ def run_rounds(
             "consensus_distance": outcome.consensus_distance,
             "momentum_spread": outcome.momentum_spread,
             **(outcome.more or {}),
-            "bytes_sent": new.bytes_sent,
+            **_travelled(new),
             "wall_seconds": new.wall_seconds,
             "client_steps_per_second": steps / train_seconds,
             "num_clients": len(job.clients),
@@ -156,6 +166,12 @@ def _next_interval(problem: Problem, plan: Plan, done: RunState, job: Job, outco
     clients = float(job.weights.sum() ** 2 / (job.weights**2).sum())
     came = Came(done.round + 1, outcome.consensus_distance, float(sum(away)), clients)
     return plan.next_interval(done.interval, came)
+
+
+def _travelled(new: RunState) -> Record:
+    """The bytes so far, of both ways where what goes down is counted."""
+    sent = {"bytes_sent": new.bytes_sent}
+    return sent if new.bytes_received is None else sent | {"bytes_received": new.bytes_received}
 
 
 def _judged(

@@ -2,7 +2,8 @@
 
 What is personal is never averaged: a backend is given a start without it and gives back a mean without it. A state of a
 longer period, and one that its policy leaves with the client, is averaged to be looked at, and goes on with the client.
-The clients' own rows are kept beside the common state; a client without one begins at that.
+The clients' own rows are kept beside the common state; a client without one begins at that. So is what a client keeps
+of the messages that it encoded (fedmom.travel.feedback).
 """
 
 import torch
@@ -27,6 +28,7 @@ from fedmom.method.state import (
 from fedmom.rounds.correction import start_of
 from fedmom.rounds.round import Job, Outcome
 from fedmom.tasks.problem import Problem
+from fedmom.travel.feedback import Senders, is_kept, kept_before, sent
 
 _HELD = 64  # clients whose rows are averaged at once: sums are in float64
 PARTS = ("params", "momentum", "buffers")
@@ -58,8 +60,11 @@ def rows_after(problem: Problem, method: Method, start: ClientState, number: int
 
     All rows are one copy in memory. After round 0 that is what they begin with.
     """
-    own = own_of(problem, method, start, number)
-    return stacked(own, len(problem.sizes)) if any(own) else None
+    count = len(problem.sizes)
+    own = stacked(own_of(problem, method, start, number), count)
+    if method.codecs:
+        own = own._replace(momentum=own.momentum | kept_before(method.codecs, shared_of(problem, start), count))
+    return own if any(own) else None
 
 
 def first_rows(problem: Problem, method: Method, start: ClientState) -> ClientState | None:
@@ -97,6 +102,11 @@ def next_rows(
     return ClientState(*(whole(known, common, after) for known, common, after in parts))
 
 
+def trained(own: ClientState) -> ClientState:
+    """Of what clients have of their own the tensors that local steps take: not what is kept for a message."""
+    return own._replace(momentum={n: v for n, v in own.momentum.items() if not is_kept(n)})
+
+
 def order_of(problem: Problem, method: Method) -> ClientState | None:
     """The model's order of names, for `with_own`; None where nothing is personal."""
     return to_device(start_of(problem, method)[0], "meta") if problem.personal else None
@@ -111,13 +121,22 @@ def with_own(rows: ClientState, job: Job, order: ClientState | None) -> ClientSt
 
 
 def without_own(
-    problem: Problem, method: Method, ended: ClientState, job: Job
+    problem: Problem, method: Method, start: ClientState, ended: ClientState, job: Job
 ) -> tuple[ClientState, ClientState | None]:
-    """Rows [K, ...] after the local steps -> (what is averaged, what the clients go on with in main memory)."""
+    """Rows [K, ...] after the local steps -> (what is averaged, what the clients go on with in main memory).
+
+    start: the common one; what is averaged is what arrives of the change since then, where it is encoded.
+    """
+    shared = parted(ended, problem.personal)[0] if problem.personal and job.keeps else ended
+    kept: Tree = {}
+    if method.codecs:
+        before = job.own.momentum if job.own is not None else {}
+        senders = Senders(job.seed, job.clients, job.round_index)
+        shared, kept = sent(method.codecs, shared, start, before, senders)
     if not job.keeps:
-        return ended, None
+        return shared, None
     own = own_of(problem, method, ended, job.round_index + 1)
-    shared = parted(ended, problem.personal)[0] if problem.personal else ended
+    own = own._replace(momentum=own.momentum | kept)
     if not any(own):
         return shared, None
     # A copy, also of what is there already: the rows may be written over once they are averaged.

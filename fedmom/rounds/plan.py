@@ -6,6 +6,7 @@ Plain arguments in, plain values out; nothing here knows of files, terminals or 
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,12 @@ from fedmom.method.schedules import Came, Horizon, LearningRate, Pacing, Span
 from fedmom.method.state import ClientState, Tree, num_bytes, rows_of, stacked
 from fedmom.rounds.correction import client_rows, start_of
 from fedmom.rounds.outer import outer_start
-from fedmom.rounds.own import first_rows, rows_after
+from fedmom.rounds.own import first_rows, rows_after, shared_of
 from fedmom.rounds.results import ClientResults
 from fedmom.rounds.round import Job
 from fedmom.tasks.problem import Problem
+from fedmom.travel.feedback import CodecRules, bytes_of
+from fedmom.travel.reference import first_reference
 
 Known = Callable[[], Job] | None  # what the job before said that follows it
 
@@ -47,6 +50,7 @@ class Plan(NamedTuple):
     num_steps: int = 0  # T, if it was given; else R × I
     outer: OuterRule | None = None  # the server's own step after a round's averages
     topology: Topology | None = None  # W_t of Algorithm 2
+    codecs_down: CodecRules = MappingProxyType({})  # of what the server sends of each state, where it is encoded
     client_eval_every: int = 0  # rounds between two evaluations on every client's own test examples; 0: none
     personal_steps: int = 0  # local steps from x̂ after which a client's own evaluation measures once more
     eval_clients: int = 0  # of Algorithm 2: how many clients' own models are measured; 0: all
@@ -66,6 +70,17 @@ class Plan(NamedTuple):
         """By all clients in round 0, 1, …; `state`: as one client sends it, with the message of a correction."""
         each = bytes_per_exchange(state, self.method, round_index + 1)
         return each * (num_clients if self.topology is None else self.topology.at(round_index).num_links())
+
+    def bytes_received(self, round_index: int, num_clients: int, state: ClientState) -> int:
+        """By all clients at the start of round 0, 1, …; `state`: what the server sends to one of them.
+
+        Who was in the round before has the reference and gets a message, everybody else the reference whole.
+        """
+        ids = cohort(num_clients, self.cohort_size, self.seed, round_index)
+        knows = cohort(num_clients, self.cohort_size, self.seed, round_index - 1) if round_index else ids[:0]
+        in_few = len(np.intersect1d(ids, knows))
+        few, whole = (bytes_down(state, self.method, rules) for rules in (self.codecs_down, {}))
+        return in_few * few + (len(ids) - in_few) * whole
 
     def weights_of(self, sizes: np.ndarray) -> np.ndarray:
         """[C] weights of clients with so many examples in the averages, not normalised."""
@@ -115,6 +130,8 @@ class RunState(NamedTuple):
     interval: int = 0  # I of the next round, where it changes in the run; else 0
     examples: int = 0  # seen by all clients so far, repeats counted
     bytes_sent: int = 0  # by all clients so far
+    bytes_received: int | None = None  # by all clients so far; None where as many come back as they send
+    reference: Tree | None = None  # {part/name: tensor}: what clients begin at, where what goes down is encoded
     wall_seconds: float = 0.0
     fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings state and rows from where they are
     client_correction: Tree | None = None  # [N, ...] every client's own state of a correction, in main memory
@@ -140,8 +157,11 @@ def beginning(problem: Problem, plan: Plan) -> RunState:
     rows = first_rows(problem, plan.method, start)
     outer = None if plan.outer is None else outer_start(problem, plan.method, plan.outer, start)
     interval = plan.num_local_steps if plan.changes_steps else 0
-    done = RunState(0, start, rows, outer, interval=interval)
-    return done._replace(client_correction=client_rows(client, len(problem.sizes)))
+    begun = RunState(0, start, rows, outer, interval=interval)
+    begun = begun._replace(client_correction=client_rows(client, len(problem.sizes)))
+    if not plan.codecs_down:
+        return begun
+    return begun._replace(bytes_received=0, reference=first_reference(plan.codecs_down, shared_of(problem, start)))
 
 
 def own_after(problem: Problem, plan: Plan, number: int) -> ClientState | None:
@@ -161,9 +181,19 @@ def cohort(num_clients: int, cohort_size: int, seed: int, round_index: int) -> n
 
 def bytes_per_exchange(state: ClientState, method: Method, number: int) -> int:
     """What one client sends in round 1, 2, …: x and the buffers, states, those that are due, a correction's message."""
+    return _bytes(state, method, method.codecs, number)
+
+
+def bytes_down(state: ClientState, method: Method, rules: CodecRules) -> int:
+    """What the server sends to one client, where every state is exchanged in every round; with its correction's."""
+    return _bytes(state, method, rules, 1)
+
+
+def _bytes(state: ClientState, method: Method, rules: CodecRules, number: int) -> int:
     sent = [num_bytes(state.correction)]
     for part in ("params", "momentum", "buffers"):
-        sent += [num_bytes({n: t}) for n, t in getattr(state, part).items() if method.rules.sends(part, n, number)]
+        tensors = getattr(state, part).items()
+        sent += [bytes_of(rules, part, n, t) for n, t in tensors if method.rules.sends(part, n, number)]
     return sum(sent)
 
 
@@ -223,6 +253,7 @@ def clients_job(
         keeps=True,
         scales=_scales(plan, problem.sizes, all_steps, lrs, ids),
         round_index=round_index,
+        seed=plan.seed,
         correction=correction,
         span=span,
     )

@@ -28,6 +28,7 @@ class Job(NamedTuple):
     keeps: bool = False  # whether what they go on with by themselves is wanted back
     scales: Tensor | None = None  # [C] float64, by which clients' ways are multiplied before the averages (FedNova)
     round_index: int = 0  # rounds before this one
+    seed: int = 0  # of the addresses of what the clients send
     rows: ClientState | None = None  # [N, ...] the clients' own x, u and buffers, of Algorithm 2
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction, in main memory
     evaluates: bool = False  # whether the round's result will be measured

@@ -10,11 +10,13 @@ from fedmom.method.algorithms import Method
 from fedmom.method.corrections import Correction
 from fedmom.method.state import ClientState, X, num_bytes, parted
 from fedmom.method.states.policies import MOMENTUM_POLICIES
-from fedmom.method.states.rules import Rules, state_in
+from fedmom.method.states.rules import CodecRule, Rules, state_in
 from fedmom.rounds.correction import start_of
 from fedmom.rounds.own import shared_of
 from fedmom.rounds.plan import Plan, bytes_per_exchange
 from fedmom.tasks.problem import Problem
+from fedmom.travel.feedback import kept_before
+from fedmom.travel.table import codec_of
 
 
 def _travels_more(rules: Rules, one: str, other: str) -> bool:
@@ -22,6 +24,27 @@ def _travels_more(rules: Rules, one: str, other: str) -> bool:
     (policy, period), (_, longer) = rules.of(one), rules.of(other)
     keeps = MOMENTUM_POLICIES[rules.of(other).policy].keeps_rows
     return MOMENTUM_POLICIES[policy].sends_momentum and (keeps or period < longer)
+
+
+def _steps_by_block(rule: CodecRule) -> bool:
+    """Whether a number's error is of its block's size: integers, and nothing else that is unbiased, are so."""
+    return codec_of(rule).unbiased and not rule.scaled
+
+
+def _of_codecs(problem: Problem, plan: Plan) -> list[str]:
+    """What a user should know of algorithm.codecs."""
+    notes = []
+    if "v" in plan.method.by.states and (rule := plan.method.codecs.get("m")) and _steps_by_block(rule):
+        notes.append(
+            f"algorithm.codecs: m by {rule.name} errs by its block's largest number, and is divided by the root of v: "
+            "where gradients are far smaller than their block's, steps are too long; compare with bfloat16"
+        )
+    if plan.method.codecs:
+        shared = shared_of(problem, start_of(problem, plan.method)[0])
+        size = num_bytes(kept_before(plan.method.codecs, shared, len(problem.sizes))) / 1e6
+        if size > 1:
+            notes.append(f"the codecs keep what they left behind of all {len(problem.sizes)} clients: {size:,.1f} MB")
+    return notes
 
 
 def _tensors(state: ClientState) -> Iterator[tuple[str, str, Tensor]]:
@@ -78,6 +101,7 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
             "divides the others' m by ε; let v travel as often, or compare"
         )
     notes += _few_digits(problem, plan.method)
+    notes += _of_codecs(problem, plan)
     if isinstance(plan.method.correction, Correction):
         _, client = start_of(problem, plan.method)
         if (size := len(problem.sizes) * num_bytes(client) / 1e6) > 1:

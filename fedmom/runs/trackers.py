@@ -35,6 +35,7 @@ TAGS = {
     "consensus_distance": "Spread/consensus distance",
     "momentum_spread": "Spread/momentum",
     "bytes_sent": "Cost/bytes sent",
+    "bytes_received": "Cost/bytes received",
     "wall_seconds": "Cost/seconds",
     "client_steps_per_second": "Cost/client-steps per second",
 }

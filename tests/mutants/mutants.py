@@ -63,6 +63,7 @@ PARTS = {
         "tests/runs/test_resume_states.py",
     ),
     "intervals": ("tests/method/test_intervals.py",),
+    "codecs": ("tests/travel", "tests/laws/test_codecs.py"),
 }
 
 
@@ -91,6 +92,8 @@ TOPOLOGY, GRAPHS, SCHEDULES = (
 INTERVALS = "tests/method/test_intervals.py"
 FRAGMENTS = "tests/method/test_fragments.py"
 LOOP, PLAN = "fedmom.rounds.loop", "fedmom.rounds.plan"
+TRAVEL, CODED = "fedmom.travel", "tests/laws/test_codecs.py"
+EACH_CODEC, FEEDBACK = "tests/travel/test_each_codec.py", "tests/travel/test_feedback.py"
 ENGINE, GOSSIP = "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 FOLDED, ADAPTERS = "fedmom.engine.stacked.folded", "fedmom.tasks.models.adapters"
 STACK, WENT = "fedmom.engine.stacked.steps.Stack", "fedmom.engine.stacked.means.RoundSums"
@@ -2373,5 +2376,124 @@ MUTANTS = [
             "clients.client_app._span", 'Span(asked["first-step"], asked["num-steps"])', "Span(asked['first-step'], 8)"
         ),
         f"{INTERVALS}::test_a_resumed_run_goes_on_with_its_interval_and_flower_is_told_it",
+    ),
+    Mutant(
+        "codecs",
+        "one ξ for all clients",
+        "the errors of the messages are alike, and their mean does not fall with N",
+        code(f"{TRAVEL}.codec.Address.bits", "to(device)[:, None]", "to(device)[:, None] * 0"),
+        f"{EACH_CODEC}::test_the_mean_over_clients_rounds_and_tensors_is_the_value",
+    ),
+    Mutant(
+        "codecs",
+        "the same ξ in every round",
+        "a client errs the same way for ever",
+        code(f"{TRAVEL}.codec.Address.bits", "self.round_index", "0"),
+        f"{EACH_CODEC}::test_the_mean_over_clients_rounds_and_tensors_is_the_value",
+    ),
+    Mutant(
+        "codecs",
+        "integers are rounded to the nearest",
+        "what is less than half a step never arrives",
+        code(f"{TRAVEL}.integers.Integers.encode", "address.uniform(count, rows.device, dtype)", "0.5"),
+        f"{EACH_CODEC}::test_the_mean_over_clients_rounds_and_tensors_is_the_value",
+    ),
+    Mutant(
+        "codecs",
+        "bytes without the scales",
+        "a block of few numbers seems to take no more than one of many",
+        code(f"{TRAVEL}.integers.Integers.num_bytes", " + 4 * -(-count // self.block)", ""),
+        f"{EACH_CODEC}::test_a_message_takes_the_bytes_that_are_counted",
+    ),
+    Mutant(
+        "codecs",
+        "bytes without the indices",
+        "top-k seems to take half of what it takes",
+        code(f"{TRAVEL}.topk.TopK.num_bytes", "(dtype.itemsize + 4)", "dtype.itemsize"),
+        f"{EACH_CODEC}::test_a_message_takes_the_bytes_that_are_counted",
+    ),
+    Mutant(
+        "codecs",
+        "of equal numbers the last",
+        "two ends that sort otherwise take other places",
+        code(f"{TRAVEL}.topk.TopK.encode", "equal.cumsum(1)", "equal.flip(1).cumsum(1).flip(1)"),
+        f"{EACH_CODEC}::test_top_k_is_contractive_and_takes_the_lower_of_equal_numbers",
+    ),
+    Mutant(
+        "codecs",
+        "random-k without its d/k",
+        "what goes without feedback arrives too small",
+        code(f"{TRAVEL}.randomk.RandomK.decode", " if self.scaled else values", " if not self.scaled else values"),
+        f"{EACH_CODEC}::test_the_mean_over_clients_rounds_and_tensors_is_the_value",
+    ),
+    Mutant(
+        "codecs",
+        "Q is forgotten",
+        "every round begins at a random subspace again",
+        code(f"{TRAVEL}.lowrank.LowRank.encode", '{"Q": right.to(rows.dtype)}\n', "dict(state)\n"),
+        f"{EACH_CODEC}::test_low_rank_is_a_projection_and_goes_to_the_svd",
+    ),
+    Mutant(
+        "codecs",
+        "the error with the wrong sign",
+        "what was left behind is taken away once more",
+        code(f"{TRAVEL}.feedback._one", "wanted - arrived", "arrived - wanted"),
+        f"{FEEDBACK}::test_what_is_common_and_what_is_kept_move_together_by_the_mean_change",
+    ),
+    Mutant(
+        "codecs",
+        "the error is kept and never sent",
+        "top-1 goes the wrong way for ever",
+        code(f"{TRAVEL}.feedback._one", "wanted + own[ERROR]", "wanted"),
+        f"{FEEDBACK}::test_top_1_goes_the_wrong_way_alone_and_ends_right_with_feedback",
+    ),
+    Mutant(
+        "codecs",
+        "v by its change",
+        "a change that is rounded takes v to 0 or below, and the step is m/ε",
+        code(f"{TRAVEL}.feedback._one", "whole = state in POSITIVE", "whole = False"),
+        f"{FEEDBACK}::test_v_stays_positive_and_keeps_its_small_numbers",
+    ),
+    Mutant(
+        "codecs",
+        "an address by place",
+        "what a client sends depends on the chunk that it is in",
+        code("fedmom.rounds.own.without_own", "job.seed, job.clients,", "job.seed, torch.arange(len(job.clients)),"),
+        f"{CODED}::test_without_feedback_nobody_keeps_anything",
+    ),
+    Mutant(
+        "codecs",
+        "dense layers without rows under a codec",
+        "there is nothing to encode",
+        code("fedmom.engine.stacked.runner.StackRunner._has_own", "or method.codecs", ""),
+        f"{CODED}::test_without_feedback_nobody_keeps_anything",
+    ),
+    Mutant(
+        "codecs",
+        "bytes as without a codec",
+        "a run seems to send what it does not",
+        code(f"{PLAN}.bytes_per_exchange", "method.codecs", "{}"),
+        f"{CODED}::test_a_run_with_top_k_is_the_one_by_hand",
+    ),
+    Mutant(
+        "codecs",
+        "the server goes on from the clients' mean",
+        "what its message left behind is lost",
+        code(f"{TRAVEL}.reference.after_mean", "old[n] + (m - reference[n]) if n in reference else m", "m"),
+        f"{CODED}::test_a_run_with_top_k_is_the_one_by_hand",
+    ),
+    Mutant(
+        "codecs",
+        "who missed a message gets the next one",
+        "it has another reference than the server, and the bytes are too few",
+        code(f"{PLAN}.Plan.bytes_received", "in_few * few + (len(ids) - in_few) * whole", "len(ids) * few"),
+        f"{CODED}::test_a_run_with_top_k_is_the_one_by_hand",
+    ),
+    Mutant(
+        "codecs",
+        "a resumed run begins with another reference",
+        "clients begin at x⁰ again",
+        code("fedmom.records.folder._memories", "tensors[_REFERENCE + name].to(device)", "reference[name]"),
+        f"{CODED}::test_a_resumed_run_ends_with_the_same_bytes",
     ),
 ]

@@ -17,6 +17,7 @@ from fedmom.method.outer import OUTERS
 from fedmom.method.states.policies import MOMENTUM_POLICIES
 from fedmom.tasks.models import MODELS
 from fedmom.tasks.problem import DATA_KINDS
+from fedmom.travel.table import CODECS
 from sources import tree_of
 
 pytestmark = pytest.mark.xdist_group("sources")  # one process parses them
@@ -35,6 +36,7 @@ TABLES = {
     "fedmom/method/decentralized/graphs.py": TOPOLOGIES.keys()
     - {"path"},  # which is also a key of what updates are about
     "fedmom/tasks/problem.py": DATA_KINDS,
+    "fedmom/travel/table.py": CODECS.keys() - {"float32", "float16", "bfloat16"},  # which are dtypes as well
 }
 
 

@@ -25,16 +25,17 @@ LAYERS = {
     "user_code": "errors",
     "machine": "errors",
     "method": "errors machine",
+    "travel": "method",
     "actors": "errors user_code machine",
     "data": "errors user_code machine method",
     "tasks": "errors user_code machine method data",
-    "rounds": "errors method tasks",
+    "rounds": "errors method travel tasks",
     "engine": "errors user_code machine method data tasks rounds",
-    "config": "errors user_code machine method actors data tasks rounds engine",
+    "config": "errors user_code machine method travel actors data tasks rounds engine",
     "records": "errors user_code machine method data tasks rounds config",
     "backends": "errors user_code machine method actors data tasks rounds engine config records",
     "results": "errors user_code machine method data tasks rounds config records",
-    "runs": "errors user_code machine method tasks rounds config records results",
+    "runs": "errors user_code machine method travel tasks rounds config records results",
     "flower": "errors user_code method actors",
     "deploy": "errors user_code machine method config records runs",
     "experiments": "errors user_code machine method actors data tasks rounds engine config backends records runs "
@@ -204,9 +205,9 @@ def test_an_extra_is_imported_in_its_place_and_only_when_used():
 
 
 def test_a_room_is_looked_through_at_a_glance():
-    """At most 21 rooms, nine files in each, 320 lines in a file, 50 in a function."""
+    """At most 22 rooms, nine files in each, 320 lines in a file, 50 in a function."""
     inside = [path for path in (ROOT / "fedmom").iterdir() if path.name != "__pycache__"]
-    assert len(inside) <= 21
+    assert len(inside) <= 22
     for folder in {path.parent for path in FILES}:
         files = [path.name for path in folder.glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
         assert len(files) <= 9, f"{folder}: {sorted(files)}"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedmom.config.build.watched import watched_class
 from fedmom.config.keys import Config
+from fedmom.config.method.codecs import DOWN, UP, parse_codecs
 from fedmom.config.method.interval import interval_milestones
 from fedmom.config.method.outer import outer_of
 from fedmom.config.method.presets import correction_numbers
@@ -36,7 +37,7 @@ def make_plan(config: Config, problem: Problem | None = None) -> Plan:
 
     Raises InputError for numbers that do not fit together.
     """
-    algorithm, named = config.algorithm, NAMED_CORRECTIONS.get(config.algorithm.name)
+    algorithm = config.algorithm
     _check_numbers(config)
     rate = LearningRate(
         lr=algorithm.lr,
@@ -48,19 +49,7 @@ def make_plan(config: Config, problem: Problem | None = None) -> Plan:
         minimum=algorithm.lr_min,
     )
     return Plan(
-        method=Method(
-            beta=0.0 if named is not None and named.beta_is_own else algorithm.beta,
-            nesterov=algorithm.nesterov,
-            weight_decay=algorithm.weight_decay,
-            momentum_policy=algorithm.momentum_policy,
-            running_var=algorithm.running_var,
-            correction=_correction_of(config),
-            optimizer=algorithm.optimizer,
-            beta2=algorithm.beta2,
-            eps=algorithm.eps,
-            states=parse_states(algorithm.states),
-            fragments=_fragments_of(config, problem),
-        ),
+        method=_method_of(config, problem),
         rate=rate,
         num_rounds=config.run.num_rounds,
         cohort_size=algorithm.cohort_size,
@@ -75,10 +64,29 @@ def make_plan(config: Config, problem: Problem | None = None) -> Plan:
         num_steps=config.run.num_steps,
         outer=outer_of(config),
         topology=topology_of(config),
+        codecs_down=parse_codecs(DOWN, algorithm.codecs_down),
         client_eval_every=config.run.client_eval_every,
         personal_steps=config.run.personal_steps,
         eval_clients=config.run.eval_clients,
         normalised=ALGORITHMS[algorithm.name].normalised,
+    )
+
+
+def _method_of(config: Config, problem: Problem | None) -> Method:
+    algorithm, named = config.algorithm, NAMED_CORRECTIONS.get(config.algorithm.name)
+    return Method(
+        beta=0.0 if named is not None and named.beta_is_own else algorithm.beta,
+        nesterov=algorithm.nesterov,
+        weight_decay=algorithm.weight_decay,
+        momentum_policy=algorithm.momentum_policy,
+        running_var=algorithm.running_var,
+        correction=_correction_of(config),
+        optimizer=algorithm.optimizer,
+        beta2=algorithm.beta2,
+        eps=algorithm.eps,
+        states=parse_states(algorithm.states),
+        fragments=_fragments_of(config, problem),
+        codecs=parse_codecs(UP, algorithm.codecs),
     )
 
 

@@ -43,6 +43,18 @@ class AlgorithmConfig:
         "round, the others by momentum-policy",
         holds="",
     )
+    codecs: str = key(
+        "",
+        "how the change of each state is encoded that clients send, as 'x: int8; u: topk 0.1': float32, bfloat16, "
+        "float16, int8, int4, topk, randomk or lowrank, and B of a block, k/d or the rank; plain: without feedback of "
+        "the error; empty: as it is",
+        holds="",
+    )
+    codecs_down: str = key(
+        "",
+        "how the change of each state is encoded that the server sends, written as algorithm.codecs; empty: as it is",
+        holds="",
+    )
     correction: str = key(
         "none",
         "your own change of the gradient",

@@ -51,7 +51,8 @@ class Yardstick:
 
     def __init__(self, problem: Supervised, method: Method, job: Job, *, own_rows: bool) -> None:
         """own_rows: clients start from x and u of their own (Algorithm 2). Raises what the model raises."""
-        self.method, self.own_rows, self.dtype = method, own_rows, problem.dtype
+        # What is encoded is not compared: codecs see rows of any way alike.
+        self.method, self.own_rows, self.dtype = method._replace(codecs={}), own_rows, problem.dtype
         self.lrs: tuple[float, ...] = _LRS
         self.note = ""  # what was made smaller
         self.tolerance = _EXACT  # of the whole step

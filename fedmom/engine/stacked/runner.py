@@ -10,7 +10,7 @@ from fedmom.engine.stacked.means import RoundSums, RowsEnded, distances
 from fedmom.engine.stacked.steps import Stack
 from fedmom.method.named.fednova import scaled
 from fedmom.method.state import ClientState, Tree, row_of, stacked
-from fedmom.rounds.own import own_of, with_own, without_own
+from fedmom.rounds.own import own_of, trained, with_own, without_own
 from fedmom.rounds.round import Job, Progress, part_of
 
 
@@ -47,7 +47,8 @@ class StackRunner:
         def run(places: Tensor) -> ChunkOutcome:
             part = part_of(job, places, self.stack.problem.device)
             ended = self._run(start, part, even, progress)
-            shared, own = without_own(self.stack.problem, self.stack.method, ClientState(*ended[:3]), part)
+            problem, method = self.stack.problem, self.stack.method
+            shared, own = without_own(problem, method, start, ClientState(*ended[:3]), part)
             params = shared.params if part.scales is None else scaled(start.params, shared.params, part.scales)
             ended = ended._replace(params=params, momentum=shared.momentum, buffers=shared.buffers)
             return ChunkOutcome(distances(start, ended), part.weights, ended.losses, own=own)
@@ -55,15 +56,17 @@ class StackRunner:
         return map(run, chunks)
 
     def _has_own(self, start: ClientState, job: Job) -> bool:
-        """Whether clients begin with something of their own, or go on with it."""
+        """Whether clients begin with something of their own, or go on with it, or encode what they send."""
         problem, method = self.stack.problem, self.stack.method
-        return job.own is not None or (job.keeps and any(own_of(problem, method, start, job.round_index + 1)))
+        if job.own is not None or method.codecs:
+            return True
+        return job.keeps and any(own_of(problem, method, start, job.round_index + 1))
 
     def _run(self, start: ClientState, part: Job, even: bool, progress: Progress | None) -> RowsEnded:
         """All local steps from `start` and what the clients have of their own."""
-        own = part.own
+        own = None if part.own is None else trained(part.own)
         if own is None or not (own.params or own.buffers):  # the first step is one for all: they share x
-            momentum = None if own is None else own.momentum
+            momentum = None if own is None else own.momentum or None
             even = even and not self._has_own(start, part)  # dense layers in factors have no rows to give back
             return self.stack.run(start, part, momentum=momentum, even=even, progress=progress)
         rows = with_own(stacked(start, len(part.clients)), part, self.order)

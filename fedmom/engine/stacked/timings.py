@@ -149,7 +149,7 @@ def _situation(problem: Problem, method: Method, start: ClientState, job: Job, a
         "clients": [len(problem.sizes), int(problem.sizes.sum())],
         "job": [len(job.clients), len(job.lrs), int(job.num_steps.sum())],
         "method": [method.beta == 0, method.nesterov, method.weight_decay == 0, method.momentum_policy],
-        "optimizer": [method.optimizer, method.rules.has_rows],
+        "optimizer": [method.optimizer, method.rules.has_rows or bool(method.codecs)],
         "running_var": method.running_var,
         "problem": [type(problem).__qualname__, problem.small],
         "asked": list(asked),

@@ -21,6 +21,15 @@ class StateRule(NamedTuple):
     period: int = 1  # rounds between two exchanges
 
 
+class CodecRule(NamedTuple):
+    """How the change of one state is encoded where it travels; `fedmom.travel.table` knows the names."""
+
+    name: str = "float32"
+    number: float = 0.0  # B of a block, k/d, or the rank
+    plain: bool = False  # whether without feedback of the error
+    scaled: bool = False  # whether times d/k, so that it is unbiased
+
+
 def state_in(part: str, name: str) -> str:
     """The state that a tensor belongs to: "x" of the parameters and buffers, else the optimizer's."""
     return state_of(name) if part == "momentum" else X

@@ -1,0 +1,60 @@
+"""int8 and int4 per block, rounded up or down by chance: unbiased.
+
+In blocks of B numbers s = max|v| / L, L = 127 or 7, and q = ⌊v/s + ξ⌋ with ξ by address. E q s = v, and
+E‖C(v) − v‖² <= B/(4L²) ‖v‖². Bytes: b/8 a number, and 4 for s of each block.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fedmom.method.state import Tree
+from fedmom.travel.codec import Address, Codec, Payload, flat_rows, working
+
+
+class Integers(Codec):
+    """C(v) = q s."""
+
+    unbiased = alone = True
+
+    def __init__(self, bits: int, block: int) -> None:
+        self.bits, self.block = bits, block
+        self.levels = 2 ** (bits - 1) - 1  # L
+
+    def encode(self, rows: Tensor, address: Address, state: Tree) -> tuple[Payload, Tree]:
+        flat, dtype = flat_rows(rows), working(rows.dtype)
+        count = flat.shape[1]
+        whole = -(-count // self.block) * self.block
+        blocks = pad(flat.to(dtype), (0, whole - count)).unflatten(1, (-1, self.block))
+        scales = (blocks.abs().amax(2) / self.levels).to(torch.float32)
+        # A block of zeros has no scale; it must not become 0/0.
+        steps = torch.where(scales == 0, 1, scales).to(dtype)[:, :, None]
+        scaled = (blocks / steps).flatten(1)[:, :count]
+        drawn = scaled + address.uniform(count, rows.device, dtype)
+        # Of the largest number v/s may exceed L by rounding.
+        q = drawn.floor_().clamp_(-self.levels, self.levels).to(torch.int8)
+        return {"q": q if self.bits == 8 else _packed(q), "scales": scales}, {}
+
+    def decode(self, payload: Payload, shape: Sequence[int], dtype: torch.dtype, address: Address) -> Tensor:
+        count, q = math.prod(shape), payload["q"]
+        q = q if self.bits == 8 else _unpacked(q, count)
+        scales = payload["scales"].to(working(dtype)).repeat_interleave(self.block, dim=1)[:, :count]
+        return scales.mul_(q).to(dtype).reshape(-1, *shape)
+
+    def num_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        count = math.prod(shape)
+        return -(-count * self.bits // 8) + 4 * -(-count // self.block)
+
+
+def _packed(q: Tensor) -> Tensor:
+    """[K, ⌈d/2⌉] uint8, two numbers each."""
+    nibbles = pad(q + 8, (0, q.shape[1] % 2)).to(torch.uint8)
+    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+
+
+def _unpacked(packed: Tensor, count: int) -> Tensor:
+    """The inverse of `_packed`, [K, count]."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :count].to(torch.int8) - 8
