@@ -128,35 +128,41 @@ def run_rounds(
         outcome = outcome.settled()
         if plan.changes_steps:
             new = new._replace(interval=_next_interval(problem, plan, done, job, outcome))
-        steps = int(job.num_steps.sum())
         train_seconds = clock() - begin - _whole(ahead)
         new, measured = _judged(problem, plan, engine, job, outcome, new)
         _check_finite(new.round, job, outcome, measured)
         check_states(plan.method, outcome, new.state.correction, f"round {new.round} at lr = {job.lrs[0]:g}")
         end = clock()
         new = new._replace(wall_seconds=done.wall_seconds + end - begin - _whole(ahead))
-        record = {
-            "round": new.round,
-            "steps": new.steps,
-            "joint_epochs": new.examples / int(problem.sizes.sum()),
-            **({"interval": len(job.lrs)} if plan.changes_steps else {}),
-            "lr": job.lrs[0],
-            "train_loss": outcome.train_loss,
-            **measured,
-            "consensus_distance": outcome.consensus_distance,
-            "momentum_spread": outcome.momentum_spread,
-            **(outcome.more or {}),
-            **_travelled(new),
-            "wall_seconds": new.wall_seconds,
-            "client_steps_per_second": steps / train_seconds,
-            "num_clients": len(job.clients),
-        }
+        record = _record(problem, plan, new, job, outcome, measured, train_seconds)
         if len(job.clients) < asked:
             record["num_failed"] = asked - len(job.clients)
         if outcome.trajectory:
             record |= _coordinates(new.state, outcome.trajectory)
         yield new, record
         done = new
+
+
+def _record(
+    problem: Problem, plan: Plan, new: RunState, job: Job, outcome: Outcome, measured: Record, train_seconds: float
+) -> Record:
+    """The line of rounds.jsonl."""
+    return {
+        "round": new.round,
+        "steps": new.steps,
+        "joint_epochs": new.examples / int(problem.sizes.sum()),
+        **({"interval": len(job.lrs)} if plan.changes_steps else {}),
+        "lr": job.lrs[0],
+        "train_loss": outcome.train_loss,
+        **measured,
+        "consensus_distance": outcome.consensus_distance,
+        "momentum_spread": outcome.momentum_spread,
+        **(outcome.more or {}),
+        **_travelled(new),
+        "wall_seconds": new.wall_seconds,
+        "client_steps_per_second": int(job.num_steps.sum()) / train_seconds,
+        "num_clients": len(job.clients),
+    }
 
 
 def _next_interval(problem: Problem, plan: Plan, done: RunState, job: Job, outcome: Outcome) -> int:

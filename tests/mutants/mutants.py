@@ -1306,7 +1306,7 @@ MUTANTS = [
         "rounds",
         "the same minibatches each round",
         "a round begins with the client's first examples again",
-        code(f"{PLAN}.clients_job", "torch.from_numpy(round_index * steps)", "torch.from_numpy(0 * steps)"),
+        code(f"{PLAN}.clients_job", "first_steps = round_index * steps", "first_steps = 0 * steps"),
         "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
     ),
     Mutant(
