@@ -74,6 +74,19 @@ def _few_digits(problem: Problem, method: Method) -> Iterator[str]:
             return
 
 
+def _of_steps(config: Config, problem: Problem, plan: Plan) -> list[str]:
+    """Whether clients take equally many steps, where the mean depends on it."""
+    uneven = plan.local_epochs and len(set(plan.steps_of(problem.sizes).tolist())) > 1
+    if plan.normalised and not uneven:
+        return [
+            f"{config.algorithm.name}: all clients take equally many steps, so this is the plain mean "
+            "(algorithm.local-epochs gives them their own)"
+        ]
+    if uneven and not plan.normalised:
+        return ["local-epochs gives clients unequal steps: the mean is not the paper's (num-local-steps is)"]
+    return []
+
+
 def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
     """What a user should know before a run: memory that grows with N, a mean that is not the paper's."""
     notes = list(plan.topology.warnings) if plan.topology else []
@@ -116,12 +129,4 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
             )
         elif size > 1:
             notes.append(f"algorithm.personal keeps tensors of all {len(problem.sizes)} clients: {size:,.1f} MB")
-    uneven = plan.local_epochs and len(set(plan.steps_of(problem.sizes).tolist())) > 1
-    if plan.normalised and not uneven:
-        notes.append(
-            f"{config.algorithm.name}: all clients take equally many steps, so this is the plain mean "
-            "(algorithm.local-epochs gives them their own)"
-        )
-    elif uneven and not plan.normalised:
-        notes.append("local-epochs gives clients unequal steps: the mean is not the paper's (num-local-steps is)")
-    return notes
+    return notes + _of_steps(config, problem, plan)

@@ -1356,7 +1356,7 @@ MUTANTS = [
         "buffers travel for nothing",
         "bytes_sent leaves BatchNorm's statistics out",
         code(
-            f"{PLAN}.bytes_per_exchange",
+            f"{PLAN}._bytes",
             '("params", "momentum", "buffers")',
             '("params", "momentum")',
         ),
