@@ -125,6 +125,7 @@ def test_a_message_whose_worker_dies_is_tried_again(pool, tmp_path):
     assert not any(isinstance(answer, Failure) for answer in answers.values())
 
 
+@pytest.mark.slow
 def test_a_worker_killed_from_outside_costs_no_message(pool):
     for key in range(20):
         pool.submit(key, ("sleep", 0.05))
@@ -136,12 +137,14 @@ def test_a_worker_killed_from_outside_costs_no_message(pool):
     assert killed not in pool.worker_pids()
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_idle_costs_no_message(pool):
     os.kill(pool.worker_pids()[0], signal.SIGKILL)
     answers = submit_all(pool, [("echo", key) for key in range(10)])
     assert not any(isinstance(answer, Failure) for answer in answers.values())
 
 
+@pytest.mark.slow
 def test_a_message_that_always_kills_its_worker_fails_and_the_others_do_not(pool, tmp_path):
     payloads = [("die", str(tmp_path / "tries")) if key == 5 else ("echo", key) for key in range(12)]
     answers = submit_all(pool, payloads)
@@ -150,6 +153,7 @@ def test_a_message_that_always_kills_its_worker_fails_and_the_others_do_not(pool
     assert (tmp_path / "tries").read_text() == "xxx"
 
 
+@pytest.mark.slow
 def test_a_message_that_hangs_is_late_and_its_worker_replaced(pool):
     warm_both(pool)
     before = set(pool.worker_pids())
@@ -160,6 +164,7 @@ def test_a_message_that_hangs_is_late_and_its_worker_replaced(pool):
     assert len(set(pool.worker_pids()) - before) >= 1
 
 
+@pytest.mark.slow
 def test_what_waits_behind_a_long_message_goes_elsewhere(pool):
     wait_for_both(pool)
     submit_all(pool, [("echo", 0)] * 200)  # so that batches are large
@@ -227,6 +232,7 @@ def broken_worker():
     raise KeyError("nothing\nhere")
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_is_one_line(pool):
     with pytest.raises(InputError, match="a worker could not start: KeyError") as caught:
         Pool(broken_worker, PoolOptions(num_workers=1, num_cpus=0.01))

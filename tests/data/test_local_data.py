@@ -42,6 +42,7 @@ def words(shape, vocabulary):
     return nn.Sequential(nn.Embedding(vocabulary, 4), nn.Linear(4, vocabulary))
 
 
+@pytest.mark.slow
 def test_every_task_of_clients_own_data_is_one_machines(tmp_path):
     """Each client has test examples of its own: the measures are those of all together, and no means of means."""
     rng, own = np.random.default_rng(0), f"{__name__}:"

@@ -46,6 +46,7 @@ def assert_same(one, other, tolerance=1e-10):
     assert [record["num_clients"] for record in one.rounds] == [record["num_clients"] for record in other.rounds]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
 def test_the_simulation_is_the_engines_run_and_resumes(tmp_path):
     changes = {**DIGITS, "run.backend": "simulation", "algorithm.nesterov": True, "simulation.clients-per-node": 2}

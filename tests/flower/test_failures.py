@@ -210,6 +210,7 @@ def test_an_evaluation_without_its_numbers_is_refused_by_name(content, reason):
 # Time
 
 
+@pytest.mark.slow
 def test_waiting_in_line_is_not_the_clients_time():
     """Twelve nodes of 0.15 s each behind one worker, and 0.5 s for an answer: nobody is late."""
 
@@ -260,6 +261,7 @@ def test_messages_that_a_restarted_superlink_forgot_are_sent_again():
         torch.testing.assert_close(unpack(found.arrays)[name], value, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_nodes_that_never_answer_the_query_do_not_hold_a_run_up_for_ever():
     grid, _ = of(QUADRATIC, lambda message, node_config: "lose")
     with pytest.raises(InputError, match=r"server\.wait-seconds = 1: no node holds client 0 .*no reply in time"):

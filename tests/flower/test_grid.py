@@ -187,6 +187,7 @@ def test_large_state_is_kept_and_sent_back_only_when_it_changed(grid, seen):
         assert grid._states[node_id] is kept
 
 
+@pytest.mark.slow
 def test_state_after_a_kill_is_as_if_the_message_had_been_handled_once(grid, seen, tmp_path):
     nodes = grid.get_node_ids()
     before = [calls(grid, node_id) for node_id in nodes]
@@ -372,6 +373,7 @@ def test_whoever_waits_is_told_when_the_grid_gives_up(grid):
                     one.result(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_whole_app_of_flowers_older_kind(grid, tmp_path):
     out = tmp_path / "seen.txt"
     options = PoolOptions(num_workers=2, num_cpus=0.1)
@@ -451,6 +453,7 @@ def test_no_pyproject_and_unknown_keys_are_one_line(tmp_path):
         simulate_app(PLAIN, num_nodes=2, run_config={"num-round": 1}, options=OPTIONS)
 
 
+@pytest.mark.slow
 @table("client", ["plain_app.client:nothing", "plain_app.nowhere:app", "plain_app.client:train", "x"])
 def test_a_client_app_that_does_not_load_is_one_line(grid, tmp_path, client):
     (tmp_path / "plain_app").symlink_to(PLAIN / "plain_app")
@@ -460,6 +463,7 @@ def test_a_client_app_that_does_not_load_is_one_line(grid, tmp_path, client):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_an_idle_grid_is_replaced(grid, seen):
     for pid in grid._pool.worker_pids():
         os.kill(pid, signal.SIGKILL)

@@ -1391,7 +1391,7 @@ MUTANTS = [
         "rounds",
         "joint epochs are a client's epochs",
         "examples over N, and not over the number of examples",
-        code(f"{LOOP}.run_rounds", "new.examples / int(problem.sizes.sum())", "new.examples / len(problem.sizes)"),
+        code(f"{LOOP}._record", "new.examples / int(problem.sizes.sum())", "new.examples / len(problem.sizes)"),
         "tests/laws/test_backends.py::test_clients_take_as_many_steps_as_their_epochs_have[loop]",
     ),
     Mutant(
@@ -1409,7 +1409,7 @@ MUTANTS = [
         "rounds",
         "the lr of the round's last step",
         "a record says γ of the end of the round",
-        code(f"{LOOP}.run_rounds", '"lr": job.lrs[0],', '"lr": job.lrs[-1],'),
+        code(f"{LOOP}._record", '"lr": job.lrs[0],', '"lr": job.lrs[-1],'),
         "tests/engine/test_engine.py::test_a_round_goes_on_where_the_one_before_ended",
     ),
     Mutant(
