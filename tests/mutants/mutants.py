@@ -1494,14 +1494,14 @@ MUTANTS = [
         "resume",
         "slow momentum is lost",
         "SlowMo's u_s starts from 0",
-        code(f"{FOLDER}.load", "outer=outer,", "outer=template.outer,"),
+        code("fedmom.records.folder._memories", '{"outer": outer,', '{"outer": template.outer,'),
         "tests/records/test_folder.py::test_what_was_saved_is_loaded",
     ),
     Mutant(
         "resume",
         "rows of another round",
         "after a kill between two files the clients' rows need not be the checkpoint's",
-        code(f"{FOLDER}.load", "c.exists() and read_about(c) == about", "c.exists()"),
+        code(f"{FOLDER}._load_rows", "c.exists() and read_about(c) == about", "c.exists()"),
         "tests/runs/test_resume.py::test_kill_between_the_two_files_of_a_checkpoint",
     ),
     Mutant(
@@ -2293,7 +2293,7 @@ MUTANTS = [
         "periods",
         "a resumed run begins its outer step anew",
         "what it remembered is the first round's",
-        code("fedmom.records.folder.RunFolder.load", "outer=outer,", "outer=template.outer,"),
+        code("fedmom.records.folder._memories", '{"outer": outer,', '{"outer": template.outer,'),
         "tests/runs/test_resume_states.py::test_a_run_goes_on_from_every_round_to_the_same_bytes",
     ),
     Mutant(
