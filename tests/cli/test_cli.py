@@ -644,6 +644,7 @@ def test_help_keys_and_version_need_no_torch(fed):
     assert (status, out) == (0, [f"fedmom {fedmom.__version__}"])
 
 
+@pytest.mark.slow
 @table(
     "sets, expected",
     [

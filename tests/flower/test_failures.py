@@ -302,6 +302,7 @@ def test_a_node_that_does_not_answer_the_query_is_asked_again():
     assert len(grid.pushed) == 6
 
 
+@pytest.mark.slow
 def test_a_node_that_is_gone_is_not_asked_again():
     grid, _ = of(QUADRATIC, lambda message, node_config: "lose")
 
@@ -354,6 +355,7 @@ def test_a_node_that_comes_back_under_another_id_is_the_same_node(name):
         torch.testing.assert_close(unpack(found.arrays)[tensor], value, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_while_it_is_looked_for_another_may_fail_for_a_moment():
     """Such as on a full disk: it is asked again as long as the one that is gone is waited for."""
 

@@ -83,6 +83,7 @@ WIRED = {
 }
 
 
+@pytest.mark.slow
 @table("name", WIRED)
 def test_one_array_per_dtype_travels_or_every_tensor_by_its_name_to_the_same_end(name):
     changes = {**WIRED[name], "server.num-malicious": 1, "server.noise-multiplier": 0.0, "run.num-rounds": 2}
@@ -329,6 +330,7 @@ def test_slow_momentum_divides_by_the_clients_lr():
 # Flower's own strategies on our clients
 
 
+@pytest.mark.slow
 @table("name", STOCK)
 def test_a_stock_strategy_runs_unchanged_and_learns(name):
     keys = {**DIGITS, "data.partition": "iid", "server.strategy": name, "run.num-rounds": 6}

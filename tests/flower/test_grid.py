@@ -199,6 +199,7 @@ def test_state_after_a_kill_is_as_if_the_message_had_been_handled_once(grid, see
     assert killed != set(grid._pool.worker_pids())
 
 
+@pytest.mark.slow
 @table(
     "do, code, reason",
     [
@@ -390,6 +391,7 @@ def test_a_whole_app_of_flowers_older_kind(grid, tmp_path):
     assert told[2::2] == [list(range(7))] * 2
 
 
+@pytest.mark.slow
 def test_a_whole_app_that_knows_nothing_of_fedmom(one_ray):
     path, identity = list(sys.path), identity_here()
     grids = []

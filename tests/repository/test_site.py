@@ -63,6 +63,7 @@ def test_links_to_files_of_the_checkout_lead_somewhere(page):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("sources")  # one process parses them
 @table("guide", ["CONTRIBUTING.md", "docs/design.md"])
 def test_names_and_files_in_the_guides_for_developers_exist(guide):

@@ -209,6 +209,7 @@ def test_pictures_show_own_and_personal_results(tmp_path, monkeypatch):
         draw_clients(history(2, without=2).records(), tmp_path / "none.png")
 
 
+@pytest.mark.slow
 def test_a_run_that_looked_has_a_picture_of_its_clients_everywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(style, "DPI", 40)
     monkeypatch.setattr("fedmom.results.pictures.curves.draw_curves", lambda runs, path: path.touch())

@@ -54,6 +54,7 @@ def test_the_report_holds_every_table_and_a_picture_of_every_run(tmp_path):
     assert [where(image, colour).sum() >= 20 for colour in colours] == [True] * 2 + [False] * (len(colours) - 2)
 
 
+@pytest.mark.slow
 @table(
     "make",
     [
@@ -107,6 +108,7 @@ def test_long_names_are_cut_and_lose_what_they_share():
     assert curves._legend_names(["_a", "b\nc"]) == [" _a", "b c"]
 
 
+@pytest.mark.slow
 @table("name, places", [("ring", 8), ("star", 9), ("torus", 9), ("torus", 1), ("one-peer-exponential", 8)])
 def test_a_topology_is_drawn_as_its_row_says(tmp_path, name, places):
     assert topology.PLACINGS.keys() == {rule.layout for rule in TOPOLOGIES.values()}

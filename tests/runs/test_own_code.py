@@ -112,6 +112,7 @@ def fails_in_round_3(sets, place):
     assert fedmom.run(resume=folder, callbacks=[fedmom.Callback()]).status == "done"
 
 
+@pytest.mark.slow
 @table("place", PLACES)
 def test_an_error_of_the_users_code_is_one_line_that_names_key_and_round(own, place):
     fails_in_round_3(own, place)
