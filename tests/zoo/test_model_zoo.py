@@ -21,19 +21,7 @@ ROUNDS, STEPS, BATCH, SEED = 3, 3, 4, 3
 LR, BETA, DECAY = 0.03, 0.8, 0.01
 STACKED = PATHS[1:]
 # One of each kind; the others are slow tests only because there are so many.
-FAST = (
-    "conv2d",
-    "batch_norm",
-    "gpt",
-    "lstm",
-    "two_names",
-    "pruned",
-    "parameter_hook",
-    "dropout",
-    "assigned_average",
-    "batch_mean",
-    "two_outputs",
-)
+FAST = ("conv2d", "batch_norm", "lstm", "pruned", "dropout", "batch_mean")
 EVERY = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ZOO]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, about what the zoo keeps in old style
 
