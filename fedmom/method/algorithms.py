@@ -79,7 +79,7 @@ ALGORITHMS = {
     ),
     "des-loc": Algorithm(
         "DES-LOC: AdamW on the clients; x, m and v are averaged every 1, 3 and 6 rounds",
-        sets={"optimizer": "adamw", "states": "x: average every 1; m: average every 3; v: average every 6"},
+        sets={"optimizer": "adamw", "states": "x: average; m: average every 3; v: average every 6; u: average every 3"},
         equation="s_i <- ŝ after rounds k_s, 2k_s, … with k_x, k_m, k_v = 1, 3, 6",
     ),
     "diloco": Algorithm(
@@ -145,7 +145,7 @@ ALGORITHMS = {
         "Algorithm 2 with quasi-global momentum: u follows how far x moved, and does not travel",
         1,
         decentralized=True,
-        sets={"states": "x: average; u: quasi-global"},
+        sets={"optimizer": "sgd", "states": "x: average; u: quasi-global"},
         equation="m̂_i <- βm̂_i + (1−β)(x_i − Σ_j W_ji x̃_j)/γ",
     ),
 }

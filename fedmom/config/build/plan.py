@@ -9,6 +9,7 @@ from fedmom.config.build.watched import watched_class
 from fedmom.config.keys import Config
 from fedmom.config.method.codecs import DOWN, UP, parse_codecs
 from fedmom.config.method.interval import interval_milestones
+from fedmom.config.method.numbers import clients_beta
 from fedmom.config.method.outer import outer_of
 from fedmom.config.method.presets import correction_numbers
 from fedmom.config.method.states import parse_states
@@ -73,9 +74,9 @@ def make_plan(config: Config, problem: Problem | None = None) -> Plan:
 
 
 def _method_of(config: Config, problem: Problem | None) -> Method:
-    algorithm, named = config.algorithm, NAMED_CORRECTIONS.get(config.algorithm.name)
+    algorithm = config.algorithm
     return Method(
-        beta=0.0 if named is not None and named.beta_is_own else algorithm.beta,
+        beta=clients_beta(config),
         nesterov=algorithm.nesterov,
         weight_decay=algorithm.weight_decay,
         momentum_policy=algorithm.momentum_policy,

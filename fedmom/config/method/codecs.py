@@ -3,6 +3,7 @@
 import math
 
 from fedmom.config.keys import Config
+from fedmom.config.method.numbers import clients_beta
 from fedmom.config.method.states import parse_states
 from fedmom.errors import InputError, unknown
 from fedmom.method.algorithms import ALGORITHMS
@@ -136,7 +137,7 @@ def _check_states(config: Config, said: str, codecs: dict[str, CodecRule]) -> No
     algorithm = config.algorithm
     optimizer = OPTIMIZERS[algorithm.optimizer]
     has = (X, *optimizer.states)
-    rules = Rules(algorithm.momentum_policy, parse_states(algorithm.states), empty=algorithm.beta == 0)
+    rules = Rules(algorithm.momentum_policy, parse_states(algorithm.states), empty=clients_beta(config) == 0)
     for state, rule in codecs.items():
         if state not in has:
             raise InputError(

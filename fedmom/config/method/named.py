@@ -3,8 +3,10 @@
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat, replace
 from fedmom.config.method.states import parse_states, written
+from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.optimizers.table import OPTIMIZERS
+from fedmom.method.outer import OUTERS
 from fedmom.method.state import X
 from fedmom.method.states.rules import StateRule
 
@@ -24,7 +26,13 @@ def settle_named(config: Config, given: frozenset[str], notes: list[str]) -> Con
         if overruled:
             notes.append(f"{algorithm.name} is I = {fixed.interval}: it overrules {', '.join(overruled)}")
         config = replace(config, "algorithm", interval="fixed", num_local_steps=fixed.interval, local_epochs=0)
-    if fixed.beta is not None:
+    linear = OPTIMIZERS[algorithm.optimizer].linear
+    if fixed.beta is not None and not linear and not fixed.sets:
+        raise InputError(
+            f"algorithm.optimizer = {algorithm.optimizer!r}: {algorithm.name} is SGD with β = {fixed.beta:g}; take "
+            "algorithm.name = 'pr-sgd-m', or local-adam"
+        )
+    if fixed.beta is not None and linear:  # β₁ of another optimizer is no momentum that the name goes without
         if "algorithm.beta" in given and algorithm.beta != fixed.beta:
             notes.append(f"{algorithm.name} is β = {fixed.beta:g}: it overrules beta = {algorithm.beta:g}")
         config = replace(config, "algorithm", beta=fixed.beta)
@@ -42,11 +50,16 @@ def _settle_preset(config: Config, given: frozenset[str], notes: list[str]) -> C
     for key, value in sets.items():
         full = f"algorithm.{key}"
         now, default = flat(config)[full], KEYS[full].default
+        if key == "beta" and not OPTIMIZERS[config.algorithm.optimizer].linear:
+            continue  # β₁, which is no momentum that the name goes without
         if key == "optimizer":
             # One that was given its default is told by its states, which come out written, and are not the preset's.
             told = full in given or not set(own) <= {X, *OPTIMIZERS[str(value)].states}
         else:
             told = now != default
+        if key == "slow-momentum" and OUTERS[config.algorithm.outer].step:
+            wins.append(f"outer = {config.algorithm.outer!r} over {key} = {value!r}")
+            continue
         if not told:
             config = replace(config, "algorithm", **{KEYS[full].name: value})
             if full in given and now != value:

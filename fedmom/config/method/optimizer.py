@@ -7,6 +7,7 @@ from fedmom.engine.paths import AUTO, PATHS
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
 from fedmom.method.optimizers.table import OPTIMIZERS
+from fedmom.tasks.problem import data_kind
 
 _KEYS = ("beta", "nesterov", "beta2", "eps")  # of [algorithm], that not every optimizer reads
 
@@ -34,6 +35,11 @@ def settle_optimizer(config: Config, given: frozenset[str], notes: list[str]) ->
         )
     if "beta2" in optimizer.reads and not algorithm.beta2:
         config = replace(config, "algorithm", beta2=optimizer.beta2)
+    if optimizer.clocks and "algorithm.lr" not in given and data_kind(config.data.dataset).has_examples:
+        notes.append(
+            f"algorithm.lr = {algorithm.lr:g}: is SGD's default, and {name} moves every number by about lr in a step; "
+            "0.001 to 0.005 is usual"
+        )
     idle = [f"algorithm.{key}" for key in _KEYS if key not in optimizer.reads]
     idle = [key for key in idle if key in given and flat(config)[key] != KEYS[key].default]
     if idle:

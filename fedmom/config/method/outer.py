@@ -2,6 +2,7 @@
 
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat
+from fedmom.config.method.numbers import clients_beta
 from fedmom.config.method.states import rules_of
 from fedmom.errors import InputError
 from fedmom.method.optimizers.table import OPTIMIZERS
@@ -34,8 +35,10 @@ def check_outer(config: Config, given: frozenset[str], notes: list[str]) -> None
     idle = [f"algorithm.{key}" for key in unread if f"algorithm.{key}" in given]
     idle = [key for key in idle if flat(config)[key] != KEYS[key].default]
     if keys.outer == "none":
+        slow = keys.slow_momentum or keys.slow_lr != 1
+        why = "SlowMo's short form reads slow-momentum and slow-lr alone" if slow else "there is no outer step"
         if idle:
-            notes.append(f"{said}: there is no outer step, so {', '.join(idle)} changes nothing")
+            notes.append(f"{said}: {why}, so {', '.join(idle)} changes nothing")
         return
     if idle:
         notes.append(f"{said} does not read {', '.join(idle)}: it changes nothing")
@@ -49,6 +52,8 @@ def check_outer(config: Config, given: frozenset[str], notes: list[str]) -> None
             raise InputError(f"{key}: v must stay positive, which no outer step sees to; name {', '.join(has)}")
         if state not in has:
             raise InputError(f"{key}: optimizer {keys.optimizer!r} has no state {state!r}; name {', '.join(has)}")
+        if state in ("u", "m") and not clients_beta(config):
+            raise InputError(f"{key}: with β = 0 {state} is the last gradient and does not travel; name x")
         if not MOMENTUM_POLICIES[rules.of(state).policy].sends_momentum:
             raise InputError(f"{key}: {state} is {rules.of(state).policy}, and an outer step moves an average")
 

@@ -74,6 +74,9 @@ def settle_states(config: Config) -> Config:
     optimizer, given = OPTIMIZERS[algorithm.optimizer], parse_states(algorithm.states)
     said, policy = f"algorithm.states = {algorithm.states!r}", algorithm.momentum_policy
     fixed = _FIXED.get(algorithm.optimizer, {})
+    if fixed and policy != KEYS["algorithm.momentum-policy"].default:
+        right = f"{algorithm.optimizer} is defined by {written(fixed)}; leave it out"
+        raise InputError(f"algorithm.momentum-policy = {policy!r}: {right}")
     for state, rule in given.items():
         if state not in (X, *optimizer.states):
             has = ", ".join((X, *optimizer.states))
