@@ -199,6 +199,8 @@ class RunFolder:
             write_tensors(clients, rows, about)
         write_tensors(checkpoint, _checkpointed(done), about)
         previous.unlink(missing_ok=True)
+        if not rows:  # after an exchange of everything; older ones belong to no checkpoint any more
+            clients.unlink(missing_ok=True)
 
     def save_final(self, done: RunState, stamp: dict[str, Any]) -> None:
         write_tensors(self.path / FINAL, flatten(done.state), self._about(done, stamp))

@@ -43,7 +43,8 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
     mean, outer = outcome.mean, done.outer
     if job.scales is not None and not everybody:
         mean = mean._replace(params=of_a_cohort(begun.params, mean.params, job.weights, job.scales))
-    state = gathered(plan.method, done.state, mean, share, job, begun.params)
+    sent_down = begun if done.reference is None else clients_start(begun, done.reference)
+    state = gathered(plan.method, done.state, mean, share, job, sent_down.params)
     state = state if done.reference is None else after_mean(begun, state, done.reference)
     if plan.outer is not None and outer is not None:
         state, outer = outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])
@@ -167,7 +168,9 @@ def _record(
 
 def _next_interval(problem: Problem, plan: Plan, done: RunState, job: Job, outcome: Outcome) -> int:
     """I of the round after that of `job`, which began at `done`."""
-    start, mean = shared_of(problem, done.state).params, outcome.mean.params
+    begun = shared_of(problem, done.state)
+    start = (begun if done.reference is None else clients_start(begun, done.reference)).params
+    mean = outcome.mean.params
     away = [torch.linalg.vector_norm((mean[n] - x).to(torch.float64)) ** 2 for n, x in start.items()]
     clients = float(job.weights.sum() ** 2 / (job.weights**2).sum())
     came = Came(done.round + 1, outcome.consensus_distance, float(sum(away)), clients)

@@ -27,8 +27,9 @@ class Integers(Codec):
     def encode(self, rows: Tensor, address: Address, state: Tree) -> tuple[Payload, Tree]:
         flat, dtype = flat_rows(rows), working(rows.dtype)
         count = flat.shape[1]
-        whole = -(-count // self.block) * self.block
-        blocks = pad(flat.to(dtype), (0, whole - count)).unflatten(1, (-1, self.block))
+        block = self._block(count)
+        whole = -(-count // block) * block
+        blocks = pad(flat.to(dtype), (0, whole - count)).unflatten(1, (-1, block))
         scales = (blocks.abs().amax(2) / self.levels).to(torch.float32)
         # A block of zeros has no scale; it must not become 0/0.
         steps = torch.where(scales == 0, 1, scales).to(dtype)[:, :, None]
@@ -41,8 +42,12 @@ class Integers(Codec):
     def decode(self, payload: Payload, shape: Sequence[int], dtype: torch.dtype, address: Address) -> Tensor:
         count, q = math.prod(shape), payload["q"]
         q = q if self.bits == 8 else _unpacked(q, count)
-        scales = payload["scales"].to(working(dtype)).repeat_interleave(self.block, dim=1)[:, :count]
+        scales = payload["scales"].to(working(dtype)).repeat_interleave(self._block(count), dim=1)[:, :count]
         return scales.mul_(q).to(dtype).reshape(-1, *shape)
+
+    def _block(self, count: int) -> int:
+        """Numbers of a block: no more than there are, whatever was asked for."""
+        return max(1, min(self.block, count))
 
     def num_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         count = math.prod(shape)

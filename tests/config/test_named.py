@@ -5,7 +5,7 @@ from test_presets import Q
 
 from fedmom.backends.trainer import settled
 from fedmom.config.build import make_plan
-from fedmom.config.load import flat, load
+from fedmom.config.load import Loaded, flat, load
 from fedmom.config.resolve import resolve
 from fedmom.errors import InputError
 from fedmom.method.algorithms import ALGORITHMS
@@ -25,6 +25,61 @@ def test_a_resolved_preset_stays_as_it_is_also_through_flowers_run_config():
             once = resolved(changes).config
             assert resolve(load(once)).config == once, (name, more)
             assert settled(flat(once)).config == once, (name, more)
+
+
+def test_a_preset_with_another_optimizer_stays_so_whoever_resolves_it_again():
+    """A recorded configuration is resolved with nothing given."""
+    for name in [name for name, row in ALGORITHMS.items() if row.sets and not row.decentralized]:
+        for optimizer in ("adamw", "adam", "lion", "adagrad"):
+            try:
+                once = resolved({"algorithm.name": name, "algorithm.optimizer": optimizer}).config
+            except InputError:
+                assert name in ("fednova", "fedcm", "mime-lite")
+                continue
+            again = resolve(Loaded(once, frozenset())).config
+            assert again == once, (name, optimizer)
+            assert again.algorithm.optimizer == optimizer
+
+
+def test_a_name_without_momentum_leaves_adams_beta_alone():
+    assert resolved({"algorithm.name": "scaffold", "algorithm.optimizer": "adamw"}).config.algorithm.beta == 0.9
+    assert resolved({"algorithm.name": "fedadam", "algorithm.optimizer": "adamw"}).config.algorithm.beta == 0.9
+    states = resolved({"algorithm.name": "des-loc", "algorithm.optimizer": "sgd"}).config.algorithm.states
+    assert states == "x: average every 1; u: average every 3"
+    found = resolved({"algorithm.name": "slowmo", "algorithm.outer": "nesterov"})
+    assert (found.config.algorithm.slow_momentum, "outer = 'nesterov' over slow-momentum" in found.notes[0]) == (
+        0,
+        True,
+    )
+    notes = resolved({"algorithm.name": "slowmo", "algorithm.outer-lr": 0.5}).notes
+    assert "SlowMo's short form reads slow-momentum and slow-lr alone" in notes[0]
+
+
+def test_an_lr_that_is_sgds_is_said():
+    keys = {"algorithm.name": "local-adam", "data.num-clients": 3}
+    assert "algorithm.lr = 0.05: is SGD's default" in resolve(load(keys)).notes[0]
+    assert not resolve(load({**keys, "algorithm.lr": 0.05})).notes
+
+
+@table(
+    "changes, words",
+    [
+        ({"algorithm.name": "local-sgd", "algorithm.optimizer": "adamw"}, "local-sgd is SGD with β = 0"),
+        ({"algorithm.name": "d-sgd-m-qg", "algorithm.optimizer": "adamw"}, "d-sgd-m-qg is an optimizer itself"),
+        (
+            {"algorithm.name": "gradient-tracking", "algorithm.momentum-policy": "local"},
+            "gradient-tracking is defined by y: average every 1; g: local",
+        ),
+        ({"algorithm.name": "mime-lite", "algorithm.codecs": "u: int8"}, "u is the gradient and does not travel"),
+        (
+            {"algorithm.name": "fedavgm", "algorithm.outer-states": "x,u"},
+            "with β = 0 u is the last gradient and does not travel",
+        ),
+    ],
+)
+def test_what_a_name_leaves_no_room_for_is_one_line(changes, words):
+    with pytest.raises(InputError, match=words):
+        resolved({"algorithm.num-local-steps": 1, **changes})
 
 
 def test_what_wins_over_a_name_is_told():

@@ -116,7 +116,7 @@ def test_flowers_own_strategies_take_no_states_of_other_kinds(keys, why):
 
 
 IDLE = [
-    ({**ADAMW, "eps": 1e-4}, ""),
+    ({**ADAMW, "eps": 1e-4, "lr": 0.002}, ""),
     ({"eps": 1e-4}, "algorithm.optimizer = 'sgd' does not read algorithm.eps: it changes nothing"),
     ({"beta2": 0.5}, "algorithm.optimizer = 'sgd' does not read algorithm.beta2: it changes nothing"),
     ({"optimizer": "adagrad", "beta": 0.5}, "'adagrad' does not read algorithm.beta: it changes nothing"),

@@ -12,6 +12,7 @@ from fedmom.config.resolve import resolve
 from fedmom.data.partition import make_partition
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
+from fedmom.method.named.fedcm import FedCM
 from fedmom.method.outer import OuterNumbers, OuterRule
 from fedmom.records import folder
 from fedmom.records.files import read_tensors
@@ -364,3 +365,28 @@ def test_the_server_keeps_what_its_message_leaves_behind():
         done = new
     assert not np.array_equal(done.reference["params/x"].numpy(), done.state.params["x"].numpy())
     np.testing.assert_allclose(done.state.params["x"].numpy(), (h * c).sum(0) / h.sum(0), atol=0.05)
+
+
+@table("interval", ["fixed", "adaptive"])
+def test_where_a_round_began_is_where_its_clients_did(interval):
+    """FedCM's D with α = 1 and I = 1 is the mean gradient at the reference; ρ is of the way from there."""
+    rng = np.random.default_rng(2)
+    h, c = rng.uniform(0.2, 2, (3, 4)), rng.normal(0, 3, (3, 4))
+    problem = Quadratic(h.tolist(), c.tolist(), [0.0] * 4)
+    steps = 1 if interval == "fixed" else 16
+    plan = simple_plan(3, num_rounds=8, lr=0.05, beta=0.0, num_local_steps=steps, interval=interval)
+    plan = plan._replace(codecs_down=parse_codecs("algorithm.codecs-down", "x: topk 0.25"))
+    if interval == "fixed":
+        plan = plan._replace(method=plan.method._replace(correction=FedCM(1.0)))
+    done, taken = beginning(problem, plan), steps
+    for new, record in run_rounds(problem, plan, engine(problem, plan), done):
+        ref = done.reference["params/x"].numpy()
+        if interval == "fixed":
+            np.testing.assert_allclose(new.state.correction["x"].numpy(), (h * (ref - c)).mean(0), rtol=1e-12)
+        else:
+            ends = c + (1 - 0.05 * h) ** taken * (ref - c)
+            away = ((ends.mean(0) - ref) ** 2).sum()
+            assert record["interval"] == taken
+            taken = max(1, taken // 2) if ((ends - ends.mean(0)) ** 2).sum(1).mean() > 4 * 2 * away else taken
+        done = new
+    assert interval == "fixed" or taken < 16

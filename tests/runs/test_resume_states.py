@@ -95,3 +95,12 @@ def test_a_run_killed_between_two_exchanges_goes_on_from_its_last_checkpoint(tmp
     fedmom.run(resume=tmp_path / "killed", callbacks=QUIET)
     fedmom.run(config, out=tmp_path / "whole", callbacks=QUIET)
     same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_rows_that_belong_to_no_checkpoint_do_not_stay(tmp_path):
+    """After an exchange of everything nobody has anything of its own."""
+    keys = {**QUADRATIC, "algorithm.states": "x: average every 2; u: average every 2", "run.checkpoint-every": 1}
+    fedmom.run(keys, out=tmp_path / "run", callbacks=[StopAfter(3)])
+    assert (tmp_path / "run" / CLIENTS).exists()
+    fedmom.run(resume=tmp_path / "run", callbacks=QUIET)
+    assert not (tmp_path / "run" / CLIENTS).exists()

@@ -189,3 +189,11 @@ def test_what_is_no_number_is_seen_at_the_other_end(name):
         assert torch.isfinite(got[0]).all()
         if "randomk" not in name:  # which may not have drawn the place; then e holds it
             assert not torch.isfinite(got[1]).all()
+
+
+def test_a_block_is_no_larger_than_the_tensor():
+    rule = CodecRule("int8", 2_000_000_000, plain=True)
+    codec, rows = codec_of(rule), normal(2, 5)
+    payload, _ = codec.encode(rows, at([0, 1]), {})
+    assert payload_bytes(payload) == codec.num_bytes((5,), F64) == 5 + 4
+    torch.testing.assert_close(codec.decode(payload, (5,), F64, at([0, 1])), rows, rtol=0, atol=0.04)

@@ -27,7 +27,7 @@ def settle_named(config: Config, given: frozenset[str], notes: list[str]) -> Con
             notes.append(f"{algorithm.name} is I = {fixed.interval}: it overrules {', '.join(overruled)}")
         config = replace(config, "algorithm", interval="fixed", num_local_steps=fixed.interval, local_epochs=0)
     linear = OPTIMIZERS[algorithm.optimizer].linear
-    if fixed.beta is not None and not linear and not fixed.sets:
+    if fixed.beta is not None and not linear and not fixed.equation:
         raise InputError(
             f"algorithm.optimizer = {algorithm.optimizer!r}: {algorithm.name} is SGD with β = {fixed.beta:g}; take "
             "algorithm.name = 'pr-sgd-m', or local-adam"
@@ -54,7 +54,7 @@ def _settle_preset(config: Config, given: frozenset[str], notes: list[str]) -> C
             continue  # β₁, which is no momentum that the name goes without
         if key == "optimizer":
             # One that was given its default is told by its states, which come out written, and are not the preset's.
-            told = full in given or not set(own) <= {X, *OPTIMIZERS[str(value)].states}
+            told = full in given or now != default or not set(own) <= {X, *OPTIMIZERS[str(value)].states}
         else:
             told = now != default
         if key == "slow-momentum" and OUTERS[config.algorithm.outer].step:

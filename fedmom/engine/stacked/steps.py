@@ -70,7 +70,7 @@ class Stack:
             raise FoldError(f"{type(problem).__name__} has no layers")
         self.pull = method.correction if isinstance(method.correction, FedProx) else None
         if method.correction is not None and self.pull is None:
-            raise FoldError("algorithm.correction is written for one client")
+            raise FoldError("the correction of the gradient is written for one client")
         if factors is not False and self.pull is not None:
             raise FoldError("dense layers in factors have no rows that could be held to the round's start")
         if factors is not False and not method.by.linear:
