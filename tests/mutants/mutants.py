@@ -2496,4 +2496,32 @@ MUTANTS = [
         code("fedmom.records.folder._memories", "tensors[_REFERENCE + name].to(device)", "reference[name]"),
         f"{CODED}::test_a_resumed_run_ends_with_the_same_bytes",
     ),
+    Mutant(
+        "codecs",
+        "x before the round is the server's",
+        "what a correction's server is told of is not where its clients began",
+        code(f"{LOOP}.after_round", "share, job, sent_down.params)", "share, job, begun.params)"),
+        f"{CODED}::test_where_a_round_began_is_where_its_clients_did",
+    ),
+    Mutant(
+        "codecs",
+        "ρ is of the way from the server's x",
+        "an adaptive I is halved by how far the reference was behind",
+        code(f"{LOOP}._next_interval", "(begun if done.reference is None else", "(begun if True else"),
+        f"{CODED}::test_where_a_round_began_is_where_its_clients_did",
+    ),
+    Mutant(
+        "periods",
+        "rows of no checkpoint stay",
+        "a folder keeps N models that nothing reads",
+        code(f"{FOLDER}.save", "if not rows:", "if False:"),
+        "tests/runs/test_resume_states.py::test_rows_that_belong_to_no_checkpoint_do_not_stay",
+    ),
+    Mutant(
+        "named",
+        "a preset's optimizer wins when it is resolved again",
+        "a run of local-adam with lion cannot go on",
+        code("fedmom.config.method.named._settle_preset", "full in given or now != default or", "full in given or"),
+        "tests/config/test_named.py::test_a_preset_with_another_optimizer_stays_so_whoever_resolves_it_again",
+    ),
 ]
