@@ -2,8 +2,8 @@
 
     python examples/own_topology.py
 
-On the command line: fedmom topology CONFIG --set algorithm.topology=offices.edges draws it; a matrix W may also come
-from a .npy or .csv file.
+On the command line: fedmom topology CONFIG --set algorithm.topology=offices.edges draws it, where CONFIG is of
+Algorithm 2; a matrix W may also come from a .npy or .csv file.
 """
 
 import tempfile

@@ -1,5 +1,6 @@
 """`fedmom keys`: what every key of a config means, from the schema that the package ships."""
 
+import shlex
 import sys
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -33,6 +34,10 @@ CALLED = {
     "actors": "simulation.num-actors",
     "non-iid": "data.partition",
     "decay": "algorithm.weight-decay",
+    "compression": "algorithm.codecs",
+    "quantization": "algorithm.codecs",
+    "server-lr": "algorithm.outer-lr",
+    "outer-optimizer": "algorithm.outer",
 }
 NARROW = 100  # columns; on a terminal with fewer, a key's meaning stands below its name
 
@@ -97,6 +102,11 @@ def typed(value: object) -> str:
     return value if isinstance(value, str) else toml(value)
 
 
+def change(name: str, value: str) -> str:
+    """What follows `--set` where this key becomes `value`, quoted where a shell would take it apart."""
+    return shlex.quote(f"{name}={value}")
+
+
 def listed(keys: Iterable["About"], width: int | None) -> Iterator[str]:
     """The lines of a list by section, at most `width` columns wide; None: a line for each key."""
     chosen = [*keys]
@@ -135,7 +145,7 @@ def explained(key: "About", width: int | None = None) -> Iterator[str]:
     if key.also:
         yield f"    or {key.also}"
     _, _, tail = key.name.partition(".")
-    yield f"  On the command line: --set {key.name}={typed(key.example)}"
+    yield f"  On the command line: --set {change(key.name, typed(key.example))}"
     yield f"  In a config:         [{key.section}] {tail} = {toml(key.example)}"
     if key.first:
         yield "  One of the ten keys to know first."
@@ -184,7 +194,8 @@ def no_such_option(error: click.NoSuchOption, words: Sequence[str]) -> str:
     at = next((n for n, word in enumerate(words) if word.partition("=")[0] == option), len(words))
     given = "".join(words[at : at + 1]).partition("=")[2] or "".join(words[at + 1 : at + 2])
     value = given if given and not given.startswith("-") else typed(known[near[0]].example)
+    right = change(near[0], value)
     also = f" (or {', '.join(near[1:])})" if near[1:] else ""
     if "," in value and error.ctx and any("--grid" in parameter.opts for parameter in error.ctx.command.params):
-        return f"{option}: is no option; the values of a key are given by --grid {near[0]}={value}{also}"
-    return f"{option}: is no option; a key is changed by --set {near[0]}={value}{also}"
+        return f"{option}: is no option; the values of a key are given by --grid {right}{also}"
+    return f"{option}: is no option; a key is changed by --set {right}{also}"

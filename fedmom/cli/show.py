@@ -15,6 +15,8 @@ from fedmom.machine.output import terminal_width
 if TYPE_CHECKING:
     import numpy as np
 
+    from fedmom.config.keys import AlgorithmConfig
+
 
 def partition(
     config: NeededConfig,
@@ -147,7 +149,7 @@ def topology(
     import numpy as np
 
     from fedmom.config.build import topology_of
-    from fedmom.config.load import load, replace
+    from fedmom.config.load import load
     from fedmom.config.resolve import resolve
     from fedmom.method.decentralized.topology import LARGEST_SPECTRUM
     from fedmom.results import tables
@@ -156,10 +158,11 @@ def topology(
     from fedmom.results.report import draw_or_say_why
 
     check_picture(out)
-    loaded = load(config, sets or ())
-    settled = resolve(loaded._replace(config=replace(loaded.config, "algorithm", name="d-sgd-m"))).config
+    settled = resolve(load(config, sets or ())).config
     graph = topology_of(settled)
-    assert graph is not None
+    if graph is None:
+        right = "--set algorithm.name=d-sgd-m shows the graph of Algorithm 2"
+        raise InputError(f"algorithm.name = {settled.algorithm.name!r}: has a server, and no W; {right}")
     degrees = np.mean([matrix.out_degrees() for matrix in graph.matrices], axis=0)
     links = sum(matrix.num_links() for matrix in graph.matrices) / graph.period
     small = graph.num_clients <= LARGEST_SPECTRUM
@@ -169,7 +172,7 @@ def topology(
         ["W", "symmetric" if graph.is_symmetric else "directed"],
         ["rounds in a period", f"{graph.period}"],
         ["sends to, per round: min, mean, max", f"{degrees.min():g}, {degrees.mean():.3g}, {degrees.max():g}"],
-        ["rows sent per round, all clients", f"{links:,.5g} × (x and u)"],
+        ["rows sent per round, all clients", f"{links:,.5g} × {_sent(settled.algorithm)}"],
         ["doubly stochastic", "yes"],
         ["connected", "yes" if len(graph.components) == 1 else f"no, {len(graph.components)} parts"],
         ["|λ₂| per round", f"{graph.second_eigenvalue:.6g}" if small else tables.MISSING],
@@ -182,6 +185,21 @@ def topology(
     if small and draw_or_say_why(lambda: draw_topology(graph, out)):
         print(out)
     return DONE
+
+
+def _sent(algorithm: "AlgorithmConfig") -> str:
+    """ "(x and u)": what a link of a resolved configuration carries, and how often where that is not in every round."""
+    from fedmom.config.method.states import rules_of
+    from fedmom.method.optimizers.table import OPTIMIZERS
+    from fedmom.method.state import X, full_name
+
+    rules, found = rules_of(algorithm)._replace(empty=algorithm.beta == 0), list[str]()
+    for state in (X, *OPTIMIZERS[algorithm.optimizer].states):
+        period, is_x = rules.of(state).period, state == X
+        if rules.sends("params" if is_x else "momentum", X if is_x else full_name(state, X), period):
+            found.append(state if period == 1 else f"{state} every {period} rounds")
+    said = " and ".join(found) if len(found) < 3 else ", ".join(found)
+    return f"({said})" if algorithm.fragments == 1 else f"(one of {algorithm.fragments} parts of {said})"
 
 
 def datasets(
@@ -237,8 +255,9 @@ def algorithms() -> int:
     for name, entry in ALGORITHMS.items():
         fixed = {"num-local-steps": entry.interval, "beta": entry.beta}
         sets = {key: value for key, value in fixed.items() if value is not None} | dict(entry.sets)
-        said = [entry.summary, entry.equation, ", ".join(f"{key} = {value!r}" for key, value in sets.items())]
-        rows.append([name, ". ".join(part for part in said if part)])
+        said = ", ".join(f"{key} = {value!r}" for key, value in sets.items())
+        rows.append([name, entry.summary])
+        rows += [["", line] for line in (entry.equation, f"sets {said}" if said else "") if line]
     _print_list(rows)
     return DONE
 

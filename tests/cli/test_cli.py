@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from typer.main import get_command
 import fedmom
 from fedmom.cli import main
 from fedmom.cli.keys import listed, meaning
+from fedmom.cli.show import _sent
 from fedmom.config.keys import KEYS, SECTIONS
 from fedmom.config.load import load
+from fedmom.config.resolve import resolve
 from fedmom.config.schema import FIRST, read_keys
 from fedmom.data.shipped import DATASETS
 from fedmom.errors import InputError
@@ -187,6 +190,7 @@ def test_files_that_are_folders_and_folders_that_are_files(refused):
         (["partition", "quadratic.toml"], ["data.dataset = 'quadratic'", "no examples"]),
         (["topology"], ["Missing argument 'CONFIG'"]),
         (["topology", RING, *torus(7)], ["algorithm.topology = 'torus'", "data.num-clients = 7", "near: 4, 6, 8, 9"]),
+        (["topology", "quadratic.toml"], ["algorithm.name = 'pr-sgd-m'", "no W", "--set algorithm.name=d-sgd-m"]),
         (["report"], ["Missing argument 'DIR...'"]),
         (["report", "nowhere"], ["nowhere: no such folder"]),
         (["report", "tiny.npz"], ["tiny.npz: is a file"]),
@@ -573,6 +577,7 @@ def test_algorithms_are_listed_with_their_equations_and_what_they_set(fed):
     for entry in ALGORITHMS.values():
         assert " ".join(entry.equation.split()) in text
         assert all(f"{key} = {value!r}" in text for key, value in entry.sets.items())
+        assert not any(entry.summary in line and entry.equation in line for line in out if entry.equation)
     assert "beta = 0.0" in text
     assert "num-local-steps = 1" in text
 
@@ -598,6 +603,8 @@ def test_a_key_by_its_full_name_has_a_paragraph_with_range_and_example(fed):
     text = "\n".join(out)
     for part in ("algorithm.beta = 0.9", KEYS["algorithm.beta"].doc, "in [0, 1)", "--set algorithm.beta=0.95"):
         assert part in text
+    (line,) = [line for line in fed("keys", "algorithm.states")[1] if "--set" in line]
+    assert shlex.split(line)[-1] == f"algorithm.states={read_keys()['algorithm.states'].example}"
     text = "\n".join(fed("keys", "algorithm.topology")[1])
     assert all(f"{name} " in text and meaning in text for name, meaning in KEYS["algorithm.topology"].choices.items())
     assert KEYS["algorithm.topology"].also in text
@@ -625,6 +632,10 @@ def test_a_list_of_keys_fits_into_any_terminal():
         (["run", "quadratic.toml", "--set", "lr=0.1"], "did you mean algorithm.lr"),
         (["keys", "algoritm.lr"], "did you mean algorithm.lr"),
         (["keys", "learning_rate"], "did you mean algorithm.lr"),
+        (["keys", "quantization"], "did you mean algorithm.codecs?"),
+        (["keys", "server-lr"], "did you mean algorithm.outer-lr?"),
+        (["run", "x.toml", "--compression"], "--set 'algorithm.codecs=x: int8; u: topk 0.1'"),
+        (["sweep", "x.toml", "--outer-optimizer", "slowmo,fed m"], "--grid 'algorithm.outer=slowmo,fed m'"),
     ],
 )
 def test_what_people_type_is_answered_by_the_right_words(fed, words, right):
@@ -662,6 +673,23 @@ def test_a_topology_is_summed_up_and_drawn(fed, sets, expected):
     assert out[-1] == "t.png"
     assert Path("t.png").read_bytes().startswith(b"\x89PNG")
     Path("t.png").unlink()
+
+
+@table(
+    "change, sent",
+    [
+        ("name=d-sgd-m", "(x and u)"),
+        ("beta=0", "(x)"),
+        ("momentum-policy=reset", "(x)"),
+        ("name=d-sgd-m-qg", "(x)"),
+        ("name=gradient-tracking", "(x and y)"),
+        ("optimizer=adamw", "(x, m, v)"),
+        ("states=x: average every 2; u: average", "(x every 2 rounds and u)"),
+        ("fragments=3", "(one of 3 parts of x and u)"),
+    ],
+)
+def test_a_topology_says_which_states_a_link_carries(change, sent):
+    assert _sent(resolve(load(RING, [f"algorithm.{change}"])).config.algorithm) == sent
 
 
 def test_a_disconnected_topology_is_a_warning(fed):
