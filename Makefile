@@ -8,11 +8,12 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 
 # Slow tests have an hour each: it ends what hangs, and no slow machine misses it.
 SLOWLY := --timeout 3600 --durations 40
 
-.PHONY: help setup quickstart comparison site dist extras test test-slow mutants test-container test-rest test-all test-cluster test-matrix test-oldest check format clean
+.PHONY: help setup quickstart comparison what-travels site dist extras test test-slow mutants test-container test-rest test-all test-cluster test-matrix test-oldest check format clean
 
 help:
 	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
 	@echo "make comparison   set up, sweep over I and momentum policy on real digits: tables, figures, report.html"
+	@echo "make what-travels set up, run the table of what travels on real digits (some ten minutes of one core)"
 	@echo "make test         set up, run the fast tests"
 	@echo "make site         the documentation as a site, in build/site"
 	@echo "make dist         the sdist, and the wheel that it gives, in dist"
@@ -49,6 +50,9 @@ comparison: setup
 		--out $(SWEEP)-pooled
 	$(BIN)/fedmom compare $(SWEEP) $(SWEEP)-pooled --out $(SWEEP)/comparison
 	$(BIN)/fedmom report $(SWEEP) $(SWEEP)-pooled --out $(SWEEP)
+
+what-travels: setup
+	$(BIN)/python benchmarks/what_travels.py --out build/what-travels.json
 
 site: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -113,6 +113,7 @@ def main() -> None:
         results += [measure(row, data, args.seeds, args.rounds) for data in DATA]
         print(f"{time.monotonic() - begin:5.0f} s  {row}", file=sys.stderr, flush=True)
         if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
 

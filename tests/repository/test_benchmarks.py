@@ -62,6 +62,20 @@ def test_a_seed_that_diverged_is_no_zero_in_a_mean():
     assert momentum_policies.cell({0.1: [{5: 50.0}, {}, {5: 70.0}]}, 5) == "60.0 ± 14.1 [2 of 3] (0.1*)"
 
 
+def test_a_row_has_its_best_lr_and_says_who_diverged(monkeypatch):
+    import what_travels
+
+    def one(row, data, lr, seed, rounds):
+        gone = data == "skewed" and seed == 2
+        return {"loss": float("inf") if gone else abs(lr - 0.05), "accuracy": 90.0 + seed, "bytes": 2.0}
+
+    monkeypatch.setattr(what_travels, "one", one)
+    results = [what_travels.measure("u local", data, 3, 60) for data in what_travels.DATA]
+    assert [found["lr"] for found in results] == [0.05, 0.05]
+    text = what_travels.table(results)
+    assert "| u local | sgd | 2.0 | 90.5 ± 0.7 [2 of 3] (0.05) | 91.0 ± 1.0 (0.05) |" in text
+
+
 def test_an_optimizer_stands_beside_sgd_in_its_fastest_chunks():
     import optimizers
 
