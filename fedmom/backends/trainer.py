@@ -203,7 +203,8 @@ class Node:
         if (span is not None) != self.plan.changes_steps:
             said = f"algorithm.interval = {self._keys['algorithm.interval']!r}"
             told = "must be told" if span is None else "need not be told"
-            raise InputError(f"{said}: a round's first-step and num-steps {told}; take this fedmom on both sides")
+            right = "take this fedmom on both sides, and its round loop, which tells them"
+            raise InputError(f"{said}: a round's first-step and num-steps {told}; {right}")
         return span
 
     def _ids(self, clients: Sequence[int]) -> np.ndarray:
@@ -279,7 +280,8 @@ class Node:
                 key = "algorithm.states" if self.config.algorithm.states else "algorithm.momentum-policy"
                 if is_among(name.partition("/")[2], self.problem.personal):
                     key = "algorithm.personal"
-                raise InputError(f"arrays: the clients' own {name} does not fit {key} = {self._keys[key]!r}")
+                said = f"arrays: the clients' own {name} does not fit {key} = {self._keys[key]!r}"
+                raise InputError(f"{said}; take fedmom's round loop, as its server app does, which sends what fits")
 
     def _check(self, start: ClientState, expected: ClientState) -> None:
         for part, own in expected._asdict().items():
