@@ -277,11 +277,15 @@ class Node:
         got, right = (flatten(state or ClientState({}, {}, {})) for state in (own, form))
         for name in {**right, **got}:
             if name not in got or name not in right or got[name].shape != (count, *right[name].shape[1:]):
-                key = "algorithm.states" if self.config.algorithm.states else "algorithm.momentum-policy"
+                keys = self.config.algorithm
+                key = "algorithm.states" if keys.states else "algorithm.momentum-policy"
+                key = "algorithm.fragments" if keys.fragments > 1 else key
                 if is_among(name.partition("/")[2], self.problem.personal):
                     key = "algorithm.personal"
-                said = f"arrays: the clients' own {name} does not fit {key} = {self._keys[key]!r}"
-                raise InputError(f"{said}; take fedmom's round loop, as its server app does, which sends what fits")
+                right = "take fedmom's round loop (its server app), which sends what fits"
+                if key == "algorithm.momentum-policy":
+                    right = "a strategy by itself needs the same momentum_policy"
+                raise InputError(f"arrays: the clients' own {name} does not fit {key} = {self._keys[key]!r}; {right}")
 
     def _check(self, start: ClientState, expected: ClientState) -> None:
         for part, own in expected._asdict().items():

@@ -1687,6 +1687,34 @@ MUTANTS = [
         code(f"{PRSGDM}._outer_step", 'trained.metrics.get("lr", self.lr)', "self.lr"),
         "tests/flower/test_flower.py::test_slow_momentum_divides_by_the_clients_lr",
     ),
+    Mutant(
+        "failures",
+        "the Flower server's outer step is `start`'s alone",
+        "within a wrapper of Flower's everybody goes on from the mean",
+        code(f"{PRSGDM}.aggregate_train", "self._outer_step(trained)", "trained.state"),
+        "tests/flower/test_strategies_alone.py::test_the_outer_step_is_taken_once_whoever_drives_the_rounds",
+    ),
+    Mutant(
+        "failures",
+        "a second run goes on from the first one's rows",
+        "under `local` a strategy that starts again has the u of the run before",
+        code(f"{PRSGDM}._begin", "self._given if self.own is self._kept else self.own", "self.own"),
+        "tests/flower/test_strategies_alone.py::test_a_second_start_begins_anew",
+    ),
+    Mutant(
+        "failures",
+        "a negative v is averaged",
+        "a mean of squares that no client can have makes NaN of everybody's x",
+        code("strategies.replies._bounds", 'state_of(tensor) == "v"', "False"),
+        "tests/flower/test_replies.py::test_a_wrong_reply_is_its_clients_failure_and_the_round_goes_on",
+    ),
+    Mutant(
+        "failures",
+        "who tells no loss has a loss of 0",
+        "a metric's mean is divided by the weight of those who do not tell it too",
+        code("strategies.replies.mean_metrics", "value / weights[name]", "value / total"),
+        "tests/flower/test_replies.py::test_a_metrics_mean_is_of_those_who_tell_it",
+    ),
     # --- identity ------------------------------------------------------------------------------------------
     Mutant(
         "identity",
