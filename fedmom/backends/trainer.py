@@ -277,15 +277,15 @@ class Node:
         got, right = (flatten(state or ClientState({}, {}, {})) for state in (own, form))
         for name in {**right, **got}:
             if name not in got or name not in right or got[name].shape != (count, *right[name].shape[1:]):
-                keys = self.config.algorithm
-                key = "algorithm.states" if keys.states else "algorithm.momentum-policy"
-                key = "algorithm.fragments" if keys.fragments > 1 else key
+                algorithm = self.config.algorithm
+                key = "algorithm.states" if algorithm.states else "algorithm.momentum-policy"
+                key = "algorithm.fragments" if algorithm.fragments > 1 else key
                 if is_among(name.partition("/")[2], self.problem.personal):
                     key = "algorithm.personal"
-                right = "take fedmom's round loop (its server app), which sends what fits"
+                advice = "take fedmom's round loop (its server app), which sends what fits"
                 if key == "algorithm.momentum-policy":
-                    right = "a strategy by itself needs the same momentum_policy"
-                raise InputError(f"arrays: the clients' own {name} does not fit {key} = {self._keys[key]!r}; {right}")
+                    advice = "a strategy by itself needs the same momentum_policy"
+                raise InputError(f"arrays: the clients' own {name} does not fit {key} = {self._keys[key]!r}; {advice}")
 
     def _check(self, start: ClientState, expected: ClientState) -> None:
         for part, own in expected._asdict().items():
