@@ -16,8 +16,8 @@ from fedmom.tasks.problem import Problem
 
 from .fleet import Fleet
 from .flower_strategies import CohortGrid
-from .prsgdm import PRSGDM, SPREADS, Contribution
-from .replies import Update, accept, pack, shares_memory, span_of, unpack
+from .prsgdm import PRSGDM, SPREADS
+from .replies import MEASURES, Contribution, Update, accept, pack, shares_memory, span_of, unpack, wanted_by
 
 
 class AveragingRounds(Backend):
@@ -37,7 +37,6 @@ class AveragingRounds(Backend):
         returns: the form of what a client goes on with by itself after round 1, 2, …, and gives back.
         """
         self.strategy, self.grid, self.problem, self.asked, self.timeout = strategy, grid, problem, asked, timeout
-        strategy.needs_losses = True
         self.returns = returns
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
@@ -45,6 +44,7 @@ class AveragingRounds(Backend):
         ids = job.clients.tolist()
         self.strategy.own = {} if job.own is None else _by_client(ids, flatten(job.own))
         self.strategy.returns = flatten(to_device(self.returns(job.round_index + 1), "cpu"))
+        self.strategy.wanted = wanted_by(self.problem, job)
         if job.correction is not None:
             self.strategy.states = _by_client(ids, job.correction)
         trained = self.strategy.train_round(
@@ -78,7 +78,7 @@ class StockRounds(Backend):
         """One round as Strategy.start would run it: configure, exchange, aggregate."""
         number, tensors = job.round_index + 1, flatten(start)
         arrays = pack(tensors, bundled=not shares_memory(self.grid))
-        chosen = set(job.clients.tolist())
+        chosen, wanted = set(job.clients.tolist()), wanted_by(self.problem, job)
         nodes = [holder.node_id for holder in self.fleet.holders if chosen.intersection(holder.clients)]
         messages = list(
             self.strategy.configure_train(number, arrays, ConfigRecord(self.asked), CohortGrid(self.grid, nodes))
@@ -91,7 +91,7 @@ class StockRounds(Backend):
             messages,
             arrays,
             timeout=self.timeout,
-            accept=lambda clients, reply: accept(reply, tensors, clients=clients, losses=True),
+            accept=lambda clients, reply: accept(reply, tensors, clients=clients, **wanted),
         ):
             _tell(progress, update)
             mean.add_one(update.state, update.weight)
@@ -101,7 +101,7 @@ class StockRounds(Backend):
         if result is None:
             raise ClientsFailedError(f"round {number}: {type(self.strategy).__name__} gave no model")
         metrics = {}
-        for name in ("train_loss", *SPREADS):
+        for name in MEASURES:
             metrics[name] = sum(u.weight * u.metrics[name] for u in updates) / mean.weight
         for name, part in SPREADS.items():
             metrics[name] += mean.spread(part)

@@ -28,7 +28,7 @@ from fedmom.rounds.round import Backend, Job, Outcome, Progress
 from fedmom.tasks.problem import Problem
 
 from .fleet import Fleet
-from .replies import ARRAYS, CONFIG, WEIGHT, ShouldStop, Update, accept, pack, shares_memory, unpack
+from .replies import ARRAYS, CONFIG, WEIGHT, ShouldStop, Update, accept, pack, shares_memory, unpack, wanted_by
 
 
 class Mixed(NamedTuple):
@@ -73,6 +73,7 @@ class DSGDM(Strategy):
         self.blocks = Blocks()
         self.rows: ClientState | None = None  # [N, ...]
         self.bundled = False  # whether rows travel as one array per dtype, which fedmom's clients understand
+        self.path: int | None = None  # how many numbers a reply's path must have; None: whatever it has
         self._updates: dict[int, dict[str, Any]] = {}
 
     def summary(self) -> None:
@@ -189,7 +190,8 @@ class DSGDM(Strategy):
         """The reply, checked against the rows of the clients asked for. ValueError with the reason to refuse it."""
         if self._updates.keys() & set(clients):
             raise ValueError(f"its clients {list(clients)[:5]} have answered already in this round")
-        return accept(reply, flatten(rows_of(rows, torch.tensor(list(clients)))), WEIGHT, clients=clients, losses=True)
+        expected = flatten(rows_of(rows, torch.tensor(list(clients))))
+        return accept(reply, expected, WEIGHT, clients=clients, losses=True, path=self.path)
 
     def _mix(self, server_round: int, rows: ClientState, updates: Iterable[Update], progress: Progress | None) -> Mixed:
         after = ClientState(*({name: value.clone() for name, value in tree.items()} for tree in rows))
@@ -201,7 +203,7 @@ class DSGDM(Strategy):
                     getattr(after, part)[name][ids] = value
             for client, loss in zip(ids.tolist(), update.about["train-loss"], strict=True):
                 told[client] = {"loss": loss}
-            told[int(ids[0])]["path"] = update.about["path"]
+            told[int(ids[0])] |= {"path": update.about["path"]} if "path" in update.about else {}
             lr = update.metrics.get("lr", lr)
             if progress:
                 progress(int(update.about.get("client-steps", 0)))
@@ -237,6 +239,7 @@ class RelayRounds(Backend):
         """I local steps of all clients on the nodes, then the exchange here. ClientsFailedError by the policy."""
         assert job.rows is not None
         rows = ClientState(*({name: value.cpu() for name, value in tree.items()} for tree in job.rows))
+        self.strategy.path = wanted_by(self.problem, job)["path"]
         mixed = self.strategy.train_round(
             self.grid,
             job.round_index + 1,

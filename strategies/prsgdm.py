@@ -31,6 +31,7 @@ from .replies import (
     OWN,
     STATES,
     WEIGHT,
+    Contribution,
     ShouldStop,
     Update,
     accept,
@@ -44,15 +45,6 @@ from .replies import (
 SPREADS = {"consensus_distance": "params", "momentum_spread": "momentum"}
 
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
-
-
-class Contribution(NamedTuple):
-    """What remains of an update once it has been added up."""
-
-    weight: float
-    about: dict[str, Any]
-    own: Tree | None
-    states: Tree | None = None
 
 
 class TrainedRound(NamedTuple):
@@ -73,11 +65,14 @@ class PRSGDM(Strategy):
     window: messages between the oldest unanswered one and the newest sent; 0: so many as fit into 48 MB per worker.
     momentum_policy: the clients' (algorithm.momentum-policy); under "local" the server keeps every client's u.
     slow_momentum, slow_lr: α and η of SlowMo, a server step on top; outer: another one (`OuterRule`). γ is the clients'
-    metric `lr`, else `lr`.
-    Periods (algorithm.states) are fedmom's round loop's: alone this averages every state in every round.
+    metric `lr`, else `lr`. It is taken by `start`, and by `aggregate_train` where Flower or a wrapper calls that.
     evaluate_clients: whether `start` also asks all nodes to evaluate after each round.
 
     The clients' weights are the metric `weighted_by_key` of their replies, the same for x, u and buffers.
+
+    By itself this averages every state in every round, or under "local" leaves all the optimizer's with the client.
+    The rest is for fedmom's round loop, and fedmom's clients refuse it: in the first round policies of which one but
+    not all are "local", algorithm.personal and an I that changes, after it periods and fragments.
     """
 
     def __init__(
@@ -115,12 +110,16 @@ class PRSGDM(Strategy):
         )
         self.memory: dict[str, Tree] = {}  # what the outer step remembers
         self.evaluate_clients = evaluate_clients
-        self.keeps_rows = MOMENTUM_POLICIES[momentum_policy].keeps_rows
+        self._stepped: dict[str, Tree] | None = None  # the memory, where it is this strategy's own work
+        self.policy = MOMENTUM_POLICIES[momentum_policy]
+        self.keeps_rows = self.policy.keeps_rows
         self.own: dict[int, Tree] = {}  # {client: what it has of its own, as `flatten` names it}, sent along
+        self._given: dict[int, Tree] = {}  # the same before round 1: what a caller has set, or nothing
+        self._kept: dict[int, Tree] | None = None  # the same, where it is this strategy's own work
         self.returns: Tree | None = None  # what of its own a client must give back; None: what it was sent
         self.states: dict[int, Tree] = {}  # {client: its own state of a correction}, sent along where there are any
         self.message: Tree = {}  # of a correction with state, which the replies have in the place of the server's state
-        self.needs_losses = False  # whether a reply must tell each client's training loss
+        self.wanted: dict[str, Any] = {}  # what else `accept` must find in a reply
         self._expected: Tree = {}  # what the updates of this round must look like
         self._asked: dict[int, list[int]] = {}  # {node: clients} of this round's training
         self._judging: dict[int, list[int]] | None = None  # {node: clients} of this round's evaluation
@@ -135,7 +134,19 @@ class PRSGDM(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """One message to every node that holds clients of the round's cohort, in client order."""
+        self._begin(server_round, arrays)
         return list(self._train_messages(server_round, arrays, config, grid))
+
+    def _begin(self, server_round: int, arrays: ArrayRecord) -> None:
+        """A run that begins forgets what this strategy has kept of the one before; what a caller has set stays."""
+        start = unflatten(unpack(arrays))
+        if start.correction:
+            raise InputError("initial_arrays: a correction with state is fedmom's round loop's; this strategy has none")
+        if server_round == 1:
+            self._given = self.own = self._given if self.own is self._kept else self.own
+        self.keeps_rows = self.policy.keeps_rows or bool(self.own)
+        if self.outer is not None and (not self.memory or (server_round == 1 and self.memory is self._stepped)):
+            self._stepped = self.memory = self.outer.start(stepped_of(self.outer, start))
 
     def _train_messages(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -147,7 +158,7 @@ class PRSGDM(Strategy):
         self._expected = flatten(unflatten(self._expected)._replace(correction=self.message))
         if self.keeps_rows and not self.own:
             zeros = flatten(ClientState({}, zeros_like(unflatten(self._expected).momentum), {}))
-            self.own = dict.fromkeys(range(self.fleet.num_clients), zeros)
+            self._kept = self.own = dict.fromkeys(range(self.fleet.num_clients), zeros)
         chosen = set(self.cohort(server_round - 1).tolist())
         for holder in self.fleet.holders:
             clients = [client for client in holder.clients if client in chosen]
@@ -168,7 +179,7 @@ class PRSGDM(Strategy):
         """Weighted means of the replies, in the order in which they come; failures as `on_failure` says."""
         updates = self.fleet.answered(server_round, self._asked, replies, self._accept)
         trained = self._average(server_round, updates)
-        return pack(flatten(trained.state)), MetricRecord(dict(trained.metrics))
+        return pack(flatten(self._outer_step(trained))), MetricRecord(dict(trained.metrics))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -212,18 +223,15 @@ class PRSGDM(Strategy):
         """
         result, arrays = Result(), initial_arrays
         result.arrays = arrays
-        if unflatten(unpack(arrays)).correction:
-            raise InputError("initial_arrays: a correction with state is fedmom's round loop's; this strategy has none")
+        self.memory, self._stepped = memory or {}, None
+        self._begin(first_round, arrays)
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        self.keeps_rows |= bool(self.own)
-        if self.outer is not None:
-            self.memory = memory or self.outer.start(stepped_of(self.outer, unflatten(unpack(arrays))))
         if evaluate_fn and first_round == 1 and (measured := evaluate_fn(0, arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = measured
         for number in range(first_round, num_rounds + 1):
             trained = self.train_round(grid, number, arrays, train_config, timeout=timeout)
             metrics = MetricRecord(dict(trained.metrics))
-            arrays = result.arrays = pack(flatten(self._outer_step(arrays, trained)))
+            arrays = result.arrays = pack(flatten(self._outer_step(trained)))
             result.train_metrics_clientapp[number] = metrics
             log(INFO, "[ROUND %s/%s] %s", number, num_rounds, dict(metrics))
             messages = self.configure_evaluate(number, arrays, evaluate_config, grid)
@@ -269,7 +277,7 @@ class PRSGDM(Strategy):
             clients=clients,
             own=own,
             states=states,
-            losses=self.needs_losses,
+            **self.wanted,
         )
 
     def _average(
@@ -279,11 +287,13 @@ class PRSGDM(Strategy):
         on_update: Callable[[Update], None] = lambda update: None,
     ) -> TrainedRound:
         """Weighted means, one update at a time; each is let go before the next is taken."""
-        mean, sums, answers, num_clients = WeightedMean(self.running_var), dict[str, float](), list[Contribution](), 0
+        mean, answers, num_clients = WeightedMean(self.running_var), list[Contribution](), 0
+        told = list[tuple[float, dict[str, float]]]()
+        if self.keeps_rows:
+            self._kept = self.own = dict(self.own)  # a copy: a caller's stays as it was
         for update in updates:
             mean.add_one(update.state, update.weight)
-            for name, value in update.metrics.items():
-                sums[name] = sums.get(name, 0.0) + update.weight * value
+            told.append((update.weight, update.metrics))
             answers.append(Contribution(update.weight, update.about, update.own, update.states))
             if self.keeps_rows and update.own:
                 for place, client in enumerate(update.about["clients"]):
@@ -292,17 +302,18 @@ class PRSGDM(Strategy):
             on_update(update)
             del update
         self.fleet.enough(server_round, num_clients)
-        metrics = {name: value / mean.weight for name, value in sums.items()}
+        metrics = mean_metrics(told) or {}
         for name, part in SPREADS.items():  # a block's clients about its mean, and the means about theirs
             metrics[name] = metrics.get(name, 0.0) + mean.spread(part)
         return TrainedRound(mean.mean(), metrics, answers)
 
-    def _outer_step(self, arrays: ArrayRecord, trained: TrainedRound) -> ClientState:
+    def _outer_step(self, trained: TrainedRound) -> ClientState:
         """The outer step from the round's start to its mean; the mean itself where there is none."""
         if self.outer is None:
             return trained.state
-        before, mean = unpack(arrays), flatten(trained.state)
+        before, mean = self._expected, flatten(trained.state)
         names, lr = next(iter(self.memory.values())), trained.metrics.get("lr", self.lr)
         here, there = ({n: tree[n] for n in names} for tree in (before, mean))
         moved, self.memory = self.outer.step(here, there, self.memory, lr)
+        self._stepped = self.memory
         return unflatten(mean | moved)

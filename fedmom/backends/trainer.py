@@ -203,7 +203,8 @@ class Node:
         if (span is not None) != self.plan.changes_steps:
             said = f"algorithm.interval = {self._keys['algorithm.interval']!r}"
             told = "must be told" if span is None else "need not be told"
-            raise InputError(f"{said}: a round's first-step and num-steps {told}; take this fedmom on both sides")
+            right = "take this fedmom on both sides, and its round loop, which tells them"
+            raise InputError(f"{said}: a round's first-step and num-steps {told}; {right}")
         return span
 
     def _ids(self, clients: Sequence[int]) -> np.ndarray:
@@ -276,10 +277,15 @@ class Node:
         got, right = (flatten(state or ClientState({}, {}, {})) for state in (own, form))
         for name in {**right, **got}:
             if name not in got or name not in right or got[name].shape != (count, *right[name].shape[1:]):
-                key = "algorithm.states" if self.config.algorithm.states else "algorithm.momentum-policy"
+                algorithm = self.config.algorithm
+                key = "algorithm.states" if algorithm.states else "algorithm.momentum-policy"
+                key = "algorithm.fragments" if algorithm.fragments > 1 else key
                 if is_among(name.partition("/")[2], self.problem.personal):
                     key = "algorithm.personal"
-                raise InputError(f"arrays: the clients' own {name} does not fit {key} = {self._keys[key]!r}")
+                advice = "take fedmom's round loop (its server app), which sends what fits"
+                if key == "algorithm.momentum-policy":
+                    advice = "a strategy by itself needs the same momentum_policy"
+                raise InputError(f"arrays: the clients' own {name} does not fit {key} = {self._keys[key]!r}; {advice}")
 
     def _check(self, start: ClientState, expected: ClientState) -> None:
         for part, own in expected._asdict().items():

@@ -1,6 +1,7 @@
 """The header of an .npy file, parsed once for all that have the same. No torch: any Flower app's actors load this."""
 
 import functools
+import tokenize
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -31,6 +32,6 @@ def _parsed(header: bytes) -> Header | None:
     try:
         np.lib.format.read_magic(file)
         shape, fortran, dtype = read(file)
-    except ValueError:
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError):  # numpy reads it as Python
         return None
     return None if dtype.hasobject else Header(dtype, fortran, shape, len(header))

@@ -38,7 +38,7 @@ def array_bytes(array: Any) -> Any:
 def from_npy(data: Any) -> Tensor:
     """A tensor on the bytes of an .npy file (bytes, memoryview, uint8 array). It shares their memory: read it only.
 
-    Raises InputError for bytes that are no such file.
+    Raises InputError for bytes that are no such file, and for a dtype that torch has not.
     """
     view = memoryview(data).cast("B")
     header = npy_header(view)
@@ -47,10 +47,13 @@ def from_npy(data: Any) -> Tensor:
             raise ValueError("it does not begin as one")
         dtype, fortran, shape, begin = header
         array = np.frombuffer(view, dtype, offset=begin, count=math.prod(shape))
-    except ValueError as error:
+        array = array.reshape(shape, order="F" if fortran else "C")
+    except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"an array is not in numpy's format ({error})") from None
-    array = array.reshape(shape, order="F" if fortran else "C")
-    return as_tensor(array if dtype.isnative else array.astype(dtype.newbyteorder("=")))
+    try:
+        return as_tensor(array if dtype.isnative else array.astype(dtype.newbyteorder("=")))
+    except TypeError:  # text, dates, records and the like
+        raise InputError(f"an array has numpy's dtype {dtype.str!r}, which torch has not") from None
 
 
 def bundle(tensors: Tree) -> Tree:
@@ -76,6 +79,8 @@ def unbundle(tensors: Mapping[str, Tensor]) -> Tree:
             continue
         try:
             places = {inner: shape for inner, *shape in json.loads(name)}
+            if not all(isinstance(inner, str) for inner in places):
+                raise ValueError("a name that is no text")
             parts = value.split([math.prod(shape) for shape in places.values()])
             found |= {inner: part.view(shape) for (inner, shape), part in zip(places.items(), parts, strict=True)}
         except (ValueError, TypeError, RuntimeError):

@@ -32,7 +32,9 @@ class Method(NamedTuple):
     @property
     def rules(self) -> Rules:
         """What becomes of every state between rounds."""
-        return Rules(self.momentum_policy, self.states, self.beta == 0, self.fragments)
+        fixed = self.by.rules
+        states = {**self.states, **fixed} if fixed else self.states
+        return Rules(self.momentum_policy, states, self.beta == 0, self.fragments)
 
     @property
     def by(self) -> Optimizer:

@@ -47,6 +47,12 @@ def parameter_of(name: str) -> str:
     return name if state_of(name) == "u" else name.partition("/")[2]
 
 
+def is_clock(name: str) -> bool:
+    """Whether a name in ClientState.momentum is of a state's clock."""
+    prefix, slash, _ = name.partition("/")
+    return bool(slash) and prefix.endswith(CLOCK) and prefix.removesuffix(CLOCK) in _PREFIXED
+
+
 def is_momentum(name: str) -> bool:
     """Whether a name in ClientState.momentum is of a momentum, u, m or y, which momentum_spread is measured on."""
     state, clock = state_of(name), CLOCK in name.partition("/")[0]

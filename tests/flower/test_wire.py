@@ -64,6 +64,30 @@ def test_pickled_objects_are_refused():
         from_npy(file.getvalue())
 
 
+@table(
+    "array",
+    [
+        np.array(["a"]),
+        np.array(["2020-01-01"], "M8[D]"),
+        np.zeros(2, [("a", "f4")]),
+        np.zeros(2, np.longdouble),
+        np.zeros(2, ">U3"),
+    ],
+)
+def test_a_dtype_that_torch_has_not_is_refused_by_its_name(array):
+    file = BytesIO()
+    np.save(file, array)
+    with pytest.raises(InputError, match=r"^an array has numpy's dtype '.*', which torch has not$"):
+        from_npy(file.getvalue())
+
+
+@table("text", ["(", "{[]: 1}", "{'descr': '<f4', 'fortran_order': False, 'shape': (1" + "0" * 30 + ",), }"])
+def test_a_header_that_is_no_python_is_refused_in_one_line(text):
+    data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+    with pytest.raises(InputError, match=r"^an array is not in numpy's format"):
+        from_npy(data + bytes(16))
+
+
 TREES = {
     "nothing": {},
     "one scalar": {"params/x": torch.tensor(2.0)},
@@ -107,6 +131,8 @@ def test_what_is_no_bundle_stays_as_it_is():
         "[[1, 4], [",
         '[["a", -1, -4]]',
         '[["a", "b"]]',
+        "[[1, 4]]",
+        "[[null, 4]]",
         '[["a", 1.5]]',
         '[[["a"], 4]]',
         "[[]]",

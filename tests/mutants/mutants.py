@@ -44,7 +44,13 @@ PARTS = {
         "tests/runs/test_run.py",
     ),
     "resume": ("tests/runs/test_resume.py", "tests/records", "tests/engine/test_gossip.py"),
-    "failures": ("tests/flower/test_failures.py", "tests/flower/test_flower.py", "tests/flower/test_relay.py"),
+    "failures": (
+        "tests/flower/test_failures.py",
+        "tests/flower/test_flower.py",
+        "tests/flower/test_relay.py",
+        "tests/flower/test_replies.py",
+        "tests/flower/test_strategies_alone.py",
+    ),
     "identity": ("tests/records/test_identity.py",),
     "history": ("tests/records/test_history.py", "tests/runs/test_resume.py"),
     "records": ("tests/records", "tests/runs/test_run.py"),
@@ -109,8 +115,6 @@ LOOK, RESULTS, OWN = "fedmom.rounds.clients", "fedmom.rounds.results", "fedmom.r
 OWN_DATA = "strategies.local_data.LocalSupervised"
 
 NAMED, PRESETS = "fedmom.method.named", "tests/laws/test_presets.py"
-_FIXED_STATES = "fedmom.config.method.states._FIXED"
-
 OPTIMIZERS, OTHERS = "fedmom.method.optimizers", "fedmom.engine.stacked.updates.fused"
 
 LAWS, STACKED = "tests/method/test_optimizers.py", "tests/engine/test_stacked_optimizers.py"
@@ -390,7 +394,11 @@ MUTANTS = [
         "named",
         "gradient tracking leaves y at home",
         "x alone is mixed by W, so that clients end beside the optimum",
-        entry(f"{_FIXED_STATES}", "gradient-tracking", lambda row: row | {"y": row["g"]}),
+        entry(
+            f"{OPTIMIZERS}.table.OPTIMIZERS",
+            "gradient-tracking",
+            lambda row: row._replace(rules={**row.rules, "y": row.rules["g"]}),
+        ),
         f"{PRESETS}::test_algorithm_2s_presets_are_the_naive_loops",
     ),
     Mutant(
@@ -1607,7 +1615,7 @@ MUTANTS = [
         "failures",
         "NaN is averaged",
         "an update that is not finite is taken",
-        code("strategies.replies._check", "if value.is_floating_point() and not", "if False and not"),
+        code("strategies.replies._check", "if not (value.sum()", "if False and not (value.sum()"),
         "tests/flower/test_failures.py::test_a_refused_update_is_named_there_too",
     ),
     Mutant(
@@ -1684,6 +1692,34 @@ MUTANTS = [
         "SlowMo divides by the strategy's lr where clients say theirs",
         code(f"{PRSGDM}._outer_step", 'trained.metrics.get("lr", self.lr)', "self.lr"),
         "tests/flower/test_flower.py::test_slow_momentum_divides_by_the_clients_lr",
+    ),
+    Mutant(
+        "failures",
+        "the Flower server's outer step is `start`'s alone",
+        "within a wrapper of Flower's everybody goes on from the mean",
+        code(f"{PRSGDM}.aggregate_train", "self._outer_step(trained)", "trained.state"),
+        "tests/flower/test_strategies_alone.py::test_the_outer_step_is_taken_once_whoever_drives_the_rounds",
+    ),
+    Mutant(
+        "failures",
+        "a second run goes on from the first one's rows",
+        "under `local` a strategy that starts again has the u of the run before",
+        code(f"{PRSGDM}._begin", "self._given if self.own is self._kept else self.own", "self.own"),
+        "tests/flower/test_strategies_alone.py::test_a_second_start_begins_anew",
+    ),
+    Mutant(
+        "failures",
+        "a negative v is averaged",
+        "a mean of squares that no client can have makes NaN of everybody's x",
+        code("strategies.replies._bounds", 'state_of(tensor) == "v"', "False"),
+        "tests/flower/test_replies.py::test_a_wrong_reply_is_its_clients_failure_and_the_round_goes_on",
+    ),
+    Mutant(
+        "failures",
+        "who tells no loss has a loss of 0",
+        "a metric's mean is divided by the weight of those who do not tell it too",
+        code("strategies.replies.mean_metrics", "value / weights[name]", "value / total"),
+        "tests/flower/test_replies.py::test_a_metrics_mean_is_of_those_who_tell_it",
     ),
     # --- identity ------------------------------------------------------------------------------------------
     Mutant(
@@ -2308,9 +2344,9 @@ MUTANTS = [
         "PRSGDM alone steps x and nothing else",
         "outer-states = 'x, u' is not heard",
         code(
-            "strategies.prsgdm.PRSGDM.start",
-            "stepped_of(self.outer, unflatten(unpack(arrays)))",
-            '{n: t for n, t in stepped_of(self.outer, unflatten(unpack(arrays))).items() if n.startswith("params/")}',
+            f"{PRSGDM}._begin",
+            "stepped_of(self.outer, start)",
+            '{n: t for n, t in stepped_of(self.outer, start).items() if n.startswith("params/")}',
         ),
         "tests/laws/test_states_of_backends.py::test_the_strategy_alone_takes_the_outer_step",
     ),

@@ -16,8 +16,6 @@ from fedmom.method.states.rules import Rules, StateRule
 _ENTRY = re.compile(r"\s*([a-z]+)\s*:\s*([a-z-]+)(?:\s+every\s+(\d+))?\s*", re.ASCII)
 _LONGEST = 2**31 - 1  # rounds of a period
 _FORM = 'must be "STATE: POLICY every ROUNDS" by semicolons, as in "x: average every 1; u: average every 4"'
-# What an optimizer is defined by, where it leaves no choice.
-_FIXED = {"gradient-tracking": {"y": StateRule("average"), "g": StateRule("local")}}
 
 
 def parse_states(text: str) -> dict[str, StateRule]:
@@ -62,7 +60,8 @@ def written(rules: Mapping[str, StateRule]) -> str:
 def rules_of(algorithm: AlgorithmConfig) -> Rules:
     """What becomes of every state between rounds, but for the tensors that each part of the model has."""
     fragments = Fragments(algorithm.fragments)
-    return Rules(algorithm.momentum_policy, parse_states(algorithm.states), fragments=fragments)
+    states = parse_states(algorithm.states) | dict(OPTIMIZERS[algorithm.optimizer].rules)
+    return Rules(algorithm.momentum_policy, states, fragments=fragments)
 
 
 def settle_states(config: Config) -> Config:
@@ -73,7 +72,7 @@ def settle_states(config: Config) -> Config:
     algorithm = config.algorithm
     optimizer, given = OPTIMIZERS[algorithm.optimizer], parse_states(algorithm.states)
     said, policy = f"algorithm.states = {algorithm.states!r}", algorithm.momentum_policy
-    fixed = _FIXED.get(algorithm.optimizer, {})
+    fixed = optimizer.rules
     if fixed and policy != KEYS["algorithm.momentum-policy"].default:
         right = f"{algorithm.optimizer} is defined by {written(fixed)}; leave it out"
         raise InputError(f"algorithm.momentum-policy = {policy!r}: {right}")

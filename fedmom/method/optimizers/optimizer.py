@@ -3,13 +3,15 @@
 All that it remembers lies in ClientState.momentum, under the names that `fedmom.method.state.full_name` gives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedmom.method.state import CLOCK, ClientState, Tree, full_name
+from fedmom.method.states.rules import StateRule
 
 
 class Numbers(NamedTuple):
@@ -38,6 +40,7 @@ class Optimizer(NamedTuple):
     beta2: float = 0.0  # the β₂ that it takes where none is given
     linear: bool = False  # whether x and u after a step are linear in x, u and g
     gossip_only: bool = False  # whether it means something under Algorithm 2 alone
+    rules: Mapping[str, StateRule] = MappingProxyType({})  # what it is defined by, where it leaves no choice
 
     def kept(self) -> tuple[str, ...]:
         """The states and their clocks."""

@@ -1,5 +1,7 @@
 """The one table of local optimizers, which the keys, the engine and the policies read."""
 
+from types import MappingProxyType
+
 from fedmom.method.optimizers.adagrad import adagrad
 from fedmom.method.optimizers.adam import adam
 from fedmom.method.optimizers.adamw import adamw
@@ -7,6 +9,7 @@ from fedmom.method.optimizers.lion import lion
 from fedmom.method.optimizers.optimizer import Optimizer
 from fedmom.method.optimizers.sgd import sgd
 from fedmom.method.optimizers.tracking import tracking
+from fedmom.method.states.rules import StateRule
 
 _ADAM = ("beta", "beta2", "eps")
 OPTIMIZERS = {
@@ -38,5 +41,6 @@ OPTIMIZERS = {
         ("y", "g"),
         reads=(),
         gossip_only=True,
+        rules=MappingProxyType({"y": StateRule("average"), "g": StateRule("local")}),
     ),
 }
