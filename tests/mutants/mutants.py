@@ -1622,7 +1622,7 @@ MUTANTS = [
         "failures",
         "an answer for others is taken",
         "a node's reply is averaged in another client's place",
-        code("strategies.replies.accept", "if clients and about[", "if False and about["),
+        code("strategies.replies._about", "if clients and about[", "if False and about["),
         "tests/flower/test_failures.py::test_a_wrong_block_is_refused_by_name",
     ),
     Mutant(
