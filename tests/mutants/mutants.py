@@ -1321,7 +1321,7 @@ MUTANTS = [
         "rounds",
         "bytes are those of float32",
         "every number counts four bytes",
-        code("fedmom.method.state.num_bytes", "value.numel() * value.element_size()", "value.numel() * 4"),
+        code("fedmom.travel.feedback.bytes_of", "value.numel() * value.element_size()", "value.numel() * 4"),
         "tests/engine/test_engine.py::test_bytes_sent_counts_what_travels",
     ),
     Mutant(
