@@ -103,7 +103,7 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
         tensors = {f"{p}/{n}": t for p, n, t in _tensors(shared) if state_in(p, n) in kept}
         size = len(problem.sizes) * num_bytes(tensors) / 1e6
         notes.append(
-            f"{', '.join(kept)} of all {len(problem.sizes)} clients is kept between rounds: {size:,.1f} MB, "
+            f"{', '.join(kept)} of all {len(problem.sizes)} clients stay with them between rounds: {size:,.1f} MB, "
             "and several times that while a round is under way"
         )
     if plan.method.fragments.num_parts > 1:
