@@ -120,6 +120,7 @@ def test_a_handler_that_fails_fails_alone(pool, what):
     assert all(answer[0] == key for key, answer in answers.items())
 
 
+@pytest.mark.slow
 def test_a_message_whose_worker_dies_is_tried_again(pool, tmp_path):
     answers = submit_all(pool, [("die once", str(tmp_path / f"{key}")) for key in range(3)])
     assert not any(isinstance(answer, Failure) for answer in answers.values())

@@ -50,6 +50,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @table("way", WAYS)
 def test_a_card_gives_the_cpus_numbers_and_nothing_is_mixed(way):
     path, options = WAYS[way]

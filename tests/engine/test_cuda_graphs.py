@@ -226,6 +226,7 @@ def frozen(run):
     return run(), lambda: None
 
 
+@pytest.mark.slow
 @table("record", [broken, waiting, frozen])
 def test_a_recording_that_fails_or_is_wrong_is_not_used(record):
     """Nor does a capture that fails leave work on its own stream, where minibatches may not be there yet."""

@@ -496,6 +496,7 @@ def on_a_card(name, side, on):
     return tensors, SimpleNamespace(launches=card.launches - before, troubles=card.troubles())
 
 
+@pytest.mark.slow
 @table("name, side, most", [("cnn", 8, 0.75), ("resnet20", 8, 0.9)])
 def test_a_cards_rounds_are_the_same_with_fewer_launches(name, side, most, switch):
     want, plain = on_a_card(name, side, False)

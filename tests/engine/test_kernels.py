@@ -90,6 +90,7 @@ def by_torch(x, weight, bias, d, geometry):
 FEW = ("the smallest", "a part that is shorter", "dilation and stride", "drawn 0")  # the interpreter is slow
 
 
+@pytest.mark.slow
 @table("name, dtype", [*((name, F64) for name in FEW), ("a kernel of one and stride", torch.float32)])
 def test_operators_and_kernels_are_one_convolution_per_client(name, dtype):
     check_operators_and_kernels(name, dtype)

@@ -58,6 +58,7 @@ def test_the_look_sees_every_kind_of_comparison():
     assert compared(ast.parse(source)) == ["loop", "stack", "local"]
 
 
+@pytest.mark.slow
 def test_nobody_compares_the_names_of_a_table():
     names = {name: file for file, table in TABLES.items() for name in table}
     assert len(names) > 20

@@ -171,6 +171,7 @@ PRIVATE = {
 }
 
 
+@pytest.mark.slow
 def test_flowers_private_names_are_imported_in_one_place():
     files = [path for path in ROOT.glob("[!.]*/**/*.py") if "build" not in path.parts]
     found = {}

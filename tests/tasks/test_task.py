@@ -144,6 +144,7 @@ def norm(tree):
     return math.sqrt(sum(float(t.square().sum()) for t in tree.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "asked"), CASES, ids=[f"{k}-{a.loss}-{bool(a.class_weights)}" for k, a in CASES])
 def test_a_task_is_plain_torchs_on_every_path(kind, asked):
     """x and u to 1e-10 of their norm, and the losses; N = 1, 2, 5, options I and II, chunks with a shorter last one."""

@@ -155,6 +155,7 @@ FLOAT32 = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLOAT32)
 def test_float32_refuses_nothing_that_float64_trains(name):
     """Rounding is no disagreement, not even where a gradient is nothing else (a bias before BatchNorm)."""

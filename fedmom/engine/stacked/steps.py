@@ -70,7 +70,9 @@ class Stack:
             raise FoldError(f"{type(problem).__name__} has no layers")
         self.pull = method.correction if isinstance(method.correction, FedProx) else None
         if method.correction is not None and self.pull is None:
-            raise FoldError("the correction of the gradient is written for one client")
+            named = type(method.correction).__module__.startswith(FedProx.__module__.rpartition(".")[0])
+            whose = "the correction of algorithm.name" if named else "algorithm.correction"
+            raise FoldError(f"{whose} is written for one client")
         if factors is not False and self.pull is not None:
             raise FoldError("dense layers in factors have no rows that could be held to the round's start")
         if factors is not False and not method.by.linear:
