@@ -252,6 +252,7 @@ def test_a_run_folder_that_exists_is_refused_unless_it_is_empty(fed, refused):
 # --- a good run ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_folder_and_prints_a_table(fed):
     status, out, err = fed("run", "tiny.toml", "--out", "a/b")
     assert (status, err) == (0, [])

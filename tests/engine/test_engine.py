@@ -246,6 +246,7 @@ def test_records_say_what_they_should():
     assert all(math.isfinite(r["train_loss"]) and r["client_steps_per_second"] > 0 for r in rows)
 
 
+@pytest.mark.slow
 def test_training_learns_on_every_path():
     for path in PATHS:
         _, rows = run_plan(image_problem("mlp"), simple_plan(4, num_rounds=15, lr=0.1), path=path)

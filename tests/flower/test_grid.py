@@ -79,6 +79,7 @@ def calls(grid, node_id):
     return reply.content["who"]["calls"] - 1
 
 
+@pytest.mark.slow
 def test_it_is_a_grid_of_nodes_that_know_their_partition(grid, seen):
     assert isinstance(grid, Grid)
     nodes = list(grid.get_node_ids())
