@@ -67,6 +67,7 @@ class Algorithm(NamedTuple):
     normalised: bool = False  # whether every client's way is divided by the length of its steps: FedNova
 
 
+_DILOCO = {"optimizer": "adamw", "states": "m: local; v: local; u: local", "outer": "nesterov"}
 ALGORITHMS = {
     "pr-sgd-m": Algorithm("Algorithm 1: I local momentum steps, then model and momentum are averaged"),
     "parallel-sgd-m": Algorithm("large-batch momentum SGD: Algorithm 1 with I = 1", 1, interval=1),
@@ -86,7 +87,7 @@ ALGORITHMS = {
     ),
     "diloco": Algorithm(
         "DiLoCo: AdamW on the clients, which keep m and v; an outer Nesterov step on x",
-        sets={"optimizer": "adamw", "states": "m: local; v: local; u: local", "outer": "nesterov"},
+        sets=_DILOCO,
         equation="Δ = x − x̂;  b <- μb + Δ;  x <- x − η(Δ + μb), η = 0.7, μ = 0.9",
     ),
     "slowmo": Algorithm(
@@ -102,7 +103,7 @@ ALGORITHMS = {
     ),
     "streaming-diloco": Algorithm(
         "Streaming DiLoCo without delay or blending: DiLoCo by parts of the model, one in a round",
-        sets={"optimizer": "adamw", "states": "m: local; v: local; u: local", "outer": "nesterov", "fragments": 4},
+        sets={**_DILOCO, "fragments": 4},
         equation="as diloco, for part f of x after rounds f, f + F, f + 2F, …; F = 4 is ours",
     ),
     "fedadam": Algorithm(

@@ -19,30 +19,22 @@ RING = {**PROCEED, "algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}
 NORMED = {**RESNET, "server.on-failure": "proceed", "run.num-rounds": 1, "algorithm.num-local-steps": 1}
 
 
-def told(name, value):
+def told(name, value, *, record="clients"):
     """A reply that says `value` of its clients; None: nothing."""
 
     def change(reply):
-        record = reply.content["clients"]
         if value is None:
-            del record[name]
+            del reply.content[record][name]
         else:
-            record[name] = value
+            reply.content[record][name] = value
         return reply
 
     return change
 
 
 def measured(name, value):
-    def change(reply):
-        record = reply.content["metrics"]
-        if value is None:
-            del record[name]
-        else:
-            record[name] = value
-        return reply
-
-    return change
+    """The same of its metrics."""
+    return told(name, value, record="metrics")
 
 
 def filled(part, value, record="arrays"):
