@@ -35,6 +35,16 @@ def pytest_configure(config):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_assertrepr_compare(left, right):
+    """Where CI is set pytest writes out line by line how two values differ, which takes minutes for bytes of files."""
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(left, bytes | list | tuple) and len(left) > 100:
+            for name in ("CI", "BUILD_NUMBER"):
+                patch.delenv(name, raising=False)
+        return (yield)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _asked_once():
     """What hundreds of runs ask for, each time with the same answer, is worked out once in a process of tests.

@@ -63,7 +63,7 @@ def trouble(name: str, found: Found) -> str:
     """Why what came of a job is not what must; ""."""
     fails = ", ".join(f"{failure.test} ({failure.error}: {failure.message})" for failure in found.failures)
     if found.stale or not found.run:
-        return found.stale or "no such test"
+        return found.stale or fails or "no such test"
     if name == RIGHT:
         return f"fails too: {fails}" if fails else ""
     if not fails:

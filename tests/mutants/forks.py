@@ -4,6 +4,7 @@ pytest collects the right program; then a child per mutant changes it and runs s
 """
 
 import contextlib
+import faulthandler
 import io
 import itertools
 import json
@@ -91,7 +92,7 @@ class _Forks:
         if session.testsfailed:
             raise session.Interrupted(f"{session.testsfailed} errors during collection")
         _warm()
-        waiting, under_way, places, again = self.jobs[::-1], {}, itertools.count(), set()
+        waiting, under_way, places = self.jobs[::-1], {}, itertools.count()
         with tempfile.TemporaryDirectory() as folder:
             while waiting or under_way:
                 while waiting and len(under_way) < self.workers:
@@ -108,11 +109,6 @@ class _Forks:
                         os.kill(pid, signal.SIGKILL)
                     if os.waitpid(pid, 0 if late else os.WNOHANG)[0]:
                         del under_way[pid]
-                        # A child of a process with threads may hang before its first test, if rarely.
-                        if late and not _lines(place) and job.name not in again:
-                            again.add(job.name)
-                            waiting.append(job)
-                            continue
                         found = self.found[job.name] = _read(place, seconds, late)
                         self.tell(job.name, found)
         return True
@@ -126,6 +122,9 @@ class _Forks:
                 os.dup2(silent, stream)
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
             os.environ["PYTEST_DEBUG_TEMPROOT"] = str(place)  # every child has temporary folders of its own
+            # What one that hangs leaves behind: where it stood when its time was nearly over.
+            stood = open(place / "stood", "w", encoding="utf-8")  # noqa: SIM115
+            faulthandler.dump_traceback_later(0.95 * job.seconds, file=stood)
             if items:
                 items[0].config.pluginmanager.register(_Heard(place / "tests"))
             with pytest.MonkeyPatch.context() as patch:
@@ -168,7 +167,9 @@ def _read(place: Path, seconds: float, late: bool) -> Found:
     lines = _lines(place)
     failures = [Failure(s["test"], s["error"], s["message"]) for s in lines if "error" in s]
     if late:
-        failures.append(Failure("the next one", "Timeout", f"no end after {seconds:.0f} s"))
+        stood = place / "stood"
+        where = " < ".join(stood.read_text(encoding="utf-8").split("\n")[1:7]) if stood.exists() else ""
+        failures.append(Failure("the next one", "Timeout", f"no end after {seconds:.0f} s: {where}"))
     stale = place / "stale"
     return Found(len({s["test"] for s in lines}), failures, stale.read_text() if stale.exists() else "", seconds)
 
