@@ -1,6 +1,6 @@
 """fedmom's round loop on Flower's clients: each round of `run_rounds` is one exchange over a Grid."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from flwr.serverapp.strategy import Strategy
 
 from fedmom.errors import ClientsFailedError
 from fedmom.method.averaging import WeightedMean
-from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
+from fedmom.method.state import ClientState, Tree, flatten, row_of, to_device, unflatten
+from fedmom.rounds.plan import Plan, own_after
 from fedmom.rounds.round import Backend, Job, Outcome, Progress
 from fedmom.tasks.problem import Problem
 
@@ -28,22 +29,20 @@ class AveragingRounds(Backend):
         strategy: PRSGDM,
         grid: Grid,
         problem: Problem,
+        plan: Plan,
         asked: dict[str, Any],
         timeout: float,
-        returns: Callable[[int], ClientState],
     ) -> None:
-        """`asked`: what every train message says besides the round and the clients. `timeout` in seconds, 0: none.
-
-        returns: the form of what a client goes on with by itself after round 1, 2, …, and gives back.
-        """
-        self.strategy, self.grid, self.problem, self.asked, self.timeout = strategy, grid, problem, asked, timeout
-        self.returns = returns
+        """`asked`: what every train message says besides the round and the clients. `timeout` in seconds, 0: none."""
+        self.strategy, self.grid, self.problem, self.plan = strategy, grid, problem, plan
+        self.asked, self.timeout = asked, timeout
 
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of the cohort on the nodes. Raises ClientsFailedError as the strategy's policy says."""
         ids = job.clients.tolist()
         self.strategy.own = {} if job.own is None else _by_client(ids, flatten(job.own))
-        self.strategy.returns = flatten(to_device(self.returns(job.round_index + 1), "cpu"))
+        returned = own_after(self.problem, self.plan, job.round_index + 1)
+        self.strategy.returns = {} if returned is None else flatten(to_device(row_of(returned, 0), "cpu"))
         self.strategy.wanted = wanted_by(self.problem, job)
         if job.correction is not None:
             self.strategy.states = _by_client(ids, job.correction)

@@ -27,7 +27,6 @@ from fedmom.method.state import num_bytes
 from fedmom.records.files import ENDED
 from fedmom.results.report import finished
 from fedmom.rounds.correction import message_form, start_of
-from fedmom.rounds.own import own_of
 from fedmom.rounds.plan import Plan
 from fedmom.rounds.round import Backend
 from fedmom.runs.callbacks import Callback
@@ -145,8 +144,7 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, problem: Probl
     backend: AveragingRounds | StockRounds
     if keys.strategy == OURS:
         strategy.message = {name: value.cpu() for name, value in message_form(problem, method).items()}
-        returns = partial(own_of, problem, method, start_of(problem, method)[0])
-        backend = AveragingRounds(strategy, grid, problem, asked, keys.timeout_seconds, returns)
+        backend = AveragingRounds(strategy, grid, problem, plan, asked, keys.timeout_seconds)
         backend.settled, backend.notes = choices, notes
         return _with_results(backend, config, problem, plan)
     with flower_logs(logging.ERROR):  # FedAvg warns that clients do not evaluate: the server does

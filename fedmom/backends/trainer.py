@@ -17,7 +17,6 @@ from fedmom.config.examples import own_split
 from fedmom.config.goals import task_of
 from fedmom.config.keys import Config, Scalar
 from fedmom.config.load import flat, load
-from fedmom.config.method.codecs import refuse_codecs
 from fedmom.config.resolve import Resolved, resolve
 from fedmom.data.given.own_files import read_client
 from fedmom.data.local import Common, one_of
@@ -54,9 +53,7 @@ def settled(run_config: Mapping[str, Scalar]) -> Resolved:
 @lru_cache(maxsize=1)
 def _settled(items: tuple[tuple[str, Scalar], ...]) -> Resolved:
     # Of a Config, keys at their defaults count as not given.
-    resolved = resolve(load(load(dict(items)).config))
-    refuse_codecs(resolved.config)
-    return resolved
+    return resolve(load(load(dict(items)).config))
 
 
 class TrainedBlock(NamedTuple):

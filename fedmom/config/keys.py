@@ -17,6 +17,7 @@ from fedmom.config.names import (
     MATMULS,
     ON_FAILURE,
     ON_LINK_FAILURE,
+    OWN_ROWS,
 )
 from fedmom.config.numbers import Range, above, as_plain, at_least, shown, within
 from fedmom.config.sections.algorithm import AlgorithmConfig as AlgorithmConfig
@@ -136,6 +137,7 @@ class ServerConfig:
     timeout_seconds: float = key(3600.0, "longest time for a client's answer, in seconds; 0: no limit", at_least(0))
     wait_seconds: float = key(600.0, "longest wait until every client has a node, in seconds", at_least(0))
     window: int = key(0, "largest number of messages in flight; 0: chosen by their size", at_least(0))
+    own_rows: str = key("auto", "who keeps what clients have of their own between rounds", OWN_ROWS)
     lr: float = key(0.0, "fedavgm, fedadam: server learning rate; 0: the strategy's own (1, 0.1)", at_least(0))
     momentum: float = key(0.9, "fedavgm: server momentum", within(0, 1))
     trim: float = key(0.2, "fedtrimmedavg: fraction of the values that is cut off at each end", within(0, 0.5))

@@ -26,6 +26,12 @@ ON_FAILURE = {
     "retry": "the client is asked again (server.retries times), then the run stops",
     "proceed": "the round averages over the others, at least server.min-clients of them",
 }
+OWN_ROWS = {
+    "auto": "with the nodes, where algorithm.states, fragments or codecs say what travels and messages leave the "
+    "machine; else with the server",
+    "nodes": "every node keeps what its clients have of their own, and sends it for a checkpoint alone",
+    "server": "the server keeps it and sends it along in every round, so a node that starts anew has lost nothing",
+}
 ON_LINK_FAILURE = {
     "stop": "the run stops, and the error names the link",
     "skip": "both clients keep the weight of that link for themselves (symmetric W only)",

@@ -7,7 +7,7 @@ from fedmom.config.examples import count_clients
 from fedmom.config.goals import measured_by, monitored, parse_goal, unmeasured
 from fedmom.config.keys import KEYS, AlgorithmConfig, Config
 from fedmom.config.load import Loaded, flat, replace
-from fedmom.config.method.codecs import check_codecs
+from fedmom.config.method.codecs import check_codecs, codecs_said
 from fedmom.config.method.interval import check_interval, settle_interval
 from fedmom.config.method.named import settle_named
 from fedmom.config.method.optimizer import settle_optimizer
@@ -187,6 +187,10 @@ def _interval_is_of(rule: str) -> str:
 def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> None:
     """Flower's strategies suppose things of their clients that other keys decide."""
     server, algorithm = config.server, config.algorithm
+    if server.strategy != OURS and (codecs := codecs_said(config)):
+        raise InputError(
+            f"server.strategy = {server.strategy!r}: algorithm.{codecs} is decoded by {OURS} alone; leave it ''"
+        )
     fewest = server.min_clients if server.on_failure == "proceed" else algorithm.cohort_size
     check_strategy(
         server.strategy,

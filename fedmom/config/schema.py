@@ -94,6 +94,7 @@ EXAMPLES: dict[str, Any] = {
     "server.timeout-seconds": 600.0,
     "server.wait-seconds": 60.0,
     "server.window": 8,
+    "server.own-rows": "nodes",
     "server.lr": 0.5,
     "server.momentum": 0.5,
     "server.trim": 0.1,

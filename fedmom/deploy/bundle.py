@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat, load, parse_sets, replace
-from fedmom.config.method.codecs import refuse_codecs
 from fedmom.config.resolve import resolve
 from fedmom.deploy.remote_runs import VOLUME
 from fedmom.errors import InputError
@@ -75,7 +74,6 @@ def _config_to_send(
         settled = resume_config(resume, source, changes).config
     else:
         settled = resolve(load(source, changes), here=False).config
-    refuse_codecs(settled)
     place = f"{VOLUME}/{name}"
     where = {"out": "", "resume": place} if resume is not None else {"out": place, "resume": ""}
     # What was recorded of a run names its backend; the nodes must see the keys that a new run gave them.

@@ -43,7 +43,7 @@ PLACE = tuple(
     for section, names in {
         "run": ("out", "resume", "keep-best"),
         "engine": ("workers", "remember"),
-        "server": ("on-failure", "min-clients", "retries", "timeout-seconds", "wait-seconds", "window"),
+        "server": ("on-failure", "min-clients", "retries", "timeout-seconds", "wait-seconds", "window", "own-rows"),
         "simulation": [name.partition(".")[2] for name in KEYS if name.startswith("simulation.")],
     }.items()
     for name in names

@@ -19,8 +19,6 @@ _FORM = (
     'must be "STATE: CODEC NUMBER" by semicolons, and perhaps plain, as in "x: int8; u: topk 0.1; m: int8 256 plain"'
 )
 _PLAIN, _SCALED = "plain", "scaled"
-_ENGINE = "engine"  # the one backend that encodes
-_CARRIES = "Flower's messages carry tensors as they are"
 
 
 def parse_codecs(key: str, text: str) -> dict[str, CodecRule]:
@@ -87,14 +85,20 @@ def _number(said: str, name: str, word: str) -> float:
 
 
 def check_codecs(config: Config) -> None:
-    """Raises InputError for a state that cannot be encoded, and where nobody encodes."""
+    """Raises InputError for a state that cannot be encoded, and for methods that have no place for it."""
     for key, text in _texts(config).items():
         said = f"{key} = {text!r}"
         if codecs := parse_codecs(key, text):
-            check_place(config, said)
+            _check_place(config, said)
             _check_states(config, said, codecs)
             if key == DOWN:
                 _check_down(config, said, codecs)
+
+
+def codecs_said(config: Config) -> str:
+    """The first of the two keys that encodes anything, and its value; ""."""
+    said = [f"{key.partition('.')[2]} = {text!r}" for key, text in _texts(config).items() if parse_codecs(key, text)]
+    return said[0] if said else ""
 
 
 def _texts(config: Config) -> dict[str, str]:
@@ -113,23 +117,14 @@ def _check_down(config: Config, said: str, codecs: dict[str, CodecRule]) -> None
         raise InputError(f"{said}: needs every state in every round, and {rare[0]} is not; leave 'every' out of states")
 
 
-def check_place(config: Config, said: str) -> None:
-    """Raises InputError where nobody encodes."""
+def _check_place(config: Config, said: str) -> None:
+    """Raises InputError for a method under which nobody encodes."""
     if ALGORITHMS[config.algorithm.name].decentralized:
         raise InputError(f"{said}: needs Algorithm 1, and {config.algorithm.name} is Algorithm 2; leave it ''")
     if (parts := config.algorithm.fragments) > 1:
         raise InputError(f"{said}: needs the whole model in every round, and fragments = {parts}; take 1")
     if ALGORITHMS[config.algorithm.name].normalised:
         raise InputError(f"{said}: {config.algorithm.name} scales what is sent once more; take another name")
-    if config.run.backend != _ENGINE:
-        raise InputError(f"{said}: needs run.backend = {_ENGINE!r}; {_CARRIES}")
-
-
-def refuse_codecs(config: Config) -> None:
-    """Raises InputError under Flower, where nobody encodes; run.backend need not say that it is Flower's."""
-    for key, text in _texts(config).items():
-        if parse_codecs(key, text):
-            raise InputError(f"{key} = {text!r}: {_CARRIES}; leave it ''")
 
 
 def _check_states(config: Config, said: str, codecs: dict[str, CodecRule]) -> None:
