@@ -110,14 +110,14 @@ def accept(
     weight = _weight(metrics.pop(weighted_by_key, None), weighted_by_key, may_be_zero=False)
     tensors = unpack(content.array_records[ARRAYS])
     expected = expected or tensors
-    _check("update", tensors, expected)
+    check("update", tensors, expected)
     about = _about(content.config_records.get(ABOUT, ConfigRecord()), clients, losses, path)
     records, found = content.array_records, dict[str, Tree | None]()
     called = {OWN: "clients' own tensors", STATES: "clients' own states"}
     for name, right in ((OWN, own), (STATES, states)):
         found[name] = unpack(records[name]) if name in records else None
         if right is not None:
-            _check(called[name], found[name] or {}, right)
+            check(called[name], found[name] or {}, right)
     for name in measures:
         if name not in metrics or isinstance(metrics[name], list):
             raise ValueError(f"its metrics lack {name}, which must be one number")
@@ -217,7 +217,7 @@ def mean_metrics(measured: Iterable[tuple[float, dict[str, float]]]) -> dict[str
     return {name: value / weights[name] for name, value in sums.items() if weights[name]} if total else None
 
 
-def _check(what: str, tensors: Tree, expected: Tree) -> None:
+def check(what: str, tensors: Tree, expected: Tree) -> None:
     """Raises ValueError for a tensor that is missing, unknown, misshapen, of another dtype or not finite."""
     for name in {**expected, **tensors}:
         if name not in tensors or name not in expected:

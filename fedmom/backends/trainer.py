@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.backends.at_nodes.turns import Turns
 from fedmom.config.build import make_plan, make_problem, resolve_device, set_up_torch, supervised
 from fedmom.config.examples import own_split
 from fedmom.config.goals import task_of
@@ -104,6 +105,7 @@ class Node:
             self.plan: Plan = make_plan(self.config, self.problem)
             self.begin = start_of(self.problem, self.plan.method)  # as a run begins, and one client's own state
         self.sent = parted(self.begin[0], self.problem.personal)[0]  # what of it travels
+        self.turns = Turns(self.problem, self.plan)
         # What is frozen never travels: another file here would be another model.
         self.begun_from = digest_of(config.model.start)
         self._choices: dict[int, tuple[str, int]] = {}
