@@ -48,7 +48,7 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
     state = state if done.reference is None else after_mean(begun, state, done.reference)
     if plan.outer is not None and outer is not None:
         state, outer = outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])
-    received, reference = done.bytes_received, done.reference
+    received, reference, fetch = done.bytes_received, done.reference, outcome.fetch
     if received is not None and reference is not None:
         received += plan.bytes_received(done.round, len(problem.sizes), begun)
         reference = next_reference(plan.codecs_down, reference, state, plan.seed, done.round + 1)
@@ -59,8 +59,7 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         whole = partial(whole_state, problem, plan.method, state, seen, torch.from_numpy(weights))
         if not (everybody or plan.method.rules.moves_x):  # sums are of distances from it: as after a resume
             state, whole = whole(), None
-    fetch = outcome.fetch
-    if fetch is not None and outcome.rows is None and job.rows is None:
+    if fetch is not None and job.rows is None:
         fetch = partial(brought, problem, plan.method, state, outcome, everybody, torch.from_numpy(weights))
     return RunState(
         round=done.round + 1,
@@ -150,6 +149,7 @@ def run_rounds(
         if len(job.clients) < asked:
             record["num_failed"] = asked - len(job.clients)
         if outcome.trajectory:
+            new = new.gathered() if outcome.absent else new
             record |= _coordinates(new.state, outcome.trajectory)
         yield new, record
         done = new
