@@ -134,12 +134,13 @@ def _train_kept(message: Message, context: Context) -> Message:
     since = dict(zip(asked["clients"], asked["since"], strict=True))
     round_asked = Asked(asked["server-round"], clients, [since[c] for c in clients], _given(message))
     start = begun(node.turns, round_asked, _tensors(arrays), store)
-    trained = _trained(node, asked, clients, *start)
+    trained = _trained(node, asked, clients, start.start, start.own, start.states)
     broken = keep(node.turns, round_asked, trained.outcome, store)
     mean = flatten(trained.outcome.mean)
     names = [*node.turns.up(round_asked.number), *(name for name in mean if name.startswith("correction/"))]
     content = _answer(trained, clients, {name: mean[name] for name in names}, arrays)
-    cast(ConfigRecord, content["clients"])["broken"] = broken
+    about = cast(ConfigRecord, content["clients"])
+    about["broken"], about["given"] = broken, start.given
     return Message(RecordDict(content), reply_to=message)
 
 

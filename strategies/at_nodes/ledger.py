@@ -18,8 +18,10 @@ class Ledger:
         self.turns, self.num_clients = turns, num_clients
         self.since = np.zeros(num_clients, dtype=np.int64)  # the last round that each client trained in; 0: none
         self.agreed = dict(turns.begin)  # what clients agreed on last
-        self._rows: Tree = {}  # [N, ...] as a checkpoint has them, of clients whose nodes have not got theirs yet
-        self._to_give: set[int] = set()
+        # [N, ...] the rows that the server knows, after a round: a checkpoint's.
+        self._known: tuple[int, Tree] = 0, {}
+        self._to_give: set[int] = set()  # clients whose nodes have not got theirs yet
+        self._doubted: set[int] = set()  # clients that did not answer last time: their nodes may have started anew
 
     def begin_at(self, done: RunState) -> None:
         """Told once: where a run begins or goes on. Of a checkpoint every client's row is the server's to give."""
@@ -28,7 +30,8 @@ class Ledger:
         self.since[:] = done.round
         own = {} if done.own is None else flatten(done.own)
         states = {STATES + name: rows for name, rows in (done.client_correction or {}).items()}
-        self._rows, self._to_give = {**own, **states}, set(range(self.num_clients))
+        self._known = done.round, {**own, **states}
+        self._to_give = set(range(self.num_clients))
 
     def begin(self, start: ClientState, round_index: int) -> None:
         """Told as round 0, 1, … begins, with what it begins from."""
@@ -42,46 +45,63 @@ class Ledger:
         return {flat: self.agreed[flat] for flat in names}
 
     def given(self, clients: Iterable[int], round_index: int) -> dict[int, Tree]:
-        """{client: its row}, of those whose node cannot have it yet."""
-        found = {}
-        for client in self._to_give.intersection(clients):
-            names = [
-                name
-                for name in self._rows
-                if name.startswith(STATES) or self.since[client] > self.turns.agreed(name, round_index)
-            ]
-            found[client] = {name: self._rows[name][client] for name in names}
-        return dict(sorted(found.items()))
+        """{client: its row as the server knows it}, of those whose node cannot have it, or perhaps has it no more."""
+        some = sorted((self._to_give | {c for c in self._doubted if self.since[c]}).intersection(clients))
+        return {client: self._row(client, round_index) for client in some}
 
     def answered(self, clients: Iterable[int], number: int) -> None:
         """These clients' updates are in the means of round 1, 2, …"""
         for client in clients:
             self.since[client] = number
             self._to_give.discard(client)
+            self._doubted.discard(client)
+
+    def silent(self, clients: Iterable[int]) -> None:
+        """These clients were asked, and are not in the means."""
+        self._doubted |= {*clients}
+
+    def restored(self, clients: Iterable[int]) -> list[int]:
+        """Of clients that began with the row they were given those that should have had a newer one."""
+        return [client for client in clients if client not in self._to_give]
+
+    @property
+    def known_round(self) -> int:
+        return self._known[0]
 
     def held(self, clients: Iterable[int]) -> list[int]:
         """Of clients of one node those that it has rows of."""
         return [client for client in clients if self.since[client] and client not in self._to_give]
 
-    def rows(self, number: int, brought: Callable[[int], Tree]) -> tuple[Tree, Tree]:
+    def rows(self, number: int, brought: Callable[[int], Tree | None]) -> tuple[Tree, Tree]:
         """([N, ...] what clients have of their own after round 1, 2, …, their states of a correction [N, ...]).
 
-        brought: a client's row, of one whose node has it.
+        brought: a client's row, of one whose node has it; None where it did not come: then the last that is known is it.
         """
         form, turns = self.turns.own(number), self.turns
         own = {flat: torch.empty(rows.shape, dtype=rows.dtype) for flat, rows in form.items()}
         states = {name: torch.empty(self.num_clients, *v.shape, dtype=v.dtype) for name, v in turns.states.items()}
         for client in range(self.num_clients):
             since = int(self.since[client])
-            row = {} if not since else self._row(client) if client in self._to_give else brought(client)
+            held = since > 0 and client not in self._to_give
+            row = (brought(client) if held else None) or self._row(client, number)
             for flat in own:
-                own[flat][client] = row[flat] if since > turns.agreed(flat, number) else self._common(flat, client)
-            for name, value in turns.states.items():
-                states[name][client] = row[STATES + name] if since else value
+                newer = not held or since > turns.agreed(flat, number)
+                own[flat][client] = row[flat] if newer and flat in row else self._common(flat, client)
+            for name in states:
+                states[name][client] = row[STATES + name]
+        self._known = number, {**own, **{STATES + name: rows for name, rows in states.items()}}
         return own, states
 
-    def _row(self, client: int) -> Tree:
-        return {name: rows[client] for name, rows in self._rows.items()}
+    def _row(self, client: int, number: int) -> Tree:
+        """A client's row after round 1, 2, …, of what the server knows."""
+        since, known = self._known
+        row = {}
+        for flat in self.turns.own(number):
+            newer = since > self.turns.agreed(flat, number)
+            row[flat] = known[flat][client] if newer else self._common(flat, client)
+        for name, value in self.turns.states.items():
+            row[STATES + name] = known[STATES + name][client] if since else value
+        return row
 
     def _common(self, flat: str, client: int) -> torch.Tensor:
         """What a client goes on from that has not trained since all agreed on it."""

@@ -1,6 +1,7 @@
 """The round loop's rounds over Flower's nodes that keep their clients' rows, and the rows' way to a checkpoint."""
 
 from collections.abc import Callable, Iterator, Sequence
+from logging import WARNING
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from flwr.serverapp import Grid
 from fedmom.backends.at_nodes.node import STATES
 from fedmom.backends.at_nodes.turns import Turns
 from fedmom.errors import DivergedError
+from fedmom.flower.private import log
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.rounds.plan import Plan, RunState
@@ -94,9 +96,25 @@ class RoundsAtNodes(Backend):
         )
         self.failed = False
         self._check_finite(trained, job)
-        for answer in trained.answers:
-            self.ledger.answered(answer.about["clients"], number)
+        self._note(trained, job)
         return self._outcome(common, job, trained)
+
+    def _note(self, trained: TrainedRound, job: Job) -> None:
+        """Whose rows are newer now; a warning where a node had lost some."""
+        answered = {client for answer in trained.answers for client in answer.about["clients"]}
+        told = {client for answer in trained.answers for client in answer.about.get("given", ())}
+        for client in self.ledger.restored(told & answered):
+            before = int(self.ledger.since[client])
+            log(
+                WARNING,
+                "client %d: its node had lost what the client had of its own after round %d; it went on from what the "
+                "server had of round %d",
+                client,
+                before,
+                self.ledger.known_round,
+            )
+        self.ledger.silent(set(job.clients.tolist()) - answered)
+        self.ledger.answered(answered, job.round_index + 1)
 
     def _check_finite(self, trained: TrainedRound, job: Job) -> None:
         for answer in trained.answers:
@@ -127,15 +145,18 @@ class RoundsAtNodes(Backend):
         """The whole mean, and every client's rows, from the nodes. Raises ClientsFailedError by the policy."""
         weights = {answer.about["clients"][0]: answer.weight for answer in trained.answers}
         means, rows = self._ask(number if absent else 0, {*weights})
-        own, states = self.ledger.rows(number, lambda client: rows[client])
+        own, states = self.ledger.rows(number, rows.get)
         whole = flatten(mean)
         if absent:
             looked_at = WeightedMean(self.plan.method.running_var)
             for answer in trained.answers:
                 first, *others = answer.about["clients"]
-                found = means[first] if others else {**rows.get(first, {}), **means[first]}
+                if first not in means:  # under `proceed`
+                    continue
+                found = means[first] if others else {**rows[first], **means[first]}
                 looked_at.add_one(unflatten({flat: found[flat] for flat in absent}), answer.weight)
-            whole |= flatten(to_device(looked_at.mean(), self.problem.device))
+            if means:
+                whole |= flatten(to_device(looked_at.mean(), self.problem.device))
         return Fetched(
             unflatten({name: whole[name] for name in flatten(mean)}),
             own=unflatten(own) if own else None,

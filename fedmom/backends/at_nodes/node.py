@@ -36,7 +36,7 @@ class Asked(NamedTuple):
     number: int  # the round, from 1
     clients: Sequence[int]  # in ascending order
     since: Sequence[int]  # the last round that each of them trained in; 0: none
-    given: Mapping[int, Tree] = {}  # {client: its row as the server has it}, of a run that goes on
+    given: Mapping[int, Tree] = {}  # {client: its row as the server knows it}, for a node that has it not
 
 
 class Begun(NamedTuple):
@@ -45,6 +45,7 @@ class Begun(NamedTuple):
     start: ClientState
     own: ClientState | None  # [k, ...]
     states: Tree | None  # [k, ...]
+    given: list[int]  # clients whose row was the server's
 
 
 def begun(turns: Turns, asked: Asked, arrays: Tree, store: Store) -> Begun:
@@ -59,20 +60,24 @@ def begun(turns: Turns, asked: Asked, arrays: Tree, store: Store) -> Begun:
         if flat not in form and turns.is_told(flat):
             start[flat] = _of(arrays, flat)
     start |= {name: value for name, value in arrays.items() if name.startswith("correction/")}
-    rows = [_row(turns, asked, place, arrays, store) for place in range(len(asked.clients))]
+    given = list[int]()
+    rows = [_row(turns, asked, place, arrays, store, given) for place in range(len(asked.clients))]
     own = {flat: torch.stack([row[flat] for row in rows]) for flat in form}
     states = {name: torch.stack([row[STATES + name] for row in rows]) for name in turns.states}
-    return Begun(unflatten(start), unflatten(own) if own else None, states or None)
+    return Begun(unflatten(start), unflatten(own) if own else None, states or None, given)
 
 
-def _row(turns: Turns, asked: Asked, place: int, arrays: Tree, store: Store) -> Tree:
+def _row(turns: Turns, asked: Asked, place: int, arrays: Tree, store: Store, given: list[int]) -> Tree:
     """What one client begins the round with of its own, a correction's states among it."""
     client, since, index = asked.clients[place], asked.since[place], asked.number - 1
-    kept: Tree | None = asked.given.get(client)
+    kept: Tree | None = None
 
     def mine(flat: str) -> torch.Tensor:
         nonlocal kept
-        if kept is None:
+        if kept is None and client in asked.given and _name(client, since) not in store.names():
+            kept = asked.given[client]
+            given.append(client)
+        elif kept is None:
             kept = row_of_round(store, client, since)
         return _of(kept, flat)
 
@@ -89,6 +94,10 @@ def _row(turns: Turns, asked: Asked, place: int, arrays: Tree, store: Store) -> 
     return row
 
 
+def _name(client: int, number: int) -> str:
+    return f"{_OWN}/{client}/{number}"
+
+
 def _of(tree: Tree, flat: str) -> torch.Tensor:
     if flat not in tree:
         raise InputError(f"arrays: {flat} is missing; take this fedmom on both sides")
@@ -97,7 +106,7 @@ def _of(tree: Tree, flat: str) -> torch.Tensor:
 
 def row_of_round(store: Store, client: int, number: int) -> Tree:
     """What a client had of its own after a round. Raises InputError where it is not here."""
-    name = f"{_OWN}/{client}/{number}"
+    name = _name(client, number)
     if name not in store.names():
         raise InputError(
             f"client {client}: this node has not what the client had of its own after round {number} (it has started "
@@ -108,7 +117,7 @@ def row_of_round(store: Store, client: int, number: int) -> Tree:
 
 def keep(turns: Turns, asked: Asked, outcome: Outcome, store: Store) -> str:
     """Put the rows of a round beside those that it began with -> the part that is NaN or infinite in them, or ""."""
-    last = {f"{_OWN}/{client}/{since}" for client, since in zip(asked.clients, asked.since, strict=True)}
+    last = {_name(client, since) for client, since in zip(asked.clients, asked.since, strict=True)}
     for name in [*store.names()]:
         kind, _, rest = name.partition("/")
         client, _, number = rest.rpartition("/")
@@ -119,7 +128,7 @@ def keep(turns: Turns, asked: Asked, outcome: Outcome, store: Store) -> str:
     states = {STATES + name: rows for name, rows in (outcome.correction or {}).items()}
     for place, whose in enumerate(asked.clients):
         row = {name: rows[place] for name, rows in {**own, **states}.items()}
-        store.write(f"{_OWN}/{whose}/{asked.number}", row)
+        store.write(_name(whose, asked.number), row)
     mean, sent = flatten(outcome.mean), {*turns.up(asked.number)}
     alone = own if len(asked.clients) == 1 else {}
     looked_at = {flat: mean[flat] for flat in turns.shared if flat not in sent and flat not in alone}
