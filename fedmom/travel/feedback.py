@@ -110,16 +110,17 @@ def _add(messages: Tree, arrays: Tree) -> None:
         messages[name] = torch.cat([messages[name], own]) if name in messages else own
 
 
-def arrival(decoded: Tensor, begun: Tensor, state: str) -> Tensor:
-    """What the server has of a message: C(p) of a state that sends itself, else what was common, changed by C(p)."""
-    return decoded if state in POSITIVE else begun + decoded
+def arrival(decoded: Tensor, begun: Tensor, *, whole: bool) -> Tensor:
+    """What the other end has of a message C(p). whole: it is of the state itself, and not of its change."""
+    return decoded if whole else begun + decoded
 
 
 def _one(
     rule: CodecRule, ended: Tensor, begun: Tensor, own: Tree, address: Address, state: str
 ) -> tuple[Tensor, Tree, Payload]:
     """One tensor: (rows as they arrive, what the clients keep, the messages)."""
-    codec, whole = codec_of(rule), state in POSITIVE
+    codec = codec_of(rule)
+    whole = state in POSITIVE
     wanted = ended if whole else ended - begun
     if not rule.plain:
         wanted = wanted + own[ERROR]
@@ -128,7 +129,7 @@ def _one(
     arrived = codec.decode(payload, ended.shape[1:], ended.dtype, address)
     if not rule.plain:
         more[ERROR] = wanted - arrived
-    return arrival(arrived, begun, state), more, payload
+    return arrival(arrived, begun, whole=whole), more, payload
 
 
 def _first(rule: CodecRule, part: str, name: str, value: Tensor, count: int) -> Tree:

@@ -69,7 +69,7 @@ def _read(rules: CodecRules, arrays: Tree, before: Tree, senders: Senders, what:
         if rule is None:
             found[flat] = arrays[flat]
             continue
-        codec, state = codec_of(rule), state_in(part, name)
+        codec, whole = codec_of(rule), up and state_in(part, name) in POSITIVE
         slots = codec.form(value.shape, value.dtype)
         payload = {slot: arrays[coded_name(slot, part, name)][None].to(value.device) for slot in slots}
         payload = from_wire(payload)
@@ -77,10 +77,10 @@ def _read(rules: CodecRules, arrays: Tree, before: Tree, senders: Senders, what:
         for slot, has in codec.faults(payload, value.shape):
             raise ValueError(f"its {what} has {has} in {coded_name(slot, part, name)}")
         decoded = codec.decode(payload, value.shape, value.dtype, senders.address(part, name))[0]
-        found[flat] = row = arrival(decoded, value, state) if up else value + decoded
+        found[flat] = row = arrival(decoded, value, whole=whole)
         if not _is_finite(row):  # of finite arrays: their product is too large
             raise _not_finite(what, flat)
-        if up and state in POSITIVE and bool((row < 0).any()):
+        if whole and bool((row < 0).any()):
             raise ValueError(f"its {what} has numbers below 0 in {flat}, must be at least 0")
     return found
 

@@ -268,6 +268,7 @@ def test_both_ends_of_what_goes_down_have_one_reference(text):
         if job.round_index == 0:
             assert job.down is None
         else:
+            assert job.down is not None
             assert {*job.down} == {*form(rules, known["own"])}
             known["own"] = read_reference(rules, known["own"], from_numpy(job.down), job.seed, job.round_index)
             assert all(torch.equal(known["own"][name], value) for name, value in begun.items())
