@@ -104,7 +104,7 @@ def test_no_number_of_a_message_changes_afterwards():
     assert all(torch.equal(value, before[name]) for name, value in coded.items())
 
 
-def one_message(rule, shape=(9, 8), dtype=F32, **more):
+def one_message(rule, shape=(9, 8), dtype=F32):
     """(rules, begun, the message of client 5, its senders) of one tensor x, one v where it may be, and a buffer."""
     rules = {"x": rule} | ({"v": rule} if codec_of(rule).fine else {})
     start = ClientState({"w": numbers(*shape, dtype=dtype)}, {}, {"b": numbers(3, dtype=dtype)})
