@@ -21,7 +21,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedmom.backends.at_nodes.node import Asked, begun, keep, mean_of_round, row_of_round
+from fedmom.backends.at_nodes.node import Asked, begun, keep, mean_of_round, row_of_round, told
 from fedmom.backends.trainer import Local, Node, TrainedBlock, held_clients, settled, warm_node
 from fedmom.config.examples import own_split
 from fedmom.config.goals import task_of
@@ -96,6 +96,7 @@ def _trained(
     start: ClientState,
     own: ClientState | None,
     states: Tree | None,
+    messages: Tree | None = None,
 ) -> TrainedBlock:
     return node.train(
         clients,
@@ -106,6 +107,7 @@ def _trained(
         span=_span(asked),
         path=asked.get("path", ""),
         chunk_size=asked.get("chunk-size", 0),
+        messages=messages,
     )
 
 
@@ -133,12 +135,18 @@ def _train_kept(message: Message, context: Context) -> Message:
     clients: list[int] = sorted(asked["clients"])
     since = dict(zip(asked["clients"], asked["since"], strict=True))
     round_asked = Asked(asked["server-round"], clients, [since[c] for c in clients], _given(message))
-    start = begun(node.turns, round_asked, _tensors(arrays), store)
-    trained = _trained(node, asked, clients, start.start, start.own, start.states)
+    said = told(node.turns, round_asked, _tensors(arrays), asked.get("reference", 0), store)
+    start = begun(node.turns, round_asked, said, store)
+    # A block of clients sends its mean, and one client what it has encoded.
+    messages: Tree | None = {} if len(clients) == 1 and node.plan.method.codecs else None
+    trained = _trained(node, asked, clients, start.start, start.own, start.states, messages)
     broken = keep(node.turns, round_asked, trained.outcome, store)
     mean = flatten(trained.outcome.mean)
     names = [*node.turns.up(round_asked.number), *(name for name in mean if name.startswith("correction/"))]
-    content = _answer(trained, clients, {name: mean[name] for name in names}, arrays)
+    sent = {name: value[0] for name, value in (messages or {}).items()}
+    rules = {} if messages is None else node.plan.method.codecs
+    sent |= {name: mean[name] for name in names if not node.turns.is_encoded(rules, name)}
+    content = _answer(trained, clients, sent, arrays)
     about = cast(ConfigRecord, content["clients"])
     about["broken"], about["given"] = broken, start.given
     return Message(RecordDict(content), reply_to=message)

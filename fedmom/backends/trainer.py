@@ -153,11 +153,12 @@ class Node:
         span: Span | None = None,
         path: str = "",
         chunk_size: int = 0,
+        messages: Tree | None = None,
     ) -> TrainedBlock:
         """I local steps of `clients` from `start` in round 0, 1, …, and their weighted mean.
 
         `own`: what they have of their own [k, ...]; `correction`: their own states of one [k, ...]; `span`: the round's
-        steps, where I changes in the run.
+        steps, where I changes in the run; `messages`: filled with what one client sends, encoded.
         `path` and `chunk_size` as the server settled them; left out, they are chosen here. Raises InputError for a
         client that does not exist or a start of another model.
         """
@@ -171,6 +172,7 @@ class Node:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
         job = clients_job(self.problem, self.plan, round_index, ids, own, correction, self._checked(span))
+        job = job._replace(messages=messages)
         with blamed(self._keys):
             outcome = engine.run_round(to_device(start, self.problem.device), job)
         return TrainedBlock(

@@ -48,10 +48,10 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
     state = state if done.reference is None else after_mean(begun, state, done.reference)
     if plan.outer is not None and outer is not None:
         state, outer = outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])
-    received, reference, fetch = done.bytes_received, done.reference, outcome.fetch
+    received, reference, message, fetch = done.bytes_received, done.reference, None, outcome.fetch
     if received is not None and reference is not None:
         received += plan.bytes_received(done.round, len(problem.sizes), begun)
-        reference = next_reference(plan.codecs_down, reference, state, plan.seed, done.round + 1)
+        reference, message = next_reference(plan.codecs_down, reference, state, plan.seed, done.round + 1)
     sent = begun._replace(correction=outcome.mean.correction)
     own = next_rows(problem, plan.method, done.state, done.own, job, outcome)
     whole = None
@@ -71,6 +71,7 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         bytes_sent=done.bytes_sent + plan.bytes_sent(done.round, len(job.clients), sent),
         bytes_received=received,
         reference=reference,
+        message=message,
         wall_seconds=done.wall_seconds + seconds,
         rows=outcome.rows,
         fetch=fetch,

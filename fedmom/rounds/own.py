@@ -134,7 +134,7 @@ def without_own(
     if method.codecs:
         before = job.own.momentum if job.own is not None else {}
         senders = Senders(job.seed, job.clients, job.round_index)
-        shared, kept = sent(method.codecs, shared, start, before, senders)
+        shared, kept = sent(method.codecs, shared, start, before, senders, job.messages)
     if not job.keeps:
         return shared, None
     own = own_of(problem, method, ended, job.round_index + 1)

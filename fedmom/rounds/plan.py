@@ -132,6 +132,7 @@ class RunState(NamedTuple):
     bytes_sent: int = 0  # by all clients so far
     bytes_received: int | None = None  # by all clients so far; None where as many come back as they send
     reference: Tree | None = None  # {part/name: tensor}: what clients begin at, where what goes down is encoded
+    message: Tree | None = None  # {coded array: [*]} from the reference before to this one; in no checkpoint
     wall_seconds: float = 0.0
     fetch: Callable[[], Fetched] | None = None  # brings state and rows from where they are
     partial: bool = False  # whether the model itself is not whole before that
@@ -217,7 +218,7 @@ def round_job(problem: Problem, plan: Plan, done: RunState, known: Known = None)
     following = None
     if done.round + 1 < plan.num_rounds and span is None:
         following = cache(partial(cohort_job, problem, plan, done.round + 1))
-    job = job._replace(own=own, correction=correction, rows=done.rows, following=following)
+    job = job._replace(own=own, correction=correction, rows=done.rows, following=following, down=done.message)
     number = done.round + 1
     return job._replace(evaluates=plan.evaluates(number), looks_at_clients=plan.looks_at_clients(number))
 

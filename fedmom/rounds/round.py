@@ -29,6 +29,10 @@ class Job(NamedTuple):
     scales: Tensor | None = None  # [C] float64, by which clients' ways are multiplied before the averages (FedNova)
     round_index: int = 0  # rounds before this one
     seed: int = 0  # of the addresses of what the clients send
+    # Where given, an engine in this process fills it: {coded array: [C, ...]} of what the clients send encoded, as it
+    # travels (fedmom.travel.messages), in main memory.
+    messages: Tree | None = None
+    down: Tree | None = None  # what the server sends encoded at the round's start; None: the clients get all whole
     rows: ClientState | None = None  # [N, ...] the clients' own x, u and buffers, of Algorithm 2
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction, in main memory
     evaluates: bool = False  # whether the round's result will be measured

@@ -68,6 +68,10 @@ class Ledger:
     def known_round(self) -> int:
         return self._known[0]
 
+    def trained_in(self, clients: Iterable[int], number: int) -> bool:
+        """Whether any of these took part in round 1, 2, … in this process."""
+        return any(self.since[client] == number and client not in self._to_give for client in clients)
+
     def held(self, clients: Iterable[int]) -> list[int]:
         """Of clients of one node those that it has rows of."""
         return [client for client in clients if self.since[client] and client not in self._to_give]
@@ -75,7 +79,7 @@ class Ledger:
     def rows(self, number: int, brought: Callable[[int], Tree | None]) -> tuple[Tree, Tree]:
         """([N, ...] what clients have of their own after round 1, 2, …, their states of a correction [N, ...]).
 
-        brought: a client's row, of one whose node has it; None where it did not come: then the last that is known is it.
+        brought: a client's row, of one whose node has it; None where it did not come: then the last known one.
         """
         form, turns = self.turns.own(number), self.turns
         own = {flat: torch.empty(rows.shape, dtype=rows.dtype) for flat, rows in form.items()}

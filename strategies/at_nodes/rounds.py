@@ -1,6 +1,7 @@
 """The round loop's rounds over Flower's nodes that keep their clients' rows, and the rows' way to a checkpoint."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from logging import WARNING
 from typing import Any
 
@@ -17,11 +18,13 @@ from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.rounds.plan import Plan, RunState
 from fedmom.rounds.round import Backend, Fetched, Job, Outcome, Progress
 from fedmom.tasks.problem import Problem
+from fedmom.travel.feedback import Senders
+from fedmom.travel.messages import read
 
 from ..backends import outcome_of, tell
 from ..fleet import Holder
 from ..prsgdm import PRSGDM, TrainedRound
-from ..replies import ARRAYS, CONFIG, check, pack, shares_memory, span_of, unpack, wanted_by
+from ..replies import ARRAYS, CONFIG, Update, accept, check, pack, shares_memory, span_of, unpack, wanted_by
 from .ledger import Ledger
 
 _GIVEN, _MEAN = "given", "mean"  # names of records
@@ -31,7 +34,8 @@ _PATIENCE = 60.0  # seconds for what nodes keep, after a round that failed
 class Sends(PRSGDM):
     """PRSGDM, whose messages differ from node to node."""
 
-    content: Callable[[Sequence[int]], RecordDict]
+    content: Callable[[Sequence[int], Sequence[int]], RecordDict]  # (clients of the cohort, all) of one node
+    read: Callable[[Sequence[int], Tree], Tree]  # what clients' arrays stand for
 
     def _train_messages(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -41,7 +45,12 @@ class Sends(PRSGDM):
         chosen = set(self.cohort(server_round - 1).tolist())
         for holder in self.fleet.holders:
             if clients := [client for client in holder.clients if client in chosen]:
-                yield Message(self.content(clients), message_type=MessageType.TRAIN, dst_node_id=holder.node_id)
+                content = self.content(clients, holder.clients)
+                yield Message(content, message_type=MessageType.TRAIN, dst_node_id=holder.node_id)
+
+    def _accept(self, clients: Sequence[int], reply: Message) -> Update:
+        read = partial(self.read, clients)
+        return accept(reply, self._expected, clients=clients, own={}, read=read, **self.wanted)
 
 
 class RoundsAtNodes(Backend):
@@ -68,14 +77,18 @@ class RoundsAtNodes(Backend):
         form = {flat: common[flat] for flat in self.turns.up(number)}
         packed = dict[tuple[str, ...], ArrayRecord]()  # by names: one for all nodes that are told the same
 
-        def content(clients: Sequence[int]) -> RecordDict:
+        def content(clients: Sequence[int], held: Sequence[int]) -> RecordDict:
+            since = [int(self.ledger.since[client]) for client in clients]
+            asked = {**self.asked, **span_of(job), "server-round": number, "clients": list(clients), "since": since}
             down = self.ledger.down(clients, job.round_index)
             down |= {name: value for name, value in common.items() if name.startswith("correction/")}
+            if job.down is not None and self.ledger.trained_in(held, job.round_index):
+                asked["reference"] = job.round_index
+                rules = self.plan.codecs_down
+                down = {name: v for name, v in down.items() if not self.turns.is_encoded(rules, name)} | job.down
             if (*down,) not in packed:
                 packed[(*down,)] = pack(down, bundled=self.bundled)
             given = self.ledger.given(clients, job.round_index)
-            since = [int(self.ledger.since[client]) for client in clients]
-            asked = {**self.asked, **span_of(job), "server-round": number, "clients": list(clients), "since": since}
             records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {ARRAYS: packed[(*down,)]}
             if given:
                 asked["given"] = [*given]
@@ -85,7 +98,7 @@ class RoundsAtNodes(Backend):
             return RecordDict({**records, CONFIG: ConfigRecord(asked)})
 
         self.strategy.content, self.strategy.wanted = content, wanted_by(self.problem, job)
-        self.strategy.returns = {}  # nothing of the clients' own comes back
+        self.strategy.read = partial(self._read, common, job)
         trained = self.strategy.train_round(
             self.grid,
             number,
@@ -98,6 +111,16 @@ class RoundsAtNodes(Backend):
         self._check_finite(trained, job)
         self._note(trained, job)
         return self._outcome(common, job, trained)
+
+    def _read(self, common: Tree, job: Job, clients: Sequence[int], arrays: Tree) -> Tree:
+        """What the arrays of one client's reply stand for, or a block's. ValueError where they are no such message."""
+        rules = self.plan.method.codecs
+        if not rules or len(clients) > 1:
+            return arrays
+        message = {name: value for name, value in arrays.items() if name.startswith("correction/")}
+        arrays = {name: value for name, value in arrays.items() if name not in message}
+        begun = {flat: common[flat] for flat in self.turns.up(job.round_index + 1)}
+        return read(rules, arrays, begun, Senders(job.seed, torch.tensor(clients), job.round_index)) | message
 
     def _note(self, trained: TrainedRound, job: Job) -> None:
         """Whose rows are newer now; a warning where a node had lost some."""

@@ -42,7 +42,7 @@ LAYERS = {
     "flower",
     "cli": "errors user_code machine method actors data tasks rounds config records runs flower deploy experiments "
     "results",
-    "strategies": "errors machine method data tasks rounds engine config backends records runs flower results",
+    "strategies": "errors machine method travel data tasks rounds engine config backends records runs flower results",
     "clients": "errors machine method config data tasks backends flower",
 }
 # What every installation has, and what any file may import.

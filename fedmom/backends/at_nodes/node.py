@@ -13,9 +13,11 @@ from fedmom.backends.at_nodes.turns import Turns
 from fedmom.errors import InputError
 from fedmom.method.state import ClientState, Tree, flatten, is_finite, unflatten
 from fedmom.rounds.round import Outcome
+from fedmom.travel.messages import read_reference
+from fedmom.travel.wire import is_coded
 
 STATES = "states/"  # how the names begin of a correction's own states in a client's row
-_OWN, _MEAN = "own", "mean"
+_OWN, _MEAN, _REFERENCE = "own", "mean", "reference"
 
 
 class Store(Protocol):
@@ -106,13 +108,7 @@ def _of(tree: Tree, flat: str) -> torch.Tensor:
 
 def row_of_round(store: Store, client: int, number: int) -> Tree:
     """What a client had of its own after a round. Raises InputError where it is not here."""
-    name = _name(client, number)
-    if name not in store.names():
-        raise InputError(
-            f"client {client}: this node has not what the client had of its own after round {number} (it has started "
-            "anew); resume the run from its last checkpoint, or set server.own-rows = 'server'"
-        )
-    return store.read(name)
+    return store.read(_there(store, _name(client, number), client))
 
 
 def keep(turns: Turns, asked: Asked, outcome: Outcome, store: Store) -> str:
@@ -122,7 +118,7 @@ def keep(turns: Turns, asked: Asked, outcome: Outcome, store: Store) -> str:
         kind, _, rest = name.partition("/")
         client, _, number = rest.rpartition("/")
         of_these = kind == _OWN and int(client) in asked.clients and name not in last
-        if of_these or (kind == _MEAN and int(number) < asked.number - 1):
+        if of_these or (kind != _OWN and int(number) < asked.number - 1):
             store.drop(name)
     own = {} if outcome.own is None else flatten(outcome.own)
     states = {STATES + name: rows for name, rows in (outcome.correction or {}).items()}
@@ -140,6 +136,37 @@ def keep(turns: Turns, asked: Asked, outcome: Outcome, store: Store) -> str:
 
 def _is_of(name: str, part: str) -> bool:
     return name.startswith(STATES) if part == "correction" else name.startswith(f"{part}/")
+
+
+def told(turns: Turns, asked: Asked, arrays: Tree, before: int, store: Store) -> Tree:
+    """What a message says, decoded where it is encoded; the next one counts from it.
+
+    before: the round whose reference the message counts from; 0: it says it whole. Raises InputError where that is not
+    here, and ValueError for what is no such message.
+    """
+    rules, index = turns.plan.codecs_down, asked.number - 1
+    if not rules:
+        return arrays
+    if before:
+        known = store.read(_there(store, f"{_REFERENCE}/{before}", asked.clients[0]))
+        coded = {name: value for name, value in arrays.items() if is_coded(name)}
+        new = read_reference(rules, known, coded, turns.plan.seed, index)
+        arrays = {name: value for name, value in arrays.items() if not is_coded(name)} | new
+    store.write(f"{_REFERENCE}/{asked.number}", {n: v for n, v in arrays.items() if turns.is_encoded(rules, n)})
+    return arrays
+
+
+def _there(store: Store, name: str, client: int) -> str:
+    """The name, if there is such a thing here."""
+    if name not in store.names():
+        kind, _, number = name.rpartition("/")
+        what = "what the client had of its own" if kind != _REFERENCE else "what all began with"
+        when = "after" if kind != _REFERENCE else "in"
+        raise InputError(
+            f"client {client}: this node has not {what} {when} round {number} (it has started anew); resume the run from "
+            "its last checkpoint, or set server.own-rows = 'server'"
+        )
+    return name
 
 
 def mean_of_round(store: Store, number: int) -> Tree:

@@ -15,7 +15,7 @@ from fedmom.rounds.correction import start_of
 from fedmom.rounds.own import rows_after
 from fedmom.rounds.plan import Plan, own_after
 from fedmom.tasks.problem import Problem
-from fedmom.travel.feedback import is_kept
+from fedmom.travel.feedback import CodecRules, is_kept, rule_of
 
 
 class Turns:
@@ -58,6 +58,11 @@ class Turns:
         """
         oldest = min(since)
         return [flat for flat in self.shared if self.is_told(flat) and oldest <= self.agreed(flat, round_index)]
+
+    def is_encoded(self, rules: CodecRules, flat: str) -> bool:
+        """Whether a tensor is encoded where it travels."""
+        part, _, name = flat.partition("/")
+        return flat in self.begin and rule_of(rules, part, name, self.begin[flat]) is not None
 
     def own(self, number: int) -> Tree:
         """[N, ...] the form of what clients have of their own after round 1, 2, …, 0: before them."""
