@@ -5,6 +5,7 @@ ArrayRecord under the names `params/…`, `momentum/…` and `buffers/…` (`cor
 sends), so Flower's own strategies average model and momentum alike; they weigh by `num-examples`, which is the sum of
 the clients' weights (algorithm.client-weights).
 A message whose arrays came bundled (`fedmom.flower.wire.bundle`) is answered in bundles.
+Where nodes keep what is their clients' own (server.own-rows), it lies in Context.state between two messages.
 """
 
 import errno
@@ -13,24 +14,27 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedmom.backends.trainer import Local, Node, held_clients, settled, warm_node
+from fedmom.backends.at_nodes.node import Asked, begun, keep, mean_of_round, row_of_round, told
+from fedmom.backends.trainer import Local, Node, TrainedBlock, held_clients, settled, warm_node
 from fedmom.config.examples import own_split
 from fedmom.config.goals import task_of
 from fedmom.data.given.own_files import client_source, read_client
 from fedmom.data.local import facts_of, from_record
 from fedmom.errors import InputError
-from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
+from fedmom.flower.wire import array_bytes, from_npy, is_bundle, unbundle
 from fedmom.machine.files import at_home
 from fedmom.method.schedules import Span
 from fedmom.method.state import ClientState, Tree, flatten, unflatten
 from fedmom.tasks.problem import data_kind
+
+from .kept import ContextStore, record_of
 
 Metric = int | float | list[int] | list[float]
 AnyRecord = ArrayRecord | MetricRecord | ConfigRecord
@@ -43,6 +47,8 @@ def query(message: Message, context: Context) -> Message:
     """Which clients this node holds and, where it is asked for, how its engine would run them."""
     answer = ConfigRecord({"clients": _held(context).tolist()})
     asked = _asked(message)
+    if "since" in asked:
+        return _bring(message, context)
     if asked.get("facts", False):
         config = settled(context.run_config).config
         with _of_own_data(context):
@@ -67,17 +73,46 @@ def train(message: Message, context: Context) -> Message:
     clients: list[int] = asked.get("clients", _held(context).tolist())
     if asked.get("rows", False):
         return _train_rows(message, context, clients)
+    if "since" in asked:
+        return _train_kept(message, context)
     arrays = message.content.array_records["arrays"]
     start = _tensors(arrays)
-    trained = _node(context, asked).train(
+    trained = _trained(_node(context, asked), asked, clients, unflatten(start), *_own(message))
+    outcome, mean = trained.outcome, flatten(trained.outcome.mean)
+    # In the order of what came: some of Flower's strategies pair arrays by their places. A correction's message is new.
+    names = [*(name for name in start if name in mean), *(name for name in mean if name not in start)]
+    content = _answer(trained, clients, {name: mean[name] for name in names}, arrays)
+    if outcome.own is not None:
+        content["own"] = _record(flatten(outcome.own), arrays)
+    if outcome.correction is not None:
+        content["states"] = _record(outcome.correction, arrays)
+    return Message(RecordDict(content), reply_to=message)
+
+
+def _trained(
+    node: Node,
+    asked: Mapping[str, Any],
+    clients: list[int],
+    start: ClientState,
+    own: ClientState | None,
+    states: Tree | None,
+    messages: Tree | None = None,
+) -> TrainedBlock:
+    return node.train(
         clients,
         asked["server-round"] - 1,
-        unflatten(start),
-        *_own(message),
+        start,
+        own,
+        states,
         span=_span(asked),
         path=asked.get("path", ""),
         chunk_size=asked.get("chunk-size", 0),
+        messages=messages,
     )
+
+
+def _answer(trained: TrainedBlock, clients: list[int], sent: Tree, arrays: Mapping[str, Array]) -> dict[str, AnyRecord]:
+    """The records of a reply: what is sent, in the form in which `arrays` came, and what is told of the clients."""
     outcome = trained.outcome
     metrics: dict[str, Metric] = {
         "num-examples": trained.weight,
@@ -90,18 +125,51 @@ def train(message: Message, context: Context) -> Message:
     about["train-loss"] = outcome.losses.tolist()
     points = [point.reshape(-1) for point in outcome.trajectory]
     about["path"] = torch.cat(points).tolist() if points else []
-    mean = flatten(outcome.mean)
-    # In the order of what came: some of Flower's strategies pair arrays by their places. A correction's message is new.
-    names = [*(name for name in start if name in mean), *(name for name in mean if name not in start)]
+    return {"arrays": _record(sent, arrays), "metrics": MetricRecord(metrics), "clients": about}
+
+
+def _train_kept(message: Message, context: Context) -> Message:
+    """A round of clients whose own rows this node keeps; what is sent is what the method says."""
+    asked, arrays = _asked(message), message.content.array_records["arrays"]
+    node, store = _node(context, asked), ContextStore(context.state)
+    clients: list[int] = sorted(asked["clients"])
+    since = dict(zip(asked["clients"], asked["since"], strict=True))
+    round_asked = Asked(asked["server-round"], clients, [since[c] for c in clients], _given(message))
+    said = told(node.turns, round_asked, _tensors(arrays), asked.get("reference", 0), store)
+    start = begun(node.turns, round_asked, said, store)
+    # A block of clients sends its mean, and one client what it has encoded.
+    messages: Tree | None = {} if len(clients) == 1 and node.plan.method.codecs else None
+    trained = _trained(node, asked, clients, start.start, start.own, start.states, messages)
+    broken = keep(node.turns, round_asked, trained.outcome, store)
+    mean = flatten(trained.outcome.mean)
+    names = [*node.turns.up(round_asked.number), *(name for name in mean if name.startswith("correction/"))]
+    sent = {name: value[0] for name, value in (messages or {}).items()}
+    rules = {} if messages is None else node.plan.method.codecs
+    sent |= {name: mean[name] for name in names if not node.turns.is_encoded(rules, name)}
+    content = _answer(trained, clients, sent, arrays)
+    about = cast(ConfigRecord, content["clients"])
+    about["broken"], about["given"] = broken, start.given
+    return Message(RecordDict(content), reply_to=message)
+
+
+def _given(message: Message) -> dict[int, Tree]:
+    """{client: its row as the server has it}, where the server sends some."""
+    records, given = message.content.array_records, _asked(message).get("given", [])
+    if not given:
+        return {}
+    rows = _tensors(records["given"])
+    return {client: {name: value[place] for name, value in rows.items()} for place, client in enumerate(given)}
+
+
+def _bring(message: Message, context: Context) -> Message:
+    """What this node keeps of its clients, for a checkpoint or an evaluation."""
+    asked, store = _asked(message), ContextStore(context.state)
+    pairs = zip(asked["clients"], asked["since"], strict=True)
     content: dict[str, AnyRecord] = {
-        "arrays": _record({name: mean[name] for name in names}, arrays),
-        "metrics": MetricRecord(metrics),
-        "clients": about,
+        f"own/{client}": record_of(row_of_round(store, client, since), bundled=True) for client, since in pairs
     }
-    if outcome.own is not None:
-        content["own"] = _record(flatten(outcome.own), arrays)
-    if outcome.correction is not None:
-        content["states"] = _record(outcome.correction, arrays)
+    if asked["mean"]:
+        content["mean"] = record_of(mean_of_round(store, asked["mean"]), bundled=True)
     return Message(RecordDict(content), reply_to=message)
 
 
@@ -227,8 +295,4 @@ def _tensors(record: Mapping[str, Array]) -> Tree:
 
 def _record(tensors: Tree, asked: Mapping[str, Array]) -> ArrayRecord:
     """In bundles where the message's arrays came so."""
-    arrays = {}
-    for name, value in (bundle(tensors) if any(map(is_bundle, asked)) else tensors).items():
-        dtype = str(value.dtype).removeprefix("torch.")
-        arrays[name] = Array(dtype=dtype, shape=tuple(value.shape), stype="numpy.ndarray", data=to_npy(value))
-    return ArrayRecord(arrays)
+    return record_of(tensors, bundled=any(map(is_bundle, asked)))

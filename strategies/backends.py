@@ -52,10 +52,10 @@ class AveragingRounds(Backend):
             pack(flatten(start), bundled=not shares_memory(self.grid)),
             ConfigRecord({**self.asked, **span_of(job)}),
             timeout=self.timeout,
-            on_update=lambda update: _tell(progress, update),
+            on_update=lambda update: tell(progress, update),
         )
         metrics = trained.metrics
-        return _outcome(self.problem, job, trained.state, metrics, trained.answers)
+        return outcome_of(self.problem, job, trained.state, metrics, trained.answers)
 
 
 class StockRounds(Backend):
@@ -92,7 +92,7 @@ class StockRounds(Backend):
             timeout=self.timeout,
             accept=lambda clients, reply: accept(reply, tensors, clients=clients, **wanted),
         ):
-            _tell(progress, update)
+            tell(progress, update)
             mean.add_one(update.state, update.weight)
             updates.append(update)
         self.fleet.enough(number, sum(len(update.about["clients"]) for update in updates))
@@ -105,7 +105,7 @@ class StockRounds(Backend):
         for name, part in SPREADS.items():
             metrics[name] += mean.spread(part)
         answers = [Contribution(update.weight, update.about, None) for update in updates]
-        return _outcome(self.problem, job, unflatten(_like(result, tensors)), metrics, answers)
+        return outcome_of(self.problem, job, unflatten(_like(result, tensors)), metrics, answers)
 
 
 def _like(arrays: ArrayRecord, tensors: Tree) -> Tree:
@@ -123,12 +123,12 @@ def _by_client(ids: Sequence[int], rows: Tree) -> dict[int, Tree]:
     return {client: {name: values[k] for name, values in each.items()} for k, client in enumerate(ids)}
 
 
-def _tell(progress: Progress | None, update: Update) -> None:
+def tell(progress: Progress | None, update: Update) -> None:
     if progress:
         progress(int(update.about.get("client-steps", 0)))
 
 
-def _outcome(
+def outcome_of(
     problem: Problem, job: Job, state: ClientState, metrics: dict[str, float], answers: Sequence[Contribution]
 ) -> Outcome:
     """What the nodes' answers come to, in the order of the job's clients."""

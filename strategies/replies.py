@@ -95,12 +95,13 @@ def accept(
     losses: bool = False,
     measures: Sequence[str] = (),
     path: int | None = None,
+    read: Callable[[Tree], Tree] = lambda arrays: arrays,
 ) -> Update:
     """A reply's content, checked against the tensors that were sent ({} checks no shapes).
 
     clients: those asked for, if the reply must be theirs; own, states: what of theirs [k, ...] must come back; losses:
     whether each client's training loss must be told; measures: the metrics that must be; path: how many numbers the
-    record's `path` must have, None for whatever it has.
+    record's `path` must have, None for whatever it has; read: makes of the arrays the tensors that they stand for.
     Raises ValueError naming the tensor that is missing, misshapen or not finite, or the number that is no such number.
     """
     content = reply.content
@@ -108,16 +109,16 @@ def accept(
         raise ValueError(f"its reply must have one MetricRecord and an ArrayRecord {ARRAYS!r}")
     metrics = dict(next(iter(content.metric_records.values())))
     weight = _weight(metrics.pop(weighted_by_key, None), weighted_by_key, may_be_zero=False)
-    tensors = unpack(content.array_records[ARRAYS])
+    tensors = read(unpack(content.array_records[ARRAYS]))
     expected = expected or tensors
-    _check("update", tensors, expected)
+    check("update", tensors, expected)
     about = _about(content.config_records.get(ABOUT, ConfigRecord()), clients, losses, path)
     records, found = content.array_records, dict[str, Tree | None]()
     called = {OWN: "clients' own tensors", STATES: "clients' own states"}
     for name, right in ((OWN, own), (STATES, states)):
         found[name] = unpack(records[name]) if name in records else None
         if right is not None:
-            _check(called[name], found[name] or {}, right)
+            check(called[name], found[name] or {}, right)
     for name in measures:
         if name not in metrics or isinstance(metrics[name], list):
             raise ValueError(f"its metrics lack {name}, which must be one number")
@@ -217,7 +218,7 @@ def mean_metrics(measured: Iterable[tuple[float, dict[str, float]]]) -> dict[str
     return {name: value / weights[name] for name, value in sums.items() if weights[name]} if total else None
 
 
-def _check(what: str, tensors: Tree, expected: Tree) -> None:
+def check(what: str, tensors: Tree, expected: Tree) -> None:
     """Raises ValueError for a tensor that is missing, unknown, misshapen, of another dtype or not finite."""
     for name in {**expected, **tensors}:
         if name not in tensors or name not in expected:

@@ -17,6 +17,7 @@ from fedmom.backends.stepper import stepper_here
 from fedmom.backends.trainer import settled
 from fedmom.config.keys import Config
 from fedmom.config.load import replace, with_choices
+from fedmom.config.method.codecs import codecs_said
 from fedmom.config.numbers import counted
 from fedmom.config.strategies import OURS
 from fedmom.engine.paths import AUTO, is_plain
@@ -35,12 +36,14 @@ from fedmom.runs.progress import callbacks
 from fedmom.tasks.models.start import digest_of
 from fedmom.tasks.problem import Problem, data_kind
 
+from .at_nodes.rounds import RoundsAtNodes, Sends
 from .backends import AveragingRounds, StockRounds
 from .dsgdm import DSGDM, RelayRounds
 from .fleet import Fleet, ask
 from .flower_strategies import make_stock
 from .local_data import LocalSupervised, local_problem
 from .prsgdm import PRSGDM
+from .replies import shares_memory
 
 app = ServerApp()
 
@@ -124,7 +127,7 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, problem: Probl
         )
     if plan.topology is not None:
         return _relay(grid, known, config, problem, plan)
-    strategy = PRSGDM(
+    strategy = (Sends if _at_nodes(config, plan, grid) else PRSGDM)(
         num_clients,
         cohort_size=plan.cohort_size,
         seed=plan.seed,
@@ -141,10 +144,13 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, problem: Probl
     asked = _asked(config, choices, facts)
     blocks = max(len(holder.clients) for holder in fleet.holders)
     notes = [f"{counted(len(fleet.holders), 'Flower node')}, at most {counted(blocks, 'client')} each"]
-    backend: AveragingRounds | StockRounds
+    backend: Backend
     if keys.strategy == OURS:
         strategy.message = {name: value.cpu() for name, value in message_form(problem, method).items()}
-        backend = AveragingRounds(strategy, grid, problem, plan, asked, keys.timeout_seconds)
+        if isinstance(strategy, Sends):
+            backend = RoundsAtNodes(strategy, grid, problem, plan, asked, keys.timeout_seconds)
+        else:
+            backend = AveragingRounds(strategy, grid, problem, plan, asked, keys.timeout_seconds)
         backend.settled, backend.notes = choices, notes
         return _with_results(backend, config, problem, plan)
     with flower_logs(logging.ERROR):  # FedAvg warns that clients do not evaluate: the server does
@@ -153,6 +159,17 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, problem: Probl
     backend = StockRounds(stock, fleet, grid, problem, asked, keys.timeout_seconds)
     backend.settled, backend.notes = choices, notes
     return _with_results(backend, config, problem, plan)
+
+
+def _at_nodes(config: Config, plan: Plan, grid: Grid) -> bool:
+    """Whether nodes keep what is their clients' own (server.own-rows)."""
+    algorithm, word = config.algorithm, config.server.own_rows
+    if word == "auto":
+        said = algorithm.states or algorithm.fragments > 1 or codecs_said(config)
+        word = "nodes" if said and not shares_memory(grid) else "server"
+    # A rule that looks at how far clients are apart must see x in every round.
+    seen = plan.method.rules.moves_x or plan.interval == "fixed"
+    return word == "nodes" and config.server.strategy == OURS and seen
 
 
 def _with_results(backend: Backend, config: Config, problem: Problem, plan: Plan) -> Backend:

@@ -31,7 +31,7 @@ from fedmom.errors import ClientsFailedError, InputError
 from fedmom.method.state import ClientState, as_tensor, flatten, rows_of, to_arrays, to_device, unflatten
 from fedmom.rounds.evaluation import summarised
 from fedmom.rounds.plan import Plan
-from fedmom.rounds.round import Backend, Job, Outcome, Progress
+from fedmom.rounds.round import Backend, Fetched, Job, Outcome, Progress
 from fedmom.tasks.problem import Problem
 from fedmom.user_code import one_line
 
@@ -186,14 +186,14 @@ class Peers(Backend):
             )
         return dict(found)
 
-    def _fetch(self, done: int) -> tuple[ClientState, ClientState]:
+    def _fetch(self, done: int) -> Fetched:
         """(mean, rows) after so many rounds, brought to this process."""
         self._check(done - 1)
         counted = self.driver_bytes
         parts = self._all([peer.collect.remote(done) for peer in self.peers], list(range(len(self.peers))), done - 1)
         self.driver_bytes = counted
         rows = unflatten({name: torch.cat([as_tensor(part[name]) for part in parts]) for name in parts[0]})
-        return to_device(mean_of(rows, self.plan.method.running_var), self.problem.device), rows
+        return Fetched(to_device(mean_of(rows, self.plan.method.running_var), self.problem.device), rows)
 
     def _check(self, number: int, error_seen: bool = False) -> None:
         """ClientsFailedError where Ray is gone: it would end the process that calls it."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmom.backends.at_nodes.turns import Turns
 from fedmom.config.build import make_plan, make_problem, resolve_device, set_up_torch, supervised
 from fedmom.config.examples import own_split
 from fedmom.config.goals import task_of
@@ -104,6 +105,7 @@ class Node:
             self.plan: Plan = make_plan(self.config, self.problem)
             self.begin = start_of(self.problem, self.plan.method)  # as a run begins, and one client's own state
         self.sent = parted(self.begin[0], self.problem.personal)[0]  # what of it travels
+        self.turns = Turns(self.problem, self.plan)
         # What is frozen never travels: another file here would be another model.
         self.begun_from = digest_of(config.model.start)
         self._choices: dict[int, tuple[str, int]] = {}
@@ -151,11 +153,12 @@ class Node:
         span: Span | None = None,
         path: str = "",
         chunk_size: int = 0,
+        messages: Tree | None = None,
     ) -> TrainedBlock:
         """I local steps of `clients` from `start` in round 0, 1, …, and their weighted mean.
 
         `own`: what they have of their own [k, ...]; `correction`: their own states of one [k, ...]; `span`: the round's
-        steps, where I changes in the run.
+        steps, where I changes in the run; `messages`: filled with what one client sends, encoded.
         `path` and `chunk_size` as the server settled them; left out, they are chosen here. Raises InputError for a
         client that does not exist or a start of another model.
         """
@@ -169,6 +172,7 @@ class Node:
             path, chunk_size = self.choose(ids)
         engine = self._engine(path, chunk_size or len(ids))
         job = clients_job(self.problem, self.plan, round_index, ids, own, correction, self._checked(span))
+        job = job._replace(messages=messages)
         with blamed(self._keys):
             outcome = engine.run_round(to_device(start, self.problem.device), job)
         return TrainedBlock(

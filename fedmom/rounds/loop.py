@@ -14,12 +14,12 @@ import torch
 from fedmom.errors import DivergedError
 from fedmom.method.named.fednova import of_a_cohort
 from fedmom.method.schedules import Came
-from fedmom.method.state import ClientState, Tree, is_finite
+from fedmom.method.state import ClientState, Tree, is_finite, is_momentum
 from fedmom.rounds.clients import look
 from fedmom.rounds.correction import check_states, gathered
 from fedmom.rounds.evaluation import chosen_clients, evaluate_rows
 from fedmom.rounds.outer import outer_step
-from fedmom.rounds.own import check_own, means_of_all, next_rows, shared_of, whole_state
+from fedmom.rounds.own import brought, check_own, means_of_all, next_rows, shared_of, whole_state
 from fedmom.rounds.plan import Known, Plan, RunState, round_job
 from fedmom.rounds.round import Backend, Early, Job, Outcome, Progress, part_of
 from fedmom.tasks.problem import Problem
@@ -48,10 +48,10 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
     state = state if done.reference is None else after_mean(begun, state, done.reference)
     if plan.outer is not None and outer is not None:
         state, outer = outer_step(plan.method, plan.outer, begun, state, outer, done.round + 1, job.lrs[0])
-    received, reference = done.bytes_received, done.reference
+    received, reference, message, fetch = done.bytes_received, done.reference, None, outcome.fetch
     if received is not None and reference is not None:
         received += plan.bytes_received(done.round, len(problem.sizes), begun)
-        reference = next_reference(plan.codecs_down, reference, state, plan.seed, done.round + 1)
+        reference, message = next_reference(plan.codecs_down, reference, state, plan.seed, done.round + 1)
     sent = begun._replace(correction=outcome.mean.correction)
     own = next_rows(problem, plan.method, done.state, done.own, job, outcome)
     whole = None
@@ -59,6 +59,8 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         whole = partial(whole_state, problem, plan.method, state, seen, torch.from_numpy(weights))
         if not (everybody or plan.method.rules.moves_x):  # sums are of distances from it: as after a resume
             state, whole = whole(), None
+    if fetch is not None and job.rows is None:
+        fetch = partial(brought, problem, plan.method, state, outcome, everybody, torch.from_numpy(weights))
     return RunState(
         round=done.round + 1,
         state=state,
@@ -69,12 +71,20 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         bytes_sent=done.bytes_sent + plan.bytes_sent(done.round, len(job.clients), sent),
         bytes_received=received,
         reference=reference,
+        message=message,
         wall_seconds=done.wall_seconds + seconds,
         rows=outcome.rows,
-        fetch=outcome.fetch,
+        fetch=fetch,
+        partial=fetch is not None and (bool(problem.personal) or not _is_whole(outcome, "params", "buffers")),
         whole=whole,
         client_correction=rows(done.client_correction, outcome.correction),
     )
+
+
+def _is_whole(outcome: Outcome, *parts: str) -> bool:
+    """Whether all of these parts of the state travelled in the round; of the momentum, what its spread is of."""
+    names = [name.partition("/") for name in outcome.absent]
+    return not any(part in parts and (part != "momentum" or is_momentum(name)) for part, _, name in names)
 
 
 class _Begun(NamedTuple):
@@ -115,6 +125,7 @@ def run_rounds(
     the next round begins before this one's numbers are there: it never waits for what the host does between the two.
     """
     clock = time.perf_counter
+    engine.begin_at(done)
     if done.round < plan.num_rounds:
         problem.check_evaluation(done.state)
     ahead: Early[_Begun] | None = None  # the next round, where it is under way
@@ -139,6 +150,7 @@ def run_rounds(
         if len(job.clients) < asked:
             record["num_failed"] = asked - len(job.clients)
         if outcome.trajectory:
+            new = new.gathered() if outcome.absent else new
             record |= _coordinates(new.state, outcome.trajectory)
         yield new, record
         done = new
@@ -156,14 +168,19 @@ def _record(
         "lr": job.lrs[0],
         "train_loss": outcome.train_loss,
         **measured,
-        "consensus_distance": outcome.consensus_distance,
-        "momentum_spread": outcome.momentum_spread,
+        **_spreads(outcome),
         **(outcome.more or {}),
         **_travelled(new),
         "wall_seconds": new.wall_seconds,
         "client_steps_per_second": int(job.num_steps.sum()) / train_seconds,
         "num_clients": len(job.clients),
     }
+
+
+def _spreads(outcome: Outcome) -> Record:
+    """How far apart the clients are; of what did not travel nobody can say it."""
+    parts = {"consensus_distance": "params", "momentum_spread": "momentum"}
+    return {name: getattr(outcome, name) for name, part in parts.items() if _is_whole(outcome, part)}
 
 
 def _next_interval(problem: Problem, plan: Plan, done: RunState, job: Job, outcome: Outcome) -> int:
@@ -187,7 +204,7 @@ def _judged(
     problem: Problem, plan: Plan, engine: Backend, job: Job, outcome: Outcome, new: RunState
 ) -> tuple[RunState, Record]:
     """What is measured of a round, and the state with every client's own results, where they are looked at."""
-    if new.whole is not None and (job.evaluates or job.looks_at_clients):
+    if (new.whole is not None or new.partial) and (job.evaluates or job.looks_at_clients):
         new = new.gathered()
     measured = _measured(problem, plan, job, outcome, new)
     if not job.looks_at_clients:
@@ -210,8 +227,7 @@ def _measured(problem: Problem, plan: Plan, job: Job, outcome: Outcome, new: Run
 
 def _check_finite(round_number: int, job: Job, outcome: Outcome, measured: Record) -> None:
     where = f"round {round_number} at lr = {job.lrs[0]:g}"
-    spreads = {"consensus_distance": outcome.consensus_distance, "momentum_spread": outcome.momentum_spread}
-    for name, value in {"train_loss": outcome.train_loss, **measured, **spreads}.items():
+    for name, value in {"train_loss": outcome.train_loss, **measured, **_spreads(outcome)}.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise DivergedError(f"the {name.replace('_', ' ')} became {value} in {where}: try a smaller lr")
     broken = outcome.broken

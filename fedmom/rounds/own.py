@@ -16,6 +16,7 @@ from fedmom.method.state import (
     ClientState,
     Tree,
     expand,
+    flatten,
     is_among,
     is_finite,
     joined,
@@ -24,9 +25,10 @@ from fedmom.method.state import (
     rows_of,
     stacked,
     to_device,
+    unflatten,
 )
 from fedmom.rounds.correction import start_of
-from fedmom.rounds.round import Job, Outcome
+from fedmom.rounds.round import Fetched, Job, Outcome
 from fedmom.tasks.problem import Problem
 from fedmom.travel.feedback import Senders, is_kept, kept_before, sent
 
@@ -132,7 +134,7 @@ def without_own(
     if method.codecs:
         before = job.own.momentum if job.own is not None else {}
         senders = Senders(job.seed, job.clients, job.round_index)
-        shared, kept = sent(method.codecs, shared, start, before, senders)
+        shared, kept = sent(method.codecs, shared, start, before, senders, job.messages)
     if not job.keeps:
         return shared, None
     own = own_of(problem, method, ended, job.round_index + 1)
@@ -153,6 +155,22 @@ def whole_state(problem: Problem, method: Method, mean: ClientState, rows: Clien
         some = slice(first, first + _HELD)
         own.add(rows_of(rows, some), weights[some])
     return joined(mean, like(own.mean(), order), order)
+
+
+def brought(
+    problem: Problem, method: Method, state: ClientState, outcome: Outcome, everybody: bool, weights: Tensor
+) -> Fetched:
+    """What others hold after a round, `state` made whole with it: of what did not travel, the mean that there was.
+
+    state: after the round, as far as it is here; everybody: whether all N clients took part; weights: [N], of all.
+    """
+    assert outcome.fetch is not None
+    found = outcome.fetch()
+    seen = flatten(found.mean)
+    state = unflatten({n: seen[n] if n in outcome.absent else v for n, v in flatten(state).items()})
+    if found.own is not None and any(own := means_of_all(problem, found.own, everybody)):
+        state = whole_state(problem, method, state, own, weights)
+    return found._replace(mean=state)
 
 
 def means_of_all(problem: Problem, rows: ClientState, everybody: bool) -> ClientState:

@@ -24,7 +24,7 @@ from fedmom.rounds.correction import client_rows, start_of
 from fedmom.rounds.outer import outer_start
 from fedmom.rounds.own import first_rows, rows_after, shared_of
 from fedmom.rounds.results import ClientResults
-from fedmom.rounds.round import Job
+from fedmom.rounds.round import Fetched, Job
 from fedmom.tasks.problem import Problem
 from fedmom.travel.feedback import CodecRules, bytes_of
 from fedmom.travel.reference import first_reference
@@ -132,8 +132,10 @@ class RunState(NamedTuple):
     bytes_sent: int = 0  # by all clients so far
     bytes_received: int | None = None  # by all clients so far; None where as many come back as they send
     reference: Tree | None = None  # {part/name: tensor}: what clients begin at, where what goes down is encoded
+    message: Tree | None = None  # {coded array: [*]} from the reference before to this one; in no checkpoint
     wall_seconds: float = 0.0
-    fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings state and rows from where they are
+    fetch: Callable[[], Fetched] | None = None  # brings state and rows from where they are
+    partial: bool = False  # whether the model itself is not whole before that
     client_correction: Tree | None = None  # [N, ...] every client's own state of a correction, in main memory
     whole: Callable[[], ClientState] | None = None  # makes the whole state, where the tensors that stay are not in it
     results: ClientResults | None = None  # what every client got in this round; in no checkpoint
@@ -144,8 +146,15 @@ class RunState(NamedTuple):
             return self._replace(state=self.whole(), whole=None)
         if self.fetch is None:
             return self
-        state, rows = self.fetch()
-        return self._replace(state=state, rows=rows, fetch=None)
+        found = self.fetch()
+        return self._replace(
+            state=found.mean,
+            rows=found.rows,
+            own=self.own if found.own is None else found.own,
+            client_correction=self.client_correction if found.correction is None else found.correction,
+            fetch=None,
+            partial=False,
+        )
 
 
 def beginning(problem: Problem, plan: Plan) -> RunState:
@@ -209,7 +218,7 @@ def round_job(problem: Problem, plan: Plan, done: RunState, known: Known = None)
     following = None
     if done.round + 1 < plan.num_rounds and span is None:
         following = cache(partial(cohort_job, problem, plan, done.round + 1))
-    job = job._replace(own=own, correction=correction, rows=done.rows, following=following)
+    job = job._replace(own=own, correction=correction, rows=done.rows, following=following, down=done.message)
     number = done.round + 1
     return job._replace(evaluates=plan.evaluates(number), looks_at_clients=plan.looks_at_clients(number))
 

@@ -29,12 +29,25 @@ class Job(NamedTuple):
     scales: Tensor | None = None  # [C] float64, by which clients' ways are multiplied before the averages (FedNova)
     round_index: int = 0  # rounds before this one
     seed: int = 0  # of the addresses of what the clients send
+    # Where given, an engine in this process fills it: {coded array: [C, ...]} of what the clients send encoded, as it
+    # travels (fedmom.travel.messages), in main memory.
+    messages: Tree | None = None
+    down: Tree | None = None  # what the server sends encoded at the round's start; None: the clients get all whole
     rows: ClientState | None = None  # [N, ...] the clients' own x, u and buffers, of Algorithm 2
     correction: Tree | None = None  # [C, ...] the clients' own states of a correction, in main memory
     evaluates: bool = False  # whether the round's result will be measured
     looks_at_clients: bool = False  # whether it will be, on every client's own test examples
     span: Span | None = None  # the steps, where I changes in the run: whoever makes this job anew must be told them
     following: Callable[[], "Job"] | None = None  # the next round's, without anything that depends on this one's result
+
+
+class Fetched(NamedTuple):
+    """What others hold of the state after a round, brought here."""
+
+    mean: ClientState
+    rows: ClientState | None = None  # [N, ...] of Algorithm 2
+    own: ClientState | None = None  # [N, ...] what the clients go on with by themselves, in main memory
+    correction: Tree | None = None  # [N, ...] their own states of a correction, in main memory
 
 
 class Outcome(NamedTuple):
@@ -52,7 +65,9 @@ class Outcome(NamedTuple):
     own: ClientState | None = None  # [C, ...] what the clients go on with by themselves, in main memory
     more: Mapping[str, Any] | None = None  # what else goes into the round's record
     measured: dict[str, Any] | None = None  # the evaluation, where whoever ran the round made it
-    fetch: Callable[[], tuple[ClientState, ClientState]] | None = None  # brings mean and rows, where others hold them
+    fetch: Callable[[], Fetched] | None = None  # brings what others hold
+    # Flat names of what did not travel: in `mean` stands what clients agreed on last, and `fetch` brings the mean.
+    absent: frozenset[str] = frozenset()
     broken: str | None = None  # the part of the mean that is NaN or infinite, or ""; None: nobody has looked
     settle: Callable[[], "Outcome"] | None = None  # waits for the numbers, where only what the next round needs is here
 
@@ -92,6 +107,10 @@ class Backend(Protocol):
     def run_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """I local steps of every client of the cohort from `start`, and the averages. Changes nothing in place."""
         ...
+
+    def begin_at(self, done: Any) -> None:
+        """Told once, before the first round: the state between two rounds (RunState) that the run goes on from."""
+        return
 
     def begin_round(self, start: ClientState, job: Job, progress: Progress | None = None) -> Outcome:
         """The same, but the outcome may be still to settle: then the device works, and the host need not wait."""

@@ -5,7 +5,7 @@ alone: not on how many rows there are, nor on who computes them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,9 +60,17 @@ class Codec:
         """C(v), rows [K, *shape], from the message and what both ends know."""
         raise NotImplementedError
 
+    def form(self, shape: Sequence[int], dtype: torch.dtype) -> Payload:
+        """What arrays one client's message has, of a tensor in the run's dtype: [...], without numbers in them."""
+        raise NotImplementedError
+
     def num_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """What one client's message takes, of a tensor in the run's dtype."""
-        raise NotImplementedError
+        return sum(array.numel() * array.element_size() for array in self.form(shape, dtype).values())
+
+    def faults(self, payload: Payload, shape: Sequence[int]) -> Iterable[tuple[str, str]]:
+        """(part, what it has) of arrays [1, ...] that are of the right form and finite, and that no `encode` makes."""
+        return ()
 
     def start(self, shape: Sequence[int], dtype: torch.dtype, address: Address) -> Tree:
         """[K, ...] what the clients keep before the first message, besides e."""
@@ -72,6 +80,11 @@ class Codec:
 def flat_rows(rows: Tensor) -> Tensor:
     """[K, *shape] -> [K, d], also of single numbers."""
     return rows.reshape(len(rows), math.prod(rows.shape[1:]))
+
+
+def array_form(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An array of this shape and dtype that takes no memory."""
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
 def payload_bytes(payload: Payload) -> int:

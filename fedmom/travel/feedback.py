@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fedmom.method.state import CLOCK, ClientState, Tree
 from fedmom.method.states.rules import CodecRule, state_in
-from fedmom.travel.codec import Address, Codec
+from fedmom.travel.codec import Address, Payload
 from fedmom.travel.table import codec_of
+from fedmom.travel.wire import coded_arrays
 
 CodecRules = Mapping[str, CodecRule]  # {state: how it is encoded}
 ERROR = "e"
@@ -73,11 +74,17 @@ def is_kept(name: str) -> bool:
 
 
 def sent(
-    rules: CodecRules, ended: ClientState, start: ClientState, kept: Tree, senders: Senders
+    rules: CodecRules,
+    ended: ClientState,
+    start: ClientState,
+    kept: Tree,
+    senders: Senders,
+    messages: Tree | None = None,
 ) -> tuple[ClientState, Tree]:
     """Rows [K, ...] after the local steps -> (rows as the server has them, what the clients keep).
 
     start: the common one of the round; kept: [K, ...] what they kept before, by names; empty before the first time.
+    messages: gets the encoded arrays [K, ...] behind those that it has, in main memory (fedmom.travel.messages).
     """
     parts, after = ended._asdict(), dict[str, Tensor]()
     for part in _PARTS:
@@ -88,16 +95,31 @@ def sent(
                 continue
             address, begun = senders.address(part, name), getattr(start, part)[name]
             own = _own(kept, part, name) or _first(rule, part, name, begun, len(value))
-            rows[name], own = _one(codec_of(rule), rule, value, begun, own, address, state_in(part, name))
+            rows[name], own, payload = _one(rule, value, begun, own, address, state_in(part, name))
             after |= _named(part, name, own)
+            if messages is not None:
+                _add(messages, coded_arrays(payload, part, name))
         parts[part] = rows
     return ClientState(**parts), after
 
 
+def _add(messages: Tree, arrays: Tree) -> None:
+    """Further clients' rows [K, ...] of the messages of one tensor."""
+    for name, value in arrays.items():
+        own = value.to("cpu", copy=True)  # what arrives may be the same memory, and is written over
+        messages[name] = torch.cat([messages[name], own]) if name in messages else own
+
+
+def arrival(decoded: Tensor, begun: Tensor, *, whole: bool) -> Tensor:
+    """What the other end has of a message C(p). whole: it is of the state itself, and not of its change."""
+    return decoded if whole else begun + decoded
+
+
 def _one(
-    codec: Codec, rule: CodecRule, ended: Tensor, begun: Tensor, own: Tree, address: Address, state: str
-) -> tuple[Tensor, Tree]:
-    """One tensor: (rows as they arrive, what the clients keep)."""
+    rule: CodecRule, ended: Tensor, begun: Tensor, own: Tree, address: Address, state: str
+) -> tuple[Tensor, Tree, Payload]:
+    """One tensor: (rows as they arrive, what the clients keep, the messages)."""
+    codec = codec_of(rule)
     whole = state in POSITIVE
     wanted = ended if whole else ended - begun
     if not rule.plain:
@@ -107,7 +129,7 @@ def _one(
     arrived = codec.decode(payload, ended.shape[1:], ended.dtype, address)
     if not rule.plain:
         more[ERROR] = wanted - arrived
-    return (arrived if whole else begun + arrived), more
+    return arrival(arrived, begun, whole=whole), more, payload
 
 
 def _first(rule: CodecRule, part: str, name: str, value: Tensor, count: int) -> Tree:

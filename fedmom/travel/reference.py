@@ -6,11 +6,13 @@ count twice. A client that missed a message gets ref whole.
 """
 
 import torch
+from torch import Tensor
 
 from fedmom.method.state import ClientState, Tree, flatten, unflatten
 from fedmom.travel.codec import SERVER
 from fedmom.travel.feedback import CodecRules, Senders, rule_of
 from fedmom.travel.table import codec_of
+from fedmom.travel.wire import coded_arrays
 
 _KEPT = "Q/"  # how the names begin of what the server keeps of a codec that keeps more
 
@@ -40,9 +42,14 @@ def after_mean(before: ClientState, mean: ClientState, reference: Tree) -> Clien
     return unflatten(moved)
 
 
-def next_reference(rules: CodecRules, reference: Tree, state: ClientState, seed: int, round_index: int) -> Tree:
-    """The reference after the message that begins round 0, 1, …, towards the server's `state`."""
-    found: Tree = {}
+def next_reference(
+    rules: CodecRules, reference: Tree, state: ClientState, seed: int, round_index: int
+) -> tuple[Tree, Tree]:
+    """(the reference after the message that begins round 0, 1, …, towards the server's `state`; the message).
+
+    The message is as `fedmom.travel.messages.read_reference` takes it, where `state` is.
+    """
+    found, message = dict[str, Tensor](), dict[str, Tensor]()
     for flat, value in flatten(state).items():
         if flat not in reference:
             continue
@@ -55,4 +62,5 @@ def next_reference(rules: CodecRules, reference: Tree, state: ClientState, seed:
         payload, own = codec.encode((value - reference[flat])[None], address, own)
         found[flat] = reference[flat] + codec.decode(payload, value.shape, value.dtype, address)[0]
         found |= {kept: own["Q"][0]} if own else {}
-    return found
+        message |= coded_arrays({slot: rows[0] for slot, rows in payload.items()}, part, name)
+    return found, message

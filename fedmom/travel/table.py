@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 
 from fedmom.method.states.rules import CodecRule
-from fedmom.travel.casts import Cast
 from fedmom.travel.codec import Codec
-from fedmom.travel.integers import Integers
-from fedmom.travel.lowrank import LowRank
-from fedmom.travel.randomk import RandomK
-from fedmom.travel.topk import TopK
+from fedmom.travel.codecs.casts import Cast
+from fedmom.travel.codecs.integers import Integers
+from fedmom.travel.codecs.lowrank import LowRank
+from fedmom.travel.codecs.randomk import RandomK
+from fedmom.travel.codecs.topk import TopK
 
 
 class Kind(NamedTuple):

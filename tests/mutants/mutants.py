@@ -99,6 +99,7 @@ INTERVALS = "tests/method/test_intervals.py"
 FRAGMENTS = "tests/method/test_fragments.py"
 LOOP, PLAN = "fedmom.rounds.loop", "fedmom.rounds.plan"
 TRAVEL, CODED = "fedmom.travel", "tests/laws/test_codecs.py"
+MESSAGES = "tests/travel/test_messages.py"
 EACH_CODEC, FEEDBACK = "tests/travel/test_each_codec.py", "tests/travel/test_feedback.py"
 ENGINE, GOSSIP = "fedmom.engine.engine.Engine", "fedmom.engine.gossip"
 FOLDED, ADAPTERS = "fedmom.engine.stacked.folded", "fedmom.tasks.models.adapters"
@@ -2431,42 +2432,48 @@ MUTANTS = [
         "codecs",
         "integers are rounded to the nearest",
         "what is less than half a step never arrives",
-        code(f"{TRAVEL}.integers.Integers.encode", "address.uniform(count, rows.device, dtype)", "0.5"),
+        code(f"{TRAVEL}.codecs.integers.Integers.encode", "address.uniform(count, rows.device, dtype)", "0.5"),
         f"{EACH_CODEC}::test_the_mean_over_clients_rounds_and_tensors_is_the_value",
     ),
     Mutant(
         "codecs",
         "bytes without the scales",
         "a block of few numbers seems to take no more than one of many",
-        code(f"{TRAVEL}.integers.Integers.num_bytes", " + 4 * -(-count // self.block)", ""),
+        code(
+            f"{TRAVEL}.codecs.integers.Integers.form",
+            ', "scales": array_form((-(-count // self.block),), torch.float32)',
+            "",
+        ),
         f"{EACH_CODEC}::test_a_message_takes_the_bytes_that_are_counted",
     ),
     Mutant(
         "codecs",
         "bytes without the indices",
         "top-k seems to take half of what it takes",
-        code(f"{TRAVEL}.topk.TopK.num_bytes", "(dtype.itemsize + 4)", "dtype.itemsize"),
+        code(f"{TRAVEL}.codecs.topk.TopK.form", ', "indices": array_form((k,), torch.int32)', ""),
         f"{EACH_CODEC}::test_a_message_takes_the_bytes_that_are_counted",
     ),
     Mutant(
         "codecs",
         "of equal numbers the last",
         "two ends that sort otherwise take other places",
-        code(f"{TRAVEL}.topk.TopK.encode", "equal.cumsum(1)", "equal.flip(1).cumsum(1).flip(1)"),
+        code(f"{TRAVEL}.codecs.topk.TopK.encode", "equal.cumsum(1)", "equal.flip(1).cumsum(1).flip(1)"),
         f"{EACH_CODEC}::test_top_k_is_contractive_and_takes_the_lower_of_equal_numbers",
     ),
     Mutant(
         "codecs",
         "random-k without its d/k",
         "what goes without feedback arrives too small",
-        code(f"{TRAVEL}.randomk.RandomK.decode", " if self.scaled else values", " if not self.scaled else values"),
+        code(
+            f"{TRAVEL}.codecs.randomk.RandomK.decode", " if self.scaled else values", " if not self.scaled else values"
+        ),
         f"{EACH_CODEC}::test_the_mean_over_clients_rounds_and_tensors_is_the_value",
     ),
     Mutant(
         "codecs",
         "Q is forgotten",
         "every round begins at a random subspace again",
-        code(f"{TRAVEL}.lowrank.LowRank.encode", '{"Q": right.to(rows.dtype)}\n', "dict(state)\n"),
+        code(f"{TRAVEL}.codecs.lowrank.LowRank.encode", '{"Q": right.to(rows.dtype)}\n', "dict(state)\n"),
         f"{EACH_CODEC}::test_low_rank_is_a_projection_and_goes_to_the_svd",
     ),
     Mutant(
@@ -2545,6 +2552,84 @@ MUTANTS = [
         "an adaptive I is halved by how far the reference was behind",
         code(f"{LOOP}._next_interval", "(begun if done.reference is None else", "(begun if True else"),
         f"{CODED}::test_where_a_round_began_is_where_its_clients_did",
+    ),
+    Mutant(
+        "codecs",
+        "the other end draws for another round",
+        "random-k's numbers are put at places that nobody sent",
+        code(
+            f"{TRAVEL}.messages._read",
+            "senders.address(part, name)",
+            "senders._replace(round_index=0).address(part, name)",
+        ),
+        f"{MESSAGES}::test_what_is_read_is_what_was_sent_and_takes_the_bytes_that_are_counted",
+    ),
+    Mutant(
+        "codecs",
+        "the other end draws for another client",
+        "random-k's numbers are put at places that somebody else sent",
+        code(
+            f"{TRAVEL}.messages._read",
+            "senders.address(part",
+            "senders._replace(clients=senders.clients * 0).address(part",
+        ),
+        f"{MESSAGES}::test_what_is_read_is_what_was_sent_and_takes_the_bytes_that_are_counted",
+    ),
+    Mutant(
+        "codecs",
+        "v arrives as a change",
+        "what is itself is added to what was common",
+        code(f"{TRAVEL}.messages._read", "value, whole=whole", "value, whole=False"),
+        f"{MESSAGES}::test_what_is_read_is_what_was_sent_and_takes_the_bytes_that_are_counted",
+    ),
+    Mutant(
+        "codecs",
+        "bfloat16 is turned into whole numbers",
+        "its bits are cut off behind the point",
+        code(f"{TRAVEL}.wire.to_wire", "v.view(_BFLOAT16)", "v.to(_BFLOAT16)"),
+        f"{MESSAGES}::test_what_is_read_is_what_was_sent_and_takes_the_bytes_that_are_counted",
+    ),
+    Mutant(
+        "codecs",
+        "clients' messages from the last to the first",
+        "a message is read as another client's",
+        code(f"{TRAVEL}.feedback._add", "[messages[name], own]", "[own, messages[name]]"),
+        f"{MESSAGES}::test_every_way_of_the_engine_writes_the_same_message_and_comes_to_the_same_as_without",
+    ),
+    Mutant(
+        "codecs",
+        "a message in the memory of what arrives",
+        "an engine writes over it",
+        code(f"{TRAVEL}.feedback._add", 'value.to("cpu", copy=True)', 'value.to("cpu")'),
+        f"{MESSAGES}::test_no_number_of_a_message_changes_afterwards",
+    ),
+    Mutant(
+        "codecs",
+        "a place twice in one message",
+        "the order in which it is written decides",
+        code(f"{TRAVEL}.codecs.topk.TopK.faults", "indices[1:] <= indices[:-1]", "indices[1:] < indices[:-1]"),
+        f"{MESSAGES}::test_what_a_payload_can_be_wrong_in_is_refused",
+    ),
+    Mutant(
+        "codecs",
+        "a row of finite arrays is taken to be finite",
+        "two factors of 1e38 make infinity of the mean",
+        code(f"{TRAVEL}.messages._read", "if not _is_finite(row)", "if False"),
+        f"{MESSAGES}::test_what_a_payload_can_be_wrong_in_is_refused",
+    ),
+    Mutant(
+        "codecs",
+        "what goes down draws for the round before",
+        "clients begin at another reference than the server's",
+        code(f"{TRAVEL}.messages.read_reference", "round_index), ", "round_index - 1), "),
+        f"{MESSAGES}::test_both_ends_of_what_goes_down_have_one_reference",
+    ),
+    Mutant(
+        "codecs",
+        "a round begins with the message before",
+        "clients are a message behind",
+        code(f"{LOOP}.after_round", "message=message", "message=done.message"),
+        f"{MESSAGES}::test_both_ends_of_what_goes_down_have_one_reference",
     ),
     Mutant(
         "periods",

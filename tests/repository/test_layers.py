@@ -33,7 +33,7 @@ LAYERS = {
     "engine": "errors user_code machine method data tasks rounds",
     "config": "errors user_code machine method travel actors data tasks rounds engine",
     "records": "errors user_code machine method data tasks rounds config",
-    "backends": "errors user_code machine method actors data tasks rounds engine config records",
+    "backends": "errors user_code machine method travel actors data tasks rounds engine config records",
     "results": "errors user_code machine method data tasks rounds config records",
     "runs": "errors user_code machine method travel tasks rounds config records results",
     "flower": "errors user_code method actors",
@@ -42,7 +42,7 @@ LAYERS = {
     "flower",
     "cli": "errors user_code machine method actors data tasks rounds config records runs flower deploy experiments "
     "results",
-    "strategies": "errors machine method data tasks rounds engine config backends records runs flower results",
+    "strategies": "errors machine method travel data tasks rounds engine config backends records runs flower results",
     "clients": "errors machine method config data tasks backends flower",
 }
 # What every installation has, and what any file may import.

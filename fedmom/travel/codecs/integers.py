@@ -5,14 +5,14 @@ E‖C(v) − v‖² <= B/(4L²) ‖v‖². Bytes: b/8 a number, and 4 for s of e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fedmom.method.state import Tree
-from fedmom.travel.codec import Address, Codec, Payload, flat_rows, working
+from fedmom.travel.codec import Address, Codec, Payload, array_form, flat_rows, working
 
 
 class Integers(Codec):
@@ -49,9 +49,20 @@ class Integers(Codec):
         """Numbers of a block: no more than there are, whatever was asked for."""
         return max(1, min(self.block, count))
 
-    def num_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+    def form(self, shape: Sequence[int], dtype: torch.dtype) -> Payload:
         count = math.prod(shape)
-        return -(-count * self.bits // 8) + 4 * -(-count // self.block)
+        q = array_form((count,), torch.int8) if self.bits == 8 else array_form((-(-count // 2),), torch.uint8)
+        return {"q": q, "scales": array_form((-(-count // self.block),), torch.float32)}
+
+    def faults(self, payload: Payload, shape: Sequence[int]) -> Iterator[tuple[str, str]]:
+        q, count = payload["q"], math.prod(shape)
+        q = q if self.bits == 8 else _unpacked(q, 2 * q.shape[1])
+        if bool((q[:, :count] < -self.levels).any()):  # more than L does not fit into the bits
+            yield "q", f"integers beyond {self.levels}"
+        if bool((q[:, count:] != -8).any()):
+            yield "q", "bits behind its last number"
+        if bool((payload["scales"] < 0).any()):
+            yield "scales", "scales below 0"
 
 
 def _packed(q: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmom.method.state import Tree
-from fedmom.travel.codec import Address, Codec, Payload, count_of, flat_rows
+from fedmom.travel.codec import Address, Codec, Payload, array_form, count_of, flat_rows
 
 
 class RandomK(Codec):
@@ -32,8 +32,8 @@ class RandomK(Codec):
         flat = values.new_zeros(len(values), count)
         return flat.scatter_(1, self._places(count, address, values.device), values).reshape(-1, *shape)
 
-    def num_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        return count_of(self.share, math.prod(shape)) * dtype.itemsize
+    def form(self, shape: Sequence[int], dtype: torch.dtype) -> Payload:
+        return {"values": array_form((count_of(self.share, math.prod(shape)),), dtype)}
 
     def _places(self, count: int, address: Address, device: torch.device) -> Tensor:
         """[K, k] ascending places: those of the k largest of `count` random keys."""

@@ -4,13 +4,13 @@ Contractive: ‖C(v) − v‖² <= (1 − k/d) ‖v‖². Bytes: the number itse
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fedmom.method.state import Tree
-from fedmom.travel.codec import Address, Codec, Payload, count_of, flat_rows
+from fedmom.travel.codec import Address, Codec, Payload, array_form, count_of, flat_rows
 
 
 class TopK(Codec):
@@ -37,5 +37,13 @@ class TopK(Codec):
         flat = values.new_zeros(len(values), math.prod(shape))
         return flat.scatter_(1, payload["indices"].long(), values).reshape(-1, *shape)
 
-    def num_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        return count_of(self.share, math.prod(shape)) * (dtype.itemsize + 4)
+    def form(self, shape: Sequence[int], dtype: torch.dtype) -> Payload:
+        k = count_of(self.share, math.prod(shape))
+        return {"values": array_form((k,), dtype), "indices": array_form((k,), torch.int32)}
+
+    def faults(self, payload: Payload, shape: Sequence[int]) -> Iterator[tuple[str, str]]:
+        indices, count = payload["indices"][0], math.prod(shape)
+        if bool(((indices < 0) | (indices >= count)).any()):
+            yield "indices", f"indices beyond {count - 1}"
+        if bool((indices[1:] <= indices[:-1]).any()):
+            yield "indices", "indices that repeat or do not ascend"

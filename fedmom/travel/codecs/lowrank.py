@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmom.method.randomness import CODEC, normal
 from fedmom.method.state import Tree
-from fedmom.travel.codec import SERVER, Address, Codec, Payload, working
+from fedmom.travel.codec import SERVER, Address, Codec, Payload, array_form, working
 
 
 class LowRank(Codec):
@@ -43,10 +43,11 @@ class LowRank(Codec):
         found = torch.stack([p @ q.T for p, q in zip(left, right, strict=True)])
         return found.to(dtype).reshape(-1, *shape)
 
-    def num_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+    def form(self, shape: Sequence[int], dtype: torch.dtype) -> Payload:
         if not self._pays(shape):
-            return math.prod(shape) * dtype.itemsize
-        return self.rank * (shape[0] + math.prod(shape[1:])) * dtype.itemsize
+            return {"values": array_form(shape, dtype)}
+        rows = {"P": shape[0], "Q": math.prod(shape[1:])}
+        return {name: array_form((count, self.rank), dtype) for name, count in rows.items()}
 
     def start(self, shape: Sequence[int], dtype: torch.dtype, address: Address) -> Tree:
         if not self._pays(shape):

@@ -3,14 +3,13 @@
 The nearest number, the even one of two. Relative error at most 2⁻⁸ and 2⁻¹¹ of normal numbers; 2 bytes.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fedmom.method.state import Tree
-from fedmom.travel.codec import Address, Codec, Payload
+from fedmom.travel.codec import Address, Codec, Payload, array_form
 
 
 class Cast(Codec):
@@ -27,5 +26,5 @@ class Cast(Codec):
     def decode(self, payload: Payload, shape: Sequence[int], dtype: torch.dtype, address: Address) -> Tensor:
         return payload["values"].to(dtype)
 
-    def num_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        return math.prod(shape) * (self.to or dtype).itemsize
+    def form(self, shape: Sequence[int], dtype: torch.dtype) -> Payload:
+        return {"values": array_form(shape, self.to or dtype)}

@@ -1,0 +1,40 @@
+"""What a node keeps between two messages of a run: arrays in Flower's Context.state, under names of fedmom's own."""
+
+from collections.abc import Iterable
+
+from flwr.app import Array, ArrayRecord, RecordDict
+
+from fedmom.flower.wire import array_bytes, bundle, from_npy, to_npy, unbundle
+from fedmom.method.state import Tree
+
+_OURS = "fedmom/"  # how the names of these records begin
+
+
+class ContextStore:
+    """Trees in a Context.state; `fedmom.backends.at_nodes.node` says what they are."""
+
+    def __init__(self, state: RecordDict) -> None:
+        self.state = state
+
+    def names(self) -> Iterable[str]:
+        return [name.removeprefix(_OURS) for name in self.state.array_records if name.startswith(_OURS)]
+
+    def read(self, name: str) -> Tree:
+        """Tensors that share the memory of the record: for reading only."""
+        record = self.state.array_records[_OURS + name]
+        return unbundle({key: from_npy(array_bytes(array)) for key, array in record.items()})
+
+    def write(self, name: str, tree: Tree) -> None:
+        self.state[_OURS + name] = record_of(tree, bundled=True)
+
+    def drop(self, name: str) -> None:
+        del self.state[_OURS + name]
+
+
+def record_of(tensors: Tree, *, bundled: bool) -> ArrayRecord:
+    """Tensors as Flower's ArrayRecord, under their names or one array per dtype (`fedmom.flower.wire.bundle`)."""
+    arrays = {}
+    for name, value in (bundle(tensors) if bundled else tensors).items():
+        dtype = str(value.dtype).removeprefix("torch.")
+        arrays[name] = Array(dtype=dtype, shape=tuple(value.shape), stype="numpy.ndarray", data=to_npy(value))
+    return ArrayRecord(arrays)

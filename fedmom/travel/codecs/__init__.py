@@ -1,0 +1,1 @@
+"""The codecs, one file for each kind; `fedmom.travel.table` names them."""

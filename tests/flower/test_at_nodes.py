@@ -1,0 +1,201 @@
+"""Nodes that keep what is their clients' own: the engine's rounds, the method's bytes, and nothing lost in silence."""
+
+import pytest
+import torch
+
+from both_sides import DIGITS, QUADRATIC, assert_same, by_engine, by_flower, fails
+from fedmom.records.files import CHECKPOINT, CLIENTS, FINAL, read_tensors
+from fedmom.records.history import read_rounds
+from laws import table
+from strategies.replies import unpack
+
+SPREADS = frozenset({"consensus_distance", "momentum_spread"})
+MODEL = {**DIGITS, "model.hidden": 8}
+KEYS = {
+    "run.num-rounds": 5,
+    "run.checkpoint-every": 2,
+    "server.own-rows": "nodes",
+    "algorithm.cohort-size": 3,
+}
+RARE = {"algorithm.states": "x: average every 2; u: average every 3"}
+CASES = {
+    "periods": RARE,
+    "local": {"algorithm.momentum-policy": "local", "algorithm.client-weights": "samples"},
+    "reset": {"algorithm.states": "u: reset every 2", "algorithm.beta": 0.5},
+    "beta = 0": {"algorithm.beta": 0.0},
+    "personal": {"algorithm.personal": "5.weight,5.bias", "algorithm.momentum-policy": "local"},
+    "adamw": {"algorithm.name": "des-loc", "algorithm.lr": 0.002, "algorithm.outer": "nesterov"},
+    "corrected": {"algorithm.name": "scaffold"},
+    "by parts": {"algorithm.fragments": 3, "algorithm.outer": "fedadam"},
+    "I that changes": {"algorithm.interval": "decaying", "algorithm.states": "u: average every 2"},
+    "batch norm": {"model.name": "tests.apps.models:normed", "algorithm.states": "x: average every 2"},
+}
+
+
+SMALL = ["periods", "local", "reset", "beta = 0", "adamw", "corrected"]  # those that need no model
+
+
+def same_files(one, other):
+    for name in (FINAL, CHECKPOINT, CLIENTS):
+        got, want = (read_tensors(folder / name)[0] if (folder / name).exists() else {} for folder in (one, other))
+        assert got.keys() == want.keys()
+        for key in want:
+            torch.testing.assert_close(got[key], want[key], rtol=1e-10, atol=1e-12, msg=f"{name}: {key}")
+
+
+def sent_bytes(message):
+    """The numbers of all arrays of a message, without what frames them."""
+    return sum(v.numel() * v.element_size() for r in message.content.array_records.values() for v in unpack(r).values())
+
+
+class Scales:
+    """A Grid's fault that breaks nothing: it writes down what clients send in which round."""
+
+    def __init__(self):
+        self.up, self.kinds = dict[int, int](), list[str]()
+
+    def __call__(self, message, node):
+        self.kinds.append(message.metadata.message_type)
+        if message.metadata.message_type != "train":
+            return None
+        number = message.content["config"]["server-round"]
+
+        def weigh(reply):
+            self.up[number] = self.up.get(number, 0) + sent_bytes(reply)
+            return reply
+
+        return weigh
+
+
+@table("case", SMALL)
+def test_rounds_of_quadratics_are_the_engines_and_messages_carry_what_is_counted(tmp_path, case):
+    is_the_engines_run(tmp_path, {**QUADRATIC, **KEYS, "algorithm.num-local-steps": 2, **CASES[case]})
+
+
+@pytest.mark.slow
+@table("case", CASES)
+def test_rounds_of_models_are_the_engines_and_messages_carry_what_is_counted(tmp_path, case):
+    is_the_engines_run(tmp_path, {**MODEL, **KEYS, **CASES[case]})
+
+
+def is_the_engines_run(tmp_path, keys):
+    """One client a node: every array's bytes. Blocks of clients: the same tensors, in the same files."""
+    scales = Scales()
+    right = by_engine(keys, out=tmp_path / "engine")
+    found, _ = by_flower(keys, 5, {"fault": scales}, out=tmp_path / "nodes")
+    assert_same(found, right, unseen=SPREADS)
+    same_files(tmp_path / "nodes", tmp_path / "engine")
+    totals = [record["bytes_sent"] for record in right.rounds]
+    assert [scales.up[number] for number in range(1, 6)] == [b - a for a, b in zip([0, *totals], totals, strict=False)]
+    by_flower(keys, 2, out=tmp_path / "blocks")
+    same_files(tmp_path / "blocks", tmp_path / "engine")
+
+
+def test_what_goes_down_is_what_clients_do_not_know():
+    """u every 3: after the first round nobody is told u before it was averaged."""
+    keys = {**QUADRATIC, **KEYS, "algorithm.states": "u: average every 3", "algorithm.cohort-size": 5}
+    _, grid = by_flower(keys, 5)
+    down = [sent_bytes(message) // 8 for message in grid.pushed if message.metadata.message_type == "train"]
+    assert down == [2] * 5 + [1] * 10 + [2] * 5 + [1] * 5
+
+
+def test_a_run_goes_on_from_the_servers_checkpoint_with_nodes_that_have_nothing(tmp_path):
+    for case in ("periods", "corrected", "personal"):
+        whole, parts = tmp_path / case / "whole", tmp_path / case / "parts"
+        keys = {**(MODEL if case == "personal" else QUADRATIC), **KEYS, **CASES[case]}
+        by_flower(keys, 5, out=whole)
+        by_flower({**keys, "run.num-rounds": 3}, 5, out=parts)
+        by_flower(keys, 5, resume=parts)
+        for name in (FINAL, CHECKPOINT, CLIENTS):
+            if (whole / name).exists():
+                assert (whole / name).read_bytes() == (parts / name).read_bytes()
+        # Whoever kept the rows before, they may lie elsewhere from now on.
+        by_flower({**keys, "run.num-rounds": 6}, 2, resume=parts)
+        by_flower({**keys, "run.num-rounds": 7, "server.own-rows": "server"}, 5, resume=parts)
+        by_engine({**keys, "run.num-rounds": 7}, out=tmp_path / case / "engine")
+        same_files(parts, tmp_path / case / "engine")
+
+
+def test_a_message_that_is_sent_again_finds_what_its_round_began_with(tmp_path):
+    """The reply to round 2 is lost after client 1 has trained; it is asked once more."""
+    keys = {**QUADRATIC, **KEYS, **RARE, "algorithm.cohort-size": 5, "server.on-failure": "retry"}
+    lost = []
+
+    def fault(message, node):
+        second = message.metadata.message_type == "train" and message.content["config"]["server-round"] == 2
+        if not second or node["partition-id"] != 1 or lost:
+            return None
+
+        def lose(reply):
+            lost.append(reply)
+            reply.content["metrics"]["num-examples"] = -1.0  # refused
+            return reply
+
+        return lose
+
+    by_flower(keys, 5, {"fault": fault}, out=tmp_path / "nodes")
+    assert lost
+    by_engine(keys, out=tmp_path / "engine")
+    same_files(tmp_path / "nodes", tmp_path / "engine")
+
+
+def test_a_node_that_has_lost_its_rows_ends_the_run_and_says_how_to_go_on(tmp_path):
+    """Nothing is trained from another row; the last checkpoint is whole, and a resumed run ends with the same bytes."""
+    keys = {**QUADRATIC, **KEYS, "algorithm.momentum-policy": "local", "algorithm.cohort-size": 5}
+
+    def forgets(message, node):
+        if message.metadata.message_type == "train" and message.content["config"]["server-round"] == 4:
+            for context in grids[0].contexts.values():
+                if context.node_config["partition-id"] == 3:
+                    for name in [*context.state.array_records]:
+                        del context.state[name]
+
+    grids = []
+
+    class Fault:
+        def __call__(self, message, node):
+            return forgets(message, node)
+
+    from grids import LocalGrid
+
+    made = LocalGrid.__init__
+
+    def remember(self, *args, **options):
+        made(self, *args, **options)
+        grids.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalGrid, "__init__", remember)
+        result, _ = by_flower(keys, 5, {"fault": Fault()}, out=tmp_path / "parts")
+    assert result.status == "failed"
+    assert "client 3" in result.message
+    assert "resume the run from its last checkpoint" in result.message
+    assert len(read_rounds(tmp_path / "parts")) == 3
+    by_flower(keys, 5, resume=tmp_path / "parts")
+    by_flower(keys, 5, out=tmp_path / "whole")
+    for name in (FINAL, CLIENTS):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_proceed_goes_on_without_a_client_and_takes_its_row_up_where_it_was(tmp_path):
+    keys = {
+        **QUADRATIC,
+        **KEYS,
+        "algorithm.momentum-policy": "local",
+        "algorithm.cohort-size": 5,
+        "server.on-failure": "proceed",
+    }
+    for name, where in (("nodes", "nodes"), ("server", "server")):
+        options = {"fault": fails(3, ValueError("broken"))}
+        by_flower({**keys, "server.own-rows": where}, 5, options, out=tmp_path / name)
+    same_files(tmp_path / "nodes", tmp_path / "server")
+
+
+def test_nothing_is_asked_of_nodes_but_for_a_checkpoint_and_the_end(tmp_path):
+    scales = Scales()
+    by_flower({**MODEL, **KEYS, **RARE, "run.eval-every": 4}, 5, {"fault": scales}, out=tmp_path / "run")
+    first = scales.kinds.index("train")
+    # Rounds 2 and 4 have checkpoints, round 5 is the last.
+    asked = "".join(kind[0] for kind in scales.kinds[first:])
+    assert asked.replace("t", " ").split() == [one for one in asked.replace("t", " ").split() if set(one) == {"q"}]
+    assert len(asked.replace("t", " ").split()) == 3
