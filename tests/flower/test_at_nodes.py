@@ -7,8 +7,9 @@ import torch
 from both_sides import DIGITS, QUADRATIC, assert_same, by_engine, by_flower, fails
 from fedmom.records.files import CHECKPOINT, CLIENTS, FINAL, read_tensors
 from fedmom.records.history import read_rounds
+from fedmom.travel.table import CODECS
 from laws import table
-from strategies.replies import unpack
+from strategies.replies import pack, unpack
 
 SPREADS = frozenset({"consensus_distance", "momentum_spread"})
 MODEL = {**DIGITS, "model.hidden": 8}
@@ -214,3 +215,46 @@ def test_nothing_is_asked_of_nodes_but_for_a_checkpoint_and_the_end(tmp_path):
     asked = "".join(kind[0] for kind in scales.kinds[first:])
     assert asked.replace("t", " ").split() == [one for one in asked.replace("t", " ").split() if set(one) == {"q"}]
     assert len(asked.replace("t", " ").split()) == 3
+
+
+def test_a_message_that_nobody_can_have_encoded_is_refused_by_its_clients_name():
+    keys = {**QUADRATIC, **KEYS, **CASES["codecs"], "algorithm.cohort-size": 5}
+
+    def fault(message, node):
+        if message.metadata.message_type != "train" or node["partition-id"] != 2:
+            return None
+
+        def spoil(reply):
+            arrays = unpack(reply.content["arrays"])
+            arrays["coded/indices/momentum/x"] += 1
+            reply.content["arrays"] = pack(arrays, bundled=True)
+            return reply
+
+        return spoil
+
+    result, _ = by_flower(keys, 5, {"fault": fault})
+    assert result.status == "failed"
+    assert "round 1: client 2, " in result.message
+    assert "in coded/indices/momentum/x" in result.message
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("Ray: rounds")
+def test_every_codec_means_the_same_in_a_simulation(tmp_path, one_ray):
+    """On Ray's actors, whoever keeps e; what is not told of is in test_rounds_of_models."""
+    pairs = [
+        "x: int8; u: int4",
+        "x: topk; u: randomk 0.2",
+        "x: lowrank 2; u: bfloat16",
+        "x: float16; u: randomk scaled plain",
+    ]
+    assert {word for pair in pairs for word in pair.replace(":", "").replace(";", "").split()} >= {*CODECS} - {
+        "float32"
+    }
+    for number, codecs in enumerate(pairs):
+        keys = {**MODEL, **KEYS, "algorithm.codecs": codecs, "algorithm.codecs-down": "x: int8"}
+        keys["server.own-rows"] = "nodes" if number % 2 else "auto"
+        right = by_engine(keys, out=tmp_path / f"{number}")
+        found = by_engine({**keys, "run.backend": "simulation"}, out=tmp_path / f"{number} simulated")
+        assert_same(found, right)
+        same_files(tmp_path / f"{number}", tmp_path / f"{number} simulated")
