@@ -211,6 +211,17 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
         notes.append(f"server.noise-multiplier = 0: {server.strategy} clips, and adds no noise: nothing is private")
 
 
+def keeps_at_nodes(config: Config, *, leaves: bool) -> bool:
+    """Whether Flower's nodes keep what is their clients' own; `leaves`: whether messages leave the machine."""
+    algorithm, word = config.algorithm, config.server.own_rows
+    if ALGORITHMS[algorithm.name].decentralized or config.server.strategy != OURS:
+        return False
+    # A rule that looks at how far clients are apart must see x in every round.
+    looks = INTERVALS[algorithm.interval].follow is not None and not rules_of(algorithm).moves_x
+    said = algorithm.states or algorithm.fragments > 1 or codecs_said(config)
+    return not looks and (word == "nodes" or (word == "auto" and leaves and bool(said)))
+
+
 def _check_clients_results(config: Config) -> None:
     """The keys of every client's own results go together."""
     run, every = config.run, config.run.client_eval_every
