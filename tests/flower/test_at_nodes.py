@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from flwr.app import RecordDict
 
+import both_sides
 from both_sides import DIGITS, QUADRATIC, assert_same, by_engine, by_flower, fails
 from fedmom.records.files import CHECKPOINT, CLIENTS, FINAL, read_tensors
 from fedmom.records.history import read_rounds
 from fedmom.travel.table import CODECS
+from grids import LocalGrid
 from laws import table
 from strategies.replies import pack, unpack
 
@@ -155,42 +158,55 @@ def test_a_message_that_is_sent_again_finds_what_its_round_began_with(tmp_path):
     same_files(tmp_path / "nodes", tmp_path / "engine")
 
 
-def test_a_node_that_has_lost_its_rows_ends_the_run_and_says_how_to_go_on(tmp_path):
-    """Nothing is trained from another row; the last checkpoint is whole, and a resumed run ends with the same bytes."""
-    keys = {**QUADRATIC, **KEYS, "algorithm.momentum-policy": "local", "algorithm.cohort-size": 5}
+def by_nodes_that_forget(keys, client, number, before=lambda message, node: None, **where):
+    """The run by five nodes; before a round that of `client` loses what it keeps. `before`: a fault beside it."""
+    grids, times = [], []
 
-    def forgets(message, node):
-        if message.metadata.message_type == "train" and message.content["config"]["server-round"] == 4:
+    class Grid(LocalGrid):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            grids.append(self)
+
+    def fault(message, node):
+        train = message.metadata.message_type == "train"
+        if train and message.content["config"]["server-round"] == number and not times:
+            times.append(number)
             for context in grids[0].contexts.values():
-                if context.node_config["partition-id"] == 3:
-                    for name in [*context.state.array_records]:
-                        del context.state[name]
-
-    grids = []
-
-    class Fault:
-        def __call__(self, message, node):
-            return forgets(message, node)
-
-    from grids import LocalGrid
-
-    made = LocalGrid.__init__
-
-    def remember(self, *args, **options):
-        made(self, *args, **options)
-        grids.append(self)
+                if context.node_config["partition-id"] == client:
+                    context.state = RecordDict()
+        return before(message, node)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalGrid, "__init__", remember)
-        result, _ = by_flower(keys, 5, {"fault": Fault()}, out=tmp_path / "parts")
-    assert result.status == "failed"
-    assert "client 3" in result.message
-    assert "resume the run from its last checkpoint" in result.message
-    assert len(read_rounds(tmp_path / "parts")) == 3
-    by_flower(keys, 5, resume=tmp_path / "parts")
-    by_flower(keys, 5, out=tmp_path / "whole")
-    for name in (FINAL, CLIENTS):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        patch.setattr(both_sides, "LocalGrid", Grid)
+        return by_flower(keys, 5, {"fault": fault}, **where)[0]
+
+
+def test_a_node_that_has_lost_its_rows_ends_the_run_and_says_how_to_go_on(tmp_path):
+    """Nothing is trained from another row; the last checkpoint is whole, and a resumed run ends with the same bytes."""
+    for case, lost in (("local", "what the client had of its own after"), ("codecs", "what all began with in")):
+        whole, parts = tmp_path / case / "whole", tmp_path / case / "parts"
+        keys = {**QUADRATIC, **KEYS, **CASES[case], "algorithm.cohort-size": 5, "algorithm.client-weights": "uniform"}
+        result = by_nodes_that_forget(keys, 3, 4, out=parts)
+        assert result.status == "failed"
+        assert f"client 3: this node has not {lost} round 3" in result.message
+        assert "resume the run from its last checkpoint" in result.message
+        assert len(read_rounds(parts)) == 3
+        by_flower(keys, 5, resume=parts)
+        by_flower(keys, 5, out=whole)
+        for name in (FINAL, CLIENTS):
+            assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_proceed_takes_up_what_the_server_had_where_a_node_has_lost_it(tmp_path, caplog):
+    """Client 3 fails in round 3 and its node starts anew: what it had is in the checkpoint of round 2."""
+    keys = {**QUADRATIC, **KEYS, "algorithm.momentum-policy": "local", "algorithm.cohort-size": 5}
+    keys |= {"server.on-failure": "proceed"}
+    with caplog.at_level("WARNING", "flwr"):
+        by_nodes_that_forget(keys, 3, 4, fails(3, ValueError("broken"), rounds=(3,)), out=tmp_path / "nodes")
+    assert "client 3: its node had lost what the client had of its own after round 2" in caplog.text
+    options = {"fault": fails(3, ValueError("broken"), rounds=(3,))}
+    by_flower({**keys, "server.own-rows": "server"}, 5, options, out=tmp_path / "server")
+    same_files(tmp_path / "nodes", tmp_path / "server")
 
 
 def test_proceed_goes_on_without_a_client_and_takes_its_row_up_where_it_was(tmp_path):
