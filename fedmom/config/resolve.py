@@ -91,10 +91,16 @@ def _settle_data(config: Config, given: frozenset[str]) -> Config:
         config = replace(config, "data", num_clients=num_clients, batch_size=1, augment="none")
     if config.run.dtype == "auto":
         config = replace(config, "run", dtype="float64" if quadratic else "float32")
-    if config.run.dtype == "bfloat16" and (config.run.backend != "engine" or config.engine.workers):
+    if config.run.dtype == "bfloat16" and config.engine.workers:
         raise InputError(
-            "run.dtype = 'bfloat16': messages carry NumPy's dtypes, and it has no bfloat16; take float32, or "
-            "run.backend = 'engine' with engine.workers = 0"
+            "run.dtype = 'bfloat16': workers exchange NumPy's arrays, and it has no bfloat16; take float32, or "
+            "engine.workers = 0"
+        )
+    if config.run.dtype == "bfloat16" and config.server.strategy != OURS:
+        named = config.server.strategy
+        raise InputError(
+            f"run.dtype = 'bfloat16': server.strategy = {named!r} adds up NumPy's arrays, and it has no bfloat16; take "
+            f"float32, or {OURS!r}"
         )
     return config
 

@@ -254,6 +254,19 @@ def test_a_message_that_nobody_can_have_encoded_is_refused_by_its_clients_name()
     assert "in coded/indices/momentum/x" in result.message
 
 
+def test_runs_in_bfloat16_have_the_engines_bits():
+    """NumPy has no bfloat16: its bits travel, half as many as of float32."""
+    keys = {**MODEL, **KEYS, "run.dtype": "bfloat16", "run.num-rounds": 2}
+    for changes in ({"server.own-rows": "server"}, CASES["codecs"], {"algorithm.states": "u: local"}):
+        right, scales = by_engine({**keys, **changes}), Scales()
+        found, _ = by_flower({**keys, **changes}, 5, {"fault": scales})
+        for name, value in right.state_dict.items():
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(value, found.state_dict[name])
+        if "server.own-rows" not in changes:
+            assert sum(scales.up.values()) == right.rounds[-1]["bytes_sent"]
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("Ray: rounds")
 def test_every_codec_means_the_same_in_a_simulation(tmp_path, one_ray):

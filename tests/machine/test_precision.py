@@ -67,8 +67,8 @@ def test_a_task_in_another_dtype_leaves_the_first_alone():
     assert {x.dtype for x in problem.start().params.values()} == {torch.bfloat16}
 
 
-@table("changes", [{"run.backend": "simulation"}, {"engine.workers": 2}])
-def test_bfloat16_does_not_travel(changes):
+@table("changes", [{"server.strategy": "fedavg"}, {"engine.workers": 2}])
+def test_bfloat16_does_not_go_where_arrays_are_numpys(changes):
     with pytest.raises(InputError, match=r"run\.dtype = 'bfloat16'"):
         resolve(load({"run.dtype": "bfloat16", **changes}))
 
