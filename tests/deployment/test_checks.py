@@ -47,8 +47,12 @@ def everything(folder: Path) -> dict[Path, bytes]:
 
 
 def test_all_natural_clients_are_counted_where_the_data_are(tmp_path):
-    """The machine that sends the configuration does not see the nodes' data, so 0 travels as it is."""
+    """The machine that sends the configuration does not see the nodes' data, so 0 travels as it is.
+
+    What a name sets where nothing is given does not: which keys were given is known here alone.
+    """
     data = {"data.dataset": "/data/own.npz", "data.partition": "natural", "data.clients": "writer"}
+    data |= {"algorithm.name": "diloco", "algorithm.optimizer": "sgd", "algorithm.momentum-policy": "average"}
     for n in (0, 4, 2):
         sets = [f"{key}={value}" for key, value in {**data, "data.num-clients": n}.items()]
         send = lambda sets=sets: pack(  # noqa: E731
@@ -58,7 +62,9 @@ def test_all_natural_clients_are_counted_where_the_data_are(tmp_path):
             with pytest.raises(InputError, match=r"data\.num-clients = 2: the deployment has 3 nodes"):
                 send()
         else:
-            assert send().config.data.num_clients == n
+            sent = send().config
+            assert (sent.data.num_clients, sent.algorithm.optimizer) == (n, "sgd")
+            assert sent.algorithm.states == "x: average every 1; u: average every 1"
 
 
 SPOILT = {
