@@ -1,5 +1,6 @@
 """What nodes settle from the run config that they are sent is what `fedmom run` settles from the user's own file."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -67,12 +68,14 @@ def test_what_is_sent_to_nodes_settles_as_a_run_here(tmp_path, monkeypatch):
         keys = {**Q, **changes}
         file.write_text("\n".join(f"{k} = {v!r}".replace("True", "true") for k, v in keys.items()))
         send = lambda **more: pack(file, (), name="r", app=ROOT, num_nodes=1, **more)  # noqa: E731
+        right = None
         try:
             right = computed(resolve(load(keys)).config)
         except InputError as error:
-            with pytest.raises(InputError) as said:
+            words = re.escape(str(error))
+        if right is None:
+            with pytest.raises(InputError, match=words):
                 send(resume=None)
-            assert str(said.value) == str(error), changes
             refused += 1
             continue
         optimizers.add((changes["algorithm.name"], right["algorithm.optimizer"]))
