@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, RecordDict
-from flwr.cli.build import build_fab_from_disk
 
 from clients import client_app
 from fedmom.config.keys import Config
@@ -199,6 +198,8 @@ def test_what_does_not_travel_is_refused_by_name(checkout, monkeypatch, in_tmp):
 
 def test_ones_own_modules_travel_with_what_they_import_and_nothing_else(checkout, in_tmp):
     """From a checkout and from an installed fedmom, whose app has no folder fedmom beside it."""
+    from flwr.cli.build import build_fab_from_disk  # here: other tests' processes do without its seconds
+
     files = {
         "mine.py": "import torch, helper\ndef net(*words): ...\n",
         "helper.py": "def f():\n    from clients.nets import net\n",
