@@ -13,6 +13,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ["FEDMOM_CACHE"] = ""  # here and there nothing is remembered of other runs, and nothing of these is
+os.environ.setdefault("HYPOTHESIS_NO_PLUGINS", "1")  # of which trio's takes a second of every process of tests
 # A shell starts what runs in its background with Ctrl-C ignored; here and in the processes of tests it is heard.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
