@@ -34,7 +34,8 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     """Settle the N of the quadratic and of all natural clients, the dtype, the cohort, named baselines, I, and R.
 
     `here`: whether the data are on this machine. Where they are not and data.num-clients = 0 asks for all natural
-    clients, N and what depends on it stay open; who reads the data resolves again.
+    clients, N and what depends on it stay open; who reads the data resolves again. What depends on which keys were
+    given does not stay open: whoever gets the configuration cannot know them.
     Resolving a resolved configuration changes nothing. Raises InputError naming the keys that disagree.
     """
     config, given = loaded
@@ -45,13 +46,13 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
         idle = [name for name in _TASK_KEYS if name in given and flat(config)[name] != KEYS[name].default]
         if idle:
             notes.append(f"{config.data.dataset} has no examples: {', '.join(idle)} changes nothing")
-    if not config.data.num_clients:
-        if not here:
-            return Resolved(config, ())
-        config = replace(config, "data", num_clients=count_clients(config))
-    config = _settle_cohort(config)
     config = settle_named(config, given, notes)
     config = settle_optimizer(config, given, notes)
+    if not config.data.num_clients:
+        if not here:
+            return Resolved(config, tuple(notes))
+        config = replace(config, "data", num_clients=count_clients(config))
+    config = _settle_cohort(config)
     _check_decentralized(config, given, notes)
     config = settle_interval(config, given, notes)
     config = settle_states(config)

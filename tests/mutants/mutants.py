@@ -35,7 +35,13 @@ PARTS = {
     "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_supervised.py"),
     "partitions": ("tests/data/test_partition.py",),
     "schedules": ("tests/method/test_schedules.py", "tests/engine/test_engine.py", "tests/laws"),
-    "named": ("tests/laws/test_presets.py", "tests/method/test_named_corrections.py", "tests/config/test_named.py"),
+    "named": (
+        "tests/laws/test_presets.py",
+        "tests/method/test_named_corrections.py",
+        "tests/config/test_named.py",
+        "tests/config/test_sent.py",
+        "tests/deployment/test_checks.py::test_all_natural_clients_are_counted_where_the_data_are",
+    ),
     "rounds": (
         "tests/laws/test_backends.py",
         "tests/laws/test_memory.py",
@@ -2732,5 +2738,19 @@ MUTANTS = [
         "a run of local-adam with lion cannot go on",
         code("fedmom.config.method.named._settle_preset", "full in given or now != default or", "full in given or"),
         "tests/config/test_named.py::test_a_preset_with_another_optimizer_stays_so_whoever_resolves_it_again",
+    ),
+    Mutant(
+        "named",
+        "deploy sends what was given",
+        "the nodes of diloco with optimizer = 'sgd' train AdamW",
+        code("fedmom.deploy.bundle.pack", "config = settled.config", "config = load(source, sets).config"),
+        "tests/config/test_sent.py::test_what_is_sent_to_nodes_settles_as_a_run_here",
+    ),
+    Mutant(
+        "named",
+        "deploy leaves a name's keys to nodes that count their clients",
+        "optimizer = 'sgd' is lost where data.num-clients = 0",
+        code("fedmom.config.resolve.resolve", "= settle_named(", "= config if not here else settle_named("),
+        "tests/deployment/test_checks.py::test_all_natural_clients_are_counted_where_the_data_are",
     ),
 ]
