@@ -28,7 +28,7 @@ from fedmom.config.goals import task_of
 from fedmom.data.given.own_files import client_source, read_client
 from fedmom.data.local import facts_of, from_record
 from fedmom.errors import InputError
-from fedmom.flower.wire import array_bytes, from_npy, is_bundle, unbundle
+from fedmom.flower.wire import is_bundle, read_arrays
 from fedmom.machine.files import at_home
 from fedmom.method.schedules import Span
 from fedmom.method.state import ClientState, Tree, flatten, unflatten
@@ -76,7 +76,7 @@ def train(message: Message, context: Context) -> Message:
     if "since" in asked:
         return _train_kept(message, context)
     arrays = message.content.array_records["arrays"]
-    start = _tensors(arrays)
+    start = read_arrays(arrays)
     trained = _trained(_node(context, asked), asked, clients, unflatten(start), *_own(message))
     outcome, mean = trained.outcome, flatten(trained.outcome.mean)
     # In the order of what came: some of Flower's strategies pair arrays by their places. A correction's message is new.
@@ -135,7 +135,7 @@ def _train_kept(message: Message, context: Context) -> Message:
     clients: list[int] = sorted(asked["clients"])
     since = dict(zip(asked["clients"], asked["since"], strict=True))
     round_asked = Asked(asked["server-round"], clients, [since[c] for c in clients], _given(message))
-    said = told(node.turns, round_asked, _tensors(arrays), asked.get("reference", 0), store)
+    said = told(node.turns, round_asked, read_arrays(arrays), asked.get("reference", 0), store)
     start = begun(node.turns, round_asked, said, store)
     # A block of clients sends its mean, and one client what it has encoded.
     messages: Tree | None = {} if len(clients) == 1 and node.plan.method.codecs else None
@@ -157,7 +157,7 @@ def _given(message: Message) -> dict[int, Tree]:
     records, given = message.content.array_records, _asked(message).get("given", [])
     if not given:
         return {}
-    rows = _tensors(records["given"])
+    rows = read_arrays(records["given"])
     return {client: {name: value[place] for name, value in rows.items()} for place, client in enumerate(given)}
 
 
@@ -176,7 +176,7 @@ def _bring(message: Message, context: Context) -> Message:
 def _train_rows(message: Message, context: Context, clients: list[int]) -> Message:
     """Algorithm 2: every client goes on from its own row, and the rows [k, ...] go back."""
     asked, arrays = _asked(message), message.content.array_records["arrays"]
-    start = _tensors(arrays)
+    start = read_arrays(arrays)
     trained = _node(context, asked).train_rows(
         clients,
         asked["server-round"] - 1,
@@ -199,7 +199,7 @@ def _train_rows(message: Message, context: Context, clients: list[int]) -> Messa
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Loss and accuracy of a model on the node's own training examples (with local data: on its test examples)."""
-    state = unflatten(_tensors(message.content.array_records["arrays"]))
+    state = unflatten(read_arrays(message.content.array_records["arrays"]))
     asked = _asked(message)
     node = _node(context, asked)
     measured, num_examples = node.evaluate(_held(context).tolist(), state)
@@ -280,17 +280,13 @@ def _held(context: Context) -> np.ndarray:
 def _own(message: Message) -> tuple[ClientState | None, Tree | None]:
     """[k, ...] what the clients have of their own, where it came along, and their states of a correction."""
     records = message.content.array_records
-    own, states = (_tensors(records[name]) if name in records else None for name in ("own", "states"))
+    own, states = (read_arrays(records[name]) if name in records else None for name in ("own", "states"))
     return None if own is None else unflatten(own), states
 
 
 def _span(asked: Mapping[str, Any]) -> Span | None:
     """The round's steps, which the server tells where I changes in the run."""
     return Span(asked["first-step"], asked["num-steps"]) if "first-step" in asked else None
-
-
-def _tensors(record: Mapping[str, Array]) -> Tree:
-    return unbundle({name: from_npy(array_bytes(array)) for name, array in record.items()})
 
 
 def _record(tensors: Tree, asked: Mapping[str, Array]) -> ArrayRecord:

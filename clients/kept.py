@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedmom.flower.wire import array_bytes, bundle, from_npy, to_npy, unbundle
+from fedmom.flower.wire import bundle, read_arrays, to_npy
 from fedmom.method.state import Tree
 
 _OURS = "fedmom/"  # how the names of these records begin
@@ -21,8 +21,7 @@ class ContextStore:
 
     def read(self, name: str) -> Tree:
         """Tensors that share the memory of the record: for reading only."""
-        record = self.state.array_records[_OURS + name]
-        return unbundle({key: from_npy(array_bytes(array)) for key, array in record.items()})
+        return read_arrays(self.state.array_records[_OURS + name])
 
     def write(self, name: str, tree: Tree) -> None:
         self.state[_OURS + name] = record_of(tree, bundled=True)

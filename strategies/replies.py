@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from fedmom.flower.wire import array_bytes, bundle, from_npy, is_bundle, to_npy, unbundle
+from fedmom.flower.wire import bundle, is_bundle, read_arrays, to_npy
 from fedmom.method.averaging import VAR
 from fedmom.method.state import ClientState, Tree, is_clock, state_of, unflatten
 from fedmom.rounds.round import Job
@@ -39,7 +39,7 @@ def pack(tensors: Tree, *, bundled: bool = False) -> ArrayRecord:
 
 def unpack(record: Mapping[str, Array]) -> Tree:
     """Flower's arrays as tensors that share their memory, bundled or not: for reading only."""
-    return unbundle({name: from_npy(array_bytes(array)) for name, array in record.items()})
+    return read_arrays(record)
 
 
 def is_bundled(record: Mapping[str, Array]) -> bool:

@@ -17,8 +17,8 @@ from fedmom.backends.stepper import stepper_here
 from fedmom.backends.trainer import settled
 from fedmom.config.keys import Config
 from fedmom.config.load import replace, with_choices
-from fedmom.config.method.codecs import codecs_said
 from fedmom.config.numbers import counted
+from fedmom.config.resolve import keeps_at_nodes
 from fedmom.config.strategies import OURS
 from fedmom.engine.paths import AUTO, is_plain
 from fedmom.errors import InputError, RunStoppedError
@@ -127,7 +127,7 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, problem: Probl
         )
     if plan.topology is not None:
         return _relay(grid, known, config, problem, plan)
-    strategy = (Sends if _at_nodes(config, plan, grid) else PRSGDM)(
+    strategy = (Sends if keeps_at_nodes(config, leaves=not shares_memory(grid)) else PRSGDM)(
         num_clients,
         cohort_size=plan.cohort_size,
         seed=plan.seed,
@@ -159,17 +159,6 @@ def make_backend(grid: Grid, known: Fleet | None, config: Config, problem: Probl
     backend = StockRounds(stock, fleet, grid, problem, asked, keys.timeout_seconds)
     backend.settled, backend.notes = choices, notes
     return _with_results(backend, config, problem, plan)
-
-
-def _at_nodes(config: Config, plan: Plan, grid: Grid) -> bool:
-    """Whether nodes keep what is their clients' own (server.own-rows)."""
-    algorithm, word = config.algorithm, config.server.own_rows
-    if word == "auto":
-        said = algorithm.states or algorithm.fragments > 1 or codecs_said(config)
-        word = "nodes" if said and not shares_memory(grid) else "server"
-    # A rule that looks at how far clients are apart must see x in every round.
-    seen = plan.method.rules.moves_x or plan.interval == "fixed"
-    return word == "nodes" and config.server.strategy == OURS and seen
 
 
 def _with_results(backend: Backend, config: Config, problem: Problem, plan: Plan) -> Backend:

@@ -13,6 +13,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ["FEDMOM_CACHE"] = ""  # here and there nothing is remembered of other runs, and nothing of these is
+os.environ.setdefault("HYPOTHESIS_NO_PLUGINS", "1")  # of which trio's takes a second of every process of tests
 # A shell starts what runs in its background with Ctrl-C ignored; here and in the processes of tests it is heard.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,8 +50,11 @@ def pytest_assertrepr_compare(left, right):
 def _asked_once():
     """What hundreds of runs ask for, each time with the same answer, is worked out once in a process of tests.
 
-    The digits, the versions and the commit of environment.json, and plotly.js as the page packs it.
+    The digits, the versions and the commit of environment.json, plotly.js as the page packs it, and the commands as
+    typer reads them off their functions. No test can cut the power, so that nothing waits for the disk.
     """
+    import typer.main
+
     from fedmom.data.sources import small
     from fedmom.records import environment
     from fedmom.results.page import write
@@ -59,6 +63,8 @@ def _asked_once():
         patch.setattr(small, "read_digits", functools.cache(small.read_digits))
         for name in ("version_of", "_commit"):
             patch.setattr(environment, name, functools.cache(getattr(environment, name)))
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(write, "gzip", SimpleNamespace(compress=functools.cache(gzip.compress)))
         yield
 

@@ -35,9 +35,12 @@ def as_held(name: str, value: Any) -> Any:
 
 def _build(values: Mapping[str, Any], base: Config) -> Config:
     """`base` with `values` in place of some of its keys; each is checked by itself."""
+    parts: dict[str, dict[str, Scalar]] = {}
     for name, value in values.items():
         right = checked(name, value)
-        base = replace(base, KEYS[name].section, **{KEYS[name].name: right})
+        parts.setdefault(KEYS[name].section, {})[KEYS[name].name] = right
+    for section, rights in parts.items():
+        base = replace(base, section, **rights)
     return base
 
 

@@ -34,7 +34,8 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
     """Settle the N of the quadratic and of all natural clients, the dtype, the cohort, named baselines, I, and R.
 
     `here`: whether the data are on this machine. Where they are not and data.num-clients = 0 asks for all natural
-    clients, N and what depends on it stay open; who reads the data resolves again.
+    clients, N and what depends on it stay open; who reads the data resolves again. What depends on which keys were
+    given does not stay open: whoever gets the configuration cannot know them.
     Resolving a resolved configuration changes nothing. Raises InputError naming the keys that disagree.
     """
     config, given = loaded
@@ -45,13 +46,13 @@ def resolve(loaded: Loaded, *, here: bool = True) -> Resolved:
         idle = [name for name in _TASK_KEYS if name in given and flat(config)[name] != KEYS[name].default]
         if idle:
             notes.append(f"{config.data.dataset} has no examples: {', '.join(idle)} changes nothing")
-    if not config.data.num_clients:
-        if not here:
-            return Resolved(config, ())
-        config = replace(config, "data", num_clients=count_clients(config))
-    config = _settle_cohort(config)
     config = settle_named(config, given, notes)
     config = settle_optimizer(config, given, notes)
+    if not config.data.num_clients:
+        if not here:
+            return Resolved(config, tuple(notes))
+        config = replace(config, "data", num_clients=count_clients(config))
+    config = _settle_cohort(config)
     _check_decentralized(config, given, notes)
     config = settle_interval(config, given, notes)
     config = settle_states(config)
@@ -91,10 +92,16 @@ def _settle_data(config: Config, given: frozenset[str]) -> Config:
         config = replace(config, "data", num_clients=num_clients, batch_size=1, augment="none")
     if config.run.dtype == "auto":
         config = replace(config, "run", dtype="float64" if quadratic else "float32")
-    if config.run.dtype == "bfloat16" and (config.run.backend != "engine" or config.engine.workers):
+    if config.run.dtype == "bfloat16" and config.engine.workers:
         raise InputError(
-            "run.dtype = 'bfloat16': messages carry NumPy's dtypes, and it has no bfloat16; take float32, or "
-            "run.backend = 'engine' with engine.workers = 0"
+            "run.dtype = 'bfloat16': workers exchange NumPy's arrays, and it has no bfloat16; take float32, or "
+            "engine.workers = 0"
+        )
+    if config.run.dtype == "bfloat16" and config.server.strategy != OURS:
+        named = config.server.strategy
+        raise InputError(
+            f"run.dtype = 'bfloat16': server.strategy = {named!r} adds up NumPy's arrays, and it has no bfloat16; take "
+            f"float32, or {OURS!r}"
         )
     return config
 
@@ -209,6 +216,17 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
         notes.append(f"server.strategy = {server.strategy!r} does not read {', '.join(idle)}: it changes nothing")
     if STRATEGIES[server.strategy].adds_noise and not server.noise_multiplier:
         notes.append(f"server.noise-multiplier = 0: {server.strategy} clips, and adds no noise: nothing is private")
+
+
+def keeps_at_nodes(config: Config, *, leaves: bool) -> bool:
+    """Whether Flower's nodes keep what is their clients' own; `leaves`: whether messages leave the machine."""
+    algorithm, word = config.algorithm, config.server.own_rows
+    if ALGORITHMS[algorithm.name].decentralized or config.server.strategy != OURS:
+        return False
+    # A rule that looks at how far clients are apart must see x in every round.
+    looks = INTERVALS[algorithm.interval].follow is not None and not rules_of(algorithm).moves_x
+    said = algorithm.states or algorithm.fragments > 1 or codecs_said(config)
+    return not looks and (word == "nodes" or (word == "auto" and leaves and bool(said)))
 
 
 def _check_clients_results(config: Config) -> None:

@@ -1,6 +1,7 @@
 """What a run takes along to its nodes: its configuration and the app's own files, nothing that lies elsewhere here."""
 
 import ast
+import dataclasses
 import importlib.util
 import os
 import re
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from fedmom.config.keys import KEYS, Config
 from fedmom.config.load import flat, load, parse_sets, replace
-from fedmom.config.resolve import resolve
+from fedmom.config.resolve import Resolved, resolve
 from fedmom.deploy.remote_runs import VOLUME
 from fedmom.errors import InputError
 from fedmom.machine.files import write_text
@@ -38,8 +39,9 @@ class Travels(NamedTuple):
 class Cargo(NamedTuple):
     """What goes to the nodes for a run, once it was checked here."""
 
-    config: Config  # as the app gets it
+    config: Config  # as the app gets it, resolved here
     travels: Travels
+    notes: tuple[str, ...] = ()  # what was overruled; nodes, who do not see what was given, cannot say all of it
 
 
 def pack(
@@ -50,34 +52,38 @@ def pack(
     source: a TOML file, or None for what the folder `resume` recorded. Raises InputError for a configuration that is
     wrong, has fewer clients than there are nodes, or names what no container would find.
     """
-    config, settled = _config_to_send(source, sets, name=name, resume=resume)
+    settled = _settled(source, sets, resume=resume)
+    config = settled.config
     # 0: all natural clients; the nodes count them, for the data are there.
-    if 0 < settled.data.num_clients < num_nodes:
+    if 0 < config.data.num_clients < num_nodes:
         raise InputError(
-            f"data.num-clients = {settled.data.num_clients}: the deployment has {num_nodes} nodes, and every "
+            f"data.num-clients = {config.data.num_clients}: the deployment has {num_nodes} nodes, and every "
             "one needs a client"
         )
-    return Cargo(config, check_travels(settled, app))
+    place = f"{VOLUME}/{name}"
+    where = {"out": "", "resume": place} if resume is not None else {"out": place, "resume": ""}
+    # What was recorded of a run names its backend; the nodes must see the keys that a new run gave them.
+    sent = replace(config, "run", backend="engine", **where)
+    return Cargo(sent, check_travels(config, app), settled.notes)
 
 
-def _config_to_send(
-    source: Path | None, sets: Iterable[str], *, name: str, resume: Path | None
-) -> tuple[Config, Config]:
-    """(the configuration for the run, the same resolved)."""
+def _settled(source: Path | None, sets: Iterable[str], *, resume: Path | None) -> Resolved:
+    """The resolved configuration of the run.
+
+    It is resolved here, where it is known which keys were given. A run config has all keys, so that resolving it again
+    tells none that was given its default; of a resolved one it changes nothing.
+    """
     if resume is not None and source is None:
         source = resume / CONFIG
     if source is None:
         raise InputError("CONFIG is missing: name a TOML file, or one of fedmom's own (quickstart), or --resume DIR")
     changes = {**parse_sets(sets), "data.data-dir": DATA}
-    config = load(source, changes).config
-    if resume is not None:
-        settled = resume_config(resume, source, changes).config
-    else:
-        settled = resolve(load(source, changes), here=False).config
-    place = f"{VOLUME}/{name}"
-    where = {"out": "", "resume": place} if resume is not None else {"out": place, "resume": ""}
-    # What was recorded of a run names its backend; the nodes must see the keys that a new run gave them.
-    return replace(replace(config, "run", backend="engine"), "run", **where), settled
+    loaded = load(source, changes)
+    if resume is None:
+        return resolve(loaded, here=False)
+    settled = resume_config(resume, source, changes)
+    # What `auto` chose is the server's to keep, whose run it is; the nodes' devices may be others.
+    return settled._replace(config=dataclasses.replace(settled.config, engine=loaded.config.engine))
 
 
 def check_travels(config: Config, app: Path) -> Travels:

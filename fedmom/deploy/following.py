@@ -56,6 +56,7 @@ class Following:
         self._away = False  # and that has been said
         self.going_on = self.stopped = False  # at work before it was followed; stopped from here
         self.done = 0  # rounds of the checkpoint that it goes on from
+        self._told = set[str]()  # lines that need not be said again
 
     def pack(self, config: Path | None, sets: Iterable[str], *, resume: Path | None = None) -> Cargo:
         """What to send for this run; InputError where it is wrong, or not for this deployment."""
@@ -98,6 +99,9 @@ class Following:
     def _send(self, cargo: Cargo) -> None:
         if not self.commands.dry:
             self.remote.check_has(cargo.travels.needs)
+        for note in cargo.notes:
+            self.say(note)
+        self._told |= {*cargo.notes}
         self.start(cargo.config, cargo.travels.own)
 
     def start(self, config: Config, own: Mapping[str, Path]) -> None:
@@ -252,7 +256,6 @@ class Following:
 
     def _pass_on(self, log: "subprocess.Popen[str]") -> None:
         assert log.stdout is not None
-        told = set[str]()
         for raw in log.stdout:
             line = _ESCAPES.sub("", raw).rstrip()
             if line.startswith(("fedmom.errors.", "RuntimeError", "ImportError", "ModuleNotFoundError")):
@@ -266,9 +269,9 @@ class Following:
             elif _CHATTER.match(line) or _ITS_ROUNDS.match(line) or line.startswith(_BOXES):
                 continue
             # Once rounds come, only what went wrong in one is news.
-            if (self.records or not line or line in told) and not _ITS_TROUBLE.match(line):
+            if (self.records or not line or line in self._told) and not _ITS_TROUBLE.match(line):
                 continue
-            told.add(line)
+            self._told.add(line)
             self.say(line)
 
     def _stop(self) -> None:

@@ -22,8 +22,9 @@ from fedmom.method.state import Tree, as_tensor
 
 
 def to_npy(tensor: Tensor) -> bytes:
-    """What `np.save` would write of a tensor, with one copy instead of two."""
-    array = tensor.detach().cpu().contiguous().numpy()
+    """What `np.save` would write of a tensor, with one copy instead of two; of bfloat16 its bits, as uint16."""
+    tensor = tensor.detach().cpu().contiguous()
+    array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     head = BytesIO()
     np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
     return b"".join((head.getbuffer(), array.reshape(-1).view(np.uint8).data))
@@ -54,6 +55,23 @@ def from_npy(data: Any) -> Tensor:
         return as_tensor(array if dtype.isnative else array.astype(dtype.newbyteorder("=")))
     except TypeError:  # text, dates, records and the like
         raise InputError(f"an array has numpy's dtype {dtype.str!r}, which torch has not") from None
+
+
+def read_arrays(record: Mapping[str, Any]) -> Tree:
+    """Flower's arrays as tensors that share their memory, bundled or not: for reading only.
+
+    Raises InputError for an array that is no tensor, and for a bundle that is not as long as its name says.
+    """
+    return unbundle({name: _read(array) for name, array in record.items()})
+
+
+def _read(array: Any) -> Tensor:
+    found = from_npy(array_bytes(array))
+    if array.dtype != "bfloat16":
+        return found
+    if found.dtype != torch.uint16:  # NumPy has no bfloat16
+        raise InputError(f"an array of bfloat16 has {str(found.dtype).removeprefix('torch.')}, must have uint16")
+    return found.view(torch.bfloat16)
 
 
 def bundle(tensors: Tree) -> Tree:

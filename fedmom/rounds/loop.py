@@ -37,7 +37,6 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
             return before
         return after if everybody else {name: old.index_copy(0, ids, after[name]) for name, old in before.items()}
 
-    examples = int(job.num_steps.sum()) * plan.batch_size
     begun, weights = shared_of(problem, done.state), plan.weights_of(problem.sizes)
     share = float(job.weights.sum()) / float(weights.sum())
     mean, outer = outcome.mean, done.outer
@@ -67,7 +66,7 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         own=own,
         outer=outer,
         steps=done.steps + len(job.lrs),
-        examples=done.examples + examples,
+        examples=done.examples + int(job.num_steps.sum()) * plan.batch_size,
         bytes_sent=done.bytes_sent + plan.bytes_sent(done.round, len(job.clients), sent),
         bytes_received=received,
         reference=reference,
@@ -75,7 +74,7 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         wall_seconds=done.wall_seconds + seconds,
         rows=outcome.rows,
         fetch=fetch,
-        partial=fetch is not None and (bool(problem.personal) or not _is_whole(outcome, "params", "buffers")),
+        partial=fetch is not None and _lacks_model(problem, outcome),
         whole=whole,
         client_correction=rows(done.client_correction, outcome.correction),
     )
@@ -85,6 +84,11 @@ def _is_whole(outcome: Outcome, *parts: str) -> bool:
     """Whether all of these parts of the state travelled in the round; of the momentum, what its spread is of."""
     names = [name.partition("/") for name in outcome.absent]
     return not any(part in parts and (part != "momentum" or is_momentum(name)) for part, _, name in names)
+
+
+def _lacks_model(problem: Problem, outcome: Outcome) -> bool:
+    """Whether a part of the model is with those alone who ran the round."""
+    return bool(problem.personal) or not _is_whole(outcome, "params", "buffers")
 
 
 class _Begun(NamedTuple):

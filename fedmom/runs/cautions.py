@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedmom.config.keys import Config
+from fedmom.config.resolve import keeps_at_nodes
 from fedmom.method.algorithms import Method
 from fedmom.method.corrections import Correction
 from fedmom.method.state import ClientState, X, num_bytes, parted
@@ -122,10 +123,10 @@ def cautions(config: Config, problem: Problem, plan: Plan) -> list[str]:
     if problem.personal:
         _, own = parted(start_of(problem, plan.method)[0], problem.personal)
         size = len(problem.sizes) * sum(map(num_bytes, own)) / 1e6
-        if config.run.backend == "flower":
+        if config.run.backend == "flower" and not keeps_at_nodes(config, leaves=True):
             notes.append(
-                "Flower's clients keep nothing between two messages, so this server holds and relays what algorithm."
-                f"personal names, of all {len(problem.sizes)} clients: {size:,.1f} MB; bytes_sent leaves it out"
+                f"server.own-rows = {config.server.own_rows!r}: this server holds and relays what algorithm.personal "
+                f"names, of all {len(problem.sizes)} clients: {size:,.1f} MB; bytes_sent leaves it out"
             )
         elif size > 1:
             notes.append(f"algorithm.personal keeps tensors of all {len(problem.sizes)} clients: {size:,.1f} MB")

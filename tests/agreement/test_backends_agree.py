@@ -61,14 +61,16 @@ def assert_the_engines(changes, folder, tolerance):
     records = read_rounds(folder)
     assert [record["round"] for record in records] == list(range(1, len(engine.rounds) + 1))
     for mine, other in zip(engine.rounds, records, strict=True):
-        assert mine.keys() == other.keys()
-        for key in mine.keys() - {"wall_seconds", "client_steps_per_second"}:
+        # Nobody knows how far apart what did not travel is.
+        unseen = {"consensus_distance", "momentum_spread"} if "algorithm.outer" in changes else set()
+        assert mine.keys() - unseen <= other.keys() <= mine.keys()
+        for key in other.keys() - {"wall_seconds", "client_steps_per_second"}:
             right, got = (np.asarray(record[key], dtype=float) for record in (mine, other))
             np.testing.assert_allclose(got, right, rtol=max(1e-8, 10 * tolerance), atol=1e-10, err_msg=key)
 
 
 def test_flower_run_trains_resumes_and_fails_by_name(simulated, tmp_path):
-    """On Flower's Simulation Engine, by option II, on nodes that hold blocks; resumed between two exchanges of u."""
+    """On Flower's Simulation Engine, by option II, on nodes that hold blocks and keep rows; resumed between two exchanges."""
     changes = {**FLOAT64, **NESTEROV, **PERIODS, "engine.path": "stack", "engine.chunk-size": 3}
     ran = simulated.run({**changes, "run.num-rounds": 3}, 2)
     assert ran.status == "finished:completed", ran.text

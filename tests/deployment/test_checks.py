@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, RecordDict
-from flwr.cli.build import build_fab_from_disk
 
 from clients import client_app
 from fedmom.config.keys import Config
@@ -47,8 +46,12 @@ def everything(folder: Path) -> dict[Path, bytes]:
 
 
 def test_all_natural_clients_are_counted_where_the_data_are(tmp_path):
-    """The machine that sends the configuration does not see the nodes' data, so 0 travels as it is."""
+    """The machine that sends the configuration does not see the nodes' data, so 0 travels as it is.
+
+    What a name sets where nothing is given does not: which keys were given is known here alone.
+    """
     data = {"data.dataset": "/data/own.npz", "data.partition": "natural", "data.clients": "writer"}
+    data |= {"algorithm.name": "diloco", "algorithm.optimizer": "sgd", "algorithm.momentum-policy": "average"}
     for n in (0, 4, 2):
         sets = [f"{key}={value}" for key, value in {**data, "data.num-clients": n}.items()]
         send = lambda sets=sets: pack(  # noqa: E731
@@ -58,7 +61,9 @@ def test_all_natural_clients_are_counted_where_the_data_are(tmp_path):
             with pytest.raises(InputError, match=r"data\.num-clients = 2: the deployment has 3 nodes"):
                 send()
         else:
-            assert send().config.data.num_clients == n
+            sent = send().config
+            assert (sent.data.num_clients, sent.algorithm.optimizer) == (n, "sgd")
+            assert sent.algorithm.states == "x: average every 1; u: average every 1"
 
 
 SPOILT = {
@@ -193,6 +198,8 @@ def test_what_does_not_travel_is_refused_by_name(checkout, monkeypatch, in_tmp):
 
 def test_ones_own_modules_travel_with_what_they_import_and_nothing_else(checkout, in_tmp):
     """From a checkout and from an installed fedmom, whose app has no folder fedmom beside it."""
+    from flwr.cli.build import build_fab_from_disk  # here: other tests' processes do without its seconds
+
     files = {
         "mine.py": "import torch, helper\ndef net(*words): ...\n",
         "helper.py": "def f():\n    from clients.nets import net\n",

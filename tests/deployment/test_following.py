@@ -16,6 +16,7 @@ from fedmom.config.keys import Config
 from fedmom.config.load import replace
 from fedmom.deploy import federation, remote_runs
 from fedmom.deploy import following as follow
+from fedmom.deploy.bundle import Cargo, Travels
 from fedmom.deploy.commands import CommandError, Commands
 from fedmom.deploy.deployment import open_deployment
 from fedmom.deploy.following import Following, RemoteEnded
@@ -128,6 +129,17 @@ def test_two_runs_that_are_started_at_once_keep_their_settings_apart(following, 
     other.start(Config(run=replace(Config(), "run", num_rounds=77).run), {})
     assert files[0].read_text() == before
     assert "num-rounds = 77" in files[1].read_text()
+
+
+def test_what_the_configuration_overrules_is_said_once(following, monkeypatch):
+    """By this machine, which knows which keys were given; the server, which does not, may say the same."""
+    said = []
+    following.say = said.append
+    monkeypatch.setattr(following.remote, "check_has", lambda needs: None)
+    following._send(Cargo(Config(), Travels({}, {}), ("beta = 0.5 wins", "I = 1 is overruled")))
+    assert said == ["beta = 0.5 wins", "I = 1 is overruled"]
+    following._pass_on(SimpleNamespace(stdout=["beta = 0.5 wins\n", "3 Flower nodes\n"]))
+    assert said[2:] == ["3 Flower nodes"]
 
 
 def test_a_run_that_goes_on_is_followed_and_not_started_again(following, monkeypatch):

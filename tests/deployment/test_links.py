@@ -1,6 +1,7 @@
 """Connections of the image's processes: a cut handshake is tried again, silence is seen, an ended loop ends all."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import socket
@@ -15,12 +16,20 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from flwr.supercore.protobuf import client as clients
-from flwr.supercore.retry import http_retry, retry_invoker
 
 from fedmom.deploy.certificates import make_authority, make_server_certificate
 
+pytestmark = pytest.mark.xdist_group("a node's own process")
 IMAGE = Path(__file__).parents[2] / "deploy" / "image"
+
+
+@functools.cache
+def flowers():
+    """Flower's connections. They come with a server of HTTP, which other tests' processes do without."""
+    from flwr.supercore.protobuf import client
+    from flwr.supercore.retry import http_retry, retry_invoker
+
+    return SimpleNamespace(clients=client, http_retry=http_retry, retry_invoker=retry_invoker)
 
 
 def load(name: str):
@@ -70,7 +79,7 @@ def ask(port: int, ca: Path, invoker) -> None:
     verify = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     verify.load_verify_locations(ca)
     invoker.wait_function = lambda seconds: None
-    client = clients.ProtobufClient(f"https://127.0.0.1:{port}", verify=verify, retry_invoker=invoker)
+    client = flowers().clients.ProtobufClient(f"https://127.0.0.1:{port}", verify=verify, retry_invoker=invoker)
     answer = SimpleNamespace(ParseFromString=lambda data: None)
     asked = SimpleNamespace(SerializeToString=lambda deterministic: b"")
     client._unary_unary(path="/x", rpc_method="x", request=asked, response_type=lambda: answer)
@@ -79,6 +88,7 @@ def ask(port: int, ca: Path, invoker) -> None:
 @pytest.fixture
 def mended(links, monkeypatch, tmp_path):
     """Flower's own classes with the changes, which are taken back; the mark lies in a folder of its own."""
+    retry_invoker, clients = flowers().retry_invoker, flowers().clients
     monkeypatch.setattr(retry_invoker.RetryInvoker, "__init__", retry_invoker.RetryInvoker.__init__)
     monkeypatch.setattr(clients.ProtobufClient, "_send", clients.ProtobufClient._send)
     monkeypatch.setattr(links, "mark", lambda: (tmp_path / "heard").touch())
@@ -89,7 +99,7 @@ def mended(links, monkeypatch, tmp_path):
 def test_a_cut_handshake_is_tried_again(mended, server):
     port, ca, to_come = server
     to_come[:] = ["cut", "half", 200]
-    ask(port, ca, http_retry.make_simple_http_retry_invoker())
+    ask(port, ca, flowers().http_retry.make_simple_http_retry_invoker())
     assert to_come == []
     assert mended.exists()
 
@@ -99,7 +109,7 @@ def test_flower_itself_gives_up(server):
     port, ca, to_come = server
     to_come[:] = ["half", 200]
     with pytest.raises(httpx.ConnectError):
-        ask(port, ca, http_retry.make_simple_http_retry_invoker())
+        ask(port, ca, flowers().http_retry.make_simple_http_retry_invoker())
 
 
 def test_a_certificate_that_does_not_fit_is_an_end(mended, server, tmp_path):
@@ -107,7 +117,7 @@ def test_a_certificate_that_does_not_fit_is_an_end(mended, server, tmp_path):
     make_authority(tmp_path / "other.pem", tmp_path / "other-key.pem")
     to_come[:] = ["half", 200]
     with pytest.raises(httpx.ConnectError, match="certificate"):
-        ask(port, tmp_path / "other.pem", http_retry.make_simple_http_retry_invoker())
+        ask(port, tmp_path / "other.pem", flowers().http_retry.make_simple_http_retry_invoker())
     assert not mended.exists()
 
 

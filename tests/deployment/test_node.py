@@ -1,5 +1,6 @@
 """The SuperNode of the image: no reply waits for the next message, and none for ever."""
 
+import functools
 import importlib.util
 import time
 from pathlib import Path
@@ -7,13 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
-from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode import start_client_internal
-from flwr.supernode.nodestate import NodeStateFactory
 
 RUN = 7
+pytestmark = pytest.mark.xdist_group("a node's own process")
+
+
+@functools.cache
+def flowers():
+    """What of Flower a node is made of. It comes with a database's drivers, which other tests' processes do without."""
+    names = {
+        "inflatable": "flwr.supercore.inflatable.inflatable_object",
+        "object_store": "flwr.supercore.object_store",
+        "task_identity": "flwr.supercore.task_identity",
+        "start": "flwr.supernode.start_client_internal",
+        "nodestate": "flwr.supernode.nodestate",
+    }
+    return SimpleNamespace(**{name: importlib.import_module(module) for name, module in names.items()})
 
 
 @pytest.fixture
@@ -23,7 +33,7 @@ def mended():
     spec = importlib.util.spec_from_file_location("image_node", path)
     node = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(node)
-    flower = SimpleNamespace(**vars(start_client_internal))
+    flower = SimpleNamespace(**vars(flowers().start))
     assert node.mend(flower) == []
     return SimpleNamespace(node=node, flower=flower)
 
@@ -33,20 +43,21 @@ class Supernode:
 
     def __init__(self, flower):
         self.flower, self.sent = flower, []
-        stores = ObjectStoreFactory()
+        stores = flowers().object_store.ObjectStoreFactory()
         self.store = stores.store()
-        self.state = NodeStateFactory(stores).state()
+        self.state = flowers().nodestate.NodeStateFactory(stores).state()
 
     def reply(self, text, *, contents=True):
         """What an app leaves for the SuperLink."""
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, 0, 1
+        inflatable, identity = flowers().inflatable, flowers().task_identity.TaskIdentity
+        identity.run_id, identity.node_id, identity.task_id = RUN, 0, 1
         asked = Message(RecordDict({"c": ConfigRecord({"text": text})}), 1, "query")
         asked.metadata.__dict__["_message_id"] = f"asked-{text}"
         reply = Message(RecordDict({"c": ConfigRecord({"text": text})}), reply_to=asked)
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        with no_object_id_recompute():
-            self.store.preregister(RUN, get_object_tree(reply))
-            objects = {key: one.deflate() for key, one in get_all_nested_objects(reply).items()}
+        with inflatable.no_object_id_recompute():
+            self.store.preregister(RUN, inflatable.get_object_tree(reply))
+            objects = {key: one.deflate() for key, one in inflatable.get_all_nested_objects(reply).items()}
         for key, content in objects.items() if contents else ():
             self.store.put(key, content)
         self.state.store_message(reply)
@@ -84,7 +95,7 @@ def test_a_reply_that_is_ready_goes_out_although_no_message_came(mended):
 
 def test_flower_itself_leaves_it_until_a_message_comes():
     """Where this fails, Flower has mended its loop, and `prompt` can go."""
-    supernode = Supernode(start_client_internal)
+    supernode = Supernode(flowers().start)
     supernode.reply("the answer")
     assert supernode.pull() is None
 

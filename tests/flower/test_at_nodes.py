@@ -1,13 +1,18 @@
 """Nodes that keep what is their clients' own: the engine's rounds, the method's bytes, and nothing lost in silence."""
 
+import numpy as np
 import pytest
 import torch
+from flwr.app import RecordDict
 
+import both_sides
 from both_sides import DIGITS, QUADRATIC, assert_same, by_engine, by_flower, fails
 from fedmom.records.files import CHECKPOINT, CLIENTS, FINAL, read_tensors
 from fedmom.records.history import read_rounds
+from fedmom.travel.table import CODECS
+from grids import LocalGrid
 from laws import table
-from strategies.replies import unpack
+from strategies.replies import pack, unpack
 
 SPREADS = frozenset({"consensus_distance", "momentum_spread"})
 MODEL = {**DIGITS, "model.hidden": 8}
@@ -28,11 +33,22 @@ CASES = {
     "corrected": {"algorithm.name": "scaffold"},
     "by parts": {"algorithm.fragments": 3, "algorithm.outer": "fedadam"},
     "I that changes": {"algorithm.interval": "decaying", "algorithm.states": "u: average every 2"},
+    "codecs": {
+        "algorithm.codecs": "x: int8 16; u: topk 0.2",
+        "algorithm.codecs-down": "x: lowrank 1; u: bfloat16",
+        "algorithm.outer": "nesterov",
+    },
+    "adamw, v in bfloat16": {
+        "algorithm.optimizer": "adamw",
+        "algorithm.lr": 0.002,
+        "algorithm.codecs": "x: randomk 0.3; m: int4; v: bfloat16",
+        "algorithm.codecs-down": "x: topk 0.5",
+    },
     "batch norm": {"model.name": "tests.apps.models:normed", "algorithm.states": "x: average every 2"},
 }
 
 
-SMALL = ["periods", "local", "reset", "beta = 0", "adamw", "corrected"]  # those that need no model
+SMALL = ["periods", "local", "reset", "beta = 0", "adamw", "corrected", "codecs"]  # those that need no model
 
 
 def same_files(one, other):
@@ -49,16 +65,17 @@ def sent_bytes(message):
 
 
 class Scales:
-    """A Grid's fault that breaks nothing: it writes down what clients send in which round."""
+    """A Grid's fault that breaks nothing: it writes down what clients send, and are sent, in which round."""
 
     def __init__(self):
-        self.up, self.kinds = dict[int, int](), list[str]()
+        self.up, self.down, self.kinds = dict[int, int](), dict[int, int](), list[str]()
 
     def __call__(self, message, node):
         self.kinds.append(message.metadata.message_type)
         if message.metadata.message_type != "train":
             return None
         number = message.content["config"]["server-round"]
+        self.down[number] = self.down.get(number, 0) + sent_bytes(message)
 
         def weigh(reply):
             self.up[number] = self.up.get(number, 0) + sent_bytes(reply)
@@ -85,10 +102,12 @@ def is_the_engines_run(tmp_path, keys):
     found, _ = by_flower(keys, 5, {"fault": scales}, out=tmp_path / "nodes")
     assert_same(found, right, unseen=SPREADS)
     same_files(tmp_path / "nodes", tmp_path / "engine")
-    totals = [record["bytes_sent"] for record in right.rounds]
-    assert [scales.up[number] for number in range(1, 6)] == [b - a for a, b in zip([0, *totals], totals, strict=False)]
-    by_flower(keys, 2, out=tmp_path / "blocks")
-    same_files(tmp_path / "blocks", tmp_path / "engine")
+    for name, scale in (("bytes_sent", scales.up), ("bytes_received", scales.down)):
+        if name in right.rounds[0]:
+            assert scale == dict(enumerate(np.diff([0, *(record[name] for record in right.rounds)]), 1))
+    if "algorithm.codecs" not in keys:  # where a mean of means, rounded, is cut off elsewhere
+        by_flower(keys, 2, out=tmp_path / "blocks")
+        same_files(tmp_path / "blocks", tmp_path / "engine")
 
 
 def test_what_goes_down_is_what_clients_do_not_know():
@@ -139,42 +158,55 @@ def test_a_message_that_is_sent_again_finds_what_its_round_began_with(tmp_path):
     same_files(tmp_path / "nodes", tmp_path / "engine")
 
 
-def test_a_node_that_has_lost_its_rows_ends_the_run_and_says_how_to_go_on(tmp_path):
-    """Nothing is trained from another row; the last checkpoint is whole, and a resumed run ends with the same bytes."""
-    keys = {**QUADRATIC, **KEYS, "algorithm.momentum-policy": "local", "algorithm.cohort-size": 5}
+def by_nodes_that_forget(keys, client, number, before=lambda message, node: None, **where):
+    """The run by five nodes; before a round that of `client` loses what it keeps. `before`: a fault beside it."""
+    grids, times = [], []
 
-    def forgets(message, node):
-        if message.metadata.message_type == "train" and message.content["config"]["server-round"] == 4:
+    class Grid(LocalGrid):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            grids.append(self)
+
+    def fault(message, node):
+        train = message.metadata.message_type == "train"
+        if train and message.content["config"]["server-round"] == number and not times:
+            times.append(number)
             for context in grids[0].contexts.values():
-                if context.node_config["partition-id"] == 3:
-                    for name in [*context.state.array_records]:
-                        del context.state[name]
-
-    grids = []
-
-    class Fault:
-        def __call__(self, message, node):
-            return forgets(message, node)
-
-    from grids import LocalGrid
-
-    made = LocalGrid.__init__
-
-    def remember(self, *args, **options):
-        made(self, *args, **options)
-        grids.append(self)
+                if context.node_config["partition-id"] == client:
+                    context.state = RecordDict()
+        return before(message, node)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalGrid, "__init__", remember)
-        result, _ = by_flower(keys, 5, {"fault": Fault()}, out=tmp_path / "parts")
-    assert result.status == "failed"
-    assert "client 3" in result.message
-    assert "resume the run from its last checkpoint" in result.message
-    assert len(read_rounds(tmp_path / "parts")) == 3
-    by_flower(keys, 5, resume=tmp_path / "parts")
-    by_flower(keys, 5, out=tmp_path / "whole")
-    for name in (FINAL, CLIENTS):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        patch.setattr(both_sides, "LocalGrid", Grid)
+        return by_flower(keys, 5, {"fault": fault}, **where)[0]
+
+
+def test_a_node_that_has_lost_its_rows_ends_the_run_and_says_how_to_go_on(tmp_path):
+    """Nothing is trained from another row; the last checkpoint is whole, and a resumed run ends with the same bytes."""
+    for case, lost in (("local", "what the client had of its own after"), ("codecs", "what all began with in")):
+        whole, parts = tmp_path / case / "whole", tmp_path / case / "parts"
+        keys = {**QUADRATIC, **KEYS, **CASES[case], "algorithm.cohort-size": 5, "algorithm.client-weights": "uniform"}
+        result = by_nodes_that_forget(keys, 3, 4, out=parts)
+        assert result.status == "failed"
+        assert f"client 3: this node has not {lost} round 3" in result.message
+        assert "resume the run from its last checkpoint" in result.message
+        assert len(read_rounds(parts)) == 3
+        by_flower(keys, 5, resume=parts)
+        by_flower(keys, 5, out=whole)
+        for name in (FINAL, CLIENTS):
+            assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_proceed_takes_up_what_the_server_had_where_a_node_has_lost_it(tmp_path, caplog):
+    """Client 3 fails in round 3 and its node starts anew: what it had is in the checkpoint of round 2."""
+    keys = {**QUADRATIC, **KEYS, "algorithm.momentum-policy": "local", "algorithm.cohort-size": 5}
+    keys |= {"server.on-failure": "proceed"}
+    with caplog.at_level("WARNING", "flwr"):
+        by_nodes_that_forget(keys, 3, 4, fails(3, ValueError("broken"), rounds=(3,)), out=tmp_path / "nodes")
+    assert "client 3: its node had lost what the client had of its own after round 2" in caplog.text
+    options = {"fault": fails(3, ValueError("broken"), rounds=(3,))}
+    by_flower({**keys, "server.own-rows": "server"}, 5, options, out=tmp_path / "server")
+    same_files(tmp_path / "nodes", tmp_path / "server")
 
 
 def test_proceed_goes_on_without_a_client_and_takes_its_row_up_where_it_was(tmp_path):
@@ -199,3 +231,59 @@ def test_nothing_is_asked_of_nodes_but_for_a_checkpoint_and_the_end(tmp_path):
     asked = "".join(kind[0] for kind in scales.kinds[first:])
     assert asked.replace("t", " ").split() == [one for one in asked.replace("t", " ").split() if set(one) == {"q"}]
     assert len(asked.replace("t", " ").split()) == 3
+
+
+def test_a_message_that_nobody_can_have_encoded_is_refused_by_its_clients_name():
+    keys = {**QUADRATIC, **KEYS, **CASES["codecs"], "algorithm.cohort-size": 5}
+
+    def fault(message, node):
+        if message.metadata.message_type != "train" or node["partition-id"] != 2:
+            return None
+
+        def spoil(reply):
+            arrays = unpack(reply.content["arrays"])
+            arrays["coded/indices/momentum/x"] += 1
+            reply.content["arrays"] = pack(arrays, bundled=True)
+            return reply
+
+        return spoil
+
+    result, _ = by_flower(keys, 5, {"fault": fault})
+    assert result.status == "failed"
+    assert "round 1: client 2, " in result.message
+    assert "in coded/indices/momentum/x" in result.message
+
+
+def test_runs_in_bfloat16_have_the_engines_bits():
+    """NumPy has no bfloat16: its bits travel, half as many as of float32."""
+    keys = {**MODEL, **KEYS, "run.dtype": "bfloat16", "run.num-rounds": 2}
+    for changes in ({"server.own-rows": "server"}, CASES["codecs"], {"algorithm.states": "u: local"}):
+        right, scales = by_engine({**keys, **changes}), Scales()
+        found, _ = by_flower({**keys, **changes}, 5, {"fault": scales})
+        for name, value in right.state_dict.items():
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(value, found.state_dict[name])
+        if "server.own-rows" not in changes:
+            assert sum(scales.up.values()) == right.rounds[-1]["bytes_sent"]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("Ray: rounds")
+def test_every_codec_means_the_same_in_a_simulation(tmp_path, one_ray):
+    """On Ray's actors, whoever keeps e; what is not told of is in test_rounds_of_models."""
+    pairs = [
+        "x: int8; u: int4",
+        "x: topk; u: randomk 0.2",
+        "x: lowrank 2; u: bfloat16",
+        "x: float16; u: randomk scaled plain",
+    ]
+    assert {word for pair in pairs for word in pair.replace(":", "").replace(";", "").split()} >= {*CODECS} - {
+        "float32"
+    }
+    for number, codecs in enumerate(pairs):
+        keys = {**MODEL, **KEYS, "algorithm.codecs": codecs, "algorithm.codecs-down": "x: int8"}
+        keys["server.own-rows"] = "nodes" if number % 2 else "auto"
+        right = by_engine(keys, out=tmp_path / f"{number}")
+        found = by_engine({**keys, "run.backend": "simulation"}, out=tmp_path / f"{number} simulated")
+        assert_same(found, right)
+        same_files(tmp_path / f"{number}", tmp_path / f"{number} simulated")

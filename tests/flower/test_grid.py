@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,15 @@ from fedmom.flower.grid import RayGrid
 from fedmom.flower.private import error_codes, identify
 from laws import table
 
-pytest.importorskip("ray")
 flwr_app = pytest.importorskip("flwr.app")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # noqa: E402
 from flwr.serverapp import Grid  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("Ray: rounds")
+# Ray itself is imported by the process that has its tests.
+pytestmark = [
+    pytest.mark.xdist_group("Ray: rounds"),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
+]
 PLAIN = Path(__file__).parents[1] / "apps" / "plain_app"
 OLDER = PLAIN.parent / "older_app"
 OPTIONS = PoolOptions(num_workers=2, num_cpus=0.5, retries=1, straggler_seconds=2)

@@ -1,6 +1,7 @@
 """Storage in bfloat16 and products in TF32: options, with an error that is bounded and what it should be."""
 
 import contextlib
+import functools
 import itertools
 
 import pytest
@@ -44,13 +45,18 @@ def error(found, exact, start):
     )
 
 
+@functools.cache
+def in_float64(model):
+    """(problem, state): three rounds, one client after another."""
+    problem = image_problem(model, 3)
+    return problem, run_plan(problem, simple_plan(3, lr=0.1))[0].state
+
+
 @table("model, path", [("cnn", "loop"), ("mlp", "vmap"), ("cnn", "vmap"), ("cnn", "stack"), ("mlp", "factors")])
 def test_bfloat16_is_near_float64(model, path):
     """Three rounds: bfloat16 keeps 8 bits, so a step is right to a few per cent; float32 is right to 1e-5."""
-    plan = simple_plan(3, lr=0.1)
-    exact_problem = image_problem(model, 3)
-    exact = run_plan(exact_problem, plan)[0].state
-    errors = {}
+    plan, errors = simple_plan(3, lr=0.1), {}
+    exact_problem, exact = in_float64(model)
     for dtype in (torch.bfloat16, torch.float32):
         problem = image_problem(model, 3, dtype=dtype)
         done, _ = run_plan(problem, plan, path=path)
@@ -67,8 +73,8 @@ def test_a_task_in_another_dtype_leaves_the_first_alone():
     assert {x.dtype for x in problem.start().params.values()} == {torch.bfloat16}
 
 
-@table("changes", [{"run.backend": "simulation"}, {"engine.workers": 2}])
-def test_bfloat16_does_not_travel(changes):
+@table("changes", [{"server.strategy": "fedavg"}, {"engine.workers": 2}])
+def test_bfloat16_does_not_go_where_arrays_are_numpys(changes):
     with pytest.raises(InputError, match=r"run\.dtype = 'bfloat16'"):
         resolve(load({"run.dtype": "bfloat16", **changes}))
 

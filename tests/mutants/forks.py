@@ -5,6 +5,7 @@ pytest collects the right program; then a child per mutant changes it and runs s
 
 import contextlib
 import faulthandler
+import gc
 import io
 import itertools
 import json
@@ -152,6 +153,9 @@ def _warm() -> None:
 
     torch.vmap(torch.func.grad_and_value(lambda x: (x * x).sum()))(torch.ones(2, 2))
     torch.ones(2, requires_grad=True).sum().backward()
+    # What is there by now is no child's garbage: looking through it would copy every page of it for each of them.
+    gc.collect()
+    gc.freeze()
 
 
 def _wanted(node: str, test: str) -> bool:
@@ -186,7 +190,7 @@ def run(
     paths = sorted({test for job in jobs for test in job.tests})
     files = sorted({test.partition("::")[0] for test in paths})
     words = ["-p", "no:cacheprovider", "-p", "no:xdist", "--capture=no", "--rootdir", str(ROOT), "-o", "addopts="]
-    words += ["-m", "not slow and not container", *(str(ROOT / file) for file in files)]
+    words += ["--tb=line", "-m", "not slow and not container", *(str(ROOT / file) for file in files)]
     before = os.getcwd()
     os.chdir(ROOT)
     try:

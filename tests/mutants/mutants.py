@@ -35,7 +35,13 @@ PARTS = {
     "batches": ("tests/data/test_batches.py", "tests/tasks/test_dropout.py", "tests/tasks/test_supervised.py"),
     "partitions": ("tests/data/test_partition.py",),
     "schedules": ("tests/method/test_schedules.py", "tests/engine/test_engine.py", "tests/laws"),
-    "named": ("tests/laws/test_presets.py", "tests/method/test_named_corrections.py", "tests/config/test_named.py"),
+    "named": (
+        "tests/laws/test_presets.py",
+        "tests/method/test_named_corrections.py",
+        "tests/config/test_named.py",
+        "tests/config/test_sent.py",
+        "tests/deployment/test_checks.py::test_all_natural_clients_are_counted_where_the_data_are",
+    ),
     "rounds": (
         "tests/laws/test_backends.py",
         "tests/laws/test_memory.py",
@@ -51,6 +57,7 @@ PARTS = {
         "tests/flower/test_replies.py",
         "tests/flower/test_strategies_alone.py",
     ),
+    "nodes": ("tests/flower/test_at_nodes.py", "tests/laws/test_backends.py", "tests/laws/test_states_of_backends.py"),
     "identity": ("tests/records/test_identity.py",),
     "history": ("tests/records/test_history.py", "tests/runs/test_resume.py"),
     "records": ("tests/records", "tests/runs/test_run.py"),
@@ -143,6 +150,8 @@ _WITH_STATE = (
 _CORRECTED = "        grads = correction(grads, state.params, start, **more)\n"
 _POLICIES = f"{STATES}.policies.MOMENTUM_POLICIES"
 RULES, OWN_ROWS = "fedmom.method.states.rules.Rules", "fedmom.rounds.own"
+AT_NODES, NODE = "tests/flower/test_at_nodes.py", "fedmom.backends.at_nodes.node"
+TURNS, LEDGER = "fedmom.backends.at_nodes.turns.Turns", "strategies.at_nodes.ledger.Ledger"
 STATE_LAWS, OUTER_LAWS = "tests/laws/test_states.py", "tests/laws/test_outer.py"
 
 OUTER_ROUNDS = "fedmom.rounds.outer"
@@ -2211,6 +2220,91 @@ MUTANTS = [
     ),
     # --- periods -------------------------------------------------------------------------------------------
     Mutant(
+        "nodes",
+        "a row counts for ever",
+        "clients go on from a u that was averaged since",
+        code(f"{TURNS}.agreed", "number -= 1", "number = 0"),
+        f"{AT_NODES}::test_rounds_of_quadratics_are_the_engines_and_messages_carry_what_is_counted",
+    ),
+    Mutant(
+        "nodes",
+        "who trained in the last round is told nothing",
+        "clients go on from a mean of the round before",
+        code(f"{TURNS}.down", "oldest <= self", "oldest < self"),
+        f"{AT_NODES}::test_rounds_of_quadratics_are_the_engines_and_messages_carry_what_is_counted",
+    ),
+    Mutant(
+        "nodes",
+        "everybody is told everything",
+        "states that are not due go down in every round",
+        code(f"{TURNS}.down", " and oldest <= self.agreed(flat, round_index)", ""),
+        f"{AT_NODES}::test_what_goes_down_is_what_clients_do_not_know",
+    ),
+    Mutant(
+        "nodes",
+        "a round writes over the rows that it began with",
+        "a message that comes twice finds nothing",
+        code("fedmom.backends.at_nodes.node.keep", " and name not in last", ""),
+        f"{AT_NODES}::test_a_message_that_is_sent_again_finds_what_its_round_began_with",
+    ),
+    Mutant(
+        "nodes",
+        "a lost row is made anew in silence",
+        "the client begins as in the first round",
+        code(
+            f"{NODE}._row",
+            "if since > turns.agreed(flat, index):",
+            "if since > turns.agreed(flat, index) and _name(client, since) in store.names():",
+        ),
+        f"{AT_NODES}::test_a_node_that_has_lost_its_rows_ends_the_run_and_says_how_to_go_on",
+    ),
+    Mutant(
+        "nodes",
+        "what is common is that of the beginning",
+        "a client that was away begins at x⁰",
+        code(f"{LEDGER}.begin", "== round_index:", "== round_index == 0:"),
+        f"{AT_NODES}::test_rounds_of_quadratics_are_the_engines_and_messages_carry_what_is_counted",
+    ),
+    Mutant(
+        "nodes",
+        "a checkpoint has one client's rows",
+        "everybody's row is that of the first",
+        code(f"{LEDGER}.rows", "brought(client) if held", "brought(0) if held"),
+        f"{AT_NODES}::test_rounds_of_quadratics_are_the_engines_and_messages_carry_what_is_counted",
+    ),
+    Mutant(
+        "nodes",
+        "a resumed run's nodes begin anew",
+        "the rows of the checkpoint are given to nobody",
+        code(f"{LEDGER}.begin_at", "set(range(self.num_clients))", "set()"),
+        f"{AT_NODES}::test_a_run_goes_on_from_the_servers_checkpoint_with_nodes_that_have_nothing",
+    ),
+    Mutant(
+        "nodes",
+        "a client that failed is as sure as any",
+        "its node is not given what the server has",
+        code(f"{LEDGER}.silent", "|= {*clients}", "&= {*clients}"),
+        f"{AT_NODES}::test_proceed_takes_up_what_the_server_had_where_a_node_has_lost_it",
+    ),
+    Mutant(
+        "nodes",
+        "one client sends its mean in float32",
+        "what is encoded does not travel",
+        code("clients.client_app._train_kept", "if len(clients) == 1 and node", "if len(clients) == 0 and node"),
+        f"{AT_NODES}::test_rounds_of_quadratics_are_the_engines_and_messages_carry_what_is_counted",
+    ),
+    Mutant(
+        "nodes",
+        "the server sends the reference whole",
+        "codecs-down saves nothing",
+        code(
+            "strategies.at_nodes.rounds.RoundsAtNodes.run_round",
+            "job.down is not None and",
+            "job.down is not None and not",
+        ),
+        f"{AT_NODES}::test_rounds_of_quadratics_are_the_engines_and_messages_carry_what_is_counted",
+    ),
+    Mutant(
         "periods",
         "rounds are counted from 0",
         "a state of period 2 is exchanged after rounds 1, 3, …",
@@ -2644,5 +2738,19 @@ MUTANTS = [
         "a run of local-adam with lion cannot go on",
         code("fedmom.config.method.named._settle_preset", "full in given or now != default or", "full in given or"),
         "tests/config/test_named.py::test_a_preset_with_another_optimizer_stays_so_whoever_resolves_it_again",
+    ),
+    Mutant(
+        "named",
+        "deploy sends what was given",
+        "the nodes of diloco with optimizer = 'sgd' train AdamW",
+        code("fedmom.deploy.bundle.pack", "config = settled.config", "config = load(source, sets).config"),
+        "tests/config/test_sent.py::test_what_is_sent_to_nodes_settles_as_a_run_here",
+    ),
+    Mutant(
+        "named",
+        "deploy leaves a name's keys to nodes that count their clients",
+        "optimizer = 'sgd' is lost where data.num-clients = 0",
+        code("fedmom.config.resolve.resolve", "= settle_named(", "= config if not here else settle_named("),
+        "tests/deployment/test_checks.py::test_all_natural_clients_are_counted_where_the_data_are",
     ),
 ]

@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from fedmom.records import files, status
 from fedmom.records import folder as records
 from fedmom.records.history import last_round
 from fedmom.records.status import read_status
+from forked import run_that_stays
 from laws import table
 
 QUADRATIC = {
@@ -66,38 +65,26 @@ def test_every_end_is_written(tmp_path, do, sets, wanted, round_number):
     assert "\n" not in found.reason
 
 
-CHILD = """
-import json, sys, time
-import fedmom
-class Slow(fedmom.Callback):
-    def on_round(self, record, state):
-        print(record["round"], flush=True)
-        time.sleep(600 if record["round"] == 3 else 0)
-fedmom.run(json.loads(sys.argv[1]), out=sys.argv[2], callbacks=[Slow()])
-"""
-
-
 def test_a_process_that_is_gone_was_killed(tmp_path):
     out = tmp_path / "run"
-    child = subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(QUADRATIC), str(out)], stdout=subprocess.PIPE)
+    child = run_that_stays(QUADRATIC, out, 3)
     try:
-        for _ in range(3):
-            child.stdout.readline()
-        found = read_status(out)
+        while not (out / records.STATUS).exists() or (found := read_status(out)).round < 3:
+            assert child.is_alive()
+            time.sleep(0.01)
         assert (found.status, found.pid, found.round) == ("running", child.pid, 3)
         content = json.loads((out / records.STATUS).read_text())
         reused = {**content, "born": content["born"] - 1}  # another process has the number now
         (out / records.STATUS).write_text(json.dumps(reused))
         assert read_status(out).status == "killed"
         (out / records.STATUS).write_text(json.dumps(content))
-        child.send_signal(signal.SIGKILL)
+        os.kill(child.pid, signal.SIGKILL)
         while (before := read_status(out)).is_running:  # nobody has waited for it yet: it is a zombie
             time.sleep(0.01)
         assert before.status == "killed"
     finally:
         child.kill()
-        child.wait()
-        child.stdout.close()
+        child.join()
     assert (read_status(out).status, read_status(out).round) == ("killed", 3)
     assert fedmom.run(resume=out, callbacks=[fedmom.Callback()]).status == "done"
     assert read_status(out).is_done

@@ -3,9 +3,8 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from fedmom.errors import InputError
 from fedmom.records import folder
 from fedmom.records.files import read_about, read_tensors
 from fedmom.records.history import read_rounds
+from forked import run_that_stays
 from laws import table
 
 DIGITS = {
@@ -24,7 +24,7 @@ DIGITS = {
     "model": {"name": "mlp", "hidden": 16},
     "algorithm": {"num_local_steps": 3},
     "run": {"num_rounds": 12, "checkpoint_every": 3},
-    "engine": {"path": "vmap", "chunk_size": 4, "threads": 1},
+    "engine": {"path": "stack", "chunk_size": 4, "threads": 1},
 }
 VOLATILE = ("wall_seconds", "client_steps_per_second")
 
@@ -68,9 +68,10 @@ def same_run(a: Path, b: Path) -> None:
     assert lines[0] == lines[1]
 
 
-@table("policy, stop", [("average", 1), ("local", 7), ("reset", 3)])
-def test_interrupted_run_resumes_to_the_same_bytes(whole, tmp_path, policy, stop):
-    sets = {"algorithm.momentum-policy": policy, "algorithm.cohort-size": 4}
+@table("policy, stop, path", [("average", 1, "stack"), ("local", 7, "vmap"), ("reset", 3, "loop")])
+def test_interrupted_run_resumes_to_the_same_bytes(whole, tmp_path, policy, stop, path):
+    sets = {"algorithm.momentum-policy": policy, "algorithm.cohort-size": 4, "engine.path": path}
+    sets["engine.chunk-size"] = 3
     first = fedmom.run(DIGITS, sets=sets, out=tmp_path / "parts", callbacks=[StopAfter(stop)])
     assert first.status == "interrupted"
     assert read_about(tmp_path / "parts" / folder.CHECKPOINT)["round"] == stop
@@ -99,45 +100,29 @@ def test_interrupt_inside_a_round_loses_only_that_round(whole, tmp_path):
     same_run(whole(), tmp_path / "run")
 
 
-CHILD = """
-import json, sys, time
-import fedmom
-class Stays(fedmom.Callback):
-    def on_round(self, record, state):
-        if record["round"] == int(sys.argv[3]):
-            time.sleep(600)
-config = json.loads(sys.argv[1])
-fedmom.run(config, out=sys.argv[2], callbacks=[Stays()])
-"""
-
-
-def start_child(config: dict, out: Path, stays: int) -> subprocess.Popen:
-    """The run in a process of its own, which stays in a round."""
-    words = [json.dumps(config), str(out), str(stays)]
-    return subprocess.Popen([sys.executable, "-c", CHILD, *words], stderr=subprocess.DEVNULL)
-
-
-def wait_for_round(out: Path, number: int, child: subprocess.Popen) -> None:
+def wait_for_round(out: Path, number: int, is_alive: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while len(read_rounds(out)) < number:
-        assert child.poll() is None, "the child ended by itself"
+        assert is_alive(), "the child ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
 def test_two_processes_cannot_share_a_folder_and_a_killed_run_resumes_to_the_same_bytes(whole, tmp_path):
+    config = {**LOCAL, "data": {"dataset": "quadratic", "noise_sigma": 0.5}, "engine": {"path": "loop"}}
     out = tmp_path / "killed"
-    child = start_child(LOCAL, out, stays=5)
+    child = run_that_stays(config, out, 5)
     try:
-        wait_for_round(out, 5, child)
+        wait_for_round(out, 5, child.is_alive)
         with pytest.raises(InputError, match="another process"):
             fedmom.run(resume=out, callbacks=[fedmom.Callback()])
     finally:
         os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert read_about(out / folder.CHECKPOINT)["round"] < 12
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert read_about(out / folder.CHECKPOINT)["round"] == 3
     fedmom.run(resume=out, callbacks=[fedmom.Callback()])
-    same_run(whole(LOCAL), out)
+    same_run(whole(config), out)
 
 
 def test_killed_before_the_first_checkpoint_starts_again(whole, tmp_path):

@@ -1,11 +1,15 @@
 """A run with periods, other optimizers and outer steps goes on from every round to the same bytes."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from test_resume import StopAfter, same_run, start_child, wait_for_round
+from test_resume import StopAfter, same_run, wait_for_round
 
 import fedmom
 from fedmom.records.files import CHECKPOINT, CLIENTS, read_about, read_tensors
@@ -80,13 +84,31 @@ def test_a_longer_run_keeps_what_its_clients_had_at_the_end(tmp_path):
     same_run(tmp_path / "long", tmp_path / "run")
 
 
+CHILD = """
+import json, sys, time
+import fedmom
+class Stays(fedmom.Callback):
+    def on_round(self, record, state):
+        if record["round"] == int(sys.argv[3]):
+            time.sleep(600)
+config = json.loads(sys.argv[1])
+fedmom.run(config, out=sys.argv[2], callbacks=[Stays()])
+"""
+
+
+def start_child(config: dict, out: Path, stays: int) -> subprocess.Popen:
+    """The run in a process of its own, which stays in a round."""
+    words = [json.dumps(config), str(out), str(stays)]
+    return subprocess.Popen([sys.executable, "-c", CHILD, *words], stderr=subprocess.DEVNULL)
+
+
 @pytest.mark.slow
 def test_a_run_killed_between_two_exchanges_goes_on_from_its_last_checkpoint(tmp_path):
     """In round 4, after a checkpoint of round 3: x is exchanged after rounds 2, 4, …"""
     config = {**X, "data.dataset": "digits", "run.num-rounds": 6, "run.checkpoint-every": 3}
     child = start_child(config, tmp_path / "killed", stays=4)
     try:
-        wait_for_round(tmp_path / "killed", 4, child)
+        wait_for_round(tmp_path / "killed", 4, lambda: child.poll() is None)
     finally:
         os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL

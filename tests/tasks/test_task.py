@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn import metrics as theirs
 from torch import nn
 from torch.nn import functional
 
@@ -179,6 +178,8 @@ def whole(task, outputs, y, pieces):
 
 
 def test_measures_are_scikit_learns_whatever_the_pieces():
+    from sklearn import metrics as theirs  # here: other tests' processes do without its seconds
+
     g = torch.Generator().manual_seed(1)
     n = 300
     logits = torch.randn(n, 7, generator=g, dtype=F64).to(torch.bfloat16).double()  # AUC's scores have 16 bits

@@ -160,11 +160,10 @@ def _there(store: Store, name: str, client: int) -> str:
     """The name, if there is such a thing here."""
     if name not in store.names():
         kind, _, number = name.rpartition("/")
-        what = "what the client had of its own" if kind != _REFERENCE else "what all began with"
-        when = "after" if kind != _REFERENCE else "in"
+        what = "what all began with in" if kind == _REFERENCE else "what the client had of its own after"
         raise InputError(
-            f"client {client}: this node has not {what} {when} round {number} (it has started anew); resume the run from "
-            "its last checkpoint, or set server.own-rows = 'server'"
+            f"client {client}: this node has not {what} round {number} (it has started anew); resume the run from its "
+            "last checkpoint, or set server.own-rows = 'server'"
         )
     return name
 
