@@ -70,7 +70,7 @@ def assert_the_engines(changes, folder, tolerance):
 
 
 def test_flower_run_trains_resumes_and_fails_by_name(simulated, tmp_path):
-    """On Flower's Simulation Engine, by option II, on nodes that hold blocks and keep rows; resumed between two exchanges."""
+    """On Flower's Simulation Engine, by option II, on nodes that hold blocks and keep rows; resumed in between."""
     changes = {**FLOAT64, **NESTEROV, **PERIODS, "engine.path": "stack", "engine.chunk-size": 3}
     ran = simulated.run({**changes, "run.num-rounds": 3}, 2)
     assert ran.status == "finished:completed", ran.text
