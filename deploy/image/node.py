@@ -1,4 +1,4 @@
-"""Four changes to Flower's SuperNode, each by name and only where Flower still has what it changes."""
+"""Five changes to Flower's SuperNode, each by name and only where Flower still has what it changes."""
 
 import os
 import time
@@ -7,6 +7,7 @@ from typing import Any
 
 SECONDS_FOR_AN_OBJECT = 300.0
 SECONDS_TO_END = 300.0
+RUNS_KEPT = 4
 LONGEST = float(os.environ.get("FEDMOM_POLL_SECONDS", "0.5"))
 
 
@@ -19,7 +20,7 @@ def mend(flower: ModuleType) -> list[str]:
         left.append("it looks for messages as often as it likes")
     pull, push = getattr(flower, "_pull_and_store_message", None), getattr(flower, "_push_messages", None)
     if pull and push:
-        flower._pull_and_store_message = prompt(pull)  # type: ignore[attr-defined]
+        flower._pull_and_store_message = of_few_runs(prompt(pull))  # type: ignore[attr-defined]
         flower._push_messages = patient_for_a_while(once_the_app_has_ended(push))  # type: ignore[attr-defined]
     else:
         left.append("a reply may wait for the next message")
@@ -43,6 +44,29 @@ def prompt(pull: Any) -> Any:
     def changed(**words: Any) -> int | None:
         run_id: int | None = pull(**words)
         return 0 if run_id is None and has_reply(words["state"]) else run_id
+
+    return changed
+
+
+def of_few_runs(pull: Any) -> Any:
+    """Let go of what apps have kept (Context.state) but of the runs that messages came of last.
+
+    Flower keeps it until the SuperNode ends: run after run, a large model's clients would fill its memory.
+    """
+    latest = dict[int, None]()  # series of runs, the last one at the end
+
+    def changed(**words: Any) -> int | None:
+        run_id: int | None = pull(**words)
+        state = words["state"]
+        series = getattr(state.get_run(run_id), "series_id", None) if run_id else None
+        if series is not None:
+            latest.pop(series, None)
+            latest[series] = None
+            for old in [*latest][:-RUNS_KEPT]:
+                del latest[old]
+                if (context := state.get_run_series_context(old)) is not None:
+                    context.state = type(context.state)()
+        return run_id
 
     return changed
 

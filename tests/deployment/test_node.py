@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 RUN = 7
 pytestmark = pytest.mark.xdist_group("a node's own process")
@@ -145,3 +145,17 @@ def test_a_reply_does_not_wait_for_an_app_that_never_ends_nor_for_another_runs(m
     supernode.reply("the answer")
     supernode.push()
     assert supernode.sent == ["asked-the answer"]
+
+
+def test_what_apps_kept_of_earlier_runs_is_let_go(mended):
+    """But of the last few that messages came of, whichever began first."""
+    supernode, runs = Supernode(mended.flower), [1, 2, 3, 4, 5, 6, 3, 7, 8]
+    supernode.state.get_run = lambda number: SimpleNamespace(series_id=10 * number)
+    for run in {*runs}:
+        context = Context(run, 0, {}, RecordDict({"fedmom/own": ConfigRecord({"run": run})}), {})
+        supernode.state.set_run_series_context(10 * run, context)
+    pull = mended.node.of_few_runs(lambda state: runs.pop(0) if runs else None)
+    for _ in range(10):
+        pull(state=supernode.state)
+    held = [run for run in range(1, 9) if supernode.state.get_run_series_context(10 * run).state]
+    assert held == [3, 6, 7, 8]
