@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from both_sides import DIGITS, QUADRATIC, assert_same, by_engine, by_flower, fails
+from both_sides import DIGITS, QUADRATIC, assert_same, by_engine, by_flower
 from fedmom.records.files import CHECKPOINT, CLIENTS, FINAL, read_tensors
-from fedmom.records.history import read_rounds
 from fedmom.travel.table import CODECS
 from laws import table
 from strategies.replies import pack, unpack
@@ -130,81 +129,6 @@ def test_a_run_goes_on_from_the_servers_checkpoint_with_nodes_that_have_nothing(
         by_flower({**keys, "run.num-rounds": 7, "server.own-rows": "server"}, 5, resume=parts)
         by_engine({**keys, "run.num-rounds": 7}, out=tmp_path / case / "engine")
         same_files(parts, tmp_path / case / "engine")
-
-
-def test_a_message_that_is_sent_again_finds_what_its_round_began_with(tmp_path):
-    """The reply to round 2 is lost after client 1 has trained; it is asked once more."""
-    keys = {**QUADRATIC, **KEYS, **RARE, "algorithm.cohort-size": 5, "server.on-failure": "retry"}
-    lost = []
-
-    def fault(message, node):
-        second = message.metadata.message_type == "train" and message.content["config"]["server-round"] == 2
-        if not second or node["partition-id"] != 1 or lost:
-            return None
-
-        def lose(reply):
-            lost.append(reply)
-            reply.content["metrics"]["num-examples"] = -1.0  # refused
-            return reply
-
-        return lose
-
-    by_flower(keys, 5, {"fault": fault}, out=tmp_path / "nodes")
-    assert lost
-    by_engine(keys, out=tmp_path / "engine")
-    same_files(tmp_path / "nodes", tmp_path / "engine")
-
-
-def test_a_node_that_has_lost_its_rows_ends_the_run_and_says_how_to_go_on(tmp_path):
-    """Nothing is trained from another row; the last checkpoint is whole, and a resumed run ends with the same bytes."""
-    keys = {**QUADRATIC, **KEYS, "algorithm.momentum-policy": "local", "algorithm.cohort-size": 5}
-
-    def forgets(message, node):
-        if message.metadata.message_type == "train" and message.content["config"]["server-round"] == 4:
-            for context in grids[0].contexts.values():
-                if context.node_config["partition-id"] == 3:
-                    for name in [*context.state.array_records]:
-                        del context.state[name]
-
-    grids = []
-
-    class Fault:
-        def __call__(self, message, node):
-            return forgets(message, node)
-
-    from grids import LocalGrid
-
-    made = LocalGrid.__init__
-
-    def remember(self, *args, **options):
-        made(self, *args, **options)
-        grids.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalGrid, "__init__", remember)
-        result, _ = by_flower(keys, 5, {"fault": Fault()}, out=tmp_path / "parts")
-    assert result.status == "failed"
-    assert "client 3" in result.message
-    assert "resume the run from its last checkpoint" in result.message
-    assert len(read_rounds(tmp_path / "parts")) == 3
-    by_flower(keys, 5, resume=tmp_path / "parts")
-    by_flower(keys, 5, out=tmp_path / "whole")
-    for name in (FINAL, CLIENTS):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_proceed_goes_on_without_a_client_and_takes_its_row_up_where_it_was(tmp_path):
-    keys = {
-        **QUADRATIC,
-        **KEYS,
-        "algorithm.momentum-policy": "local",
-        "algorithm.cohort-size": 5,
-        "server.on-failure": "proceed",
-    }
-    for name, where in (("nodes", "nodes"), ("server", "server")):
-        options = {"fault": fails(3, ValueError("broken"))}
-        by_flower({**keys, "server.own-rows": where}, 5, options, out=tmp_path / name)
-    same_files(tmp_path / "nodes", tmp_path / "server")
 
 
 def test_nothing_is_asked_of_nodes_but_for_a_checkpoint_and_the_end(tmp_path):
