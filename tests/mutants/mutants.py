@@ -47,6 +47,7 @@ PARTS = {
     "failures": (
         "tests/flower/test_failures.py",
         "tests/flower/test_flower.py",
+        "tests/flower/test_lost_rows.py",
         "tests/flower/test_relay.py",
         "tests/flower/test_replies.py",
         "tests/flower/test_strategies_alone.py",
@@ -110,6 +111,7 @@ PLAIN = "fedmom.engine.engine.PlainRunner"
 BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.supervised.Supervised"
 FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
 RUN, STATUS, FILES = "fedmom.runs.execute._Run", "fedmom.records.status", "fedmom.records.files"
+LEDGER, LOST = "strategies.at_nodes.ledger", "tests/flower/test_lost_rows.py"
 PRSGDM, DSGDM, CLIENTS = "strategies.prsgdm.PRSGDM", "strategies.dsgdm.DSGDM", "strategies.fleet.Fleet"
 HELD_OUT, EVALUATION = "fedmom.data.given.held_out", "fedmom.tasks.evaluation"
 LOOK, RESULTS, OWN = "fedmom.rounds.clients", "fedmom.rounds.results", "fedmom.rounds.own"
@@ -2644,5 +2646,33 @@ MUTANTS = [
         "a run of local-adam with lion cannot go on",
         code("fedmom.config.method.named._settle_preset", "full in given or now != default or", "full in given or"),
         "tests/config/test_named.py::test_a_preset_with_another_optimizer_stays_so_whoever_resolves_it_again",
+    ),
+    Mutant(
+        "failures",
+        "rows are brought as nodes have them now",
+        "a checkpoint of one round has the rows of the next",
+        code(f"{LEDGER}.Ledger.there", "self.since.copy()", "self.since"),
+        f"{LOST}::test_what_is_saved_of_a_round_is_not_of_the_next_one_that_clients_have_trained_meanwhile",
+    ),
+    Mutant(
+        "failures",
+        "every row that was ever made is asked for",
+        "a node that starts anew ends a run that needs nothing of it",
+        code(f"{LEDGER}.Ledger.counts", "(newer or bool(self.turns.states))", "True"),
+        f"{LOST}::test_a_row_that_says_nothing_any_more_is_not_missed",
+    ),
+    Mutant(
+        "failures",
+        "states that nobody asked a node for are taken",
+        "they are put in the place of the clients' own",
+        code("strategies.at_nodes.rounds.Sends._accept", "states={}, ", ""),
+        f"{LOST}::test_a_reply_that_says_something_else_is_refused_in_one_line",
+    ),
+    Mutant(
+        "failures",
+        "a node looks through all of its records for one",
+        "a round takes the square of its clients",
+        code("clients.kept.ContextStore.read", "self.state[", "self.state.array_records["),
+        f"{LOST}::test_a_node_looks_at_no_other_record_for_one",
     ),
 ]
