@@ -2114,7 +2114,7 @@ MUTANTS = [
         "personal",
         "what stays is counted as sent",
         "bytes_sent has the personal tensors too",
-        code(f"{LOOP}.after_round", "sent = begun._replace", "sent = done.state._replace"),
+        code(f"{LOOP}.after_round", "done.outer, begun._replace", "done.outer, done.state._replace"),
         PLAIN_ROUNDS,
     ),
     Mutant(
