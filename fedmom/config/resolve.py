@@ -213,8 +213,8 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
     )
     if server.own_rows == "nodes" and not keeps_at_nodes(config, leaves=True):
         notes.append(
-            "server.own-rows = 'nodes': the server keeps the rows all the same under Algorithm 2, a strategy of Flower's, "
-            "and a period of x with an I that changes"
+            "server.own-rows = 'nodes': under Algorithm 2, a strategy of Flower's, and a period of x with an I that "
+            "changes, the server keeps the rows all the same"
         )
     idle = [name for name in idle_keys(server.strategy) if name in given and flat(config)[name] != KEYS[name].default]
     if idle:
