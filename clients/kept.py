@@ -17,11 +17,16 @@ class ContextStore:
         self.state = state
 
     def names(self) -> Iterable[str]:
-        return [name.removeprefix(_OURS) for name in self.state.array_records if name.startswith(_OURS)]
+        return [name.removeprefix(_OURS) for name in self.state if name.startswith(_OURS)]
+
+    def __contains__(self, name: object) -> bool:
+        return f"{_OURS}{name}" in self.state
 
     def read(self, name: str) -> Tree:
         """Tensors that share the memory of the record: for reading only."""
-        return read_arrays(self.state.array_records[_OURS + name])
+        record = self.state[_OURS + name]  # not of `array_records`, which is made of all records at every call
+        assert isinstance(record, ArrayRecord)
+        return read_arrays(record)
 
     def write(self, name: str, tree: Tree) -> None:
         self.state[_OURS + name] = record_of(tree, bundled=True)

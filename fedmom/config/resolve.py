@@ -211,6 +211,11 @@ def _check_strategy(config: Config, given: frozenset[str], notes: list[str]) -> 
         trim=server.trim,
         num_malicious=server.num_malicious,
     )
+    if server.own_rows == "nodes" and not keeps_at_nodes(config, leaves=True):
+        notes.append(
+            "server.own-rows = 'nodes': under Algorithm 2, a strategy of Flower's, and a period of x with an I that "
+            "changes, the server keeps the rows all the same"
+        )
     idle = [name for name in idle_keys(server.strategy) if name in given and flat(config)[name] != KEYS[name].default]
     if idle:
         notes.append(f"server.strategy = {server.strategy!r} does not read {', '.join(idle)}: it changes nothing")

@@ -39,7 +39,7 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
 
     begun, weights = shared_of(problem, done.state), plan.weights_of(problem.sizes)
     share = float(job.weights.sum()) / float(weights.sum())
-    mean, outer = outcome.mean, done.outer
+    mean, outer, sent = outcome.mean, done.outer, begun._replace(correction=outcome.mean.correction)
     if job.scales is not None and not everybody:
         mean = mean._replace(params=of_a_cohort(begun.params, mean.params, job.weights, job.scales))
     sent_down = begun if done.reference is None else clients_start(begun, done.reference)
@@ -51,7 +51,6 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
     if received is not None and reference is not None:
         received += plan.bytes_received(done.round, len(problem.sizes), begun)
         reference, message = next_reference(plan.codecs_down, reference, state, plan.seed, done.round + 1)
-    sent = begun._replace(correction=outcome.mean.correction)
     own = next_rows(problem, plan.method, done.state, done.own, job, outcome)
     whole = None
     if own is not None and any(seen := means_of_all(problem, own, everybody)):

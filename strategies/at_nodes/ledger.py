@@ -64,6 +64,15 @@ class Ledger:
         """Of clients that began with the row they were given those that should have had a newer one."""
         return [client for client in clients if client not in self._to_give]
 
+    def there(self) -> np.ndarray:
+        """[N] the round of the row that every client's node has now; 0: none that the server has not.
+
+        A copy: what is brought later, when another round has begun, must be of this one.
+        """
+        found = self.since.copy()
+        found[[*self._to_give]] = 0
+        return found
+
     @property
     def known_round(self) -> int:
         return self._known[0]
@@ -72,21 +81,23 @@ class Ledger:
         """Whether any of these took part in round 1, 2, … in this process."""
         return any(self.since[client] == number and client not in self._to_give for client in clients)
 
-    def held(self, clients: Iterable[int]) -> list[int]:
-        """Of clients of one node those that it has rows of."""
-        return [client for client in clients if self.since[client] and client not in self._to_give]
+    def counts(self, since: int, number: int) -> bool:
+        """Whether a row of round `since` says anything after round 1, 2, …: not all agreed on it later."""
+        newer = any(since > self.turns.agreed(flat, number) for flat in self.turns.own(number))
+        return since > 0 and (newer or bool(self.turns.states))
 
-    def rows(self, number: int, brought: Callable[[int], Tree | None]) -> tuple[Tree, Tree]:
+    def rows(self, number: int, there: np.ndarray, brought: Callable[[int], Tree | None]) -> tuple[Tree, Tree]:
         """([N, ...] what clients have of their own after round 1, 2, …, their states of a correction [N, ...]).
 
-        brought: a client's row, of one whose node has it; None where it did not come: then the last known one.
+        there: as nodes had them then; brought: a client's row, of one whose node has it; None where it did not come:
+        then the last known one.
         """
         form, turns = self.turns.own(number), self.turns
         own = {flat: torch.empty(rows.shape, dtype=rows.dtype) for flat, rows in form.items()}
         states = {name: torch.empty(self.num_clients, *v.shape, dtype=v.dtype) for name, v in turns.states.items()}
         for client in range(self.num_clients):
-            since = int(self.since[client])
-            held = since > 0 and client not in self._to_give
+            since = int(there[client])
+            held = since > 0
             row = (brought(client) if held else None) or self._row(client, number)
             for flat in own:
                 newer = not held or since > turns.agreed(flat, number)

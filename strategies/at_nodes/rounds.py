@@ -1,10 +1,11 @@
 """The round loop's rounds over Flower's nodes that keep their clients' rows, and the rows' way to a checkpoint."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from logging import WARNING
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -22,9 +23,8 @@ from fedmom.travel.feedback import Senders
 from fedmom.travel.messages import read
 
 from ..backends import outcome_of, tell
-from ..fleet import Holder
 from ..prsgdm import PRSGDM, TrainedRound
-from ..replies import ARRAYS, CONFIG, Update, accept, check, pack, shares_memory, span_of, unpack, wanted_by
+from ..replies import ABOUT, ARRAYS, CONFIG, Update, accept, check, pack, shares_memory, span_of, unpack, wanted_by
 from .ledger import Ledger
 
 _GIVEN, _MEAN = "given", "mean"  # names of records
@@ -50,7 +50,11 @@ class Sends(PRSGDM):
 
     def _accept(self, clients: Sequence[int], reply: Message) -> Update:
         read = partial(self.read, clients)
-        return accept(reply, self._expected, clients=clients, own={}, read=read, **self.wanted)
+        update = accept(reply, self._expected, clients=clients, own={}, states={}, read=read, **self.wanted)
+        for name, kind in (("given", list), ("broken", str)):
+            if not isinstance(update.about.get(name, kind()), kind):
+                raise ValueError(f"its record {ABOUT!r} has a {name} that is no {'text' if kind is str else 'list'}")
+        return update
 
 
 class RoundsAtNodes(Backend):
@@ -157,18 +161,25 @@ class RoundsAtNodes(Backend):
         if not absent and not own:
             return outcome
 
+        there = self.ledger.there()
+
         def fetch() -> Fetched:
-            return self._fetch(outcome.mean, absent, job.round_index + 1, trained)
+            return self._fetch(outcome.mean, absent, job.round_index + 1, trained, there)
 
         return outcome._replace(absent=absent, fetch=fetch)
 
     # What nodes keep
 
-    def _fetch(self, mean: ClientState, absent: frozenset[str], number: int, trained: TrainedRound) -> Fetched:
+    def _fetch(
+        self, mean: ClientState, absent: frozenset[str], number: int, trained: TrainedRound, there: np.ndarray
+    ) -> Fetched:
         """The whole mean, and every client's rows, from the nodes. Raises ClientsFailedError by the policy."""
-        weights = {answer.about["clients"][0]: answer.weight for answer in trained.answers}
-        means, rows = self._ask(number if absent else 0, {*weights})
-        own, states = self.ledger.rows(number, rows.get)
+        blocks = {answer.about["clients"][0]: len(answer.about["clients"]) for answer in trained.answers}
+        form = {flat: self.turns.begin[flat] for flat in absent}
+        alone = {flat: value for flat, value in form.items() if flat not in self.turns.own(number)}
+        forms = {first: form if size > 1 else alone for first, size in blocks.items()} if absent else {}
+        means, rows = self._ask(number, forms, there)
+        own, states = self.ledger.rows(number, there, rows.get)
         whole = flatten(mean)
         if absent:
             looked_at = WeightedMean(self.plan.method.running_var)
@@ -186,33 +197,35 @@ class RoundsAtNodes(Backend):
             correction=states or None,
         )
 
-    def _ask(self, number: int, firsts: set[int]) -> tuple[dict[int, Tree], dict[int, Tree]]:
-        """({the first client of a block: the mean of what it did not send}, {client: its row}).
+    def _ask(
+        self, number: int, forms: Mapping[int, Tree], there: np.ndarray
+    ) -> tuple[dict[int, Tree], dict[int, Tree]]:
+        """({the first client of a block: the mean of what it did not send}, {client: its row}) after a round.
 
-        number: the round that blocks are asked for; 0: for none. firsts: the first client of each block of it.
+        forms: by the first client of each block whose mean is asked for, what it must have; there: the ledger's.
         """
         messages, wants = list[Message](), dict[tuple[int, ...], int]()
         for holder in self.strategy.fleet.holders:
-            clients, since = self._held(holder)
-            first = next((client for client in holder.clients if client in firsts), -1)
+            first = next((client for client in holder.clients if client in forms), -1)
+            clients = [c for c in holder.clients if c == first or self.ledger.counts(int(there[c]), number)]
             if not clients:
                 continue
             wants[(*clients,)] = first
+            since = [int(there[client]) for client in clients]
             asked = ConfigRecord({"clients": clients, "since": since, "mean": number if first >= 0 else 0})
             content = RecordDict({CONFIG: asked})
             messages.append(Message(content, message_type=MessageType.QUERY, dst_node_id=holder.node_id))
         means, rows = dict[int, Tree](), dict[int, Tree]()
 
         def accept(clients: Sequence[int], reply: Message) -> bool:
-            records = reply.content.array_records
+            records, first = reply.content.array_records, wants[(*clients,)]
             for client in clients:
                 found = unpack(records.get(f"own/{client}", ArrayRecord()))
-                check("own row", found, self._form(client))
+                check("own row", found, self._form(int(there[client])))
                 rows[client] = found
-            first = wants[(*clients,)]
-            if number and first >= 0:
+            if first >= 0:
                 found = unpack(records.get(_MEAN, ArrayRecord()))
-                check("mean", found, {flat: self.turns.begin[flat] for flat in found if flat in self.turns.begin})
+                check("mean", found, forms[first])
                 means[first] = found
             return True
 
@@ -222,11 +235,7 @@ class RoundsAtNodes(Backend):
             pass
         return means, rows
 
-    def _held(self, holder: Holder) -> tuple[list[int], list[int]]:
-        clients = self.ledger.held(holder.clients)
-        return clients, [int(self.ledger.since[client]) for client in clients]
-
-    def _form(self, client: int) -> Tree:
-        """What a client's row must have."""
-        own = {flat: rows[client] for flat, rows in self.turns.own(int(self.ledger.since[client])).items()}
+    def _form(self, since: int) -> Tree:
+        """What a client's row of a round must have."""
+        own = {flat: rows[0] for flat, rows in self.turns.own(since).items()}
         return own | {STATES + name: value for name, value in self.turns.states.items()}

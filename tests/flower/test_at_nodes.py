@@ -3,14 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from flwr.app import RecordDict
 
-import both_sides
-from both_sides import DIGITS, QUADRATIC, assert_same, by_engine, by_flower, fails
+from both_sides import DIGITS, QUADRATIC, assert_same, by_engine, by_flower
 from fedmom.records.files import CHECKPOINT, CLIENTS, FINAL, read_tensors
-from fedmom.records.history import read_rounds
 from fedmom.travel.table import CODECS
-from grids import LocalGrid
 from laws import table
 from strategies.replies import pack, unpack
 
@@ -133,97 +129,6 @@ def test_a_run_goes_on_from_the_servers_checkpoint_with_nodes_that_have_nothing(
         by_flower({**keys, "run.num-rounds": 7, "server.own-rows": "server"}, 5, resume=parts)
         by_engine({**keys, "run.num-rounds": 7}, out=tmp_path / case / "engine")
         same_files(parts, tmp_path / case / "engine")
-
-
-def test_a_message_that_is_sent_again_finds_what_its_round_began_with(tmp_path):
-    """The reply to round 2 is lost after client 1 has trained; it is asked once more."""
-    keys = {**QUADRATIC, **KEYS, **RARE, "algorithm.cohort-size": 5, "server.on-failure": "retry"}
-    lost = []
-
-    def fault(message, node):
-        second = message.metadata.message_type == "train" and message.content["config"]["server-round"] == 2
-        if not second or node["partition-id"] != 1 or lost:
-            return None
-
-        def lose(reply):
-            lost.append(reply)
-            reply.content["metrics"]["num-examples"] = -1.0  # refused
-            return reply
-
-        return lose
-
-    by_flower(keys, 5, {"fault": fault}, out=tmp_path / "nodes")
-    assert lost
-    by_engine(keys, out=tmp_path / "engine")
-    same_files(tmp_path / "nodes", tmp_path / "engine")
-
-
-def by_nodes_that_forget(keys, client, number, before=lambda message, node: None, **where):
-    """The run by five nodes; before a round that of `client` loses what it keeps. `before`: a fault beside it."""
-    grids, times = [], []
-
-    class Grid(LocalGrid):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            grids.append(self)
-
-    def fault(message, node):
-        train = message.metadata.message_type == "train"
-        if train and message.content["config"]["server-round"] == number and not times:
-            times.append(number)
-            for context in grids[0].contexts.values():
-                if context.node_config["partition-id"] == client:
-                    context.state = RecordDict()
-        return before(message, node)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(both_sides, "LocalGrid", Grid)
-        return by_flower(keys, 5, {"fault": fault}, **where)[0]
-
-
-def test_a_node_that_has_lost_its_rows_ends_the_run_and_says_how_to_go_on(tmp_path):
-    """Nothing is trained from another row; the last checkpoint is whole, and a resumed run ends with the same bytes."""
-    for case, lost in (("local", "what the client had of its own after"), ("codecs", "what all began with in")):
-        whole, parts = tmp_path / case / "whole", tmp_path / case / "parts"
-        keys = {**QUADRATIC, **KEYS, **CASES[case], "algorithm.cohort-size": 5, "algorithm.client-weights": "uniform"}
-        if case == "codecs":  # to ask for ever would not bring it back
-            keys |= {"server.on-failure": "retry", "server.retries": 1000}
-        result = by_nodes_that_forget(keys, 3, 4, out=parts)
-        assert result.status == "failed"
-        assert f"client 3: this node has not {lost} round 3" in result.message
-        assert "resume the run from its last checkpoint" in result.message
-        assert ("(3 tries)" in result.message) == (case == "codecs")
-        assert len(read_rounds(parts)) == 3
-        by_flower(keys, 5, resume=parts)
-        by_flower(keys, 5, out=whole)
-        for name in (FINAL, CLIENTS):
-            assert (parts / name).read_bytes() == (whole / name).read_bytes()
-
-
-def test_proceed_takes_up_what_the_server_had_where_a_node_has_lost_it(tmp_path, caplog):
-    """Client 3 fails in round 3 and its node starts anew: what it had is in the checkpoint of round 2."""
-    keys = {**QUADRATIC, **KEYS, "algorithm.momentum-policy": "local", "algorithm.cohort-size": 5}
-    keys |= {"server.on-failure": "proceed"}
-    with caplog.at_level("WARNING", "flwr"):
-        by_nodes_that_forget(keys, 3, 4, fails(3, ValueError("broken"), rounds=(3,)), out=tmp_path / "nodes")
-    assert "client 3: its node had lost what the client had of its own after round 2" in caplog.text
-    options = {"fault": fails(3, ValueError("broken"), rounds=(3,))}
-    by_flower({**keys, "server.own-rows": "server"}, 5, options, out=tmp_path / "server")
-    same_files(tmp_path / "nodes", tmp_path / "server")
-
-
-def test_proceed_goes_on_without_a_client_and_takes_its_row_up_where_it_was(tmp_path):
-    keys = {
-        **QUADRATIC,
-        **KEYS,
-        "algorithm.momentum-policy": "local",
-        "algorithm.cohort-size": 5,
-        "server.on-failure": "proceed",
-    }
-    for name, where in (("nodes", "nodes"), ("server", "server")):
-        options = {"fault": fails(3, ValueError("broken"))}
-        by_flower({**keys, "server.own-rows": where}, 5, options, out=tmp_path / name)
-    same_files(tmp_path / "nodes", tmp_path / "server")
 
 
 def test_nothing_is_asked_of_nodes_but_for_a_checkpoint_and_the_end(tmp_path):

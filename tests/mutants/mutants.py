@@ -53,6 +53,7 @@ PARTS = {
     "failures": (
         "tests/flower/test_failures.py",
         "tests/flower/test_flower.py",
+        "tests/flower/test_lost_rows.py",
         "tests/flower/test_relay.py",
         "tests/flower/test_replies.py",
         "tests/flower/test_strategies_alone.py",
@@ -117,6 +118,7 @@ PLAIN = "fedmom.engine.engine.PlainRunner"
 BATCHES, PARTITION, TASK = "fedmom.data.batches", "fedmom.data.partition", "fedmom.tasks.supervised.Supervised"
 FOLDER, HISTORY, IDENTITY = "fedmom.records.folder.RunFolder", "fedmom.records.history", "fedmom.records.identity"
 RUN, STATUS, FILES = "fedmom.runs.execute._Run", "fedmom.records.status", "fedmom.records.files"
+LOST = "tests/flower/test_lost_rows.py"
 PRSGDM, DSGDM, CLIENTS = "strategies.prsgdm.PRSGDM", "strategies.dsgdm.DSGDM", "strategies.fleet.Fleet"
 HELD_OUT, EVALUATION = "fedmom.data.given.held_out", "fedmom.tasks.evaluation"
 LOOK, RESULTS, OWN = "fedmom.rounds.clients", "fedmom.rounds.results", "fedmom.rounds.own"
@@ -1625,7 +1627,7 @@ MUTANTS = [
         "failures",
         "NaN is averaged",
         "an update that is not finite is taken",
-        code("strategies.replies._check", "if not (value.sum()", "if False and not (value.sum()"),
+        code("strategies.replies.check", "if not (value.sum()", "if False and not (value.sum()"),
         "tests/flower/test_failures.py::test_a_refused_update_is_named_there_too",
     ),
     Mutant(
@@ -1663,7 +1665,7 @@ MUTANTS = [
         "clients' momenta in the nodes' order",
         "under `local` a node that holds every other client mixes them up",
         code(
-            "strategies.backends._outcome",
+            "strategies.backends.outcome_of",
             "torch.cat([tree[name] for tree in found])[order]",
             "torch.cat([tree[name] for tree in found])",
         ),
@@ -2121,7 +2123,7 @@ MUTANTS = [
         "personal",
         "what stays is counted as sent",
         "bytes_sent has the personal tensors too",
-        code(f"{LOOP}.after_round", "sent = begun._replace", "sent = done.state._replace"),
+        code(f"{LOOP}.after_round", "done.outer, begun._replace", "done.outer, done.state._replace"),
         PLAIN_ROUNDS,
     ),
     Mutant(
@@ -2223,7 +2225,7 @@ MUTANTS = [
         "nodes",
         "a row counts for ever",
         "clients go on from a u that was averaged since",
-        code(f"{TURNS}.agreed", "number -= 1", "number = 0"),
+        code(f"{TURNS}._last_exchange", "number -= 1", "number = 0"),
         f"{AT_NODES}::test_rounds_of_quadratics_are_the_engines_and_messages_carry_what_is_counted",
     ),
     Mutant(
@@ -2245,7 +2247,7 @@ MUTANTS = [
         "a round writes over the rows that it began with",
         "a message that comes twice finds nothing",
         code("fedmom.backends.at_nodes.node.keep", " and name not in last", ""),
-        f"{AT_NODES}::test_a_message_that_is_sent_again_finds_what_its_round_began_with",
+        f"{LOST}::test_a_message_that_is_sent_again_finds_what_its_round_began_with",
     ),
     Mutant(
         "nodes",
@@ -2256,7 +2258,7 @@ MUTANTS = [
             "if since > turns.agreed(flat, index):",
             "if since > turns.agreed(flat, index) and _name(client, since) in store.names():",
         ),
-        f"{AT_NODES}::test_a_node_that_has_lost_its_rows_ends_the_run_and_says_how_to_go_on",
+        f"{LOST}::test_a_node_that_has_lost_its_rows_ends_the_run_and_says_how_to_go_on",
     ),
     Mutant(
         "nodes",
@@ -2284,7 +2286,7 @@ MUTANTS = [
         "a client that failed is as sure as any",
         "its node is not given what the server has",
         code(f"{LEDGER}.silent", "|= {*clients}", "&= {*clients}"),
-        f"{AT_NODES}::test_proceed_takes_up_what_the_server_had_where_a_node_has_lost_it",
+        f"{LOST}::test_proceed_takes_up_what_the_server_had_where_a_node_has_lost_it",
     ),
     Mutant(
         "nodes",
@@ -2752,5 +2754,33 @@ MUTANTS = [
         "optimizer = 'sgd' is lost where data.num-clients = 0",
         code("fedmom.config.resolve.resolve", "= settle_named(", "= config if not here else settle_named("),
         "tests/deployment/test_checks.py::test_all_natural_clients_are_counted_where_the_data_are",
+    ),
+    Mutant(
+        "failures",
+        "rows are brought as nodes have them now",
+        "a checkpoint of one round has the rows of the next",
+        code(f"{LEDGER}.there", "self.since.copy()", "self.since"),
+        f"{LOST}::test_what_is_saved_of_a_round_is_not_of_the_next_one_that_clients_have_trained_meanwhile",
+    ),
+    Mutant(
+        "failures",
+        "every row that was ever made is asked for",
+        "a node that starts anew ends a run that needs nothing of it",
+        code(f"{LEDGER}.counts", "(newer or bool(self.turns.states))", "True"),
+        f"{LOST}::test_a_row_that_says_nothing_any_more_is_not_missed",
+    ),
+    Mutant(
+        "failures",
+        "states that nobody asked a node for are taken",
+        "they are put in the place of the clients' own",
+        code("strategies.at_nodes.rounds.Sends._accept", "states={}, ", ""),
+        f"{LOST}::test_a_reply_that_says_something_else_is_refused_in_one_line",
+    ),
+    Mutant(
+        "failures",
+        "a node looks through all of its records for one",
+        "a round takes the square of its clients",
+        code("clients.kept.ContextStore.read", "self.state[", "self.state.array_records["),
+        f"{LOST}::test_a_node_looks_at_no_other_record_for_one",
     ),
 ]

@@ -26,6 +26,8 @@ class Store(Protocol):
 
     def names(self) -> Iterable[str]: ...
 
+    def __contains__(self, name: object) -> bool: ...
+
     def read(self, name: str) -> Tree: ...
 
     def write(self, name: str, tree: Tree) -> None: ...
@@ -77,7 +79,7 @@ def _row(turns: Turns, asked: Asked, place: int, arrays: Tree, store: Store, giv
 
     def mine(flat: str) -> torch.Tensor:
         nonlocal kept
-        if kept is None and client in asked.given and _name(client, since) not in store.names():
+        if kept is None and client in asked.given and _name(client, since) not in store:
             kept = asked.given[client]
             given.append(client)
         elif kept is None:
@@ -114,11 +116,11 @@ def row_of_round(store: Store, client: int, number: int) -> Tree:
 
 def keep(turns: Turns, asked: Asked, outcome: Outcome, store: Store) -> str:
     """Put the rows of a round beside those that it began with -> the part that is NaN or infinite in them, or ""."""
-    last = {_name(client, since) for client, since in zip(asked.clients, asked.since, strict=True)}
+    last, these = {*map(_name, asked.clients, asked.since)}, {*asked.clients}
     for name in [*store.names()]:
         kind, _, rest = name.partition("/")
         client, _, number = rest.rpartition("/")
-        of_these = kind == _OWN and int(client) in asked.clients and name not in last
+        of_these = kind == _OWN and int(client) in these and name not in last
         if of_these or (kind != _OWN and int(number) < asked.number - 1):
             store.drop(name)
     own = {} if outcome.own is None else flatten(outcome.own)
@@ -159,7 +161,7 @@ def told(turns: Turns, asked: Asked, arrays: Tree, before: int, store: Store) ->
 
 def _there(store: Store, name: str, client: int) -> str:
     """The name, if there is such a thing here."""
-    if name not in store.names():
+    if name not in store:
         kind, _, number = name.rpartition("/")
         what = "what all began with in" if kind == _REFERENCE else "what the client had of its own after"
         raise InputError(
@@ -172,6 +174,6 @@ def _there(store: Store, name: str, client: int) -> str:
 def mean_of_round(store: Store, number: int) -> Tree:
     """The mean of this node's clients of what they did not send in a round. Raises InputError where it is not here."""
     name = f"{_MEAN}/{number}"
-    if name not in store.names():
+    if name not in store:
         raise InputError(f"this node has nothing of round {number} {LOST}; resume the run")
     return store.read(name)

@@ -29,9 +29,18 @@ class Turns:
         first = rows_after(problem, plan.method, begin, 0)
         self.first = flatten(to_device(first, "cpu")) if first is not None else {}  # [N, ...], one copy in memory
         self.shared = [flat for flat in self.begin if not self._is_personal(flat)]
+        self._forms = dict[int, Tree]()  # the last of `own`, which is asked for every client
+        self._agreed = dict[tuple[str, int], int]()  # the last ones of `agreed`, which is asked for every node
 
     def agreed(self, flat: str, number: int) -> int:
         """The last of the rounds 1 … `number` at whose end clients agreed on a tensor; 0: none since the beginning."""
+        if (flat, number) not in self._agreed:
+            if len(self._agreed) > 4 * (len(self.begin) + len(self.first)):
+                self._agreed.clear()
+            self._agreed[flat, number] = self._last_exchange(flat, number)
+        return self._agreed[flat, number]
+
+    def _last_exchange(self, flat: str, number: int) -> int:
         part, _, name = flat.partition("/")
         if is_kept(name) or self._is_personal(flat):
             return 0
@@ -66,8 +75,10 @@ class Turns:
 
     def own(self, number: int) -> Tree:
         """[N, ...] the form of what clients have of their own after round 1, 2, …, 0: before them."""
-        found = own_after(self.problem, self.plan, number)
-        return {} if found is None else flatten(found)
+        if number not in self._forms:
+            found = own_after(self.problem, self.plan, number)
+            self._forms = {number: {} if found is None else flatten(found)}
+        return self._forms[number]
 
     def first_value(self, flat: str, client: int) -> Tensor:
         """What a client begins with of a tensor that nobody tells it."""
