@@ -92,6 +92,13 @@ def test_an_optimizer_stands_beside_sgd_in_its_fastest_chunks():
     assert "| adagrad | 60 (0.20, × 4) |" in text
 
 
+def test_what_a_run_does_not_say_of_the_wire_is_no_zero():
+    import wire
+
+    row = {"what": "x", "said up": 4e6, "for the checkpoint": 0, "seen up": 4.01e6, "said down": None, "seen down": 5e6}
+    assert wire.table([row]).splitlines()[-1] == "| x | 4.00 | 0.00 | 4.01 | – | 5.00 |"
+
+
 # --- the paper's experiment -----------------------------------------------------------------------------------
 
 
