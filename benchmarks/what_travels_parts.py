@@ -33,15 +33,20 @@ class Part(NamedTuple):
     steps: int  # T, of every client in every row
     every: int  # steps between two evaluations
     rows: Mapping[str, Row]
-    lrs: Mapping[str, Sequence[float]]  # {optimizer: the three that are tried}
+    lrs: Mapping[str, Sequence[float]]  # {optimizer: those of which a row tries three}
     measure: str = "test_accuracy"
     scale: float = 100.0  # what the measure is multiplied by
     file: str = ""  # the data set's file in the folder of the results, where the part brings one
 
     def rates(self, row: str, interval: int) -> tuple[float, ...]:
-        """The three that are tried. u that is reset after a few steps never grows to 1 / (1 − β) = 10 times g."""
-        found = self.lrs[self.rows[row].optimizer]
-        return tuple(round(3 * lr, 6) for lr in found) if row == "u reset" and interval <= 4 else tuple(found)
+        """The three that are tried, of a longer list: smaller ones where I is large.
+
+        Larger ones where u is reset after a few steps, for it never grows to 1 / (1 − β) = 10 times g.
+        """
+        every = self.lrs[self.rows[row].optimizer]
+        first = (interval < 64) + (row == "u reset" and interval <= 4)
+        first = min(first, len(every) - 3)
+        return tuple(every[first : first + 3])
 
 
 SGD = {
@@ -87,8 +92,8 @@ FASHION = {
     "engine.chunk-size": 10,
 }
 SKEWED, ALIKE = {"data.alpha": 0.3}, {"data.partition": "iid"}
-LRS = {"sgd": (0.01, 0.03, 0.1), "adamw": (0.0005, 0.0015, 0.005)}
-WORKERS, TOY_STEPS, SIGMA = 256, 6912, 1.5
+LRS = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "adamw": (0.0005, 0.0015, 0.005)}
+WORKERS, TOY_STEPS, SIGMA = 256, 3840, 1.5
 
 PARTS = {
     "fashion": Part(
@@ -135,7 +140,7 @@ PARTS = {
             "engine.chunk-size": WORKERS,
         },
         *({"noise": {}}, (4,), TOY_STEPS, 192, {name: Row("adam", states) for name, states in TOY.items()}),
-        {"adam": (0.001, 0.003, 0.01)},
+        {"adam": (0.01, 0.03, 0.1)},
         *("test_loss", 1.0),
         file="toy.npz",
     ),

@@ -10,16 +10,20 @@ from fedmom.results.pictures.style import COLOURS, DASHES, MARKERS, add_legend, 
 
 Line = dict[str, Any]
 Found = Mapping[Any, Sequence[Line]]  # {cell: its runs at the best learning rate}
-LAST = 3  # evaluations whose mean is a run's value: one alone jumps where clients are skewed
 STEPS, SENT, VALUE = range(3)  # of a point of a curve
 # What a table compares its rows with, if these are of another part.
 BESIDE = {"codecs": ("fashion", ("u average", "m, v average"))}
 
 
+def last_quarter(count: int) -> int:
+    """Of so many evaluations, those whose mean is a run's value: one alone jumps where clients are skewed."""
+    return max(1, round(count / 4))
+
+
 def value(line: Line, most: float | None = None) -> float | None:
-    """The mean of the last evaluations, or of the last until when clients had sent so many MB; None where none was."""
+    """The mean of the last quarter of the evaluations, of all or of those until so many MB were sent; None of none."""
     points = [point[VALUE] for point in line["curve"] if most is None or point[SENT] <= most * (1 + 1e-6)]
-    return fmean(points[-LAST:]) if points else None
+    return fmean(points[-last_quarter(len(points)) :]) if points else None
 
 
 def shown(lines: Sequence[Line], digits: str, most: float | None = None) -> str:
