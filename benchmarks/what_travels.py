@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -255,6 +256,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS), metavar="NAME")
     parser.add_argument("--rows", nargs="*", default=[], metavar="WORD", help="rows with one of these in their names")
+    parser.add_argument("--intervals", nargs="*", type=int, default=[], metavar="I", help="cells with one of these I")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--draw", action="store_true", help="run nothing: tables and pictures of what is there")
@@ -265,13 +267,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     options.out = options.out.resolve()
     os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which also ends the processes of the pool
     if not options.draw:
         there = options.cifar is not None or (options.out / "data" / PARTS["cifar"].file).exists()
         parts = [part for part in options.parts if part != "cifar" or there]
-        for part in parts:
-            write_data(part, options.out / "data" / PARTS[part].file, options.cifar)
+        try:
+            for part in parts:
+                write_data(part, options.out / "data" / PARTS[part].file, options.cifar)
+        except fedmom.InputError as error:
+            sys.exit(str(error))
         options.out.mkdir(parents=True, exist_ok=True)
-        cells = cells_of(parts, options.rows)
+        cells = [c for c in cells_of(parts, options.rows) if not options.intervals or c.interval in options.intervals]
         work(one_of_each(cells, read(options.out)), cells, options)
         print(budget(cells, read(options.out), options.seeds, options.jobs), file=sys.stderr, flush=True)
         work(None, cells, options)

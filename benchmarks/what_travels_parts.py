@@ -92,7 +92,7 @@ FASHION = {
     "engine.chunk-size": 10,
 }
 SKEWED, ALIKE = {"data.alpha": 0.3}, {"data.partition": "iid"}
-LRS = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "adamw": (0.0005, 0.0015, 0.005)}
+LRS = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "adamw": (0.00015, 0.0005, 0.0015, 0.005)}
 WORKERS, TOY_STEPS, SIGMA = 256, 3840, 1.5
 
 PARTS = {
