@@ -97,6 +97,16 @@ def tables(parts: Mapping[str, Any], found: Found) -> str:
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
+def policy(row: str) -> str:
+    """What a row of SGD's and a row of AdamW's have in common: "u local" and "m, v local" are local."""
+    return row.removeprefix("u ").removeprefix("m, v ")
+
+
+def looks(part: Any) -> dict[str, dict[str, Any]]:
+    """{policy: how its line is drawn}, in both optimizers' panels."""
+    return {name: look(place) for place, name in enumerate(dict.fromkeys(map(policy, part.rows)))}
+
+
 def look(place: int) -> dict[str, Any]:
     return {
         "color": COLOURS[place % len(COLOURS)],
@@ -127,26 +137,32 @@ def rows_by_optimizer(part: Any) -> dict[str, list[str]]:
 
 def bytes_figure(part: Any, found: Found) -> Any:
     """Accuracy over the MB that were sent until then: optimizers below one another, I side by side, skewed clients."""
+    from matplotlib.ticker import LogLocator
+
     cells = {(c.interval, c.data, c.row): lines for c, lines in found.items() if c.part == "fashion"}
     groups, data = rows_by_optimizer(part), next(iter(part.data))
     figure = new_figure(9.6, 6.4)
     panels = figure.subplots(len(groups), len(part.intervals), sharey="row")
     for line, (optimizer, rows) in zip(panels, groups.items(), strict=True):
         for axes, interval in zip(line, part.intervals, strict=True):
-            for place, row in enumerate(rows):
+            for row in rows:
                 runs = [run["curve"] for run in cells.get((interval, data, row), []) if run["curve"]]
                 if not runs:
                     continue
                 points = list(zip(*runs, strict=True))  # [points, seeds, 3]
-                axes.plot([at[0][SENT] for at in points], [fmean(p[VALUE] for p in at) for at in points], **look(place))
+                x, y = [at[0][SENT] for at in points], [fmean(p[VALUE] for p in at) for at in points]
+                axes.plot(x, y, **looks(part)[policy(row)])
             axes.set_title(f"{optimizer}, I = {interval}", fontsize=9, loc="left")
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
             plain_axes(axes)
         line[0].set_ylabel("Test accuracy (%)")
         line[0].set_ylim(bottom=20)
     for axes in panels[-1]:
         axes.set_xlabel("MB that all clients sent")
-    legend_of(figure, groups, f"Fashion-MNIST, {data} clients: means over seeds")
+    legend_of(figure, part, f"Fashion-MNIST, {data} clients: means over seeds")
     return figure
 
 
@@ -167,7 +183,9 @@ def steps_figure(part: Any, found: Found) -> Any:
                 error = [stdev(values) if len(values) > 1 else 0.0 for values in ends.values()]
                 shift = 1.03 ** (place - len(rows) / 2)
                 x = [shift * interval for interval in ends]
-                axes.errorbar(x, [fmean(values) for values in ends.values()], error, capsize=2, **look(place))
+                axes.errorbar(
+                    x, [fmean(values) for values in ends.values()], error, capsize=2, **looks(part)[policy(row)]
+                )
             axes.set_title(f"{optimizer}, {data} clients", fontsize=9, loc="left")
             axes.set_xscale("log", base=2)
             axes.set_xticks(list(part.intervals), [str(interval) for interval in part.intervals])
@@ -176,13 +194,11 @@ def steps_figure(part: Any, found: Found) -> Any:
         line[0].set_ylabel("Test accuracy (%)")
     for axes in panels[-1]:
         axes.set_xlabel("Local steps I between two averagings of x")
-    legend_of(figure, groups, f"Fashion-MNIST, {part.steps:,} steps of every client")
+    legend_of(figure, part, f"Fashion-MNIST, {part.steps:,} steps of every client")
     return figure
 
 
-def legend_of(figure: Any, groups: Mapping[str, Sequence[str]], note: str) -> None:
-    """SGD's rows and AdamW's share colours, so a colour's two names stand together."""
+def legend_of(figure: Any, part: Any, note: str) -> None:
     drawn = figure.axes[0]
-    handles = [drawn.plot([], [], **look(place))[0] for place in range(max(map(len, groups.values())))]
-    names = [" | ".join(rows[place] for rows in groups.values() if place < len(rows)) for place in range(len(handles))]
-    add_legend(figure, handles, names, 2, note, handlelength=3.4)
+    handles = [drawn.plot([], [], **how)[0] for how in looks(part).values()]
+    add_legend(figure, handles, [*looks(part)], 4, note, handlelength=3.4)
