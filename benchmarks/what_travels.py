@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from what_travels_parts import PARTS, write_data
-from what_travels_tables import draw, last_quarter, tables
+from what_travels_tables import draw, last_quarter, tables, with_tables
 
 import fedmom
 
@@ -260,6 +260,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--draw", action="store_true", help="run nothing: tables and pictures of what is there")
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="put the tables between their marks there")
     return parser.parse_args(arguments)
 
 
@@ -281,11 +282,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work(one_of_each(cells, read(options.out)), cells, options)
         print(budget(cells, read(options.out), options.seeds, options.jobs), file=sys.stderr, flush=True)
         work(None, cells, options)
-    done = read(options.out)
-    text = tables(PARTS, {cell: found_of(cell, done) for cell in cells_of(list(PARTS), [])})
-    (options.out / "tables.md").write_text(text, encoding="utf-8")
-    print(text)
-    draw(PARTS, {cell: found_of(cell, done) for cell in cells_of(list(PARTS), [])}, options.out)
+    found = {cell: found_of(cell, done) for done in [read(options.out)] for cell in cells_of(list(PARTS), [])}
+    texts = tables(PARTS, found)
+    print("\n".join(texts.values()))
+    (options.out / "tables.md").write_text("\n".join(texts.values()), encoding="utf-8")
+    if options.page:
+        options.page.write_text(with_tables(options.page.read_text(encoding="utf-8"), texts), encoding="utf-8")
+    draw(PARTS, found, options.out)
 
 
 def found_of(cell: Cell, done: dict[Run, Line]) -> list[Line]:

@@ -83,15 +83,29 @@ def table(parts: Mapping[str, Any], found: Found, name: str, interval: int) -> s
     return "\n".join(lines)
 
 
-def tables(parts: Mapping[str, Any], found: Found) -> str:
-    """All parts of which something is finished, as Markdown."""
-    texts = []
+def tables(parts: Mapping[str, Any], found: Found) -> dict[str, str]:
+    """{part: its tables as Markdown}, one for every I of which something is finished."""
+    texts = {}
     for name, part in parts.items():
+        blocks = []
         for interval in part.intervals:
             if any(lines for c, lines in found.items() if (c.part, c.interval) == (name, interval)):
                 title = f"{part.title[0].upper()}{part.title[1:]}: I = {interval}, {part.steps:,} steps"
-                texts.append(f"{title}.\n\n{table(parts, found, name, interval)}\n")
-    return "\n".join(texts)
+                blocks.append(f"{title}.\n\n{table(parts, found, name, interval)}\n")
+        texts[name] = "\n".join(blocks) or "Not run.\n"
+    return texts
+
+
+def with_tables(page: str, texts: Mapping[str, str]) -> str:
+    """A page whose tables, between marks with the names of the parts, are these."""
+    for name, text in texts.items():
+        first, last = (f"<!-- {word} {name} -->\n" for word in ("tables", "end"))
+        before, _, rest = page.partition(first)
+        _, found, after = rest.partition(last)
+        if not found:
+            raise SystemExit(f"the page has no {first.strip()} … {last.strip()}")
+        page = f"{before}{first}\n{text}\n{last}{after}"
+    return page
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
