@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedmom.backends.at_nodes.node import LOST
 from fedmom.config.names import ON_FAILURE
 from fedmom.config.numbers import counted
 from fedmom.errors import ClientsFailedError, InputError, RayEndedError, unknown
@@ -22,6 +23,7 @@ from .replies import CONFIG
 
 _QUERY_WINDOW = 256
 _SECONDS_BETWEEN_LOOKS = 1.0
+_RETRIES_OF_THE_LOST = 2  # what a node has not kept may be on its way from the app before; else it never comes
 _SECONDS_TO_ASK_AGAIN = 60.0  # longer than an app's cold start; a node may lose a message, or sit on its reply
 _CODES = error_codes()
 # The ClientApp cannot be loaded, raised, or a mod refused: waiting for other nodes would not help.
@@ -155,9 +157,10 @@ class Fleet:
         if self.on_failure == "proceed":
             self._without(reason)
             return None
-        if self.on_failure == "stop" or failed.tries > self.retries:
+        retries = min(self.retries, _RETRIES_OF_THE_LOST) if LOST in failed.failure else self.retries
+        if self.on_failure == "stop" or failed.tries > retries:
             raise ClientsFailedError(reason + (f" ({failed.tries} tries)" if failed.tries > 1 else ""))
-        log(WARNING, "%s; try %d of %d", reason, failed.tries + 1, self.retries + 1)
+        log(WARNING, "%s; try %d of %d", reason, failed.tries + 1, retries + 1)
         if node_id not in set(grid.get_node_ids()):  # it may be back under another id
             return anew(failed.message, self._found_again(grid, reason, clients))
         return anew(failed.message, node_id)

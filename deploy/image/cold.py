@@ -6,6 +6,6 @@ import links
 import warm
 
 if __name__ == "__main__":
-    links.mend(links.RETRIES)
+    links.mend(links.RETRIES, links.ENDS)
     sys.path[0] = ""
     warm.run(sys.argv[1:])

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 HEARD = "/tmp/heard"  # its time of change: when the other side answered last; health.py looks at it
+SECONDS_TO_END = 300.0
 _BETWEEN_MARKS = 1.0
 _marked = 0.0
 
@@ -108,6 +109,17 @@ def or_end(beat: Callable[[Any], None], sender: Any) -> None:
         os._exit(1)
 
 
+def let_apps_end(ends: ModuleType) -> list[str]:
+    """Change flwr.supercore.exit.exit: an app hands over what it keeps (Context.state) as it ends, within 5 seconds.
+
+    Then it would be gone, and with it what a large model's clients have of their own.
+    """
+    if not hasattr(ends, "FORCE_EXIT_TIMEOUT_SECONDS"):
+        return ["an app may have too little time to hand over what it keeps"]
+    ends.FORCE_EXIT_TIMEOUT_SECONDS = SECONDS_TO_END  # type: ignore[attr-defined]
+    return []
+
+
 def run_to_the_end(command: Callable[[], Any]) -> None:
     """Run it, and end the process with it, whatever threads are left; a loop that returns has lost its connection."""
     code = 1
@@ -141,3 +153,4 @@ def mend(*changes: tuple[Callable[[ModuleType], list[str]], str]) -> None:
 RETRIES = (try_cut_handshakes_again, "flwr.supercore.retry.retry_invoker")
 MARKS = (leave_marks, "flwr.supercore.protobuf.client")
 HEARTBEATS = (end_where_heartbeats_end, "flwr.supercore.heartbeat")
+ENDS = (let_apps_end, "flwr.supercore.exit.exit")

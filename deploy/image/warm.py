@@ -122,7 +122,7 @@ def load() -> None:
     """What every app imports anyway; each is left out where it fails, so that the app itself says so."""
     import importlib
 
-    links.mend(links.RETRIES)
+    links.mend(links.RETRIES, links.ENDS)
     for name in (*(module for module, _ in COMMANDS.values()), *IMPORTS):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

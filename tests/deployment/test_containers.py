@@ -25,7 +25,7 @@ def test_in_float32_the_model_is_the_engines_to_rounding(deployment, tmp_path):
 
 
 def test_several_labels_and_every_clients_own_results_are_the_engines(deployment, tmp_path):
-    """Each client has a last layer of its own, which the server relays and says so, and is judged after its steps.
+    """Each client has a last layer of its own, which its node keeps, and is judged after its steps.
 
     So does AdamW's v, which waits for its exchange, while m is averaged in every round and the server steps on.
     """
@@ -42,7 +42,7 @@ def test_several_labels_and_every_clients_own_results_are_the_engines(deployment
         "algorithm.outer": "nesterov",
     }
     said = deployment.run(tmp_path / "labels", changes).end()
-    assert "this server holds and relays what algorithm.personal names, of all 3 clients" in said
+    assert "this server holds" not in said
     assert_engines(tmp_path / "labels", changes)
     fedmom.run(CONFIG, sets=changes, out=tmp_path / "engine", callbacks=[fedmom.Callback()])
     found = same_clients(tmp_path / "labels", tmp_path / "engine")

@@ -253,3 +253,23 @@ def test_without_a_straggler_the_others_go_on_where_that_was_asked_for(deploymen
     assert "client 2, node" in text
     assert "the round goes on without" in text
     assert len(read_rounds(tmp_path / "proceeds")) == 2
+
+
+def test_a_node_that_has_lost_its_clients_rows_stops_the_run_which_goes_on_to_the_engines_model(deployment, tmp_path):
+    """u never leaves the nodes, but for a checkpoint. Where the server holds it, the run gets over this by itself."""
+    out = tmp_path / "rows"
+    changes = {**RETRY, "algorithm.momentum-policy": "local", "run.num-rounds": 5, "run.checkpoint-every": 2}
+    changes |= {"server.own-rows": "nodes", "server.retries": 5}
+    run = deployment.run(out, changes)
+    run.wait_for_round(2)
+    deployment.kill("supernode-1")
+    assert stopped(run, "client 1: this node has not what the client had of its own") < changes["run.num-rounds"]
+    deployment.go_on(out).end()
+    assert_engines(out, changes)
+
+    out, changes = tmp_path / "relayed", changes | {"server.own-rows": "server", "run.num-rounds": 4}
+    run = deployment.run(out, changes)
+    run.wait_for_round(1)
+    deployment.kill("supernode-1")
+    run.end()
+    assert_engines(out, changes)

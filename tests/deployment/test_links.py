@@ -153,3 +153,22 @@ def test_the_process_ends_where_its_loop_does_whatever_threads_it_has():
     assert [process.wait(timeout=120) for process in ended] == list(ENDS.values())
     for process in ended:
         process.stderr.close()
+
+
+def test_an_app_that_ends_has_time_to_hand_over_what_it_keeps(links, monkeypatch):
+    """Flower gives it five seconds, whatever it has still to send."""
+    from flwr.supercore.exit import exit as ends
+
+    monkeypatch.setattr(ends, "FORCE_EXIT_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(ends.os, "_exit", lambda code: left.append(code))
+    monkeypatch.setattr(ends, "trigger_exit_handlers", lambda run_before_force_exit: time.sleep(0.1))
+    monkeypatch.setattr(ends, "event", lambda *words: None)
+    counts = []
+    for changes in ([], [links.let_apps_end]):
+        assert [change(ends) for change in changes] == [[]] * len(changes)
+        left = []
+        with pytest.raises(SystemExit):
+            ends.flwr_exit(0)
+        counts.append(len(left))
+    assert counts == [1, 0]
+    assert links.let_apps_end(SimpleNamespace()) != []

@@ -1,13 +1,14 @@
-"""The SuperNode of the image: no reply waits for the next message, and none for ever."""
+"""The SuperNode of the image: no reply waits for the next message, none for ever, and none is ahead of its app."""
 
 import functools
 import importlib.util
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 RUN = 7
 pytestmark = pytest.mark.xdist_group("a node's own process")
@@ -110,3 +111,51 @@ def test_a_reply_whose_content_never_comes_is_given_up(mended, monkeypatch):
     supernode.reply("whole")
     supernode.push()
     assert supernode.sent == ["asked-half", "asked-whole"]
+
+
+def running(supernode):
+    """An app at work on a message."""
+    task = supernode.state.create_task("flwr-clientapp", RUN)
+    assert supernode.state.claim_task(task)
+    assert supernode.state.activate_task(task)
+    return task
+
+
+def test_a_reply_waits_until_its_app_has_handed_over_what_it_keeps(mended):
+    """Which Flower takes in the call that finishes the app's task."""
+    supernode, other = Supernode(mended.flower), Supernode(flowers().start)
+    for one in (supernode, other):
+        task = running(one)
+        one.reply("the answer")
+        ends = threading.Timer(0.4, lambda one=one, task=task: one.state.finish_task(task, "completed", ""))
+        ends.start()
+        one.push()
+        one.ended = not one.state.get_tasks(statuses=["running"])
+        ends.join()
+        assert one.sent == ["asked-the answer"]
+    assert supernode.ended
+    assert not other.ended  # where this fails, Flower has mended it, and `once_the_app_has_ended` can go
+
+
+def test_a_reply_does_not_wait_for_an_app_that_never_ends_nor_for_another_runs(mended, monkeypatch):
+    supernode = Supernode(mended.flower)
+    supernode.state.claim_task(supernode.state.create_task("flwr-clientapp", RUN + 1))
+    monkeypatch.setattr(mended.node, "SECONDS_TO_END", 0.3)
+    running(supernode)
+    supernode.reply("the answer")
+    supernode.push()
+    assert supernode.sent == ["asked-the answer"]
+
+
+def test_what_apps_kept_of_earlier_runs_is_let_go(mended):
+    """But of the last few that messages came of, whichever began first."""
+    supernode, runs = Supernode(mended.flower), [1, 2, 3, 4, 5, 6, 3, 7, 8]
+    supernode.state.get_run = lambda number: SimpleNamespace(series_id=10 * number)
+    for run in {*runs}:
+        context = Context(run, 0, {}, RecordDict({"fedmom/own": ConfigRecord({"run": run})}), {})
+        supernode.state.set_run_series_context(10 * run, context)
+    pull = mended.node.of_few_runs(lambda state: runs.pop(0) if runs else None)
+    for _ in range(10):
+        pull(state=supernode.state)
+    held = [run for run in range(1, 9) if supernode.state.get_run_series_context(10 * run).state]
+    assert held == [3, 6, 7, 8]

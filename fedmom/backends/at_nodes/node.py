@@ -17,6 +17,7 @@ from fedmom.travel.messages import read_reference
 from fedmom.travel.wire import is_coded
 
 STATES = "states/"  # how the names begin of a correction's own states in a client's row
+LOST = "(it has started anew)"  # what a node says of that which it has no more
 _OWN, _MEAN, _REFERENCE = "own", "mean", "reference"
 
 
@@ -164,7 +165,7 @@ def _there(store: Store, name: str, client: int) -> str:
         kind, _, number = name.rpartition("/")
         what = "what all began with in" if kind == _REFERENCE else "what the client had of its own after"
         raise InputError(
-            f"client {client}: this node has not {what} round {number} (it has started anew); resume the run from its "
+            f"client {client}: this node has not {what} round {number} {LOST}; resume the run from its "
             "last checkpoint, or set server.own-rows = 'server'"
         )
     return name
@@ -174,5 +175,5 @@ def mean_of_round(store: Store, number: int) -> Tree:
     """The mean of this node's clients of what they did not send in a round. Raises InputError where it is not here."""
     name = f"{_MEAN}/{number}"
     if name not in store:
-        raise InputError(f"this node has nothing of round {number} (it has started anew); resume the run")
+        raise InputError(f"this node has nothing of round {number} {LOST}; resume the run")
     return store.read(name)
