@@ -56,6 +56,10 @@ def cheapest(parts: Mapping[str, Any], found: Found, part: str, interval: int) -
     return min((end for end in ends if end is not None), default=None)
 
 
+def megabytes(amount: float | None) -> str:
+    return "–" if amount is None else f"{amount:,.0f}" if amount >= 1000 else f"{amount:.3g}"
+
+
 def rate(part: Any, row: str, interval: int, lines: Sequence[Line]) -> str:
     """The learning rate, with a star where it is the largest or the smallest of those tried."""
     tried, lr = part.rates(row, interval), lines[0]["lr"]
@@ -69,13 +73,13 @@ def table(parts: Mapping[str, Any], found: Found, name: str, interval: int) -> s
     most = cheapest(parts, found, name, interval)
     heads = ["states", "optimizer", "MB sent"]
     for data in part.data:
-        heads += [f"{data} (lr)", f"{data}, {0 if most is None else most:.3g} MB"]
+        heads += [f"{data} (lr)", f"{data}, {megabytes(most)} MB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     other, rows = BESIDE.get(name, ("", ()))
     for home, row in [*((other, row) for row in rows), *((name, row) for row in part.rows)]:
         mine = [cells.get((home, interval, data, row), []) for data in part.data]
         end = sent(found, home, interval, row)
-        texts = [row, parts[home].rows[row].optimizer, "–" if end is None else f"{end:.3g}"]
+        texts = [row, parts[home].rows[row].optimizer, megabytes(end)]
         for runs in mine:
             lr = f" ({rate(parts[home], row, interval, runs)})" if runs else ""
             texts += [shown(runs, digits) + lr, shown(runs, digits, most)]
