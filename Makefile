@@ -13,7 +13,7 @@ SLOWLY := --timeout 3600 --durations 40
 help:
 	@echo "make quickstart   set up, train on real digits (configs/quickstart.toml), say where the curves are"
 	@echo "make comparison   set up, sweep over I and momentum policy on real digits: tables, figures, report.html"
-	@echo "make what-travels set up, run the table of what travels on real digits (some ten minutes of one core)"
+	@echo "make what-travels set up, run the tables of what travels (Fashion-MNIST; CIFAR=FILE.npz adds its part)"
 	@echo "make test         set up, run the fast tests"
 	@echo "make site         the documentation as a site, in build/site"
 	@echo "make dist         the sdist, and the wheel that it gives, in dist"
@@ -51,8 +51,9 @@ comparison: setup
 	$(BIN)/fedmom compare $(SWEEP) $(SWEEP)-pooled --out $(SWEEP)/comparison
 	$(BIN)/fedmom report $(SWEEP) $(SWEEP)-pooled --out $(SWEEP)
 
+# Within an hour of two cores. The same command goes on where it was cut.
 what-travels: setup
-	$(BIN)/python benchmarks/what_travels.py --out build/what-travels.json
+	$(BIN)/python benchmarks/what_travels.py --out build/what-travels $(if $(CIFAR),--cifar $(CIFAR))
 
 site: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -169,6 +169,12 @@ RELIED = [
         "beats by _run",
         is_mended("links:end_where_heartbeats_end", "HeartbeatSender"),
     ),
+    Relied(
+        "flwr.supercore.exit.exit:FORCE_EXIT_TIMEOUT_SECONDS",
+        "deploy/image/links.py",
+        "is how long an app may take to end",
+        lambda found: isinstance(found, int | float),
+    ),
     Relied("flwr.supernode.cli.flwr_clientapp:flwr_clientapp", "deploy/image/warm.py", "is a command", takes()),
     Relied("flwr.superlink.cli.flwr_serverapp:flwr_serverapp", "deploy/image/warm.py", "is a command", takes()),
     Relied("flwr.supercore.cli:flower_superexec", "deploy/image/bin/flower-superexec", "is a command", takes()),

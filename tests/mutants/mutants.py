@@ -1613,7 +1613,7 @@ MUTANTS = [
         "failures",
         "one try too few",
         "server.retries = 2 asks again once",
-        code(f"{CLIENTS}._again", "failed.tries > self.retries", "failed.tries >= self.retries"),
+        code(f"{CLIENTS}._again", "failed.tries > retries", "failed.tries >= retries"),
         "tests/flower/test_flower.py::test_retry_gives_the_whole_result",
     ),
     Mutant(

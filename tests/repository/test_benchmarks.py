@@ -62,18 +62,82 @@ def test_a_seed_that_diverged_is_no_zero_in_a_mean():
     assert momentum_policies.cell({0.1: [{5: 50.0}, {}, {5: 70.0}]}, 5) == "60.0 ± 14.1 [2 of 3] (0.1*)"
 
 
-def test_a_row_has_its_best_lr_and_says_who_diverged(monkeypatch):
-    import what_travels
+def travels_line(cell, lr, seed, loss, values, sent=2.0):
+    """A run of 4 evaluations, each after `sent` MB more; loss None: it diverged."""
+    done = seed > 0 or loss is not None
+    curve = [[64 * (k + 1), sent * (k + 1), value] for k, value in enumerate(values)] if done else []
+    return {**cell._asdict(), "lr": lr, "seed": seed, "status": "done" if done else "diverged", "loss": loss} | {
+        "cpu": 2.0,
+        "curve": curve,
+    }
 
-    def one(row, data, lr, seed, rounds):
-        gone = data == "skewed" and seed == 2
-        return {"loss": float("inf") if gone else abs(lr - 0.05), "accuracy": 90.0 + seed, "bytes": 2.0}
 
-    monkeypatch.setattr(what_travels, "one", one)
-    results = [what_travels.measure("u local", data, 3, 60) for data in what_travels.DATA]
-    assert [found["lr"] for found in results] == [0.05, 0.05]
-    text = what_travels.table(results)
-    assert "| u local | sgd | 2.0 | 90.5 ± 0.7 [2 of 3] (0.05) | 91.0 ± 1.0 (0.05) |" in text
+def test_a_row_has_the_lr_of_the_least_loss_and_then_its_other_seeds():
+    import what_travels as travels
+
+    cell = travels.Cell("fashion", 16, "skewed", "u local")
+    done = {}
+    for place, run in enumerate(travels.trials(cell)):
+        assert travels.chosen(cell, done) is None
+        assert [*travels.missing([cell], done, 3)] == travels.trials(cell)[place:]
+        done[run] = travels_line(cell, run.lr, 0, {0.01: 0.5, 0.03: 0.4, 0.1: None}[run.lr], [1.0, 2.0, 3.0, 4.0])
+    assert travels.chosen(cell, done) == 0.03
+    assert [*travels.missing([cell], done, 3)] == [travels.Run(cell, 0.03, 1), travels.Run(cell, 0.03, 2)]
+    assert travels.budget([cell], done, 3, 2).startswith("2 runs, 4 CPU-seconds: 2 s of 2 cores")
+    assert travels.budget([cell], {run: line for run, line in done.items() if run.lr < 0.1}, 3, 1).startswith("3 runs")
+    gone = {run: {**line, "status": "diverged"} for run, line in done.items()}
+    assert travels.chosen(cell, gone) is None
+    assert [*travels.missing([cell], gone, 3)] == []
+    # Smaller rates where I is large, larger ones where u is reset every 4 steps.
+    assert [run.lr for run in travels.trials(cell._replace(interval=64))] == [0.003, 0.01, 0.03]
+    assert [run.lr for run in travels.trials(cell._replace(interval=4, row="u reset"))] == [0.03, 0.1, 0.3]
+
+
+def test_a_run_is_a_line_and_a_line_that_was_cut_is_none(tmp_path):
+    import what_travels as travels
+
+    cell = travels.Cell("toy", 4, "noise", "x, m, v every 4 steps")
+    run = travels.trials(cell)[0]
+    line = travels_line(cell, run.lr, 0, 0.1, [1.0])
+    assert travels.read(tmp_path) == {}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "seed": 1})[:-9])
+    assert travels.read(tmp_path) == {run: line}
+
+
+def test_a_table_has_what_was_reached_by_equal_steps_and_by_equal_bytes():
+    import what_travels as travels
+    import what_travels_tables
+
+    cells = {row: travels.Cell("fashion", 16, "skewed", row) for row in ("u average", "u local", "u reset")}
+    found = {
+        cells["u average"]: [
+            travels_line(cells["u average"], 0.03, k, 1.0, [10.0, 20, 30, 40 + k], 4) for k in range(3)
+        ],
+        cells["u local"]: [travels_line(cells["u local"], 0.1, k, 1.0, [12.0, 13, 14, 15]) for k in range(2)],
+        cells["u reset"]: [],
+    }
+    found[cells["u local"]].append({**found[cells["u local"]][0], "status": "diverged", "curve": []})
+    text = what_travels_tables.table(travels.PARTS, found, "fashion", 16)
+    assert "| skewed (lr) | skewed, 8 MB |" in text
+    # Of four evaluations the last; of the two until 8 MB were sent the second.
+    assert "| u average | sgd | 16 | 41.0 ± 1.0 (0.03) | 20.0 ± 0.0 | – | – |" in text
+    assert "| u local | sgd | 8 | 15.0 ± 0.0 [2 of 3] (0.1*) | 15.0 ± 0.0 [2 of 3] | – | – |" in text
+    long = travels_line(cells["u local"], 0.1, 1, None, range(12))
+    assert what_travels_tables.value(long) == 10.0  # of 9, 10 and 11
+    assert "| u reset | sgd | – | – | – | – | – |" in text
+
+
+def test_the_page_on_what_travels_has_the_tables_of_the_committed_runs():
+    import what_travels as travels
+    from what_travels_tables import tables, with_tables
+
+    done = travels.read(BENCHMARKS / "results" / "what-travels")
+    assert len(done) > 100
+    cells = travels.cells_of([*travels.PARTS], [])
+    texts = tables(travels.PARTS, {cell: travels.found_of(cell, done) for cell in cells})
+    page = (BENCHMARKS.parent / "docs" / "what-travels.md").read_text(encoding="utf-8")
+    assert with_tables(page, texts) == page
+    assert page.count("± 0.") > 20
 
 
 def test_an_optimizer_stands_beside_sgd_in_its_fastest_chunks():
