@@ -57,7 +57,7 @@ def after_round(problem: Problem, plan: Plan, done: RunState, job: Job, outcome:
         whole = partial(whole_state, problem, plan.method, state, seen, torch.from_numpy(weights))
         if not (everybody or plan.method.rules.moves_x):  # sums are of distances from it: as after a resume
             state, whole = whole(), None
-    if fetch is not None and job.rows is None:
+    if fetch is not None and plan.topology is None:
         fetch = partial(brought, problem, plan.method, state, outcome, everybody, torch.from_numpy(weights))
     return RunState(
         round=done.round + 1,
