@@ -10,8 +10,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fedmom.deploy.certificates import as_sent
 from fedmom.deploy.commands import CommandError, Commands, build_command, image_of, superlink
@@ -20,11 +21,13 @@ from fedmom.deploy.initialise import certificate_notes, write_flower_config
 from fedmom.errors import InputError
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_BE_HEALTHY = 180.0
 _FIRST = ("superlink", "door")  # what `flwr` needs
 LABEL = "fedmom.deployment"
 _PROJECT, _PLACE = "com.docker.compose.project", "com.docker.compose.project.working_dir"
+_BUSY = re.compile(r"Server error '50[234] ")
 _REFUSED = re.compile(r'"POST /v1/fleet/[a-z-]+ [^"]*" 401 refused, public key (\S+)')
 
 
@@ -56,13 +59,14 @@ def up(commands: Commands, app: Path, say: Say, *, build_arguments: Sequence[str
     commands.do(commands.compose("up", "--detach", "--no-build", *_FIRST))
     _wait_for(commands, _FIRST)
     say(f"registering the keys of {deployment.num_clients} nodes")
+    begin, told = time.monotonic(), -1
     for key in deployment.node_keys():
         command = superlink("supernode", "register", str(key))
         if commands.dry:
             commands.do(command)
             continue
         try:
-            commands.json(command)
+            _once_it_answers(partial(commands.json, command), begin + wait)
         except CommandError as error:
             if "already in use" not in str(error).lower():
                 raise
@@ -72,8 +76,8 @@ def up(commands: Commands, app: Path, say: Say, *, build_arguments: Sequence[str
         return
     if deployment.address:
         say(f"clients: bring {deployment.folder}/client-… to their machines, and there `docker compose up --detach`")
-    begin, told = time.monotonic(), -1
-    while (online := num_online(commands)) < deployment.num_clients:
+    begin = time.monotonic()
+    while (online := _once_it_answers(partial(num_online, commands), begin + wait)) < deployment.num_clients:
         if online != told:
             say(f"nodes online: {online} of {deployment.num_clients}")
             told = online
@@ -85,6 +89,17 @@ def up(commands: Commands, app: Path, say: Say, *, build_arguments: Sequence[str
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     _wait_for(commands, None)
     say(f"nodes online: {online} of {deployment.num_clients}")
+
+
+def _once_it_answers(ask: Callable[[], T], until: float) -> T:
+    """What the SuperLink answers; a busy machine's may take no connection for seconds, and the door says so."""
+    while True:
+        try:
+            return ask()
+        except CommandError as error:
+            if not _BUSY.search(str(error)) or time.monotonic() > until:
+                raise
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 _SAY_MORE = "`fedmom deploy status`, or the logs of the missing node's supernode, say more"
