@@ -731,6 +731,7 @@ def test_natural_clients_are_listed_by_their_ids_and_thousands_by_quantiles(fed)
     assert len(out) < 12
 
 
+@pytest.mark.slow
 def test_a_run_draws_its_curves_and_a_report_compares_runs(fed, monkeypatch):
     monkeypatch.setattr(curves, "draw_curves", draw_curves)
     for name in ("a", "b"):

@@ -65,6 +65,7 @@ def test_it_is_torch_optim_sgd_on_a_deep_copy(nesterov, beta):
     "num_clients, policy, dtype",
     [(1, "average", torch.float32), (2, "local", torch.bfloat16), (3, "reset", torch.float32)],
 )
+@pytest.mark.slow
 def test_right_ways_pass_in_every_dtype(num_clients, policy, dtype):
     """BatchNorm behind a bias has a gradient of 0, which rounding is not mistaken for; clients of unequal steps too."""
     problem = image_problem("cnn", num_clients, dtype=dtype)

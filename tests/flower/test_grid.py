@@ -97,6 +97,7 @@ def test_it_is_a_grid_of_nodes_that_know_their_partition(grid, seen):
     assert seen == replies
 
 
+@pytest.mark.slow
 @table("size", [3, 255, 30_000])
 def test_arrays_go_and_come_back_writable(grid, seen, size):
     for _ in range(2):
@@ -110,6 +111,7 @@ def test_arrays_go_and_come_back_writable(grid, seen, size):
             assert again[0] == 1 + partition(reply)
 
 
+@pytest.mark.slow
 def test_shared_content_is_put_once_and_freed(grid, seen):
     before = grid._data.num_puts
     grid.send_and_receive(train_messages(list(grid.get_node_ids()) * 5))
