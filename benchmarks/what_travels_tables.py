@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fedmom.results.pictures.style import COLOURS, DASHES, MARKERS, add_legend, new_figure, plain_axes, save_picture
+from fedmom.results.pictures.curves import line_style
+from fedmom.results.pictures.style import add_legend, new_figure, plain_axes, save_picture
 
 Line = dict[str, Any]
 Found = Mapping[Any, Sequence[Line]]  # {cell: its runs at the best learning rate}
@@ -122,17 +123,7 @@ def policy(row: str) -> str:
 
 def looks(part: Any) -> dict[str, dict[str, Any]]:
     """{policy: how its line is drawn}, in both optimizers' panels."""
-    return {name: look(place) for place, name in enumerate(dict.fromkeys(map(policy, part.rows)))}
-
-
-def look(place: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[place % len(COLOURS)],
-        "linestyle": DASHES[place % len(DASHES)],
-        "marker": MARKERS[place % len(MARKERS)],
-        "markersize": 3.5,
-        "linewidth": 1.3,
-    }
+    return {name: line_style(place, place, place) for place, name in enumerate(dict.fromkeys(map(policy, part.rows)))}
 
 
 def draw(parts: Mapping[str, Any], found: Found, out: Path) -> None:

@@ -35,20 +35,14 @@ ROWS: dict[str, dict[str, Any]] = {
 @contextmanager
 def deployed(folder: Path | None) -> Iterator[Any]:
     """The deployment whose keys lie in `folder`, which is up; None: one of our own, for as long as this lasts."""
-    from containers import Deployment, build_image, free_port
+    from containers import Deployment, build_image, three_clients
 
     if folder is not None:
         yield Deployment(folder.resolve().parent)
         return
     build_image()
-    with tempfile.TemporaryDirectory() as name:
-        made = Deployment(Path(name))
-        made.call("init", "--clients", "3", "--port", str(free_port()))
-        try:
-            made.call("up")
-            yield made
-        finally:
-            made.call("down", "--volumes")
+    with tempfile.TemporaryDirectory() as name, three_clients(Path(name)) as made:
+        yield made
 
 
 def measured(deployment: Any, hidden: int, rounds: int, say: Any = print) -> list[dict[str, Any]]:

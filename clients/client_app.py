@@ -28,13 +28,13 @@ from fedmom.config.goals import task_of
 from fedmom.data.given.own_files import client_source, read_client
 from fedmom.data.local import facts_of, from_record
 from fedmom.errors import InputError
-from fedmom.flower.wire import is_bundle, read_arrays
+from fedmom.flower.wire import is_bundle, pack, unpack
 from fedmom.machine.files import at_home
 from fedmom.method.schedules import Span
 from fedmom.method.state import ClientState, Tree, flatten, unflatten
 from fedmom.tasks.problem import data_kind
 
-from .kept import ContextStore, record_of
+from .kept import ContextStore
 
 Metric = int | float | list[int] | list[float]
 AnyRecord = ArrayRecord | MetricRecord | ConfigRecord
@@ -76,7 +76,7 @@ def train(message: Message, context: Context) -> Message:
     if "since" in asked:
         return _train_kept(message, context)
     arrays = message.content.array_records["arrays"]
-    start = read_arrays(arrays)
+    start = unpack(arrays)
     trained = _trained(_node(context, asked), asked, clients, unflatten(start), *_own(message))
     outcome, mean = trained.outcome, flatten(trained.outcome.mean)
     # In the order of what came: some of Flower's strategies pair arrays by their places. A correction's message is new.
@@ -135,7 +135,7 @@ def _train_kept(message: Message, context: Context) -> Message:
     clients: list[int] = sorted(asked["clients"])
     since = dict(zip(asked["clients"], asked["since"], strict=True))
     round_asked = Asked(asked["server-round"], clients, [since[c] for c in clients], _given(message))
-    said = told(node.turns, round_asked, read_arrays(arrays), asked.get("reference", 0), store)
+    said = told(node.turns, round_asked, unpack(arrays), asked.get("reference", 0), store)
     start = begun(node.turns, round_asked, said, store)
     # A block of clients sends its mean, and one client what it has encoded.
     messages: Tree | None = {} if len(clients) == 1 and node.plan.method.codecs else None
@@ -157,7 +157,7 @@ def _given(message: Message) -> dict[int, Tree]:
     records, given = message.content.array_records, _asked(message).get("given", [])
     if not given:
         return {}
-    rows = read_arrays(records["given"])
+    rows = unpack(records["given"])
     return {client: {name: value[place] for name, value in rows.items()} for place, client in enumerate(given)}
 
 
@@ -166,17 +166,17 @@ def _bring(message: Message, context: Context) -> Message:
     asked, store = _asked(message), ContextStore(context.state)
     pairs = zip(asked["clients"], asked["since"], strict=True)
     content: dict[str, AnyRecord] = {
-        f"own/{client}": record_of(row_of_round(store, client, since), bundled=True) for client, since in pairs
+        f"own/{client}": pack(row_of_round(store, client, since), bundled=True) for client, since in pairs
     }
     if asked["mean"]:
-        content["mean"] = record_of(mean_of_round(store, asked["mean"]), bundled=True)
+        content["mean"] = pack(mean_of_round(store, asked["mean"]), bundled=True)
     return Message(RecordDict(content), reply_to=message)
 
 
 def _train_rows(message: Message, context: Context, clients: list[int]) -> Message:
     """Algorithm 2: every client goes on from its own row, and the rows [k, ...] go back."""
     asked, arrays = _asked(message), message.content.array_records["arrays"]
-    start = read_arrays(arrays)
+    start = unpack(arrays)
     trained = _node(context, asked).train_rows(
         clients,
         asked["server-round"] - 1,
@@ -199,7 +199,7 @@ def _train_rows(message: Message, context: Context, clients: list[int]) -> Messa
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Loss and accuracy of a model on the node's own training examples (with local data: on its test examples)."""
-    state = unflatten(read_arrays(message.content.array_records["arrays"]))
+    state = unflatten(unpack(message.content.array_records["arrays"]))
     asked = _asked(message)
     node = _node(context, asked)
     measured, num_examples = node.evaluate(_held(context).tolist(), state)
@@ -280,7 +280,7 @@ def _held(context: Context) -> np.ndarray:
 def _own(message: Message) -> tuple[ClientState | None, Tree | None]:
     """[k, ...] what the clients have of their own, where it came along, and their states of a correction."""
     records = message.content.array_records
-    own, states = (read_arrays(records[name]) if name in records else None for name in ("own", "states"))
+    own, states = (unpack(records[name]) if name in records else None for name in ("own", "states"))
     return None if own is None else unflatten(own), states
 
 
@@ -291,4 +291,4 @@ def _span(asked: Mapping[str, Any]) -> Span | None:
 
 def _record(tensors: Tree, asked: Mapping[str, Array]) -> ArrayRecord:
     """In bundles where the message's arrays came so."""
-    return record_of(tensors, bundled=any(map(is_bundle, asked)))
+    return pack(tensors, bundled=any(map(is_bundle, asked)))

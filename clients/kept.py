@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
-from fedmom.flower.wire import bundle, read_arrays, to_npy
+from fedmom.flower.wire import pack, unpack
 from fedmom.method.state import Tree
 
 _OURS = "fedmom/"  # how the names of these records begin
@@ -26,19 +26,10 @@ class ContextStore:
         """Tensors that share the memory of the record: for reading only."""
         record = self.state[_OURS + name]  # not of `array_records`, which is made of all records at every call
         assert isinstance(record, ArrayRecord)
-        return read_arrays(record)
+        return unpack(record)
 
     def write(self, name: str, tree: Tree) -> None:
-        self.state[_OURS + name] = record_of(tree, bundled=True)
+        self.state[_OURS + name] = pack(tree, bundled=True)
 
     def drop(self, name: str) -> None:
         del self.state[_OURS + name]
-
-
-def record_of(tensors: Tree, *, bundled: bool) -> ArrayRecord:
-    """Tensors as Flower's ArrayRecord, under their names or one array per dtype (`fedmom.flower.wire.bundle`)."""
-    arrays = {}
-    for name, value in (bundle(tensors) if bundled else tensors).items():
-        dtype = str(value.dtype).removeprefix("torch.")
-        arrays[name] = Array(dtype=dtype, shape=tuple(value.shape), stype="numpy.ndarray", data=to_npy(value))
-    return ArrayRecord(arrays)

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedmom.errors import ClientsFailedError
+from fedmom.flower.wire import pack, unpack
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, row_of, to_device, unflatten
 from fedmom.rounds.plan import Plan, own_after
@@ -18,7 +19,7 @@ from fedmom.tasks.problem import Problem
 from .fleet import Fleet
 from .flower_strategies import CohortGrid
 from .prsgdm import PRSGDM, SPREADS
-from .replies import MEASURES, Contribution, Update, accept, pack, shares_memory, span_of, unpack, wanted_by
+from .replies import MEASURES, Contribution, Update, accept, shares_memory, span_of, wanted_by
 
 
 class AveragingRounds(Backend):

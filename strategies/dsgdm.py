@@ -20,6 +20,7 @@ from torch import Tensor
 from fedmom.engine.gossip import exchange, mean_of, outcome_of
 from fedmom.errors import InputError
 from fedmom.flower.private import log
+from fedmom.flower.wire import pack, unpack
 from fedmom.method.algorithms import Method
 from fedmom.method.decentralized.mixing import Blocks
 from fedmom.method.decentralized.topology import Mixing, Topology
@@ -28,7 +29,7 @@ from fedmom.rounds.round import Backend, Job, Outcome, Progress
 from fedmom.tasks.problem import Problem
 
 from .fleet import Fleet
-from .replies import ARRAYS, CONFIG, WEIGHT, ShouldStop, Update, accept, pack, shares_memory, unpack, wanted_by
+from .replies import ARRAYS, CONFIG, WEIGHT, ShouldStop, Update, accept, shares_memory, wanted_by
 
 
 class Mixed(NamedTuple):

@@ -16,13 +16,14 @@ from fedmom.config.keys import Config
 from fedmom.data.given.own_files import read_server
 from fedmom.data.local import Common, Facts, agreed, as_record, none_of
 from fedmom.errors import ClientsFailedError
+from fedmom.flower.wire import pack
 from fedmom.method.state import ClientState, Tree, flatten, row_of
 from fedmom.rounds.results import OWN, PERSONAL, client_names
 from fedmom.rounds.round import Job
 from fedmom.tasks.supervised import Supervised
 
 from .fleet import Fleet
-from .replies import ARRAYS, CONFIG, STATES, accept_metrics, accept_sums, mean_metrics, pack, shares_memory, span_of
+from .replies import ARRAYS, CONFIG, STATES, accept_metrics, accept_sums, mean_metrics, shares_memory, span_of
 from .replies import OWN as OWN_ROWS
 
 

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedmom.errors import InputError
 from fedmom.flower.private import log
+from fedmom.flower.wire import pack, unpack
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.outer import OuterNumbers, OuterRule
 from fedmom.method.state import ClientState, Tree, expand, flatten, unflatten, zeros_like
@@ -38,8 +39,6 @@ from .replies import (
     accept_metrics,
     is_bundled,
     mean_metrics,
-    pack,
-    unpack,
 )
 
 SPREADS = {"consensus_distance": "params", "momentum_spread": "momentum"}

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import Array, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from fedmom.flower.wire import bundle, is_bundle, read_arrays, to_npy
+from fedmom.flower.wire import is_bundle, unpack
 from fedmom.method.averaging import VAR
 from fedmom.method.state import ClientState, Tree, is_clock, state_of, unflatten
 from fedmom.rounds.round import Job
@@ -26,20 +26,6 @@ _ROUNDING = 1e-3  # by which a clock, averaged or clipped on its way, may pass 1
 
 # (a round's number, the result so far) -> whether it was the last: as Flower 1.43 asks after every round.
 ShouldStop = Callable[[int, Result], bool]
-
-
-def pack(tensors: Tree, *, bundled: bool = False) -> ArrayRecord:
-    """Tensors as Flower's ArrayRecord, under their names or one array per dtype (`fedmom.flower.wire.bundle`)."""
-    arrays = {}
-    for name, value in (bundle(tensors) if bundled else tensors).items():
-        dtype = str(value.dtype).removeprefix("torch.")
-        arrays[name] = Array(dtype=dtype, shape=tuple(value.shape), stype="numpy.ndarray", data=to_npy(value))
-    return ArrayRecord(arrays)
-
-
-def unpack(record: Mapping[str, Array]) -> Tree:
-    """Flower's arrays as tensors that share their memory, bundled or not: for reading only."""
-    return read_arrays(record)
 
 
 def is_bundled(record: Mapping[str, Array]) -> bool:

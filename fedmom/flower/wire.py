@@ -1,9 +1,9 @@
-"""Tensors <-> the bytes of .npy files, with no copy where none is needed: how arrays travel in Flower's messages.
+"""Tensors <-> Flower's records of .npy files, with no copy where none is needed: how arrays travel in its messages.
 
 Where messages pass through a SuperLink the tensors of a dtype travel as one array (`bundle`): Flower sends every array
 of a message as two objects, each in a request of its own.
 
-Plain bytes here, so that both sides of the wire share it; Flower's records are built by the apps themselves.
+Both sides of the wire share it. flwr is imported when a function here runs.
 """
 
 import json
@@ -57,7 +57,18 @@ def from_npy(data: Any) -> Tensor:
         raise InputError(f"an array has numpy's dtype {dtype.str!r}, which torch has not") from None
 
 
-def read_arrays(record: Mapping[str, Any]) -> Tree:
+def pack(tensors: Tree, *, bundled: bool = False) -> Any:
+    """Tensors as Flower's ArrayRecord, under their names or one array per dtype (`bundle`)."""
+    from flwr.app import Array, ArrayRecord
+
+    arrays = {}
+    for name, value in (bundle(tensors) if bundled else tensors).items():
+        dtype = str(value.dtype).removeprefix("torch.")
+        arrays[name] = Array(dtype=dtype, shape=tuple(value.shape), stype="numpy.ndarray", data=to_npy(value))
+    return ArrayRecord(arrays)
+
+
+def unpack(record: Mapping[str, Any]) -> Tree:
     """Flower's arrays as tensors that share their memory, bundled or not: for reading only.
 
     Raises InputError for an array that is no tensor, and for a bundle that is not as long as its name says.

@@ -14,6 +14,7 @@ from fedmom.backends.at_nodes.node import STATES
 from fedmom.backends.at_nodes.turns import Turns
 from fedmom.errors import DivergedError
 from fedmom.flower.private import log
+from fedmom.flower.wire import pack, unpack
 from fedmom.method.averaging import WeightedMean
 from fedmom.method.state import ClientState, Tree, flatten, to_device, unflatten
 from fedmom.rounds.plan import Plan, RunState
@@ -24,7 +25,7 @@ from fedmom.travel.messages import read
 
 from ..backends import outcome_of, tell
 from ..prsgdm import PRSGDM, TrainedRound
-from ..replies import ABOUT, ARRAYS, CONFIG, Update, accept, check, pack, shares_memory, span_of, unpack, wanted_by
+from ..replies import ABOUT, ARRAYS, CONFIG, Update, accept, check, shares_memory, span_of, wanted_by
 from .ledger import Ledger
 
 _GIVEN, _MEAN = "given", "mean"  # names of records

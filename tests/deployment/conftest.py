@@ -21,6 +21,7 @@ from containers import (
     environment,
     free_port,
     proxied,
+    three_clients,
     wait_until,
 )
 from fedmom.deploy.certificates import make_node_key
@@ -49,13 +50,8 @@ def image(tmp_path_factory):
 @pytest.fixture(scope="session")
 def deployment(image, tmp_path_factory):
     """Three clients on one machine, under the name that `init` gives."""
-    made = Deployment(tmp_path_factory.mktemp("deployment"))
-    made.call("init", "--clients", "3", "--port", str(free_port()))
-    try:
-        made.call("up")
+    with three_clients(tmp_path_factory.mktemp("deployment")) as made:
         yield made
-    finally:
-        made.call("down", "--volumes")
 
 
 @pytest.fixture(scope="session")

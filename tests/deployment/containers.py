@@ -214,6 +214,18 @@ class Deployment:
         return docker("logs", self.container(service))
 
 
+@contextlib.contextmanager
+def three_clients(folder: Path) -> Iterator[Deployment]:
+    """A deployment of three clients on this machine, below `folder`, under the name that `init` gives."""
+    made = Deployment(folder)
+    made.call("init", "--clients", "3", "--port", str(free_port()))
+    try:
+        made.call("up")
+        yield made
+    finally:
+        made.call("down", "--volumes")
+
+
 def assert_engines(folder: Path, changes: dict, tolerance: float = 1e-10) -> None:
     """The run folder's x and u are those of the engine on this machine."""
     right = fedmom.run(CONFIG, sets=changes, callbacks=[fedmom.Callback()])

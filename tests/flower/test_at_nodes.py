@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from both_sides import DIGITS, QUADRATIC, assert_same, by_engine, by_flower
+from fedmom.flower.wire import pack, unpack
 from fedmom.records.files import CHECKPOINT, CLIENTS, FINAL, read_tensors
 from fedmom.travel.table import CODECS
 from laws import table
-from strategies.replies import pack, unpack
 
 SPREADS = frozenset({"consensus_distance", "momentum_spread"})
 MODEL = {**DIGITS, "model.hidden": 8}

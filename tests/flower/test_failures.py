@@ -14,6 +14,7 @@ from fedmom.backends.trainer import warm_node
 from fedmom.engine.gossip import mean_of
 from fedmom.errors import ClientsFailedError, InputError
 from fedmom.flower.private import push_error
+from fedmom.flower.wire import pack, unpack
 from fedmom.method.algorithms import Method
 from fedmom.method.decentralized.topology import make_topology
 from fedmom.method.state import flatten
@@ -24,7 +25,6 @@ from strategies.dispatch import anew, exchange
 from strategies.dsgdm import DSGDM
 from strategies.fleet import learn_holders
 from strategies.prsgdm import PRSGDM
-from strategies.replies import pack, unpack
 from strategies.server_app import app as server_app
 
 GOSSIP = {**QUADRATIC, "algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}

@@ -16,6 +16,7 @@ from clients.client_app import app as client_app
 from fedmom.backends.trainer import Node, held_clients, warm_node
 from fedmom.config.load import load
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.flower.wire import pack, unpack
 from fedmom.method.state import flatten
 from fedmom.records.files import read_tensors
 from fedmom.records.history import read_rounds
@@ -23,7 +24,7 @@ from grids import LocalGrid, run_config
 from laws import table
 from strategies.flower_strategies import STOCK
 from strategies.prsgdm import PRSGDM
-from strategies.replies import is_bundled, pack, unpack
+from strategies.replies import is_bundled
 from strategies.server_app import app as server_app
 
 

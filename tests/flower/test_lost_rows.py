@@ -7,13 +7,13 @@ from test_at_nodes import CASES, KEYS, RARE, same_files
 
 from both_sides import QUADRATIC, by_engine, by_flower, fails
 from clients.kept import ContextStore
+from fedmom.flower.wire import pack
 from fedmom.records.files import CHECKPOINT, CLIENTS, FINAL
 from fedmom.records.history import read_rounds
 from fedmom.rounds import loop
 from fedmom.rounds.plan import cohort
 from grids import LocalGrid
 from laws import table
-from strategies.replies import pack
 
 
 def test_a_message_that_is_sent_again_finds_what_its_round_began_with(tmp_path):

@@ -10,6 +10,7 @@ from both_sides import QUADRATIC, RESNET, assert_same, by_engine, by_flower
 from clients.client_app import app as client_app
 from fedmom.backends.trainer import warm_node
 from fedmom.errors import ClientsFailedError, InputError
+from fedmom.flower.wire import pack, unpack
 from fedmom.method.algorithms import Method
 from fedmom.method.decentralized.topology import make_topology
 from fedmom.method.state import flatten
@@ -17,7 +18,6 @@ from fedmom.records.history import read_rounds
 from grids import LocalGrid, run_config
 from laws import table
 from strategies.dsgdm import DSGDM
-from strategies.replies import pack, unpack
 
 GOSSIP = {"algorithm.name": "d-sgd-m", "algorithm.topology": "ring"}
 QUADRATIC = {**QUADRATIC, **GOSSIP}

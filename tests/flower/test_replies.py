@@ -9,9 +9,10 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from both_sides import DIGITS, QUADRATIC, RESNET, by_engine, by_flower, fails
+from fedmom.flower.wire import pack, unpack
 from fedmom.method.state import flatten
 from laws import table
-from strategies.replies import MEASURES, accept, mean_metrics, pack, unpack
+from strategies.replies import MEASURES, accept, mean_metrics
 
 PROCEED = {**QUADRATIC, "server.on-failure": "proceed", "run.num-rounds": 2}
 ADAM = {**PROCEED, "algorithm.optimizer": "adamw"}

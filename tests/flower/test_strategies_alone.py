@@ -8,6 +8,7 @@ from both_sides import QUADRATIC, by_engine
 from clients.client_app import app as client_app
 from fedmom.backends.trainer import warm_node
 from fedmom.errors import ClientsFailedError
+from fedmom.flower.wire import pack, unpack
 from fedmom.method.algorithms import Method
 from fedmom.method.decentralized.topology import make_topology
 from fedmom.method.outer import OuterNumbers, OuterRule
@@ -17,7 +18,6 @@ from grids import LocalGrid, run_config
 from laws import table
 from strategies.dsgdm import DSGDM
 from strategies.prsgdm import PRSGDM
-from strategies.replies import pack, unpack
 
 # From 0.5, for Flower's clipping divides by how far a client went.
 FROM_HALF = {**QUADRATIC, "data.start": "0.5", "run.num-rounds": 2}

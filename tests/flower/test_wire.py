@@ -8,7 +8,7 @@ import torch
 from flwr.app import Array
 
 from fedmom.errors import InputError
-from fedmom.flower.wire import bundle, from_npy, is_bundle, read_arrays, to_npy, unbundle
+from fedmom.flower.wire import bundle, from_npy, is_bundle, to_npy, unbundle, unpack
 from laws import table
 
 TENSORS = {
@@ -151,7 +151,7 @@ def test_bfloat16_travels_as_its_bits_and_what_only_says_so_is_refused(shape):
     value = torch.randn(shape).to(torch.bfloat16)
     array = Array(dtype="bfloat16", shape=shape, stype="numpy.ndarray", data=to_npy(value))
     assert np.load(BytesIO(array.data)).dtype == np.uint16
-    assert torch.equal(read_arrays({"a": array})["a"], value)
+    assert torch.equal(unpack({"a": array})["a"], value)
     false = Array(dtype="bfloat16", shape=shape, stype="numpy.ndarray", data=to_npy(value.float()))
     with pytest.raises(InputError, match="bfloat16 has float32, must have uint16"):
-        read_arrays({"a": false})
+        unpack({"a": false})

@@ -16,6 +16,7 @@ import oracle
 from both_sides import QUADRATIC, by_flower
 from fedmom.engine.engine import Engine
 from fedmom.errors import InputError
+from fedmom.flower.wire import pack
 from fedmom.method.algorithms import Method
 from fedmom.method.corrections import Correction
 from fedmom.method.schedules import LearningRate
@@ -24,7 +25,6 @@ from fedmom.rounds.loop import run_rounds
 from fedmom.rounds.plan import Plan, beginning, cohort
 from fedmom.tasks.quadratic import Quadratic
 from strategies.prsgdm import PRSGDM
-from strategies.replies import pack
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))  # for actors too, which have the path of who starts them
 import memory

@@ -25,11 +25,11 @@ from fedmom.config.build import make_plan, make_problem
 from fedmom.config.load import load
 from fedmom.config.resolve import resolve
 from fedmom.errors import ClientsFailedError
+from fedmom.flower.wire import pack
 from fedmom.method.outer import OuterNumbers, OuterRule
 from fedmom.rounds.plan import cohort
 from grids import LocalGrid, run_config
 from strategies.prsgdm import PRSGDM
-from strategies.replies import pack
 
 GOSSIP = [name for name, way in WAYS.items() if way.gossip]
 OUTERS = {
